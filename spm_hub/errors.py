@@ -1,0 +1,70 @@
+"""One hierarchy for everything that can go wrong on a user's side: what happened, the offending key, both values, and the command that mends it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpmHubError(Exception):
+    """Root of the hierarchy. `mend` is the command or step that puts it right; `exit_code` is what a command line ends with."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, mend: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return self.message if self.mend is None else f"{self.message}\n  try: {self.mend}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The keyword-only `mend` is not in `args`; without this an error loses it when a worker process hands it back.
+        return _rebuild, (type(self), self.message, self.mend)
+
+
+def _rebuild(kind: type[SpmHubError], message: str, mend: str | None) -> SpmHubError:
+    return kind(message, mend=mend)
+
+
+class UsageError(SpmHubError):
+    """The request itself is wrong: an unknown name, a bad option value, an empty concept."""
+
+    exit_code = 2
+
+
+class NotFoundError(UsageError):
+    """A name that nothing answers to; the message suggests the nearest ones."""
+
+
+class RecipeError(UsageError):
+    """A training recipe with an unknown key or an impossible value."""
+
+
+class AdapterFileError(SpmHubError):
+    """An adapter file that cannot be trusted or read: truncated, altered, not finite, or of an unknown layout."""
+
+
+class ManifestError(SpmHubError):
+    """A manifest that is not valid, or that does not describe the file beside it."""
+
+
+class CompatibilityError(SpmHubError):
+    """An adapter and a model that do not fit together; the message names the module and both shapes."""
+
+
+class RegistryError(SpmHubError):
+    """A folder or file that could not be read, written or replaced."""
+
+
+class ModelError(SpmHubError):
+    """A base model that cannot be loaded or is not of a supported kind."""
+
+
+class NetworkError(SpmHubError):
+    """Something has to be downloaded or uploaded, and the network did not allow it."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> tuple[str, ...]:
+    """Up to three of `candidates` that `name` was most likely meant to be, best first; case is ignored."""
+    by_folded = {candidate.casefold(): candidate for candidate in candidates}
+    return tuple(by_folded[match] for match in difflib.get_close_matches(name.casefold(), by_folded, n=3, cutoff=0.6))

@@ -1,0 +1,211 @@
+"""The three kinds of weight increment, and only these, whatever method trained them: LowRank, Dense, Mask."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from spm_hub.errors import CompatibilityError
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """`up @ down`, a product of rank r; any scale (alpha / rank) is already folded into `up`.
+
+    down: (r, in) for a Linear, (r, in, kh, kw) for a Conv2d;  up: (out, r) or (out, r, 1, 1).
+    SPM (arXiv 2312.16145, section 3.1) is the case r = 1.
+    """
+
+    down: Tensor
+    up: Tensor
+    kind: ClassVar[Literal["low_rank"]] = "low_rank"
+
+    def __post_init__(self) -> None:
+        down, up = tuple(self.down.shape), tuple(self.up.shape)
+        if len(down) not in (2, 4) or len(up) not in (2, 4) or up[2:] not in ((), (1, 1)):
+            raise CompatibilityError(f"not a low-rank pair: down {down}, up {up}")
+        if down[0] != up[1] or down[0] == 0:
+            raise CompatibilityError(f"down {down} and up {up} disagree on the rank")
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight this was trained on: (out, in) or (out, in, kh, kw)."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.down.dtype, self.up.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.down.nbytes + self.up.nbytes
+
+    def check_fits(self, module_path: str, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Raise CompatibilityError unless this can be added to the `weight` and `bias` of the module at `module_path`."""
+        _check_shape(module_path, self.weight_shape, weight)
+
+    def delta_for(self, weight: Tensor) -> Tensor:
+        """The change of `weight` at gamma 1: float32 and shaped like `weight`, on the device of this increment."""
+        return (self.up.float().flatten(1) @ self.down.float().flatten(1)).reshape(weight.shape)
+
+    def add_to(self, total: Tensor, weight: Tensor, gamma: float) -> None:
+        """In place `total += gamma * delta_for(weight)`; `total` is float32, `weight` is the base's own, both of one shape."""
+        total.add_(self.delta_for(weight), alpha=gamma)
+
+    def add_to_bias(self, total: Tensor, bias: Tensor, gamma: float) -> None:
+        """Nothing: a low-rank increment leaves the bias alone."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts to be stored, by name."""
+        return {"down": self.down, "up": self.up}
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "LowRank":
+        """The same increment in another dtype or on another device."""
+        return LowRank(self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A full change of a weight, and of its bias where that was trained too.
+
+    delta: shaped like the weight, (out, in) or (out, in, kh, kw);  delta_bias: (out,).
+    """
+
+    delta: Tensor
+    delta_bias: Tensor | None = None
+    kind: ClassVar[Literal["dense"]] = "dense"
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.delta.shape)
+        if len(shape) not in (2, 4):
+            raise CompatibilityError(f"not the change of a Linear or Conv2d weight: {shape}")
+        if self.delta_bias is not None and tuple(self.delta_bias.shape) != shape[:1]:
+            raise CompatibilityError(f"delta {shape} and delta_bias {tuple(self.delta_bias.shape)} disagree on the outputs")
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight this was trained on: (out, in) or (out, in, kh, kw)."""
+        return tuple(self.delta.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.delta.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def check_fits(self, module_path: str, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Raise CompatibilityError unless this can be added to the `weight` and `bias` of the module at `module_path`."""
+        _check_shape(module_path, self.weight_shape, weight)
+        if self.delta_bias is not None and bias is None:
+            raise CompatibilityError(
+                f"{module_path}: the adapter changes a bias of shape {tuple(self.delta_bias.shape)}, the model's has none"
+            )
+
+    def delta_for(self, weight: Tensor) -> Tensor:
+        """The change of `weight` at gamma 1: float32 and shaped like `weight`, on the device of this increment."""
+        return self.delta.float().reshape(weight.shape)
+
+    def add_to(self, total: Tensor, weight: Tensor, gamma: float) -> None:
+        """In place `total += gamma * delta_for(weight)`; `total` is float32, `weight` is the base's own, both of one shape."""
+        total.add_(self.delta_for(weight), alpha=gamma)
+
+    def add_to_bias(self, total: Tensor, bias: Tensor, gamma: float) -> None:
+        """In place `total += gamma * delta_bias`; `total` is float32, `bias` is the base's own, both (out,)."""
+        if self.delta_bias is not None:
+            total.add_(self.delta_bias.float(), alpha=gamma)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts to be stored, by name."""
+        return {"delta": self.delta} if self.delta_bias is None else {"delta": self.delta, "delta_bias": self.delta_bias}
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Dense":
+        """The same increment in another dtype or on another device."""
+        bias = None if self.delta_bias is None else self.delta_bias.to(device=device, dtype=dtype)
+        return Dense(self.delta.to(device=device, dtype=dtype), bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Neurons switched off: where `keep` is False the weight's rows (dim 0, with their bias) or columns (dim 1) become zero.
+
+    keep: bool, (out,) for dim 0 or (in,) for dim 1. Its delta is a function of the base weight (Minimalist concept erasure).
+    """
+
+    keep: Tensor
+    dim: Literal[0, 1]
+    kind: ClassVar[Literal["mask"]] = "mask"
+
+    def __post_init__(self) -> None:
+        if self.keep.dim() != 1 or self.keep.dtype is not torch.bool:
+            raise CompatibilityError(f"a mask is a row of booleans, not {tuple(self.keep.shape)} of {self.keep.dtype}")
+
+    @property
+    def weight_shape(self) -> None:
+        """None: a mask knows one dimension of its weight only."""
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.keep.nbytes
+
+    def check_fits(self, module_path: str, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Raise CompatibilityError unless this can mask the `weight` and `bias` of the module at `module_path`."""
+        if weight.shape[self.dim] != len(self.keep):
+            raise CompatibilityError(
+                f"{module_path}: the adapter's mask has {len(self.keep)} entries for dimension {self.dim}, "
+                f"the model's weight is {tuple(weight.shape)}"
+            )
+
+    def delta_for(self, weight: Tensor) -> Tensor:
+        """The change of `weight` at gamma 1: float32 and shaped like `weight`, on its device."""
+        off = self._off(weight)
+        columns = off.reshape(-1 if self.dim == 0 else 1, -1 if self.dim == 1 else 1, *[1] * (weight.dim() - 2))
+        # where() and not a product with 0 or 1: the untouched entries must be exactly zero, never -0 or nan.
+        return torch.where(columns, -weight.float(), weight.new_zeros((), dtype=torch.float32))
+
+    def add_to(self, total: Tensor, weight: Tensor, gamma: float) -> None:
+        """In place `total += gamma * delta_for(weight)`; `total` is float32, `weight` is the base's own, both of one shape."""
+        total.add_(self.delta_for(weight), alpha=gamma)
+
+    def add_to_bias(self, total: Tensor, bias: Tensor, gamma: float) -> None:
+        """In place `total -= gamma * bias` for the outputs switched off; `total` is float32, both (out,)."""
+        if self.dim == 0:
+            total.add_(torch.where(self._off(bias), -bias.float(), bias.new_zeros((), dtype=torch.float32)), alpha=gamma)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts to be stored, by name."""
+        return {"keep_out" if self.dim == 0 else "keep_in": self.keep}
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Mask":
+        """The same mask on another device; a mask stays boolean whatever `dtype` the rest of its adapter moves to."""
+        return Mask(self.keep.to(device=device), self.dim)
+
+    def _off(self, like: Tensor) -> Tensor:
+        return ~self.keep.to(like.device)
+
+
+Increment = LowRank | Dense | Mask
+
+
+def _check_shape(module_path: str, ours: tuple[int, ...], weight: Tensor) -> None:
+    """A 1x1 convolution and a Linear of the same numbers are one thing (SD2 turned proj_in and proj_out into Linear)."""
+    theirs = tuple(weight.shape)
+    if _without_unit_kernel(ours) != _without_unit_kernel(theirs):
+        raise CompatibilityError(
+            f"{module_path}: the adapter's increment is for a weight {ours}, the model's weight is {theirs}"
+        )
+
+
+def _without_unit_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if shape[2:] == (1, 1) else shape

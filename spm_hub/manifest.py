@@ -1,0 +1,156 @@
+"""What an adapter says about itself: which concept, trained how and on which base, how it is gated, how well it did."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, model_validator
+
+from spm_hub.errors import ManifestError, UsageError, nearest
+
+NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=96)]
+
+
+class _Part(BaseModel):
+    """Strict and immutable: an unknown key is an error, a number is finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Concept(_Part):
+    """What is erased. `aliases` are further names of it that the gate listens to; `surrogate` is what it turns into ("" for nothing)."""
+
+    target: NonBlank
+    aliases: tuple[NonBlank, ...] = ()
+    surrogate: str = ""
+    kind: Literal["object", "character", "person", "style", "nsfw", "other"] = "other"
+
+
+class IncrementInfo(_Part):
+    """What is in the adapter file; `file`, `bytes` and `sha256` stand only in the manifest beside the file."""
+
+    kind: Literal["low_rank", "dense", "mask"]
+    rank: int | None = Field(default=None, ge=1, description="rank of every low-rank increment in the file")
+    dtype: str
+    modules: tuple[NonBlank, ...] = Field(min_length=1, description="paths of the changed modules inside the denoiser")
+    file: str | None = Field(default=None, pattern=r"^[^/\\]+$")
+    bytes: int | None = Field(default=None, ge=0)
+    sha256: Sha256 | None = Field(default=None, description="of the whole adapter file")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.rank is None) == (self.kind == "low_rank"):
+            raise ValueError(f"rank is {self.rank} for kind {self.kind}: low_rank has a rank, the others have none")
+        if len(set(self.modules)) != len(self.modules):
+            twice = next(path for path in self.modules if self.modules.count(path) > 1)
+            raise ValueError(f"modules names {twice} twice")
+        return self
+
+
+class Base(_Part):
+    """The model the adapter was trained on. `id` and `fingerprint` are "" when the file came from a program that did not say."""
+
+    family: NonBlank
+    id: str
+    revision: str | None = None
+    fingerprint: str = Field(
+        pattern=r"^([0-9a-f]{64})?$", description='sha256 over sorted "path:out,in[,kh,kw]\\n" lines of the changed modules'
+    )
+
+
+class GateDefaults(_Part):
+    """How the adapter is gated unless the user says otherwise (facilitated transport, arXiv 2312.16145 Eq. 9-11)."""
+
+    kind: Literal["transport", "always"] = "transport"
+    strength: float = 1.0
+    rows: Literal["both", "conditional"] = "both"
+
+
+class Evaluation(_Part):
+    """One measured number; `reference` is the same number without the eraser."""
+
+    protocol: NonBlank
+    base: NonBlank
+    subject: NonBlank
+    metric: NonBlank
+    value: float
+    reference: float | None = None
+    samples: int = Field(ge=1)
+    seed: int
+
+
+class Manifest(_Part):
+    """Everything an adapter says about itself, version 1."""
+
+    schema_version: Literal[1] = 1
+    name: Slug
+    concept: Concept
+    increment: IncrementInfo
+    base: Base
+    recipe: dict[str, JsonValue] = Field(description="the whole recipe: training it again gives the identical file")
+    versions: dict[str, str] = {}
+    gate: GateDefaults = GateDefaults()
+    evaluation: tuple[Evaluation, ...] = ()
+    licence: str = "apache-2.0"
+    author: str = ""
+    created: datetime | None = None
+
+    def to_json(self) -> str:
+        """The manifest as it stands beside its file: indented JSON that ends with a newline."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def to_embedded_json(self) -> str:
+        """The copy inside the adapter file's header: nothing of the clock, of the file itself, or measured afterwards.
+
+        The same seed therefore gives the identical file, whenever it is trained and however it is evaluated.
+        """
+        omitted = {"created": True, "evaluation": True, "increment": {"file", "bytes", "sha256"}}
+        return json.dumps(self.model_dump(mode="json", exclude=omitted), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: object = "manifest") -> "Manifest":
+        """Parse and check a manifest; `source` is named in errors. Raises ManifestError with the offending keys."""
+        try:
+            return cls.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            problems = "\n".join(f"  {_explain(cls, dict(problem))}" for problem in error.errors()[:5])
+            raise ManifestError(
+                f"{source} is not a valid manifest:\n{problems}",
+                mend="compare it with manifests/schema.json, or fetch the adapter again",
+            ) from error
+
+    @classmethod
+    def json_schema(cls) -> str:
+        """JSON Schema of a manifest, as committed in manifests/schema.json."""
+        schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
+        return json.dumps(schema, indent=2) + "\n"
+
+
+def slug(text: str) -> str:
+    """A name for files made from a concept: "Van Gogh" -> "van-gogh". Raises UsageError when `text` is blank."""
+    if not text.strip():
+        raise UsageError("the concept is empty", mend='name what to erase, for instance: spmhub train "van gogh"')
+    ascii_text = unicodedata.normalize("NFKD", text.strip()).encode("ascii", "ignore").decode().lower()
+    name = re.sub(r"[^a-z0-9._]+", "-", ascii_text).strip("-._")[:96].rstrip("-._")
+    # A name in another script leaves nothing in ASCII: a digest keeps different concepts apart.
+    return name or "concept-" + hashlib.sha256(text.strip().encode()).hexdigest()[:8]
+
+
+def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
+    """One problem as "key: what is wrong"; for an unknown key, the known ones it resembles."""
+    location = problem["loc"]
+    key = ".".join(str(step) for step in location) or "(whole file)"
+    if problem["type"] != "extra_forbidden":
+        return f"{key}: {problem['msg']} (got {str(problem['input'])[:80]!r})"
+    for step in location[:-1]:
+        if isinstance(step, str) and step in model.model_fields:
+            annotation = model.model_fields[step].annotation
+            parts = [annotation, *getattr(annotation, "__args__", ())]
+            model = next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), model)
+    meant = nearest(str(location[-1]), model.model_fields)
+    return f"{key}: unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
