@@ -1,0 +1,31 @@
+# `make demo` and `make test` are all that a fresh clone needs: python3 >= 3.11, make, and a package index.
+#
+#   PYTHON=python3.12 make test                 another interpreter
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+#                                               the small CPU build of torch where the default one carries CUDA
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test clean
+
+demo: $(STAMP)
+	$(BIN)/spmhub demo
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict spm_hub
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+# torch first and alone: it is the one large download, and a failure of it should say so by itself.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spm-hub needs Python 3.11 or newer; try: PYTHON=python3.12 make")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo
