@@ -18,10 +18,10 @@ def write_atomic(path: Path, data: Content) -> None:
 
 
 def write_together(files: Mapping[Path, Content]) -> None:
-    """Write several files that belong together, in the order given; content is bytes, or a function that writes to the open file.
+    """Write files that belong together, in the order given; content is bytes or a function that fills the open file.
 
-    Every file is complete and synced on disk before the first one is renamed into place, so a full disk or an error in a
-    content function leaves all old files as they were and no temporary file behind.
+    Every file is complete and synced on disk before the first one is renamed into place, so a full disk or an error in
+    a content function leaves all old files as they were and no temporary file behind.
 
     Raises RegistryError when the operating system refuses (no space, no permission, a folder in the way).
     """

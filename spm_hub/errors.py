@@ -1,11 +1,11 @@
-"""One hierarchy for everything that can go wrong on a user's side: what happened, the offending key, both values, and the command that mends it."""
+"""One hierarchy of errors: what happened, the offending key, both values, and the command that mends it."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class SpmHubError(Exception):
-    """Root of the hierarchy. `mend` is the command or step that puts it right; `exit_code` is what a command line ends with."""
+    """Root of the hierarchy; `mend` is the step that puts it right, `exit_code` what a command line ends with."""
 
     exit_code = 1
 

@@ -46,7 +46,7 @@ class LowRank:
         return self.down.nbytes + self.up.nbytes
 
     def check_fits(self, module_path: str, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Raise CompatibilityError unless this can be added to the `weight` and `bias` of the module at `module_path`."""
+        """Raise CompatibilityError unless this can be added to the `weight` and `bias` of the module `module_path`."""
         _check_shape(module_path, self.weight_shape, weight)
 
     def delta_for(self, weight: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class LowRank:
         return (self.up.float().flatten(1) @ self.down.float().flatten(1)).reshape(weight.shape)
 
     def add_to(self, total: Tensor, weight: Tensor, gamma: float) -> None:
-        """In place `total += gamma * delta_for(weight)`; `total` is float32, `weight` is the base's own, both of one shape."""
+        """In place `total += gamma * delta_for(weight)`: `total` float32, `weight` the base's own, of one shape."""
         total.add_(self.delta_for(weight), alpha=gamma)
 
     def add_to_bias(self, total: Tensor, bias: Tensor, gamma: float) -> None:
@@ -85,7 +85,9 @@ class Dense:
         if len(shape) not in (2, 4):
             raise CompatibilityError(f"not the change of a Linear or Conv2d weight: {shape}")
         if self.delta_bias is not None and tuple(self.delta_bias.shape) != shape[:1]:
-            raise CompatibilityError(f"delta {shape} and delta_bias {tuple(self.delta_bias.shape)} disagree on the outputs")
+            raise CompatibilityError(
+                f"delta {shape} and delta_bias {tuple(self.delta_bias.shape)} disagree on the outputs"
+            )
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -101,11 +103,11 @@ class Dense:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def check_fits(self, module_path: str, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Raise CompatibilityError unless this can be added to the `weight` and `bias` of the module at `module_path`."""
+        """Raise CompatibilityError unless this can be added to the `weight` and `bias` of the module `module_path`."""
         _check_shape(module_path, self.weight_shape, weight)
         if self.delta_bias is not None and bias is None:
             raise CompatibilityError(
-                f"{module_path}: the adapter changes a bias of shape {tuple(self.delta_bias.shape)}, the model's has none"
+                f"{module_path}: the adapter changes a bias {tuple(self.delta_bias.shape)}, the model's module has none"
             )
 
     def delta_for(self, weight: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ class Dense:
         return self.delta.float().reshape(weight.shape)
 
     def add_to(self, total: Tensor, weight: Tensor, gamma: float) -> None:
-        """In place `total += gamma * delta_for(weight)`; `total` is float32, `weight` is the base's own, both of one shape."""
+        """In place `total += gamma * delta_for(weight)`: `total` float32, `weight` the base's own, of one shape."""
         total.add_(self.delta_for(weight), alpha=gamma)
 
     def add_to_bias(self, total: Tensor, bias: Tensor, gamma: float) -> None:
@@ -123,7 +125,9 @@ class Dense:
 
     def tensors(self) -> dict[str, Tensor]:
         """The parts to be stored, by name."""
-        return {"delta": self.delta} if self.delta_bias is None else {"delta": self.delta, "delta_bias": self.delta_bias}
+        return (
+            {"delta": self.delta} if self.delta_bias is None else {"delta": self.delta, "delta_bias": self.delta_bias}
+        )
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Dense":
         """The same increment in another dtype or on another device."""
@@ -133,9 +137,9 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Neurons switched off: where `keep` is False the weight's rows (dim 0, with their bias) or columns (dim 1) become zero.
+    """Neurons switched off: where `keep` is False the rows (dim 0, with their bias) or columns (dim 1) become zero.
 
-    keep: bool, (out,) for dim 0 or (in,) for dim 1. Its delta is a function of the base weight (Minimalist concept erasure).
+    keep: bool, (out,) for dim 0 or (in,) for dim 1. Its delta is a function of the base weight (Minimalist erasure).
     """
 
     keep: Tensor
@@ -175,13 +179,15 @@ class Mask:
         return torch.where(columns, -weight.float(), weight.new_zeros((), dtype=torch.float32))
 
     def add_to(self, total: Tensor, weight: Tensor, gamma: float) -> None:
-        """In place `total += gamma * delta_for(weight)`; `total` is float32, `weight` is the base's own, both of one shape."""
+        """In place `total += gamma * delta_for(weight)`: `total` float32, `weight` the base's own, of one shape."""
         total.add_(self.delta_for(weight), alpha=gamma)
 
     def add_to_bias(self, total: Tensor, bias: Tensor, gamma: float) -> None:
         """In place `total -= gamma * bias` for the outputs switched off; `total` is float32, both (out,)."""
         if self.dim == 0:
-            total.add_(torch.where(self._off(bias), -bias.float(), bias.new_zeros((), dtype=torch.float32)), alpha=gamma)
+            total.add_(
+                torch.where(self._off(bias), -bias.float(), bias.new_zeros((), dtype=torch.float32)), alpha=gamma
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """The parts to be stored, by name."""
@@ -199,7 +205,7 @@ Increment = LowRank | Dense | Mask
 
 
 def _check_shape(module_path: str, ours: tuple[int, ...], weight: Tensor) -> None:
-    """A 1x1 convolution and a Linear of the same numbers are one thing (SD2 turned proj_in and proj_out into Linear)."""
+    """A 1x1 convolution and a Linear of the same numbers are one thing (SD2 made proj_in and proj_out Linear)."""
     theirs = tuple(weight.shape)
     if _without_unit_kernel(ours) != _without_unit_kernel(theirs):
         raise CompatibilityError(

@@ -23,7 +23,7 @@ class _Part(BaseModel):
 
 
 class Concept(_Part):
-    """What is erased. `aliases` are further names of it that the gate listens to; `surrogate` is what it turns into ("" for nothing)."""
+    """What is erased; `aliases` are its other names, to which the gate listens; `surrogate` is what it turns into."""
 
     target: NonBlank
     aliases: tuple[NonBlank, ...] = ()
@@ -53,13 +53,14 @@ class IncrementInfo(_Part):
 
 
 class Base(_Part):
-    """The model the adapter was trained on. `id` and `fingerprint` are "" when the file came from a program that did not say."""
+    """The model the adapter was trained on; `id` and `fingerprint` are "" for a file whose program did not say."""
 
     family: NonBlank
     id: str
     revision: str | None = None
     fingerprint: str = Field(
-        pattern=r"^([0-9a-f]{64})?$", description='sha256 over sorted "path:out,in[,kh,kw]\\n" lines of the changed modules'
+        pattern=r"^([0-9a-f]{64})?$",
+        description='sha256 over sorted "path:out,in[,kh,kw]\\n" lines of the changed modules',
     )
 
 

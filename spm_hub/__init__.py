@@ -1,0 +1,57 @@
+"""spm-hub: small, removable concept erasers for text-to-image models.
+
+The public door. Everything behind it is imported when first used, so that `import spm_hub` costs nothing and needs no torch.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spm_hub.adapter import Adapter
+    from spm_hub.attachment import Attachment
+    from spm_hub.manifest import Manifest
+    from spm_hub.training.recipe import Recipe
+
+__all__ = ["Adapter", "Manifest", "Recipe", "__version__", "attach", "load", "train"]
+
+_ROOMS = {"Adapter": "spm_hub.adapter", "Manifest": "spm_hub.manifest", "Recipe": "spm_hub.training.recipe"}
+
+
+def attach(
+    pipe: Any,
+    adapters: "str | Path | Adapter | Sequence[str | Path | Adapter]",
+    *,
+    registry: Path | None = None,
+    **options: Any,
+) -> "Attachment":
+    """Attach erasers to a diffusers pipeline, until `detach()` or the end of a `with` block.
+
+    `adapters` holds Adapters and references (a path, a name in a registry, or owner/name[@revision] on the Hugging Face
+    Hub), one or many; `options` are those of `spm_hub.attachment.attach`: gate, strength, rows, mode, memory_budget.
+    Raises SpmHubError, in which case the pipeline is as it was.
+    """
+    from spm_hub import attachment
+    from spm_hub.adapter import Adapter
+
+    several = [adapters] if isinstance(adapters, str | Path | Adapter) else adapters
+    loaded = [adapter if isinstance(adapter, Adapter) else load(adapter, registry=registry) for adapter in several]
+    return attachment.attach(pipe, loaded, **options)
+
+
+def load(reference: str | Path, *, registry: Path | None = None) -> "Adapter":
+    """The adapter behind a path, a name in a registry, or owner/name[@revision] on the Hugging Face Hub."""
+    from spm_hub.hub import registry as registries
+
+    return registries.load(str(reference), registry)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("spm-hub")
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'spm_hub' has no attribute {name!r}")
+    return getattr(import_module(_ROOMS[name]), name)

@@ -1,0 +1,166 @@
+"""An eraser: a manifest and the increments it speaks of, loaded from and saved to one safetensors file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import reduce
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from spm_hub import formats
+from spm_hub.atomic import Content, write_together
+from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError
+from spm_hub.formats import spm
+from spm_hub.formats.container import Header, encode, read_tensors
+from spm_hub.increments import Increment, LowRank
+from spm_hub.manifest import Base, Concept, IncrementInfo, Manifest, slug
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One eraser. `increments` maps the dotted path of a module inside the denoiser to what is added to it.
+
+    Files of other programs may know their modules only with . as _ (`formats.spm.flat`); models are matched by it.
+    `source` says where the adapter came from, for messages.
+    """
+
+    manifest: Manifest
+    increments: Mapping[str, Increment]
+    source: str = "memory"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "increments", MappingProxyType(dict(self.increments)))
+        stated, actual = self.manifest.increment, increment_info(self.increments)
+        if missing := sorted(set(stated.modules) ^ set(actual.modules)):
+            where = "manifest" if missing[0] in stated.modules else "increments"
+            raise ManifestError(
+                f"{self.source}: {missing[0]} is named by the {where} only ({len(missing)} such modules)"
+            )
+        for key in ("kind", "rank", "dtype"):
+            said, found = getattr(stated, key), getattr(actual, key)
+            if said != found:
+                raise ManifestError(
+                    f"{self.source}: increment.{key} is {said!r} in the manifest, the tensors say {found!r}"
+                )
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    def save(self, path: Path | str, manifest_path: Path | str | None = None) -> Manifest:
+        """Write the adapter, and the manifest beside it when `manifest_path` is given: both wholly, or neither.
+
+        Returns the manifest as it stands in that file, with name, size and sha256 of the adapter file.
+        The adapter file depends on increments and manifest alone: no clock, no path.
+        Raises AdapterFileError when a tensor is not finite, RegistryError when the files cannot be written.
+        """
+        path = Path(path)
+        for module, increment in self.increments.items():
+            for part, tensor in increment.tensors().items():
+                if not torch.isfinite(tensor).all():
+                    raise AdapterFileError(
+                        f"{self.name}: {part} of {module} is not finite, nothing was written",
+                        mend="train with a smaller learning rate",
+                    )
+        image = encode(spm.to_tensors(self.increments), spm.header_metadata(self.manifest))
+        about_file = {"file": path.name, "bytes": image.nbytes, "sha256": image.sha256}
+        written = self.manifest.model_copy(
+            update={
+                "increment": self.manifest.increment.model_copy(update=about_file),
+                "created": self.manifest.created or datetime.now(UTC).replace(microsecond=0),
+            }
+        )
+        files: dict[Path, Content] = {path: image.write_to}
+        if manifest_path is not None:
+            files[Path(manifest_path)] = written.to_json().encode()
+        write_together(files)
+        return written
+
+
+def load_file(path: Path | str, manifest_path: Path | str | None = None) -> Adapter:
+    """Load an adapter file, checked against `manifest_path` where one is given, and against the hashes in its header.
+
+    A file of another program gets a manifest made from its header, its name and its tensors.
+    Raises AdapterFileError (truncated, altered, not finite, unknown layout), ManifestError, NotFoundError.
+    """
+    path = Path(path)
+    sidecar = None if manifest_path is None else read_manifest(Path(manifest_path))
+    header, tensors, sha256 = read_tensors(path)
+    if sidecar is not None and sidecar.increment.sha256 != sha256:
+        raise AdapterFileError(
+            f"{path} is not the file that {manifest_path} describes: increment.sha256 is {sidecar.increment.sha256}, "
+            f"the file's is {sha256}",
+            mend="fetch or train the adapter again",
+        )
+    increments = formats.read_increments(path, tensors)
+    embedded = header.metadata.get(spm.MANIFEST_KEY)
+    if sidecar is not None:
+        manifest = sidecar
+    elif embedded is not None:
+        manifest = Manifest.from_json(embedded, source=f"{path} ({spm.MANIFEST_KEY})")
+    else:
+        manifest = _manifest_of_foreign(path, header, increments)
+    dotted = {spm.flat(module): module for module in manifest.increment.modules}
+    named = {dotted.get(spm.flat(module), module): increment for module, increment in increments.items()}
+    return Adapter(manifest, named, str(path))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in a file of its own. Raises ManifestError, or NotFoundError when there is no such file."""
+    try:
+        return Manifest.from_json(path.read_bytes(), source=path)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path}: no such manifest", mend="spmhub list") from error
+    except OSError as error:
+        raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {path}") from error
+
+
+def increment_info(increments: Mapping[str, Increment]) -> IncrementInfo:
+    """What a manifest says about these increments. Raises AdapterFileError when there are none, or several kinds."""
+    kinds = sorted({increment.kind for increment in increments.values()})
+    if len(kinds) != 1:
+        raise AdapterFileError(f"an adapter holds increments of one kind, not of {' and '.join(kinds) or 'none'}")
+    dtype = reduce(torch.promote_types, (increment.dtype for increment in increments.values()))
+    ranks = [increment.rank for increment in increments.values() if isinstance(increment, LowRank)]
+    return IncrementInfo(
+        kind=kinds[0],
+        rank=max(ranks, default=None),
+        dtype=str(dtype).removeprefix("torch."),
+        modules=tuple(sorted(increments)),
+    )
+
+
+def _manifest_of_foreign(path: Path, header: Header, increments: Mapping[str, Increment]) -> Manifest:
+    """A manifest for a file that brings none: SPM's legacy `prompts` or the file's name say what it erases."""
+    # SPM joins several targets with commas; they are names of one eraser, so the gate listens to each.
+    prompts = [prompt.strip() for prompt in header.metadata.get("prompts", "").split(",") if prompt.strip()] or [
+        path.stem
+    ]
+    return Manifest(
+        name=slug(path.stem),
+        concept=Concept(target=prompts[0], aliases=tuple(prompts[1:])),
+        increment=increment_info(increments),
+        base=Base(family=_family_of(increments), id="", fingerprint=""),
+        recipe={},
+        licence=header.metadata.get("modelspec.license", "unknown"),
+        author=header.metadata.get("modelspec.author", ""),
+    )
+
+
+def _family_of(increments: Mapping[str, Increment]) -> str:
+    """The model family, from names and widths alone: other programs' headers are absent as often as wrong."""
+    modules = {spm.flat(module): increment for module, increment in increments.items()}
+    if any(module.startswith("single_transformer_blocks_") for module in modules):
+        return "flux"
+    if any(module.startswith("transformer_blocks_") for module in modules):
+        return "sd3"
+    if any("_transformer_blocks_1_" in module for module in modules):
+        return "sdxl"
+    text_widths = {
+        increment.weight_shape[1]
+        for module, increment in modules.items()
+        if module.endswith(("attn2_to_k", "attn2_to_v")) and increment.weight_shape is not None
+    }
+    return {1024: "sd2", 2048: "sdxl"}.get(max(text_widths, default=768), "sd1")

@@ -1,0 +1,267 @@
+"""The safetensors container: a header checked before anything is allocated, hashes, reproducible writing."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Never
+
+from spm_hub.errors import AdapterFileError, NotFoundError, RegistryError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER_BYTES = 32 * 2**20
+"""Far above any adapter's header (SDXL at all layers: 0.4 MB), far below what would hurt to parse."""
+
+PAYLOAD_HASH_KEY = "modelspec.hash_sha256"
+HEADER_HASH_KEY = "spmhub.header_sha256"
+
+_BYTES_OF = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+_ASK = "ask its author for a safetensors file"
+_OTHER_FILES = {
+    b"version https://git-lfs": ("it is a Git LFS pointer, not the adapter itself", "git lfs pull"),
+    b"PK\x03\x04": ("it is a zip archive (a PyTorch pickle?); pickles can run code and are never loaded", _ASK),
+    b"\x80": ("it is a pickle; pickles can run code and are never loaded", _ASK),
+}
+_NAME_OF = {
+    "torch.bool": "BOOL",
+    "torch.uint8": "U8",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.float32": "F32",
+    "torch.float64": "F64",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as the header describes it; `start` and `end` count bytes from the beginning of the payload."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says before its tensors."""
+
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+    size: int
+    """Bytes of the JSON text; the payload begins 8 bytes after them."""
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of `path`, without torch and without touching the tensors.
+
+    Raises AdapterFileError when the file is no safetensors file or truncated, or its header contradicts itself or the
+    file's size.
+    """
+    with _open(path) as file:
+        return _parse_header(path, file, os.fstat(file.fileno()).st_size)
+
+
+def read_tensors(path: Path) -> tuple[Header, dict[str, "Tensor"], str]:
+    """Read a whole file: its header, its tensors by key, and the sha256 of all its bytes.
+
+    Verifies the hashes in the header, where there are any, and that every number is finite.
+    Raises AdapterFileError naming the offending key.
+    """
+    import safetensors.torch
+    import torch
+
+    with _open(path) as file:
+        header = _parse_header(path, file, os.fstat(file.fileno()).st_size)
+        file.seek(0)
+        data = file.read()
+    payload = memoryview(data)[8 + header.size :]
+    _verify_hashes(path, header, payload)
+    tensors = safetensors.torch.load(data)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+            _refuse(path, f"{key} holds {bad} of {tensor.numel()} numbers that are NaN or infinite")
+    return header, tensors, hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True)
+class Image:
+    """A file to be written: its bytes depend on tensors and metadata only, not on order, clock or process."""
+
+    head: bytes
+    tensors: tuple["Tensor", ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.head) + sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def sha256(self) -> str:
+        """Of the whole file."""
+        return _digest(self._chunks())
+
+    def write_to(self, file: BinaryIO) -> None:
+        for chunk in self._chunks():
+            file.write(chunk)
+
+    def _chunks(self) -> Iterator[memoryview]:
+        yield memoryview(self.head)
+        yield from map(_bytes_of, self.tensors)
+
+
+def encode(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> Image:
+    """Lay out a safetensors file; adds the hash of the payload and that of the header to `metadata`."""
+    # Widest first keeps every tensor aligned to its own width; then by name, so that the order is the content's alone.
+    keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    payload = tuple(tensors[key].detach().cpu().contiguous() for key in keys)
+    described: dict[str, Any] = {}
+    position = 0
+    for key, tensor in zip(keys, payload, strict=True):
+        end = position + tensor.nbytes
+        described[key] = {
+            "dtype": _NAME_OF[str(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    # 0x is how modelspec 1.0.1 writes a hash.
+    described["__metadata__"] = {**metadata, PAYLOAD_HASH_KEY: "0x" + _digest(map(_bytes_of, payload))}
+    described["__metadata__"][HEADER_HASH_KEY] = _header_digest(described)
+    text = json.dumps(described, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return Image(len(text).to_bytes(8, "little") + text, payload)
+
+
+def _bytes_of(tensor: "Tensor") -> memoryview:
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _digest(chunks: Iterator[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _header_digest(described: Mapping[str, Any]) -> str:
+    """sha256 of the header less this hash itself: modelspec's does not cover names, shapes and the manifest."""
+    metadata = {key: value for key, value in described["__metadata__"].items() if key != HEADER_HASH_KEY}
+    canonical = json.dumps({**described, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.exists() and not path.is_file():
+        _refuse(path, "it is not a file")
+    try:
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path}: no such file", mend="spmhub list") from error
+    except OSError as error:
+        raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {path}") from error
+
+
+def _parse_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
+    """Every length is compared with the file's before it is believed: nothing is allocated on a header's word."""
+    start = file.read(32)
+    if file_bytes < 8:
+        _refuse(path, f"it ends after {file_bytes} bytes, before the length of its header")
+    size = int.from_bytes(start[:8], "little")
+    if size > file_bytes - 8:
+        # Only now: the length of an honest header may begin with the same bytes as a pickle.
+        for magic, (what, mend) in _OTHER_FILES.items():
+            if start.startswith(magic):
+                _refuse(path, what, mend)
+        _refuse(path, f"its header claims {size} bytes, the file has {file_bytes - 8} after the length")
+    if size > MAX_HEADER_BYTES:
+        _refuse(path, f"its header claims {size} bytes, no adapter needs more than {MAX_HEADER_BYTES}")
+    file.seek(8)
+    try:
+        described = json.loads(file.read(size), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        _refuse(path, f"its header is not JSON: {error}")
+    if not isinstance(described, dict):
+        _refuse(path, "its header is not a JSON object")
+    metadata = described.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _refuse(path, "__metadata__ in its header is not a map of strings")
+    entries = {key: _parse_entry(path, key, entry) for key, entry in described.items()}
+    _check_layout(path, entries, file_bytes - 8 - size)
+    return Header(metadata, entries, size)
+
+
+def _parse_entry(path: Path, key: str, entry: Any) -> Entry:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        _refuse(path, f"{key}: not a tensor's entry of dtype, shape and data_offsets: {str(entry)[:120]}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BYTES_OF:
+        _refuse(path, f"{key}: unknown dtype {str(dtype)[:120]!r}")
+    for field, numbers, length in (("shape", shape, range(9)), ("data_offsets", offsets, range(2, 3))):
+        if not (isinstance(numbers, list) and len(numbers) in length and all(map(_is_count, numbers))):
+            _refuse(path, f"{key}: {field} is {str(numbers)[:120]}")
+    needed = math.prod(shape) * _BYTES_OF[dtype]
+    if needed != offsets[1] - offsets[0]:
+        _refuse(
+            path, f"{key}: {dtype} {shape} needs {needed} bytes, its offsets {offsets} hold {offsets[1] - offsets[0]}"
+        )
+    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _is_count(number: object) -> bool:
+    # Not isinstance: True is an int too. 2**63 bounds the arithmetic that follows, whatever the header claims.
+    return type(number) is int and 0 <= number < 2**63
+
+
+def _check_layout(path: Path, entries: Mapping[str, Entry], payload_bytes: int) -> None:
+    """The tensors must cover the payload from end to end, without overlap or gap."""
+    position, before = 0, "the header"
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != position:
+            what = "overlaps" if entry.start < position else "leaves a gap after"
+            _refuse(path, f"{key} begins at byte {entry.start} and {what} {before}, which ends at {position}")
+        position, before = entry.end, key
+    if position != payload_bytes:
+        what = "truncated" if position > payload_bytes else "followed by foreign bytes"
+        _refuse(path, f"it is {what}: its tensors end at byte {position}, the file has {payload_bytes} bytes for them")
+
+
+def _verify_hashes(path: Path, header: Header, payload: memoryview) -> None:
+    stored = header.metadata.get(PAYLOAD_HASH_KEY, "").removeprefix("0x")
+    if stored and stored != (actual := hashlib.sha256(payload).hexdigest()):
+        _refuse(path, f"its tensors were altered: {PAYLOAD_HASH_KEY} is {stored}, their sha256 is {actual}")
+    if any(key.startswith("spmhub.") for key in header.metadata):
+        described: dict[str, Any] = {"__metadata__": dict(header.metadata)}
+        for key, entry in header.entries.items():
+            described[key] = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [entry.start, entry.end],
+            }
+        stored, actual = header.metadata.get(HEADER_HASH_KEY, "absent"), _header_digest(described)
+        if stored != actual:
+            _refuse(path, f"its header was altered: {HEADER_HASH_KEY} is {stored}, its sha256 is {actual}")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return result
+
+
+def _refuse(path: Path, what: str, mend: str = "fetch or train the adapter again") -> Never:
+    raise AdapterFileError(f"{path}: {what}", mend=mend)

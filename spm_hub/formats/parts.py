@@ -1,0 +1,75 @@
+"""From tensors under file keys to increments: every layout only says which part of which module a key holds."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from spm_hub.errors import AdapterFileError, CompatibilityError
+from spm_hub.increments import Dense, Increment, LowRank, Mask
+
+Part = Literal["down", "up", "alpha", "delta", "delta_bias", "keep_out", "keep_in"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor belongs: `module` is the dotted path in the denoiser, or that with . as _ where it is flattened."""
+
+    module: str
+    part: Part
+
+
+KeyParser = Callable[[str], Slot | None]
+"""A layout's reading side: the slot of a key, or None when the key is not of this layout."""
+
+
+def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:
+    """One module's increment from its parts. Raises AdapterFileError naming the module and what is missing or wrong."""
+    try:
+        match sorted(parts):
+            case ["down", "up"]:
+                return LowRank(_floating(parts["down"]), _floating(parts["up"]))
+            case ["alpha", "down", "up"]:
+                return _scaled(LowRank(_floating(parts["down"]), _floating(parts["up"])), parts["alpha"])
+            case ["delta"] | ["delta", "delta_bias"]:
+                bias = parts.get("delta_bias")
+                return Dense(_floating(parts["delta"]), None if bias is None else _floating(bias))
+            case ["keep_out"]:
+                return Mask(_switches(parts["keep_out"]), 0)
+            case ["keep_in"]:
+                return Mask(_switches(parts["keep_in"]), 1)
+            case names:
+                raise CompatibilityError(
+                    f"{' + '.join(names)} is no increment: it takes down + up, delta, keep_out or keep_in"
+                )
+    except CompatibilityError as error:
+        raise AdapterFileError(f"{module}: {error.message}", mend="fetch or train the adapter again") from error
+
+
+def _floating(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        raise CompatibilityError(f"{tensor.dtype} is not a dtype of increments (float16, bfloat16, float32, float64)")
+    return tensor
+
+
+def _switches(tensor: Tensor) -> Tensor:
+    if tensor.dtype not in (torch.uint8, torch.bool) or bool((tensor > 1).any()):
+        raise CompatibilityError("a mask holds zeros and ones as uint8")
+    return tensor.bool()
+
+
+def _scaled(increment: LowRank, alpha: Tensor) -> LowRank:
+    """Fold alpha / rank into `up`; where that would round, the increment becomes float32 rather than another one."""
+    if alpha.numel() != 1 or not torch.isfinite(alpha).all() or float(alpha) == 0.0:
+        raise CompatibilityError(f"alpha must be one finite number other than 0, not {alpha.tolist()}")
+    scale = float(alpha) / increment.rank
+    if scale == 1.0:
+        return increment
+    exact = increment.up.double() * scale
+    up = exact.to(increment.up.dtype)
+    if torch.equal(up.double(), exact):
+        return LowRank(increment.down, up)
+    wide = torch.promote_types(increment.dtype, torch.float32)
+    return cast(LowRank, LowRank(increment.down, exact).to(dtype=wide))

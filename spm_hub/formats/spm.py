@@ -1,0 +1,125 @@
+"""The layout adapters are written in: SPM's own kohya keys for U-Nets, diffusers' dotted keys for transformers.
+
+Both load in plain diffusers; the first also in A1111, ComfyUI and InvokeAI. alpha is the rank, one value for the whole
+file, because some of them ignore any other.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from spm_hub.formats.parts import Part, Slot
+from spm_hub.increments import Increment, LowRank, Mask
+from spm_hub.manifest import Manifest
+
+MANIFEST_KEY = "spmhub.manifest"
+"""Header key of the manifest inside the file."""
+
+_PARTS: dict[str, Part] = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "alpha": "alpha",
+    "diff": "delta",
+    "diff_b": "delta_bias",
+    "keep_out": "keep_out",
+    "keep_in": "keep_in",
+}
+# In the wild the prefix is sometimes doubled and the last dot sometimes flattened too.
+_KOHYA = re.compile(
+    r"lora_unet_(?:unet_)?(?P<module>\w+?)"
+    r"(?:\.(?P<part>lora_down\.weight|lora_up\.weight|alpha|diff|diff_b|keep_out|keep_in)|_(?P<flat>lora_(?:down|up)\.weight))"
+)
+_TRANSFORMER = re.compile(
+    r"transformer\.(?P<module>[\w.]+?)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha|diff|diff_b|keep_out|keep_in)"
+)
+_UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+
+# family -> (modelspec architecture, kohya's base model version). A1111 takes any other non-empty header for SD1.
+_ARCHITECTURES = {
+    "sd1": ("stable-diffusion-v1", "sd_v1"),
+    "sd2": ("stable-diffusion-v2", "sd_v2"),
+    "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    "sd3": ("stable-diffusion-v3", "sd3"),
+    "flux": ("flux-1", "flux1"),
+}
+
+
+def flat(path: str) -> str:
+    """A module path as kohya's keys hold it, with . as _."""
+    return path.replace(".", "_")
+
+
+def parse_key(key: str) -> Slot | None:
+    """The slot of a key in either spelling of this layout."""
+    match = _KOHYA.fullmatch(key) or _TRANSFORMER.fullmatch(key)
+    if match is None:
+        return None
+    found = match.groupdict()
+    return Slot(found["module"], _PARTS[found["part"] or found["flat"]])
+
+
+def to_tensors(increments: Mapping[str, Increment]) -> dict[str, Tensor]:
+    """The tensors of a file, by key. Increments of lower rank are padded with zeros to the highest: same products."""
+    ranks = [increment.rank for increment in increments.values() if isinstance(increment, LowRank)]
+    kohya = any(path.startswith(_UNET_BLOCKS) for path in increments)
+    tensors: dict[str, Tensor] = {}
+    for path, increment in increments.items():
+        module = f"lora_unet_{flat(path)}" if kohya else f"transformer.{path}"
+        match increment:
+            case LowRank():
+                down, up = _padded(increment, max(ranks))
+                tensors[f"{module}.{'lora_down' if kohya else 'lora_A'}.weight"] = down
+                tensors[f"{module}.{'lora_up' if kohya else 'lora_B'}.weight"] = up
+                if kohya:
+                    tensors[f"{module}.alpha"] = torch.tensor(float(max(ranks)), dtype=up.dtype)
+            case Mask():
+                tensors[f"{module}.{'keep_out' if increment.dim == 0 else 'keep_in'}"] = increment.keep.to(torch.uint8)
+            case _:
+                tensors[f"{module}.diff"] = increment.delta
+                if increment.delta_bias is not None:
+                    tensors[f"{module}.diff_b"] = increment.delta_bias
+    return tensors
+
+
+def header_metadata(manifest: Manifest) -> dict[str, str]:
+    """The header of a file: kohya's minimum, modelspec 1.0.1, SPM's legacy keys, the manifest; never a date."""
+    info, concept = manifest.increment, manifest.concept
+    architecture, version = _ARCHITECTURES.get(manifest.base.family, (manifest.base.family, manifest.base.family))
+    algorithm = {"low_rank": "lora", "dense": "full", "mask": "mask"}[info.kind]
+    metadata = {
+        "ss_v2": str(manifest.base.family == "sd2"),
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora" if info.kind == "low_rank" else "lycoris.kohya",
+        "ss_network_args": json.dumps({} if info.kind == "low_rank" else {"algo": algorithm}),
+        "ss_output_name": manifest.name,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/{algorithm}",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": manifest.name,
+        "modelspec.description": f"Erases {concept.target} (spm-hub)",
+        "modelspec.author": manifest.author,
+        "modelspec.license": manifest.licence,
+        "modelspec.tags": "spmhub, concept-erasure",
+        "prompts": ",".join((concept.target, *concept.aliases)),
+        MANIFEST_KEY: manifest.to_embedded_json(),
+    }
+    if info.rank is not None:
+        rank = {"ss_network_dim": str(info.rank), "ss_network_alpha": str(float(info.rank))}
+        metadata |= rank | {"rank": str(info.rank), "alpha": str(float(info.rank))}
+    return metadata
+
+
+def _padded(increment: LowRank, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - increment.rank
+    if missing == 0:
+        return increment.down, increment.up
+    down, up = increment.down, increment.up
+    return (
+        torch.cat([down, down.new_zeros(missing, *down.shape[1:])]),
+        torch.cat([up, up.new_zeros(up.shape[0], missing, *up.shape[2:])], dim=1),
+    )

@@ -1,0 +1,1 @@
+"""Where erasers are kept and found: registries on disk, and the Hugging Face Hub."""
