@@ -1,12 +1,14 @@
 """spm-hub: small, removable concept erasers for text-to-image models.
 
-The public door. Everything behind it is imported when first used, so that `import spm_hub` costs nothing and needs no torch.
+The public door. What is behind it is imported when first used: `import spm_hub` costs nothing and needs no torch.
 """
 
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from spm_hub.errors import UsageError
 
 if TYPE_CHECKING:
     from spm_hub.adapter import Adapter
@@ -45,6 +47,26 @@ def load(reference: str | Path, *, registry: Path | None = None) -> "Adapter":
     from spm_hub.hub import registry as registries
 
     return registries.load(str(reference), registry)
+
+
+def train(
+    concept: "str | Recipe", *, model: str | None = None, method: str | None = None, **overrides: Any
+) -> "Adapter":
+    """Train an eraser of `concept`, or of the concept of a whole Recipe, and return it; nothing is written.
+
+    `model`, `method` and `overrides` are keys of the recipe, over its defaults (the sketchbook, SPM) or over the
+    given one. Raises UsageError for a blank concept, RecipeError for an unknown key or an impossible value.
+    """
+    from spm_hub import training
+    from spm_hub.models import load_pipeline
+    from spm_hub.training.recipe import Recipe
+
+    if isinstance(concept, str) and not concept.strip():
+        raise UsageError("the concept is empty", mend='name what to erase, for instance: spm_hub.train("van gogh")')
+    given: dict[str, Any] = {"target": concept} if isinstance(concept, str) else concept.model_dump(mode="json")
+    chosen = {key: value for key, value in (("model", model), ("method", method)) if value is not None}
+    recipe = Recipe.make(**{**given, **chosen, **overrides})
+    return training.train(recipe, pipe=load_pipeline(recipe.model))
 
 
 def __getattr__(name: str) -> Any:

@@ -9,11 +9,11 @@ from types import MappingProxyType
 
 import torch
 
-from spm_hub import formats
 from spm_hub.atomic import Content, write_together
-from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError
+from spm_hub.errors import AdapterFileError, ManifestError
 from spm_hub.formats import spm
-from spm_hub.formats.container import Header, encode, read_tensors
+from spm_hub.formats.container import MANIFEST_KEY, Header, encode, read_tensors
+from spm_hub.formats.layouts import read_increments
 from spm_hub.increments import Increment, LowRank
 from spm_hub.manifest import Base, Concept, IncrementInfo, Manifest, slug
 
@@ -86,7 +86,7 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None) -> Adap
     Raises AdapterFileError (truncated, altered, not finite, unknown layout), ManifestError, NotFoundError.
     """
     path = Path(path)
-    sidecar = None if manifest_path is None else read_manifest(Path(manifest_path))
+    sidecar = None if manifest_path is None else Manifest.read(Path(manifest_path))
     header, tensors, sha256 = read_tensors(path)
     if sidecar is not None and sidecar.increment.sha256 != sha256:
         raise AdapterFileError(
@@ -94,27 +94,17 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None) -> Adap
             f"the file's is {sha256}",
             mend="fetch or train the adapter again",
         )
-    increments = formats.read_increments(path, tensors)
-    embedded = header.metadata.get(spm.MANIFEST_KEY)
+    increments = read_increments(path, tensors)
+    embedded = header.metadata.get(MANIFEST_KEY)
     if sidecar is not None:
         manifest = sidecar
     elif embedded is not None:
-        manifest = Manifest.from_json(embedded, source=f"{path} ({spm.MANIFEST_KEY})")
+        manifest = Manifest.from_json(embedded, source=f"{path} ({MANIFEST_KEY})")
     else:
         manifest = _manifest_of_foreign(path, header, increments)
     dotted = {spm.flat(module): module for module in manifest.increment.modules}
     named = {dotted.get(spm.flat(module), module): increment for module, increment in increments.items()}
     return Adapter(manifest, named, str(path))
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest in a file of its own. Raises ManifestError, or NotFoundError when there is no such file."""
-    try:
-        return Manifest.from_json(path.read_bytes(), source=path)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{path}: no such manifest", mend="spmhub list") from error
-    except OSError as error:
-        raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {path}") from error
 
 
 def increment_info(increments: Mapping[str, Increment]) -> IncrementInfo:

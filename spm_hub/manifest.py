@@ -5,11 +5,12 @@ import json
 import re
 import unicodedata
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, model_validator
 
-from spm_hub.errors import ManifestError, UsageError, nearest
+from spm_hub.errors import ManifestError, NotFoundError, RegistryError, UsageError, nearest
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -110,7 +111,7 @@ class Manifest(_Part):
 
         The same seed therefore gives the identical file, whenever it is trained and however it is evaluated.
         """
-        omitted = {"created": True, "evaluation": True, "increment": {"file", "bytes", "sha256"}}
+        omitted: dict[str, Any] = {"created": True, "evaluation": True, "increment": {"file", "bytes", "sha256"}}
         return json.dumps(self.model_dump(mode="json", exclude=omitted), sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -124,6 +125,16 @@ class Manifest(_Part):
                 f"{source} is not a valid manifest:\n{problems}",
                 mend="compare it with manifests/schema.json, or fetch the adapter again",
             ) from error
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """The manifest in a file of its own. Raises ManifestError, NotFoundError, or RegistryError when unreadable."""
+        try:
+            return cls.from_json(path.read_bytes(), source=path)
+        except FileNotFoundError as error:
+            raise NotFoundError(f"{path}: no such manifest", mend="spmhub list") from error
+        except OSError as error:
+            raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {path}") from error
 
     @classmethod
     def json_schema(cls) -> str:

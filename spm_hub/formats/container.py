@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 32 * 2**20
 """Far above any adapter's header (SDXL at all layers: 0.4 MB), far below what would hurt to parse."""
 
+MANIFEST_KEY = "spmhub.manifest"
 PAYLOAD_HASH_KEY = "modelspec.hash_sha256"
 HEADER_HASH_KEY = "spmhub.header_sha256"
 
@@ -146,7 +147,7 @@ def encode(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> Imag
 def _bytes_of(tensor: "Tensor") -> memoryview:
     import torch
 
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(chunks: Iterator[memoryview]) -> str:
@@ -242,7 +243,8 @@ def _verify_hashes(path: Path, header: Header, payload: memoryview) -> None:
     stored = header.metadata.get(PAYLOAD_HASH_KEY, "").removeprefix("0x")
     if stored and stored != (actual := hashlib.sha256(payload).hexdigest()):
         _refuse(path, f"its tensors were altered: {PAYLOAD_HASH_KEY} is {stored}, their sha256 is {actual}")
-    if any(key.startswith("spmhub.") for key in header.metadata):
+    # Our own files always carry both; should a flipped bit have renamed one of the keys, the other still betrays it.
+    if MANIFEST_KEY in header.metadata or HEADER_HASH_KEY in header.metadata:
         described: dict[str, Any] = {"__metadata__": dict(header.metadata)}
         for key, entry in header.entries.items():
             described[key] = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ Part = Literal["down", "up", "alpha", "delta", "delta_bias", "keep_out", "keep_i
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor belongs: `module` is the dotted path in the denoiser, or that with . as _ where it is flattened."""
+    """Where a tensor belongs: `module` is the dotted path in the denoiser, or that path with . as _ ."""
 
     module: str
     part: Part
@@ -72,4 +72,4 @@ def _scaled(increment: LowRank, alpha: Tensor) -> LowRank:
     if torch.equal(up.double(), exact):
         return LowRank(increment.down, up)
     wide = torch.promote_types(increment.dtype, torch.float32)
-    return cast(LowRank, LowRank(increment.down, exact).to(dtype=wide))
+    return LowRank(increment.down, exact).to(dtype=wide)

@@ -11,12 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from spm_hub.formats.container import MANIFEST_KEY
 from spm_hub.formats.parts import Part, Slot
 from spm_hub.increments import Increment, LowRank, Mask
 from spm_hub.manifest import Manifest
-
-MANIFEST_KEY = "spmhub.manifest"
-"""Header key of the manifest inside the file."""
 
 _PARTS: dict[str, Part] = {
     "lora_down.weight": "down",

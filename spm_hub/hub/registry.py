@@ -1,0 +1,246 @@
+"""A registry is a folder with adapters/<name>.safetensors and manifests/<name>.json; a reference is looked up in several.
+
+Listing and resolving read no tensors and import no torch.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import platformdirs
+
+from spm_hub.errors import ManifestError, NotFoundError, RegistryError, SpmHubError, UsageError, nearest
+from spm_hub.manifest import Manifest
+
+if TYPE_CHECKING:
+    from spm_hub.adapter import Adapter
+
+REGISTRY_VARIABLE = "SPMHUB_REGISTRY"
+"""Environment variable that names a registry where no --registry is given."""
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+"""The adapter in a repository of the Hub, as diffusers looks for it; its manifest stands beside it."""
+MANIFEST_NAME = "manifest.json"
+
+_ADAPTERS, _MANIFESTS = "adapters", "manifests"
+_SUFFIX = ".safetensors"
+# manifests/schema.json is the JSON Schema of manifests.
+_RESERVED = frozenset({"schema"})
+_HUB_REFERENCE = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter that can be loaded; `manifest_path` is None for a file that came alone."""
+
+    name: str
+    adapter_path: Path
+    manifest_path: Path | None
+
+    def read_manifest(self) -> Manifest:
+        """The manifest, from beside the file or from inside it, without reading tensors.
+
+        Only a file of another program, which has neither, is loaded to be described.
+        """
+        from spm_hub.formats.container import MANIFEST_KEY, read_header
+
+        if self.manifest_path is not None:
+            return self._checked(Manifest.read(self.manifest_path))
+        embedded = read_header(self.adapter_path).metadata.get(MANIFEST_KEY)
+        if embedded is not None:
+            return Manifest.from_json(embedded, source=self.adapter_path)
+        return self.load().manifest
+
+    def load(self) -> "Adapter":
+        """The adapter itself, verified against its manifest."""
+        from spm_hub.adapter import load_file
+
+        adapter = load_file(self.adapter_path, self.manifest_path)
+        self._checked(adapter.manifest)
+        return adapter
+
+    def _checked(self, manifest: Manifest) -> Manifest:
+        """Files renamed by hand would be listed under one name and gated under another."""
+        if self.manifest_path is not None and self.manifest_path.stem == self.name != manifest.name:
+            raise ManifestError(
+                f"{self.manifest_path}: name is {manifest.name!r}, the file's is {self.name!r}",
+                mend=f"rename it and {self.adapter_path} to {manifest.name}, or change the name inside",
+            )
+        return manifest
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The erasers kept under one folder."""
+
+    root: Path
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Everything in the registry, by name; none where the folder does not exist yet."""
+        try:
+            files = sorted((self.root / _ADAPTERS).glob(f"*{_SUFFIX}"))
+        except OSError as error:
+            raise RegistryError(f"cannot read {self.root}: {error.strerror}", mend=f"chmod u+rx {self.root}") from error
+        return tuple(_entry_of(file) for file in files)
+
+    def get(self, reference: str) -> Entry:
+        """The entry of that name, or else the only one that erases the concept of that name.
+
+        Raises NotFoundError with the nearest names; UsageError when several erase the concept.
+        """
+        entries = self.entries()
+        for entry in entries:
+            if entry.name == reference:
+                return entry
+        found = [entry for entry in entries if _erases(entry, reference)]
+        if len(found) > 1:
+            raise _ambiguous(reference, (f"{entry.name} ({entry.adapter_path})" for entry in found))
+        if not found:
+            raise _unknown(reference, [entry.name for entry in entries], f"in {self.root}")
+        return found[0]
+
+    def add(self, adapter: "Adapter", *, replace: bool = False) -> Entry:
+        """Keep an adapter under its name: file and manifest, both or neither.
+
+        Raises RegistryError when the folder cannot be written, or holds that name already and `replace` is not set.
+        """
+        entry = Entry(
+            adapter.name,
+            self.root / _ADAPTERS / f"{adapter.name}{_SUFFIX}",
+            self.root / _MANIFESTS / f"{adapter.name}.json",
+        )
+        if adapter.name in _RESERVED:
+            raise RegistryError(f"{adapter.name!r} is a reserved name: {entry.manifest_path} is something else")
+        if entry.adapter_path.exists() and not replace:
+            raise RegistryError(
+                f"{self.root} already holds an eraser named {adapter.name!r}",
+                mend=f"name this one differently, or remove {entry.adapter_path} first",
+            )
+        adapter.save(entry.adapter_path, entry.manifest_path)
+        return entry
+
+    def remove(self, name: str) -> None:
+        """Delete an adapter and its manifest. Raises NotFoundError, or RegistryError when they cannot be deleted."""
+        entry = next((entry for entry in self.entries() if entry.name == name), None)
+        if entry is None:
+            raise _unknown(name, [known.name for known in self.entries()], f"in {self.root}")
+        try:
+            entry.adapter_path.unlink()
+            if entry.manifest_path is not None:
+                entry.manifest_path.unlink()
+        except OSError as error:
+            raise RegistryError(
+                f"cannot remove {error.filename}: {error.strerror}", mend=f"chmod u+w {self.root / _ADAPTERS}"
+            ) from error
+
+
+def user_registry() -> Registry:
+    """The user's own, in the platform's data folder."""
+    return Registry(platformdirs.user_data_path("spm-hub", appauthor=False))
+
+
+def registries(registry: Path | None = None) -> tuple[Registry, ...]:
+    """Where names are looked up, in this order: `registry` or SPMHUB_REGISTRY, the working folder, the user's own.
+
+    Raises RegistryError when the one that was asked for does not exist.
+    """
+    roots = [user_registry().root]
+    here = Path.cwd()
+    if (here / _ADAPTERS).is_dir() and (here / _MANIFESTS).is_dir():
+        roots.insert(0, here)
+    asked = registry or (Path(named) if (named := os.environ.get(REGISTRY_VARIABLE)) else None)
+    if asked is not None:
+        if not asked.is_dir():
+            raise RegistryError(f"the registry {asked} does not exist", mend=f"mkdir -p {asked / _ADAPTERS}")
+        roots.insert(0, asked)
+    return tuple(map(Registry, roots))
+
+
+def resolve(reference: str, registry: Path | None = None) -> Entry:
+    """Find what a reference names: a path, a name or concept in a registry, or owner/name[@revision] on the Hub.
+
+    Raises UsageError when it could be several things, NotFoundError with the nearest names when it is none,
+    NetworkError when the Hub is needed and cannot be reached.
+    """
+    if not reference.strip():
+        raise UsageError("the reference to an adapter is empty", mend="spmhub list")
+    path = Path(reference).expanduser()
+    looks_like_path = path.suffix == _SUFFIX or path.is_absolute() or reference.startswith(("./", "../", "~"))
+    if looks_like_path or ("/" in reference and path.exists()):
+        return _entry_at(path)
+    if match := _HUB_REFERENCE.fullmatch(reference):
+        from spm_hub.hub.remote import download
+
+        return download(match["repo"], match["revision"])
+    known = registries(registry)
+    hit, names = None, []
+    for place in known:
+        try:
+            hit = place.get(reference)
+            break
+        except NotFoundError:
+            names += [entry.name for entry in place.entries()]
+    if path.is_file() or (path / WEIGHTS_NAME).is_file():
+        if hit is not None:
+            raise _ambiguous(reference, [f"./{reference} (a file here)", f"{hit.adapter_path} (in a registry)"])
+        return _entry_at(path)
+    if hit is None:
+        raise _unknown(reference, names, "in " + ", ".join(str(place.root) for place in known))
+    return hit
+
+
+def load(reference: str, registry: Path | None = None) -> "Adapter":
+    """The adapter that a reference names; see `resolve`."""
+    return resolve(reference, registry).load()
+
+
+def _entry_at(path: Path) -> Entry:
+    """The entry of a path: an adapter file, or a folder laid out as a repository of the Hub."""
+    if path.is_dir():
+        files = [path / WEIGHTS_NAME] if (path / WEIGHTS_NAME).is_file() else sorted(path.glob(f"*{_SUFFIX}"))
+        if len(files) > 1:
+            raise _ambiguous(str(path), map(str, files))
+        if not files:
+            raise NotFoundError(f"{path}: there is no {_SUFFIX} file in this folder", mend="spmhub list")
+        return _entry_of(files[0])
+    if not path.exists():
+        siblings = [str(file) for file in path.parent.glob(f"*{_SUFFIX}")]
+        raise _unknown(str(path), siblings, "on this disk")
+    return _entry_of(path)
+
+
+def _entry_of(file: Path) -> Entry:
+    """The entry of an adapter file, with the manifest that its place says is its own.
+
+    A .json of the same name in the same folder is not one: other programs keep their own notes there.
+    """
+    if file.name == WEIGHTS_NAME:
+        beside = file.with_name(MANIFEST_NAME)
+    else:
+        beside = file.parent.parent / _MANIFESTS / f"{file.stem}.json"
+    return Entry(file.stem, file, beside if beside.is_file() else None)
+
+
+def _erases(entry: Entry, concept: str) -> bool:
+    try:
+        manifest = entry.read_manifest()
+    except SpmHubError:
+        return (
+            False  # A broken neighbour must not stand between the user and another eraser; loading it says what it has.
+        )
+    names = (manifest.concept.target, *manifest.concept.aliases)
+    return concept.casefold() in (name.casefold() for name in names)
+
+
+def _ambiguous(reference: str, candidates: Iterable[str]) -> UsageError:
+    listed = "".join(f"\n  {candidate}" for candidate in candidates)
+    return UsageError(f"{reference!r} could be any of:{listed}", mend="name one of these")
+
+
+def _unknown(reference: str, names: Iterable[str], where: str) -> NotFoundError:
+    meant = nearest(reference, names)
+    hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+    return NotFoundError(f"no eraser {reference!r} {where}{hint}", mend="spmhub list")
