@@ -1,0 +1,316 @@
+"""Trains the embedded base model from nothing: `python -m spm_hub.sketchbook.train --out DIR`.
+
+Stages, each saved and skipped when already there: drawings, tokenizer, CLIP (contrastive), probe, autoencoder, denoiser
+`base`, and `chalk`, a second checkpoint fine-tuned from it to another look. The long stages also checkpoint inside, so that
+a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from .probe import labels, train_probe
+from .world import drawings
+
+TOKENS = 32  # length of a prompt
+WIDTH = 128  # of the text encoder, hence the denoiser's cross-attention
+
+
+def _say(stage: str, step: int, total: int, loss: float, begun: float) -> None:
+    left = (time.monotonic() - begun) / step * (total - step)
+    print(f"{stage:9s} {step:6d}/{total}  loss {loss:.4f}  {left / 60:5.1f} min left", file=sys.stderr, flush=True)
+
+
+class Reporter:
+    """Prints a stage's smoothed loss every `every` steps."""
+
+    def __init__(self, stage: str, total: int, every: int = 100, first: int = 0) -> None:
+        self.stage, self.total, self.every, self.first = stage, total, every, first
+        self.begun, self.mean = time.monotonic(), 0.0
+
+    def __call__(self, step: int, loss: float) -> None:
+        self.mean = loss if self.mean == 0.0 else 0.98 * self.mean + 0.02 * loss
+        if step % self.every == 0 or step == self.total:
+            _say(self.stage, step - self.first, self.total - self.first, self.mean, self.begun)
+
+
+def make_drawings(out: Path, count: int, look: str, seed: int) -> dict[str, Any]:
+    """(n, 3, 64, 64) uint8 pictures, (n, 2) labels and captions, cached on disk as safetensors and text."""
+    from safetensors.torch import load_file, save_file
+
+    file, text = out / f"drawings-{look}-{seed}.safetensors", out / f"captions-{look}-{seed}.txt"
+    if not file.exists():
+        rows = drawings(count, torch.Generator().manual_seed(seed), look)
+        pictures = torch.from_numpy(np.stack([np.asarray(picture) for _, picture, _ in rows])).permute(0, 3, 1, 2)
+        text.write_text("\n".join(caption for _, _, caption in rows))
+        targets = torch.tensor([labels(drawing) for drawing, _, _ in rows])
+        save_file({"pictures": pictures.contiguous(), "targets": targets}, file)
+    return {**load_file(file), "captions": text.read_text().split("\n")}
+
+
+def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """CLIP's byte-level BPE, learnt from the captions; every word of the world becomes one token, any other text is spelt."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=1400, min_frequency=20, end_of_word_suffix="</w>", initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    state = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in state["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)}, merges=merges, model_max_length=TOKENS
+    )
+
+
+def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "max_position_embeddings": TOKENS, "projection_dim": WIDTH,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "image_size": 64, "patch_size": 8, "projection_dim": WIDTH,
+    }  # fmt: skip
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+
+
+def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    ids = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    return ids if isinstance(ids, torch.Tensor) else torch.tensor(ids)
+
+
+def scale(pictures: torch.Tensor) -> torch.Tensor:
+    return pictures.float() / 127.5 - 1.0
+
+
+def _loop(
+    stage: str, steps: int, parameters: list[torch.nn.Parameter], lr: float, loss_of: Callable[[int], torch.Tensor],
+    weight_decay: float = 1e-2, after: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps, pct_start=0.08)
+    report = Reporter(stage, steps)
+    for step in range(steps):
+        loss = loss_of(step)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        report(step + 1, float(loss.detach()))
+
+
+def train_clip(clip: CLIPModel, ids: torch.Tensor, pictures: torch.Tensor, steps: int, generator: torch.Generator) -> None:
+    """Symmetric InfoNCE; equal captions in a batch are not each other's negatives."""
+
+    def loss_of(step: int) -> torch.Tensor:
+        rows = torch.randint(len(ids), (128,), generator=generator)
+        output = clip(input_ids=ids[rows], pixel_values=scale(pictures[rows]))
+        same = (ids[rows][:, None] == ids[rows][None]).all(-1)
+        target = same.float() / same.sum(1, keepdim=True)
+        return 0.5 * (
+            F.cross_entropy(output.logits_per_image, target) + F.cross_entropy(output.logits_per_text, target)
+        )
+
+    clip.train()
+    _loop("clip", steps, list(clip.parameters()), 1e-3, loss_of, weight_decay=0.05)
+    clip.eval()
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 48, 64, 96), layers_per_block=1, latent_channels=4, norm_num_groups=16, sample_size=64,
+    )  # fmt: skip
+
+
+def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, generator: torch.Generator) -> None:
+    """Absolute error of pixels and of their differences (edges), with a whisper of KL."""
+
+    def loss_of(step: int) -> torch.Tensor:
+        batch = scale(pictures[torch.randint(len(pictures), (24,), generator=generator)])
+        posterior = vae.encode(batch).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        again = vae.decode(posterior.mean + posterior.std * noise).sample
+        error = again - batch
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        return error.abs().mean() + error.pow(2).mean() + 0.5 * edges + 1e-5 * posterior.kl().mean() / 256
+
+    vae.train()
+    _loop("vae", steps, list(vae.parameters()), 2e-3, loss_of, weight_decay=1e-4)
+    vae.eval()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """(n, 4, 8, 8) posterior means, unscaled."""
+    return torch.cat([vae.encode(scale(pictures[i : i + 256])).latent_dist.mean for i in range(0, len(pictures), 256)])
+
+
+def make_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(64, 128, 192), layers_per_block=1, cross_attention_dim=WIDTH,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4, norm_num_groups=16,
+    )  # fmt: skip
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Stable Diffusion 1's noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+
+
+def train_unet(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, ids: torch.Tensor, empty: torch.Tensor, latents: torch.Tensor,
+    *, stage: str, steps: int, lr: float, checkpoint: Path, seed: int, batch_size: int = 64, ema_decay: float = 0.998,
+) -> None:  # fmt: skip
+    """Epsilon prediction with min-SNR weights (gamma 5), 10 % empty captions, exponential moving average kept at the end."""
+    scheduler = make_scheduler()
+    alphas = scheduler.alphas_cumprod
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps, pct_start=0.05)
+    average = [p.detach().clone() for p in unet.parameters()]
+    generator = torch.Generator().manual_seed(seed)
+    first = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        unet.load_state_dict(state["unet"])
+        optimiser.load_state_dict(state["optimiser"])
+        schedule.load_state_dict(state["schedule"])
+        generator.set_state(state["generator"])
+        average, first = state["average"], state["step"]
+    report = Reporter(stage, steps, first=first)
+    unet.train()
+    for step in range(first, steps):
+        rows = torch.randint(len(latents), (batch_size,), generator=generator)
+        tokens = ids[rows].clone()
+        tokens[torch.rand(batch_size, generator=generator) < 0.1] = empty
+        with torch.no_grad():
+            states = text_encoder(tokens).last_hidden_state
+        noise = torch.randn(batch_size, *latents.shape[1:], generator=generator)
+        times = torch.randint(len(alphas), (batch_size,), generator=generator)
+        noisy = scheduler.add_noise(latents[rows], noise, times)
+        ratio = alphas[times] / (1 - alphas[times])
+        error = (unet(noisy, times, states).sample - noise).pow(2).mean((1, 2, 3))
+        loss = (error * ratio.clamp(max=5.0) / ratio).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        decay = min(ema_decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(average, [p.detach() for p in unet.parameters()], 1 - decay)
+        report(step + 1, float(loss.detach()))
+        if (step + 1) % 500 == 0:
+            state = {
+                "unet": unet.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(),
+                "generator": generator.get_state(), "average": average, "step": step + 1,
+            }  # fmt: skip
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
+    with torch.no_grad():
+        for parameter, mean in zip(unet.parameters(), average, strict=True):
+            parameter.copy_(mean)
+    unet.eval()
+
+
+def save_pipeline(
+    folder: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel
+) -> None:
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    pipe.to(torch.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for stages and results")
+    parser.add_argument("--drawings", type=int, default=40000)
+    parser.add_argument("--clip-steps", type=int, default=1500)
+    parser.add_argument("--vae-steps", type=int, default=3500)
+    parser.add_argument("--probe-steps", type=int, default=1500)
+    parser.add_argument("--base-steps", type=int, default=7000)
+    parser.add_argument("--chalk-steps", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)  # diffusers and transformers initialise their weights from the global generator
+    generator = torch.Generator().manual_seed(options.seed)
+
+    begun = time.monotonic()
+    ink = make_drawings(out, options.drawings, "ink", options.seed)
+    chalk = make_drawings(out, options.drawings // 4, "chalk", options.seed + 1)
+    print(f"drawings ready after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    captions, both = ink["captions"] + chalk["captions"], torch.cat([ink["pictures"], chalk["pictures"]])
+
+    if not (out / "clip").exists():
+        tokenizer = make_tokenizer(captions)
+        clip = make_clip(tokenizer)
+        train_clip(clip, tokens_of(tokenizer, captions), both, options.clip_steps, generator)
+        tokenizer.save_pretrained(out / "clip")
+        clip.save_pretrained(out / "clip")
+    tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
+    clip = CLIPModel.from_pretrained(out / "clip").eval()
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_encoder.load_state_dict(clip.text_model.state_dict())
+    text_encoder.eval().requires_grad_(False)
+
+    if not (out / "vae").exists():
+        vae = make_vae()
+        train_vae(vae, both, options.vae_steps, generator)
+        vae.register_to_config(scaling_factor=float(1 / encode(vae, both[:2000]).std()))
+        vae.save_pretrained(out / "vae")
+    vae = AutoencoderKL.from_pretrained(out / "vae").eval()
+    empty = tokens_of(tokenizer, [""])[0]
+
+    for name, data, steps, lr in (("base", ink, options.base_steps, 1.2e-3), ("chalk", chalk, options.chalk_steps, 3e-4)):
+        if not (out / name).exists():
+            unet = make_unet() if name == "base" else UNet2DConditionModel.from_pretrained(out / "base" / "unet").float()
+            latents = encode(vae, data["pictures"]) * vae.config.scaling_factor
+            train_unet(
+                unet, text_encoder, tokens_of(tokenizer, data["captions"]), empty, latents,
+                stage=name, steps=steps, lr=lr, checkpoint=out / f"{name}.pt", seed=options.seed,
+            )  # fmt: skip
+            save_pipeline(out / name, tokenizer, text_encoder, vae, unet)
+
+    if not (out / "probe").exists():
+        probe = train_probe(
+            both, torch.cat([ink["targets"], chalk["targets"]]), steps=options.probe_steps, generator=generator,
+            report=Reporter("probe", options.probe_steps),
+        )  # fmt: skip
+        probe.model.save_pretrained(out / "probe")
+
+
+if __name__ == "__main__":
+    main()

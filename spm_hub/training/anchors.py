@@ -1,0 +1,53 @@
+"""Latent anchoring: which text states must keep their predictions (SPM, arXiv 2312.16145 Eq. 5-7)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import BaseModel
+from .prompts import PromptMaker
+from .recipe import Anchoring
+
+CANDIDATES = 4  # prompts offered for each anchor drawn; the paper's probabilities choose among them
+
+
+def anchor_weights(candidates: Tensor, target: Tensor, alpha: float) -> Tensor:
+    """P(c~ | c_tar) ~ (1 - |cos(e(c~), e(c_tar))|)^alpha over flattened states.
+
+    candidates: (n, tokens, d), target: (tokens, d); returns (n,), unnormalised, in float64.
+    """
+    cosine = F.cosine_similarity(candidates.double().flatten(1), target.double().flatten()[None], dim=1)
+    return (1 - cosine.abs()).clamp_min(0.0) ** alpha
+
+
+class AnchorSource:
+    """Draws text states to hold on to."""
+
+    def __init__(self, base: BaseModel, recipe: Anchoring, target: str, maker: PromptMaker) -> None:
+        self._base, self._recipe, self._target, self._maker = base, recipe, target, maker
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, tokens, d_text) anchors."""
+        target = self._base.encode([self._target])[0]
+        match self._recipe.source:
+            case "gaussian":
+                return _gaussian(count, target, generator)
+            case "given":
+                prompts = list(self._recipe.prompts)
+            case "text":
+                prompts = [self._maker.anchor(generator) for _ in range(CANDIDATES * count)]
+        states = self._base.encode(prompts)
+        weights = anchor_weights(states, target, self._recipe.alpha).cpu()
+        if not bool((weights > 0).any()):
+            weights = torch.ones_like(weights)
+        chosen = torch.multinomial(weights, count, replacement=True, generator=generator)
+        return states[chosen.to(states.device)]
+
+
+def _gaussian(count: int, target: Tensor, generator: torch.Generator) -> Tensor:
+    """The released code's anchors: isotropic directions of norm U(0.8, 1.2) * ||e(c_tar)||, off the text encoder's manifold."""
+    directions = torch.randn((count, target.numel()), generator=generator)
+    norms = (0.8 + 0.4 * torch.rand((count, 1), generator=generator)) * target.float().norm().cpu()
+    return (F.normalize(directions, dim=1) * norms).reshape(count, *target.shape).to(target)

@@ -1,0 +1,73 @@
+"""Trainable low-rank layers inside a denoiser, put there and taken out again by PEFT."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from spm_hub.architectures import targets, weight_of
+from spm_hub.errors import ModelError
+from spm_hub.increments import LowRank
+
+_NAME = "spmhub_training"
+
+
+class Injection:
+    """Rank-r layers on every targeted module of a denoiser; `up` starts at zero, so that nothing changes before training."""
+
+    def __init__(self, denoiser: nn.Module, rank: int, generator: torch.Generator) -> None:
+        """`down` starts as SPM's does: kaiming_uniform(a = sqrt 5), from `generator`."""
+        if getattr(denoiser, "peft_config", None):
+            raise ModelError(
+                f"the denoiser already holds LoRA layers ({', '.join(denoiser.peft_config)})",
+                mend="call pipe.unload_lora_weights() before training",
+            )
+        self._denoiser = denoiser
+        self.paths = tuple(targets(denoiser))
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(self.paths), init_lora_weights=True)
+        denoiser.add_adapter(config, adapter_name=_NAME)
+        modules = dict(denoiser.named_modules())
+        self.downs: dict[str, nn.Parameter] = {p: weight_of(modules[p].lora_A[_NAME]) for p in self.paths}
+        self.ups: dict[str, nn.Parameter] = {p: weight_of(modules[p].lora_B[_NAME]) for p in self.paths}
+        with torch.no_grad():
+            for down, up in zip(self.downs.values(), self.ups.values(), strict=True):
+                bound = 1 / math.sqrt(down[0].numel())
+                down.data = (torch.rand(down.shape, generator=generator) * 2 - 1).mul_(bound).to(down.device)
+                up.data = torch.zeros(up.shape, device=up.device)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, the denoiser is the base again."""
+        self._denoiser.disable_adapters()
+        try:
+            yield
+        finally:
+            self._denoiser.enable_adapters()
+
+    def increments(self) -> dict[str, LowRank]:
+        """What has been trained so far, as float32 on the CPU."""
+        return {
+            path: LowRank(self.downs[path].detach().float().cpu().clone(), self.ups[path].detach().float().cpu().clone())
+            for path in self.paths
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Named parameters, for checkpoints."""
+        return {f"{path}.{part}": parameter for path in self.paths for part, parameter in self._parts(path)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for key, parameter in self.state().items():
+                parameter.copy_(state[key])
+
+    def _parts(self, path: str) -> tuple[tuple[str, nn.Parameter], ...]:
+        return ("down", self.downs[path]), ("up", self.ups[path])
+
+    def remove(self) -> None:
+        """Gives the denoiser its own layers back."""
+        self._denoiser.unload_lora()

@@ -1,0 +1,181 @@
+"""A training recipe: objective x increment x source of x_t x anchoring x optimiser, as ten lines of YAML.
+
+Everything that decides the trained weights stands here, so that the manifest, which embeds the recipe whole, is enough to train
+the same eraser again. Defaults are scaled by the trainer to the base model at hand, never tuned to one.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from spm_hub.errors import RecipeError, nearest
+
+NonBlank = Annotated[str, StringConstraints(pattern=r"\S", strip_whitespace=True)]
+ConceptKind = Literal["object", "character", "person", "style", "nsfw", "other"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Objective(_Part):
+    """What the erased prediction is pulled to (SPM, arXiv 2312.16145 Eq. 4)."""
+
+    name: Literal["spm"] = "spm"
+    eta: float = Field(default=1.0, ge=0, description="how far beyond the surrogate's prediction the target lies")
+
+
+class IncrementRecipe(_Part):
+    """What is trained: `rank` 1 is SPM's one-dimensional adapter."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    rank: int = Field(default=1, ge=1, le=128)
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="of the saved file")
+
+
+class XtSource(_Part):
+    """Where the noisy latents x_t come from.
+
+    trajectory: trajectories of the frozen base, whose predictions are the free targets.
+    student: the paper's own, sampled by the model being erased under `guidance` from noise to a random step.
+    """
+
+    source: Literal["trajectory", "student"] = "trajectory"
+    steps: int = Field(default=25, ge=2, le=1000, description="denoising steps of a trajectory")
+    guidance: tuple[float, ...] = Field(
+        default=(0.0, 1.0, 3.0, 7.5),
+        min_length=1,
+        description="guidance scales a trajectory is driven with, one drawn for each; the student uses the first",
+    )
+    trajectories: int = Field(default=24, ge=1, description="trajectories run side by side")
+    chunks: int = Field(default=8, ge=1, description="groups of trajectories over the whole training")
+
+
+class Anchoring(_Part):
+    """Latent anchoring (Eq. 7): what must stay, and how hard it is held."""
+
+    weight: float = Field(default=10.0, ge=0, description="lambda")
+    alpha: float = Field(default=1.0, ge=0, description="P(anchor) ~ (1 - |cos(anchor, target)|)^alpha")
+    source: Literal["text", "gaussian", "given"] = Field(
+        default="text", description="text: sentences about everything else; gaussian: the released code's; given: `prompts`"
+    )
+    prompts: tuple[NonBlank, ...] = ()
+    per_target: int = Field(default=1, ge=0, description="anchors for each target row of a batch")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.source == "given") != bool(self.prompts):
+            raise ValueError(f"source is {self.source!r} with {len(self.prompts)} prompts: prompts belong to source 'given'")
+        return self
+
+
+class Optimiser(_Part):
+    """AdamW over the increments."""
+
+    lr: float = Field(default=3e-3, gt=0)
+    schedule: Literal["cosine", "cosine_restarts", "constant"] = "cosine"
+    warmup: int = Field(default=20, ge=0)
+    cycles: int = Field(default=3, ge=1, description="of cosine_restarts")
+    weight_decay: float = Field(default=0.0, ge=0)
+    scale_lr: bool = Field(default=True, description="lr of `down` proportional to 1 / fan-in, so that one lr fits every width")
+
+
+class Recipe(_Part):
+    """The whole recipe."""
+
+    target: NonBlank
+    aliases: tuple[NonBlank, ...] = ()
+    kind: ConceptKind = "other"
+    surrogate: str = ""
+    name: str | None = Field(default=None, description="of the eraser; made from the target unless given")
+    model: NonBlank = "sketchbook"
+    method: Literal["spm"] = "spm"
+    objective: Objective = Objective()
+    increment: IncrementRecipe = IncrementRecipe()
+    x_t: XtSource = XtSource()
+    anchoring: Anchoring = Anchoring()
+    optimiser: Optimiser = Optimiser()
+    steps: int = Field(default=300, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    templates: bool = Field(default=True, description="train on the concept in many sentences, not on its bare name alone")
+    resolution: int | None = Field(default=None, ge=8, description="pixels; the model's own unless given")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    strength: float = Field(default=1.0, description="gamma's factor when the eraser is attached (the paper doubles it for styles)")
+
+    @classmethod
+    def make(cls, **values: Any) -> Recipe:
+        """Checks `values`; RecipeError names the offending key and the nearest known one."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError("\n".join(_explain(cls, dict(problem)) for problem in error.errors())) from None
+
+    @classmethod
+    def from_yaml(cls, path: Path, **overrides: Any) -> Recipe:
+        """Reads a recipe; `overrides` win over the file. Raises RecipeError."""
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}", mend="check the path") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe {path} is not YAML: {error}", mend="see the recipe in `spmhub show NAME`") from None
+        if not isinstance(values, dict):
+            raise RecipeError(f"the recipe {path} holds {type(values).__name__}, not keys and values")
+        return cls.make(**{**values, **overrides})
+
+    def to_yaml(self) -> str:
+        """Only what differs from the defaults, and the target."""
+        values = {"target": self.target, **self.model_dump(mode="json", exclude_defaults=True)}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    def with_set(self, *assignments: str) -> Recipe:
+        """`objective.eta=2`, `anchoring.prompts=[a dog, a cat]`: values are YAML. Raises RecipeError."""
+        values = self.model_dump(mode="json")
+        for assignment in assignments:
+            key, separator, text = assignment.partition("=")
+            if not separator or not key.strip():
+                raise RecipeError(f"--set {assignment!r} is not KEY=VALUE", mend="for instance --set objective.eta=2")
+            place = values
+            *parents, last = key.strip().split(".")
+            for parent in parents:
+                if not isinstance(place.get(parent), dict):
+                    raise RecipeError(f"--set {key}: there is no {parent!r}{_hint(parent, place)}")
+                place = place[parent]
+            if last not in place:
+                raise RecipeError(f"--set {key}: unknown key {last!r}{_hint(last, place)}")
+            place[last] = yaml.safe_load(text)
+        return self.make(**values)
+
+    def learning_rate(self, step: int) -> float:
+        """Factor of the learning rate at `step` (from 0)."""
+        warmup = min(self.optimiser.warmup, self.steps - 1)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        match self.optimiser.schedule:
+            case "constant":
+                return 1.0
+            case "cosine":
+                return 0.5 * (1 + math.cos(math.pi * progress))
+            case "cosine_restarts":
+                return 0.5 * (1 + math.cos(math.pi * ((progress * self.optimiser.cycles) % 1.0)))
+
+
+def _hint(key: str, known: Any) -> str:
+    close = nearest(key, known)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(known)}"
+
+
+def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
+    where = ".".join(str(step) for step in problem["loc"]) or "recipe"
+    if problem["type"] != "extra_forbidden":
+        return f"recipe key {where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"
+    for step in problem["loc"][:-1]:
+        annotation = model.model_fields[str(step)].annotation
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+    return f"recipe key {where} is unknown{_hint(str(problem['loc'][-1]), list(model.model_fields))}"

@@ -1,0 +1,242 @@
+"""The training loop: one recipe in, one adapter out; killed and resumed, it ends in the same bits."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from spm_hub.adapter import Adapter, increment_info
+from spm_hub.architectures import family_of, fingerprint_of
+from spm_hub.atomic import write_atomic
+from spm_hub.errors import RecipeError, SpmHubError, UsageError
+from spm_hub.increments import LowRank
+from spm_hub.manifest import Base, Concept, GateDefaults, Manifest, slug
+
+from .anchors import AnchorSource
+from .base import BaseModel
+from .injection import Injection
+from .objectives import OBJECTIVES
+from .prompts import PromptMaker, Words, vocabulary_words
+from .recipe import Recipe
+from .trajectories import Batch, StudentSource, TrajectorySource, generator_for
+
+Progress = Callable[[int, int, dict[str, float]], None]
+_CHECKPOINT = "training.safetensors"
+
+
+class TrainingInterrupted(SpmHubError):
+    """Ctrl-C during training; the checkpoint is on disk when a folder for it was given."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run stands on disk. Its random state is its step: every draw is seeded by (seed, step)."""
+
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / _CHECKPOINT
+
+    def write(self, recipe: Recipe, step: int, tensors: dict[str, Tensor]) -> None:
+        metadata = {"recipe": recipe.model_dump_json(), "step": str(step)}
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path, save(contiguous, metadata))
+
+    def read(self, recipe: Recipe) -> tuple[int, dict[str, Tensor]]:
+        """The step reached and the tensors. Raises RecipeError when it belongs to another recipe."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        except Exception as error:  # safetensors raises its own type for damage of any kind
+            raise SpmHubError(
+                f"the checkpoint {self.path} cannot be read: {error}", mend="train again without --resume"
+            ) from None
+        if json.loads(metadata.get("recipe", "{}")) != recipe.model_dump(mode="json"):
+            raise RecipeError(
+                f"the checkpoint {self.path} belongs to another recipe",
+                mend="resume with the recipe it was started with, or train again without --resume",
+            )
+        return int(metadata["step"]), tensors
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide the bits of a trained adapter."""
+    names = ("spm-hub", "torch", "diffusers", "peft", "transformers")
+    return {**{name: version(name) for name in names}, "python": platform.python_version()}
+
+
+def train(
+    recipe: Recipe,
+    *,
+    pipe: DiffusionPipeline,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    checkpoint_dir: Path | None = None,
+    checkpoint_every: int = 50,
+    resume: bool = False,
+    on_step: Callable[[int, Injection], bool] | None = None,
+) -> Adapter:
+    """Trains one eraser on `pipe`, which is left as it was.
+
+    progress: called with (steps done, steps in all, losses relative to the distance there was to go).
+    checkpoint_dir: where the run is saved every `checkpoint_every` steps and at Ctrl-C; `resume` goes on from there, and the
+    result is bit for bit that of an undisturbed run on the same machine.
+    on_step: called after each step; returning True ends the training there (for benchmarks).
+    Raises TrainingInterrupted, RecipeError, ModelError.
+    """
+    if recipe.target.strip() == "":
+        raise UsageError("the concept is empty", mend='spmhub train "van gogh"')
+    base = BaseModel(pipe, recipe.resolution)
+    base.denoiser.requires_grad_(False)
+    names = (recipe.target, *recipe.aliases)
+    maker = PromptMaker(names, recipe.kind, Words.load(), vocabulary_words(pipe.tokenizer))
+    anchors = AnchorSource(base, recipe.anchoring, recipe.target, maker)
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective.eta, recipe.anchoring.weight)
+    checkpoint = Checkpoint(checkpoint_dir) if checkpoint_dir is not None else None
+    injection = Injection(base.denoiser, recipe.increment.rank, generator_for(recipe.seed, 2, 0))
+    try:
+        if recipe.x_t.source == "student":
+            source: StudentSource | TrajectorySource = StudentSource(base, recipe, maker, anchors, injection)
+        else:
+            source = TrajectorySource(base, recipe, maker, anchors)
+        run = _Run(recipe, base, injection, source, objective.erase, objective.anchor, objective.loss)
+        first = 0
+        if resume and checkpoint is not None and checkpoint.path.exists():
+            first, tensors = checkpoint.read(recipe)
+            run.load(tensors)
+        done = first
+        try:
+            for step in range(first, recipe.steps):
+                losses = run.step(step)
+                done = step + 1
+                if progress is not None:
+                    progress(done, recipe.steps, losses)
+                if checkpoint is not None and done % checkpoint_every == 0 and done < recipe.steps:
+                    checkpoint.write(recipe, done, run.tensors())
+                if on_step is not None and on_step(done, injection):
+                    break
+        except KeyboardInterrupt:
+            if checkpoint is None:
+                raise TrainingInterrupted(f"stopped at step {done} of {recipe.steps}; nothing was saved") from None
+            checkpoint.write(recipe, done, run.tensors())
+            raise TrainingInterrupted(
+                f"stopped at step {done} of {recipe.steps}; the run is saved in {checkpoint.folder}",
+                mend="the same command with --resume",
+            ) from None
+        dtype = getattr(torch, recipe.increment.dtype)
+        increments = {path: increment.to(dtype=dtype) for path, increment in injection.increments().items()}
+    finally:
+        injection.remove()
+    return Adapter(_manifest(recipe, base, increments, revision), increments, f"trained on {recipe.model}")
+
+
+class _Run:
+    """The state that training changes: increments and optimiser."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: BaseModel,
+        injection: Injection,
+        source: StudentSource | TrajectorySource,
+        erase: Callable[[Tensor, Tensor, Tensor], Tensor],
+        anchor: Callable[[Tensor, Tensor], Tensor],
+        total: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        self.recipe, self.base, self.injection, self.source = recipe, base, injection, source
+        self.erase, self.anchor, self.total = erase, anchor, total
+        lr = recipe.optimiser.lr
+        groups = [
+            {"params": [down], "lr": lr * _fan_in_factor(down) if recipe.optimiser.scale_lr else lr}
+            for down in injection.downs.values()
+        ]
+        groups.append({"params": list(injection.ups.values()), "lr": lr})
+        self.optimiser = torch.optim.AdamW(groups, lr=lr, weight_decay=recipe.optimiser.weight_decay)
+        self.rates = [float(group["lr"]) for group in self.optimiser.param_groups]
+        self.distance: Tensor | None = None
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimiser step; returns the losses as shares of the distance the erasure has to go."""
+        if isinstance(self.source, TrajectorySource):
+            # Chunks are made of the frozen base, which the low-rank layers are off for.
+            with self.injection.frozen():
+                batch = self.source.batch(step)
+        else:
+            batch = self.source.batch(step)
+        factor = self.recipe.learning_rate(step)
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        erase, anchor = self._losses(batch)
+        # Relative losses mean the same on any base, whatever the scale of its predictions; AdamW does not mind the factor.
+        if self.distance is None:
+            self.distance = (1 + self.recipe.objective.eta) ** 2 * (batch.concept - batch.neutral).pow(2).mean()
+        self.optimiser.zero_grad(set_to_none=True)
+        (self.total(erase, anchor) / self.distance).backward()
+        self.optimiser.step()
+        return {"erase": float(erase.detach() / self.distance), "anchor": float(anchor.detach() / self.distance)}
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        latents = torch.cat([batch.latents, batch.anchor_latents])
+        times = torch.cat([batch.times, batch.anchor_times])
+        states = torch.cat([batch.states, batch.anchor_states])
+        prediction = self.base.predict(latents, times, states)
+        size = len(batch.latents)
+        erase = self.erase(prediction[:size], batch.concept, batch.neutral)
+        if len(batch.anchor_latents) == 0:
+            return erase, torch.zeros_like(erase)
+        return erase, self.anchor(prediction[size:], batch.anchor_predictions)
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = {f"increment.{key}": parameter for key, parameter in self.injection.state().items()}
+        for key, parameter in self.injection.state().items():
+            for name, value in self.optimiser.state[parameter].items():
+                tensors[f"optimiser.{name}.{key}"] = value
+        if self.distance is not None:
+            tensors["distance"] = self.distance
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        prefix = "increment."
+        self.injection.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for key, parameter in self.injection.state().items():
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors[f"optimiser.{name}.{key}"]
+                self.optimiser.state[parameter][name] = value if name == "step" else value.to(parameter.device)
+        self.distance = tensors["distance"].to(self.base.device)
+
+
+def _fan_in_factor(down: nn.Parameter) -> float:
+    """Adam moves every entry by about lr, so `down @ x` moves by lr x fan-in: constant relative to 128 inputs."""
+    return 128 / down[0].numel()
+
+
+def _manifest(recipe: Recipe, base: BaseModel, increments: dict[str, LowRank], revision: str | None) -> Manifest:
+    concept = Concept(target=recipe.target, aliases=recipe.aliases, surrogate=recipe.surrogate, kind=recipe.kind)
+    return Manifest(
+        name=recipe.name or slug(recipe.target),
+        concept=concept,
+        increment=increment_info(increments),
+        base=Base(
+            family=family_of(base.denoiser).name, id=recipe.model, revision=revision,
+            fingerprint=fingerprint_of(base.denoiser),
+        ),
+        recipe=recipe.model_dump(mode="json"),
+        versions=versions(),
+        gate=GateDefaults(strength=recipe.strength),
+    )  # fmt: skip

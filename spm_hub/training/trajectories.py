@@ -1,0 +1,200 @@
+"""Where x_t comes from, and the frozen base's predictions there.
+
+A trajectory of the base under guidance passes through every x_t, and the rows it needs at each step ARE the teacher's
+predictions for the concept, the empty prompt and an anchor. Nothing is computed for the targets alone: SPM's own loop spends
+about thirty of its fifty denoiser rows per iteration on reaching one x_t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .anchors import AnchorSource
+from .base import BaseModel
+from .injection import Injection
+from .prompts import PromptMaker
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to train on. Target rows: latents (b, c, h, w), times (b,), states (b, tokens, d) and the frozen base's predictions
+    for the concept and for the surrogate; anchor rows: the same, with the one prediction to keep."""
+
+    latents: Tensor
+    times: Tensor
+    states: Tensor
+    concept: Tensor
+    neutral: Tensor
+    anchor_latents: Tensor
+    anchor_times: Tensor
+    anchor_states: Tensor
+    anchor_predictions: Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A group of trajectories, all steps of all flattened to n rows.
+
+    latents (n, c, h, w), times (n,), owner (n,): the trajectory; target_states (k, tokens, d); anchor_states (k, a, tokens, d);
+    concept, neutral, empty (n, c, h, w); anchors (n, a, c, h, w).
+    """
+
+    latents: Tensor
+    times: Tensor
+    owner: Tensor
+    target_states: Tensor
+    anchor_states: Tensor
+    empty_state: Tensor
+    concept: Tensor
+    neutral: Tensor
+    empty: Tensor
+    anchors: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def generator_for(seed: int, stream: int, index: int) -> torch.Generator:
+    """An independent generator for the index-th use of a stream: a resumed run needs no saved random state."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) * 7 + stream)
+
+
+class TrajectorySource:
+    """Trajectories of the frozen base. Half of them are driven by the concept, half by an anchor, at various guidance scales, so
+    that x_t covers both what the base draws and what the erased model will see instead."""
+
+    def __init__(self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource) -> None:
+        self._base, self._recipe, self._maker, self._anchors = base, recipe, maker, anchors
+        self._kept: dict[int, Chunk] = {}
+
+    def _prompt(self, generator: torch.Generator) -> str:
+        return self._maker.target(generator) if self._recipe.templates else self._recipe.target
+
+    @torch.no_grad()
+    def _run(self, index: int) -> Chunk:
+        base, recipe, source = self._base, self._recipe, self._recipe.x_t
+        generator = generator_for(recipe.seed, 0, index)
+        count, per = source.trajectories, max(1, recipe.anchoring.per_target)
+        base.forget()
+        target_states = base.encode([self._prompt(generator) for _ in range(count)])
+        anchor_states = self._anchors.draw(count * per, generator).unflatten(0, (count, per))
+        empty_state, neutral_state = base.encode(["", recipe.surrogate])
+        picks = torch.randint(len(source.guidance), (count,), generator=generator)
+        guidance = torch.tensor(source.guidance)[picks]
+        by_anchor = torch.arange(count) % 2 == 1
+        guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)[:, None, None, None]
+        # Another number of steps each time, so that together the trajectories visit all timesteps.
+        steps = source.steps - int(torch.randint(1 + source.steps // 4, (), generator=generator))
+        scheduler = base.scheduler(steps)
+        latents = base.noise(count, generator) * scheduler.init_noise_sigma
+        states = torch.cat([
+            target_states, neutral_state.expand_as(target_states), empty_state.expand_as(target_states),
+            anchor_states.transpose(0, 1).flatten(0, 1),
+        ])  # fmt: skip
+        if recipe.surrogate == "":
+            states = torch.cat([states[:count], states[2 * count :]])
+        rows: dict[str, list[Tensor]] = {key: [] for key in ("latents", "times", "concept", "neutral", "empty", "anchors")}
+        for time in scheduler.timesteps:
+            model_input = scheduler.scale_model_input(latents, time)
+            repeated = model_input.repeat(len(states) // count, 1, 1, 1)
+            parts = list(base.predict(repeated, time.expand(len(repeated)), states).split(count))
+            concept, neutral = parts[0], parts[1]
+            empty = parts[1] if recipe.surrogate == "" else parts[2]
+            kept = torch.stack(parts[-per:], dim=1)
+            driver = torch.where(by_anchor.to(base.device)[:, None, None, None], kept[:, 0], concept)
+            latents = scheduler.step(empty + guidance * (driver - empty), time, latents).prev_sample
+            for key, value in zip(
+                rows, (model_input, time.expand(count), concept, neutral, empty, kept), strict=True
+            ):
+                rows[key].append(value)
+        flat = {key: torch.cat(values) for key, values in rows.items()}
+        owner = torch.arange(count, device=base.device).repeat(steps)
+        return Chunk(
+            owner=owner, target_states=target_states, anchor_states=anchor_states, empty_state=empty_state, **flat
+        )
+
+    def chunk(self, index: int) -> Chunk:
+        """The index-th group; the current and the previous one are kept."""
+        if index not in self._kept:
+            self._kept = {kept: chunk for kept, chunk in self._kept.items() if kept == index - 1}
+            self._kept[index] = self._run(index)
+        return self._kept[index]
+
+    def batch(self, step: int) -> Batch:
+        """Rows for training step `step`: a pure function of the recipe and `step`, so a resumed run goes on exactly."""
+        recipe = self._recipe
+        length = -(-recipe.steps // min(recipe.x_t.chunks, recipe.steps))
+        index = step // length
+        generator = generator_for(recipe.seed, 1, step)
+        previous = self.chunk(index - 1) if index > 0 else None
+        current = self.chunk(index)
+        size = recipe.batch_size
+        if previous is None:
+            return _assemble([(current, size)], recipe, generator)
+        return _assemble([(previous, size // 2), (current, size - size // 2)], recipe, generator)
+
+
+def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.Generator) -> Batch:
+    targets: list[tuple[Tensor, ...]] = []
+    anchors: list[tuple[Tensor, ...]] = []
+    for chunk, size in shares:
+        if size == 0:
+            continue
+        rows = torch.randint(len(chunk), (size,), generator=generator).to(chunk.latents.device)
+        owner = chunk.owner[rows]
+        targets.append((chunk.latents[rows], chunk.times[rows], chunk.target_states[owner], chunk.concept[rows], chunk.neutral[rows]))
+        for number in range(recipe.anchoring.per_target):
+            anchors.append(
+                (chunk.latents[rows], chunk.times[rows], chunk.anchor_states[owner, number], chunk.anchors[rows, number])
+            )
+        # The empty prompt is the other half of guidance at every picture, so it is an anchor too.
+        some = rows[: max(1, size // 4)]
+        empty_states = chunk.empty_state.expand(len(some), *chunk.empty_state.shape)
+        anchors.append((chunk.latents[some], chunk.times[some], empty_states, chunk.empty[some]))
+    joined = [torch.cat(parts) for parts in zip(*targets, strict=True)]
+    kept = [torch.cat(parts) for parts in zip(*anchors, strict=True)]
+    return Batch(*joined, *kept)
+
+
+class StudentSource:
+    """The paper's x_t: the model being erased samples from noise to a random step, under guidance, with the target prompt.
+
+    The timestep handed to the denoiser is the latent's own (the released code's is 33-42 steps noisier).
+    """
+
+    def __init__(self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource, injection: Injection) -> None:
+        self._base, self._recipe, self._maker, self._anchors, self._injection = base, recipe, maker, anchors, injection
+
+    @torch.no_grad()
+    def batch(self, step: int) -> Batch:
+        base, recipe = self._base, self._recipe
+        generator = generator_for(recipe.seed, 1, step)
+        size, per = recipe.batch_size, recipe.anchoring.per_target
+        base.forget()
+        prompts = [self._maker.target(generator) if recipe.templates else recipe.target for _ in range(size)]
+        states = base.encode(prompts)
+        empty_state, neutral_state = base.encode(["", recipe.surrogate])
+        empty = empty_state.expand_as(states)
+        scheduler = base.scheduler(recipe.x_t.steps)
+        reached = int(torch.randint(len(scheduler.timesteps), (), generator=generator))
+        latents = base.noise(size, generator) * scheduler.init_noise_sigma
+        for time in scheduler.timesteps[:reached]:
+            model_input = scheduler.scale_model_input(latents, time).repeat(2, 1, 1, 1)
+            without, given = base.predict(model_input, time.expand(2 * size), torch.cat([empty, states])).chunk(2)
+            latents = scheduler.step(without + recipe.x_t.guidance[0] * (given - without), time, latents).prev_sample
+        time = scheduler.timesteps[reached]
+        model_input = scheduler.scale_model_input(latents, time)
+        anchor_states = self._anchors.draw(size * per, generator) if per else states[:0]
+        anchor_latents = model_input.repeat_interleave(per, dim=0)
+        every = torch.cat([states, neutral_state.expand_as(states), anchor_states])
+        inputs = torch.cat([model_input, model_input, anchor_latents])
+        with self._injection.frozen():
+            concept, neutral, kept = base.predict(inputs, time.expand(len(inputs)), every).split([size, size, size * per])
+        return Batch(
+            model_input, time.expand(size), states, concept, neutral,
+            anchor_latents, time.expand(size * per), anchor_states, kept,
+        )  # fmt: skip
