@@ -1,0 +1,177 @@
+"""Which denoiser a pipeline has, which of its modules erasers may change, and whether an adapter fits it."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from spm_hub.adapter import Adapter
+from spm_hub.errors import CompatibilityError, nearest
+from spm_hub.formats.spm import flat
+from spm_hub.increments import Increment
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything the house knows of one family of models; a new family is one more entry in `FAMILIES`.
+
+    denoiser: the pipeline's attribute that holds the denoiser.  classes: names of that denoiser's class.
+    blocks: names of the classes inside which every Linear and Conv2d is a target.
+    key_prefix: what precedes a module's path in an adapter file.  recognises: judges a denoiser by its configuration.
+    """
+
+    name: str
+    denoiser: str
+    classes: tuple[str, ...]
+    blocks: tuple[str, ...]
+    key_prefix: str
+    recognises: Callable[[Mapping[str, Any]], bool]
+
+
+def _is_sd1(config: Mapping[str, Any]) -> bool:
+    """SD1 projects with 1x1 convolutions where SD2 has Linear layers, and knows no size or pooled-text embedding."""
+    return not config.get("use_linear_projection") and config.get("addition_embed_type") is None
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("sd1", "unet", ("UNet2DConditionModel",), ("Transformer2DModel",), "lora_unet_", _is_sd1),
+)
+
+
+def denoiser_of(pipe: object) -> nn.Module:
+    """The module that predicts noise: `pipe.unet`, `pipe.transformer`, or `pipe` itself where it is a denoiser.
+
+    Raises CompatibilityError when there is none.
+    """
+    if isinstance(pipe, nn.Module):
+        return pipe
+    for attribute in dict.fromkeys(family.denoiser for family in FAMILIES):
+        if isinstance(module := getattr(pipe, attribute, None), nn.Module):
+            return module
+    raise CompatibilityError(
+        f"{type(pipe).__name__} has no denoiser that erasers can be attached to "
+        f"(looked for: {', '.join(sorted({family.denoiser for family in FAMILIES}))})",
+        mend="spmhub models",
+    )
+
+
+def family_of(pipe: object) -> Family:
+    """The family of a pipeline or of its denoiser. Raises CompatibilityError for one that is not known."""
+    denoiser = body_of(denoiser_of(pipe))
+    names = {kind.__name__ for kind in type(denoiser).__mro__}
+    config: Mapping[str, Any] = getattr(denoiser, "config", {})
+    for family in FAMILIES:
+        if names.intersection(family.classes) and family.recognises(config):
+            return family
+    raise CompatibilityError(
+        f"{type(denoiser).__name__} with this configuration belongs to no known family "
+        f"(known: {', '.join(family.name for family in FAMILIES)})",
+        mend="spmhub models",
+    )
+
+
+def body_of(denoiser: nn.Module) -> nn.Module:
+    """The denoiser itself where `denoiser` is what torch.compile wrapped around it."""
+    inner = denoiser.__dict__.get("_modules", {}).get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else denoiser
+
+
+def targets(denoiser: nn.Module, family: Family | None = None) -> dict[str, nn.Module]:
+    """The modules an eraser of this family is trained on, by dotted path.
+
+    SPM (arXiv 2312.16145, section 3.1): every Linear and Conv2d inside each `Transformer2DModel`, proj_in and proj_out
+    included; never a resnet, a sampler or the text encoder. On Stable Diffusion 1.x these are 192 modules.
+    """
+    family = family_of(denoiser) if family is None else family
+    body = body_of(denoiser)
+    roots = tuple(
+        f"{path}."
+        for path, module in body.named_modules()
+        if any(kind.__name__ in family.blocks for kind in type(module).__mro__)
+    )
+    return {path: module for path, module in changeable(body).items() if path.startswith(roots)}
+
+
+def changeable(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Every Linear and Conv2d by dotted path: what an increment, whoever trained it, may name.
+
+    Under a PEFT layer the base's own module is meant, under the path it had before; the LoRA's parts are not.
+    """
+    return {
+        path.removesuffix(".base_layer"): module
+        for path, module in body_of(denoiser).named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in path
+    }
+
+
+def fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
+    """sha256 (hex) over the sorted lines `path:out,in[,kh,kw]`: equal for checkpoints that share targets and widths."""
+    lines = sorted(f"{path}:{','.join(map(str, shape))}\n" for path, shape in shapes.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def fingerprint_of(denoiser: nn.Module) -> str:
+    """The fingerprint of a denoiser's targeted modules."""
+    return fingerprint({path: weight_of(module).shape for path, module in targets(denoiser).items()})
+
+
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """The weight of a module out of `changeable`."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def bias_of(module: nn.Module) -> nn.Parameter | None:
+    """The bias of a module out of `changeable`, None where it has none."""
+    bias = module.bias
+    assert bias is None or isinstance(bias, nn.Parameter)
+    return bias
+
+
+def resolve_modules(adapter: Adapter, denoiser: nn.Module) -> dict[str, tuple[nn.Module, Increment]]:
+    """The module that each increment belongs to, by dotted path in the denoiser.
+
+    Paths are compared with . as _, which is all that files of other programs keep of them.
+    Raises CompatibilityError that names the first module which is missing or of another shape, and both shapes.
+    """
+    modules = changeable(denoiser)
+    paths = {flat(path): path for path in modules}
+    resolved: dict[str, tuple[nn.Module, Increment]] = {}
+    for name, increment in adapter.increments.items():
+        path = name if name in modules else paths.get(flat(name))
+        if path is None:
+            meant = nearest(flat(name), paths)
+            raise _misfit(
+                adapter,
+                denoiser,
+                f"{name}: the adapter has an increment for a weight {increment.weight_shape}, the model has no such "
+                "module" + (f" (nearest: {_described(modules, paths[meant[0]])})" if meant else ""),
+            )
+        module = modules[path]
+        try:
+            increment.check_fits(path, weight_of(module), bias_of(module))
+        except CompatibilityError as error:
+            raise _misfit(adapter, denoiser, error.message) from error
+        resolved[path] = module, increment
+    return resolved
+
+
+def check(adapter: Adapter, pipe: object) -> None:
+    """Raise CompatibilityError unless `adapter` can be attached to `pipe` (a pipeline or a denoiser)."""
+    family_of(pipe)
+    resolve_modules(adapter, denoiser_of(pipe))
+
+
+def _described(modules: Mapping[str, nn.Module], path: str) -> str:
+    return f"{path} {tuple(weight_of(modules[path]).shape)}"
+
+
+def _misfit(adapter: Adapter, denoiser: nn.Module, mismatch: str) -> CompatibilityError:
+    return CompatibilityError(
+        f"adapter {adapter.name} ({adapter.source}, trained on {adapter.manifest.base.family}) does not fit this "
+        f"{type(body_of(denoiser)).__name__}: {mismatch}",
+        mend=f"spmhub show {adapter.name}, and attach it to a checkpoint of its own base",
+    )
