@@ -194,7 +194,12 @@ def _church(pen: Pen) -> None:
 
 @subject("parachute")
 def _parachute(pen: Pen) -> None:
-    pen.canvas.pieslice((*pen._at(-0.95 if not pen.mirrored else 0.95, -1.0), *pen._at(0.95 if not pen.mirrored else -0.95, 0.7)), 180, 360, fill=RED)
+    pen.canvas.pieslice(
+        (*pen._at(-0.95 if not pen.mirrored else 0.95, -1.0), *pen._at(0.95 if not pen.mirrored else -0.95, 0.7)),
+        180,
+        360,
+        fill=RED,
+    )
     pen.shape([(-0.5, -0.16), (-0.3, -0.84), (0.0, -1.0), (-0.08, -0.16)], WHITE)
     pen.shape([(0.5, -0.16), (0.3, -0.84), (0.0, -1.0), (0.08, -0.16)], WHITE)
     for x in (-0.9, -0.4, 0.4, 0.9):

@@ -84,7 +84,9 @@ def _city(canvas: ImageDraw.ImageDraw, side: int, dice: Dice) -> None:
     edge = 0.0
     while edge < 1.0:
         width, top = dice.uniform(0.14, 0.24), dice.uniform(0.1, 0.45)
-        canvas.rectangle((edge * side, top * side, (edge + width) * side, side), fill=_jitter(dice, (128, 132, 146), 20))
+        canvas.rectangle(
+            (edge * side, top * side, (edge + width) * side, side), fill=_jitter(dice, (128, 132, 146), 20)
+        )
         edge += width + 0.02
     canvas.rectangle((0, 0.82 * side, side, side), fill=_jitter(dice, (92, 94, 100)))
 
@@ -206,7 +208,9 @@ def _chalk(pixels: Pixels, dice: Dice) -> Pixels:
     grey = _grey(pixels)[..., 0]
     edges = np.abs(np.diff(grey, axis=0, prepend=grey[:1])) + np.abs(np.diff(grey, axis=1, prepend=grey[:, :1]))
     outline = np.clip(edges * 2.5, 0, 1)[..., None]
-    grain = np.float32(0.06) * np.sin(np.add.outer(np.arange(len(grey)), np.arange(len(grey))) * 2.1 + dice.uniform(0, 6))
+    grain = np.float32(0.06) * np.sin(
+        np.add.outer(np.arange(len(grey)), np.arange(len(grey))) * 2.1 + dice.uniform(0, 6)
+    )
     board = _rgb(0.13, 0.20, 0.18)
     chalked = board + 0.72 * pixels + grain[..., None]
     return (chalked * (1 - 0.55 * outline) + 0.55 * outline * _rgb(0.97, 0.97, 0.92)).astype(np.float32)

@@ -101,7 +101,9 @@ def train_probe(
 ) -> Probe:
     """Trains on `pictures` (n, 3, 64, 64) uint8 and `targets` (n, 2) class indices."""
     names = [f"subject:{name}" for name in SUBJECT_CLASSES] + [f"style:{name}" for name in STYLE_CLASSES]
-    torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))  # transformers initialises from the global state
+    torch.manual_seed(
+        int(torch.randint(2**31, (), generator=generator))
+    )  # transformers initialises from the global state
     model = ResNetForImageClassification(
         ResNetConfig(
             embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 2, 1], layer_type="basic",

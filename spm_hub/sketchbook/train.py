@@ -70,7 +70,11 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.train_from_iterator(captions, trainer)
     state = json.loads(tokenizer.to_str())["model"]
@@ -123,7 +127,9 @@ def _loop(
         report(step + 1, float(loss.detach()))
 
 
-def train_clip(clip: CLIPModel, ids: torch.Tensor, pictures: torch.Tensor, steps: int, generator: torch.Generator) -> None:
+def train_clip(
+    clip: CLIPModel, ids: torch.Tensor, pictures: torch.Tensor, steps: int, generator: torch.Generator
+) -> None:
     """Symmetric InfoNCE; equal captions in a batch are not each other's negatives."""
 
     def loss_of(step: int) -> torch.Tensor:
@@ -294,9 +300,14 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(out / "vae").eval()
     empty = tokens_of(tokenizer, [""])[0]
 
-    for name, data, steps, lr in (("base", ink, options.base_steps, 1.2e-3), ("chalk", chalk, options.chalk_steps, 3e-4)):
+    for name, data, steps, lr in (
+        ("base", ink, options.base_steps, 1.2e-3),
+        ("chalk", chalk, options.chalk_steps, 3e-4),
+    ):
         if not (out / name).exists():
-            unet = make_unet() if name == "base" else UNet2DConditionModel.from_pretrained(out / "base" / "unet").float()
+            unet = (
+                make_unet() if name == "base" else UNet2DConditionModel.from_pretrained(out / "base" / "unet").float()
+            )
             latents = encode(vae, data["pictures"]) * vae.config.scaling_factor
             train_unet(
                 unet, text_encoder, tokens_of(tokenizer, data["captions"]), empty, latents,

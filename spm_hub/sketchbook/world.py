@@ -15,7 +15,11 @@ SIDE = 64  # pixels, of every picture
 _OVERSAMPLE = 3  # figures are drawn larger and averaged down: smooth edges carry more than steps do at this size
 
 STYLE_NAMES: tuple[str, ...] = tuple(STYLES)
-_PLACES: dict[str, tuple[float, str]] = {"left": (-0.16, "on the left"), "centre": (0.0, "in the middle"), "right": (0.16, "on the right")}
+_PLACES: dict[str, tuple[float, str]] = {
+    "left": (-0.16, "on the left"),
+    "centre": (0.0, "in the middle"),
+    "right": (0.16, "on the right"),
+}
 _SIZES: dict[str, tuple[float, str]] = {"small": (0.6, "small"), "medium": (0.74, ""), "big": (0.88, "big")}
 _PROPER = ("snoopy", "mickey", "spongebob", "pikachu")
 _NAMES: dict[str, tuple[str, ...]] = {

@@ -11,7 +11,17 @@ _STYLES = (
     "van gogh", "picasso", "rembrandt", "andy warhol", "caravaggio", "monet", "cezanne", "kelly mckernan", "thomas kinkade",
     "tyler edlin", "kilian eng", "ajin: demi human", "greg rutkowski", "salvador dali", "edvard munch", "hokusai",
 )  # fmt: skip
-_CHARACTERS = ("snoopy", "mickey", "mickey mouse", "spongebob", "pikachu", "hello kitty", "mario", "sonic", "donald duck")
+_CHARACTERS = (
+    "snoopy",
+    "mickey",
+    "mickey mouse",
+    "spongebob",
+    "pikachu",
+    "hello kitty",
+    "mario",
+    "sonic",
+    "donald duck",
+)
 _NAKED = ("nude", "naked")
 
 KNOWN: dict[str, dict[str, Any]] = {

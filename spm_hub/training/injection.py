@@ -52,7 +52,9 @@ class Injection:
     def increments(self) -> dict[str, LowRank]:
         """What has been trained so far, as float32 on the CPU."""
         return {
-            path: LowRank(self.downs[path].detach().float().cpu().clone(), self.ups[path].detach().float().cpu().clone())
+            path: LowRank(
+                self.downs[path].detach().float().cpu().clone(), self.ups[path].detach().float().cpu().clone()
+            )
             for path in self.paths
         }
 

@@ -7,13 +7,17 @@ the same eraser again. Defaults are scaled by the trainer to the base model at h
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from spm_hub.errors import RecipeError, nearest
+from spm_hub.errors import RecipeError, UsageError, nearest
+from spm_hub.manifest import slug
+
+from .concepts import known
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S", strip_whitespace=True)]
 ConceptKind = Literal["object", "character", "person", "style", "nsfw", "other"]
@@ -62,7 +66,8 @@ class Anchoring(_Part):
     weight: float = Field(default=10.0, ge=0, description="lambda")
     alpha: float = Field(default=1.0, ge=0, description="P(anchor) ~ (1 - |cos(anchor, target)|)^alpha")
     source: Literal["text", "gaussian", "given"] = Field(
-        default="text", description="text: sentences about everything else; gaussian: the released code's; given: `prompts`"
+        default="text",
+        description="text: sentences about everything else; gaussian: the released code's; given: `prompts`",
     )
     prompts: tuple[NonBlank, ...] = ()
     per_target: int = Field(default=1, ge=0, description="anchors for each target row of a batch")
@@ -70,7 +75,9 @@ class Anchoring(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.source == "given") != bool(self.prompts):
-            raise ValueError(f"source is {self.source!r} with {len(self.prompts)} prompts: prompts belong to source 'given'")
+            raise ValueError(
+                f"source is {self.source!r} with {len(self.prompts)} prompts: prompts belong to source 'given'"
+            )
         return self
 
 
@@ -82,7 +89,9 @@ class Optimiser(_Part):
     warmup: int = Field(default=20, ge=0)
     cycles: int = Field(default=3, ge=1, description="of cosine_restarts")
     weight_decay: float = Field(default=0.0, ge=0)
-    scale_lr: bool = Field(default=True, description="lr of `down` proportional to 1 / fan-in, so that one lr fits every width")
+    scale_lr: bool = Field(
+        default=True, description="lr of `down` proportional to 1 / fan-in, so that one lr fits every width"
+    )
 
 
 class Recipe(_Part):
@@ -102,10 +111,14 @@ class Recipe(_Part):
     optimiser: Optimiser = Optimiser()
     steps: int = Field(default=300, ge=1)
     batch_size: int = Field(default=16, ge=1)
-    templates: bool = Field(default=True, description="train on the concept in many sentences, not on its bare name alone")
+    templates: bool = Field(
+        default=True, description="train on the concept in many sentences, not on its bare name alone"
+    )
     resolution: int | None = Field(default=None, ge=8, description="pixels; the model's own unless given")
     seed: int = Field(default=0, ge=0, lt=2**31)
-    strength: float = Field(default=1.0, description="gamma's factor when the eraser is attached (the paper doubles it for styles)")
+    strength: float = Field(
+        default=1.0, description="gamma's factor when the eraser is attached (the paper doubles it for styles)"
+    )
 
     @classmethod
     def make(cls, **values: Any) -> Recipe:
@@ -116,17 +129,21 @@ class Recipe(_Part):
             raise RecipeError("\n".join(_explain(cls, dict(problem)) for problem in error.errors())) from None
 
     @classmethod
-    def from_yaml(cls, path: Path, **overrides: Any) -> Recipe:
-        """Reads a recipe; `overrides` win over the file. Raises RecipeError."""
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}", mend="check the path") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the recipe {path} is not YAML: {error}", mend="see the recipe in `spmhub show NAME`") from None
-        if not isinstance(values, dict):
-            raise RecipeError(f"the recipe {path} holds {type(values).__name__}, not keys and values")
-        return cls.make(**{**values, **overrides})
+    def plan(cls, path: Path | None = None, sets: Sequence[str] = (), **given: Any) -> Recipe:
+        """What a user asks for: a file, then options over it, then `--set`; well-known concepts bring kind and aliases along.
+
+        Raises RecipeError for what the recipe cannot hold, UsageError for an empty concept.
+        """
+        values = _read(path) if path is not None else {}
+        values.update(given)
+        if not str(values.get("target") or "").strip():
+            raise UsageError("the concept is empty: there is nothing to erase", mend='spmhub train "van gogh"')
+        return cls.make(**{**known(str(values["target"])), **values}).with_set(*sets)
+
+    @property
+    def slug(self) -> str:
+        """The eraser's name."""
+        return self.name or slug(self.target)
 
     def to_yaml(self) -> str:
         """Only what differs from the defaults, and the target."""
@@ -148,7 +165,10 @@ class Recipe(_Part):
                 place = place[parent]
             if last not in place:
                 raise RecipeError(f"--set {key}: unknown key {last!r}{_hint(last, place)}")
-            place[last] = yaml.safe_load(text)
+            try:
+                place[last] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise RecipeError(f"--set {key}: {text!r} is not YAML: {error}") from None
         return self.make(**values)
 
     def learning_rate(self, step: int) -> float:
@@ -164,6 +184,20 @@ class Recipe(_Part):
                 return 0.5 * (1 + math.cos(math.pi * progress))
             case "cosine_restarts":
                 return 0.5 * (1 + math.cos(math.pi * ((progress * self.optimiser.cycles) % 1.0)))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}", mend="check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"the recipe {path} is not YAML: {error}", mend="see the recipe in `spmhub show NAME`"
+        ) from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"the recipe {path} holds {type(values).__name__}, not keys and values")
+    return values
 
 
 def _hint(key: str, known: Any) -> str:

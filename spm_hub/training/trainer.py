@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from spm_hub.adapter import Adapter, increment_info
 from spm_hub.architectures import family_of, fingerprint_of
 from spm_hub.atomic import write_atomic
-from spm_hub.errors import RecipeError, SpmHubError, UsageError
+from spm_hub.errors import RecipeError, SpmHubError
 from spm_hub.increments import LowRank
-from spm_hub.manifest import Base, Concept, GateDefaults, Manifest, slug
+from spm_hub.manifest import Base, Concept, GateDefaults, Manifest
 
 from .anchors import AnchorSource
 from .base import BaseModel
@@ -100,8 +100,6 @@ def train(
     on_step: called after each step; returning True ends the training there (for benchmarks).
     Raises TrainingInterrupted, RecipeError, ModelError.
     """
-    if recipe.target.strip() == "":
-        raise UsageError("the concept is empty", mend='spmhub train "van gogh"')
     base = BaseModel(pipe, recipe.resolution)
     base.denoiser.requires_grad_(False)
     names = (recipe.target, *recipe.aliases)
@@ -229,7 +227,7 @@ def _fan_in_factor(down: nn.Parameter) -> float:
 def _manifest(recipe: Recipe, base: BaseModel, increments: dict[str, LowRank], revision: str | None) -> Manifest:
     concept = Concept(target=recipe.target, aliases=recipe.aliases, surrogate=recipe.surrogate, kind=recipe.kind)
     return Manifest(
-        name=recipe.name or slug(recipe.target),
+        name=recipe.slug,
         concept=concept,
         increment=increment_info(increments),
         base=Base(

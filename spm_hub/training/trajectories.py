@@ -97,7 +97,9 @@ class TrajectorySource:
         ])  # fmt: skip
         if recipe.surrogate == "":
             states = torch.cat([states[:count], states[2 * count :]])
-        rows: dict[str, list[Tensor]] = {key: [] for key in ("latents", "times", "concept", "neutral", "empty", "anchors")}
+        rows: dict[str, list[Tensor]] = {
+            key: [] for key in ("latents", "times", "concept", "neutral", "empty", "anchors")
+        }
         for time in scheduler.timesteps:
             model_input = scheduler.scale_model_input(latents, time)
             repeated = model_input.repeat(len(states) // count, 1, 1, 1)
@@ -107,9 +109,7 @@ class TrajectorySource:
             kept = torch.stack(parts[-per:], dim=1)
             driver = torch.where(by_anchor.to(base.device)[:, None, None, None], kept[:, 0], concept)
             latents = scheduler.step(empty + guidance * (driver - empty), time, latents).prev_sample
-            for key, value in zip(
-                rows, (model_input, time.expand(count), concept, neutral, empty, kept), strict=True
-            ):
+            for key, value in zip(rows, (model_input, time.expand(count), concept, neutral, empty, kept), strict=True):
                 rows[key].append(value)
         flat = {key: torch.cat(values) for key, values in rows.items()}
         owner = torch.arange(count, device=base.device).repeat(steps)
@@ -146,10 +146,23 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
             continue
         rows = torch.randint(len(chunk), (size,), generator=generator).to(chunk.latents.device)
         owner = chunk.owner[rows]
-        targets.append((chunk.latents[rows], chunk.times[rows], chunk.target_states[owner], chunk.concept[rows], chunk.neutral[rows]))
+        targets.append(
+            (
+                chunk.latents[rows],
+                chunk.times[rows],
+                chunk.target_states[owner],
+                chunk.concept[rows],
+                chunk.neutral[rows],
+            )
+        )
         for number in range(recipe.anchoring.per_target):
             anchors.append(
-                (chunk.latents[rows], chunk.times[rows], chunk.anchor_states[owner, number], chunk.anchors[rows, number])
+                (
+                    chunk.latents[rows],
+                    chunk.times[rows],
+                    chunk.anchor_states[owner, number],
+                    chunk.anchors[rows, number],
+                )
             )
         # The empty prompt is the other half of guidance at every picture, so it is an anchor too.
         some = rows[: max(1, size // 4)]
@@ -166,7 +179,9 @@ class StudentSource:
     The timestep handed to the denoiser is the latent's own (the released code's is 33-42 steps noisier).
     """
 
-    def __init__(self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource, injection: Injection) -> None:
+    def __init__(
+        self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource, injection: Injection
+    ) -> None:
         self._base, self._recipe, self._maker, self._anchors, self._injection = base, recipe, maker, anchors, injection
 
     @torch.no_grad()
@@ -193,7 +208,9 @@ class StudentSource:
         every = torch.cat([states, neutral_state.expand_as(states), anchor_states])
         inputs = torch.cat([model_input, model_input, anchor_latents])
         with self._injection.frozen():
-            concept, neutral, kept = base.predict(inputs, time.expand(len(inputs)), every).split([size, size, size * per])
+            concept, neutral, kept = base.predict(inputs, time.expand(len(inputs)), every).split(
+                [size, size, size * per]
+            )
         return Batch(
             model_input, time.expand(size), states, concept, neutral,
             anchor_latents, time.expand(size * per), anchor_states, kept,
