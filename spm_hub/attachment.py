@@ -1,0 +1,494 @@
+"""Erasers on a pipeline: attach, add, strengthen, recover, detach; what each row of a batch gets is planned here."""
+
+import math
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from numbers import Real
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Self, get_args
+
+import torch
+from torch import nn
+
+from spm_hub.adapter import Adapter
+from spm_hub.architectures import body_of, denoiser_of, family_of, resolve_modules, weight_of
+from spm_hub.calls import HELD, Call, Settings, can_encode, encode, held_denoiser, held_pipeline, tokens_of
+from spm_hub.errors import NotFoundError, UsageError, nearest
+from spm_hub.gate import Concept, Concepts, ConstantGate, Gate, Prompts, TransportGate
+from spm_hub.increments import Increment
+from spm_hub.layers import Layers, foldable, kept_bytes
+
+Rows = Literal["both", "conditional"]
+Mode = Literal["auto", "fold", "branch"]
+GateChoice = Literal["transport", "always"] | float | Gate
+
+_TRANSPORT = TransportGate()
+_ALWAYS = ConstantGate(1.0)
+
+
+def attach(
+    pipe: Any,
+    adapters: Sequence[Adapter],
+    *,
+    gate: GateChoice | None = None,
+    strength: Mapping[str, float] | float | None = None,
+    rows: Rows | None = None,
+    mode: Mode = "auto",
+    memory_budget: int | None = None,
+) -> "Attachment":
+    """Put erasers on a diffusers pipeline; whoever calls the pipeline then gets them, gated per prompt.
+
+    gate: "transport" is facilitated transport (arXiv 2312.16145, Eq. 9-11), "always" is gamma 1, a number is that gamma,
+    or any object with the method of `gate.Gate`.  strength: multiplies gamma; one number for all, or some by name.
+    rows: whether the unconditional rows of classifier-free guidance get their prompt's gamma ("both", the paper's way)
+    or none ("conditional").  What is None is taken from each adapter's manifest.
+    mode: "fold" writes the sum into the weights, which serves one set of gammas at the bare model's speed; "branch" lets
+    every row of a batch have its own; "auto" folds when all rows agree and branches when they do not.
+    memory_budget: bytes for the originals that folding keeps beside the weights; beyond it they are kept on the CPU,
+    and where the model itself is on the CPU, "auto" branches.
+
+    A denoiser that is called without a known prompt runs with gamma 1. While attached, `state_dict`, `save_pretrained`,
+    `load_state_dict` and `to` meet the checkpoint's own weights: erasers are never saved by accident (baking is the way
+    to save them in). Raises UsageError or CompatibilityError, and then the pipeline is as it was.
+    """
+    return Attachment(pipe, adapters, _Options(gate, strength, rows, mode, memory_budget))
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `attach`, checked."""
+
+    gate: GateChoice | None
+    strength: Mapping[str, float] | float | None
+    rows: Rows | None
+    mode: Mode
+    memory_budget: int | None
+
+    def __post_init__(self) -> None:
+        _one_of("rows", self.rows, (None, *get_args(Rows)))
+        _one_of("mode", self.mode, get_args(Mode))
+        budget = self.memory_budget
+        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 0):
+            raise UsageError(f"memory_budget is {budget!r}; it is a number of bytes, or None for no limit")
+        if isinstance(self.strength, Mapping):
+            for name, value in self.strength.items():
+                _finite(f"strength[{name!r}]", value)
+        elif self.strength is not None:
+            _finite("strength", self.strength)
+        if isinstance(self.gate, str):
+            _one_of("gate", self.gate, ("transport", "always"))
+        elif isinstance(self.gate, Real):
+            _finite("gate", self.gate)
+        elif self.gate is not None and not isinstance(self.gate, Gate):
+            raise UsageError(f'gate is {self.gate!r}; it is "transport", "always", a number, or has a method gammas()')
+
+    def eraser(self, adapter: Adapter, targets: Mapping[str, tuple[nn.Module, Increment]]) -> "_Eraser":
+        """An adapter under these options, and under its manifest's where they are silent."""
+        default = adapter.manifest.gate
+        gate = default.kind if self.gate is None else self.gate
+        if isinstance(gate, str):
+            gate = _TRANSPORT if gate == "transport" else _ALWAYS
+        elif not isinstance(gate, Gate):
+            gate = ConstantGate(float(gate))
+        given = self.strength.get(adapter.name) if isinstance(self.strength, Mapping) else self.strength
+        strength = default.strength if given is None else float(given)
+        return _Eraser(adapter, targets, gate, strength, self.rows or default.rows)
+
+
+@dataclass(eq=False)
+class _Eraser:
+    """An adapter on this pipeline: the modules it changes, and how it is gated."""
+
+    adapter: Adapter
+    targets: Mapping[str, tuple[nn.Module, Increment]]
+    gate: Gate
+    strength: float
+    rows: Rows
+    concepts: dict[Settings, Concept] = field(default_factory=dict)
+
+
+class Attachment:
+    """Erasers in effect on one pipeline; made by `attach`. Safe to use from several threads.
+
+    Whatever changes what is attached waits for the picture in progress, so that no picture mixes two states.
+    """
+
+    def __init__(self, pipe: Any, adapters: Sequence[Adapter], options: _Options) -> None:
+        if isinstance(pipe, nn.Module):
+            raise UsageError(f"attach takes a pipeline, not its {type(pipe).__name__}", mend="attach(pipe, ...)")
+        self._pipe, self._options = pipe, options
+        self._denoiser = denoiser_of(pipe)
+        family_of(pipe)
+        self._held = (pipe, self._denoiser, body_of(self._denoiser))
+        self._refuse_held()
+        self._lock = threading.RLock()
+        self._calls: list[Call] = []
+        self._denoisings = 0
+        self._warned: set[str] = set()
+        self._layers = Layers()
+        self._erasers: dict[str, _Eraser] = {}
+        self._attached = True
+        self._changed()
+        erasers: dict[str, _Eraser] = {}
+        for adapter in adapters:
+            erasers[adapter.name] = self._fitting(adapter, erasers)
+        if isinstance(options.strength, Mapping):
+            for name in options.strength:
+                _known(name, erasers)
+        self._keeping(erasers)
+        self._install(erasers)
+        self._classes = type(pipe), type(self._denoiser)
+        for held in self._held:
+            held.__dict__[HELD] = self
+        # Plain assignment would pass through torch.compile's wrapper to the module inside it.
+        object.__setattr__(self._denoiser, "__class__", held_denoiser(type(self._denoiser)))
+        object.__setattr__(pipe, "__class__", held_pipeline(type(pipe)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The erasers that are attached, in the order they came."""
+        return tuple(self._erasers)
+
+    @property
+    def strength(self) -> "Strength":
+        """What multiplies each eraser's gamma, by name; changes act from the next call of the denoiser on."""
+        return Strength(self)
+
+    def gates(self, prompt: str, /) -> dict[str, float]:
+        """Gamma of every eraser for a prompt, before its strength: why a picture is as it is."""
+        with self._lock:
+            self._alive()
+            states = encode(self._pipe, self._classes[0], prompt)
+            prompts = Prompts((prompt,), tokens_of(self._pipe, [prompt]), states)
+            return {name: gammas[0] for name, gammas in self._gammas(prompts, (), self.names).items()}
+
+    def add(self, adapter: Adapter, /) -> None:
+        """Attach one more eraser, under the options of `attach`. Raises as `attach` does, and then changes nothing."""
+        with self._lock:
+            self._alive()
+            eraser = self._fitting(adapter, self._erasers)
+            self._keeping({**self._erasers, adapter.name: eraser})
+            self._install({adapter.name: eraser})
+
+    def recover(self, name: str, /) -> None:
+        """Take one eraser away: the pipeline is, bit for bit, as if only the others had ever been attached."""
+        with self._lock:
+            self._alive()
+            _known(name, self._erasers)
+            with self._writing():
+                self._layers.uninstall(name)
+            del self._erasers[name]
+            self._changed()
+
+    def detach(self) -> None:
+        """Leave the pipeline exactly as it was before `attach`: weights, classes, hooks. Twice does no harm."""
+        with self._lock:
+            if not self._attached:
+                return
+            self._bare()
+            object.__setattr__(self._pipe, "__class__", self._classes[0])
+            object.__setattr__(self._denoiser, "__class__", self._classes[1])
+            for held in self._held:
+                held.__dict__.pop(HELD, None)
+            self._attached = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError("a pipeline that holds erasers cannot be copied or pickled", mend="erasers.detach() first")
+
+    # What the held pipeline and denoiser report: `calls.Holder`.
+
+    @contextmanager
+    def picture(self) -> Iterator[None]:
+        """Around one call of the pipeline: nobody else draws, attaches or recovers meanwhile."""
+        with self._lock:
+            if self._attached and body_of(denoiser_of(self._pipe)) is not self._held[-1]:
+                raise UsageError(
+                    "the pipeline's denoiser was replaced after erasers were attached to it",
+                    mend="erasers.detach(), replace it, and attach again",
+                )
+            self._calls.append(Call())
+            try:
+                yield
+            finally:
+                self._calls.pop()
+                self._seen = None
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Around one call of `encode_prompt`, which in another thread waits for the picture in progress."""
+        with self._lock:
+            yield
+
+    def encoded(self, bound: Mapping[str, Any], result: Any) -> None:
+        """Learn the prompts of the call in progress, if any."""
+        if not self._calls:
+            return
+        call = self._calls[-1]
+        call.learn(self._pipe, bound, result)
+        if call.prompts is not None and not self._always_on(self.names):
+            if call.prompts.texts is None:
+                self._warn_once("only prompt_embeds are known: erasers are gated by the embeddings, not by the words")
+            if can_encode(self._pipe):
+                # Now, as the text encoder may be offloaded before the denoiser is called.
+                call.gammas.update(self._gammas(call.prompts, call.settings, self.names))
+
+    @contextmanager
+    def denoising(self, rows: int | None) -> Iterator[None]:
+        """Around one call of the denoiser: the right factors are in effect until it ends."""
+        with self._lock:
+            if self._attached:
+                self._put_in_effect(rows)
+            self._denoisings += 1
+            try:
+                yield
+            finally:
+                self._denoisings -= 1
+
+    @contextmanager
+    def bare_weights(self, *, moving: bool) -> Iterator[None]:
+        """Around whatever touches the denoiser's weights from outside: it meets the checkpoint's own."""
+        with self._lock:
+            # Offloading moves them in the middle of a picture, which must not switch the erasers off.
+            if self._attached and not (moving and (self._denoisings or self._calls)):
+                self._bare()
+            yield
+
+    def _put_in_effect(self, rows: int | None) -> None:
+        """Fold or branch what the rows of this batch are due; nothing to do when that is in effect already."""
+        call = self._calls[-1] if self._calls else None
+        if self._seen == (call, rows):
+            return
+        factors = self._factors(call, rows)
+        shared = all(len(set(due)) == 1 for due in factors.values())
+        if self._budgeted is None:
+            self._budgeted = self._keeping(self._erasers)
+        keep_on, can_fold = self._budgeted
+        if self._options.mode == "fold" and not shared:
+            ranges = (f"{name} {min(due):.3g} to {max(due):.3g}" for name, due in factors.items())
+            raise UsageError(
+                'mode="fold" holds one factor per eraser at a time, and the rows of this batch are due different ones: '
+                + ", ".join(ranges),
+                mend='mode="auto", or one prompt a call',
+            )
+        folds = shared and can_fold and self._options.mode != "branch"
+        plan = folds, factors if not folds else {name: due[:1] for name, due in factors.items()}
+        if plan != self._plan:
+            self._plan = None
+            with self._writing():
+                if folds:
+                    self._layers.fold({name: due[0] for name, due in factors.items()}, keep_on)
+                else:
+                    self._layers.branch(factors)
+            self._plan = plan
+        self._seen = call, rows
+
+    def _factors(self, call: Call | None, rows: int | None) -> dict[str, list[float]]:
+        """Gamma times strength of every eraser for each row of the batch; one number stands for all rows."""
+        fully_on = {name: [eraser.strength] for name, eraser in self._erasers.items()}
+        if call is None:
+            return fully_on
+        if (
+            call.prompts is None
+            or (missing := [name for name in self.names if name not in call.gammas])
+            and not (can_encode(self._pipe) or self._always_on(missing))
+        ):
+            self._warn_once("the prompts of this call, or the text encoder, are unknown: every eraser is fully on")
+            return fully_on
+        if rows is None or rows % call.block:
+            self._warn_once(f"{rows} rows do not come from {call.block} prompts and pictures: every eraser is fully on")
+            return fully_on
+        call.gammas.update(self._gammas(call.prompts, call.settings, missing))
+        factors = {}
+        for name, eraser in self._erasers.items():
+            block = [gamma * eraser.strength for gamma in call.gammas[name] for _ in range(call.images)]
+            blocks = [block] * (rows // call.block)
+            if eraser.rows == "conditional" and call.guided and len(blocks) == 2:
+                # Under classifier-free guidance diffusers puts the unconditional rows first.
+                blocks[0] = [0.0] * call.block
+            factors[name] = [factor for each in blocks for factor in each]
+        return factors
+
+    def _gammas(self, prompts: Prompts, settings: Settings, names: Sequence[str]) -> dict[str, list[float]]:
+        """One gamma for each prompt, by eraser; erasers that share a gate are asked about together."""
+        found: dict[str, list[float]] = {}
+        for gate in {id(self._erasers[name].gate): self._erasers[name].gate for name in names}.values():
+            members = tuple(name for name in names if self._erasers[name].gate is gate)
+            if isinstance(gate, ConstantGate):
+                found.update({name: [gate.gamma] * len(prompts.states) for name in members})
+                continue
+            if (settings, members) not in self._concepts:
+                self._concepts[settings, members] = Concepts(tuple(self._concept(name, settings) for name in members))
+            gammas = torch.as_tensor(gate.gammas(prompts, self._concepts[settings, members]))
+            wanted = len(prompts.states), len(members)
+            if tuple(gammas.shape) != wanted or not torch.isfinite(gammas).all():
+                raise UsageError(
+                    f"{type(gate).__name__}.gammas gave shape {tuple(gammas.shape)}; wanted are finite numbers of shape "
+                    f"{wanted}, one for each prompt and eraser"
+                )
+            found.update(zip(members, gammas.double().T.tolist(), strict=True))
+        return {name: found[name] for name in names}
+
+    def _concept(self, name: str, settings: Settings) -> Concept:
+        eraser = self._erasers[name]
+        if settings not in eraser.concepts:
+            concept = eraser.adapter.manifest.concept
+            texts = (concept.target, *concept.aliases)
+            states = torch.cat([encode(self._pipe, self._classes[0], text, settings) for text in texts])
+            eraser.concepts[settings] = Concept(texts, tokens_of(self._pipe, texts), states.float().cpu())
+        return eraser.concepts[settings]
+
+    def _always_on(self, names: Iterable[str]) -> bool:
+        return all(isinstance(self._erasers[name].gate, ConstantGate) for name in names)
+
+    def _keeping(self, erasers: Mapping[str, _Eraser]) -> tuple[torch.device | None, bool]:
+        """Where folding keeps originals (None: beside the weights), and whether it may fold at all.
+
+        Raises UsageError where it may not and the user insists.
+        """
+        modules: dict[str, tuple[nn.Module, list[Increment]]] = {}
+        for eraser in erasers.values():
+            for path, (module, increment) in eraser.targets.items():
+                modules.setdefault(path, (module, []))[1].append(increment)
+        reason = None
+        budget, needed = self._options.memory_budget, kept_bytes(modules)
+        keep_on = None
+        if not all(foldable(module) for module, _ in modules.values()):
+            reason = "the model's weights are quantised or not in memory"
+        elif budget is not None and needed > budget:
+            if all(weight_of(module).device.type == "cpu" for module, _ in modules.values()):
+                reason = (
+                    f"the originals take {needed} bytes, memory_budget is {budget}, and they are on the CPU already"
+                )
+            else:
+                keep_on = torch.device("cpu")
+        if reason is not None and self._options.mode == "fold":
+            raise UsageError(f'mode="fold" is not possible: {reason}', mend='mode="auto"')
+        return keep_on, reason is None
+
+    def _fitting(self, adapter: Adapter, beside: Mapping[str, _Eraser]) -> _Eraser:
+        if (other := beside.get(adapter.name)) is not None:
+            if _same(other.adapter, adapter):
+                raise UsageError(f"adapter {adapter.name} ({adapter.source}) is attached twice", mend="name it once")
+            raise UsageError(
+                f"two adapters are named {adapter.name}: {other.adapter.source} and {adapter.source}",
+                mend="rename one: change `name` in its manifest",
+            )
+        return self._options.eraser(adapter, resolve_modules(adapter, self._denoiser))
+
+    def _install(self, erasers: Mapping[str, _Eraser]) -> None:
+        for name, eraser in erasers.items():
+            self._layers.install(name, eraser.targets)
+            self._erasers[name] = eraser
+        self._changed()
+
+    def _changed(self) -> None:
+        """Other erasers than before: whatever was derived from them is void."""
+        self._plan: tuple[bool, dict[str, list[float]]] | None = None
+        self._seen: tuple[Call | None, int | None] | None = None
+        self._budgeted: tuple[torch.device | None, bool] | None = None
+        self._concepts: dict[tuple[Settings, tuple[str, ...]], Concepts] = {}
+
+    def _bare(self) -> None:
+        with self._writing():
+            self._layers.bare()
+        self._changed()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Weights may be written: no graph, and originals that outlive an inference mode which the caller is in."""
+        inference = any(parameter.is_inference() for parameter in self._denoiser.parameters())
+        with torch.inference_mode(inference), torch.no_grad():
+            yield
+
+    def _refuse_held(self) -> None:
+        for held in self._held:
+            other: Attachment | None = held.__dict__.get(HELD)
+            if other is not None:
+                whose = "this pipeline" if other._pipe is self._pipe else "another pipeline that shares this denoiser"
+                raise UsageError(
+                    f"{whose} already holds erasers ({', '.join(other.names) or 'none yet'})",
+                    mend="erasers.detach() first, or erasers.add(adapter) to have more of them",
+                )
+
+    def _alive(self) -> None:
+        if not self._attached:
+            raise UsageError("these erasers were detached", mend="spm_hub.attach(pipe, adapters) again")
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"spm_hub: {message}", UserWarning, stacklevel=2)
+
+
+class Strength(MutableMapping[str, float]):
+    """What multiplies the gamma of each attached eraser, by name. `del` gives back the manifest's own."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+
+    def __getitem__(self, name: str) -> float:
+        return self._attachment._erasers[name].strength
+
+    def __setitem__(self, name: str, value: float) -> None:
+        _finite(f"strength[{name!r}]", value)
+        attachment = self._attachment
+        with attachment._lock:
+            attachment._alive()
+            _known(name, attachment._erasers)
+            attachment._erasers[name].strength = float(value)
+            attachment._seen = None
+
+    def __delitem__(self, name: str) -> None:
+        _known(name, self._attachment._erasers)
+        self[name] = self._attachment._erasers[name].adapter.manifest.gate.strength
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._attachment.names)
+
+    def __len__(self) -> int:
+        return len(self._attachment.names)
+
+    def __repr__(self) -> str:
+        return f"Strength({dict(self)})"
+
+
+def _same(one: Adapter, other: Adapter) -> bool:
+    """Whether two adapters hold the same increments."""
+    if one is other:
+        return True
+    mine, theirs = (
+        {(path, part): tensor for path, inc in adapter.increments.items() for part, tensor in inc.tensors().items()}
+        for adapter in (one, other)
+    )
+    return mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
+
+
+def _known(name: str, names: Iterable[str]) -> None:
+    names = tuple(names)
+    if name not in names:
+        meant = nearest(name, names)
+        raise NotFoundError(
+            f"no eraser {name!r} is attached; attached are: {', '.join(names) or 'none'}",
+            mend=f"{meant[0]!r}" if meant else None,
+        )
+
+
+def _finite(key: str, value: object) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise UsageError(f"{key} is {value!r}; it has to be a finite number", mend=f"{key} = 1.0")
+
+
+def _one_of(key: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{key} is {value!r}; it is one of {', '.join(map(repr, allowed))}")
