@@ -1,4 +1,4 @@
-"""A registry is a folder with adapters/<name>.safetensors and manifests/<name>.json; a reference is looked up in several.
+"""A registry is a folder with adapters/<name>.safetensors and manifests/<name>.json; several are asked in order.
 
 Listing and resolving read no tensors and import no torch.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from spm_hub.errors import ManifestError, NotFoundError, RegistryError, SpmHubError, UsageError, nearest
-from spm_hub.manifest import Manifest
+from spm_hub.manifest import NAME, Manifest, slug
 
 if TYPE_CHECKING:
     from spm_hub.adapter import Adapter
@@ -107,19 +107,33 @@ class Registry:
 
         Raises RegistryError when the folder cannot be written, or holds that name already and `replace` is not set.
         """
-        entry = Entry(
-            adapter.name,
-            self.root / _ADAPTERS / f"{adapter.name}{_SUFFIX}",
-            self.root / _MANIFESTS / f"{adapter.name}.json",
-        )
-        if adapter.name in _RESERVED:
-            raise RegistryError(f"{adapter.name!r} is a reserved name: {entry.manifest_path} is something else")
+        entry = self.check_room_for(adapter.name, replace=replace)
+        adapter.save(entry.adapter_path, entry.manifest_path)
+        return entry
+
+    def check_room_for(self, name: str, *, replace: bool = False) -> Entry:
+        """The entry that an adapter of that name would become; asked before a training and not after it.
+
+        Raises UsageError for what is no name, RegistryError as `add` does.
+        """
+        if not re.fullmatch(NAME, name):
+            raise UsageError(f"{name!r} is no name for an eraser", mend=f"name it {slug(name)}")
+        manifest = self.root / _MANIFESTS / f"{name}.json"
+        entry = Entry(name, self.root / _ADAPTERS / f"{name}{_SUFFIX}", manifest)
+        if name in _RESERVED:
+            raise RegistryError(f"{name!r} is a reserved name: {manifest} is something else")
         if entry.adapter_path.exists() and not replace:
             raise RegistryError(
-                f"{self.root} already holds an eraser named {adapter.name!r}",
-                mend=f"name this one differently, or remove {entry.adapter_path} first",
+                f"{self.root} already holds an eraser named {name!r}",
+                mend="name this one differently with --name, or replace that one with --force",
             )
-        adapter.save(entry.adapter_path, entry.manifest_path)
+        for folder in (entry.adapter_path.parent, manifest.parent):
+            existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+            if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+                raise RegistryError(
+                    f"the registry {self.root} cannot be written: {existing} is read-only or no folder",
+                    mend=f"chmod u+w {existing}, or name another registry with --registry DIR",
+                )
         return entry
 
     def remove(self, name: str) -> None:

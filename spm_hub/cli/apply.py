@@ -1,0 +1,86 @@
+"""spmhub apply: draw pictures with erasers attached."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spm_hub.cli import options
+from spm_hub.cli.app import Example, command
+from spm_hub.cli.output import Output, silence_libraries, table
+from spm_hub.errors import UsageError
+
+
+@command(
+    "apply",
+    Example('spmhub apply -a snoopy --prompt "snoopy" --compare', "with and without, side by side"),
+    Example(
+        "spmhub apply -a snoopy,mickey --prompts prompts.txt --num 4 --grid", "a file of prompts, four pictures each"
+    ),
+    Example('spmhub apply -a nudity --strength nudity=2 --prompt "a person"', "an eraser that acts twice as much"),
+    panel="Use",
+)
+def apply(
+    out: Output,
+    *,
+    adapters: options.Adapters,
+    model: options.Model = "sketchbook",
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeatable.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next one has the next seed.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. Unless given: the pipeline's own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Unless given: the pipeline's own.")] = None,
+    num: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
+    to: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("pictures"),
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also draw without the erasers, and a grid of both side by side.")
+    ] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Also draw all pictures as one labelled grid.")] = False,
+    gate: Annotated[
+        str | None, typer.Option(help="transport (by prompt), always, or a number. Unless given: as each eraser asks.")
+    ] = None,
+    strength: options.Strength = None,
+    registry: options.Registry = None,
+    device: options.Device = "cpu",
+    dtype: options.Precision = "float32",
+) -> None:
+    """Draw pictures with erasers attached.
+
+    Prints how strongly each eraser acted on each prompt.
+    """
+    from spm_hub.hub.registry import resolve
+
+    if prompt and prompts:
+        raise UsageError("--prompt and --prompts are both given", mend="put all prompts into the file")
+    wanted, acting = options.names(adapters), options.gate(gate)
+    strengths = options.strengths(strength)
+    entries = [resolve(reference, registry) for reference in wanted]
+    with silence_libraries():
+        from spm_hub.evaluation.pictures import Drawing, read_prompts, save, show
+        from spm_hub.models import load_pipeline
+
+        texts = read_prompts(prompts) if prompts is not None else prompt or []
+        drawing = Drawing(seed=seed, number=num, steps=steps, guidance=guidance)
+        erasers = [entry.load() for entry in entries]
+        pipe = load_pipeline(model, dtype=options.precision(dtype), device=device)
+        with out.progress("drawing") as progress:
+            shown = show(
+                pipe, erasers, texts, drawing, gate=acting, strength=strengths, compare=compare, progress=progress
+            )
+    names = [eraser.name for eraser in erasers]
+    files = save(
+        shown,
+        to,
+        drawing,
+        title=", ".join(names),
+        grid=grid or compare,
+        described={"model": model, "adapters": names, "steps": steps, "guidance": guidance},
+    )
+    gates = [{"prompt": one.prompt, "gates": dict(one.gates)} for one in shown]
+    paths = [str(path) for group in files.values() for path in group]
+    out.data(
+        {"files": files, "gates": gates},
+        table(["prompt", *names], [[one.prompt, *(one.gates[name] for name in names)] for one in shown]),
+        brief=paths,
+    )
+    out.say(f"{len(paths)} pictures in {to}" + (f"; side by side: {files['grid'][0]}" if "grid" in files else ""))

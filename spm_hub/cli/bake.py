@@ -1,0 +1,76 @@
+"""spmhub bake and recover: erasers folded into a checkpoint for good, and one taken out again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spm_hub.cli import options
+from spm_hub.cli.app import Example, command
+from spm_hub.cli.output import Output, silence_libraries
+
+
+@command(
+    "bake",
+    Example("spmhub bake --adapters snoopy,mickey --out safe", "the embedded model without snoopy and mickey"),
+    Example("spmhub bake -m dreamshaper-8 -a nudity --out clean --strength nudity=2", "a community checkpoint"),
+    panel="Use",
+)
+def bake(
+    out: Output,
+    *,
+    adapters: options.Adapters,
+    to: Annotated[Path, typer.Option("--out", help="Folder for the new checkpoint.")],
+    model: options.Model = "sketchbook",
+    strength: options.Strength = None,
+    registry: options.Registry = None,
+    force: options.Force = False,
+) -> None:
+    """Write a plain checkpoint with erasers folded in.
+
+    For programs that know nothing of erasers: it erases at gamma 1, whatever the prompt. It keeps the precision of
+    the base, and what is needed to take an eraser out again: see spmhub recover.
+    """
+    from spm_hub.hub.registry import resolve
+
+    entries = [resolve(reference, registry) for reference in options.names(adapters)]
+    with silence_libraries():
+        from spm_hub.baking import bake as run
+        from spm_hub.models import load_pipeline
+
+        erasers = [entry.load() for entry in entries]
+        pipe = load_pipeline(model, dtype="stored")
+        out.say(f"baking {len(erasers)} eraser(s) into {model} ...")
+        provenance = run(pipe, erasers, to, strength=options.strengths(strength), base=model, replace=force)
+    names = ", ".join(eraser.name for eraser in provenance.erasers)
+    out.data(
+        {"checkpoint": to, **provenance.model_dump(mode="json")}, f"{to}: {model} without {names}", brief=[str(to)]
+    )
+    out.say(f"take one out again: spmhub recover {provenance.erasers[0].name} --checkpoint {to}")
+
+
+@command(
+    "recover",
+    Example("spmhub recover snoopy --checkpoint safe", "snoopy is back, the other erasers stay"),
+    panel="Use",
+)
+def recover(
+    out: Output,
+    name: Annotated[str, typer.Argument(help="The eraser to take out.")],
+    *,
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", help="A folder that spmhub bake wrote.")],
+) -> None:
+    """Take one eraser out of a baked checkpoint.
+
+    The folder then equals a bake without it, bit for bit.
+    """
+    with silence_libraries():
+        from spm_hub.baking import recover as run
+
+        provenance = run(checkpoint, name)
+    left = ", ".join(eraser.name for eraser in provenance.erasers)
+    out.data(
+        {"checkpoint": checkpoint, "recovered": name, **provenance.model_dump(mode="json")},
+        f"{checkpoint}: {name} is back; " + (f"still erased: {left}" if left else "it is the plain base again"),
+        brief=[str(checkpoint)],
+    )

@@ -1,0 +1,64 @@
+"""spmhub demo: train one eraser, draw with and without it, and count what is seen in the pictures."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spm_hub.cli.app import Example, command
+from spm_hub.cli.output import Output, silence_libraries, table
+
+CONCEPT = "snoopy"
+SUBJECTS = (CONCEPT, "mickey", "spongebob", "pikachu", "dog", "cat")
+STYLES = ("van gogh",)
+PROMPTS = ("snoopy", "snoopy at the beach by van gogh", "mickey", "a dog", "a cat by van gogh")
+
+
+@command("demo", Example("spmhub demo", "everything in ./demo, in a few minutes on two cores"), panel="Make")
+def demo(
+    out: Output,
+    *,
+    to: Annotated[Path, typer.Option("--out", help="Folder for the eraser and the pictures.")] = Path("demo"),
+    samples: Annotated[int, typer.Option(help="Pictures of each subject that are looked at.")] = 16,
+) -> None:
+    """Erase snoopy from the embedded model and show it.
+
+    Writes a grid of pictures with and without, and prints a table of what is detected in them.
+    """
+    with silence_libraries():
+        from spm_hub.attachment import attach
+        from spm_hub.evaluation.pictures import Drawing, grid_of, show, write_png
+        from spm_hub.evaluation.sketchbook import detection_table
+        from spm_hub.hub.registry import Registry
+        from spm_hub.models import load_pipeline
+        from spm_hub.training import train
+        from spm_hub.training.recipe import Recipe
+
+        pipe = load_pipeline("sketchbook")
+        with out.progress(f"erasing {CONCEPT}") as progress:
+            eraser = train(Recipe.plan(None, (), target=CONCEPT), pipe=pipe, progress=progress)
+        entry = Registry(to).add(eraser, replace=True)
+        with out.progress("drawing") as progress:
+            shown = show(pipe, [eraser], PROMPTS, Drawing(seed=1, number=3), progress=progress)
+        picture = to / "before-after.png"
+        write_png(picture, grid_of(shown, CONCEPT), {"model": "sketchbook", "adapters": [CONCEPT]})
+
+        tables = []
+        with out.progress("counting what is seen, without the eraser") as progress:
+            tables.append(detection_table(pipe, SUBJECTS, STYLES, samples=samples, progress=progress))
+        with attach(pipe, [eraser]), out.progress("counting what is seen, with the eraser") as progress:
+            tables.append(detection_table(pipe, SUBJECTS, STYLES, samples=samples, progress=progress))
+    rows = [
+        {"name": before.name, "kind": before.kind, "without": before.detected, "with": after.detected}
+        for before, after in zip(*tables, strict=True)
+    ]
+    out.data(
+        {"adapter": entry.adapter_path, "picture": picture, "samples": samples, "detected": rows},
+        table(
+            ["asked for", "without", "with the eraser"],
+            [[row["name"], *(f"{row[key]:.0%}" for key in ("without", "with"))] for row in rows],
+            title=f"detected, of {samples} pictures each",
+        ),
+        brief=[str(picture)],
+    )
+    out.say(f"side by side: {picture}")

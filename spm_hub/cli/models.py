@@ -1,0 +1,52 @@
+"""spmhub models and doctor: what can be erased from here, and what stands in the way."""
+
+import sys
+from dataclasses import asdict
+
+from spm_hub.cli import options
+from spm_hub.cli.app import Example, command
+from spm_hub.cli.output import Output, silence_libraries, table
+
+
+@command("models", Example("spmhub models", "the short names of base models"), panel="Look")
+def models(out: Output) -> None:
+    """List the short names of base models; folders and Hub ids work as well."""
+    from spm_hub.models import ALIASES, is_available
+
+    found = [
+        {
+            "alias": alias.name,
+            "family": alias.family,
+            "source": alias.hub_id or "embedded",
+            "here": is_available(alias),
+            "about": alias.about,
+        }
+        for alias in ALIASES.values()
+    ]
+    rows = [
+        [row["alias"], row["family"], row["source"], "yes" if row["here"] else "download", row["about"]]
+        for row in found
+    ]
+    out.data(
+        found, table(["alias", "family", "source", "here", ""], rows), brief=[alias.name for alias in ALIASES.values()]
+    )
+
+
+@command("doctor", Example("spmhub doctor", "is everything in place?"), panel="Look")
+def doctor(out: Output, *, registry: options.Registry = None) -> None:
+    """Look at versions, devices, folders and models.
+
+    Exit code 1 where something is in the way.
+    """
+    from spm_hub.diagnosis import diagnose
+    from spm_hub.hub.registry import Registry, registries
+
+    with silence_libraries():
+        findings = list(diagnose(Registry(registry).root if registry is not None else registries()[0].root))
+    lines = [
+        f"{one.status:5} {one.subject:18} {one.detail}" + f"\n      try: {one.mend}" * bool(one.mend)
+        for one in findings
+    ]
+    failed = [one.subject for one in findings if one.status == "fail"]
+    out.data([asdict(one) for one in findings], "\n".join(lines), brief=failed)
+    sys.exit(1 if failed else 0)

@@ -1,0 +1,93 @@
+"""Options that several commands share, each with one name, one type and one help text."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from spm_hub.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Registry = Annotated[
+    Path | None,
+    typer.Option(
+        "--registry",
+        envvar="SPMHUB_REGISTRY",
+        help="Registry folder. Unless given: the working folder if it is one, else your own.",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Alias, diffusers folder, or owner/name on the Hub, also with @revision.")
+]
+Adapters = Annotated[
+    str, typer.Option("--adapters", "-a", help="Erasers, separated by commas: names, files, or owner/name on the Hub.")
+]
+Strength = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strength", metavar="NAME=NUMBER", help="Factor on an eraser's effect; repeatable.", show_default=False
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[
+    Literal["float32", "float16", "bfloat16"], typer.Option("--dtype", help="Precision to compute in.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
+
+
+def names(text: str) -> list[str]:
+    """The references in "a,b". Raises UsageError where one is empty or there is none."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise UsageError(f"--adapters {text!r} has an empty name", mend="spmhub list")
+    return found
+
+
+def strengths(texts: list[str] | None) -> dict[str, float] | None:
+    """Numbers by eraser from ["a=0.5", ...]; None where nothing was given. Raises UsageError."""
+    if not texts:
+        return None
+    found: dict[str, float] = {}
+    for text in texts:
+        name, separator, number = text.rpartition("=")
+        if not separator or not name or (value := _number(number)) is None:
+            raise UsageError(f"--strength {text!r} is not NAME=NUMBER", mend="for instance --strength snoopy=0.5")
+        if name in found:
+            raise UsageError(f"--strength names {name!r} twice: {found[name]} and {value}")
+        found[name] = value
+    return found
+
+
+def gate(text: str | None) -> str | float | None:
+    """A gate's name, or the number it stands for."""
+    value = None if text is None else _number(text)
+    return text if value is None else value
+
+
+def precision(name: str) -> torch.dtype:
+    """The torch dtype of that name."""
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def run_folder(name: str) -> Path:
+    """Where the state of a training run is kept unless --checkpoint-dir says otherwise."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("spm-hub", appauthor=False) / "runs" / name
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -1,0 +1,190 @@
+"""The one sink of the command line: data to stdout, prose and progress to stderr, as text, JSON or next to nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from spm_hub.errors import SpmHubError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+INTERRUPTED = 130
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress(Protocol):
+    """What a progress bar is told: `step` of `total` done, and the figures worth showing beside it."""
+
+    def __call__(self, step: int, total: int, info: Mapping[str, float] | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command's results and remarks go. `json` and `quiet` are the two flags that every command has."""
+
+    json: bool = False
+    quiet: bool = False
+
+    def data(self, value: Any, human: RenderableType, brief: Sequence[str] = ()) -> None:
+        """Print a result to stdout: `value` as JSON with --json, the lines of `brief` with -q, otherwise `human`."""
+        if self.json:
+            sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+        elif self.quiet:
+            sys.stdout.writelines(f"{line}\n" for line in brief)
+        elif isinstance(human, str):
+            sys.stdout.write(human + "\n")
+        else:
+            _console(sys.stdout).print(human)
+        sys.stdout.flush()
+
+    def say(self, text: str) -> None:
+        """A remark for a person, to stderr; silent with -q."""
+        if not self.quiet:
+            sys.stderr.write(text + "\n")
+
+    def fail(self, error: SpmHubError) -> None:
+        """An error: prose on stderr and, with --json, an object on stdout, so that stdout always parses."""
+        if self.json:
+            described = {"type": type(error).__name__, "message": error.message, "try": error.mend}
+            sys.stdout.write(json.dumps({"error": described}, indent=2, ensure_ascii=False) + "\n")
+        sys.stderr.write(f"error: {error}\n")
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Progress]:
+        """A bar on a terminal, a line every ten seconds elsewhere, nothing with -q. Yields what moves it."""
+        if self.quiet:
+            yield lambda step, total, info=None: None
+        elif sys.stderr.isatty():
+            with _bar(label) as move:
+                yield move
+        else:
+            yield _lines(label)
+
+
+@contextmanager
+def guarded(out: Output) -> Iterator[None]:
+    """The one place where a user's mistakes, a refusing disk and Ctrl-C become a sentence and an exit code."""
+    try:
+        yield
+    except SpmHubError as error:
+        out.fail(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted: nothing half-done was left behind\n")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Closing stderr keeps the interpreter from complaining at exit.
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        out.fail(SpmHubError(f"{where}{error.strerror or error}"))
+        sys.exit(1)
+
+
+@contextmanager
+def silence_libraries() -> Iterator[None]:
+    """Keep the libraries' own bars and remarks off stderr; what they have to say of importance they raise."""
+    import warnings
+    from logging import ERROR
+
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    hub_logging.set_verbosity(ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def plain(text: str) -> RenderableType:
+    """Text that is shown as it is, square brackets and all."""
+    from rich.text import Text
+
+    return Text(text)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> RenderableType:
+    """A table whose cells are shown as they are (no markup); numbers stand to the right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
+        grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(_cell(value)) for value in row))
+    return grid
+
+
+def size(n_bytes: int) -> str:
+    """A number of bytes as people read it: 412 B, 1.7 MB."""
+    value = float(n_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _console(stream: Any) -> Any:
+    from rich.console import Console
+
+    # Piped output gets the width it needs: a table that wraps at 80 columns cannot be grepped.
+    return Console(file=stream, width=None if stream.isatty() else 200, soft_wrap=False, highlight=False)
+
+
+def _figures(info: Mapping[str, float] | None) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in (info or {}).items())
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with RichProgress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(label, total=None, figures="")
+
+        def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+            bars.update(task, completed=step, total=total, figures=_figures(info))
+
+        yield move
+
+
+def _lines(label: str, clock: Callable[[], float] = time.monotonic) -> Progress:
+    said = clock()
+
+    def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+        nonlocal said
+        if clock() - said >= SECONDS_BETWEEN_LINES or step == total:
+            said = clock()
+            sys.stderr.write(f"{label} {step}/{total}  {_figures(info)}".rstrip() + "\n")
+
+    return move

@@ -1,0 +1,114 @@
+"""spmhub list, show and check: what erasers there are, what one says about itself, and whether it fits a model."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from spm_hub.cli import options
+from spm_hub.cli.app import Example, command
+from spm_hub.cli.output import Output, plain, silence_libraries, size, table
+from spm_hub.errors import CompatibilityError, SpmHubError
+
+Name = Annotated[str, typer.Argument(help="A name in a registry, a file, or owner/name on the Hub.")]
+
+
+@command(
+    "list",
+    Example("spmhub list", "every eraser that can be named"),
+    Example("spmhub list -q", "their names, one a line"),
+    panel="Look",
+)
+def list_(out: Output, *, registry: options.Registry = None) -> None:
+    """List the erasers that can be named."""
+    from spm_hub.hub.registry import registries
+
+    found: list[dict[str, Any]] = []
+    for place in registries(registry):
+        for entry in place.entries():
+            row = {"name": entry.name, "registry": str(place.root), "bytes": entry.adapter_path.stat().st_size}
+            try:
+                manifest = entry.read_manifest()
+            except SpmHubError as error:
+                found.append({**row, "broken": error.message})
+                continue
+            found.append(
+                {
+                    **row,
+                    "concept": manifest.concept.target,
+                    "kind": manifest.concept.kind,
+                    "method": manifest.recipe.get("method"),
+                    "base": manifest.base.family,
+                    "rank": manifest.increment.rank,
+                }
+            )
+    for row in found:
+        if "broken" in row:
+            out.say(f"warning: {row['name']} in {row['registry']} cannot be read: {row['broken']}")
+    if not found:
+        out.say("no eraser yet; make one: spmhub train snoopy")
+    columns = ("name", "concept", "kind", "method", "base", "rank")
+    rows = [[*(row.get(key) for key in columns), size(row["bytes"]), row["registry"]] for row in found]
+    out.data(found, table([*columns, "size", "registry"], rows), brief=[row["name"] for row in found])
+
+
+@command(
+    "show",
+    Example("spmhub show snoopy", "concept, base, recipe and measured results"),
+    Example("spmhub show snoopy --json", "the whole manifest"),
+    panel="Look",
+)
+def show(out: Output, name: Name, *, registry: options.Registry = None) -> None:
+    """Show an eraser's manifest, recipe and measured results."""
+    import yaml
+    from rich.console import Group
+
+    from spm_hub.hub.registry import resolve
+
+    entry = resolve(name, registry)
+    manifest = entry.read_manifest()
+    whole = manifest.model_dump(mode="json", exclude_none=True)
+    recipe, evaluation = whole.pop("recipe"), whole.pop("evaluation")
+    whole["increment"]["modules"] = f"{len(manifest.increment.modules)} modules"
+    sections = {"": {**whole, "file": str(entry.adapter_path)}, "recipe": recipe}
+    texts = [
+        f"{title}\n{'-' * len(title)}\n" * bool(title) + yaml.safe_dump(section, sort_keys=False, allow_unicode=True)
+        for title, section in sections.items()
+        if section
+    ]
+    keys = ("protocol", "base", "subject", "metric", "value", "reference", "samples")
+    measured = table(keys, [[one.get(key) for key in keys] for one in evaluation], title="evaluation")
+    out.data(
+        {**manifest.model_dump(mode="json"), "path": str(entry.adapter_path)},
+        Group(*(plain(text) for text in texts), *([measured] if evaluation else [])),
+        brief=[str(entry.adapter_path)],
+    )
+
+
+@command(
+    "check",
+    Example("spmhub check snoopy --model sketchbook-chalk", "does it fit this other checkpoint?"),
+    panel="Look",
+)
+def check(out: Output, name: Name, *, model: options.Model = "sketchbook", registry: options.Registry = None) -> None:
+    """Check that an eraser fits a model.
+
+    Exit code 1 with the first module that does not fit, and both shapes.
+    """
+    from spm_hub.hub.registry import resolve
+
+    entry = resolve(name, registry)
+    with silence_libraries():
+        from spm_hub import architectures
+        from spm_hub.models import load_pipeline
+
+        adapter = entry.load()
+        pipe = load_pipeline(model)
+    answer = {"adapter": adapter.name, "model": model}
+    try:
+        architectures.check(adapter, pipe)
+    except CompatibilityError as error:
+        out.data({**answer, "compatible": False, "mismatch": error.message}, f"does not fit: {error}")
+        sys.exit(CompatibilityError.exit_code)
+    fits = f"{adapter.name} fits {model}: all {len(adapter.increments)} modules"
+    out.data({**answer, "compatible": True, "modules": len(adapter.increments)}, fits, brief=[adapter.name])

@@ -1,0 +1,76 @@
+"""spmhub train: make an eraser."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spm_hub.cli import options
+from spm_hub.cli.app import Example, command
+from spm_hub.cli.output import Output, silence_libraries, size
+
+
+@command(
+    "train",
+    Example("spmhub train snoopy", "erase snoopy, on the embedded model"),
+    Example('spmhub train "van gogh" --model sd-v1-4 --device cuda', "erase a style from Stable Diffusion 1.4"),
+    Example("spmhub train church --set objective.eta=2 --seed 3", "another hyper-parameter, another seed"),
+    Example("spmhub train snoopy --resume", "go on where Ctrl-C or a crash ended it"),
+    panel="Make",
+)
+def train(
+    out: Output,
+    concept: Annotated[str | None, typer.Argument(help="What to erase, in words. May stand in the recipe.")] = None,
+    *,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Base model: see spmhub models. Unless given: sketchbook.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Training method. Unless given: spm.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe in YAML; other options win over it.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the eraser. Unless given: made from the concept.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random. Unless given: 0.")] = None,
+    registry: options.Registry = None,
+    device: options.Device = "cpu",
+    dtype: options.Precision = "float32",
+    checkpoint_dir: Annotated[
+        Path | None, typer.Option(help="Where to keep the state of the run. Unless given: your cache folder.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state of an earlier run.")] = False,
+    force: options.Force = False,
+) -> None:
+    """Train an eraser for CONCEPT and keep it in the registry."""
+    from spm_hub.hub.registry import Registry, registries
+    from spm_hub.training.recipe import Recipe
+
+    given = {"target": concept, "model": model, "method": method, "name": name, "seed": seed}
+    plan = Recipe.plan(recipe, set_ or (), **{key: value for key, value in given.items() if value is not None})
+    kept_in = Registry(registry) if registry is not None else registries()[0]
+    kept_in.check_room_for(plan.slug, replace=force)
+    folder = checkpoint_dir or options.run_folder(plan.slug)
+
+    out.say(f"erasing {plan.target!r} from {plan.model} with {plan.method} ...")
+    with silence_libraries():
+        from spm_hub.models import load_pipeline, revision_of
+        from spm_hub.training import train as run
+
+        pipe = load_pipeline(plan.model, dtype=options.precision(dtype), device=device)
+        with out.progress("training") as progress:
+            adapter = run(
+                plan,
+                pipe=pipe,
+                revision=revision_of(pipe),
+                progress=progress,
+                checkpoint_dir=folder,
+                resume=resume,
+            )
+    entry = kept_in.add(adapter, replace=force)
+    n_bytes = entry.adapter_path.stat().st_size
+    out.data(
+        {"name": entry.name, "adapter": entry.adapter_path, "manifest": entry.manifest_path, "bytes": n_bytes},
+        f"{entry.name}: {entry.adapter_path} ({size(n_bytes)})",
+        brief=[str(entry.adapter_path)],
+    )
+    out.say(f'try: spmhub apply --model {plan.model} --adapters {entry.name} --prompt "{plan.target}" --compare')

@@ -1,0 +1,134 @@
+"""A labelled grid of pictures: one row per prompt, one column per condition; readable for 64x64 pictures too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+SMALLEST = 192  # pixels; smaller pictures are enlarged by a whole factor, so that their own pixels stay visible
+GAP = 8
+MARGIN = 16
+LABEL_WIDTH = 200
+FONT_SIZE = 16
+PAPER = (255, 255, 255)
+INK = (24, 24, 27)
+FAINT = (113, 113, 122)
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its label, a fainter note below it, and for each column the pictures of that cell, side by side."""
+
+    label: str
+    cells: tuple[tuple[Image.Image, ...], ...]
+    note: str = ""
+
+
+def draw_grid(rows: Sequence[Row], columns: Sequence[str]) -> Image.Image:
+    """Draw `rows` under the headings `columns` as one RGB picture.
+
+    Every row must have one cell for each column; cells may hold different numbers of pictures of different sizes.
+    Labels are wrapped to their column, a single word that is wider than it is broken.
+
+    Raises ValueError where a row has another number of cells than there are columns, or there is nothing to draw.
+    """
+    if not rows or not columns:
+        raise ValueError("a grid needs at least one row and one column")
+    for row in rows:
+        if len(row.cells) != len(columns):
+            raise ValueError(
+                f"row {row.label!r} has {len(row.cells)} cells for {len(columns)} columns {tuple(columns)}"
+            )
+    font = _font()
+    enlarged = [[[enlarge(picture) for picture in cell] for cell in row.cells] for row in rows]
+    widths = [
+        max(_text_width(heading, font), *(_cell_width(cells[index]) for cells in enlarged))
+        for index, heading in enumerate(columns)
+    ]
+    line = _line_height(font)
+    texts = [(_wrap(row.label, font, LABEL_WIDTH), _wrap(row.note, font, LABEL_WIDTH)) for row in rows]
+    heights = [
+        max([line * (len(label) + len(note)), *(picture.height for cell in cells for picture in cell)])
+        for (label, note), cells in zip(texts, enlarged, strict=True)
+    ]
+    left = MARGIN + LABEL_WIDTH + GAP
+    size = (
+        left + sum(widths) + 2 * GAP * (len(columns) - 1) + MARGIN,
+        MARGIN + line + GAP + sum(heights) + 2 * GAP * (len(rows) - 1) + MARGIN,
+    )
+    sheet = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(sheet)
+
+    x = left
+    for heading, width in zip(columns, widths, strict=True):
+        pen.text((x, MARGIN), heading, fill=INK, font=font)
+        x += width + 2 * GAP
+
+    y = MARGIN + line + GAP
+    for (label, note), cells, height in zip(texts, enlarged, heights, strict=True):
+        for number, text in enumerate([*label, *note]):
+            pen.text((MARGIN, y + line * number), text, fill=INK if number < len(label) else FAINT, font=font)
+        x = left
+        for cell, width in zip(cells, widths, strict=True):
+            at = x
+            for picture in cell:
+                sheet.paste(picture, (at, y))
+                at += picture.width + GAP
+            x += width + 2 * GAP
+        y += height + 2 * GAP
+    return sheet
+
+
+def enlarge(picture: Image.Image, smallest: int = SMALLEST) -> Image.Image:
+    """`picture` as RGB, enlarged by the least whole factor that makes its shorter side at least `smallest` pixels."""
+    factor = max(1, -(-smallest // min(picture.size)))
+    rgb = picture.convert("RGB")
+    return rgb if factor == 1 else rgb.resize((rgb.width * factor, rgb.height * factor), Image.Resampling.NEAREST)
+
+
+def _font() -> Font:
+    return ImageFont.load_default(size=FONT_SIZE)
+
+
+def _line_height(font: Font) -> int:
+    top, bottom = font.getbbox("Ág")[1::2]
+    return round(bottom - min(top, 0)) + 4
+
+
+def _text_width(text: str, font: Font) -> int:
+    return round(font.getlength(text))
+
+
+def _cell_width(cell: Sequence[Image.Image]) -> int:
+    return sum(picture.width for picture in cell) + GAP * max(0, len(cell) - 1)
+
+
+def _wrap(text: str, font: Font, width: int) -> list[str]:
+    """`text` in lines no wider than `width` pixels; its own line breaks are kept."""
+    lines: list[str] = []
+    for paragraph in text.splitlines():
+        current = ""
+        for word in paragraph.split():
+            joined = f"{current} {word}".strip()
+            if _text_width(joined, font) <= width:
+                current = joined
+                continue
+            if current:
+                lines.append(current)
+            *broken, current = _break(word, font, width)
+            lines += broken
+        lines.append(current)
+    return lines
+
+
+def _break(word: str, font: Font, width: int) -> list[str]:
+    pieces = [""]
+    for letter in word:
+        if pieces[-1] and _text_width(pieces[-1] + letter, font) > width:
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces

@@ -1,0 +1,288 @@
+"""Base models by name: aliases, diffusers folders and Hub repositories, each loaded as a diffusers pipeline."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from spm_hub.errors import AdapterFileError, ModelError, NetworkError, NotFoundError, UsageError, nearest
+from spm_hub.formats.container import read_header
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+WEIGHTS = Path(__file__).parent / "sketchbook" / "weights"
+INDEX = "model_index.json"
+SECONDS_TO_REACH_THE_HUB = 10.0
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a base model: either a folder of this package (`embedded`) or a repository of the Hub.
+
+    `family` names an entry of `spm_hub.architectures`; `fp16` says that the repository also keeps half-precision files,
+    which halves the download for a half-precision pipeline.
+    """
+
+    name: str
+    family: str
+    about: str
+    hub_id: str | None = None
+    embedded: Path | None = None
+    fp16: bool = False
+
+
+ALIASES: Mapping[str, Alias] = MappingProxyType(
+    {
+        alias.name: alias
+        for alias in (
+            Alias(
+                "sketchbook", "sd1", "Stable Diffusion in miniature, part of this package", embedded=WEIGHTS / "base"
+            ),
+            Alias("sketchbook-chalk", "sd1", "the sketchbook, tuned to another look", embedded=WEIGHTS / "chalk"),
+            Alias("sd-v1-4", "sd1", "Stable Diffusion 1.4", "CompVis/stable-diffusion-v1-4", fp16=True),
+            Alias("sd-v1-5", "sd1", "Stable Diffusion 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", fp16=True),
+            Alias("dreamshaper-8", "sd1", "community checkpoint of SD 1.5", "Lykon/dreamshaper-8", fp16=True),
+            Alias("realistic-vision", "sd1", "community checkpoint of SD 1.5", "SG161222/Realistic_Vision_V5.1_noVAE"),
+            Alias("chilloutmix", "sd1", "community checkpoint of SD 1.5", "emilianJR/chilloutmix_NiPrunedFp32Fix"),
+        )
+    }
+)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """What a model reference stands for: a diffusers folder, or a repository of the Hub at a revision."""
+
+    text: str
+    folder: Path | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    fp16: bool = False
+
+
+def parse_reference(text: str) -> ModelRef:
+    """Read `alias[@rev]`, a path to a diffusers folder, or `owner/name[@rev]`, without reading weights or the network.
+
+    Raises NotFoundError for an alias that is not known (with the nearest names), UsageError for an empty reference, and
+    ModelError for a path that holds no diffusers pipeline.
+    """
+    if not text.strip():
+        raise UsageError("the model reference is empty", mend="spmhub models")
+    name, _, revision = text.partition("@")
+    if alias := ALIASES.get(name):
+        if alias.embedded is not None:
+            if revision:
+                raise UsageError(
+                    f"model {name!r} is part of this package and has no revisions, but @{revision} was asked"
+                )
+            return ModelRef(text, folder=_checked_folder(alias.embedded, embedded=True))
+        return ModelRef(text, hub_id=alias.hub_id, revision=revision or None, fp16=alias.fp16)
+    path = Path(text).expanduser()
+    if path.exists():
+        return ModelRef(text, folder=_checked_folder(path))
+    if match := _HUB_ID.fullmatch(text):
+        return ModelRef(text, hub_id=match["repo"], revision=match["revision"])
+    if "/" in text or text.startswith("."):
+        raise NotFoundError(f"model {text!r} is neither a folder nor of the form owner/name", mend="spmhub models")
+    suggestions = nearest(name, ALIASES)
+    hint = f"; did you mean {' or '.join(suggestions)}?" if suggestions else ""
+    raise NotFoundError(f"unknown model {text!r}{hint}", mend="spmhub models")
+
+
+def load_pipeline(
+    reference: str, *, dtype: torch.dtype | Literal["stored"] | None = None, device: str = "cpu"
+) -> DiffusionPipeline:
+    """The pipeline that `reference` names, in evaluation mode; without a safety checker, which blanks what we compare.
+
+    `dtype` None means float32, "stored" the precision of the denoiser's own file. Only safetensors weights are read.
+    A Hub repository is downloaded once; one that is cached needs no network.
+
+    Raises NotFoundError (unknown alias, repository or revision), NetworkError (a download is needed and there is no
+    network), ModelError (the folder or its weights cannot be used, or the device does not exist).
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    wanted = parse_reference(reference)
+    place = _existing_device(device)
+    half = dtype in (torch.float16, torch.bfloat16)
+    folder = wanted.folder or _download(wanted, variant="fp16" if half and wanted.fp16 else None)
+    precision = stored_dtype(folder) if dtype == "stored" else dtype or torch.float32
+    has_fp16 = half and any(folder.rglob("*.fp16.safetensors")) and wanted.fp16
+    with _reading(reference):
+        pipe = DiffusionPipeline.from_pretrained(
+            folder,
+            torch_dtype=precision,
+            use_safetensors=True,
+            variant="fp16" if has_fp16 else None,
+            local_files_only=True,
+            **_without_checker(folder),
+        )
+    pipe.to(place)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)  # whoever draws shows one bar for everything
+    return pipe
+
+
+def revision_of(pipe: DiffusionPipeline) -> str | None:
+    """The commit of the Hub repository that a pipeline was loaded from; None for a folder."""
+    folder = Path(str(pipe.config.get("_name_or_path", "")))
+    return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
+
+
+def is_available(alias: Alias) -> bool:
+    """Whether the alias can be loaded without a network: embedded in this package, or in the Hub's cache."""
+    if alias.embedded is not None:
+        return (alias.embedded / INDEX).is_file()
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(str(alias.hub_id), INDEX), str)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision of a diffusers folder's denoiser, read from the header of its first safetensors file.
+
+    Raises ModelError where there is no such file or it is cut short.
+    """
+    import torch
+
+    precisions = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for part in ("unet", "transformer"):
+        for weights in sorted((folder / part).glob("*.safetensors")):
+            with _reading(str(folder)):
+                return precisions[next(iter(read_header(weights).entries.values())).dtype]
+    raise ModelError(f"{folder} holds no denoiser weights as safetensors (looked in unet/ and transformer/)")
+
+
+def _existing_device(name: str) -> torch.device:
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used here: {_first_line(error)}", mend="spmhub doctor") from error
+
+
+def _checked_folder(path: Path, *, embedded: bool = False) -> Path:
+    if (path / INDEX).is_file():
+        return path
+    if embedded:
+        raise ModelError(
+            f"the embedded model is not in this installation: {path / INDEX} is missing",
+            mend="python -m spm_hub.sketchbook.train, or install the package again",
+        )
+    if path.is_dir():
+        raise ModelError(f"{path} is no diffusers pipeline: it has no {INDEX}")
+    raise ModelError(
+        f"{path} is a single file; a folder in the layout of diffusers is needed",
+        mend=f'python -c "from diffusers import StableDiffusionPipeline as P; '
+        f"P.from_single_file('{path}').save_pretrained('{path.stem}')\"",
+    )
+
+
+def _without_checker(folder: Path) -> dict[str, Any]:
+    """The arguments that leave a safety checker out, for the pipelines that have one (SD1)."""
+    parts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
+
+
+def _download(wanted: ModelRef, variant: str | None) -> Path:
+    """The folder of a Hub repository in the cache, downloaded where it is not complete there.
+
+    One request without retries tells first whether the Hub can be reached and has the revision: the downloads
+    themselves would retry for half a minute before saying so.
+    """
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import constants
+
+    repo, revision = str(wanted.hub_id), wanted.revision
+    choice = {"use_safetensors": True, "variant": variant, "safety_checker": None}
+    if constants.is_offline_mode() or (revision and _COMMIT.fullmatch(revision)):
+        cached = _cached(repo, revision, choice)
+        if cached is not None:
+            return cached
+        if constants.is_offline_mode():
+            raise NetworkError(
+                f"model {wanted.text!r} is not in the cache, and HF_HUB_OFFLINE forbids downloading",
+                mend=f"unset HF_HUB_OFFLINE, or run once with a network: hf download {repo}",
+            )
+    try:
+        commit = _commit(repo, revision)
+    except NetworkError:
+        cached = _cached(repo, revision, choice)
+        if cached is None:
+            raise
+        return cached
+    with _reaching(repo):
+        return Path(DiffusionPipeline.download(repo, revision=commit, **choice))
+
+
+def _cached(repo: str, revision: str | None, choice: dict[str, Any]) -> Path | None:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(repo, revision=revision, local_files_only=True, **choice))
+    except (OSError, ValueError):
+        return None
+
+
+def _commit(repo: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi
+
+    with _reaching(repo):
+        return str(HfApi().model_info(repo, revision=revision, timeout=SECONDS_TO_REACH_THE_HUB).sha)
+
+
+@contextmanager
+def _reaching(repo: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into our errors."""
+    from httpx2 import HTTPError
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"the authors of {repo} ask you to accept their terms first",
+            mend=f"accept them at https://huggingface.co/{repo}, then: hf auth login",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise NotFoundError(f"model {repo} has no such revision on the Hub") from error
+    except errors.RepositoryNotFoundError as error:
+        raise NotFoundError(
+            f"there is no model {repo} on the Hub, or it is private", mend="spmhub models, or hf auth login"
+        ) from error
+    except errors.HFValidationError as error:
+        raise UsageError(f"{repo!r} is no valid name of a Hub repository: {error}") from error
+    except (OSError, HTTPError) as error:
+        raise NetworkError(
+            f"model {repo} is not in the cache and the Hub cannot be reached ({_first_line(error)})",
+            mend="connect to a network and run it again, or use --model sketchbook, which needs none",
+        ) from error
+
+
+@contextmanager
+def _reading(reference: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, AdapterFileError, SafetensorError) as error:
+        raise ModelError(f"model {reference!r} cannot be loaded: {_first_line(error)}", mend="spmhub doctor") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
