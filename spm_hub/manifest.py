@@ -14,7 +14,8 @@ from spm_hub.errors import ManifestError, NotFoundError, RegistryError, UsageErr
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=96)]
+NAME = r"^[a-z0-9][a-z0-9._-]{0,95}$"
+"""Pattern of an adapter's name, which is also that of its files."""
 
 
 class _Part(BaseModel):
@@ -90,7 +91,7 @@ class Manifest(_Part):
     """Everything an adapter says about itself, version 1."""
 
     schema_version: Literal[1] = 1
-    name: Slug
+    name: Annotated[str, StringConstraints(pattern=NAME)]
     concept: Concept
     increment: IncrementInfo
     base: Base
@@ -120,7 +121,9 @@ class Manifest(_Part):
         try:
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
-            problems = "\n".join(f"  {_explain(cls, dict(problem))}" for problem in error.errors()[:5])
+            # Unknown keys first: a misspelt key is also the reason why the right one is missing.
+            found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+            problems = "\n".join(f"  {_explain(cls, dict(problem))}" for problem in found[:5])
             raise ManifestError(
                 f"{source} is not a valid manifest:\n{problems}",
                 mend="compare it with manifests/schema.json, or fetch the adapter again",

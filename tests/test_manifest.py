@@ -1,0 +1,123 @@
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from spm_hub.errors import ManifestError, NotFoundError, UsageError
+from spm_hub.manifest import Base, Concept, Evaluation, IncrementInfo, Manifest, slug
+
+SCHEMA = Path(__file__).resolve().parents[1] / "manifests" / "schema.json"
+
+
+def manifest(**changes: object) -> Manifest:
+    values: dict[str, object] = {
+        "name": "snoopy",
+        "concept": Concept(target="snoopy", aliases=("the beagle",), kind="character"),
+        "increment": IncrementInfo(kind="low_rank", rank=1, dtype="float32", modules=("mid_block.to_k",)),
+        "base": Base(family="sd1", id="sketchbook", fingerprint="0" * 64),
+        "recipe": {"steps": 300, "surrogate": None, "objective": {"eta": 1.0}},
+    }
+    return Manifest(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def edited(**changes: object) -> str:
+    return json.dumps({**json.loads(manifest().to_json()), **changes})
+
+
+def test_json_and_back() -> None:
+    measured = Evaluation(
+        protocol="p", base="b", subject="s", metric="m", value=0.02, reference=0.98, samples=50, seed=1
+    )
+    whole = manifest(created=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), evaluation=(measured,), versions={"torch": "2"})
+    assert Manifest.from_json(whole.to_json()) == whole
+
+
+def test_embedded_copy_knows_nothing_of_clock_file_and_measurements() -> None:
+    info = manifest().increment.model_copy(update={"file": "a.safetensors", "bytes": 3, "sha256": "0" * 64})
+    measured = Evaluation(protocol="p", base="b", subject="s", metric="m", value=0.0, samples=1, seed=1)
+    later = manifest(increment=info, created=datetime.now(UTC), evaluation=(measured,))
+    assert later.to_embedded_json() == manifest().to_embedded_json()
+    assert Manifest.from_json(later.to_embedded_json()) == manifest()
+
+
+def test_schema_file_is_that_of_the_model() -> None:
+    assert SCHEMA.read_text() == Manifest.json_schema(), "write Manifest.json_schema() to manifests/schema.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"concpt": {}}, "concpt: unknown key; did you mean concept?"),
+        ({"concept": {"target": "x", "alias": []}}, "concept.alias: unknown key; did you mean aliases?"),
+        ({"concept": {"target": "  "}}, "concept.target"),
+        ({"concept": {"target": "x", "kind": "beagle"}}, "concept.kind"),
+        ({"schema_version": 2}, "schema_version"),
+        ({"name": "../etc/passwd"}, "name"),
+        ({"name": "Snoopy"}, "name"),
+        ({"recipe": None}, "recipe"),
+        ({"base": {"family": "sd1", "id": "x", "fingerprint": "12"}}, "base.fingerprint"),
+        ({"increment": {"kind": "low_rank", "dtype": "float32", "modules": ["a"]}}, "rank is None for kind low_rank"),
+        ({"increment": {"kind": "dense", "rank": 1, "dtype": "float32", "modules": ["a"]}}, "rank is 1 for kind dense"),
+        ({"increment": {"kind": "dense", "dtype": "float32", "modules": []}}, "increment.modules"),
+        ({"increment": {"kind": "dense", "dtype": "float32", "modules": ["a", "a"]}}, "names a twice"),
+        ({"increment": {"kind": "dense", "dtype": "f", "modules": ["a"], "file": "../x"}}, "increment.file"),
+        ({"gate": {"strength": "1.0"}}, "gate.strength"),
+        ({"evaluation": [{"protocol": "p", "metrik": 1}]}, "evaluation.0.metrik: unknown key; did you mean metric?"),
+    ],
+)
+def test_a_wrong_manifest_names_the_key(change: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        Manifest.from_json(edited(**change), source="manifests/snoopy.json")
+    assert complaint in str(caught.value)
+    assert "manifests/snoopy.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"name": NaN}', b"\xff\xfe\x00", '{"gate":{"strength":1e999}}']
+)
+def test_what_is_no_manifest_at_all(text: str | bytes) -> None:
+    with pytest.raises(ManifestError):
+        Manifest.from_json(text)
+
+
+@given(st.binary(max_size=200))
+def test_hostile_bytes_raise_nothing_else(data: bytes) -> None:
+    with pytest.raises(ManifestError):
+        Manifest.from_json(data)
+
+
+def test_a_missing_manifest(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError):
+        Manifest.read(tmp_path / "none.json")
+
+
+def test_values_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        manifest().name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("Van Gogh", "van-gogh"), ("  Émile! ", "emile"), ("a_b/c..", "a_b-c"), ("x" * 200, "x" * 96)]
+)
+def test_slug(text: str, name: str) -> None:
+    assert slug(text) == name
+
+
+def test_slug_keeps_concepts_of_other_scripts_apart() -> None:
+    assert slug("梵高").startswith("concept-")
+    assert slug("梵高") != slug("毕加索")
+
+
+@given(st.text().filter(str.strip))
+def test_every_concept_has_a_valid_name(text: str) -> None:
+    assert manifest(name=slug(text)).name == slug(text)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n\t"])
+def test_an_empty_concept(text: str) -> None:
+    with pytest.raises(UsageError, match="empty"):
+        slug(text)

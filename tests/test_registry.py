@@ -1,0 +1,221 @@
+"""Registries, and how a reference finds its adapter."""
+
+import errno
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_adapter import snoopy
+
+import spm_hub
+from spm_hub import atomic
+from spm_hub.adapter import Adapter
+from spm_hub.errors import AdapterFileError, ManifestError, NetworkError, NotFoundError, RegistryError, UsageError
+from spm_hub.hub import registry as registries
+from spm_hub.hub.registry import Registry, resolve
+from spm_hub.manifest import Concept
+
+
+def named(name: str, *, concept: str | None = None, aliases: tuple[str, ...] = (), seed: int = 0) -> Adapter:
+    return snoopy(seed, name=name, concept=Concept(target=concept or name, aliases=aliases))
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No registry but those a test makes: an empty working folder and an empty data folder."""
+    monkeypatch.delenv(registries.REGISTRY_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    kept = Registry(tmp_path / "registry")
+    kept.add(named("snoopy"))
+    kept.add(named("van-gogh", concept="Van Gogh", aliases=("Vincent van Gogh",)))
+    return kept
+
+
+def test_kept_listed_and_found(registry: Registry) -> None:
+    assert [entry.name for entry in registry.entries()] == ["snoopy", "van-gogh"]
+    assert [entry.read_manifest().name for entry in registry.entries()] == ["snoopy", "van-gogh"]
+    assert registry.get("snoopy").load().name == "snoopy"
+    assert spm_hub.load("snoopy", registry=registry.root).name == "snoopy"
+    assert Registry(registry.root / "none").entries() == ()
+
+
+@pytest.mark.parametrize("reference", ["van-gogh", "van gogh", "VAN GOGH", "vincent van gogh"])
+def test_a_concept_or_alias_finds_its_only_eraser(reference: str, registry: Registry) -> None:
+    assert registry.get(reference).name == "van-gogh"
+
+
+def test_a_concept_of_two_erasers_is_ambiguous(registry: Registry) -> None:
+    registry.add(named("van-gogh-esd", concept="van gogh"))
+    with pytest.raises(UsageError) as caught:
+        resolve("van gogh", registry.root)
+    assert "van-gogh (" in str(caught.value)
+    assert "van-gogh-esd (" in str(caught.value)
+    assert resolve("van-gogh", registry.root).name == "van-gogh"
+
+
+def test_an_unknown_name_suggests_the_nearest(registry: Registry) -> None:
+    with pytest.raises(NotFoundError, match="did you mean snoopy") as caught:
+        resolve("snopy", registry.root)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("reference", ["", "  "])
+def test_an_empty_reference(reference: str) -> None:
+    with pytest.raises(UsageError, match="empty"):
+        resolve(reference)
+
+
+def test_the_order_of_registries(tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    registries.user_registry().add(named("snoopy"))
+    registries.user_registry().add(named("mickey"))
+    assert resolve("snoopy").adapter_path.is_relative_to(tmp_path / "data")
+    Registry(Path.cwd()).add(named("snoopy"))
+    assert resolve("snoopy").adapter_path.is_relative_to(tmp_path / "work")
+    monkeypatch.setenv(registries.REGISTRY_VARIABLE, str(registry.root))
+    assert resolve("snoopy").adapter_path.is_relative_to(registry.root)
+    other = Registry(tmp_path / "other")
+    other.add(named("snoopy"))
+    assert resolve("snoopy", other.root).adapter_path.is_relative_to(other.root)
+    assert resolve("mickey", other.root).adapter_path.is_relative_to(tmp_path / "data")
+
+
+def test_a_registry_that_is_asked_for_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RegistryError, match="does not exist"):
+        resolve("snoopy", tmp_path / "nowhere")
+    monkeypatch.setenv(registries.REGISTRY_VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(RegistryError, match="does not exist"):
+        resolve("snoopy")
+
+
+def test_paths(registry: Registry, tmp_path: Path) -> None:
+    inside = registry.root / "adapters" / "snoopy.safetensors"
+    assert resolve(str(inside)).manifest_path == registry.root / "manifests" / "snoopy.json"
+    alone = tmp_path / "work" / "alone.safetensors"
+    alone.write_bytes(inside.read_bytes())
+    alone.with_suffix(".json").write_text('{"activation text": "notes of another program"}')
+    assert resolve("alone.safetensors").manifest_path is None
+    assert resolve("./alone.safetensors").load().name == "snoopy"
+    with pytest.raises(NotFoundError, match=r"did you mean .*snoopy"):
+        resolve(str(inside.with_name("snopy.safetensors")))
+
+
+def test_a_folder_laid_out_as_a_repository_of_the_hub(tmp_path: Path) -> None:
+    folder = tmp_path / "work" / "repo"
+    snoopy().save(folder / registries.WEIGHTS_NAME, folder / registries.MANIFEST_NAME)
+    entry = resolve("./repo")
+    assert entry.manifest_path == Path("repo") / registries.MANIFEST_NAME
+    assert entry.load().name == entry.read_manifest().name == "snoopy"
+    several = tmp_path / "work" / "several"
+    for name in ("a", "b"):
+        snoopy().save(several / f"{name}.safetensors")
+    with pytest.raises(UsageError, match=r"a\.safetensors"):
+        resolve("./several")
+    (several / "a.safetensors").unlink()
+    assert resolve("./several").name == "b"
+    (several / "b.safetensors").unlink()
+    with pytest.raises(NotFoundError, match=r"no \.safetensors"):
+        resolve("./several")
+
+
+def test_a_word_that_is_a_file_and_a_name_is_ambiguous(registry: Registry) -> None:
+    Path("snoopy").write_bytes((registry.root / "adapters" / "snoopy.safetensors").read_bytes())
+    with pytest.raises(UsageError, match="could be any of"):
+        resolve("snoopy", registry.root)
+    assert resolve("./snoopy", registry.root).manifest_path is None
+    assert resolve("snoopy").load().name == "snoopy"
+
+
+def test_a_folder_of_pictures_does_not_hide_a_name(registry: Registry) -> None:
+    Path("snoopy").mkdir()
+    assert resolve("snoopy", registry.root).load().name == "snoopy"
+
+
+def test_a_name_is_given_once(registry: Registry) -> None:
+    before = (registry.root / "adapters" / "snoopy.safetensors").read_bytes()
+    with pytest.raises(RegistryError, match="already holds"):
+        registry.add(named("snoopy", seed=1))
+    assert (registry.root / "adapters" / "snoopy.safetensors").read_bytes() == before
+    registry.add(named("snoopy", seed=1), replace=True)
+    assert (registry.root / "adapters" / "snoopy.safetensors").read_bytes() != before
+    assert registry.get("snoopy").load().name == "snoopy"
+
+
+def test_the_schema_is_not_overwritten(registry: Registry) -> None:
+    with pytest.raises(RegistryError, match="reserved"):
+        registry.add(named("schema"))
+
+
+def test_removed(registry: Registry) -> None:
+    registry.remove("snoopy")
+    assert [entry.name for entry in registry.entries()] == ["van-gogh"]
+    assert not (registry.root / "manifests" / "snoopy.json").exists()
+    with pytest.raises(NotFoundError, match="snoopy"):
+        registry.remove("snoopy")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_registry_that_cannot_be_written(
+    number: int, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not by permissions: tests may run as root, for whom they do not hold.
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(atomic.os, "fsync", refuse)
+    with pytest.raises(RegistryError) as caught:
+        registry.add(named("mickey"))
+    assert os.strerror(number) in str(caught.value)
+    assert str(registry.root) in str(caught.value)
+    assert "try:" in str(caught.value)
+    assert sorted(path.name for path in (registry.root / "adapters").iterdir()) == [
+        "snoopy.safetensors",
+        "van-gogh.safetensors",
+    ]
+
+
+def test_a_registry_inside_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RegistryError, match="no folder"):
+        Registry(tmp_path / "file").add(named("snoopy"))
+
+
+def test_a_broken_neighbour_does_not_stand_in_the_way(registry: Registry) -> None:
+    (registry.root / "manifests" / "snoopy.json").write_text("{")
+    assert registry.get("van gogh").load().name == "van-gogh"
+    with pytest.raises(ManifestError):
+        registry.get("snoopy").load()
+
+
+def test_files_renamed_by_hand(registry: Registry) -> None:
+    for folder, suffix in (("adapters", ".safetensors"), ("manifests", ".json")):
+        (registry.root / folder / f"snoopy{suffix}").rename(registry.root / folder / f"beagle{suffix}")
+    with pytest.raises(ManifestError, match="name is 'snoopy'"):
+        registry.get("beagle").load()
+    with pytest.raises(ManifestError, match="name is 'snoopy'"):
+        registry.get("beagle").read_manifest()
+
+
+def test_a_swapped_file_is_found(registry: Registry) -> None:
+    named("snoopy", seed=3).save(registry.root / "adapters" / "snoopy.safetensors")
+    with pytest.raises(AdapterFileError, match="is not the file that"):
+        registry.get("snoopy").load()
+
+
+def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(NetworkError) as caught:
+        resolve("someone/spm-van-gogh@main")
+    assert "someone/spm-van-gogh" in str(caught.value)
+    assert "try:" in str(caught.value)
