@@ -1,32 +1,23 @@
 """Erasers on a pipeline: attach, add, strengthen, recover, detach; what each row of a batch gets is planned here."""
 
-import math
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from numbers import Real
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, get_args
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
 
 from spm_hub.adapter import Adapter
 from spm_hub.architectures import body_of, denoiser_of, family_of, resolve_modules, weight_of
-from spm_hub.calls import HELD, Call, Settings, can_encode, encode, held_denoiser, held_pipeline, tokens_of
+from spm_hub.calls import HELD, Call, Settings, can_encode, encode, hold, release, tokens_of
 from spm_hub.errors import NotFoundError, UsageError, nearest
-from spm_hub.gate import Concept, Concepts, ConstantGate, Gate, Prompts, TransportGate
+from spm_hub.gate import Concept, Concepts, ConstantGate, Prompts
 from spm_hub.increments import Increment
 from spm_hub.layers import Layers, foldable, kept_bytes
-
-Rows = Literal["both", "conditional"]
-Mode = Literal["auto", "fold", "branch"]
-GateChoice = Literal["transport", "always"] | float | Gate
-
-_TRANSPORT = TransportGate()
-_ALWAYS = ConstantGate(1.0)
+from spm_hub.options import Eraser, GateChoice, Mode, Options, Rows, finite
 
 
 def attach(
@@ -41,12 +32,12 @@ def attach(
 ) -> "Attachment":
     """Put erasers on a diffusers pipeline; whoever calls the pipeline then gets them, gated per prompt.
 
-    gate: "transport" is facilitated transport (arXiv 2312.16145, Eq. 9-11), "always" is gamma 1, a number is that gamma,
-    or any object with the method of `gate.Gate`.  strength: multiplies gamma; one number for all, or some by name.
+    gate: "transport" is facilitated transport (arXiv 2312.16145, Eq. 9-11), "always" is gamma 1, a number is that
+    gamma, or any object with the method of `gate.Gate`.  strength: multiplies gamma; a number for all, or some by name.
     rows: whether the unconditional rows of classifier-free guidance get their prompt's gamma ("both", the paper's way)
     or none ("conditional").  What is None is taken from each adapter's manifest.
-    mode: "fold" writes the sum into the weights, which serves one set of gammas at the bare model's speed; "branch" lets
-    every row of a batch have its own; "auto" folds when all rows agree and branches when they do not.
+    mode: "fold" writes the sum into the weights, which serves one set of gammas at the bare model's speed; "branch"
+    lets every row of a batch have its own; "auto" folds when all rows agree and branches when they do not.
     memory_budget: bytes for the originals that folding keeps beside the weights; beyond it they are kept on the CPU,
     and where the model itself is on the CPU, "auto" branches.
 
@@ -54,60 +45,7 @@ def attach(
     `load_state_dict` and `to` meet the checkpoint's own weights: erasers are never saved by accident (baking is the way
     to save them in). Raises UsageError or CompatibilityError, and then the pipeline is as it was.
     """
-    return Attachment(pipe, adapters, _Options(gate, strength, rows, mode, memory_budget))
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The arguments of `attach`, checked."""
-
-    gate: GateChoice | None
-    strength: Mapping[str, float] | float | None
-    rows: Rows | None
-    mode: Mode
-    memory_budget: int | None
-
-    def __post_init__(self) -> None:
-        _one_of("rows", self.rows, (None, *get_args(Rows)))
-        _one_of("mode", self.mode, get_args(Mode))
-        budget = self.memory_budget
-        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 0):
-            raise UsageError(f"memory_budget is {budget!r}; it is a number of bytes, or None for no limit")
-        if isinstance(self.strength, Mapping):
-            for name, value in self.strength.items():
-                _finite(f"strength[{name!r}]", value)
-        elif self.strength is not None:
-            _finite("strength", self.strength)
-        if isinstance(self.gate, str):
-            _one_of("gate", self.gate, ("transport", "always"))
-        elif isinstance(self.gate, Real):
-            _finite("gate", self.gate)
-        elif self.gate is not None and not isinstance(self.gate, Gate):
-            raise UsageError(f'gate is {self.gate!r}; it is "transport", "always", a number, or has a method gammas()')
-
-    def eraser(self, adapter: Adapter, targets: Mapping[str, tuple[nn.Module, Increment]]) -> "_Eraser":
-        """An adapter under these options, and under its manifest's where they are silent."""
-        default = adapter.manifest.gate
-        gate = default.kind if self.gate is None else self.gate
-        if isinstance(gate, str):
-            gate = _TRANSPORT if gate == "transport" else _ALWAYS
-        elif not isinstance(gate, Gate):
-            gate = ConstantGate(float(gate))
-        given = self.strength.get(adapter.name) if isinstance(self.strength, Mapping) else self.strength
-        strength = default.strength if given is None else float(given)
-        return _Eraser(adapter, targets, gate, strength, self.rows or default.rows)
-
-
-@dataclass(eq=False)
-class _Eraser:
-    """An adapter on this pipeline: the modules it changes, and how it is gated."""
-
-    adapter: Adapter
-    targets: Mapping[str, tuple[nn.Module, Increment]]
-    gate: Gate
-    strength: float
-    rows: Rows
-    concepts: dict[Settings, Concept] = field(default_factory=dict)
+    return Attachment(pipe, adapters, Options(gate, strength, rows, mode, memory_budget))
 
 
 class Attachment:
@@ -116,23 +54,26 @@ class Attachment:
     Whatever changes what is attached waits for the picture in progress, so that no picture mixes two states.
     """
 
-    def __init__(self, pipe: Any, adapters: Sequence[Adapter], options: _Options) -> None:
+    def __init__(self, pipe: Any, adapters: Sequence[Adapter], options: Options) -> None:
         if isinstance(pipe, nn.Module):
             raise UsageError(f"attach takes a pipeline, not its {type(pipe).__name__}", mend="attach(pipe, ...)")
         self._pipe, self._options = pipe, options
         self._denoiser = denoiser_of(pipe)
         family_of(pipe)
-        self._held = (pipe, self._denoiser, body_of(self._denoiser))
         self._refuse_held()
         self._lock = threading.RLock()
         self._calls: list[Call] = []
         self._denoisings = 0
         self._warned: set[str] = set()
         self._layers = Layers()
-        self._erasers: dict[str, _Eraser] = {}
+        self._erasers: dict[str, Eraser] = {}
         self._attached = True
-        self._changed()
-        erasers: dict[str, _Eraser] = {}
+        # What is in effect, what it was derived for, where originals go: None when that has to be found anew.
+        self._plan: tuple[bool, dict[str, list[float]]] | None = None
+        self._seen: tuple[Call | None, int | None] | None = None
+        self._budgeted: tuple[torch.device | None, bool] | None = None
+        self._concepts: dict[tuple[Settings, tuple[str, ...]], Concepts] = {}
+        erasers: dict[str, Eraser] = {}
         for adapter in adapters:
             erasers[adapter.name] = self._fitting(adapter, erasers)
         if isinstance(options.strength, Mapping):
@@ -140,12 +81,8 @@ class Attachment:
                 _known(name, erasers)
         self._keeping(erasers)
         self._install(erasers)
-        self._classes = type(pipe), type(self._denoiser)
-        for held in self._held:
-            held.__dict__[HELD] = self
-        # Plain assignment would pass through torch.compile's wrapper to the module inside it.
-        object.__setattr__(self._denoiser, "__class__", held_denoiser(type(self._denoiser)))
-        object.__setattr__(pipe, "__class__", held_pipeline(type(pipe)))
+        self._pipeline_class = type(pipe)
+        hold(pipe, self._denoiser, self)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -161,7 +98,7 @@ class Attachment:
         """Gamma of every eraser for a prompt, before its strength: why a picture is as it is."""
         with self._lock:
             self._alive()
-            states = encode(self._pipe, self._classes[0], prompt)
+            states = encode(self._pipe, self._pipeline_class, prompt)
             prompts = Prompts((prompt,), tokens_of(self._pipe, [prompt]), states)
             return {name: gammas[0] for name, gammas in self._gammas(prompts, (), self.names).items()}
 
@@ -189,10 +126,7 @@ class Attachment:
             if not self._attached:
                 return
             self._bare()
-            object.__setattr__(self._pipe, "__class__", self._classes[0])
-            object.__setattr__(self._denoiser, "__class__", self._classes[1])
-            for held in self._held:
-                held.__dict__.pop(HELD, None)
+            release(self._pipe, self._denoiser)
             self._attached = False
 
     def __enter__(self) -> Self:
@@ -212,7 +146,7 @@ class Attachment:
     def picture(self) -> Iterator[None]:
         """Around one call of the pipeline: nobody else draws, attaches or recovers meanwhile."""
         with self._lock:
-            if self._attached and body_of(denoiser_of(self._pipe)) is not self._held[-1]:
+            if self._attached and body_of(denoiser_of(self._pipe)) is not body_of(self._denoiser):
                 raise UsageError(
                     "the pipeline's denoiser was replaced after erasers were attached to it",
                     mend="erasers.detach(), replace it, and attach again",
@@ -298,11 +232,9 @@ class Attachment:
         fully_on = {name: [eraser.strength] for name, eraser in self._erasers.items()}
         if call is None:
             return fully_on
-        if (
-            call.prompts is None
-            or (missing := [name for name in self.names if name not in call.gammas])
-            and not (can_encode(self._pipe) or self._always_on(missing))
-        ):
+        missing = [name for name in self.names if name not in call.gammas]
+        unheard = bool(missing) and not self._always_on(missing) and not can_encode(self._pipe)
+        if call.prompts is None or unheard:
             self._warn_once("the prompts of this call, or the text encoder, are unknown: every eraser is fully on")
             return fully_on
         if rows is None or rows % call.block:
@@ -333,7 +265,7 @@ class Attachment:
             wanted = len(prompts.states), len(members)
             if tuple(gammas.shape) != wanted or not torch.isfinite(gammas).all():
                 raise UsageError(
-                    f"{type(gate).__name__}.gammas gave shape {tuple(gammas.shape)}; wanted are finite numbers of shape "
+                    f"{type(gate).__name__}.gammas gave {tuple(gammas.shape)}; wanted are finite numbers of shape "
                     f"{wanted}, one for each prompt and eraser"
                 )
             found.update(zip(members, gammas.double().T.tolist(), strict=True))
@@ -344,14 +276,14 @@ class Attachment:
         if settings not in eraser.concepts:
             concept = eraser.adapter.manifest.concept
             texts = (concept.target, *concept.aliases)
-            states = torch.cat([encode(self._pipe, self._classes[0], text, settings) for text in texts])
+            states = torch.cat([encode(self._pipe, self._pipeline_class, text, settings) for text in texts])
             eraser.concepts[settings] = Concept(texts, tokens_of(self._pipe, texts), states.float().cpu())
         return eraser.concepts[settings]
 
     def _always_on(self, names: Iterable[str]) -> bool:
         return all(isinstance(self._erasers[name].gate, ConstantGate) for name in names)
 
-    def _keeping(self, erasers: Mapping[str, _Eraser]) -> tuple[torch.device | None, bool]:
+    def _keeping(self, erasers: Mapping[str, Eraser]) -> tuple[torch.device | None, bool]:
         """Where folding keeps originals (None: beside the weights), and whether it may fold at all.
 
         Raises UsageError where it may not and the user insists.
@@ -367,16 +299,14 @@ class Attachment:
             reason = "the model's weights are quantised or not in memory"
         elif budget is not None and needed > budget:
             if all(weight_of(module).device.type == "cpu" for module, _ in modules.values()):
-                reason = (
-                    f"the originals take {needed} bytes, memory_budget is {budget}, and they are on the CPU already"
-                )
+                reason = f"the originals take {needed} bytes on the CPU, memory_budget is {budget}"
             else:
                 keep_on = torch.device("cpu")
         if reason is not None and self._options.mode == "fold":
             raise UsageError(f'mode="fold" is not possible: {reason}', mend='mode="auto"')
         return keep_on, reason is None
 
-    def _fitting(self, adapter: Adapter, beside: Mapping[str, _Eraser]) -> _Eraser:
+    def _fitting(self, adapter: Adapter, beside: Mapping[str, Eraser]) -> Eraser:
         if (other := beside.get(adapter.name)) is not None:
             if _same(other.adapter, adapter):
                 raise UsageError(f"adapter {adapter.name} ({adapter.source}) is attached twice", mend="name it once")
@@ -386,7 +316,7 @@ class Attachment:
             )
         return self._options.eraser(adapter, resolve_modules(adapter, self._denoiser))
 
-    def _install(self, erasers: Mapping[str, _Eraser]) -> None:
+    def _install(self, erasers: Mapping[str, Eraser]) -> None:
         for name, eraser in erasers.items():
             self._layers.install(name, eraser.targets)
             self._erasers[name] = eraser
@@ -394,10 +324,8 @@ class Attachment:
 
     def _changed(self) -> None:
         """Other erasers than before: whatever was derived from them is void."""
-        self._plan: tuple[bool, dict[str, list[float]]] | None = None
-        self._seen: tuple[Call | None, int | None] | None = None
-        self._budgeted: tuple[torch.device | None, bool] | None = None
-        self._concepts: dict[tuple[Settings, tuple[str, ...]], Concepts] = {}
+        self._plan = self._seen = self._budgeted = None
+        self._concepts.clear()
 
     def _bare(self) -> None:
         with self._writing():
@@ -412,7 +340,7 @@ class Attachment:
             yield
 
     def _refuse_held(self) -> None:
-        for held in self._held:
+        for held in (self._pipe, self._denoiser, body_of(self._denoiser)):
             other: Attachment | None = held.__dict__.get(HELD)
             if other is not None:
                 whose = "this pipeline" if other._pipe is self._pipe else "another pipeline that shares this denoiser"
@@ -441,7 +369,7 @@ class Strength(MutableMapping[str, float]):
         return self._attachment._erasers[name].strength
 
     def __setitem__(self, name: str, value: float) -> None:
-        _finite(f"strength[{name!r}]", value)
+        finite(f"strength[{name!r}]", value)
         attachment = self._attachment
         with attachment._lock:
             attachment._alive()
@@ -471,7 +399,9 @@ def _same(one: Adapter, other: Adapter) -> bool:
         {(path, part): tensor for path, inc in adapter.increments.items() for part, tensor in inc.tensors().items()}
         for adapter in (one, other)
     )
-    return mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
+    return mine.keys() == theirs.keys() and all(
+        tensor.dtype == theirs[key].dtype and torch.equal(tensor, theirs[key]) for key, tensor in mine.items()
+    )
 
 
 def _known(name: str, names: Iterable[str]) -> None:
@@ -482,13 +412,3 @@ def _known(name: str, names: Iterable[str]) -> None:
             f"no eraser {name!r} is attached; attached are: {', '.join(names) or 'none'}",
             mend=f"{meant[0]!r}" if meant else None,
         )
-
-
-def _finite(key: str, value: object) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise UsageError(f"{key} is {value!r}; it has to be a finite number", mend=f"{key} = 1.0")
-
-
-def _one_of(key: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{key} is {value!r}; it is one of {', '.join(map(repr, allowed))}")

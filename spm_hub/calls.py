@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from spm_hub.architectures import body_of
 from spm_hub.errors import UsageError
 from spm_hub.gate import Prompts, token_sets
 
@@ -41,8 +42,25 @@ class Holder(Protocol):
         """Around whatever reads, replaces or, `moving`, moves or casts the denoiser's weights."""
 
 
+def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
+    """Let `holder` know of every call of a pipeline and of its denoiser, whose classes become `Held` ones."""
+    for held in (pipe, denoiser, body_of(denoiser)):
+        held.__dict__[HELD] = holder
+    # Plain assignment would pass through torch.compile's wrapper to the module inside it.
+    object.__setattr__(denoiser, "__class__", _held_denoiser(type(denoiser)))
+    object.__setattr__(pipe, "__class__", _held_pipeline(type(pipe)))
+
+
+def release(pipe: Any, denoiser: Any) -> None:
+    """Undo `hold`: the classes are the originals again, and nothing is left in any `__dict__`."""
+    for held in (pipe, denoiser):
+        object.__setattr__(held, "__class__", type(held).__mro__[1])
+    for held in (pipe, denoiser, body_of(denoiser)):
+        held.__dict__.pop(HELD, None)
+
+
 @functools.cache
-def held_pipeline(base: type[Any]) -> type[Any]:
+def _held_pipeline(base: Any) -> type[Any]:
     """A subclass of `base` to the world its equal, whose calls and prompts the attachment in `__dict__` gets to know.
 
     One class for each base, so that nothing that looks at types (torch.compile does) sees a new one at every attach.
@@ -75,7 +93,7 @@ def held_pipeline(base: type[Any]) -> type[Any]:
 
 
 @functools.cache
-def held_denoiser(base: type[Any]) -> type[Any]:
+def _held_denoiser(base: Any) -> type[Any]:
     """A subclass of `base` to the world its equal, whose calls and weights the attachment in `__dict__` looks after."""
 
     class Held(base):  # type: ignore[misc]
@@ -121,7 +139,7 @@ class Call:
     gammas: dict[str, list[float]] = field(default_factory=dict)
 
     def learn(self, pipe: Any, bound: Mapping[str, Any], result: Any) -> None:
-        """Note the prompts from the first `encode_prompt` of this call; later ones are for negative prompts and such."""
+        """Note the prompts from the first `encode_prompt` of this call; later ones encode negative prompts."""
         states = result[0] if isinstance(result, tuple | list) and result else result
         if self.prompts is not None or not isinstance(states, Tensor) or states.dim() != 3:
             return

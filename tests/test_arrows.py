@@ -19,6 +19,7 @@ LEVELS = (
     ("architectures",),
     ("gate", "layers"),
     ("calls",),
+    ("options",),
     ("attachment", "baking", "models"),
     ("hub", "training", "evaluation", "attacks", "diagnosis"),
     ("cli",),
