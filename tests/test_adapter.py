@@ -302,7 +302,7 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         load_file(tmp_path / "pipe")
 
 
-# Writing: both files wholly, or none. Tests may run as root, for whom permissions do not hold: system calls fail instead.
+# Writing: both files wholly, or none. Tests may run as root, for whom permissions do not hold: calls fail instead.
 
 
 def out_of_space(*_: object, **__: object) -> None:

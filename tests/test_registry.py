@@ -2,7 +2,6 @@
 
 import errno
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from test_adapter import snoopy
 import spm_hub
 from spm_hub import atomic
 from spm_hub.adapter import Adapter
-from spm_hub.errors import AdapterFileError, ManifestError, NetworkError, NotFoundError, RegistryError, UsageError
+from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, UsageError
 from spm_hub.hub import registry as registries
 from spm_hub.hub.registry import Registry, resolve
 from spm_hub.manifest import Concept
@@ -207,15 +206,3 @@ def test_a_swapped_file_is_found(registry: Registry) -> None:
     named("snoopy", seed=3).save(registry.root / "adapters" / "snoopy.safetensors")
     with pytest.raises(AdapterFileError, match="is not the file that"):
         registry.get("snoopy").load()
-
-
-def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(NetworkError) as caught:
-        resolve("someone/spm-van-gogh@main")
-    assert "someone/spm-van-gogh" in str(caught.value)
-    assert "try:" in str(caught.value)

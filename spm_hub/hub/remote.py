@@ -37,8 +37,10 @@ def download(repo: str, revision: str | None = None) -> Entry:
     files = [sibling.rfilename for sibling in info.siblings or ()]
     weights = _choose(repo, files)
     with _reaching(repo, revision):
-        path = Path(hf_hub_download(repo, weights, revision=info.sha))
-        manifest = Path(hf_hub_download(repo, MANIFEST_NAME, revision=info.sha)) if MANIFEST_NAME in files else None
+        # By the revision as it was named, so that the cache knows it by that name when there is no network.
+        path = Path(hf_hub_download(repo, weights, revision=revision))
+        commit = path.parents[weights.count("/")].name
+        manifest = Path(hf_hub_download(repo, MANIFEST_NAME, revision=commit)) if MANIFEST_NAME in files else None
     return Entry(repo, path, manifest)
 
 
