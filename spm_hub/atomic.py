@@ -81,6 +81,6 @@ def _mend(error: OSError, path: Path) -> str:
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
             return f"free some space on the disk of {path.parent} and run the command again (nothing was changed)"
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return f"chmod u+w {path.parent}, or name another folder with --registry DIR"
+            return f"chmod u+w {path.parent}, or name another folder"
         case _:
-            return "name another place with --registry DIR"
+            return "name another folder"

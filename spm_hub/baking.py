@@ -179,7 +179,8 @@ class _Weights:
         found: dict[str, Tensor] = {}
         for file, its_keys in self._by_file(keys).items():
             with safe_open(file, framework="pt") as tensors:
-                found |= {key: tensors.get_tensor(key) for key in its_keys}
+                # Cloned, because these are views of the file that `write` changes.
+                found |= {key: tensors.get_tensor(key).clone() for key in its_keys}
         return found
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from spm_hub.models import ALIASES, is_available
@@ -50,7 +51,8 @@ def tested_versions() -> dict[str, Version]:
     if pins is None:
         return {}
     lines = (line.partition("#")[0].strip() for line in pins.read_text(encoding="utf-8").splitlines())
-    return {name: Version(version) for name, _, version in (line.partition("==") for line in lines if line)}
+    pinned = (line.partition("==") for line in lines if line)
+    return {canonicalize_name(name): Version(version) for name, _, version in pinned}
 
 
 def _packages() -> Iterator[Finding]:
@@ -64,7 +66,7 @@ def _packages() -> Iterator[Finding]:
         except metadata.PackageNotFoundError:
             yield Finding(name, "fail", f"not installed; needed: {requirement.specifier}", upgrade)
             continue
-        pin = tested.get(name)
+        pin = tested.get(canonicalize_name(name))
         if not requirement.specifier.contains(installed, prereleases=True):
             yield Finding(name, "fail", f"{installed}; needed: {requirement.specifier}", upgrade)
         elif pin is not None and Version(installed.public) != pin:

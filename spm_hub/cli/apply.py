@@ -49,15 +49,16 @@ def apply(
     Prints how strongly each eraser acted on each prompt.
     """
     from spm_hub.hub.registry import resolve
+    from spm_hub.models import load_pipeline, parse_reference
 
     if prompt and prompts:
         raise UsageError("--prompt and --prompts are both given", mend="put all prompts into the file")
     wanted, acting = options.names(adapters), options.gate(gate)
     strengths = options.strengths(strength)
+    parse_reference(model)
     entries = [resolve(reference, registry) for reference in wanted]
     with silence_libraries():
         from spm_hub.evaluation.pictures import Drawing, read_prompts, save, show
-        from spm_hub.models import load_pipeline
 
         texts = read_prompts(prompts) if prompts is not None else prompt or []
         drawing = Drawing(seed=seed, number=num, steps=steps, guidance=guidance)

@@ -32,11 +32,12 @@ def bake(
     the base, and what is needed to take an eraser out again: see spmhub recover.
     """
     from spm_hub.hub.registry import resolve
+    from spm_hub.models import load_pipeline, parse_reference
 
+    parse_reference(model)
     entries = [resolve(reference, registry) for reference in options.names(adapters)]
     with silence_libraries():
         from spm_hub.baking import bake as run
-        from spm_hub.models import load_pipeline
 
         erasers = [entry.load() for entry in entries]
         pipe = load_pipeline(model, dtype="stored")

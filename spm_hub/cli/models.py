@@ -18,15 +18,12 @@ def models(out: Output) -> None:
             "alias": alias.name,
             "family": alias.family,
             "source": alias.hub_id or "embedded",
-            "here": is_available(alias),
+            "here": "yes" if is_available(alias) else "download" if alias.hub_id else "missing",
             "about": alias.about,
         }
         for alias in ALIASES.values()
     ]
-    rows = [
-        [row["alias"], row["family"], row["source"], "yes" if row["here"] else "download", row["about"]]
-        for row in found
-    ]
+    rows = [[row["alias"], row["family"], row["source"], row["here"], row["about"]] for row in found]
     out.data(
         found, table(["alias", "family", "source", "here", ""], rows), brief=[alias.name for alias in ALIASES.values()]
     )

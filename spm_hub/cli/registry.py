@@ -96,11 +96,12 @@ def check(out: Output, name: Name, *, model: options.Model = "sketchbook", regis
     Exit code 1 with the first module that does not fit, and both shapes.
     """
     from spm_hub.hub.registry import resolve
+    from spm_hub.models import load_pipeline, parse_reference
 
+    parse_reference(model)
     entry = resolve(name, registry)
     with silence_libraries():
         from spm_hub import architectures
-        from spm_hub.models import load_pipeline
 
         adapter = entry.load()
         pipe = load_pipeline(model)

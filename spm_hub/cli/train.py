@@ -43,18 +43,20 @@ def train(
 ) -> None:
     """Train an eraser for CONCEPT and keep it in the registry."""
     from spm_hub.hub.registry import Registry, registries
+    from spm_hub.models import load_pipeline, parse_reference, revision_of
     from spm_hub.training.recipe import Recipe
 
     given = {"target": concept, "model": model, "method": method, "name": name, "seed": seed}
     plan = Recipe.plan(recipe, set_ or (), **{key: value for key, value in given.items() if value is not None})
     kept_in = Registry(registry) if registry is not None else registries()[0]
     kept_in.check_room_for(plan.slug, replace=force)
+    parse_reference(plan.model)
     folder = checkpoint_dir or options.run_folder(plan.slug)
 
     out.say(f"erasing {plan.target!r} from {plan.model} with {plan.method} ...")
     with silence_libraries():
-        from spm_hub.models import load_pipeline, revision_of
-        from spm_hub.training import train as run
+        from spm_hub.training.trainer import Checkpoint
+        from spm_hub.training.trainer import train as run
 
         pipe = load_pipeline(plan.model, dtype=options.precision(dtype), device=device)
         with out.progress("training") as progress:
@@ -67,6 +69,7 @@ def train(
                 resume=resume,
             )
     entry = kept_in.add(adapter, replace=force)
+    Checkpoint(folder).remove()
     n_bytes = entry.adapter_path.stat().st_size
     out.data(
         {"name": entry.name, "adapter": entry.adapter_path, "manifest": entry.manifest_path, "bytes": n_bytes},

@@ -5,6 +5,7 @@ Listing and resolving read no tensors and import no torch.
 
 import os
 import re
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,11 +130,15 @@ class Registry:
             )
         for folder in (entry.adapter_path.parent, manifest.parent):
             existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-            if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            try:
+                # Tried and not asked of os.access, which believes root capable of anything.
+                with tempfile.TemporaryFile(dir=existing):
+                    pass
+            except OSError as error:
                 raise RegistryError(
-                    f"the registry {self.root} cannot be written: {existing} is read-only or no folder",
+                    f"the registry {self.root} cannot be written: {existing}: {error.strerror}",
                     mend=f"chmod u+w {existing}, or name another registry with --registry DIR",
-                )
+                ) from error
         return entry
 
     def remove(self, name: str) -> None:

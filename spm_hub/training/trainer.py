@@ -37,6 +37,8 @@ _CHECKPOINT = "training.safetensors"
 class TrainingInterrupted(SpmHubError):
     """Ctrl-C during training; the checkpoint is on disk when a folder for it was given."""
 
+    exit_code = 130
+
 
 @dataclass(frozen=True)
 class Checkpoint:
