@@ -47,8 +47,8 @@ def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
     for held in (pipe, denoiser, body_of(denoiser)):
         held.__dict__[HELD] = holder
     # Plain assignment would pass through torch.compile's wrapper to the module inside it.
-    object.__setattr__(denoiser, "__class__", _held_denoiser(type(denoiser)))
-    object.__setattr__(pipe, "__class__", _held_pipeline(type(pipe)))
+    object.__setattr__(denoiser, "__class__", _held_denoiser(denoiser.__class__))
+    object.__setattr__(pipe, "__class__", _held_pipeline(pipe.__class__))
 
 
 def release(pipe: Any, denoiser: Any) -> None:

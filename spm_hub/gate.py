@@ -103,7 +103,8 @@ class TransportGate:
     def gammas(self, prompts: Prompts, concepts: Concepts) -> Tensor:
         per_name = torch.maximum(similarity(prompts.states, concepts), overlap(prompts, concepts))
         gammas = torch.full((len(prompts.states), len(concepts)), -torch.inf, dtype=torch.float64)
-        return gammas.index_reduce_(1, torch.tensor(concepts.owners, dtype=torch.long), per_name, "amax")
+        owners = torch.tensor(concepts.owners, dtype=torch.long).expand_as(per_name)
+        return gammas.scatter_reduce_(1, owners, per_name, "amax")
 
 
 def similarity(states: Tensor, concepts: Concepts) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from spm_hub.adapter import Adapter, increment_info
+from spm_hub.increments import Dense, Increment, LowRank, Mask
+from spm_hub.manifest import Base, Concept, GateDefaults, Manifest, slug
 
 WORDS = (
     "a photo of the by on with and in painting snoopy mickey mouse spongebob pikachu dog cat church van gogh "
@@ -107,3 +112,53 @@ def pico_pipeline(
     for component in (pipe.unet, pipe.vae, pipe.text_encoder):
         component.eval().requires_grad_(False)
     return pipe
+
+
+def target_modules(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+    """SD1's targets, told by their names alone: everything inside an attention block, norms aside."""
+    return {
+        path: module
+        for path, module in unet.named_modules()
+        if ".attentions." in path and isinstance(module, nn.Linear | nn.Conv2d)
+    }
+
+
+def pico_eraser(
+    unet: UNet2DConditionModel,
+    target: str = "snoopy",
+    seed: int = 1,
+    *,
+    kind: str = "low_rank",
+    rank: int = 1,
+    aliases: Sequence[str] = (),
+    gate: GateDefaults | None = None,
+    paths: Sequence[str] | None = None,
+) -> Adapter:
+    """A random eraser on all targets of `unet`, or on those at `paths`, strong enough to change every prediction."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    modules = target_modules(unet)
+    increments: dict[str, Increment] = {}
+    for path in modules if paths is None else paths:
+        weight = modules[path].weight
+        out, width, *kernel = weight.shape
+        if kind == "low_rank":
+            increments[path] = LowRank(0.2 * noise(rank, width, *kernel), 0.2 * noise(out, rank, *[1] * len(kernel)))
+        elif kind == "dense":
+            bias = None if modules[path].bias is None else 0.05 * noise(out)
+            increments[path] = Dense(0.05 * noise(*weight.shape), bias)
+        else:
+            dim = len(increments) % 2
+            increments[path] = Mask(torch.rand(weight.shape[dim], generator=generator) > 0.3, dim)
+    manifest = Manifest(
+        name=slug(target),
+        concept=Concept(target=target, aliases=tuple(aliases)),
+        increment=increment_info(increments),
+        base=Base(family="sd1", id="pico", fingerprint="0" * 64),
+        recipe={},
+        gate=gate or GateDefaults(),
+    )
+    return Adapter(manifest, increments)

@@ -28,7 +28,9 @@ def pipe():
 def predict(unet, golden, dtype=torch.float32):
     with torch.no_grad():
         return unet(
-            golden["sample"].to(dtype), golden["timestep"], encoder_hidden_states=golden["encoder_hidden_states"].to(dtype)
+            golden["sample"].to(dtype),
+            golden["timestep"],
+            encoder_hidden_states=golden["encoder_hidden_states"].to(dtype),
         ).sample
 
 

@@ -1,0 +1,125 @@
+"""Facilitated transport against Eq. 10-11 written out in NumPy, and its exactness in the last bit."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pico import pico_tokenizer
+
+from spm_hub.gate import (
+    Concept,
+    Concepts,
+    ConstantGate,
+    Gate,
+    Prompts,
+    TransportGate,
+    fixed_point,
+    overlap,
+    similarity,
+    token_sets,
+)
+
+
+def states_of(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def concept_of(seed, tokens=((1, 2),), window=5, width=7):
+    names = tuple(f"name{index}" for index in range(len(tokens)))
+    return Concept(names, tuple(map(frozenset, tokens)), states_of(seed, len(tokens), window, width))
+
+
+def paper_gamma(state, tokens, concept):
+    """Eq. 10-11 for one prompt and the names of one concept."""
+    prompt = state.double().numpy().ravel()
+    gammas = []
+    for name_state, name_tokens in zip(concept.states, concept.tokens, strict=True):
+        name = name_state.double().numpy().ravel()
+        cosine = prompt @ name / (np.linalg.norm(prompt) * np.linalg.norm(name))
+        gammas.append(max(cosine, len(tokens & name_tokens) / len(name_tokens)))
+    return max(gammas)
+
+
+token_set = st.frozensets(st.integers(0, 12), min_size=1, max_size=6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.lists(token_set, min_size=1, max_size=3),
+    st.lists(st.lists(token_set, min_size=1, max_size=3), min_size=1, max_size=4),
+)
+def test_gamma_is_that_of_the_paper(seed, prompt_tokens, concept_tokens):
+    concepts = Concepts(tuple(concept_of(seed + 1 + i, tokens) for i, tokens in enumerate(concept_tokens)))
+    # Half of each prompt's state is a concept's, so that both arguments of the maximum win at times.
+    states = states_of(seed, len(prompt_tokens), 5, 7) + concepts.states[:1]
+    prompts = Prompts(("?",) * len(states), tuple(prompt_tokens), states)
+    expected = [
+        [paper_gamma(state, tokens, concept) for concept in concepts.each]
+        for state, tokens in zip(states, prompt_tokens, strict=True)
+    ]
+    np.testing.assert_allclose(TransportGate().gammas(prompts, concepts).numpy(), expected, atol=1e-7)
+
+
+def test_a_concepts_own_prompt_is_fully_on():
+    concept = concept_of(3)
+    prompts = Prompts(("name0",), (frozenset({9}),), concept.states)
+    assert TransportGate().gammas(prompts, Concepts((concept,))).item() == pytest.approx(1, abs=1e-7)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 9), st.integers(0, 8))
+def test_a_gamma_does_not_depend_on_the_erasers_beside_it(seed, count, chosen):
+    concepts = [concept_of(seed + i, window=11, width=96) for i in range(count)]
+    prompts = Prompts(("?", "!"), (frozenset(), frozenset({1})), states_of(seed + 99, 2, 11, 96))
+    chosen %= count
+    together = TransportGate().gammas(prompts, Concepts(tuple(concepts)))
+    alone = TransportGate().gammas(prompts, Concepts((concepts[chosen],)))
+    reversed_order = TransportGate().gammas(prompts, Concepts(tuple(reversed(concepts)))).flip(1)
+    assert torch.equal(together[:, chosen], alone[:, 0])
+    assert torch.equal(together, reversed_order)
+
+
+def test_sums_of_fixed_point_rows_are_exact_in_any_order():
+    one, other = fixed_point(states_of(1, 2, 77, 64))
+    assert torch.equal(one * 2.0**24, (one * 2.0**24).round())
+    products = one * other
+    shuffled = products[torch.randperm(len(products), generator=torch.Generator().manual_seed(0))]
+    exact = sum(int(a * 2**24) * int(b * 2**24) for a, b in zip(one.tolist(), other.tolist(), strict=True))
+    assert float(products.sum()) == float(shuffled.sum()) == float(one @ other) == exact / 2**48
+
+
+def test_embeddings_alone_are_gated_by_similarity_and_never_below_zero():
+    concept = concept_of(1)
+    prompts = Prompts(None, None, torch.cat([concept.states, -concept.states]))
+    on, off = TransportGate().gammas(prompts, Concepts((concept,))).flatten().tolist()
+    assert on == pytest.approx(1, abs=1e-7)
+    assert off == 0
+    assert not overlap(prompts, Concepts((concept,))).any()
+
+
+def test_embeddings_of_several_windows_count_by_the_nearest():
+    concept = concept_of(1)
+    long = torch.cat([states_of(5, 1, 5, 7), concept.states, states_of(6, 1, 2, 7)], dim=1)
+    assert similarity(long, Concepts((concept,))).item() == pytest.approx(1, abs=1e-7)
+
+
+def test_zero_states_are_similar_to_nothing():
+    assert similarity(torch.zeros(1, 5, 7), Concepts((concept_of(1),))).item() == 0
+
+
+def test_a_constant_gate_says_the_same_to_all():
+    concepts = Concepts((concept_of(1), concept_of(2)))
+    gammas = ConstantGate(0.3).gammas(Prompts(None, None, states_of(1, 3, 5, 7)), concepts)
+    assert gammas.tolist() == [[0.3, 0.3]] * 3
+    assert isinstance(TransportGate(), Gate)
+    assert isinstance(ConstantGate(1.0), Gate)
+    assert not isinstance(object(), Gate)
+
+
+def test_token_sets_leave_special_ids_out_and_end_with_the_window():
+    tokenizer = pico_tokenizer()
+    dog, dogs, empty, long = token_sets(tokenizer, ["dog", "Dog DOG dog", "", "dog " * 30 + "snoopy"])
+    assert dog == dogs == long == {tokenizer.convert_tokens_to_ids("dog</w>")}
+    assert empty == frozenset()

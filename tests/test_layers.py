@@ -1,0 +1,272 @@
+"""The kernel against float64 sums, in fold and in branch, for every kind of increment and mixtures of them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from spm_hub.increments import Dense, LowRank, Mask
+from spm_hub.layers import Layers, effective, foldable, kept_bytes
+
+KINDS = ("low_rank", "dense", "mask_out", "mask_in")
+
+
+def noise(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_module(layer, dtype=torch.float32):
+    if layer == "linear":
+        module = nn.Linear(6, 5)
+    elif layer == "linear_without_bias":
+        module = nn.Linear(6, 5, bias=False)
+    elif layer == "conv1":
+        module = nn.Conv2d(6, 5, 1)
+    elif layer == "conv3":
+        module = nn.Conv2d(6, 5, 3, stride=2, padding=1, padding_mode="reflect")
+    else:
+        module = nn.Conv2d(6, 4, 3, padding=1, groups=2)
+    module.requires_grad_(False)
+    for index, parameter in enumerate(module.parameters()):
+        parameter.copy_(noise(index, *parameter.shape))
+    return module.to(dtype)
+
+
+LAYERS = ("linear", "linear_without_bias", "conv1", "conv3", "grouped")
+
+
+def make_increment(kind, module, seed, rank=2):
+    weight = module.weight
+    out, width, *kernel = weight.shape
+    if kind == "low_rank":
+        return LowRank(noise(seed, rank, width, *kernel), noise(seed + 1, out, rank, *[1] * len(kernel)))
+    if kind == "dense":
+        return Dense(noise(seed, *weight.shape), None if module.bias is None else noise(seed + 1, out))
+    dim = 0 if kind == "mask_out" else 1
+    return Mask(noise(seed, weight.shape[dim]) > 0, dim)
+
+
+def reference(module, parts):
+    """W' and b' in float64, element by element from the definition."""
+    weight = module.weight.double().clone()
+    bias = None if module.bias is None else module.bias.double().clone()
+    total, total_bias = weight.clone(), None if bias is None else bias.clone()
+    for increment, factor in parts:
+        if isinstance(increment, Mask):
+            for index, kept in enumerate(increment.keep.tolist()):
+                if not kept and increment.dim == 0:
+                    total[index] *= 1 - factor
+                    if bias is not None:
+                        total_bias[index] *= 1 - factor
+                elif not kept:
+                    total[:, index] *= 1 - factor
+    for increment, factor in parts:
+        if isinstance(increment, LowRank):
+            down, up = increment.down.double(), increment.up.double()
+            for r in range(increment.rank):
+                outer = torch.einsum("o,i->oi", up[:, r].flatten(), down[r].flatten())
+                total += factor * outer.reshape(weight.shape)
+        elif isinstance(increment, Dense):
+            total += factor * increment.delta.double()
+            if increment.delta_bias is not None:
+                total_bias += factor * increment.delta_bias.double()
+    return total, total_bias
+
+
+def run_reference(module, x, parts):
+    weight, bias = reference(module, parts)
+    twin = make_module_like(module)
+    twin.weight.copy_(weight)
+    if bias is not None:
+        twin.bias.copy_(bias)
+    return twin(x.double())
+
+
+def make_module_like(module):
+    import copy
+
+    twin = copy.deepcopy(module).double()
+    twin._forward_hooks.clear()
+    return twin
+
+
+def input_for(module, rows, seed=50):
+    return noise(seed, rows, 6, 4, 4) if isinstance(module, nn.Conv2d) else noise(seed, rows, 3, 6)
+
+
+def installed(module, increments):
+    layers = Layers()
+    for name, increment in increments.items():
+        layers.install(name, {"m": (module, increment)})
+    return layers
+
+
+mixture = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 3)), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(LAYERS), mixture, st.integers(0, 1000), st.data())
+def test_fold_and_branch_are_the_float64_sum_for_every_row(layer, kinds, seed, data):
+    module = make_module(layer)
+    increments = {f"e{i}": make_increment(kind, module, seed + 10 * i, rank) for i, (kind, rank) in enumerate(kinds)}
+    factor = st.one_of(st.just(0.0), st.just(1.0), st.floats(-1, 2, width=32))
+    factors = {name: data.draw(st.lists(factor, min_size=3, max_size=3)) for name in increments}
+    x = input_for(module, 3)
+    layers = installed(module, increments)
+    expected = torch.cat(
+        [
+            run_reference(module, x[row : row + 1], [(increments[name], factors[name][row]) for name in increments])
+            for row in range(3)
+        ]
+    )
+    bare = module(x)
+    layers.branch(factors)
+    scale = expected.abs().max().clamp_min(1)
+    assert ((module(x) - expected).abs().max() / scale).item() <= 2e-6
+    for row in range(3):
+        layers.fold({name: each[row] for name, each in factors.items()})
+        assert ((module(x)[row] - expected[row]).abs().max() / scale).item() <= 2e-6
+    layers.bare()
+    assert torch.equal(module(x), bare)
+    assert not module._forward_hooks
+
+
+def test_two_masks_on_one_neuron_switch_it_off_and_do_not_negate_it():
+    module = make_module("linear")
+    off = torch.tensor([True, False, True, True, False])
+    weight, bias = effective(module.weight, module.bias, [(Mask(off, 0), 1.0), (Mask(off.clone(), 0), 1.0)])
+    assert torch.equal(weight[off], module.weight[off])
+    assert not weight[~off].any()
+    assert not bias[~off].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_fold_rounds_once(dtype):
+    module = make_module("linear", dtype)
+    parts = [(make_increment("low_rank", module, seed, 1), 0.3) for seed in range(0, 100, 2)]
+    once = reference(module, parts)[0]
+    weight, bias = effective(module.weight, module.bias, parts)
+    # float32 accumulation may fall on the other side of a rounding boundary, never further.
+    spacing = torch.finfo(dtype).eps * once.abs().clamp_min(torch.finfo(dtype).tiny)
+    assert ((weight.double() - once).abs() <= 0.5001 * spacing + 1e-5).all()
+    assert bias is module.bias
+    step_by_step = module.weight.clone()
+    for increment, factor in parts:
+        step_by_step += (factor * increment.delta_for(step_by_step)).to(dtype)
+    assert (weight.double() - once).abs().max() < (step_by_step.double() - once).abs().max()
+
+
+def test_float64_weights_are_summed_in_float64():
+    module = make_module("linear", torch.float64)
+    parts = [(make_increment("low_rank", module, 3), 1 / 3), (make_increment("dense", module, 5), 0.1)]
+    weight, bias = effective(module.weight, module.bias, parts)
+    expected_weight, expected_bias = reference(module, parts)
+    torch.testing.assert_close(weight, expected_weight, rtol=0, atol=1e-14)
+    torch.testing.assert_close(bias, expected_bias, rtol=0, atol=1e-14)
+
+
+def test_channels_last_weights_keep_their_layout():
+    module = make_module("conv3").to(memory_format=torch.channels_last)
+    increment = make_increment("low_rank", module, 1)
+    before = module.weight.clone(), module.weight.stride()
+    expected = reference(module, [(increment, 0.5)])[0]
+    layers = installed(module, {"e": increment})
+    layers.fold({"e": 0.5})
+    assert module.weight.stride() == before[1]
+    torch.testing.assert_close(module.weight.double(), expected, rtol=1e-5, atol=1e-6)
+    layers.bare()
+    assert torch.equal(module.weight, before[0])
+
+
+def test_four_dimensional_increments_fit_a_linear_and_the_other_way_round():
+    linear, conv = make_module("linear"), make_module("conv1")
+    flat = LowRank(noise(1, 2, 6), noise(2, 5, 2))
+    tall = LowRank(flat.down[..., None, None], flat.up[..., None, None])
+    for module, increment in ((linear, tall), (conv, flat)):
+        layers, x = installed(module, {"e": increment}), input_for(module, 2)
+        layers.fold({"e": 0.7})
+        folded = module(x)
+        layers.branch({"e": [0.7, 0.7]})
+        torch.testing.assert_close(module(x), folded, rtol=1e-5, atol=1e-5)
+        layers.bare()
+
+
+def test_unchanged_factors_write_nothing_and_only_affected_modules_are_written():
+    one, other = make_module("linear"), make_module("conv1")
+    layers = Layers()
+    layers.install("a", {"one": (one, make_increment("low_rank", one, 1))})
+    layers.install("b", {"other": (other, make_increment("low_rank", other, 2))})
+    layers.fold({"a": 0.5, "b": 0.5})
+    versions = one.weight._version, other.weight._version
+    pointers = one.weight.data_ptr(), other.weight.data_ptr()
+    layers.fold({"a": 0.5, "b": 0.5})
+    assert (one.weight._version, other.weight._version) == versions
+    layers.fold({"a": 0.5, "b": 0.25})
+    assert one.weight._version == versions[0]
+    assert other.weight._version > versions[1]
+    assert (one.weight.data_ptr(), other.weight.data_ptr()) == pointers
+
+
+def test_a_branch_is_one_stacked_pair_without_the_zeros(monkeypatch):
+    module = make_module("linear")
+    layers = installed(module, {f"e{i}": make_increment("low_rank", module, 10 * i, 1) for i in range(20)})
+    calls = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, w, b=None: (calls.append(tuple(w.shape)), linear(x, w, b))[1]
+    )
+    layers.branch({f"e{i}": [0.0, 0.0] if i % 2 else [0.5, float(i)] for i in range(20)})
+    module(input_for(module, 2))
+    assert calls == [(5, 6), (10, 6), (5, 10)]
+    calls.clear()
+    layers.branch({f"e{i}": [0.0, 0.0] for i in range(20)})
+    module(input_for(module, 2))
+    assert calls == [(5, 6)]
+    assert not module._forward_hooks
+
+
+def test_the_order_in_which_erasers_came_leaves_no_trace():
+    forwards, backwards = make_module("linear"), make_module("linear")
+    increments = {f"e{i}": make_increment("low_rank", forwards, 10 * i, 1) for i in range(7)}
+    factors = {name: 0.1 + index for index, name in enumerate(increments)}
+    installed(forwards, increments).fold(factors)
+    installed(backwards, dict(reversed(increments.items()))).fold(factors)
+    assert torch.equal(forwards.weight, backwards.weight)
+
+
+def test_rows_shared_by_a_batch_and_rows_split_into_frames():
+    module = make_module("linear")
+    increment = make_increment("low_rank", module, 1)
+    layers = installed(module, {"e": increment})
+    layers.branch({"e": [0.25, 0.75]})
+    shared, frames = input_for(module, 1), input_for(module, 6)
+    torch.testing.assert_close(
+        module(shared).double(), run_reference(module, shared, [(increment, 0.75)]), rtol=1e-5, atol=1e-5
+    )
+    out = module(frames)
+    for rows, factor in ((slice(0, 3), 0.25), (slice(3, 6), 0.75)):
+        expected = run_reference(module, frames[rows], [(increment, factor)])
+        torch.testing.assert_close(out[rows].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_originals_cost_and_what_cannot_be_folded():
+    module = make_module("linear")
+    low_rank, dense = make_increment("low_rank", module, 1), make_increment("dense", module, 1)
+    assert kept_bytes({"m": (module, [low_rank])}) == 5 * 6 * 4
+    assert kept_bytes({"m": (module, [low_rank, dense])}) == 5 * 6 * 4 + 5 * 4
+    assert foldable(module)
+    assert not foldable(nn.Linear(6, 5, device="meta"))
+    quantised = nn.Linear(6, 5)
+    quantised.weight = nn.Parameter(torch.zeros(5, 6, dtype=torch.int8), requires_grad=False)
+    assert not foldable(quantised)
+
+
+def test_gradients_reach_the_input_through_a_branch():
+    module = make_module("linear")
+    layers = installed(module, {"e": make_increment("low_rank", module, 1)})
+    layers.branch({"e": [0.5, 1.0]})
+    x = input_for(module, 2).requires_grad_()
+    module(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
