@@ -182,7 +182,7 @@ def test_a_registry_that_cannot_be_written(
 
 def test_a_registry_inside_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RegistryError, match="no folder"):
+    with pytest.raises(RegistryError, match="cannot be written"):
         Registry(tmp_path / "file").add(named("snoopy"))
 
 
