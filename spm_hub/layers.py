@@ -260,7 +260,8 @@ class _RowEffect:
             scale = 1 - gammas[:, owner, None] * (~mask.keep).to(gammas)
             scales[mask.dim] = scales[mask.dim] * scale if mask.dim in scales else scale
         if 1 in scales:
-            off = scales[1] - 1
+            # The columns of a grouped convolution stand for one channel of every group.
+            off = (scales[1] - 1).repeat(1, getattr(module, "groups", 1))
             output = output + _product(module, x * _spread(off, x.dim(), channels), weight_of(module))
         if 0 in scales:
             output = output * _spread(scales[0], output.dim(), channels)
