@@ -149,7 +149,7 @@ def train_clip(
 def make_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 48, 64, 96), layers_per_block=1, latent_channels=4, norm_num_groups=16, sample_size=64,
+        block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64,
     )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, generator:
     """Absolute error of pixels and of their differences (edges), with a whisper of KL."""
 
     def loss_of(step: int) -> torch.Tensor:
-        batch = scale(pictures[torch.randint(len(pictures), (24,), generator=generator)])
+        batch = scale(pictures[torch.randint(len(pictures), (16,), generator=generator)])
         posterior = vae.encode(batch).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         again = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -263,9 +263,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for stages and results")
     parser.add_argument("--drawings", type=int, default=40000)
     parser.add_argument("--clip-steps", type=int, default=1500)
-    parser.add_argument("--vae-steps", type=int, default=3500)
+    parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--probe-steps", type=int, default=1500)
-    parser.add_argument("--base-steps", type=int, default=7000)
+    parser.add_argument("--base-steps", type=int, default=6000)
     parser.add_argument("--chalk-steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -146,8 +146,9 @@ class Recipe(_Part):
         return self.name or slug(self.target)
 
     def to_yaml(self) -> str:
-        """Only what differs from the defaults, and the target."""
-        values = {"target": self.target, **self.model_dump(mode="json", exclude_defaults=True)}
+        """The concept, and whatever else differs from the defaults."""
+        concept = self.model_dump(mode="json", include={"target", "aliases", "kind"})
+        values = {**concept, **self.model_dump(mode="json", exclude_defaults=True)}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def with_set(self, *assignments: str) -> Recipe:
