@@ -22,7 +22,7 @@ WEIGHTS = Path(__file__).parent / "sketchbook" / "weights"
 INDEX = "model_index.json"
 SECONDS_TO_REACH_THE_HUB = 10.0
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

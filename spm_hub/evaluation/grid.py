@@ -50,7 +50,7 @@ def draw_grid(rows: Sequence[Row], columns: Sequence[str]) -> Image.Image:
         for index, heading in enumerate(columns)
     ]
     line = _line_height(font)
-    texts = [(_wrap(row.label, font, LABEL_WIDTH), _wrap(row.note, font, LABEL_WIDTH)) for row in rows]
+    texts = [(wrap(row.label, font, LABEL_WIDTH), wrap(row.note, font, LABEL_WIDTH)) for row in rows]
     heights = [
         max([line * (len(label) + len(note)), *(picture.height for cell in cells for picture in cell)])
         for (label, note), cells in zip(texts, enlarged, strict=True)
@@ -107,7 +107,7 @@ def _cell_width(cell: Sequence[Image.Image]) -> int:
     return sum(picture.width for picture in cell) + GAP * max(0, len(cell) - 1)
 
 
-def _wrap(text: str, font: Font, width: int) -> list[str]:
+def wrap(text: str, font: Font, width: int) -> list[str]:
     """`text` in lines no wider than `width` pixels; its own line breaks are kept."""
     lines: list[str] = []
     for paragraph in text.splitlines():

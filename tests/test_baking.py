@@ -1,0 +1,211 @@
+"""Baking and recovering: exact, whole or not at all, and a plain diffusers checkpoint throughout."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from pico import pico_eraser, pico_pipeline
+from safetensors.torch import load_file as load_tensors
+
+from spm_hub.attachment import attach
+from spm_hub.baking import ORIGINALS, PROVENANCE, bake, read_provenance, recover
+from spm_hub.errors import CompatibilityError, ModelError, NotFoundError, RegistryError, UsageError
+from spm_hub.increments import LowRank
+from spm_hub.manifest import GateDefaults
+
+UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Every file below `folder` with the sha256 of its bytes."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def hidden(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if entry.name.startswith(".")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_are_the_sum_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    pipe = pico_pipeline(dtype=dtype)
+    snoopy, mickey = pico_eraser(pipe.unet, "snoopy", 1), pico_eraser(pipe.unet, "mickey", 2)
+    before = {key: tensor.clone() for key, tensor in pipe.unet.state_dict().items()}
+    bake(pipe, [snoopy, mickey], tmp_path / "out", strength={"snoopy": 0.5})
+    baked = load_tensors(tmp_path / "out" / UNET)
+    touched = 0
+    for key, original in before.items():
+        path = key.removesuffix(".weight")
+        expected = original.double()
+        for eraser, strength in ((snoopy, 0.5), (mickey, 1.0)):
+            increment = eraser.increments.get(path)
+            if isinstance(increment, LowRank):
+                product = increment.up.double().flatten(1) @ increment.down.double().flatten(1)
+                expected = expected + strength * product.reshape(expected.shape)
+                touched += 1
+        assert baked[key].dtype is dtype
+        # One rounding to the base's precision, after a sum in float32.
+        bound = torch.finfo(dtype).eps * expected.abs() / 2 + 1e-5 * expected.abs().max()
+        assert ((baked[key].double() - expected).abs() <= bound).all(), key
+    assert touched == 2 * len(snoopy.increments)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in pipe.unet.state_dict().items()), "pipe was changed"
+
+
+def test_any_diffusers_loads_it_and_it_predicts_what_an_attachment_does(tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    eraser = pico_eraser(pipe.unet)
+    bake(pipe, [eraser], tmp_path / "out")
+    plain = StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None)
+    latents, states = torch.randn(2, 4, 8, 8), torch.randn(2, 12, 16)
+    with torch.no_grad():
+        bare = pipe.unet(latents, 10, states).sample
+        with attach(pipe, [eraser], gate="always", mode="fold"):
+            attached = pipe.unet(latents, 10, states).sample
+        assert torch.equal(plain.unet(latents, 10, states).sample, attached)
+    assert not torch.equal(attached, bare)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "dense", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_recovering_equals_never_having_baked(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    pipe = pico_pipeline(dtype=dtype)
+    names = ("snoopy", "mickey", "pikachu")
+    erasers = [pico_eraser(pipe.unet, name, seed, kind=kind) for seed, name in enumerate(names)]
+    pipe.save_pretrained(tmp_path / "base")
+    bake(pipe, erasers, tmp_path / "all", base="pico")
+    bake(pipe, [erasers[2], erasers[0]], tmp_path / "two", base="pico")
+    bake(pipe, [erasers[2]], tmp_path / "one", base="pico")
+
+    assert [one.name for one in recover(tmp_path / "all", "mickey").erasers] == ["pikachu", "snoopy"]
+    assert digest(tmp_path / "all") == digest(tmp_path / "two")
+    recover(tmp_path / "all", "snoopy")
+    assert digest(tmp_path / "all") == digest(tmp_path / "one")
+    assert recover(tmp_path / "all", "pikachu").erasers == ()
+    assert digest(tmp_path / "all") == digest(tmp_path / "base")
+    assert hidden(tmp_path) == []
+
+
+def test_erasers_of_different_modules_restore_what_only_one_of_them_changed(tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    paths = list(pico_eraser(pipe.unet).increments)
+    first = pico_eraser(pipe.unet, "snoopy", 1, paths=paths[:6])
+    second = pico_eraser(pipe.unet, "mickey", 2, paths=paths[3:9])
+    bake(pipe, [first, second], tmp_path / "both")
+    bake(pipe, [second], tmp_path / "second")
+    recover(tmp_path / "both", "snoopy")
+    assert digest(tmp_path / "both") == digest(tmp_path / "second")
+    assert set(load_tensors(tmp_path / "both" / ORIGINALS)) == {f"{path}.weight" for path in paths[3:9]}
+
+
+def test_strength_comes_from_the_manifest_unless_it_is_given(tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    eraser = pico_eraser(pipe.unet, gate=GateDefaults(strength=2.0))
+    assert bake(pipe, [eraser], tmp_path / "a").erasers[0].strength == 2.0
+    assert bake(pipe, [eraser], tmp_path / "b", strength=0.25).erasers[0].strength == 0.25
+    assert read_provenance(tmp_path / "b").erasers[0].strength == 0.25
+
+
+def test_what_is_asked_wrongly(tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    eraser = pico_eraser(pipe.unet)
+    with pytest.raises(UsageError, match="nothing to bake"):
+        bake(pipe, [], tmp_path / "out")
+    with pytest.raises(UsageError, match="'snoopy' is given twice"):
+        bake(pipe, [eraser, eraser], tmp_path / "out")
+    with pytest.raises(UsageError, match="'mickey'"):
+        bake(pipe, [eraser], tmp_path / "out", strength={"mickey": 1.0})
+    with pytest.raises(CompatibilityError, match=r"\(32, .*\(16, "):
+        bake(pico_pipeline(channels=(16, 16)), [eraser], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(RegistryError, match="exists already"):
+        bake(pipe, [eraser], tmp_path / "out")
+    bake(pipe, [eraser], tmp_path / "out", replace=True)
+    assert not (tmp_path / "out" / "mine.txt").exists()
+
+
+def test_recovering_from_what_is_no_bake(tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    pipe.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ModelError, match="no baked checkpoint"):
+        recover(tmp_path / "plain", "snoopy")
+    bake(pipe, [pico_eraser(pipe.unet)], tmp_path / "out")
+    with pytest.raises(NotFoundError, match="did you mean snoopy"):
+        recover(tmp_path / "out", "snopy")
+
+
+def test_an_altered_bake_is_refused_and_left_alone(tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    erasers = [pico_eraser(pipe.unet, name, seed) for seed, name in enumerate(("snoopy", "mickey"))]
+    out = tmp_path / "out"
+    for file, says in ((ORIGINALS, "originals are lost"), ("spmhub/erasers/mickey.safetensors", "altered")):
+        bake(pipe, erasers, out, replace=True)
+        content = bytearray((out / file).read_bytes())
+        content[-1] ^= 1
+        (out / file).write_bytes(content)
+        before = digest(out)
+        with pytest.raises(Exception, match=says):
+            recover(out, "snoopy")
+        assert digest(out) == before
+    bake(pipe, erasers, out, replace=True)
+    said = json.loads((out / PROVENANCE).read_text())
+    (out / PROVENANCE).write_text(json.dumps({**said, "extra": 1}))
+    with pytest.raises(ModelError, match="extra"):
+        recover(out, "snoopy")
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pico_pipeline()
+    erasers = [pico_eraser(pipe.unet, name, seed) for seed, name in enumerate(("snoopy", "mickey"))]
+    bake(pipe, erasers, tmp_path / "out")
+    before = digest(tmp_path / "out")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RegistryError, match="No space left"):
+        bake(pipe, erasers, tmp_path / "other")
+    with pytest.raises(RegistryError, match="No space left"):
+        bake(pipe, erasers[:1], tmp_path / "out", replace=True)
+    with pytest.raises(RegistryError, match="No space left"):
+        recover(tmp_path / "out", "snoopy")
+    assert digest(tmp_path / "out") == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_swap_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pico_pipeline()
+    bake(pipe, [pico_eraser(pipe.unet)], tmp_path / "out")
+    before = digest(tmp_path / "out")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(RegistryError):
+        recover(tmp_path / "out", "snoopy")
+    assert digest(tmp_path / "out") == before
+    assert hidden(tmp_path) == []
+
+
+def test_an_attached_pipeline_is_baked_from_its_own_weights(tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    eraser = pico_eraser(pipe.unet)
+    bake(pipe, [eraser], tmp_path / "bare")
+    with attach(pipe, [pico_eraser(pipe.unet, "mickey", 7)], gate="always"), torch.no_grad():
+        pipe.unet(torch.randn(1, 4, 8, 8), 10, torch.randn(1, 12, 16))
+        bake(pipe, [eraser], tmp_path / "attached")
+    assert digest(tmp_path / "bare")[str(UNET)] == digest(tmp_path / "attached")[str(UNET)]

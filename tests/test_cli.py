@@ -1,0 +1,342 @@
+"""The command line: exit codes, what goes to stdout and what to stderr, help with examples that parse, no traceback."""
+
+import errno
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from pico import pico_eraser, pico_pipeline
+from PIL import Image
+
+from spm_hub.cli.app import EXAMPLES, app
+from spm_hub.cli.output import Output, guarded, size
+from spm_hub.hub import registry as registries
+from spm_hub.hub.registry import Registry
+
+PICO_TRAINING = [f"--set={key}=2" for key in ("steps", "batch_size", "x_t.trajectories", "x_t.steps")]
+PICO_TRAINING += ["--set=x_t.chunks=1"]
+
+
+class Done(NamedTuple):
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+Spmhub = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "pico"
+    pico_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """A registry of two erasers that is the only one there is; the working folder is empty and no cache is written."""
+    root = tmp_path / "registry"
+    kept = Registry(root)
+    unet = pico_pipeline().unet
+    for seed, name in enumerate(("snoopy", "mickey")):
+        kept.add(pico_eraser(unet, name, seed))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("SPMHUB_REGISTRY", str(root))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(registries, "user_registry", lambda: Registry(tmp_path / "user"))
+    return kept
+
+
+@pytest.fixture
+def spmhub(capsys: pytest.CaptureFixture[str]) -> Spmhub:
+    def call(*arguments: object) -> Done:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            app([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Done(int(ended.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def test_list_and_show(spmhub: Spmhub, registry: Registry) -> None:
+    assert spmhub("list", "-q") == Done(0, "mickey\nsnoopy\n", "")
+    rows = json.loads(spmhub("list", "--json").out)
+    assert [(row["name"], row["base"], row["rank"]) for row in rows] == [("mickey", "sd1", 1), ("snoopy", "sd1", 1)]
+    table = spmhub("list").out
+    assert "snoopy" in table
+    assert str(registry.root) in table
+    assert json.loads(spmhub("show", "snoopy", "--json").out)["concept"]["target"] == "snoopy"
+    assert "target: snoopy" in spmhub("show", "snoopy").out
+
+
+def test_an_empty_and_a_broken_registry(spmhub: Spmhub, registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    empty = spmhub("list", "--registry", tmp_path / "none", "--json")
+    assert (empty.code, json.loads(empty.out)) == (0, [])
+    assert "spmhub train snoopy" in empty.err
+    (registry.root / "manifests" / "mickey.json").write_text("{")
+    broken = spmhub("list", "--json")
+    assert broken.code == 0
+    assert [("broken" in row) for row in json.loads(broken.out)] == [True, False]
+    assert "mickey" in broken.err
+
+
+def test_train_keeps_an_eraser_and_says_where(spmhub: Spmhub, registry: Registry, model: Path) -> None:
+    done = spmhub("train", "church", "--model", model, "--json", *PICO_TRAINING)
+    assert done.code == 0
+    said = json.loads(done.out)
+    assert said["name"] == "church"
+    assert Path(said["adapter"]).stat().st_size == said["bytes"]
+    assert "training 2/2" in done.err
+    assert registry.get("church").load().manifest.recipe["steps"] == 2
+
+    again = spmhub("train", "church", "--model", model, *PICO_TRAINING)
+    assert again.code == 1
+    assert "--force" in again.err
+    before = registry.get("church").adapter_path.read_bytes()
+    forced = spmhub("train", "church", "--model", model, "--force", "-q", *PICO_TRAINING)
+    assert forced == Done(0, f"{said['adapter']}\n", "")
+    assert registry.get("church").adapter_path.read_bytes() == before, "the same seed gives the identical file"
+
+
+def test_apply_draws_with_and_without_from_the_same_seed(
+    spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path
+) -> None:
+    arguments = ("apply", "--model", model, "--adapters", "snoopy,mickey", "--steps", 2, "--num", 2, "--seed", 5)
+    done = spmhub(*arguments, "-p", "snoopy", "-p", "a dog", "--compare", "--out", tmp_path / "a", "--json")
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
+    assert {key: len(files) for key, files in said["files"].items()} == {"without": 4, "with": 4, "grid": 1}
+    assert said["gates"][0]["gates"]["snoopy"] == 1.0
+    assert set(said["gates"][1]["gates"]) == {"snoopy", "mickey"}
+    without, with_erasers = (Image.open(said["files"][key][0]) for key in ("without", "with"))
+    assert without.tobytes() != with_erasers.tobytes()
+    about = json.loads(with_erasers.text["spmhub"])
+    assert (about["seed"], about["prompt"], about["adapters"]) == (5, "snoopy", ["snoopy", "mickey"])
+    assert Image.open(said["files"]["grid"][0]).width > 4 * 192
+
+    # The same picture from another call: alone, without comparing; and from diffusers itself.
+    alone = spmhub(*arguments, "-p", "snoopy", "--out", tmp_path / "b", "-q")
+    assert alone.err == ""
+    files = alone.out.splitlines()
+    assert len(files) == 2
+    assert Image.open(files[0]).tobytes() == with_erasers.tobytes()
+    pipe = pico_pipeline()
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    bare = pipe("snoopy", num_inference_steps=2, generator=generators, num_images_per_prompt=2).images
+    assert [Image.open(file).tobytes() for file in said["files"]["without"][:2]] == [one.tobytes() for one in bare]
+
+
+def test_apply_takes_gate_strength_and_a_file_of_prompts(
+    spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("snoopy\na dog\n")
+    arguments = ("apply", "-m", model, "-a", "snoopy", "--prompts", prompts, "--steps", 1, "--json", "--out")
+    with_gate = json.loads(spmhub(*arguments, tmp_path / "a", "--gate", "0.25").out)
+    assert [one["gates"]["snoopy"] for one in with_gate["gates"]] == [0.25, 0.25]
+    off = json.loads(spmhub(*arguments, tmp_path / "b", "--strength", "snoopy=0", "--compare", "--grid").out)
+    pairs = zip(off["files"]["without"], off["files"]["with"], strict=True)
+    assert all(Image.open(one).tobytes() == Image.open(other).tobytes() for one, other in pairs)
+
+
+def test_bake_then_recover(spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "safe"
+    baked = json.loads(spmhub("bake", "-m", model, "-a", "snoopy,mickey", "--out", out, "--json").out)
+    assert [one["name"] for one in baked["erasers"]] == ["mickey", "snoopy"]
+    assert spmhub("recover", "snoopy", "--checkpoint", out, "-q") == Done(0, f"{out}\n", "")
+    last = spmhub("recover", "mickey", "--checkpoint", out)
+    assert "plain base again" in last.out
+    weights = Path("unet") / "diffusion_pytorch_model.safetensors"
+    assert (out / weights).read_bytes() == (model / weights).read_bytes()
+
+
+def test_check(spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path) -> None:
+    assert json.loads(spmhub("check", "snoopy", "--model", model, "--json").out)["compatible"] is True
+    pico_pipeline(channels=(16, 16)).save_pretrained(tmp_path / "narrow")
+    misfit = spmhub("check", "snoopy", "--model", tmp_path / "narrow", "--json")
+    assert misfit.code == 1
+    answer = json.loads(misfit.out)
+    assert answer["compatible"] is False
+    assert "(32, 32" in answer["mismatch"]
+    assert "(16, 16" in answer["mismatch"]
+
+
+def test_models_and_doctor(spmhub: Spmhub, registry: Registry) -> None:
+    assert "sd-v1-4" in spmhub("models", "-q").out.splitlines()
+    assert {row["alias"] for row in json.loads(spmhub("models", "--json").out)} >= {"sketchbook", "dreamshaper-8"}
+    doctor = spmhub("doctor", "--json")
+    findings = {one["subject"]: one for one in json.loads(doctor.out)}
+    assert findings["registry"]["status"] == "ok"
+    assert findings["torch"]["status"] in ("ok", "warn")
+    assert doctor.code == any(one["status"] == "fail" for one in findings.values())
+    assert all(one["mend"] for one in findings.values() if one["status"] == "fail")
+
+
+WRONG = [
+    (["train", ""], 2, "empty"),
+    (["train", "  "], 2, "empty"),
+    (["train"], 2, "empty"),
+    (["train", "church", "--set", "objektive.eta=1"], 2, "objective"),
+    (["train", "church", "--set", "steps"], 2, "KEY=VALUE"),
+    (["train", "church", "--method", "smp"], 2, "spm"),
+    (["train", "church", "--model", "sketchbok"], 2, "sketchbook"),
+    (["train", "church", "--recipe", "none.yaml"], 2, "none.yaml"),
+    (["train", "church", "--name", "No Name"], 2, "no-name"),
+    (["train", "snoopy", "-m", "{model}"], 1, "--force"),
+    (["apply", "-m", "sd-v14", "-a", "snoopy", "-p", "x"], 2, "sd-v1-4"),
+    (["apply", "-m", "{model}", "-a", "snopy", "-p", "x"], 2, "did you mean snoopy"),
+    (["apply", "-m", "{model}", "-a", "snoopy,", "-p", "x"], 2, "empty name"),
+    (["apply", "-m", "{model}", "-a", "snoopy,snoopy", "-p", "x"], 2, "twice"),
+    (["apply", "-m", "{model}", "-a", "snoopy"], 2, "no prompt"),
+    (["apply", "-m", "{model}", "-a", "snoopy", "-p", " "], 2, "prompt 1 is empty"),
+    (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--num", "0"], 2, "at least 1"),
+    (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--seed", "-1"], 2, "at least 0"),
+    (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--gate", "open"], 2, "transport"),
+    (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--gate", "nan"], 2, "transport"),
+    (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--strength", "snoopy"], 2, "NAME=NUMBER"),
+    (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--strength", "dog=1"], 2, "dog"),
+    (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--device", "warp"], 2, "warp"),
+    (["apply", "-m", "{model}", "-a", "snoopy", "--prompts", "{blank}"], 2, "blank lines 2, 4"),
+    (["apply", "-m", "{model}", "-a", "snoopy", "--prompts", "none.txt"], 2, "none.txt"),
+    (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--prompts", "{blank}"], 2, "both"),
+    (["bake", "-m", "{model}", "-a", "snoopy,snoopy", "--out", "out"], 2, "twice"),
+    (["recover", "snoopy", "--checkpoint", "{model}"], 1, "spmhub.json"),
+    (["show", "snopy"], 2, "did you mean snoopy"),
+    (["show", "none.safetensors"], 2, "none.safetensors"),
+    (["list", "--registry", "nowhere"], 1, "nowhere"),
+    (["trian"], 2, "train"),
+    (["apply"], 2, "--adapters"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), WRONG, ids=[" ".join(line[:8]) for line, _, _ in WRONG])
+def test_a_mistake_is_a_sentence_and_an_exit_code(
+    arguments: list[str], code: int, says: str, spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path
+) -> None:
+    blank = tmp_path / "blank.txt"
+    blank.write_text("a\n\nb\n \n")
+    before = sorted(registry.root.rglob("*"))
+    done = spmhub(*(one.replace("{model}", str(model)).replace("{blank}", str(blank)) for one in arguments))
+    assert (done.code, done.out) == (code, "")
+    assert says in done.err
+    assert sorted(registry.root.rglob("*")) == before
+    assert list(Path.cwd().iterdir()) == [], "nothing half done"
+
+
+def test_an_error_is_json_too(spmhub: Spmhub, registry: Registry) -> None:
+    done = spmhub("show", "snopy", "--json")
+    said = json.loads(done.out)["error"]
+    assert (done.code, said["type"], said["try"]) == (2, "NotFoundError", "spmhub list")
+
+
+def test_a_registry_that_cannot_be_written_is_said_before_the_training(
+    spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    done = spmhub("train", "church", "-m", model, "--registry", tmp_path / "file" / "registry")
+    assert done.code == 1
+    assert "cannot be written" in done.err
+    assert "training" not in done.err
+
+
+def test_a_full_disk_while_pictures_are_written(
+    spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = spmhub("apply", "-m", model, "-a", "snoopy", "-p", "x", "--steps", 1, "--out", tmp_path / "pictures")
+    assert (done.code, done.out) == (1, "")
+    assert "No space left" in done.err
+    assert list((tmp_path / "pictures").iterdir()) == []
+
+
+def test_ctrl_c_and_a_reader_that_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, guarded(Output()):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_training_keeps_the_run(
+    spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spm_hub.training import trainer
+
+    arguments = ("train", "church", "-m", model, "--checkpoint-dir", tmp_path / "run", *PICO_TRAINING, "--set=steps=4")
+    step = trainer._Run.step
+
+    def interrupted(self: trainer._Run, number: int) -> dict[str, float]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer._Run, "step", interrupted)
+        stopped = spmhub(*arguments)
+    assert stopped.code == 130
+    assert "--resume" in stopped.err
+    assert spmhub(*arguments, "--resume").code == 0
+    resumed = registry.get("church").adapter_path.read_bytes()
+    assert spmhub(*arguments, "--force").code == 0
+    assert registry.get("church").adapter_path.read_bytes() == resumed
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_help_shows_examples_that_parse(name: str, spmhub: Spmhub) -> None:
+    shown = spmhub(name, "--help")
+    assert shown.code == 0
+    assert {"--json", "--quiet"} <= set(shown.out.replace(",", " ").split())
+    text = " ".join(shown.out.split())
+    command = next(one for one in app.registered_commands if one.name == name)
+    assert command.callback is not None
+    for example in EXAMPLES[name]:
+        assert " ".join(example.line.split()) in text
+        program, verb, *arguments = shlex.split(example.line)
+        assert (program, verb) == ("spmhub", name)
+        options = {parameter for parameter in arguments if parameter.startswith("-")}
+        assert options <= set(text.replace(",", " ").split()), f"{example.line}: an option that does not exist"
+
+
+def test_every_command_has_an_example() -> None:
+    assert {command.name for command in app.registered_commands} == set(EXAMPLES)
+    assert all(EXAMPLES.values())
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = (
+        "import resource, sys; from spm_hub.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'huggingface_hub'} & set(sys.modules)\n"
+        "print(heavy, used.ru_utime + used.ru_stime, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    heavy, _, seconds = done.stderr.strip().rpartition(" ")
+    assert heavy == "set()"
+    assert float(seconds) < 0.75, "0.14 s on an idle machine; the rest is for a busy one"
+    for verb in ("train", "apply", "bake", "recover", "list", "show", "check", "models", "doctor", "demo"):
+        assert verb in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (1_700_000, "1.7 MB"), (3e9, "3.0 GB")]
+)
+def test_sizes(n_bytes: int, text: str) -> None:
+    assert size(int(n_bytes)) == text

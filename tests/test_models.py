@@ -1,0 +1,165 @@
+"""Base models by name: aliases, folders, Hub ids, precisions, and what goes wrong with each."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pico import pico_pipeline
+
+from spm_hub import models
+from spm_hub.errors import ModelError, NotFoundError, SpmHubError, UsageError
+from spm_hub.models import ALIASES, load_pipeline, parse_reference, revision_of, stored_dtype
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "pico"
+    pico_pipeline().save_pretrained(path)
+    return path
+
+
+def test_a_folder_is_loaded_bit_for_bit_without_bar_or_checker(folder: Path) -> None:
+    pipe = load_pipeline(str(folder))
+    expected = pico_pipeline().unet.state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in pipe.unet.state_dict().items())
+    assert pipe.safety_checker is None
+    assert not pipe.unet.training
+    assert not any(parameter.requires_grad for parameter in pipe.unet.parameters())
+    assert revision_of(pipe) is None
+
+
+def test_precision_is_asked_for_or_that_of_the_file(tmp_path: Path) -> None:
+    pico_pipeline(dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert stored_dtype(tmp_path / "half") is torch.bfloat16
+    assert load_pipeline(str(tmp_path / "half"), dtype="stored").unet.dtype is torch.bfloat16
+    assert load_pipeline(str(tmp_path / "half")).unet.dtype is torch.float32
+    assert load_pipeline(str(tmp_path / "half"), dtype=torch.float16).unet.dtype is torch.float16
+
+
+@pytest.mark.parametrize(
+    ("text", "hub_id", "revision"),
+    [
+        ("sd-v1-4", "CompVis/stable-diffusion-v1-4", None),
+        ("dreamshaper-8@main", "Lykon/dreamshaper-8", "main"),
+        ("some-one/a.model_2", "some-one/a.model_2", None),
+        (f"some/model@{COMMIT}", "some/model", COMMIT),
+        ("some/model@refs/pr/3", "some/model", "refs/pr/3"),
+    ],
+)
+def test_references_to_the_hub(text: str, hub_id: str, revision: str | None) -> None:
+    found = parse_reference(text)
+    assert (found.hub_id, found.revision, found.folder) == (hub_id, revision, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "says"),
+    [
+        ("sd-v14", NotFoundError, "did you mean sd-v1-4"),
+        ("sketchbok", NotFoundError, "sketchbook"),
+        ("", UsageError, "empty"),
+        ("  ", UsageError, "empty"),
+        ("a/b/c", NotFoundError, "neither a folder"),
+        ("./missing", NotFoundError, "neither a folder"),
+        ("sketchbook@main", UsageError, "no revisions"),
+    ],
+)
+def test_references_to_nothing(text: str, kind: type[SpmHubError], says: str) -> None:
+    with pytest.raises(kind, match=says) as caught:
+        parse_reference(text)
+    assert caught.value.exit_code == 2
+
+
+def test_a_folder_or_file_that_is_no_pipeline(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model_index\.json"):
+        parse_reference(str(tmp_path))
+    single = tmp_path / "model.safetensors"
+    single.write_bytes(b"x")
+    with pytest.raises(ModelError, match="single file") as caught:
+        parse_reference(str(single))
+    assert "from_single_file" in str(caught.value)
+
+
+def test_an_embedded_model_that_was_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = models.Alias("sketchbook", "sd1", "", embedded=tmp_path / "none")
+    monkeypatch.setattr(models, "ALIASES", {"sketchbook": lost})
+    assert not models.is_available(lost)
+    with pytest.raises(ModelError, match="not in this installation"):
+        parse_reference("sketchbook")
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "index"])
+def test_damaged_folders(folder: Path, tmp_path: Path, damage: str) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (broken / "model_index.json").write_text("{")
+    with pytest.raises(ModelError, match=r"cannot be loaded"):
+        load_pipeline(str(broken))
+
+
+def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(folder, pickled)
+    (pickled / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(pico_pipeline().unet.state_dict(), pickled / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ModelError):
+        load_pipeline(str(pickled))
+
+
+def test_a_device_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(UsageError, match="device 'nonsense'"):
+        load_pipeline(str(folder), device="nonsense")
+
+
+def test_no_network_is_said_at_once(tmp_path: Path) -> None:
+    """In a process of its own, as the Hub's client reads its settings when imported; nothing listens on port 9."""
+    code = (
+        "import time; from spm_hub.errors import NetworkError; from spm_hub.models import _download, parse_reference\n"
+        "import diffusers, huggingface_hub; start = time.monotonic()\n"
+        "try: _download(parse_reference('sd-v1-4'), None)\n"
+        "except NetworkError as error: print(time.monotonic() - start, error)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    seconds, _, message = done.stdout.partition(" ")
+    assert float(seconds) < 5
+    assert "CompVis/stable-diffusion-v1-4" in message
+    assert "--model sketchbook" in message
+
+
+def test_a_cached_repository_needs_no_network(folder: Path, tmp_path: Path) -> None:
+    cached = tmp_path / "hub" / "models--some--pico"
+    shutil.copytree(folder, cached / "snapshots" / COMMIT)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    code = (
+        "import sys; from spm_hub.models import load_pipeline, revision_of\n"
+        "print(revision_of(load_pipeline(sys.argv[1])))"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    for reference in ("some/pico", f"some/pico@{COMMIT}"):
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code, reference], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.strip() == COMMIT, done.stderr
+        assert time.monotonic() - started < 60
+
+
+def test_aliases_are_named_as_they_are_listed() -> None:
+    assert all(name == alias.name for name, alias in ALIASES.items())
+    assert all((alias.hub_id is None) != (alias.embedded is None) for alias in ALIASES.values())
+    assert json.dumps(sorted(ALIASES)) == json.dumps(sorted(set(ALIASES)))

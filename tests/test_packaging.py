@@ -1,0 +1,104 @@
+"""What is declared is what is used: dependencies, pins, licence, targets of make, the script of CI."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from spm_hub import diagnosis
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
+# The errors of the Hub's client, and the making of a tokenizer for transformers: of whatever version those bring.
+BROUGHT = {"httpx2": "huggingface_hub", "tokenizers": "transformers"}
+NAMES = {"PIL": "pillow", "yaml": "pyyaml"}
+
+
+def imported() -> set[str]:
+    """The top-level names of every third-party module that the package imports, anywhere."""
+    found = set()
+    for file in (ROOT / "spm_hub").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(str(node.module).partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"spm_hub", "__future__"}
+
+
+def test_every_import_is_declared_and_every_declaration_imported() -> None:
+    extras = {canonicalize_name(Requirement(line).name) for extra in ("eval", "ui", "sign") for line in EXTRAS[extra]}
+    used = {canonicalize_name(BROUGHT.get(name, NAMES.get(name, name))) for name in imported()}
+    declared = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
+    assert used - extras <= declared
+    # accelerate is what diffusers loads weights quickly with; nobody imports it by name.
+    assert declared - used <= {"accelerate"}
+
+
+@pytest.mark.parametrize("line", [*PROJECT["dependencies"], *EXTRAS["dev"]])
+def test_pins_lie_within_the_declared_bounds(line: str) -> None:
+    requirement = Requirement(line)
+    pin = diagnosis.tested_versions()[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(pin)
+    assert any(one.operator == ">=" for one in requirement.specifier), "a lower bound is stated"
+
+
+def test_constraints_are_exact_and_complete() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line) for line in lines)
+    pins = diagnosis.tested_versions()
+    pending = {canonicalize_name(Requirement(line).name) for line in (*PROJECT["dependencies"], *EXTRAS["dev"])}
+    seen: set[str] = set()
+    while pending:
+        name = pending.pop()
+        seen.add(name)
+        if name == "torch":
+            continue  # it pins what it needs of CUDA itself, and differs by platform
+        assert name in pins, f"{name} is not pinned"
+        for line in metadata.requires(name) or ():
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                pending |= {canonicalize_name(needed.name)} - seen
+
+
+def test_metadata() -> None:
+    assert PROJECT["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text().splitlines()[1]
+    assert PROJECT["scripts"] == {"spmhub": "spm_hub.cli:main"}
+    assert Version(PROJECT["version"])
+    assert {"eval", "ui", "sign", "dev"} == set(EXTRAS)
+    assert (ROOT / "spm_hub" / "py.typed").is_file()
+
+
+def test_make_and_ci() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    assert "set -euo pipefail" in text
+    assert text.rstrip().endswith("make test"), "its exit code is that of the tests"
+    makefile = (ROOT / "Makefile").read_text()
+    for needed in ("ruff check", "ruff format --check", "mypy --strict spm_hub", "pytest", "-c constraints.txt"):
+        assert needed in makefile
+
+
+def test_no_path_of_a_developers_machine_is_committed() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    foreign = re.compile(rb"/(?:home|Users|root|work)/\w+/")
+    for name in listed.stdout.splitlines():
+        file = ROOT / name
+        if file.suffix in {".py", ".toml", ".txt", ".md", ".json", ".yaml", ""} and file.is_file():
+            assert not foreign.search(file.read_bytes()), f"{name} names {foreign.search(file.read_bytes())}"
