@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -136,9 +136,6 @@ class Attachment:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise UsageError("a pipeline that holds erasers cannot be copied or pickled", mend="erasers.detach() first")
 
     # What the held pipeline and denoiser report: `calls.Holder`.
 

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def release(pipe: Any, denoiser: Any) -> None:
 
 
 @functools.cache
-def _held_pipeline(base: Any) -> type[Any]:
+def _held_pipeline(base: Any) -> Any:
     """A subclass of `base` to the world its equal, whose calls and prompts the attachment in `__dict__` gets to know.
 
     One class for each base, so that nothing that looks at types (torch.compile does) sees a new one at every attach.
@@ -93,7 +93,7 @@ def _held_pipeline(base: Any) -> type[Any]:
 
 
 @functools.cache
-def _held_denoiser(base: Any) -> type[Any]:
+def _held_denoiser(base: Any) -> Any:
     """A subclass of `base` to the world its equal, whose calls and weights the attachment in `__dict__` looks after."""
 
     class Held(base):  # type: ignore[misc]
@@ -213,8 +213,16 @@ def _holder(held: Any) -> Holder | None:
     return holder
 
 
-def _disguised(held: type[Any], base: type[Any]) -> type[Any]:
+def _not_copied(held: Any, protocol: object) -> NoReturn:
+    """In place of `__reduce_ex__`: a copy would hold folded weights, and nobody who knows the originals."""
+    raise UsageError(
+        f"a {type(held).__name__} that holds erasers cannot be copied or pickled", mend="erasers.detach() first"
+    )
+
+
+def _disguised(held: Any, base: Any) -> Any:
     """`held` under the names of `base`: configurations, error messages and look-ups by class name stay as they are."""
+    held.__reduce_ex__ = _not_copied
     for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(held, attribute, getattr(base, attribute))
     return held
