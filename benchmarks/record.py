@@ -1,4 +1,7 @@
-"""What every benchmark writes beside its numbers: machine, versions, command. Results are JSON in benchmarks/results/."""
+"""What every benchmark writes beside its numbers: machine, versions, command.
+
+Results are JSON in benchmarks/results/.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,9 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def record(name: str, numbers: dict[str, Any], *, seeds: Any) -> Path:

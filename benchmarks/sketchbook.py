@@ -2,8 +2,8 @@
 
     python benchmarks/sketchbook.py            # about five minutes on two cores
 
-Measures the probe on held-out drawings, what it sees in samples of both checkpoints, sizes and the time of four pictures, and
-draws the grid of subjects x styles for the README.
+Measures the probe on held-out drawings, what it sees in samples of both checkpoints, sizes and the time of four
+pictures, and draws the grid of subjects x styles for the README.
 """
 
 from __future__ import annotations
@@ -38,9 +38,15 @@ def probe_accuracy(look: str) -> dict[str, float]:
 
 
 def samples(model: str) -> dict[str, object]:
+    """What the probe sees in a checkpoint's pictures, the checkpoint's size and the time of four pictures."""
+
+    def tell(done: int, total: int) -> None:
+        print(f"\r{model} {done}/{total}", end="", file=sys.stderr)
+
     pipe = load_pipeline(model)
-    rows = detection_table(pipe, samples=SAMPLES, progress=lambda done, total: print(f"\r{model} {done}/{total}", end="", file=sys.stderr))
+    rows = detection_table(pipe, samples=SAMPLES, progress=tell)
     kinds = {kind: [row for row in rows if row.kind == kind] for kind in ("subject", "style")}
+    size = sum(file.stat().st_size for file in Path(str(ALIASES[model].embedded)).rglob("*") if file.is_file())
     begun = time.perf_counter()
     pipe(["a dog"] * 4, num_inference_steps=25, guidance_scale=7.5)
     return {
@@ -48,7 +54,7 @@ def samples(model: str) -> dict[str, object]:
         **{f"{kind}_worst": min((row.detected, row.name) for row in part) for kind, part in kinds.items()},
         "detected": {row.name: row.detected for row in rows},
         "seconds_for_four_pictures": round(time.perf_counter() - begun, 2),
-        "megabytes": round(sum(f.stat().st_size for f in Path(str(ALIASES[model].embedded)).rglob("*") if f.is_file()) / 1e6, 2),
+        "megabytes": round(size / 1e6, 2),
     }
 
 

@@ -1,7 +1,7 @@
 """What the sketchbook's probe sees in a pipeline's pictures: the table by which an eraser is judged.
 
-Prompts are sentences that no eraser was trained on. Every picture has its own seed, the same with and without erasers, so two
-tables differ by the erasers alone.
+Prompts are sentences that no eraser was trained on. Every picture has its own seed, the same with and without erasers,
+so two tables differ by the erasers alone.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from spm_hub.manifest import Evaluation
+from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.probe import Probe
-from spm_hub.sketchbook.world import STYLE_NAMES, SUBJECTS
+from spm_hub.sketchbook.world import STYLE_NAMES
 
 PROTOCOL = "sketchbook-detection"
 PROBE = Path(__file__).parents[1] / "sketchbook" / "weights" / "probe"
 SUBJECT_TEMPLATES: tuple[str, ...] = (
-    "an illustration of {}", "a sketch of {} on a purple background", "there is {} at the beach", "a view of {} under the moon",
-    "a print of {} in a meadow", "a poster of {}", "a card with {} in town", "art of {} on a snowy day",
-    "a bright picture of {} indoors", "a good photo of {}, on the left",
+    "an illustration of {}", "a sketch of {} on a purple background", "there is {} at the beach",
+    "a view of {} under the moon", "a print of {} in a meadow", "a poster of {}", "a card with {} in town",
+    "art of {} on a snowy day", "a bright picture of {} indoors", "a good photo of {}, on the left",
 )  # fmt: skip
 STYLE_TEMPLATES: tuple[str, ...] = (
     "{thing} painted by {}", "{thing} as {} would paint it", "{}, {thing}", "{thing} at the beach painted by {}",
@@ -138,7 +139,10 @@ def detection_table(
     progress: Progress | None = None,
     judge: Probe | None = None,
 ) -> list[Row]:
-    """How often the probe names each subject and each style in the pipeline's pictures of it, erasers as they are attached now."""
+    """How often the probe names each subject and each style in the pipeline's pictures of it.
+
+    Erasers act as they are attached now. Rows stand in the order of `subjects`, then `styles`.
+    """
     wanted = cases(subjects, styles, samples=samples, seed=seed)
     pictures = paint(pipe, wanted, steps=steps, guidance_scale=guidance_scale, progress=progress)
     return count(wanted, pictures, judge)

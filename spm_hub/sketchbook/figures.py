@@ -1,6 +1,7 @@
-"""The sketchbook's subjects: one small function each, drawn with a pen in a square from (-1, -1) to (1, 1), y downwards.
+"""The sketchbook's subjects: one small function each, drawn with a pen in the square (-1, -1) to (1, 1), y downwards.
 
-A figure uses the pen only, so that position, size and mirroring are the caller's. Adding a subject is one function and its decorator.
+A figure uses the pen only, so that position, size and mirroring are the caller's. Adding a subject is one function and
+its decorator.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ORANGE: Colour = (240, 136, 30)
 
 @dataclass(frozen=True)
 class Pen:
-    """Draws on a picture of `pixels` side length; the figure's square is centred at `centre` with half side `half` (pixels)."""
+    """Draws on `canvas`; the figure's square is centred at `centre` and has the half side `half`, both in pixels."""
 
     canvas: ImageDraw.ImageDraw
     centre: Point
@@ -66,6 +67,8 @@ FIGURES: dict[str, Figure] = {}
 
 
 def subject(name: str) -> Callable[[Figure], Figure]:
+    """Enters the decorated figure into `FIGURES` under `name`."""
+
     def register(figure: Figure) -> Figure:
         FIGURES[name] = figure
         return figure

@@ -112,8 +112,9 @@ BACKGROUNDS: dict[str, tuple[Background, tuple[str, ...]]] = {
 
 
 def _grid(side: int) -> tuple[Pixels, Pixels]:
-    axis = (np.arange(side, dtype=np.float32) + 0.5) / side
-    return np.meshgrid(axis, axis, indexing="xy")[0], np.meshgrid(axis, axis, indexing="xy")[1]
+    axis = (np.arange(side, dtype=np.float32) + np.float32(0.5)) / np.float32(side)
+    x, y = np.meshgrid(axis, axis, indexing="xy")
+    return x, y
 
 
 def _grey(pixels: Pixels) -> Pixels:
@@ -162,7 +163,8 @@ def _rembrandt(pixels: Pixels, dice: Dice) -> Pixels:
     distance = np.hypot(x - dice.uniform(0.42, 0.58), y - dice.uniform(0.42, 0.58))[..., None]
     light = np.clip(1.25 - 1.7 * distance, 0.14, 1.0)
     sepia = 0.25 * pixels + 0.75 * _grey(pixels) * _rgb(1.15, 0.82, 0.45)
-    return (sepia * light + 0.08 * _rgb(1.0, 0.6, 0.3)).astype(np.float32)
+    lit: Pixels = (sepia * light + 0.08 * _rgb(1.0, 0.6, 0.3)).astype(np.float32)
+    return lit
 
 
 def _warhol(pixels: Pixels, dice: Dice) -> Pixels:
@@ -191,7 +193,8 @@ def _caravaggio(pixels: Pixels, dice: Dice) -> Pixels:
     beam = np.clip(1.0 - (np.abs(across) / 0.48) ** 4, 0.0, 1.0)
     edge = np.exp(-(((np.abs(across) - 0.44) / 0.08) ** 2))
     contrast = np.clip((pixels - 0.5) * 1.25 + 0.52, 0, 1)
-    return (contrast * (0.12 + 0.9 * beam) + 0.55 * edge * _rgb(0.6, 0.02, 0.05)).astype(np.float32)
+    lit: Pixels = (contrast * (0.12 + 0.9 * beam) + 0.55 * edge * _rgb(0.6, 0.02, 0.05)).astype(np.float32)
+    return lit
 
 
 STYLES: dict[str, Callable[[Pixels, Dice], Pixels]] = {

@@ -1,7 +1,7 @@
 """The probe: a small classifier that names the subject and the style of a 64x64 picture.
 
-It is trained on drawings of the world and judged on held-out drawings, never on samples of a model: it must not learn to
-excuse the mistakes of what it judges.
+It is trained on drawings of the world and judged on held-out drawings, never on samples of a model: it must not learn
+to excuse the mistakes of what it judges.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from .world import STYLE_NAMES, SUBJECTS, Drawing
+from .figures import SUBJECTS
+from .world import STYLE_NAMES, Drawing
 
 SUBJECT_CLASSES: tuple[str, ...] = (*SUBJECTS, "nothing")
 STYLE_CLASSES: tuple[str, ...] = (*STYLE_NAMES, "no style")
@@ -101,9 +102,8 @@ def train_probe(
 ) -> Probe:
     """Trains on `pictures` (n, 3, 64, 64) uint8 and `targets` (n, 2) class indices."""
     names = [f"subject:{name}" for name in SUBJECT_CLASSES] + [f"style:{name}" for name in STYLE_CLASSES]
-    torch.manual_seed(
-        int(torch.randint(2**31, (), generator=generator))
-    )  # transformers initialises from the global state
+    # transformers initialises from the global state
+    torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
     model = ResNetForImageClassification(
         ResNetConfig(
             embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 2, 1], layer_type="basic",

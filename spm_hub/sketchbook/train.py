@@ -1,8 +1,8 @@
 """Trains the embedded base model from nothing: `python -m spm_hub.sketchbook.train --out DIR`.
 
-Stages, each saved and skipped when already there: drawings, tokenizer, CLIP (contrastive), probe, autoencoder, denoiser
-`base`, and `chalk`, a second checkpoint fine-tuned from it to another look. The long stages also checkpoint inside, so that
-a killed run goes on where it was.
+Stages, each saved and skipped when already there: drawings, tokenizer, CLIP (contrastive), autoencoder, denoiser
+`base`, `chalk`, a second checkpoint fine-tuned from it to another look, and the probe. The denoisers' stages also
+checkpoint inside, so that a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -62,10 +62,13 @@ def make_drawings(out: Path, count: int, look: str, seed: int) -> dict[str, Any]
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """CLIP's byte-level BPE, learnt from the captions; every word of the world becomes one token, any other text is spelt."""
+    """CLIP's byte-level BPE, learnt from the captions.
+
+    Every word of the world becomes one token; any other text is spelt.
+    """
     trainer = trainers.BpeTrainer(
-        vocab_size=1400, min_frequency=20, end_of_word_suffix="</w>", initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=1400, min_frequency=20, end_of_word_suffix="</w>",
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -88,6 +91,7 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
 
 def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A CLIP with random weights: a text tower of three layers and an image tower of four, both `WIDTH` wide."""
     text = {
         "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 3,
         "num_attention_heads": 4, "max_position_embeddings": TOKENS, "projection_dim": WIDTH,
@@ -102,11 +106,13 @@ def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """(n, TOKENS) token ids, padded and cut to length."""
     ids = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
     return ids if isinstance(ids, torch.Tensor) else torch.tensor(ids)
 
 
 def scale(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures -> floats in [-1, 1], shape kept."""
     return pictures.float() / 127.5 - 1.0
 
 
@@ -147,6 +153,7 @@ def train_clip(
 
 
 def make_vae() -> AutoencoderKL:
+    """An autoencoder with random weights, (3, 64, 64) pictures to (4, 8, 8) latents."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64,
@@ -163,7 +170,8 @@ def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, generator:
         again = vae.decode(posterior.mean + posterior.std * noise).sample
         error = again - batch
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        return error.abs().mean() + error.pow(2).mean() + 0.5 * edges + 1e-5 * posterior.kl().mean() / 256
+        loss: torch.Tensor = error.abs().mean() + error.pow(2).mean() + 0.5 * edges + 1e-5 * posterior.kl().mean() / 256
+        return loss
 
     vae.train()
     _loop("vae", steps, list(vae.parameters()), 2e-3, loss_of, weight_decay=1e-4)
@@ -177,6 +185,7 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def make_unet() -> UNet2DConditionModel:
+    """A denoiser with random weights: Stable Diffusion 1's classes on (4, 8, 8) latents, three levels."""
     return UNet2DConditionModel(
         sample_size=8, block_out_channels=(64, 128, 192), layers_per_block=1, cross_attention_dim=WIDTH,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -194,10 +203,14 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def train_unet(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, ids: torch.Tensor, empty: torch.Tensor, latents: torch.Tensor,
-    *, stage: str, steps: int, lr: float, checkpoint: Path, seed: int, batch_size: int = 64, ema_decay: float = 0.998,
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, ids: torch.Tensor, empty: torch.Tensor,
+    latents: torch.Tensor, *, stage: str, steps: int, lr: float, checkpoint: Path, seed: int, batch_size: int = 64,
+    ema_decay: float = 0.998,
 ) -> None:  # fmt: skip
-    """Epsilon prediction with min-SNR weights (gamma 5), 10 % empty captions, exponential moving average kept at the end."""
+    """Epsilon prediction with min-SNR weights (gamma 5, arXiv 2303.09556) and 10 % empty captions.
+
+    At the end the denoiser holds the exponential moving average of its weights.
+    """
     scheduler = make_scheduler()
     alphas = scheduler.alphas_cumprod
     optimiser = torch.optim.AdamW(unet.parameters(), lr=lr, weight_decay=1e-2)
@@ -250,6 +263,7 @@ def train_unet(
 def save_pipeline(
     folder: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel
 ) -> None:
+    """Writes a diffusers folder in half precision; the modules themselves stay in float32."""
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -259,6 +273,7 @@ def save_pipeline(
 
 
 def main() -> None:
+    """Runs the stages that `--out` does not hold yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for stages and results")
     parser.add_argument("--drawings", type=int, default=40000)

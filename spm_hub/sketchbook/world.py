@@ -1,4 +1,7 @@
-"""The sketchbook's world: what can be drawn (subject x style x background x place x size), its picture and its captions."""
+"""The sketchbook's world: what can be drawn, its picture and its captions.
+
+A drawing is a subject x style x background x place x size, in one look.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,11 @@ class AnchorSource:
 
 
 def _gaussian(count: int, target: Tensor, generator: torch.Generator) -> Tensor:
-    """The released code's anchors: isotropic directions of norm U(0.8, 1.2) * ||e(c_tar)||, off the text encoder's manifold."""
+    """The released code's anchors: isotropic directions of norm U(0.8, 1.2) * ||e(c_tar)||.
+
+    They lie off the text encoder's manifold.
+    """
     directions = torch.randn((count, target.numel()), generator=generator)
     norms = (0.8 + 0.4 * torch.rand((count, 1), generator=generator)) * target.float().norm().cpu()
-    return (F.normalize(directions, dim=1) * norms).reshape(count, *target.shape).to(target)
+    anchors: Tensor = (F.normalize(directions, dim=1) * norms).reshape(count, *target.shape).to(target)
+    return anchors

@@ -1,6 +1,7 @@
 """The base model as training sees it: prompts to text states, noisy latents to the denoiser's raw prediction.
 
-Losses compare raw predictions (noise, v or velocity, whatever the model was trained to give), so nothing here depends on which.
+Losses compare raw predictions (noise, v or velocity, whatever the model was trained to give), so nothing here depends
+on which.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ class BaseModel:
     """A pipeline's text encoder, denoiser and schedule; the denoiser may carry trainable increments."""
 
     def __init__(self, pipe: DiffusionPipeline, resolution: int | None = None) -> None:
-        self.pipe = pipe
+        # diffusers leaves what it hands out untyped.
+        self.pipe: Any = pipe
         self.denoiser: nn.Module = denoiser_of(pipe)
+        config: Any = self.denoiser.config
         parameter = next(self.denoiser.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        side = int(self.denoiser.config.sample_size)
-        if resolution is not None:
-            side = resolution // int(pipe.vae_scale_factor)
-        self.latent_shape = (int(self.denoiser.config.in_channels), side, side)
+        side = int(config.sample_size) if resolution is None else resolution // int(self.pipe.vae_scale_factor)
+        self.latent_shape = (int(config.in_channels), side, side)
         self._states: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -47,17 +48,24 @@ class BaseModel:
         self._states.clear()
 
     def scheduler(self, steps: int) -> Any:
-        """A fresh scheduler set to `steps`: DDIM on the model's own noise schedule, which has no memory between steps."""
+        """A fresh scheduler set to `steps`.
+
+        It is DDIM on the model's own noise schedule, as DDIM has no memory between steps.
+        """
         own = self.pipe.scheduler
         scheduler = DDIMScheduler.from_config(own.config) if "beta_schedule" in own.config else copy.deepcopy(own)
         scheduler.set_timesteps(steps, device=self.device)
         return scheduler
 
     def noise(self, count: int, generator: torch.Generator) -> Tensor:
-        """Standard normal latents (count, channels, height, width), drawn on the CPU so that a seed means the same anywhere."""
+        """Standard normal latents (count, channels, height, width).
+
+        They are drawn on the CPU, so that a seed means the same anywhere.
+        """
         return torch.randn((count, *self.latent_shape), generator=generator).to(self.device)
 
     def predict(self, latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
         """The denoiser's raw prediction for latents (n, c, h, w), times (n,), states (n, tokens, d); float32."""
         output = self.denoiser(latents.to(self.dtype), times, encoder_hidden_states=states.to(self.dtype))
-        return output.sample.float()
+        prediction: Tensor = output.sample.float()
+        return prediction

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 _STYLES = (
-    "van gogh", "picasso", "rembrandt", "andy warhol", "caravaggio", "monet", "cezanne", "kelly mckernan", "thomas kinkade",
-    "tyler edlin", "kilian eng", "ajin: demi human", "greg rutkowski", "salvador dali", "edvard munch", "hokusai",
+    "van gogh", "picasso", "rembrandt", "andy warhol", "caravaggio", "monet", "cezanne", "kelly mckernan",
+    "thomas kinkade", "tyler edlin", "kilian eng", "ajin: demi human", "greg rutkowski", "salvador dali",
+    "edvard munch", "hokusai",
 )  # fmt: skip
 _CHARACTERS = (
     "snoopy",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -18,13 +19,17 @@ _NAME = "spmhub_training"
 
 
 class Injection:
-    """Rank-r layers on every targeted module of a denoiser; `up` starts at zero, so that nothing changes before training."""
+    """Rank-r layers on every targeted module of a denoiser.
 
-    def __init__(self, denoiser: nn.Module, rank: int, generator: torch.Generator) -> None:
+    `up` starts at zero, so that nothing changes before training.
+    """
+
+    # diffusers mixes its adapter methods into a denoiser's class, where torch's types do not see them: hence Any.
+    def __init__(self, denoiser: Any, rank: int, generator: torch.Generator) -> None:
         """`down` starts as SPM's does: kaiming_uniform(a = sqrt 5), from `generator`."""
-        if getattr(denoiser, "peft_config", None):
+        if held := getattr(denoiser, "peft_config", None):
             raise ModelError(
-                f"the denoiser already holds LoRA layers ({', '.join(denoiser.peft_config)})",
+                f"the denoiser already holds LoRA layers ({', '.join(held)})",
                 mend="call pipe.unload_lora_weights() before training",
             )
         self._denoiser = denoiser

@@ -1,7 +1,7 @@
 """Prompts for training: the concept in many sentences, and the many things that must stay.
 
-Targets and anchors fill the SAME sentences, so that what differs between "a photo of snoopy on the beach" and "a photo of a cat
-on the beach" is the concept and nothing else: the eraser then learns the concept, not the sentence.
+Targets and anchors fill the SAME sentences, so that what differs between "a photo of snoopy on the beach" and "a photo
+of a cat on the beach" is the concept and nothing else: the eraser then learns the concept, not the sentence.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 import yaml
 
 SUBJECT_FRAMES: tuple[str, ...] = (
-    "{}", "{}", "a photo of {}", "a picture of {}", "a drawing of {}", "a painting of {}", "an image of {}", "a cartoon of {}",
-    "{} {scene}", "{} {scene}", "a photo of {} {scene}", "a picture of {} {scene}", "{} by {artist}", "{} {scene} by {artist}",
-    "a small {}", "a big {}", "two {}", "the {}", "{} and {thing}",
+    "{}", "{}", "a photo of {}", "a picture of {}", "a drawing of {}", "a painting of {}", "an image of {}",
+    "a cartoon of {}", "{} {scene}", "{} {scene}", "a photo of {} {scene}", "a picture of {} {scene}", "{} by {artist}",
+    "{} {scene} by {artist}", "a small {}", "a big {}", "two {}", "the {}", "{} and {thing}",
 )  # fmt: skip
 STYLE_FRAMES: tuple[str, ...] = (
-    "{}", "by {}", "a painting by {}", "{thing} by {}", "{thing} by {}", "a painting of {thing} by {}", "{thing} {scene} by {}",
-    "{thing} in the style of {}", "{thing}, {} style", "a {} painting of {thing}", "art by {}",
+    "{}", "by {}", "a painting by {}", "{thing} by {}", "{thing} by {}", "a painting of {thing} by {}",
+    "{thing} {scene} by {}", "{thing} in the style of {}", "{thing}, {} style", "a {} painting of {thing}", "art by {}",
 )  # fmt: skip
 
 
@@ -45,9 +45,8 @@ class Words:
     @classmethod
     def load(cls) -> Words:
         text = resources.files(__package__).joinpath("words.yaml").read_text(encoding="utf-8")
-        return cls(**{
-            part: tuple(" ".join(word.split()) for word in words.split(",")) for part, words in yaml.safe_load(text).items()
-        })  # fmt: skip
+        parts = yaml.safe_load(text).items()
+        return cls(**{part: tuple(" ".join(word.split()) for word in words.split(",")) for part, words in parts})
 
 
 def vocabulary_words(tokenizer: Tokenizer) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """A training recipe: objective x increment x source of x_t x anchoring x optimiser, as ten lines of YAML.
 
-Everything that decides the trained weights stands here, so that the manifest, which embeds the recipe whole, is enough to train
-the same eraser again. Defaults are scaled by the trainer to the base model at hand, never tuned to one.
+Everything that decides the trained weights stands here, so that the manifest, which embeds the recipe whole, is enough
+to train the same eraser again. Defaults are scaled by the trainer to the base model at hand, never tuned to one.
 """
 
 from __future__ import annotations
@@ -130,8 +130,9 @@ class Recipe(_Part):
 
     @classmethod
     def plan(cls, path: Path | None = None, sets: Sequence[str] = (), **given: Any) -> Recipe:
-        """What a user asks for: a file, then options over it, then `--set`; well-known concepts bring kind and aliases along.
+        """What a user asks for: a file, then options over it, then `--set`.
 
+        Well-known concepts bring their kind and aliases along, unless the file or the options say otherwise.
         Raises RecipeError for what the recipe cannot hold, UsageError for an empty concept.
         """
         values = _read(path) if path is not None else {}

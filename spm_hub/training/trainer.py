@@ -34,7 +34,7 @@ Progress = Callable[[int, int, dict[str, float]], None]
 _CHECKPOINT = "training.safetensors"
 
 
-class TrainingInterrupted(SpmHubError):
+class TrainingInterruptedError(SpmHubError):
     """Ctrl-C during training; the checkpoint is on disk when a folder for it was given."""
 
     exit_code = 130
@@ -97,10 +97,10 @@ def train(
     """Trains one eraser on `pipe`, which is left as it was.
 
     progress: called with (steps done, steps in all, losses relative to the distance there was to go).
-    checkpoint_dir: where the run is saved every `checkpoint_every` steps and at Ctrl-C; `resume` goes on from there, and the
-    result is bit for bit that of an undisturbed run on the same machine.
+    checkpoint_dir: where the run is saved every `checkpoint_every` steps and at Ctrl-C; `resume` goes on from there,
+    and the result is bit for bit that of an undisturbed run on the same machine.
     on_step: called after each step; returning True ends the training there (for benchmarks).
-    Raises TrainingInterrupted, RecipeError, ModelError.
+    Raises TrainingInterruptedError, RecipeError, ModelError.
     """
     base = BaseModel(pipe, recipe.resolution)
     base.denoiser.requires_grad_(False)
@@ -133,9 +133,9 @@ def train(
                     break
         except KeyboardInterrupt:
             if checkpoint is None:
-                raise TrainingInterrupted(f"stopped at step {done} of {recipe.steps}; nothing was saved") from None
+                raise TrainingInterruptedError(f"stopped at step {done} of {recipe.steps}; nothing was saved") from None
             checkpoint.write(recipe, done, run.tensors())
-            raise TrainingInterrupted(
+            raise TrainingInterruptedError(
                 f"stopped at step {done} of {recipe.steps}; the run is saved in {checkpoint.folder}",
                 mend="the same command with --resume",
             ) from None
@@ -183,7 +183,7 @@ class _Run:
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         erase, anchor = self._losses(batch)
-        # Relative losses mean the same on any base, whatever the scale of its predictions; AdamW does not mind the factor.
+        # Relative losses mean the same on any base, whatever the scale of its predictions; AdamW does not mind.
         if self.distance is None:
             self.distance = (1 + self.recipe.objective.eta) ** 2 * (batch.concept - batch.neutral).pow(2).mean()
         self.optimiser.zero_grad(set_to_none=True)

@@ -1,8 +1,8 @@
 """Where x_t comes from, and the frozen base's predictions there.
 
 A trajectory of the base under guidance passes through every x_t, and the rows it needs at each step ARE the teacher's
-predictions for the concept, the empty prompt and an anchor. Nothing is computed for the targets alone: SPM's own loop spends
-about thirty of its fifty denoiser rows per iteration on reaching one x_t.
+predictions for the concept, the empty prompt and an anchor. Nothing is computed for the targets alone: SPM's own loop
+spends about thirty of its fifty denoiser rows per iteration on reaching one x_t.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to train on. Target rows: latents (b, c, h, w), times (b,), states (b, tokens, d) and the frozen base's predictions
-    for the concept and for the surrogate; anchor rows: the same, with the one prediction to keep."""
+    """Rows to train on.
+
+    Target rows: latents (b, c, h, w), times (b,), states (b, tokens, d) and the frozen base's predictions for the
+    concept and for the surrogate. Anchor rows: the same, with the one prediction to keep.
+    """
 
     latents: Tensor
     times: Tensor
@@ -39,8 +42,8 @@ class Batch:
 class Chunk:
     """A group of trajectories, all steps of all flattened to n rows.
 
-    latents (n, c, h, w), times (n,), owner (n,): the trajectory; target_states (k, tokens, d); anchor_states (k, a, tokens, d);
-    concept, neutral, empty (n, c, h, w); anchors (n, a, c, h, w).
+    latents (n, c, h, w), times (n,), owner (n,): the trajectory; target_states (k, tokens, d);
+    anchor_states (k, a, tokens, d); concept, neutral, empty (n, c, h, w); anchors (n, a, c, h, w).
     """
 
     latents: Tensor
@@ -64,8 +67,11 @@ def generator_for(seed: int, stream: int, index: int) -> torch.Generator:
 
 
 class TrajectorySource:
-    """Trajectories of the frozen base. Half of them are driven by the concept, half by an anchor, at various guidance scales, so
-    that x_t covers both what the base draws and what the erased model will see instead."""
+    """Trajectories of the frozen base.
+
+    Half of them are driven by the concept, half by an anchor, at various guidance scales, so that x_t covers both what
+    the base draws and what the erased model will see instead.
+    """
 
     def __init__(self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource) -> None:
         self._base, self._recipe, self._maker, self._anchors = base, recipe, maker, anchors
@@ -174,9 +180,10 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
 
 
 class StudentSource:
-    """The paper's x_t: the model being erased samples from noise to a random step, under guidance, with the target prompt.
+    """The paper's x_t: the model being erased samples from noise to a random step.
 
-    The timestep handed to the denoiser is the latent's own (the released code's is 33-42 steps noisier).
+    It does so under guidance, with the target prompt. The timestep handed to the denoiser is the latent's own (the
+    released code's is 33-42 steps noisier).
     """
 
     def __init__(

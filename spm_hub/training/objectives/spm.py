@@ -1,4 +1,7 @@
-"""SPM's erase and anchoring losses (Lyu et al., One-dimensional Adapter to Rule Them All, CVPR 2024, arXiv 2312.16145)."""
+"""SPM's erase and anchoring losses.
+
+Lyu et al., One-dimensional Adapter to Rule Them All, CVPR 2024, arXiv 2312.16145.
+"""
 
 from __future__ import annotations
 
