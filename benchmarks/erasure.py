@@ -1,10 +1,13 @@
-"""Do the shipped erasers erase, and leave the rest alone? Alone, together, and on a checkpoint they were never trained on.
+"""Do the shipped erasers erase, and leave the rest alone?
+
+Alone, together, and on a checkpoint they were never trained on.
 
     python benchmarks/erasure.py                 # all erasers of the repository, about half an hour on two cores
     python benchmarks/erasure.py snoopy          # one
 
-For each eraser: how often the probe names each subject and style in the base's pictures without and with it (50 pictures each,
-guidance 7.5, sentences no eraser was trained on). The numbers go into benchmarks/results/ and into the erasers' manifests.
+For each eraser: how often the probe names each subject and style in the base's pictures without and with it (50
+pictures each, guidance 7.5, sentences no eraser was trained on). The numbers go into benchmarks/results/ and into the
+erasers' manifests.
 """
 
 from __future__ import annotations
@@ -46,8 +49,9 @@ def compare(without: list[Row], given: list[Row], erased: tuple[str, ...]) -> di
     before = {(row.kind, row.name): row.detected for row in without}
     changes = {f"{row.kind} {row.name}": round(100 * (row.detected - before[row.kind, row.name]), 1) for row in given}
     others = {key: change for key, change in changes.items() if key.split(" ", 1)[1] not in targets}
+    erased_rows = [row for row in given if row.name in targets]
     return {
-        "erased": {row.name: {"without": before[row.kind, row.name], "with": row.detected} for row in given if row.name in targets},
+        "erased": {row.name: {"without": before[row.kind, row.name], "with": row.detected} for row in erased_rows},
         "others_worst_change_points": min(others.values()),
         "others_mean_change_points": round(sum(others.values()) / len(others), 2),
         "changes_points": {key: change for key, change in others.items() if change},
