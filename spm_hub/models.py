@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "sketchbook" / "weights"
 INDEX = "model_index.json"
-SECONDS_TO_REACH_THE_HUB = 10.0
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,10 @@ def load_pipeline(
 
 def revision_of(pipe: DiffusionPipeline) -> str | None:
     """The commit of the Hub repository that a pipeline was loaded from; None for a folder."""
+    from spm_hub.network import is_commit
+
     folder = Path(str(pipe.config.get("_name_or_path", "")))
-    return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
+    return folder.name if folder.parent.name == "snapshots" and is_commit(folder.name) else None
 
 
 def is_available(alias: Alias) -> bool:
@@ -202,32 +202,26 @@ def _without_checker(folder: Path) -> dict[str, Any]:
 def _download(wanted: ModelRef, variant: str | None) -> Path:
     """The folder of a Hub repository in the cache, downloaded where it is not complete there.
 
-    One request without retries tells first whether the Hub can be reached and has the revision: the downloads
-    themselves would retry for half a minute before saying so.
+    It is asked for by the revision as it was named, so that the cache knows it by that name when there is no network;
+    diffusers resolves the name to one commit before it fetches anything.
     """
     from diffusers import DiffusionPipeline
-    from huggingface_hub import constants
+
+    from spm_hub.network import is_commit, reaching, repository_info
 
     repo, revision = str(wanted.hub_id), wanted.revision
     choice = {"use_safetensors": True, "variant": variant, "safety_checker": None}
-    if constants.is_offline_mode() or (revision and _COMMIT.fullmatch(revision)):
-        cached = _cached(repo, revision, choice)
-        if cached is not None:
-            return cached
-        if constants.is_offline_mode():
-            raise NetworkError(
-                f"model {wanted.text!r} is not in the cache, and HF_HUB_OFFLINE forbids downloading",
-                mend=f"unset HF_HUB_OFFLINE, or run once with a network: hf download {repo}",
-            )
-    try:
-        commit = _commit(repo, revision)
-    except NetworkError:
-        cached = _cached(repo, revision, choice)
-        if cached is None:
-            raise
+    if is_commit(revision) and (cached := _cached(repo, revision, choice)):
         return cached
-    with _reaching(repo):
-        return Path(DiffusionPipeline.download(repo, revision=commit, **choice))
+    otherwise = "use --model sketchbook, which needs none"
+    try:
+        repository_info(repo, revision, otherwise=otherwise)
+    except NetworkError:
+        if cached := _cached(repo, revision, choice):
+            return cached
+        raise
+    with reaching(repo, revision, otherwise=otherwise):
+        return Path(DiffusionPipeline.download(repo, revision=revision, **choice))
 
 
 def _cached(repo: str, revision: str | None, choice: dict[str, Any]) -> Path | None:
@@ -237,41 +231,6 @@ def _cached(repo: str, revision: str | None, choice: dict[str, Any]) -> Path | N
         return Path(DiffusionPipeline.download(repo, revision=revision, local_files_only=True, **choice))
     except (OSError, ValueError):
         return None
-
-
-def _commit(repo: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi
-
-    with _reaching(repo):
-        return str(HfApi().model_info(repo, revision=revision, timeout=SECONDS_TO_REACH_THE_HUB).sha)
-
-
-@contextmanager
-def _reaching(repo: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into our errors."""
-    from httpx2 import HTTPError
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"the authors of {repo} ask you to accept their terms first",
-            mend=f"accept them at https://huggingface.co/{repo}, then: hf auth login",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise NotFoundError(f"model {repo} has no such revision on the Hub") from error
-    except errors.RepositoryNotFoundError as error:
-        raise NotFoundError(
-            f"there is no model {repo} on the Hub, or it is private", mend="spmhub models, or hf auth login"
-        ) from error
-    except errors.HFValidationError as error:
-        raise UsageError(f"{repo!r} is no valid name of a Hub repository: {error}") from error
-    except (OSError, HTTPError) as error:
-        raise NetworkError(
-            f"model {repo} is not in the cache and the Hub cannot be reached ({_first_line(error)})",
-            mend="connect to a network and run it again, or use --model sketchbook, which needs none",
-        ) from error
 
 
 @contextmanager

@@ -59,11 +59,17 @@ class Hub:
             self.send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
         elif revision not in ("main", COMMIT):
             self.send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
+        elif is_info and "tree" in parts:
+            files = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in self.repos[repo].items()
+            ]
+            self.send(request, 200, json.dumps(files).encode(), {})
         elif is_info:
             files = [{"rfilename": name} for name in self.repos[repo]]
             self.send(request, 200, json.dumps({"id": repo, "sha": COMMIT, "siblings": files}).encode(), {})
         else:
-            content = self.repos[repo][parts[-1]]
+            content = self.repos[repo]["/".join(parts[4:])]
             tag = hashlib.sha256(content).hexdigest()
             self.send(request, 200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
 

@@ -1,19 +1,12 @@
 """Adapters from the Hugging Face Hub, at a pinned revision."""
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from httpx2 import HTTPError
-from huggingface_hub import HfApi, constants, errors, hf_hub_download
+from huggingface_hub import errors, hf_hub_download
 
 from spm_hub.errors import NetworkError, NotFoundError, UsageError
 from spm_hub.hub.registry import MANIFEST_NAME, WEIGHTS_NAME, Entry
-
-SECONDS_TO_REACH_THE_HUB = 10.0
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+from spm_hub.network import is_commit, reaching, repository_info
 
 
 def download(repo: str, revision: str | None = None) -> Entry:
@@ -22,21 +15,18 @@ def download(repo: str, revision: str | None = None) -> Entry:
     A commit that is in the cache is taken from there without a request; so is anything while the Hub is out of reach.
     Raises NotFoundError, UsageError when the repository holds several adapters, NetworkError.
     """
-    if revision is not None and _COMMIT.fullmatch(revision) and (entry := _cached(repo, revision)):
+    if is_commit(revision) and (entry := _cached(repo, revision)):
         return entry
+    otherwise = f"once with one: hf download {repo}"
     try:
-        # One request without retries, before the downloads themselves would retry for half a minute.
-        with _reaching(repo, revision):
-            if constants.is_offline_mode():
-                raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-            info = HfApi().model_info(repo, revision=revision, timeout=SECONDS_TO_REACH_THE_HUB)
+        info = repository_info(repo, revision, otherwise=otherwise)
     except NetworkError:
         if entry := _cached(repo, revision):
             return entry
         raise
     files = [sibling.rfilename for sibling in info.siblings or ()]
     weights = _choose(repo, files)
-    with _reaching(repo, revision):
+    with reaching(repo, revision, otherwise=otherwise):
         # By the revision as it was named, so that the cache knows it by that name when there is no network.
         path = Path(hf_hub_download(repo, weights, revision=revision))
         commit = path.parents[weights.count("/")].name
@@ -64,26 +54,3 @@ def _cached(repo: str, revision: str | None) -> Entry | None:
         return None
     manifest = weights.with_name(MANIFEST_NAME)
     return Entry(repo, weights, manifest if manifest.is_file() else None)
-
-
-@contextmanager
-def _reaching(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn what the Hub's client raises into our errors."""
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise NotFoundError(
-            f"the authors of {repo} ask you to accept their terms first",
-            mend=f"accept them at https://huggingface.co/{repo}, then: hf auth login",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise NotFoundError(f"{repo} has no revision {revision!r} on the Hub") from error
-    except errors.RepositoryNotFoundError as error:
-        raise NotFoundError(f"there is no {repo} on the Hub, or it is private", mend="hf auth login") from error
-    except errors.HFValidationError as error:
-        raise UsageError(f"{repo!r} is no valid name of a Hub repository: {error}") from error
-    except (OSError, HTTPError) as error:
-        raise NetworkError(
-            f"{repo} is not in the cache and the Hub cannot be reached ({error})".splitlines()[0],
-            mend=f"connect to a network and run it again, or once with one: hf download {repo}",
-        ) from error
