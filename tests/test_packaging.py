@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
-# The errors of the Hub's client, and the making of a tokenizer for transformers: of whatever version those bring.
-BROUGHT = {"httpx2": "huggingface_hub", "tokenizers": "transformers"}
+# The making of a tokenizer for transformers: of whatever version that brings.
+BROUGHT = {"tokenizers": "transformers"}
 NAMES = {"PIL": "pillow", "yaml": "pyyaml"}
 
 
