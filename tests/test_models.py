@@ -130,14 +130,14 @@ def test_no_network_is_said_at_once(tmp_path: Path) -> None:
     """In a process of its own, as the Hub's client reads its settings when imported; nothing listens on port 9."""
     code = (
         "import time; from spm_hub.errors import NetworkError; from spm_hub.models import _download, parse_reference\n"
-        "import diffusers, huggingface_hub; start = time.monotonic()\n"
+        "from diffusers import DiffusionPipeline; from huggingface_hub import HfApi; start = time.monotonic()\n"
         "try: _download(parse_reference('sd-v1-4'), None)\n"
         "except NetworkError as error: print(time.monotonic() - start, error)"
     )
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     seconds, _, message = done.stdout.partition(" ")
-    assert float(seconds) < 5
+    assert float(seconds) < 10, "the client's own retries would take 23 s"
     assert "CompVis/stable-diffusion-v1-4" in message
     assert "--model sketchbook" in message
 
