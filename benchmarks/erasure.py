@@ -39,7 +39,7 @@ def measure(model: str, names: tuple[str, ...], samples: int) -> list[Row]:
 
     if not names:
         return detection_table(pipe, samples=samples, seed=SEED, progress=tell)
-    with attach(pipe, [Registry(ROOT).load(name) for name in names]):
+    with attach(pipe, [Registry(ROOT).get(name).load() for name in names]):
         return detection_table(pipe, samples=samples, seed=SEED, progress=tell)
 
 

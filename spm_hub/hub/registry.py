@@ -6,15 +6,16 @@ Listing and resolving read no tensors and import no torch.
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import platformdirs
 
+from spm_hub.atomic import write_atomic
 from spm_hub.errors import ManifestError, NotFoundError, RegistryError, SpmHubError, UsageError, nearest
-from spm_hub.manifest import NAME, Manifest, slug
+from spm_hub.manifest import NAME, Evaluation, Manifest, slug
 
 if TYPE_CHECKING:
     from spm_hub.adapter import Adapter
@@ -140,6 +141,21 @@ class Registry:
                     mend=f"chmod u+w {existing}, or name another registry with --registry DIR",
                 ) from error
         return entry
+
+    def record_evaluation(self, name: str, evaluation: Sequence[Evaluation]) -> Manifest:
+        """Puts measured numbers into the manifest beside an adapter; older ones of the same protocol and base go.
+
+        The adapter file is not touched. Raises NotFoundError, or RegistryError when the manifest cannot be written.
+        """
+        entry = self.get(name)
+        if entry.manifest_path is None:
+            raise RegistryError(f"{entry.adapter_path} has no manifest beside it to record an evaluation in")
+        manifest = entry.read_manifest()
+        measured = {(new.protocol, new.base) for new in evaluation}
+        kept = [old for old in manifest.evaluation if (old.protocol, old.base) not in measured]
+        updated = manifest.model_copy(update={"evaluation": (*kept, *evaluation)})
+        write_atomic(entry.manifest_path, updated.to_json().encode())
+        return updated
 
     def remove(self, name: str) -> None:
         """Delete an adapter and its manifest. Raises NotFoundError, or RegistryError when they cannot be deleted."""

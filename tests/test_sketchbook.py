@@ -1,0 +1,139 @@
+"""The sketchbook: its world, its probe on drawings nobody trained on, its checkpoints, and the erasers shipped for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pico import pico_pipeline
+
+from spm_hub import attach
+from spm_hub.evaluation.sketchbook import Row, cases, count, detection_table, evaluations, paint, probe
+from spm_hub.hub.registry import Registry
+from spm_hub.models import ALIASES, load_pipeline
+from spm_hub.sketchbook.figures import SUBJECTS
+from spm_hub.sketchbook.looks import BACKGROUNDS, Dice
+from spm_hub.sketchbook.probe import STYLE_CLASSES, SUBJECT_CLASSES, labels
+from spm_hub.sketchbook.train import Reporter, train_unet
+from spm_hub.sketchbook.world import STYLE_NAMES, Drawing, draw, drawings
+from spm_hub.training.prompts import STYLE_FRAMES, SUBJECT_FRAMES
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ("mickey", "nudity", "snoopy", "spongebob", "van-gogh")
+
+
+def test_the_same_generator_draws_the_same_world() -> None:
+    one, two = (drawings(20, torch.Generator().manual_seed(4)) for _ in range(2))
+    assert [(d, c) for d, _, c in one] == [(d, c) for d, _, c in two]
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for (_, a, _), (_, b, _) in zip(one, two, strict=True))
+
+
+def test_every_subject_leaves_its_mark_on_every_background() -> None:
+    """A figure must differ from the empty scene by more than a tenth of the picture, white figures in snow included."""
+    for background in BACKGROUNDS:
+        for subject in SUBJECTS:
+            scene, figure = (
+                np.asarray(draw(Drawing(name, None, background), Dice(torch.Generator().manual_seed(1))), dtype=float)
+                for name in (None, subject)
+            )
+            changed = (np.abs(scene - figure).max(axis=2) > 30).mean()
+            assert changed > 0.05, (subject, background, changed)
+
+
+def test_captions_are_true() -> None:
+    for drawing, _, text in drawings(300, torch.Generator().manual_seed(8)):
+        named = [subject for subject in SUBJECTS if subject in text.replace("person", "") or subject in text.split()]
+        for subject in named:
+            naked = drawing.subject == "nudity" and subject == "person"
+            assert subject == drawing.subject or naked or subject in (drawing.subject or ""), (drawing, text)
+        for style in STYLE_NAMES:
+            assert (style in text) <= (style == drawing.style), (drawing, text)
+
+
+@pytest.mark.parametrize("look", ["ink", "chalk"])
+def test_probe_names_held_out_drawings(look: str) -> None:
+    rows = drawings(500, torch.Generator().manual_seed(31_337), look)
+    readings = probe().read([picture for _, picture, _ in rows])
+    for which, classes in ((0, SUBJECT_CLASSES), (1, STYLE_CLASSES)):
+        seen = [reading.subject if which == 0 else reading.style for reading in readings]
+        right = [classes.index(name) == labels(d)[which] for name, (d, _, _) in zip(seen, rows, strict=True)]
+        assert np.mean(right) >= 0.985
+
+
+@pytest.mark.parametrize("model", ["sketchbook", "sketchbook-chalk"])
+def test_checkpoints_are_small_and_draw_what_they_are_told(model: str) -> None:
+    folder = ALIASES[model].embedded
+    assert folder is not None
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 25_000_000
+    rows = detection_table(load_pipeline(model), styles=(), samples=2, steps=15, seed=5)
+    assert np.mean([row.detected for row in rows]) >= 0.9
+
+
+def test_evaluation_sentences_are_in_no_training_frame() -> None:
+    trained = {frame.format("X", scene="", artist="", thing="").strip() for frame in (*SUBJECT_FRAMES, *STYLE_FRAMES)}
+    for case in cases(samples=10, seed=0):
+        skeleton = case.prompt.replace("a nude person", "X").replace(case.name, "X")
+        assert skeleton not in trained - {"X"}, case
+
+
+def test_shipped_erasers_are_whole_and_measured() -> None:
+    registry = Registry(ROOT)
+    assert tuple(entry.name for entry in registry.entries()) == SHIPPED
+    for entry in registry.entries():
+        adapter = entry.load()
+        manifest = adapter.manifest
+        assert manifest.increment.rank == 1
+        assert manifest.recipe["model"] == "sketchbook"
+        measured = {(one.metric, one.subject): one for one in manifest.evaluation if one.base == "sketchbook"}
+        assert len(measured) == len(SUBJECTS) + len(STYLE_NAMES)
+        assert all(one.samples >= 50 and one.reference is not None for one in measured.values())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("snoopy", "subject"), ("nudity", "subject"), ("van-gogh", "style")])
+def test_a_shipped_eraser_erases_its_concept_and_no_neighbour(name: str, kind: str) -> None:
+    target = name.replace("-", " ")
+    subjects = (target, "mickey", "person") if kind == "subject" else ("dog",)
+    styles = (target, "picasso") if kind == "style" else ()
+    pipe = load_pipeline("sketchbook")
+    wanted = cases(subjects, styles, samples=10, seed=99)
+    without = {row.name: row.detected for row in count(wanted, paint(pipe, wanted, steps=20))}
+    with attach(pipe, [Registry(ROOT).get(name).load()]):
+        given = {row.name: row.detected for row in count(wanted, paint(pipe, wanted, steps=20))}
+    assert without[target] >= 0.9
+    assert given[target] <= 0.1
+    for other in given.keys() - {target}:
+        assert given[other] >= without[other] - 0.1
+
+
+def test_an_interrupted_denoiser_training_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pico_pipeline()
+    latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 50, (8, 12), generator=torch.Generator().manual_seed(1))
+
+    def run(where: Path) -> dict[str, torch.Tensor]:
+        unet = pico_pipeline(3).unet.requires_grad_(True)
+        train_unet(
+            unet, pipe.text_encoder, ids, ids[0], latents, stage="test", steps=6, lr=1e-3, checkpoint=where, seed=0,
+            batch_size=2, save_every=3,
+        )  # fmt: skip
+        return {key: value.clone() for key, value in unet.state_dict().items()}
+
+    def interrupt(self: Reporter, step: int, loss: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    whole = run(tmp_path / "whole.pt")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Reporter, "__call__", interrupt)
+        run(tmp_path / "half.pt")
+    resumed = run(tmp_path / "half.pt")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_evaluation_entries_pair_with_and_without() -> None:
+    without = [Row("subject", "dog", 1.0, 4), Row("style", "picasso", 0.75, 4)]
+    given = [Row("subject", "dog", 0.5, 4), Row("style", "picasso", 0.75, 4)]
+    entries = evaluations(without, given, base="sketchbook", seed=3)
+    assert [(one.subject, one.value, one.reference) for one in entries] == [("dog", 0.5, 1.0), ("picasso", 0.75, 0.75)]
