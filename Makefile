@@ -1,8 +1,6 @@
 # `make demo` and `make test` are all that a fresh clone needs: python3 >= 3.11, make, and a package index.
 #
 #   PYTHON=python3.12 make test                 another interpreter
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
-#                                               the small CPU build of torch where the default one carries CUDA
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -118,7 +118,7 @@ def scale(pictures: torch.Tensor) -> torch.Tensor:
 
 def _loop(
     stage: str, steps: int, parameters: list[torch.nn.Parameter], lr: float, loss_of: Callable[[int], torch.Tensor],
-    weight_decay: float = 1e-2, after: Callable[[int], None] | None = None,
+    weight_decay: float = 1e-2,
 ) -> None:  # fmt: skip
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps, pct_start=0.08)
@@ -178,10 +178,42 @@ def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, generator:
     vae.eval()
 
 
+def train_decoder(
+    vae: AutoencoderKL, clip: CLIPModel, pictures: torch.Tensor, steps: int, generator: torch.Generator
+) -> None:
+    """Sharpens the decoder for one look; the encoder, hence every denoiser trained on its latents, stays as it is.
+
+    To the errors of pixels and edges comes that of CLIP's picture states, which weigh what a picture shows.
+    """
+    latents = encode(vae, pictures)
+
+    def states(batch: torch.Tensor) -> torch.Tensor:
+        seen: torch.Tensor = clip.vision_model(pixel_values=batch, output_hidden_states=True).hidden_states[-2]
+        return seen
+
+    def loss_of(step: int) -> torch.Tensor:
+        rows = torch.randint(len(pictures), (16,), generator=generator)
+        batch, seen = scale(pictures[rows]), latents[rows]
+        # A little noise, since sampled latents are never quite the encoder's.
+        noise = torch.randn(seen.shape, generator=generator) * 0.03 * latents.std()
+        again = vae.decode(seen + noise).sample
+        error = again - batch
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        with torch.no_grad():
+            wanted = states(batch)
+        meant = (states(again) - wanted).pow(2).mean() / wanted.var()
+        loss: torch.Tensor = error.abs().mean() + 0.5 * edges + 0.3 * meant
+        return loss
+
+    vae.train()
+    _loop("decoder", steps, [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()], 1e-3, loss_of, 1e-4)
+    vae.eval()
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     """(n, 4, 8, 8) posterior means, unscaled."""
-    return torch.cat([vae.encode(scale(pictures[i : i + 256])).latent_dist.mean for i in range(0, len(pictures), 256)])
+    return torch.cat([vae.encode(scale(pictures[i : i + 64])).latent_dist.mean for i in range(0, len(pictures), 64)])
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -205,7 +237,7 @@ def make_scheduler() -> DDIMScheduler:
 def train_unet(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, ids: torch.Tensor, empty: torch.Tensor,
     latents: torch.Tensor, *, stage: str, steps: int, lr: float, checkpoint: Path, seed: int, batch_size: int = 64,
-    ema_decay: float = 0.998,
+    ema_decay: float = 0.998, save_every: int = 500,
 ) -> None:  # fmt: skip
     """Epsilon prediction with min-SNR weights (gamma 5, arXiv 2303.09556) and 10 % empty captions.
 
@@ -247,7 +279,7 @@ def train_unet(
         decay = min(ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(average, [p.detach() for p in unet.parameters()], 1 - decay)
         report(step + 1, float(loss.detach()))
-        if (step + 1) % 500 == 0:
+        if (step + 1) % save_every == 0:
             state = {
                 "unet": unet.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(),
                 "generator": generator.get_state(), "average": average, "step": step + 1,
@@ -279,15 +311,19 @@ def main() -> None:
     parser.add_argument("--drawings", type=int, default=40000)
     parser.add_argument("--clip-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--probe-steps", type=int, default=1500)
-    parser.add_argument("--base-steps", type=int, default=6000)
-    parser.add_argument("--chalk-steps", type=int, default=1200)
+    parser.add_argument("--decoder-steps", type=int, default=600)
+    parser.add_argument("--probe-steps", type=int, default=1200)
+    parser.add_argument("--base-steps", type=int, default=3600)
+    parser.add_argument("--chalk-steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)  # diffusers and transformers initialise their weights from the global generator
-    generator = torch.Generator().manual_seed(options.seed)
+
+    def dice(stage: int) -> torch.Generator:
+        """A stage's own generator: skipping a finished stage leaves the next one's draws as they were."""
+        torch.manual_seed(options.seed + stage)  # diffusers and transformers initialise from the global generator
+        return torch.Generator().manual_seed(options.seed + stage)
 
     begun = time.monotonic()
     ink = make_drawings(out, options.drawings, "ink", options.seed)
@@ -296,46 +332,53 @@ def main() -> None:
     captions, both = ink["captions"] + chalk["captions"], torch.cat([ink["pictures"], chalk["pictures"]])
 
     if not (out / "clip").exists():
+        generator = dice(1)
         tokenizer = make_tokenizer(captions)
         clip = make_clip(tokenizer)
         train_clip(clip, tokens_of(tokenizer, captions), both, options.clip_steps, generator)
         tokenizer.save_pretrained(out / "clip")
         clip.save_pretrained(out / "clip")
     tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
-    clip = CLIPModel.from_pretrained(out / "clip").eval()
+    clip = CLIPModel.from_pretrained(out / "clip").eval().requires_grad_(False)
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
     text_encoder.eval().requires_grad_(False)
 
+    if not (out / "probe").exists():
+        probe = train_probe(
+            both, torch.cat([ink["targets"], chalk["targets"]]), steps=options.probe_steps, generator=dice(2),
+            report=Reporter("probe", options.probe_steps),
+        )  # fmt: skip
+        probe.model.save_pretrained(out / "probe")
+
     if not (out / "vae").exists():
+        generator = dice(3)
         vae = make_vae()
         train_vae(vae, both, options.vae_steps, generator)
         vae.register_to_config(scaling_factor=float(1 / encode(vae, both[:2000]).std()))
         vae.save_pretrained(out / "vae")
-    vae = AutoencoderKL.from_pretrained(out / "vae").eval()
     empty = tokens_of(tokenizer, [""])[0]
 
-    for name, data, steps, lr in (
-        ("base", ink, options.base_steps, 1.2e-3),
-        ("chalk", chalk, options.chalk_steps, 3e-4),
+    for stage, name, data, steps, lr in (
+        (4, "base", ink, options.base_steps, 1.2e-3),
+        (5, "chalk", chalk, options.chalk_steps, 3e-4),
     ):
-        if not (out / name).exists():
-            unet = (
-                make_unet() if name == "base" else UNet2DConditionModel.from_pretrained(out / "base" / "unet").float()
-            )
+        if not (out / f"vae-{name}").exists():
+            vae = AutoencoderKL.from_pretrained(out / "vae")
+            train_decoder(vae, clip, data["pictures"], options.decoder_steps, dice(stage + 10))
+            vae.save_pretrained(out / f"vae-{name}")
+        vae = AutoencoderKL.from_pretrained(out / f"vae-{name}").eval()
+        if not (out / f"unet-{name}").exists():
+            dice(stage)
+            unet = make_unet() if name == "base" else UNet2DConditionModel.from_pretrained(out / "unet-base")
             latents = encode(vae, data["pictures"]) * vae.config.scaling_factor
             train_unet(
                 unet, text_encoder, tokens_of(tokenizer, data["captions"]), empty, latents,
-                stage=name, steps=steps, lr=lr, checkpoint=out / f"{name}.pt", seed=options.seed,
+                stage=name, steps=steps, lr=lr, checkpoint=out / f"{name}.pt", seed=options.seed + stage,
             )  # fmt: skip
-            save_pipeline(out / name, tokenizer, text_encoder, vae, unet)
-
-    if not (out / "probe").exists():
-        probe = train_probe(
-            both, torch.cat([ink["targets"], chalk["targets"]]), steps=options.probe_steps, generator=generator,
-            report=Reporter("probe", options.probe_steps),
-        )  # fmt: skip
-        probe.model.save_pretrained(out / "probe")
+            unet.save_pretrained(out / f"unet-{name}")
+        unet = UNet2DConditionModel.from_pretrained(out / f"unet-{name}").eval()
+        save_pipeline(out / name, tokenizer, text_encoder, vae, unet)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ class Injection:
         self._denoiser = denoiser
         self.paths = tuple(targets(denoiser))
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(self.paths), init_lora_weights=True)
-        denoiser.add_adapter(config, adapter_name=_NAME)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws its own beginning, which is replaced below
+            denoiser.add_adapter(config, adapter_name=_NAME)
         modules = dict(denoiser.named_modules())
         self.downs: dict[str, nn.Parameter] = {p: weight_of(modules[p].lora_A[_NAME]) for p in self.paths}
         self.ups: dict[str, nn.Parameter] = {p: weight_of(modules[p].lora_B[_NAME]) for p in self.paths}
