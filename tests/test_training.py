@@ -200,7 +200,7 @@ def test_interrupt_saves_and_leaves_the_pipeline_as_it_was(tmp_path: Path) -> No
         if step == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(SpmHubError, match="step 3 of 6.*saved"):
+    with pytest.raises(SpmHubError, match=r"step 3 of 6.*saved"):
         train(recipe(), pipe=pipe, progress=interrupt, checkpoint_dir=tmp_path)
     after = pipe.unet.state_dict()
     assert before.keys() == after.keys()
