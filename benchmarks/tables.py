@@ -1,0 +1,112 @@
+"""Writes the README's tables from the committed results, so that no number in it is typed by hand.
+
+    python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.4g} %"
+
+
+def _about(numbers: dict[str, Any], script: str) -> str:
+    machine = numbers["machine"]
+    return (
+        f"Measured on {machine['cores']} cores ({machine['processor']}), torch {numbers['versions']['torch']}, by "
+        f"`python benchmarks/{script}.py`; output in `benchmarks/results/{script}.json`."
+    )
+
+
+def sketchbook(numbers: dict[str, Any]) -> str:
+    rows = []
+    for model, seen in numbers["checkpoints"].items():
+        worst, who = seen["subject_worst"]
+        rows.append([
+            f"`{model}`", _share(seen["subject_mean"]), f"{_share(worst)} ({who})", _share(seen["style_mean"]),
+            f"{seen['megabytes']} MB", f"{seen['seconds_for_four_pictures']} s",
+        ])  # fmt: skip
+    held = numbers["probe_on_held_out_drawings"]
+    drawings = "; ".join(
+        f"{look}: subject {_share(right['subject'])}, style {_share(right['style'])}" for look, right in held.items()
+    )
+    head = ["checkpoint", "subjects named by the probe", "worst subject", "styles named", "size, fp16", "four pictures"]
+    return (
+        f"{_table(head, rows)}\n\nThe probe, a small classifier trained on drawings alone, names held-out drawings "
+        f"rightly in ({drawings}). {numbers['samples_per_name']} pictures for each name, {numbers['steps']} steps, "
+        f"guidance {numbers['guidance_scale']}.\n{_about(numbers, 'sketchbook')}"
+    )
+
+
+def erasers(numbers: dict[str, Any]) -> str:
+    def row(label: str, found: dict[str, Any]) -> list[str]:
+        erased = found["erased"].values()
+        return [
+            label,
+            ", ".join(_share(one["without"]) for one in erased),
+            ", ".join(_share(one["with"]) for one in erased),
+            f"{found['others_mean_change_points']:+.2f}",
+            f"{found['others_worst_change_points']:+.1f}",
+        ]
+
+    rows = [row(f"`{name}`", found) for name, found in numbers["alone"].items()]
+    rows.append(row("snoopy + mickey + spongebob", numbers["together"]))
+    rows += [row(f"`{name}` on `sketchbook-chalk`", found) for name, found in numbers["transferred_to_chalk"].items()]
+    head = ["eraser", "found without", "found with", "others, mean change (points)", "others, worst change (points)"]
+    return (
+        f"{_table(head, rows)}\n\nShare of pictures in which the probe finds what was asked for, "
+        f"{numbers['samples_per_name']} pictures for each of 22 subjects and 5 styles, {numbers['steps']} steps, guidance "
+        f"{numbers['guidance_scale']}, in sentences that no eraser was trained on; \"others\" are all other subjects and "
+        f"styles. The erasers were trained on `sketchbook` alone by `spmhub train NAME`.\n{_about(numbers, 'erasure')}"
+    )
+
+
+def speed(numbers: dict[str, Any]) -> str:
+    def row(label: str, found: dict[str, Any]) -> list[str]:
+        last = found["looks"][-1]
+        reached = "yes" if found["reached"] else "no"
+        return [
+            label, str(last["step"]), f"{found['seconds']:.0f} s", _share(last["target"]),
+            f"{last['others_lost_points']:.2f}", reached,
+        ]  # fmt: skip
+
+    head = ["training", "steps", "time", "target found", "others lost (points)", "criterion reached"]
+    rows = [row("spm-hub's defaults", numbers["ours"]), row("the paper's own loop", numbers["paper"])]
+    bound = "at least " if numbers["times_faster_is_a_lower_bound"] else ""
+    return (
+        f"{_table(head, rows)}\n\nUntil {numbers['target']} is gone ({numbers['criterion']}): {bound}"
+        f"**{numbers['times_faster']} times faster**, same base, same modules, same machine, one run. The clock stands "
+        f"still while pictures are judged.\n{_about(numbers, 'training_speed')}"
+    )
+
+
+SECTIONS = {"sketchbook": sketchbook, "erasure": erasers, "training_speed": speed}
+
+
+def render(readme: str) -> str:
+    """The README with every section between its two markers written anew."""
+    for name, section in SECTIONS.items():
+        text = section(json.loads((RESULTS / f"{name}.json").read_text()))
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        readme, found = re.subn(pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme, flags=re.DOTALL)
+        if found != 1:
+            raise SystemExit(f"README.md holds {found} sections marked {name}, not 1")
+    return readme
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))
