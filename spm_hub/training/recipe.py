@@ -7,6 +7,7 @@ to train the same eraser again. Defaults are scaled by the trainer to the base m
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -209,6 +210,9 @@ def _hint(key: str, known: Any) -> str:
 
 def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
     where = ".".join(str(step) for step in problem["loc"]) or "recipe"
+    if problem["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        return f"recipe key {where}: unknown {where.split('.')[-1]} {problem['input']!r}{_hint(str(problem['input']), choices)}"
     if problem["type"] != "extra_forbidden":
         return f"recipe key {where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"
     for step in problem["loc"][:-1]:
