@@ -212,7 +212,8 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
     where = ".".join(str(step) for step in problem["loc"]) or "recipe"
     if problem["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        return f"recipe key {where}: unknown {where.split('.')[-1]} {problem['input']!r}{_hint(str(problem['input']), choices)}"
+        given = str(problem["input"])
+        return f"recipe key {where}: unknown {where.split('.')[-1]} {given!r}{_hint(given, choices)}"
     if problem["type"] != "extra_forbidden":
         return f"recipe key {where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"
     for step in problem["loc"][:-1]:
