@@ -2,8 +2,9 @@
 
 Alone, together, and on a checkpoint they were never trained on.
 
-    python benchmarks/erasure.py                 # all erasers of the repository, about half an hour on two cores
-    python benchmarks/erasure.py snoopy          # one
+    python benchmarks/sketchbook.py          # first: the bare checkpoints
+    python benchmarks/erasure.py             # all erasers of the repository, about half an hour on two cores
+    python benchmarks/erasure.py snoopy      # one; the others' numbers stay as they were
 
 For each eraser: how often the probe names each subject and style in the base's pictures without and with it (50
 pictures each, guidance 7.5, sentences no eraser was trained on). The numbers go into benchmarks/results/ and into the
@@ -13,11 +14,13 @@ erasers' manifests.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from record import record
+from record import RESULTS, record
+from sketchbook import SAMPLES, SEED, STEPS
 
 from spm_hub import attach
 from spm_hub.evaluation.sketchbook import Row, detection_table, evaluations
@@ -27,21 +30,29 @@ from spm_hub.models import load_pipeline
 ROOT = Path(__file__).parents[1]
 ERASERS = ("snoopy", "mickey", "spongebob", "nudity", "van-gogh")
 TOGETHER = ("snoopy", "mickey", "spongebob")
-TRANSFER = ("snoopy", "nudity", "van-gogh")
-SEED = 2024
-STEPS = 20
+TRANSFER = ("snoopy", "van-gogh")
 
 
-def measure(model: str, names: tuple[str, ...], samples: int) -> list[Row]:
-    pipe = load_pipeline(model)
+def bare(model: str) -> list[Row]:
+    """The checkpoint's own table, from benchmarks/sketchbook.py: the same cases, seeds and steps."""
+    rows = []
+    for key, detected in json.loads((RESULTS / "sketchbook.json").read_text())["checkpoints"][model][
+        "detected"
+    ].items():
+        kind, name = key.split(" ", 1)
+        rows.append(Row("style" if kind == "style" else "subject", name, detected, SAMPLES))
+    return rows
+
+
+def measure(model: str, names: tuple[str, ...]) -> list[Row]:
+    """The table with the named erasers attached."""
 
     def tell(done: int, total: int) -> None:
-        print(f"\r{model} {'+'.join(names) or 'bare'} {done}/{total}   ", end="", file=sys.stderr, flush=True)
+        print(f"\r{model} {'+'.join(names)} {done}/{total}   ", end="", file=sys.stderr, flush=True)
 
-    if not names:
-        return detection_table(pipe, samples=samples, seed=SEED, steps=STEPS, progress=tell)
+    pipe = load_pipeline(model)
     with attach(pipe, [Registry(ROOT).get(name).load() for name in names]):
-        return detection_table(pipe, samples=samples, seed=SEED, steps=STEPS, progress=tell)
+        return detection_table(pipe, samples=SAMPLES, seed=SEED, steps=STEPS, progress=tell)
 
 
 def compare(without: list[Row], given: list[Row], erased: tuple[str, ...]) -> dict[str, Any]:
@@ -61,32 +72,23 @@ def compare(without: list[Row], given: list[Row], erased: tuple[str, ...]) -> di
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(ERASERS))
-    parser.add_argument("--samples", type=int, default=50)
-    options = parser.parse_args()
-    every = tuple(options.names)
-    bare = measure("sketchbook", (), options.samples)
-    numbers: dict[str, Any] = {
-        "samples_per_name": options.samples,
-        "guidance_scale": 7.5,
-        "steps": STEPS,
-        "bare": {f"{row.kind} {row.name}": row.detected for row in bare},
-        "alone": {},
-    }
+    parser.add_argument("parts", nargs="*", help="erasers, `together`, `transfer`; everything unless given")
+    parts = parser.parse_args().parts or [*ERASERS, "together", "transfer"]
+    file = RESULTS / "erasure.json"
+    numbers: dict[str, Any] = (
+        json.loads(file.read_text()) if file.exists() else {"alone": {}, "transferred_to_chalk": {}}
+    )
+    numbers |= {"samples_per_name": SAMPLES, "guidance_scale": 7.5, "steps": STEPS}
     registry = Registry(ROOT)
-    for name in every:
-        given = measure("sketchbook", (name,), options.samples)
-        numbers["alone"][name] = compare(bare, given, (name,))
-        registry.record_evaluation(name, evaluations(bare, given, base="sketchbook", seed=SEED))
-        print(name, numbers["alone"][name], file=sys.stderr)
-    if set(TOGETHER) <= set(every):
-        numbers["together"] = compare(bare, measure("sketchbook", TOGETHER, options.samples), TOGETHER)
-        print("together", numbers["together"], file=sys.stderr)
-        chalk = measure("sketchbook-chalk", (), options.samples)
-        numbers["bare_on_chalk"] = {f"{row.kind} {row.name}": row.detected for row in chalk}
-        numbers["transferred_to_chalk"] = {}
-        for name in TRANSFER:
-            moved = compare(chalk, measure("sketchbook-chalk", (name,), options.samples), (name,))
-            numbers["transferred_to_chalk"][name] = moved
-            print("chalk", name, moved, file=sys.stderr)
+    for part in parts:
+        if part == "together":
+            numbers["together"] = compare(bare("sketchbook"), measure("sketchbook", TOGETHER), TOGETHER)
+        elif part == "transfer":
+            for name in TRANSFER:
+                given = measure("sketchbook-chalk", (name,))
+                numbers["transferred_to_chalk"][name] = compare(bare("sketchbook-chalk"), given, (name,))
+        else:
+            given = measure("sketchbook", (part,))
+            numbers["alone"][part] = compare(bare("sketchbook"), given, (part,))
+            registry.record_evaluation(part, evaluations(bare("sketchbook"), given, base="sketchbook", seed=SEED))
         record("erasure", numbers, seeds=SEED)

@@ -40,6 +40,6 @@ def record(name: str, numbers: dict[str, Any], *, seeds: Any) -> Path:
         "versions": versions(),
         "seeds": seeds,
     }
-    path.write_text(json.dumps({**about, **numbers}, indent=2) + "\n")
+    path.write_text(json.dumps({**numbers, **about}, indent=2) + "\n")
     print(f"wrote {path}", file=sys.stderr)
     return path

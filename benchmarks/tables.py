@@ -1,6 +1,6 @@
 """Writes the README's tables from the committed results, so that no number in it is typed by hand.
 
-    python benchmarks/tables.py
+python benchmarks/tables.py
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def sketchbook(numbers: dict[str, Any]) -> str:
         worst, who = seen["subject_worst"]
         rows.append([
             f"`{model}`", _share(seen["subject_mean"]), f"{_share(worst)} ({who})", _share(seen["style_mean"]),
-            f"{seen['megabytes']} MB", f"{seen['seconds_for_four_pictures']} s",
+            f"{seen['megabytes']} MB", f"{seen['seconds_for_four_pictures_of_25_steps']} s",
         ])  # fmt: skip
     held = numbers["probe_on_held_out_drawings"]
     drawings = "; ".join(
@@ -69,7 +69,7 @@ def erasers(numbers: dict[str, Any]) -> str:
     return (
         f"{_table(head, rows)}\n\nShare of pictures in which the probe finds what was asked for, "
         f"{numbers['samples_per_name']} pictures for each of 22 subjects and 5 styles, {numbers['steps']} steps, guidance "
-        f"{numbers['guidance_scale']}, in sentences that no eraser was trained on; \"others\" are all other subjects and "
+        f'{numbers["guidance_scale"]}, in sentences that no eraser was trained on; "others" are all other subjects and '
         f"styles. The erasers were trained on `sketchbook` alone by `spmhub train NAME`.\n{_about(numbers, 'erasure')}"
     )
 
@@ -101,7 +101,9 @@ def render(readme: str) -> str:
     for name, section in SECTIONS.items():
         text = section(json.loads((RESULTS / f"{name}.json").read_text()))
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        readme, found = re.subn(pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme, flags=re.DOTALL)
+        readme, found = re.subn(
+            pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme, flags=re.DOTALL
+        )
         if found != 1:
             raise SystemExit(f"README.md holds {found} sections marked {name}, not 1")
     return readme

@@ -30,8 +30,8 @@ from spm_hub.training import Recipe, train
 from spm_hub.training.injection import Injection
 
 OTHERS = ("mickey", "spongebob", "pikachu", "dog", "cat", "legislator", "church", "golf ball", "person", "apple")
-OURS_AT = (25, 50, 75, 100, 125, 150, 175, 200, 225, 250, 275, 300)
-PAPER_AT = (250, 500, 750, 1000, 1250, 1500, 1750, 2000, 2250, 2500, 2750, 3000)
+OURS_AT = (40, 80, 120, 160)
+PAPER_AT = (500, 1000, 1500, 2000, 2500, 3000)
 
 
 def paper(target: str) -> Recipe:
@@ -52,7 +52,7 @@ def paper(target: str) -> Recipe:
 
 def table(target: str, adapter: Adapter | None, samples: int) -> dict[str, float]:
     pipe = load_pipeline("sketchbook")
-    wanted: dict[str, Any] = {"subjects": (target, *OTHERS), "styles": (), "samples": samples, "seed": 77, "steps": 20}
+    wanted: dict[str, Any] = {"subjects": (target, *OTHERS), "styles": (), "samples": samples, "seed": 77, "steps": 12}
     if adapter is None:
         rows: list[Row] = detection_table(pipe, **wanted)
     else:

@@ -311,10 +311,10 @@ def main() -> None:
     parser.add_argument("--drawings", type=int, default=40000)
     parser.add_argument("--clip-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--decoder-steps", type=int, default=600)
+    parser.add_argument("--decoder-steps", type=int, default=300)
     parser.add_argument("--probe-steps", type=int, default=1200)
     parser.add_argument("--base-steps", type=int, default=3600)
-    parser.add_argument("--chalk-steps", type=int, default=700)
+    parser.add_argument("--chalk-steps", type=int, default=450)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     out: Path = options.out

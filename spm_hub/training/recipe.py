@@ -51,27 +51,27 @@ class XtSource(_Part):
     """
 
     source: Literal["trajectory", "student"] = "trajectory"
-    steps: int = Field(default=25, ge=2, le=1000, description="denoising steps of a trajectory")
+    steps: int = Field(default=16, ge=2, le=1000, description="denoising steps of a trajectory")
     guidance: tuple[float, ...] = Field(
         default=(0.0, 1.0, 3.0, 7.5),
         min_length=1,
         description="guidance scales a trajectory is driven with, one drawn for each; the student uses the first",
     )
     trajectories: int = Field(default=24, ge=1, description="trajectories run side by side")
-    chunks: int = Field(default=8, ge=1, description="groups of trajectories over the whole training")
+    chunks: int = Field(default=4, ge=1, description="groups of trajectories over the whole training")
 
 
 class Anchoring(_Part):
     """Latent anchoring (Eq. 7): what must stay, and how hard it is held."""
 
-    weight: float = Field(default=10.0, ge=0, description="lambda")
+    weight: float = Field(default=40.0, ge=0, description="lambda")
     alpha: float = Field(default=1.0, ge=0, description="P(anchor) ~ (1 - |cos(anchor, target)|)^alpha")
     source: Literal["text", "gaussian", "given"] = Field(
         default="text",
         description="text: sentences about everything else; gaussian: the released code's; given: `prompts`",
     )
     prompts: tuple[NonBlank, ...] = ()
-    per_target: int = Field(default=1, ge=0, description="anchors for each target row of a batch")
+    per_target: int = Field(default=2, ge=0, description="anchors for each target row of a batch")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -110,8 +110,8 @@ class Recipe(_Part):
     x_t: XtSource = XtSource()
     anchoring: Anchoring = Anchoring()
     optimiser: Optimiser = Optimiser()
-    steps: int = Field(default=300, ge=1)
-    batch_size: int = Field(default=16, ge=1)
+    steps: int = Field(default=160, ge=1)
+    batch_size: int = Field(default=12, ge=1)
     templates: bool = Field(
         default=True, description="train on the concept in many sentences, not on its bare name alone"
     )
