@@ -80,12 +80,19 @@ class Probe:
 
 
 def _augment(batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Shifts, mild blur and noise: the probe must not lean on pixel-sharp edges that no autoencoder reproduces."""
+    """Shifts, blur, noise, stronger contrast and colour.
+
+    The probe must lean neither on pixel-sharp edges, which no autoencoder reproduces, nor on exact tones, which guidance
+    exaggerates.
+    """
     shift = torch.randint(-3, 4, (2,), generator=generator)
     batch = torch.roll(batch, (int(shift[0]), int(shift[1])), dims=(2, 3))
-    if torch.rand((), generator=generator) < 0.5:
-        size = int(torch.randint(32, 56, (), generator=generator))
+    if torch.rand((), generator=generator) < 0.6:
+        size = int(torch.randint(18, 56, (), generator=generator))
         batch = F.interpolate(F.interpolate(batch, size=size, mode="area"), size=64, mode="bilinear")
+    chances = torch.rand((2, len(batch), 1, 1, 1), generator=generator)
+    batch = batch.mean(1, keepdim=True).lerp(batch, 1 + 0.6 * chances[0])
+    batch = batch.mean((1, 2, 3), keepdim=True).lerp(batch, 0.9 + 0.7 * chances[1]).clamp(-1, 1)
     noise = torch.randn(batch.shape, generator=generator) * 0.08 * torch.rand((), generator=generator)
     gain = 1 + 0.1 * torch.randn((len(batch), 3, 1, 1), generator=generator)
     return batch * gain + noise
