@@ -68,9 +68,10 @@ def erasers(numbers: dict[str, Any]) -> str:
     head = ["eraser", "found without", "found with", "others, mean change (points)", "others, worst change (points)"]
     return (
         f"{_table(head, rows)}\n\nShare of pictures in which the probe finds what was asked for, "
-        f"{numbers['samples_per_name']} pictures for each of 22 subjects and 5 styles, {numbers['steps']} steps, guidance "
-        f'{numbers["guidance_scale"]}, in sentences that no eraser was trained on; "others" are all other subjects and '
-        f"styles. The erasers were trained on `sketchbook` alone by `spmhub train NAME`.\n{_about(numbers, 'erasure')}"
+        f"{numbers['samples_per_name']} pictures for each of 22 subjects and 5 styles, {numbers['steps']} steps, "
+        f"guidance {numbers['guidance_scale']}, in sentences that no eraser was trained on; 'others' are all other "
+        "subjects and styles. The erasers were trained on `sketchbook` alone by `spmhub train NAME`.\n"
+        f"{_about(numbers, 'erasure')}"
     )
 
 

@@ -82,8 +82,8 @@ class Probe:
 def _augment(batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Shifts, blur, noise, stronger contrast and colour.
 
-    The probe must lean neither on pixel-sharp edges, which no autoencoder reproduces, nor on exact tones, which guidance
-    exaggerates.
+    The probe must lean neither on pixel-sharp edges, which no autoencoder reproduces, nor on exact tones, which
+    guidance exaggerates.
     """
     shift = torch.randint(-3, 4, (2,), generator=generator)
     batch = torch.roll(batch, (int(shift[0]), int(shift[1])), dims=(2, 3))

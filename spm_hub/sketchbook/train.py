@@ -296,6 +296,8 @@ def save_pipeline(
     folder: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel
 ) -> None:
     """Writes a diffusers folder in half precision; the modules themselves stay in float32."""
+    for module in (vae, unet):
+        module.register_to_config(_name_or_path="")  # diffusers would record where on this machine it was read from
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
