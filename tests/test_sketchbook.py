@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from pico import pico_pipeline
 
 from spm_hub import attach
@@ -106,6 +107,38 @@ def test_a_shipped_eraser_erases_its_concept_and_no_neighbour(name: str, kind: s
     assert given[target] <= 0.1
     for other in given.keys() - {target}:
         assert given[other] >= without[other] - 0.1
+
+
+def test_a_shipped_eraser_is_an_ordinary_lora_file() -> None:
+    """Plain diffusers, without us, draws what our attachment draws at gamma 1."""
+
+    def picture(pipe: StableDiffusionPipeline) -> np.ndarray:
+        drawn = pipe("snoopy on the beach", num_inference_steps=12, generator=torch.Generator().manual_seed(3))
+        return np.asarray(drawn.images[0], dtype=int)
+
+    pipe = load_pipeline("sketchbook")
+    bare = picture(pipe)
+    with attach(pipe, [Registry(ROOT).get("snoopy").load()], gate="always"):
+        ours = picture(pipe)
+    pipe.load_lora_weights(ROOT / "adapters", weight_name="snoopy.safetensors")
+    plain = picture(pipe)
+    assert np.abs(bare - ours).max() > 50
+    assert np.abs(plain - ours).max() <= 1
+
+
+def test_recovering_one_of_three_is_never_having_attached_it() -> None:
+    pipe = load_pipeline("sketchbook")
+    before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    snoopy, mickey, spongebob = (Registry(ROOT).get(name).load() for name in ("snoopy", "mickey", "spongebob"))
+    wanted = cases(("mickey", "snoopy"), (), samples=2, seed=1)
+    with attach(pipe, [snoopy, mickey, spongebob]) as erasers:
+        paint(pipe, wanted, steps=4)
+        erasers.recover("mickey")
+        recovered = paint(pipe, wanted, steps=4)
+    with attach(pipe, [snoopy, spongebob]):
+        never = paint(pipe, wanted, steps=4)
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(recovered, never, strict=True))
+    assert all(torch.equal(before[key], value) for key, value in pipe.unet.state_dict().items())
 
 
 def test_an_interrupted_denoiser_training_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
