@@ -30,8 +30,8 @@ from spm_hub.training import Recipe, train
 from spm_hub.training.injection import Injection
 
 OTHERS = ("mickey", "spongebob", "pikachu", "dog", "cat", "legislator", "church", "golf ball", "person", "apple")
-OURS_AT = (40, 80, 120, 160)
-PAPER_AT = (500, 1000, 1500, 2000, 2500, 3000)
+OURS_AT = (40, 50, 60, 70, 80, 100, 120, 140, 160)
+PAPER_AT = tuple(range(250, 3001, 250))
 
 
 def paper(target: str) -> Recipe:
@@ -61,16 +61,19 @@ def table(target: str, adapter: Adapter | None, samples: int) -> dict[str, float
     return {row.name: row.detected for row in rows}
 
 
-def run(label: str, plan: Recipe, at: tuple[int, ...], bare: dict[str, float], samples: int) -> dict[str, Any]:
-    """Trains until the criterion holds or the recipe ends; every look is recorded."""
+def run(
+    label: str, plan: Recipe, at: tuple[int, ...], bare: dict[str, float], samples: int, give_up: float = float("inf")
+) -> dict[str, Any]:
+    """Trains until the criterion holds, the recipe ends or `give_up` seconds are spent; every look is recorded."""
     pipe = load_pipeline("sketchbook")
     looks: list[dict[str, Any]] = []
     clock = {"spent": 0.0, "since": time.perf_counter()}
 
     def look(step: int, injection: Injection) -> bool:
-        if step not in at:
+        spent = clock["spent"] + time.perf_counter() - clock["since"]
+        if step not in at and spent < give_up:
             return False
-        clock["spent"] += time.perf_counter() - clock["since"]
+        clock["spent"] = spent
         increments = injection.increments()
         manifest = Manifest(
             name="now", concept=Concept(target=plan.target), increment=increment_info(increments),
@@ -83,7 +86,7 @@ def run(label: str, plan: Recipe, at: tuple[int, ...], bare: dict[str, float], s
         looks.append({"step": step, "seconds": spent, "target": found, "others_lost_points": round(lost, 2)})
         print(label, looks[-1], "reached" if reached else "", file=sys.stderr, flush=True)
         clock["since"] = time.perf_counter()
-        return reached
+        return reached or spent >= give_up
 
     train(plan, pipe=pipe, on_step=look)
     last = looks[-1]
@@ -95,10 +98,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="snoopy")
     parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--give-up", type=float, default=12.0, help="stop the paper's loop at so many times our time")
     options = parser.parse_args()
     bare = table(options.target, None, options.samples)
     ours = run("ours", Recipe.plan(target=options.target), OURS_AT, bare, options.samples)
-    theirs = run("paper", paper(options.target), PAPER_AT, bare, options.samples)
+    limit = options.give_up * ours["seconds"]
+    theirs = run("paper", paper(options.target), PAPER_AT, bare, options.samples, limit)
     numbers = {
         "target": options.target,
         "samples_per_name": options.samples,
