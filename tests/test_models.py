@@ -49,7 +49,7 @@ def test_precision_is_asked_for_or_that_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "hub_id", "revision"),
     [
-        ("sd-v1-4", "CompVis/stable-diffusion-v1-4", None),
+        ("sd-v1-4", "CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b"),
         ("dreamshaper-8@main", "Lykon/dreamshaper-8", "main"),
         ("some-one/a.model_2", "some-one/a.model_2", None),
         (f"some/model@{COMMIT}", "some/model", COMMIT),
