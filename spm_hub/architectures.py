@@ -1,6 +1,7 @@
 """Which denoiser a pipeline has, which of its modules erasers may change, and whether an adapter fits it."""
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,27 +18,58 @@ from spm_hub.increments import Increment
 class Family:
     """Everything the house knows of one family of models; a new family is one more entry in `FAMILIES`.
 
-    denoiser: the pipeline's attribute that holds the denoiser.  classes: names of that denoiser's class.
-    blocks: names of the classes inside which every Linear and Conv2d is a target.
-    key_prefix: what precedes a module's path in an adapter file.  recognises: judges a denoiser by its configuration.
+    denoiser: the pipeline's attribute that holds the denoiser.  classes: names of that denoiser's class or of one that
+    it derives from.  blocks: names of the classes inside which every Linear and Conv2d is a target, norms and
+    modulations aside; none where they have to be found by their structure (`attention_blocks`).
+    recognises: judges a denoiser by its configuration.  distilled: whether guidance is already in the weights, so that
+    a second, classifier-free one would overshoot.  few_steps: by its configuration, whether it was distilled to draw
+    in at most `FEW_STEPS` steps.
     """
 
     name: str
     denoiser: str
     classes: tuple[str, ...]
     blocks: tuple[str, ...]
-    key_prefix: str
-    recognises: Callable[[Mapping[str, Any]], bool]
+    recognises: Callable[[Mapping[str, Any]], bool] = lambda config: True
+    distilled: bool = False
+    few_steps: Callable[[Mapping[str, Any]], bool] = lambda config: False
 
 
-def _is_sd1(config: Mapping[str, Any]) -> bool:
-    """SD1 projects with 1x1 convolutions where SD2 has Linear layers, and knows no size or pooled-text embedding."""
-    return not config.get("use_linear_projection") and config.get("addition_embed_type") is None
+FEW_STEPS = 4
+"""Steps that step-distilled models (FLUX.1 schnell) are made for."""
 
-
+# These see the timestep and the pooled text, one vector for the whole picture, never a token: what is erased there is
+# erased from every prompt. In SD's U-Nets their like (time_emb_proj) lies in the resnets and was never a target. They
+# are also the widest layers of an MMDiT: without them an eraser of FLUX is a quarter smaller.
+_MODULATION = re.compile(r"(.*\.)?(norm\w*|\w*_norm|adaln\w*|\w*_mod|mod|\w*modulation\w*)(\..*)?")
+# to_q, to_query, to_qkv, to_qkv_mlp_proj, q_proj, qkv, query
+_QUERIES = re.compile(r"(to_)?q(uery|kv\w*)?(_proj)?")
+_UNET = ("UNet2DConditionModel",)
+# DiT families: attention projections of image and text (to_*, add_*_proj, to_add_out), both feed-forwards, and
+# proj_mlp and proj_out of the single blocks.
 FAMILIES: tuple[Family, ...] = (
-    Family("sd1", "unet", ("UNet2DConditionModel",), ("Transformer2DModel",), "lora_unet_", _is_sd1),
-)
+    Family(
+        # SD1 projects with 1x1 convolutions where SD2 has Linear layers.
+        "sd1", "unet", _UNET, ("Transformer2DModel",),
+        lambda config: not config.get("use_linear_projection") and config.get("addition_embed_type") is None,
+    ),
+    Family(
+        "sd2", "unet", _UNET, ("Transformer2DModel",),
+        lambda config: bool(config.get("use_linear_projection")) and config.get("addition_embed_type") is None,
+    ),
+    Family(
+        "sdxl", "unet", _UNET, ("Transformer2DModel",),
+        lambda config: config.get("addition_embed_type") == "text_time",
+    ),
+    Family("sd3", "transformer", ("SD3Transformer2DModel",), ("JointTransformerBlock",)),
+    Family(
+        "flux", "transformer", ("FluxTransformer2DModel",), ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+        distilled=True, few_steps=lambda config: not config.get("guidance_embeds"),
+    ),
+    # Whatever else diffusers knows: PixArt, Sana, Qwen-Image, FLUX.2, DeepFloyd ...
+    Family("generic", "unet", _UNET, ()),
+    Family("generic", "transformer", ("ModelMixin",), ()),
+)  # fmt: skip
 
 
 def denoiser_of(pipe: object) -> nn.Module:
@@ -67,7 +99,7 @@ def family_of(pipe: object) -> Family:
             return family
     raise CompatibilityError(
         f"{type(denoiser).__name__} with this configuration belongs to no known family "
-        f"(known: {', '.join(family.name for family in FAMILIES)})",
+        f"(known: {', '.join(dict.fromkeys(family.name for family in FAMILIES))})",
         mend="spmhub models",
     )
 
@@ -82,16 +114,49 @@ def targets(denoiser: nn.Module, family: Family | None = None) -> dict[str, nn.M
     """The modules an eraser of this family is trained on, by dotted path.
 
     SPM (arXiv 2312.16145, section 3.1): every Linear and Conv2d inside each `Transformer2DModel`, proj_in and proj_out
-    included; never a resnet, a sampler or the text encoder. On Stable Diffusion 1.x these are 192 modules.
+    included; never a resnet, a sampler or the text encoder. On Stable Diffusion 1.x these are 192 modules. In a
+    transformer the same, in every block; never embeddings, norms or modulations, nor depthwise convolutions (Sana),
+    which no product of two thin matrices can change channel by channel.
     """
     family = family_of(denoiser) if family is None else family
     body = body_of(denoiser)
-    roots = tuple(
-        f"{path}."
-        for path, module in body.named_modules()
-        if any(kind.__name__ in family.blocks for kind in type(module).__mro__)
-    )
-    return {path: module for path, module in changeable(body).items() if path.startswith(roots)}
+    if family.blocks:
+        blocks = [
+            path
+            for path, module in body.named_modules()
+            if any(kind.__name__ in family.blocks for kind in type(module).__mro__)
+        ]
+    else:
+        blocks = attention_blocks(body)
+    roots = tuple(f"{block}." for block in blocks)
+    found = {path: module for path, module in changeable(body).items() if path.startswith(roots)}
+    return {
+        path: module
+        for path, module in found.items()
+        if not _MODULATION.fullmatch(path) and getattr(module, "groups", 1) == 1
+    }
+
+
+def attention_blocks(denoiser: nn.Module) -> list[str]:
+    """The repeated blocks that hold attention, by dotted path, whatever they are called.
+
+    They are the members of module lists with an attention layer in them, and no such list inside in its turn: the
+    transformer blocks of a DiT, and of a U-Net the same, without the resnets beside them.
+    """
+    attentions = [path for path, module in denoiser.named_modules() if _is_attention(module)]
+    members = [
+        f"{path}.{name}" if path else name
+        for path, module in denoiser.named_modules()
+        if isinstance(module, nn.ModuleList)
+        for name, _ in module.named_children()
+    ]
+    holding = [path for path in members if any(f"{attention}.".startswith(f"{path}.") for attention in attentions)]
+    return [path for path in holding if not any(other.startswith(f"{path}.") for other in holding)]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether queries are made here: the one thing all of diffusers' attention layers agree on is its name."""
+    return any(_QUERIES.fullmatch(name) for name, _ in module.named_children())
 
 
 def changeable(denoiser: nn.Module) -> dict[str, nn.Module]:
