@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .base import BaseModel
+from .conditioning import Conditioning
 from .prompts import PromptMaker
 from .recipe import Anchoring
 
@@ -23,27 +26,29 @@ def anchor_weights(candidates: Tensor, target: Tensor, alpha: float) -> Tensor:
 
 
 class AnchorSource:
-    """Draws text states to hold on to."""
+    """Draws what must stay: rows that the denoiser is told."""
 
     def __init__(self, base: BaseModel, recipe: Anchoring, target: str, maker: PromptMaker) -> None:
         self._base, self._recipe, self._target, self._maker = base, recipe, target, maker
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count, tokens, d_text) anchors."""
+    def draw(self, count: int, generator: torch.Generator) -> Conditioning:
+        """`count` anchors."""
         target = self._base.encode([self._target])[0]
         match self._recipe.source:
             case "gaussian":
-                return _gaussian(count, target, generator)
+                states = _gaussian(count, target.states, generator)
+                pooled = None if target.pooled is None else _gaussian(count, target.pooled, generator)
+                return replace(target.expand(count), states=states, pooled=pooled)
             case "given":
                 prompts = list(self._recipe.prompts)
             case "text":
                 prompts = [self._maker.anchor(generator) for _ in range(CANDIDATES * count)]
-        states = self._base.encode(prompts)
-        weights = anchor_weights(states, target, self._recipe.alpha).cpu()
+        told = self._base.encode(prompts)
+        weights = anchor_weights(told.states, target.states, self._recipe.alpha).cpu()
         if not bool((weights > 0).any()):
             weights = torch.ones_like(weights)
         chosen = torch.multinomial(weights, count, replacement=True, generator=generator)
-        return states[chosen.to(states.device)]
+        return told[chosen.to(told.states.device)]
 
 
 def _gaussian(count: int, target: Tensor, generator: torch.Generator) -> Tensor:

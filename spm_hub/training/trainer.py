@@ -24,6 +24,7 @@ from spm_hub.manifest import Base, Concept, GateDefaults, Manifest
 
 from .anchors import AnchorSource
 from .base import BaseModel
+from .conditioning import Conditioning
 from .injection import Injection
 from .objectives import OBJECTIVES
 from .prompts import PromptMaker, Words, vocabulary_words
@@ -194,7 +195,7 @@ class _Run:
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         latents = torch.cat([batch.latents, batch.anchor_latents])
         times = torch.cat([batch.times, batch.anchor_times])
-        states = torch.cat([batch.states, batch.anchor_states])
+        states = Conditioning.cat([batch.states, batch.anchor_states])
         prediction = self.base.predict(latents, times, states)
         size = len(batch.latents)
         erase = self.erase(prediction[:size], batch.concept, batch.neutral)

@@ -8,12 +8,14 @@ spends about thirty of its fifty denoiser rows per iteration on reaching one x_t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .anchors import AnchorSource
 from .base import BaseModel
+from .conditioning import Conditioning
 from .injection import Injection
 from .prompts import PromptMaker
 from .recipe import Recipe
@@ -23,18 +25,18 @@ from .recipe import Recipe
 class Batch:
     """Rows to train on.
 
-    Target rows: latents (b, c, h, w), times (b,), states (b, tokens, d) and the frozen base's predictions for the
-    concept and for the surrogate. Anchor rows: the same, with the one prediction to keep.
+    Target rows: latents (b, *latent_shape), times (b,), what the denoiser is told (b rows) and the frozen base's
+    predictions for the concept and for the surrogate. Anchor rows: the same, with the one prediction to keep.
     """
 
     latents: Tensor
     times: Tensor
-    states: Tensor
+    states: Conditioning
     concept: Tensor
     neutral: Tensor
     anchor_latents: Tensor
     anchor_times: Tensor
-    anchor_states: Tensor
+    anchor_states: Conditioning
     anchor_predictions: Tensor
 
 
@@ -42,16 +44,16 @@ class Batch:
 class Chunk:
     """A group of trajectories, all steps of all flattened to n rows.
 
-    latents (n, c, h, w), times (n,), owner (n,): the trajectory; target_states (k, tokens, d);
-    anchor_states (k, a, tokens, d); concept, neutral, empty (n, c, h, w); anchors (n, a, c, h, w).
+    latents (n, *latent_shape), times (n,), owner (n,): the trajectory; target_states (k rows), empty_states (k);
+    anchor_states (k x a); concept, neutral, empty as latents; anchors (n, a, *latent_shape).
     """
 
     latents: Tensor
     times: Tensor
     owner: Tensor
-    target_states: Tensor
-    anchor_states: Tensor
-    empty_state: Tensor
+    target_states: Conditioning
+    anchor_states: Conditioning
+    empty_states: Conditioning
     concept: Tensor
     neutral: Tensor
     empty: Tensor
@@ -86,41 +88,43 @@ class TrajectorySource:
         generator = generator_for(recipe.seed, 0, index)
         count, per = source.trajectories, max(1, recipe.anchoring.per_target)
         base.forget()
-        target_states = base.encode([self._prompt(generator) for _ in range(count)])
-        anchor_states = self._anchors.draw(count * per, generator).unflatten(0, (count, per))
-        empty_state, neutral_state = base.encode(["", recipe.surrogate])
+        targets = base.encode([self._prompt(generator) for _ in range(count)])
+        anchors = self._anchors.draw(count * per, generator)
+        ends = base.encode(["", recipe.surrogate])
         picks = torch.randint(len(source.guidance), (count,), generator=generator)
         guidance = torch.tensor(source.guidance)[picks]
         by_anchor = torch.arange(count) % 2 == 1
-        guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)[:, None, None, None]
+        guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)
+        target_states = targets.under(guidance)
+        empty_states, neutral_states = (end.expand(count).under(guidance) for end in ends)
+        anchor_states = anchors.map(lambda part: part.unflatten(0, (count, per))).under(guidance[:, None])
         # Another number of steps each time, so that together the trajectories visit all timesteps.
-        steps = source.steps - int(torch.randint(1 + source.steps // 4, (), generator=generator))
+        most = base.steps(source.steps)
+        steps = most - int(torch.randint(1 + most // 4, (), generator=generator))
         scheduler = base.scheduler(steps)
-        latents = base.noise(count, generator) * scheduler.init_noise_sigma
-        states = torch.cat([
-            target_states, neutral_state.expand_as(target_states), empty_state.expand_as(target_states),
-            anchor_states.transpose(0, 1).flatten(0, 1),
-        ])  # fmt: skip
-        if recipe.surrogate == "":
-            states = torch.cat([states[:count], states[2 * count :]])
+        latents = base.noise(count, generator) * initial_sigma(scheduler)
+        columns = [anchor_states[:, number] for number in range(per)]
+        between = [] if recipe.surrogate == "" else [neutral_states]
+        states = Conditioning.cat([target_states, *between, empty_states, *columns])
         rows: dict[str, list[Tensor]] = {
             key: [] for key in ("latents", "times", "concept", "neutral", "empty", "anchors")
         }
         for time in scheduler.timesteps:
-            model_input = scheduler.scale_model_input(latents, time)
-            repeated = model_input.repeat(len(states) // count, 1, 1, 1)
+            model_input = scaled(scheduler, latents, time)
+            repeated = torch.cat([model_input] * (len(states) // count))
             parts = list(base.predict(repeated, time.expand(len(repeated)), states).split(count))
             concept, neutral = parts[0], parts[1]
             empty = parts[1] if recipe.surrogate == "" else parts[2]
             kept = torch.stack(parts[-per:], dim=1)
-            driver = torch.where(by_anchor.to(base.device)[:, None, None, None], kept[:, 0], concept)
-            latents = scheduler.step(empty + guidance * (driver - empty), time, latents).prev_sample
+            anchored = by_anchor.to(base.device).view(-1, *[1] * (concept.dim() - 1))
+            driver = torch.where(anchored, kept[:, 0], concept)
+            latents = scheduler.step(base.guide(empty, driver, guidance), time, latents).prev_sample
             for key, value in zip(rows, (model_input, time.expand(count), concept, neutral, empty, kept), strict=True):
                 rows[key].append(value)
         flat = {key: torch.cat(values) for key, values in rows.items()}
         owner = torch.arange(count, device=base.device).repeat(steps)
         return Chunk(
-            owner=owner, target_states=target_states, anchor_states=anchor_states, empty_state=empty_state, **flat
+            owner=owner, target_states=target_states, anchor_states=anchor_states, empty_states=empty_states, **flat
         )
 
     def chunk(self, index: int) -> Chunk:
@@ -147,36 +151,41 @@ class TrajectorySource:
 def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.Generator) -> Batch:
     targets: list[tuple[Tensor, ...]] = []
     anchors: list[tuple[Tensor, ...]] = []
+    target_states: list[Conditioning] = []
+    anchor_states: list[Conditioning] = []
     for chunk, size in shares:
         if size == 0:
             continue
         rows = torch.randint(len(chunk), (size,), generator=generator).to(chunk.latents.device)
         owner = chunk.owner[rows]
-        targets.append(
-            (
-                chunk.latents[rows],
-                chunk.times[rows],
-                chunk.target_states[owner],
-                chunk.concept[rows],
-                chunk.neutral[rows],
-            )
-        )
+        targets.append((chunk.latents[rows], chunk.times[rows], chunk.concept[rows], chunk.neutral[rows]))
+        target_states.append(chunk.target_states[owner])
         for number in range(recipe.anchoring.per_target):
-            anchors.append(
-                (
-                    chunk.latents[rows],
-                    chunk.times[rows],
-                    chunk.anchor_states[owner, number],
-                    chunk.anchors[rows, number],
-                )
-            )
+            anchors.append((chunk.latents[rows], chunk.times[rows], chunk.anchors[rows, number]))
+            anchor_states.append(chunk.anchor_states[owner, number])
         # The empty prompt is the other half of guidance at every picture, so it is an anchor too.
         some = rows[: max(1, size // 4)]
-        empty_states = chunk.empty_state.expand(len(some), *chunk.empty_state.shape)
-        anchors.append((chunk.latents[some], chunk.times[some], empty_states, chunk.empty[some]))
-    joined = [torch.cat(parts) for parts in zip(*targets, strict=True)]
-    kept = [torch.cat(parts) for parts in zip(*anchors, strict=True)]
-    return Batch(*joined, *kept)
+        anchors.append((chunk.latents[some], chunk.times[some], chunk.empty[some]))
+        anchor_states.append(chunk.empty_states[chunk.owner[some]])
+    latents, times, concept, neutral = (torch.cat(parts) for parts in zip(*targets, strict=True))
+    anchor_latents, anchor_times, kept = (torch.cat(parts) for parts in zip(*anchors, strict=True))
+    return Batch(
+        latents, times, Conditioning.cat(target_states), concept, neutral,
+        anchor_latents, anchor_times, Conditioning.cat(anchor_states), kept,
+    )  # fmt: skip
+
+
+def initial_sigma(scheduler: Any) -> float:
+    """How strong the first noise is; a flow's schedulers do not say, as theirs always has unit variance."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def scaled(scheduler: Any, latents: Tensor, time: Tensor) -> Tensor:
+    """The latents as the denoiser takes them at `time`."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return latents
+    model_input: Tensor = scheduler.scale_model_input(latents, time)
+    return model_input
 
 
 class StudentSource:
@@ -198,21 +207,23 @@ class StudentSource:
         size, per = recipe.batch_size, recipe.anchoring.per_target
         base.forget()
         prompts = [self._maker.target(generator) if recipe.templates else recipe.target for _ in range(size)]
-        states = base.encode(prompts)
-        empty_state, neutral_state = base.encode(["", recipe.surrogate])
-        empty = empty_state.expand_as(states)
-        scheduler = base.scheduler(recipe.x_t.steps)
+        guidance = torch.full((size,), recipe.x_t.guidance[0], device=base.device)
+        states = base.encode(prompts).under(guidance)
+        empty, neutral_states = (end.expand(size).under(guidance) for end in base.encode(["", recipe.surrogate]))
+        scheduler = base.scheduler(base.steps(recipe.x_t.steps))
         reached = int(torch.randint(len(scheduler.timesteps), (), generator=generator))
-        latents = base.noise(size, generator) * scheduler.init_noise_sigma
+        latents = base.noise(size, generator) * initial_sigma(scheduler)
+        both = Conditioning.cat([empty, states])
         for time in scheduler.timesteps[:reached]:
-            model_input = scheduler.scale_model_input(latents, time).repeat(2, 1, 1, 1)
-            without, given = base.predict(model_input, time.expand(2 * size), torch.cat([empty, states])).chunk(2)
-            latents = scheduler.step(without + recipe.x_t.guidance[0] * (given - without), time, latents).prev_sample
+            model_input = torch.cat([scaled(scheduler, latents, time)] * 2)
+            without, given = base.predict(model_input, time.expand(2 * size), both).chunk(2)
+            latents = scheduler.step(base.guide(without, given, guidance), time, latents).prev_sample
         time = scheduler.timesteps[reached]
-        model_input = scheduler.scale_model_input(latents, time)
+        model_input = scaled(scheduler, latents, time)
         anchor_states = self._anchors.draw(size * per, generator) if per else states[:0]
+        anchor_states = anchor_states.under(guidance.repeat_interleave(per))
         anchor_latents = model_input.repeat_interleave(per, dim=0)
-        every = torch.cat([states, neutral_state.expand_as(states), anchor_states])
+        every = Conditioning.cat([states, neutral_states, anchor_states])
         inputs = torch.cat([model_input, model_input, anchor_latents])
         with self._injection.frozen():
             concept, neutral, kept = base.predict(inputs, time.expand(len(inputs)), every).split(
