@@ -50,15 +50,21 @@ def load(reference: str | Path, *, registry: Path | None = None) -> "Adapter":
 
 
 def train(
-    concept: "str | Recipe", *, model: str | None = None, method: str | None = None, **overrides: Any
+    concept: "str | Recipe",
+    *,
+    model: str | None = None,
+    config: str | None = None,
+    method: str | None = None,
+    **overrides: Any,
 ) -> "Adapter":
     """Train an eraser of `concept`, or of the concept of a whole Recipe, and return it; nothing is written.
 
     `model`, `method` and `overrides` are keys of the recipe, over its defaults (the sketchbook, SPM) or over the
-    given one. Raises UsageError for a blank concept, RecipeError for an unknown key or an impossible value.
+    given one; `config` is for a `model` that is a single file, as in `spm_hub.models.parse_reference`.
+    Raises UsageError for a blank concept, RecipeError for an unknown key or an impossible value.
     """
     from spm_hub import training
-    from spm_hub.models import load_pipeline
+    from spm_hub.models import identity_of, load_pipeline
     from spm_hub.training.recipe import Recipe
 
     if isinstance(concept, str) and not concept.strip():
@@ -66,7 +72,9 @@ def train(
     given: dict[str, Any] = {"target": concept} if isinstance(concept, str) else concept.model_dump(mode="json")
     chosen = {key: value for key, value in (("model", model), ("method", method)) if value is not None}
     recipe = Recipe.make(**{**given, **chosen, **overrides})
-    return training.train(recipe, pipe=load_pipeline(recipe.model))
+    pipe = load_pipeline(recipe.model, config=config)
+    base, revision = identity_of(recipe.model, pipe)
+    return training.train(recipe.model_copy(update={"model": base}), pipe=pipe, revision=revision)
 
 
 def __getattr__(name: str) -> Any:

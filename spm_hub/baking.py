@@ -100,6 +100,7 @@ def bake(
 
     with _staged(out) as stage:
         pipe.save_pretrained(stage, safe_serialization=True)
+        _forget_places(stage)
         weights = _Weights(stage / family.denoiser)
         originals = weights.read(_changed_keys(resolved, weights))
         weights.write(_fold(originals, resolved, strengths))
@@ -162,6 +163,14 @@ def read_provenance(checkpoint: Path) -> Provenance:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "(whole file)"
         raise ModelError(f"{file}: {key}: {first['msg']}", mend="bake the checkpoint again") from error
+
+
+def _forget_places(folder: Path) -> None:
+    """Takes out of the configurations where diffusers had read them from on this machine."""
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        config = json.loads(file.read_bytes())
+        if config.pop("_name_or_path", None) is not None:
+            write_atomic(file, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 class _Weights:

@@ -1,8 +1,7 @@
-"""Base models by name: aliases, diffusers folders and Hub repositories, each loaded as a diffusers pipeline."""
+"""Base models by name: aliases, diffusers folders, single files and Hub repositories, each loaded as a pipeline."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spm_hub.errors import AdapterFileError, ModelError, NetworkError, NotFoundError, UsageError, nearest
 from spm_hub.formats.container import read_header
+from spm_hub.single_file import inspection, loading
+from spm_hub.single_file.loading import INDEX
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
 WEIGHTS = Path(__file__).parent / "sketchbook" / "weights"
-INDEX = "model_index.json"
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
 
@@ -126,23 +126,59 @@ ALIASES: Mapping[str, Alias] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ModelRef:
-    """What a model reference stands for: a diffusers folder, or a repository of the Hub at a revision."""
+    """What a model reference stands for: a diffusers folder, a single file, or a repository of the Hub at a revision.
+
+    `config` is the model whose configuration a single file is read with; None leaves it to the file's family.
+    """
 
     text: str
     folder: Path | None = None
+    file: inspection.Checkpoint | None = None
+    config: ModelRef | None = None
     hub_id: str | None = None
     revision: str | None = None
     fp16: bool = False
 
+    @property
+    def public_name(self) -> str:
+        """What others may read of it: never where a folder or a file lies on this machine."""
+        place = self.file.path if self.file else self.folder
+        return self.text if place is None or self.text in ALIASES else place.resolve().name
 
-def parse_reference(text: str) -> ModelRef:
-    """Read `alias[@rev]`, a path to a diffusers folder, or `owner/name[@rev]`, without reading weights or the network.
+    @property
+    def remark(self) -> str | None:
+        """What a user should know before it is used: the parts that a single file borrows."""
+        if self.file is None or not self.file.lacks:
+            return None
+        return f"{self.public_name} has no {' and no '.join(self.file.lacks)} of its own; its base lends them"
 
-    Raises NotFoundError for an alias that is not known (with the nearest names), UsageError for an empty reference, and
-    ModelError for a path that holds no diffusers pipeline.
+
+def parse_reference(text: str, *, config: str | None = None) -> ModelRef:
+    """Read `alias[@rev]`, a path to a diffusers folder or a single file, or `owner/name[@rev]`.
+
+    Of a single file the header is read, no weights, and nothing from the network. `config`, for a single file only, is
+    a reference to a model of its family.
+    Raises NotFoundError for an alias that is not known or a file that is not there (with the nearest names), UsageError
+    for an empty reference and for a `config` that is not needed, ModelError for a path that holds no model.
     """
     if not text.strip():
         raise UsageError("the model reference is empty", mend="spmhub models")
+    path = Path(text).expanduser()
+    if text.partition("@")[0] not in ALIASES and path.is_file():
+        of = None if config is None else parse_reference(config)
+        if of is not None and of.file is not None:
+            raise UsageError(
+                f"--config {config} is a single file, which holds no configuration",
+                mend="--config for a diffusers folder, an alias, or owner/name on the Hub",
+            )
+        return ModelRef(text, file=inspection.inspect(path), config=of)
+    found = _parse_without_config(text, path)
+    if config is not None:
+        raise UsageError(f"--config {config} is for single files; {text} brings its own configuration")
+    return found
+
+
+def _parse_without_config(text: str, path: Path) -> ModelRef:
     name, _, revision = text.partition("@")
     if alias := ALIASES.get(name):
         if alias.embedded is not None:
@@ -152,47 +188,49 @@ def parse_reference(text: str) -> ModelRef:
                 )
             return ModelRef(text, folder=_checked_folder(alias.embedded, embedded=True))
         return ModelRef(text, hub_id=alias.hub_id, revision=revision or alias.revision, fp16=alias.fp16)
-    path = Path(text).expanduser()
     if path.exists():
         return ModelRef(text, folder=_checked_folder(path))
+    if "://" in text:
+        raise UsageError(f"model {text!r} is an address", mend="download the file, then --model FILE.safetensors")
+    if revision and Path(name).expanduser().exists():
+        raise UsageError(f"{name} lies on this machine and has no revisions, but @{revision} was asked")
+    if path.suffix.lower() in inspection.SUFFIXES:
+        raise inspection.missing_file(path)
     if match := _HUB_ID.fullmatch(text):
         return ModelRef(text, hub_id=match["repo"], revision=match["revision"])
     if "/" in text or text.startswith("."):
-        raise NotFoundError(f"model {text!r} is neither a folder nor of the form owner/name", mend="spmhub models")
+        raise NotFoundError(
+            f"model {text!r} is neither a folder, nor a file, nor of the form owner/name", mend="spmhub models"
+        )
     suggestions = nearest(name, ALIASES)
     hint = f"; did you mean {' or '.join(suggestions)}?" if suggestions else ""
     raise NotFoundError(f"unknown model {text!r}{hint}", mend="spmhub models")
 
 
 def load_pipeline(
-    reference: str, *, dtype: torch.dtype | Literal["stored"] | None = None, device: str = "cpu"
+    reference: str,
+    *,
+    config: str | None = None,
+    dtype: torch.dtype | Literal["stored"] | None = None,
+    device: str = "cpu",
 ) -> DiffusionPipeline:
     """The pipeline that `reference` names, in evaluation mode; without a safety checker, which blanks what we compare.
 
-    `dtype` None means float32, "stored" the precision of the denoiser's own file. Only safetensors weights are read.
-    A Hub repository is downloaded once; one that is cached needs no network.
+    `config` as in `parse_reference`. `dtype` None means float32, "stored" the precision of the denoiser's own file.
+    Only safetensors weights are read. What is downloaded, is downloaded once; what is cached needs no network.
 
-    Raises NotFoundError (unknown alias, repository or revision), NetworkError (a download is needed and there is no
-    network), ModelError (the folder or its weights cannot be used, or the device does not exist).
+    Raises NotFoundError (unknown alias, file, repository or revision), NetworkError (a download is needed and there is
+    no network), ModelError (the folder, file or its weights cannot be used), UsageError (no such device).
     """
     import torch
-    from diffusers import DiffusionPipeline
 
-    wanted = parse_reference(reference)
+    wanted = parse_reference(reference, config=config)
     place = _existing_device(device)
-    half = dtype in (torch.float16, torch.bfloat16)
-    folder = wanted.folder or _download(wanted, variant="fp16" if half and wanted.fp16 else None)
-    precision = stored_dtype(folder) if dtype == "stored" else dtype or torch.float32
-    has_fp16 = half and any(folder.rglob("*.fp16.safetensors")) and wanted.fp16
-    with _reading(reference):
-        pipe = DiffusionPipeline.from_pretrained(
-            folder,
-            torch_dtype=precision,
-            use_safetensors=True,
-            variant="fp16" if has_fp16 else None,
-            local_files_only=True,
-            **_without_checker(folder),
-        )
+    if wanted.file is not None:
+        precision = loading.precision_of(wanted.file) if dtype == "stored" else dtype or torch.float32
+        pipe = loading.load(wanted.file, _configuration(wanted), precision)
+    else:
+        pipe = _load_folder(wanted, dtype)
     pipe.to(place)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
@@ -201,12 +239,40 @@ def load_pipeline(
     return pipe
 
 
-def revision_of(pipe: DiffusionPipeline) -> str | None:
-    """The commit of the Hub repository that a pipeline was loaded from; None for a folder."""
+def _load_folder(wanted: ModelRef, dtype: torch.dtype | Literal["stored"] | None) -> DiffusionPipeline:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    half = dtype in (torch.float16, torch.bfloat16)
+    folder = wanted.folder or _download(wanted, variant="fp16" if half and wanted.fp16 else None)
+    precision = stored_dtype(folder) if dtype == "stored" else dtype or torch.float32
+    has_fp16 = half and any(folder.rglob("*.fp16.safetensors")) and wanted.fp16
+    with _reading(wanted.text):
+        pipe: DiffusionPipeline = DiffusionPipeline.from_pretrained(
+            folder,
+            torch_dtype=precision,
+            use_safetensors=True,
+            variant="fp16" if has_fp16 else None,
+            local_files_only=True,
+            **loading.without_checker(folder),
+        )
+    return pipe
+
+
+def identity_of(reference: str, pipe: DiffusionPipeline) -> tuple[str, str | None]:
+    """The name and the revision under which a manifest records the base `pipe`, which `reference` was loaded as.
+
+    The revision is the commit of a Hub repository, "sha256:<hex>" of a single file, and None for a folder. Names of
+    folders and files leave out where they lie.
+    """
     from spm_hub.network import is_commit
 
+    wanted = parse_reference(reference)
+    if wanted.file is not None:
+        return wanted.public_name, f"sha256:{inspection.sha256_of(wanted.file.path)}"
     folder = Path(str(pipe.config.get("_name_or_path", "")))
-    return folder.name if folder.parent.name == "snapshots" and is_commit(folder.name) else None
+    is_snapshot = folder.parent.name == "snapshots" and is_commit(folder.name)
+    return wanted.public_name, folder.name if is_snapshot else None
 
 
 def is_available(alias: Alias) -> bool:
@@ -250,19 +316,35 @@ def _checked_folder(path: Path, *, embedded: bool = False) -> Path:
             f"the embedded model is not in this installation: {path / INDEX} is missing",
             mend="python -m spm_hub.sketchbook.train, or install the package again",
         )
-    if path.is_dir():
-        raise ModelError(f"{path} is no diffusers pipeline: it has no {INDEX}")
-    raise ModelError(
-        f"{path} is a single file; a folder in the layout of diffusers is needed",
-        mend=f'python -c "from diffusers import StableDiffusionPipeline as P; '
-        f"P.from_single_file('{path}').save_pretrained('{path.stem}')\"",
-    )
+    raise ModelError(f"{path} is no diffusers pipeline: it has no {INDEX}")
 
 
-def _without_checker(folder: Path) -> dict[str, Any]:
-    """The arguments that leave a safety checker out, for the pipelines that have one (SD1)."""
-    parts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
+def _configuration(wanted: ModelRef) -> Path:
+    """The folder whose configuration a single file is read with: the one asked for, or that of a base of its family.
+
+    The bases are looked for in the Hub's cache first; of the best one the small files are downloaded otherwise.
+    Raises ModelError, NotFoundError, NetworkError.
+    """
+    file = wanted.file
+    assert file is not None
+    if wanted.config is not None and wanted.config.folder is not None:
+        return wanted.config.folder
+    if wanted.config is not None:
+        bases = [wanted.config]
+    elif file.kind is not None and file.kind.bases:
+        bases = [parse_reference(base) for base in file.kind.bases]
+    else:
+        about = file.kind.about if file.kind else f"of no family that its tensors tell ({min(file.keys)}, ...)"
+        raise ModelError(
+            f"{file.path} is {about}: its configuration is needed",
+            mend="--config for a diffusers folder of its family, an alias, or owner/name on the Hub",
+        )
+    repositories: list[tuple[str, tuple[str | None, ...]]] = []
+    for base in bases:
+        # Where an alias means a commit that was never downloaded, another commit's configuration does as well.
+        others = () if base.revision is None or "@" in base.text else (None,)
+        repositories.append((str(base.hub_id), (base.revision, *others)))
+    return loading.configuration(file, repositories)
 
 
 def _download(wanted: ModelRef, variant: str | None) -> Path:

@@ -19,7 +19,7 @@ LEVELS = (
     ("architectures",),
     ("gate", "layers"),
     ("calls",),
-    ("options",),
+    ("options", "single_file"),
     ("attachment", "baking", "models"),
     ("hub", "training", "evaluation", "attacks", "diagnosis"),
     ("cli",),

@@ -16,7 +16,7 @@ from test_remote import Hub
 
 from spm_hub import models
 from spm_hub.errors import ModelError, NotFoundError, SpmHubError, UsageError
-from spm_hub.models import ALIASES, load_pipeline, parse_reference, revision_of, stored_dtype
+from spm_hub.models import ALIASES, identity_of, load_pipeline, parse_reference, stored_dtype
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -35,7 +35,7 @@ def test_a_folder_is_loaded_bit_for_bit_without_bar_or_checker(folder: Path) -> 
     assert pipe.safety_checker is None
     assert not pipe.unet.training
     assert not any(parameter.requires_grad for parameter in pipe.unet.parameters())
-    assert revision_of(pipe) is None
+    assert identity_of(str(folder), pipe) == ("pico", None)
 
 
 def test_precision_is_asked_for_or_that_of_the_file(tmp_path: Path) -> None:
@@ -79,14 +79,9 @@ def test_references_to_nothing(text: str, kind: type[SpmHubError], says: str) ->
     assert caught.value.exit_code == 2
 
 
-def test_a_folder_or_file_that_is_no_pipeline(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model_index\.json"):
         parse_reference(str(tmp_path))
-    single = tmp_path / "model.safetensors"
-    single.write_bytes(b"x")
-    with pytest.raises(ModelError, match="single file") as caught:
-        parse_reference(str(single))
-    assert "from_single_file" in str(caught.value)
 
 
 def test_an_embedded_model_that_was_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,8 +143,8 @@ def test_a_cached_repository_needs_no_network(folder: Path, tmp_path: Path) -> N
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(COMMIT)
     code = (
-        "import sys; from spm_hub.models import load_pipeline, revision_of\n"
-        "print(revision_of(load_pipeline(sys.argv[1])))"
+        "import sys; from spm_hub.models import identity_of, load_pipeline\n"
+        "print(*identity_of(sys.argv[1], load_pipeline(sys.argv[1])))"
     )
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     for reference in ("some/pico", f"some/pico@{COMMIT}"):
@@ -157,7 +152,7 @@ def test_a_cached_repository_needs_no_network(folder: Path, tmp_path: Path) -> N
         done = subprocess.run(
             [sys.executable, "-c", code, reference], env=environment, capture_output=True, text=True, check=False
         )
-        assert done.stdout.strip() == COMMIT, done.stderr
+        assert done.stdout.split() == [reference, COMMIT], done.stderr
         assert time.monotonic() - started < 60
 
 

@@ -25,6 +25,7 @@ def apply(
     *,
     adapters: options.Adapters,
     model: options.Model = "sketchbook",
+    config: options.Config = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next one has the next seed.")] = 0,
@@ -55,7 +56,8 @@ def apply(
         raise UsageError("--prompt and --prompts are both given", mend="put all prompts into the file")
     wanted, acting = options.names(adapters), options.gate(gate)
     strengths = options.strengths(strength)
-    parse_reference(model)
+    if remark := parse_reference(model, config=config).remark:
+        out.say(remark)
     entries = [resolve(reference, registry) for reference in wanted]
     with silence_libraries():
         from spm_hub.evaluation.pictures import Drawing, read_prompts, save, show
@@ -63,7 +65,7 @@ def apply(
         texts = read_prompts(prompts) if prompts is not None else prompt or []
         drawing = Drawing(seed=seed, number=num, steps=steps, guidance=guidance)
         erasers = [entry.load() for entry in entries]
-        pipe = load_pipeline(model, dtype=options.precision(dtype), device=device)
+        pipe = load_pipeline(model, config=config, dtype=options.precision(dtype), device=device)
         with out.progress("drawing") as progress:
             shown = show(
                 pipe, erasers, texts, drawing, gate=acting, strength=strengths, compare=compare, progress=progress

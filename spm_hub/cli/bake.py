@@ -22,11 +22,12 @@ def bake(
     adapters: options.Adapters,
     to: Annotated[Path, typer.Option("--out", help="Folder for the new checkpoint.")],
     model: options.Model = "sketchbook",
+    config: options.Config = None,
     strength: options.Strength = None,
     registry: options.Registry = None,
     force: options.Force = False,
 ) -> None:
-    """Write a plain checkpoint with erasers folded in.
+    """Write a plain checkpoint with erasers folded in: a diffusers folder, also of a single file.
 
     For programs that know nothing of erasers: it erases at gamma 1, whatever the prompt. It keeps the precision of
     the base, and what is needed to take an eraser out again: see spmhub recover.
@@ -34,15 +35,19 @@ def bake(
     from spm_hub.hub.registry import resolve
     from spm_hub.models import load_pipeline, parse_reference
 
-    parse_reference(model)
+    wanted = parse_reference(model, config=config)
+    if wanted.remark:
+        out.say(wanted.remark)
     entries = [resolve(reference, registry) for reference in options.names(adapters)]
     with silence_libraries():
         from spm_hub.baking import bake as run
 
         erasers = [entry.load() for entry in entries]
-        pipe = load_pipeline(model, dtype="stored")
+        pipe = load_pipeline(model, config=config, dtype="stored")
         out.say(f"baking {len(erasers)} eraser(s) into {model} ...")
-        provenance = run(pipe, erasers, to, strength=options.strengths(strength), base=model, replace=force)
+        provenance = run(
+            pipe, erasers, to, strength=options.strengths(strength), base=wanted.public_name, replace=force
+        )
     names = ", ".join(eraser.name for eraser in provenance.erasers)
     out.data(
         {"checkpoint": to, **provenance.model_dump(mode="json")}, f"{to}: {model} without {names}", brief=[str(to)]

@@ -23,7 +23,21 @@ Registry = Annotated[
     ),
 ]
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="Alias, diffusers folder, or owner/name on the Hub, also with @revision.")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Alias, diffusers folder, single .safetensors file, or owner/name on the Hub, also with @revision.",
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help="For a single file: a model of its family whose configuration it is read with (alias, diffusers folder, "
+        "owner/name). Unless given: told by the file.",
+        show_default=False,
+    ),
 ]
 Adapters = Annotated[
     str, typer.Option("--adapters", "-a", help="Erasers, separated by commas: names, files, or owner/name on the Hub.")

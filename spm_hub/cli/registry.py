@@ -90,7 +90,14 @@ def show(out: Output, name: Name, *, registry: options.Registry = None) -> None:
     Example("spmhub check snoopy --model sketchbook-chalk", "does it fit this other checkpoint?"),
     panel="Look",
 )
-def check(out: Output, name: Name, *, model: options.Model = "sketchbook", registry: options.Registry = None) -> None:
+def check(
+    out: Output,
+    name: Name,
+    *,
+    model: options.Model = "sketchbook",
+    config: options.Config = None,
+    registry: options.Registry = None,
+) -> None:
     """Check that an eraser fits a model.
 
     Exit code 1 with the first module that does not fit, and both shapes.
@@ -98,13 +105,13 @@ def check(out: Output, name: Name, *, model: options.Model = "sketchbook", regis
     from spm_hub.hub.registry import resolve
     from spm_hub.models import load_pipeline, parse_reference
 
-    parse_reference(model)
+    parse_reference(model, config=config)
     entry = resolve(name, registry)
     with silence_libraries():
         from spm_hub import architectures
 
         adapter = entry.load()
-        pipe = load_pipeline(model)
+        pipe = load_pipeline(model, config=config)
     answer = {"adapter": adapter.name, "model": model}
     try:
         architectures.check(adapter, pipe)

@@ -25,6 +25,7 @@ def train(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model: see spmhub models. Unless given: sketchbook.")
     ] = None,
+    config: options.Config = None,
     method: Annotated[str | None, typer.Option(help="Training method. Unless given: spm.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe in YAML; other options win over it.")] = None,
     set_: Annotated[
@@ -43,14 +44,15 @@ def train(
 ) -> None:
     """Train an eraser for CONCEPT and keep it in the registry."""
     from spm_hub.hub.registry import Registry, registries
-    from spm_hub.models import load_pipeline, parse_reference, revision_of
+    from spm_hub.models import identity_of, load_pipeline, parse_reference
     from spm_hub.training.recipe import Recipe
 
     given = {"target": concept, "model": model, "method": method, "name": name, "seed": seed}
     plan = Recipe.plan(recipe, set_ or (), **{key: value for key, value in given.items() if value is not None})
     kept_in = Registry(registry) if registry is not None else registries()[0]
     kept_in.check_room_for(plan.slug, replace=force)
-    parse_reference(plan.model)
+    if remark := parse_reference(plan.model, config=config).remark:
+        out.say(remark)
     folder = checkpoint_dir or options.run_folder(plan.slug)
 
     out.say(f"erasing {plan.target!r} from {plan.model} with {plan.method} ...")
@@ -58,12 +60,13 @@ def train(
         from spm_hub.training.trainer import Checkpoint
         from spm_hub.training.trainer import train as run
 
-        pipe = load_pipeline(plan.model, dtype=options.precision(dtype), device=device)
+        pipe = load_pipeline(plan.model, config=config, dtype=options.precision(dtype), device=device)
+        base, revision = identity_of(plan.model, pipe)
         with out.progress("training") as progress:
             adapter = run(
-                plan,
+                plan.model_copy(update={"model": base}),
                 pipe=pipe,
-                revision=revision_of(pipe),
+                revision=revision,
                 progress=progress,
                 checkpoint_dir=folder,
                 resume=resume,
@@ -76,4 +79,5 @@ def train(
         f"{entry.name}: {entry.adapter_path} ({size(n_bytes)})",
         brief=[str(entry.adapter_path)],
     )
-    out.say(f'try: spmhub apply --model {plan.model} --adapters {entry.name} --prompt "{plan.target}" --compare')
+    source = f"{plan.model} --config {config}" if config else plan.model
+    out.say(f'try: spmhub apply --model {source} --adapters {entry.name} --prompt "{plan.target}" --compare')
