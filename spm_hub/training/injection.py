@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from peft import LoraConfig
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from spm_hub.architectures import targets, weight_of
@@ -24,8 +25,7 @@ class Injection:
     `up` starts at zero, so that nothing changes before training.
     """
 
-    # diffusers mixes its adapter methods into a denoiser's class, where torch's types do not see them: hence Any.
-    def __init__(self, denoiser: Any, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, denoiser: nn.Module, rank: int, generator: torch.Generator) -> None:
         """`down` starts as SPM's does: kaiming_uniform(a = sqrt 5), from `generator`."""
         if held := getattr(denoiser, "peft_config", None):
             raise ModelError(
@@ -35,8 +35,9 @@ class Injection:
         self._denoiser = denoiser
         self.paths = tuple(targets(denoiser))
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(self.paths), init_lora_weights=True)
+        # By PEFT itself: some of diffusers' denoisers (PixArt's) lack the methods it has for adapters.
         with torch.random.fork_rng(devices=[]):  # PEFT draws its own beginning, which is replaced below
-            denoiser.add_adapter(config, adapter_name=_NAME)
+            inject_adapter_in_model(config, denoiser, adapter_name=_NAME)
         modules = dict(denoiser.named_modules())
         self.downs: dict[str, nn.Parameter] = {p: weight_of(modules[p].lora_A[_NAME]) for p in self.paths}
         self.ups: dict[str, nn.Parameter] = {p: weight_of(modules[p].lora_B[_NAME]) for p in self.paths}
@@ -49,11 +50,14 @@ class Injection:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, the denoiser is the base again."""
-        self._denoiser.disable_adapters()
+        layers = [module for module in self._denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(enabled=False)
         try:
             yield
         finally:
-            self._denoiser.enable_adapters()
+            for layer in layers:
+                layer.enable_adapters(enabled=True)
 
     def increments(self) -> dict[str, LowRank]:
         """What has been trained so far, as float32 on the CPU."""
@@ -78,4 +82,5 @@ class Injection:
 
     def remove(self) -> None:
         """Gives the denoiser its own layers back."""
-        self._denoiser.unload_lora()
+        recurse_remove_peft_layers(self._denoiser)
+        self._denoiser.__dict__.pop("peft_config", None)
