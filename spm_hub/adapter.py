@@ -12,8 +12,9 @@ import torch
 from spm_hub.atomic import Content, write_together
 from spm_hub.errors import AdapterFileError, ManifestError
 from spm_hub.formats import spm
-from spm_hub.formats.container import MANIFEST_KEY, Header, encode, read_tensors
+from spm_hub.formats.container import MANIFEST_KEY, Header, encode, read_header, read_tensors
 from spm_hub.formats.layouts import read_increments
+from spm_hub.formats.stored import StoredIncrements, with_dots
 from spm_hub.increments import Increment, LowRank
 from spm_hub.manifest import Base, Concept, IncrementInfo, Manifest, slug
 
@@ -31,8 +32,9 @@ class Adapter:
     source: str = "memory"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "increments", MappingProxyType(dict(self.increments)))
-        stated, actual = self.manifest.increment, increment_info(self.increments)
+        if not isinstance(self.increments, StoredIncrements):
+            object.__setattr__(self, "increments", MappingProxyType(dict(self.increments)))
+        stated, actual = self.manifest.increment, increment_info(self.outline)
         if missing := sorted(set(stated.modules) ^ set(actual.modules)):
             where = "manifest" if missing[0] in stated.modules else "increments"
             raise ManifestError(
@@ -48,6 +50,11 @@ class Adapter:
     @property
     def name(self) -> str:
         return self.manifest.name
+
+    @property
+    def outline(self) -> Mapping[str, Increment]:
+        """The increments for whoever asks for their kinds and shapes only: those of a file may be unread, on meta."""
+        return self.increments.outline if isinstance(self.increments, StoredIncrements) else self.increments
 
     def save(self, path: Path | str, manifest_path: Path | str | None = None) -> Manifest:
         """Write the adapter, and the manifest beside it when `manifest_path` is given: both wholly, or neither.
@@ -79,14 +86,23 @@ class Adapter:
         return written
 
 
-def load_file(path: Path | str, manifest_path: Path | str | None = None) -> Adapter:
+def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy: bool = False) -> Adapter:
     """Load an adapter file, checked against `manifest_path` where one is given, and against the hashes in its header.
 
-    A file of another program gets a manifest made from its header, its name and its tensors.
+    lazy: read the header only, and the increments, with all checks of their numbers and hashes, when they are first
+    needed (`formats.stored`). A file of another program gets a manifest made from its header, name and tensors.
     Raises AdapterFileError (truncated, altered, not finite, unknown layout), ManifestError, NotFoundError.
     """
     path = Path(path)
     sidecar = None if manifest_path is None else Manifest.read(Path(manifest_path))
+    if lazy:
+        header = read_header(path)
+        manifest = sidecar or _embedded_manifest(path, header)
+        stored = StoredIncrements(
+            path, header, None if sidecar is None else sidecar.increment.sha256,
+            () if manifest is None else manifest.increment.modules,
+        )  # fmt: skip
+        return Adapter(manifest or _manifest_of_foreign(path, header, stored.outline), stored, str(path))
     header, tensors, sha256 = read_tensors(path)
     if sidecar is not None and sidecar.increment.sha256 != sha256:
         raise AdapterFileError(
@@ -95,16 +111,8 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None) -> Adap
             mend="fetch or train the adapter again",
         )
     increments = read_increments(path, tensors)
-    embedded = header.metadata.get(MANIFEST_KEY)
-    if sidecar is not None:
-        manifest = sidecar
-    elif embedded is not None:
-        manifest = Manifest.from_json(embedded, source=f"{path} ({MANIFEST_KEY})")
-    else:
-        manifest = _manifest_of_foreign(path, header, increments)
-    dotted = {spm.flat(module): module for module in manifest.increment.modules}
-    named = {dotted.get(spm.flat(module), module): increment for module, increment in increments.items()}
-    return Adapter(manifest, named, str(path))
+    manifest = sidecar or _embedded_manifest(path, header) or _manifest_of_foreign(path, header, increments)
+    return Adapter(manifest, with_dots(increments, manifest.increment.modules), str(path))
 
 
 def increment_info(increments: Mapping[str, Increment]) -> IncrementInfo:
@@ -120,6 +128,11 @@ def increment_info(increments: Mapping[str, Increment]) -> IncrementInfo:
         dtype=str(dtype).removeprefix("torch."),
         modules=tuple(sorted(increments)),
     )
+
+
+def _embedded_manifest(path: Path, header: Header) -> Manifest | None:
+    embedded = header.metadata.get(MANIFEST_KEY)
+    return None if embedded is None else Manifest.from_json(embedded, source=f"{path} ({MANIFEST_KEY})")
 
 
 def _manifest_of_foreign(path: Path, header: Header, increments: Mapping[str, Increment]) -> Manifest:

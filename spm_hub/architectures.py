@@ -11,7 +11,6 @@ from torch import nn
 from spm_hub.adapter import Adapter
 from spm_hub.errors import CompatibilityError, nearest
 from spm_hub.formats.spm import flat
-from spm_hub.increments import Increment
 
 
 @dataclass(frozen=True)
@@ -196,16 +195,16 @@ def bias_of(module: nn.Module) -> nn.Parameter | None:
     return bias
 
 
-def resolve_modules(adapter: Adapter, denoiser: nn.Module) -> dict[str, tuple[nn.Module, Increment]]:
-    """The module that each increment belongs to, by dotted path in the denoiser.
+def resolve_modules(adapter: Adapter, denoiser: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The modules that an adapter changes, by dotted path in the denoiser, with the adapter's own name for each.
 
     Paths are compared with . as _, which is all that files of other programs keep of them.
     Raises CompatibilityError that names the first module which is missing or of another shape, and both shapes.
     """
     modules = changeable(denoiser)
     paths = {flat(path): path for path in modules}
-    resolved: dict[str, tuple[nn.Module, Increment]] = {}
-    for name, increment in adapter.increments.items():
+    resolved: dict[str, tuple[nn.Module, str]] = {}
+    for name, increment in adapter.outline.items():
         path = name if name in modules else paths.get(flat(name))
         if path is None:
             meant = nearest(flat(name), paths)
@@ -220,7 +219,7 @@ def resolve_modules(adapter: Adapter, denoiser: nn.Module) -> dict[str, tuple[nn
             increment.check_fits(path, weight_of(module), bias_of(module))
         except CompatibilityError as error:
             raise _misfit(adapter, denoiser, error.message) from error
-        resolved[path] = module, increment
+        resolved[path] = module, name
     return resolved
 
 

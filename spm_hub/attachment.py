@@ -12,10 +12,11 @@ from torch import nn
 
 from spm_hub.adapter import Adapter
 from spm_hub.architectures import body_of, denoiser_of, family_of, resolve_modules, weight_of
-from spm_hub.calls import HELD, Call, Settings, can_encode, encode, hold, release, tokens_of
+from spm_hub.calls import HELD, Call, can_encode, encode, hold, release, tokens_of
 from spm_hub.errors import NotFoundError, UsageError, nearest
-from spm_hub.gate import Concept, Concepts, ConstantGate, Prompts
-from spm_hub.increments import Increment
+from spm_hub.formats.stored import StoredIncrements
+from spm_hub.gate import ConstantGate, Prompts
+from spm_hub.gating import Gating
 from spm_hub.layers import Layers, foldable, kept_bytes
 from spm_hub.options import Eraser, GateChoice, Mode, Options, Rows, finite
 
@@ -29,6 +30,9 @@ def attach(
     rows: Rows | None = None,
     mode: Mode = "auto",
     memory_budget: int | None = None,
+    increment_budget: int | None = None,
+    threshold: float | None = None,
+    top_k: int | None = None,
 ) -> "Attachment":
     """Put erasers on a diffusers pipeline; whoever calls the pipeline then gets them, gated per prompt.
 
@@ -40,12 +44,17 @@ def attach(
     lets every row of a batch have its own; "auto" folds when all rows agree and branches when they do not.
     memory_budget: bytes for the originals that folding keeps beside the weights; beyond it they are kept on the CPU,
     and where the model itself is on the CPU, "auto" branches.
+    increment_budget: bytes of increments that stay in memory of adapters that were loaded lazily; beyond it those used
+    longest ago are dropped, and read again when a prompt needs them.
+    threshold, top_k: for very many erasers, gammas below `threshold` count as 0, and of the others only the `top_k`
+    greatest of each prompt act. Off unless given, as the paper's sum is over all.
 
     A denoiser that is called without a known prompt runs with gamma 1. While attached, `state_dict`, `save_pretrained`,
     `load_state_dict` and `to` meet the checkpoint's own weights: erasers are never saved by accident (baking is the way
     to save them in). Raises UsageError or CompatibilityError, and then the pipeline is as it was.
     """
-    return Attachment(pipe, adapters, Options(gate, strength, rows, mode, memory_budget))
+    options = Options(gate, strength, rows, mode, memory_budget, increment_budget, threshold, top_k)
+    return Attachment(pipe, adapters, options)
 
 
 class Attachment:
@@ -65,6 +74,8 @@ class Attachment:
         self._calls: list[Call] = []
         self._denoisings = 0
         self._warned: set[str] = set()
+        self._pipeline_class = type(pipe)
+        self._gating = Gating(pipe, self._pipeline_class, options)
         self._layers = Layers()
         self._erasers: dict[str, Eraser] = {}
         self._attached = True
@@ -72,16 +83,14 @@ class Attachment:
         self._plan: tuple[bool, dict[str, list[float]]] | None = None
         self._seen: tuple[Call | None, int | None] | None = None
         self._budgeted: tuple[torch.device | None, bool] | None = None
-        self._concepts: dict[tuple[Settings, tuple[str, ...]], Concepts] = {}
+        self._last_used: dict[str, StoredIncrements] = {}
         erasers: dict[str, Eraser] = {}
         for adapter in adapters:
             erasers[adapter.name] = self._fitting(adapter, erasers)
         if isinstance(options.strength, Mapping):
             for name in options.strength:
                 _known(name, erasers)
-        self._keeping(erasers)
         self._install(erasers)
-        self._pipeline_class = type(pipe)
         hold(pipe, self._denoiser, self)
 
     @property
@@ -95,20 +104,22 @@ class Attachment:
         return Strength(self)
 
     def gates(self, prompt: str, /) -> dict[str, float]:
-        """Gamma of every eraser for a prompt, before its strength: why a picture is as it is."""
+        """Gamma of every eraser for a prompt, before its strength: why a picture is as it is.
+
+        What `threshold` and `top_k` leave out is 0.
+        """
         with self._lock:
             self._alive()
             states = encode(self._pipe, self._pipeline_class, prompt)
             prompts = Prompts((prompt,), tokens_of(self._pipe, [prompt]), states)
-            return {name: gammas[0] for name, gammas in self._gammas(prompts, (), self.names).items()}
+            gammas = self._gating.selected(self._gating.ask(prompts, (), self._erasers))
+            return {name: gammas[name][0] for name in self._erasers}
 
     def add(self, adapter: Adapter, /) -> None:
         """Attach one more eraser, under the options of `attach`. Raises as `attach` does, and then changes nothing."""
         with self._lock:
             self._alive()
-            eraser = self._fitting(adapter, self._erasers)
-            self._keeping({**self._erasers, adapter.name: eraser})
-            self._install({adapter.name: eraser})
+            self._install({adapter.name: self._fitting(adapter, self._erasers)})
 
     def recover(self, name: str, /) -> None:
         """Take one eraser away: the pipeline is, bit for bit, as if only the others had ever been attached."""
@@ -118,6 +129,7 @@ class Attachment:
             with self._writing():
                 self._layers.uninstall(name)
             del self._erasers[name]
+            self._last_used.pop(name, None)
             self._changed()
 
     def detach(self) -> None:
@@ -172,7 +184,7 @@ class Attachment:
                 self._warn_once("only prompt_embeds are known: erasers are gated by the embeddings, not by the words")
             if can_encode(self._pipe):
                 # Now, as the text encoder may be offloaded before the denoiser is called.
-                call.gammas.update(self._gammas(call.prompts, call.settings, self.names))
+                call.gammas = self._gating.ask(call.prompts, call.settings, self._erasers)
 
     @contextmanager
     def denoising(self, rows: int | None) -> Iterator[None]:
@@ -203,7 +215,7 @@ class Attachment:
         factors = self._factors(call, rows)
         shared = all(len(set(due)) == 1 for due in factors.values())
         if self._budgeted is None:
-            self._budgeted = self._keeping(self._erasers)
+            self._budgeted = self._keeping()
         keep_on, can_fold = self._budgeted
         if self._options.mode == "fold" and not shared:
             ranges = (f"{name} {min(due):.3g} to {max(due):.3g}" for name, due in factors.items())
@@ -222,7 +234,24 @@ class Attachment:
                 else:
                     self._layers.branch(factors)
             self._plan = plan
+            self._note_use(name for name, due in factors.items() if any(due))
         self._seen = call, rows
+
+    def _note_use(self, names: Iterable[str]) -> None:
+        """Remember who was used last, and drop what is beyond the budget of those used longest ago."""
+        budget = self._options.increment_budget
+        if budget is None:
+            return
+        for name in names:
+            stored = self._erasers[name].adapter.increments
+            if isinstance(stored, StoredIncrements):
+                self._last_used.pop(name, None)
+                self._last_used[name] = stored
+        excess = sum(stored.nbytes for stored in self._last_used.values()) - budget
+        while excess > 0:
+            stored = self._last_used.pop(next(iter(self._last_used)))
+            excess -= stored.nbytes
+            stored.release()
 
     def _factors(self, call: Call | None, rows: int | None) -> dict[str, list[float]]:
         """Gamma times strength of every eraser for each row of the batch; one number stands for all rows."""
@@ -237,10 +266,12 @@ class Attachment:
         if rows is None or rows % call.block:
             self._warn_once(f"{rows} rows do not come from {call.block} prompts and pictures: every eraser is fully on")
             return fully_on
-        call.gammas.update(self._gammas(call.prompts, call.settings, missing))
+        if missing:
+            call.gammas = self._gating.ask(call.prompts, call.settings, self._erasers)
+        gammas = self._gating.selected({name: call.gammas[name] for name in self._erasers})
         factors = {}
         for name, eraser in self._erasers.items():
-            block = [gamma * eraser.strength for gamma in call.gammas[name] for _ in range(call.images)]
+            block = [gamma * eraser.strength for gamma in gammas[name] for _ in range(call.images)]
             blocks = [block] * (rows // call.block)
             if eraser.rows == "conditional" and call.guided and len(blocks) == 2:
                 # Under classifier-free guidance diffusers puts the unconditional rows first.
@@ -248,54 +279,22 @@ class Attachment:
             factors[name] = [factor for each in blocks for factor in each]
         return factors
 
-    def _gammas(self, prompts: Prompts, settings: Settings, names: Sequence[str]) -> dict[str, list[float]]:
-        """One gamma for each prompt, by eraser; erasers that share a gate are asked about together."""
-        found: dict[str, list[float]] = {}
-        for gate in {id(self._erasers[name].gate): self._erasers[name].gate for name in names}.values():
-            members = tuple(name for name in names if self._erasers[name].gate is gate)
-            if isinstance(gate, ConstantGate):
-                found.update({name: [gate.gamma] * len(prompts.states) for name in members})
-                continue
-            if (settings, members) not in self._concepts:
-                self._concepts[settings, members] = Concepts(tuple(self._concept(name, settings) for name in members))
-            gammas = torch.as_tensor(gate.gammas(prompts, self._concepts[settings, members]))
-            wanted = len(prompts.states), len(members)
-            if tuple(gammas.shape) != wanted or not torch.isfinite(gammas).all():
-                raise UsageError(
-                    f"{type(gate).__name__}.gammas gave {tuple(gammas.shape)}; wanted are finite numbers of shape "
-                    f"{wanted}, one for each prompt and eraser"
-                )
-            found.update(zip(members, gammas.double().T.tolist(), strict=True))
-        return {name: found[name] for name in names}
-
-    def _concept(self, name: str, settings: Settings) -> Concept:
-        eraser = self._erasers[name]
-        if settings not in eraser.concepts:
-            concept = eraser.adapter.manifest.concept
-            texts = (concept.target, *concept.aliases)
-            states = torch.cat([encode(self._pipe, self._pipeline_class, text, settings) for text in texts])
-            eraser.concepts[settings] = Concept(texts, tokens_of(self._pipe, texts), states.float().cpu())
-        return eraser.concepts[settings]
-
     def _always_on(self, names: Iterable[str]) -> bool:
         return all(isinstance(self._erasers[name].gate, ConstantGate) for name in names)
 
-    def _keeping(self, erasers: Mapping[str, Eraser]) -> tuple[torch.device | None, bool]:
+    def _keeping(self) -> tuple[torch.device | None, bool]:
         """Where folding keeps originals (None: beside the weights), and whether it may fold at all.
 
         Raises UsageError where it may not and the user insists.
         """
-        modules: dict[str, tuple[nn.Module, list[Increment]]] = {}
-        for eraser in erasers.values():
-            for path, (module, increment) in eraser.targets.items():
-                modules.setdefault(path, (module, []))[1].append(increment)
+        modules = self._layers.modules
         reason = None
         budget, needed = self._options.memory_budget, kept_bytes(modules)
         keep_on = None
-        if not all(foldable(module) for module, _ in modules.values()):
+        if not all(map(foldable, modules)):
             reason = "the model's weights are quantised or not in memory"
         elif budget is not None and needed > budget:
-            if all(weight_of(module).device.type == "cpu" for module, _ in modules.values()):
+            if all(weight_of(module).device.type == "cpu" for module in modules):
                 reason = f"the originals take {needed} bytes on the CPU, memory_budget is {budget}"
             else:
                 keep_on = torch.device("cpu")
@@ -314,15 +313,22 @@ class Attachment:
         return self._options.eraser(adapter, resolve_modules(adapter, self._denoiser))
 
     def _install(self, erasers: Mapping[str, Eraser]) -> None:
+        """Nothing of the model changes yet. Raises UsageError, and then installs none, where they cannot be folded."""
         for name, eraser in erasers.items():
-            self._layers.install(name, eraser.targets)
-            self._erasers[name] = eraser
+            self._layers.install(name, eraser.modules, eraser.increments)
+        try:
+            self._keeping()
+        except UsageError:
+            for name in erasers:
+                self._layers.uninstall(name)
+            raise
+        self._erasers |= erasers
         self._changed()
 
     def _changed(self) -> None:
         """Other erasers than before: whatever was derived from them is void."""
         self._plan = self._seen = self._budgeted = None
-        self._concepts.clear()
+        self._gating.forget()
 
     def _bare(self) -> None:
         with self._writing():

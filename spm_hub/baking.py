@@ -40,7 +40,6 @@ from spm_hub.errors import (
     nearest,
 )
 from spm_hub.formats.container import encode, read_header, read_tensors
-from spm_hub.increments import Increment
 from spm_hub.layers import effective
 
 if TYPE_CHECKING:
@@ -239,9 +238,9 @@ def _changed_keys(adapters: Sequence[Adapter], weights: _Weights) -> list[str]:
     return sorted(keys)
 
 
-def _with_model_paths(adapter: Adapter, modules: Mapping[str, tuple[object, Increment]]) -> Adapter:
+def _with_model_paths(adapter: Adapter, modules: Mapping[str, tuple[object, str]]) -> Adapter:
     """The adapter with its modules called as this model calls them; files of other programs write . as _."""
-    increments = {path: increment for path, (_, increment) in modules.items()}
+    increments = {path: adapter.increments[name] for path, (_, name) in modules.items()}
     manifest = adapter.manifest.model_copy(update={"increment": increment_info(increments)})
     return Adapter(manifest, increments, adapter.source)
 

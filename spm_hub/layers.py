@@ -8,7 +8,7 @@ where the sum runs over low-rank and dense increments (arXiv 2312.16145, Eq. 9: 
 function of W, and masks multiply: a neuron that two erasers switch off is off, not negated.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,48 +18,86 @@ from torch import Tensor, nn
 from spm_hub.architectures import bias_of, weight_of
 from spm_hub.increments import Dense, Increment, LowRank, Mask
 
+_CACHED_ELEMENTS = 2**18
+"""Of a weight at a time on the CPU: what is added to them finds them in the cache, so each is read and written once."""
 
-def effective(
-    weight: Tensor, bias: Tensor | None, parts: Iterable[tuple[Increment, float]]
-) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of a module under `parts`, pairs of an increment and its factor: new tensors.
+Parts = Sequence[tuple[Increment, float]]
+"""Increments of one module and their factors."""
+
+
+def effective(weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of a module under `parts`: new tensors; a bias that no part changes is returned as it is.
 
     Sums are accumulated in float32 (float64 for float64 weights) and rounded once to the dtype of `weight`. The result
-    is a function of `parts` in their order, and the bias is returned as it is where no part changes it.
+    is a function of `parts` in their order.
     """
-    accumulator = torch.promote_types(weight.dtype, torch.float32)
-    total = weight.detach().to(accumulator, copy=True, memory_format=torch.contiguous_format)
-    rows = total.view(total.shape[0], -1)
-    bias_total = None if bias is None else bias.detach().to(accumulator, copy=True)
-    changes_bias = False
-    parts = list(parts)
-    for increment, factor in parts:
-        if isinstance(increment, Mask):
-            scale = _mask_scale(increment, factor).to(total)
-            total.mul_(scale.view(_along(increment.dim, total.dim())))
-            if increment.dim == 0 and bias_total is not None:
-                bias_total.mul_(scale)
-                changes_bias = True
+    total = torch.empty_like(weight, requires_grad=False)
+    _fill(total, weight.detach(), parts)
+    return total, bias if bias is None else _effective_bias(bias, parts)
+
+
+def _fill(out: Tensor, weight: Tensor, parts: Parts) -> None:
+    """Write `weight` under `parts` into `out`, which is shaped like it and shares no memory with it."""
+    if not (out.is_contiguous() and weight.is_contiguous()):
+        total = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        _fill(total, weight.contiguous(), parts)
+        out.copy_(total)
+        return
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    source, target = weight.view(len(weight), -1), out.view(len(out), -1)
+    up, down = _stacked(parts, wide, weight.device)
+    step = max(1, _CACHED_ELEMENTS // source.shape[1]) if weight.device.type == "cpu" else len(source)
+    for start in range(0, len(source), step):
+        rows = slice(start, start + step)
+        total = target[rows] if weight.dtype == wide else torch.empty_like(source[rows], dtype=wide)
+        total.copy_(source[rows])
+        shaped = total.view(-1, *weight.shape[1:])
+        for increment, factor in parts:
+            if isinstance(increment, Mask):
+                scale = _mask_scale(increment, factor).to(total)
+                shaped.mul_(_along(increment.dim, scale[rows] if increment.dim == 0 else scale, shaped.dim()))
+        if up is not None and down is not None:
+            total.addmm_(up[rows], down)
+        for increment, factor in parts:
+            if isinstance(increment, Dense):
+                total.add_(increment.delta.view(len(source), -1)[rows].to(total), alpha=factor)
+        if weight.dtype != wide:
+            target[rows] = total.to(weight.dtype)
+
+
+def _stacked(parts: Parts, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """All low-rank parts as one: up (out, ranks) with the factors in it, down (ranks, in * kh * kw); or None twice."""
     pairs = [(increment, factor) for increment, factor in parts if isinstance(increment, LowRank)]
-    if pairs:
-        up = torch.cat([increment.up.flatten(1).to(rows) * factor for increment, factor in pairs], dim=1)
-        down = torch.cat([increment.down.flatten(1).to(rows) for increment, _ in pairs])
-        rows.addmm_(up, down)
+    if not pairs:
+        return None, None
+    factors = [factor for increment, factor in pairs for _ in range(increment.rank)]
+    up = torch.cat([increment.up.flatten(1) for increment, _ in pairs], dim=1).to(device, dtype)
+    down = torch.cat([increment.down.flatten(1) for increment, _ in pairs]).to(device, dtype)
+    return up * torch.tensor(factors, dtype=dtype, device=device), down
+
+
+def _effective_bias(bias: Tensor, parts: Parts) -> Tensor:
+    if not any(_touches_bias(increment) for increment, _ in parts):
+        return bias
+    total = bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
     for increment, factor in parts:
-        if isinstance(increment, Dense):
-            total.add_(increment.delta.to(total).view_as(total), alpha=factor)
-            if increment.delta_bias is not None and bias_total is not None:
-                bias_total.add_(increment.delta_bias.to(bias_total), alpha=factor)
-                changes_bias = True
-    if bias is None or bias_total is None or not changes_bias:
-        return total.to(weight.dtype), bias
-    return total.to(weight.dtype), bias_total.to(bias.dtype)
+        if isinstance(increment, Mask) and increment.dim == 0:
+            total.mul_(_mask_scale(increment, factor).to(total))
+    for increment, factor in parts:
+        if isinstance(increment, Dense) and increment.delta_bias is not None:
+            total.add_(increment.delta_bias.to(total), alpha=factor)
+    return total.to(bias.dtype)
 
 
 def foldable(module: nn.Module) -> bool:
     """Whether a sum can be written into this module's weight: it is there, and not quantised."""
     weight = weight_of(module)
     return weight.is_floating_point() and weight.element_size() >= 2 and not weight.is_meta
+
+
+def kept_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes that the originals of these modules' weights take while they are folded into."""
+    return sum(weight_of(module).nbytes for module in modules)
 
 
 class Layers:
@@ -70,68 +108,77 @@ class Layers:
 
     def __init__(self) -> None:
         self._sites: dict[str, _Site] = {}
+        self._increments: dict[str, Mapping[str, Increment]] = {}
 
-    def install(self, name: str, modules: Mapping[str, tuple[nn.Module, Increment]]) -> None:
-        """Make eraser `name` known on its modules, by path; it takes effect with the next `fold` or `branch`."""
-        for path, (module, increment) in modules.items():
-            site = self._sites.setdefault(path, _Site(module))
-            site.increments = dict(sorted({**site.increments, name: increment}.items()))
+    def install(self, name: str, modules: Mapping[str, nn.Module], increments: Mapping[str, Increment]) -> None:
+        """Make eraser `name` known on its modules, by path; it takes effect with the next `fold` or `branch`.
+
+        `increments` has the same paths; one is read only when the eraser's factor is not zero.
+        """
+        self._increments[name] = increments
+        for path, module in modules.items():
+            self._sites.setdefault(path, _Site(module)).users.add(name)
 
     def uninstall(self, name: str) -> None:
         """Take eraser `name` away: its modules are bare afterwards."""
+        del self._increments[name]
         for path, site in list(self._sites.items()):
-            if site.increments.pop(name, None) is not None:
+            if name in site.users:
+                site.users.remove(name)
                 site.bare()
-            if not site.increments:
-                del self._sites[path]
+                if not site.users:
+                    del self._sites[path]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Every module that an eraser changes."""
+        return [site.module for site in self._sites.values()]
 
     def fold(self, factors: Mapping[str, float], keep_on: torch.device | None = None) -> None:
         """Write W' for one factor per eraser into the modules whose factors changed; originals are kept.
 
-        `keep_on` is the device for the originals, None for that of the weights.
+        `keep_on` is the device for the originals, None for where they are: then W' takes new memory, and the originals
+        are not touched at all.
         """
-        for site in self._sites.values():
-            site.fold(factors, keep_on)
+        active = [(name, factor) for name, factor in sorted(factors.items()) if factor != 0.0]
+        for path, site in self._sites.items():
+            wanted = tuple((name, factor) for name, factor in active if name in site.users)
+            site.fold(wanted, self._reader(path), keep_on)
 
     def branch(self, factors: Mapping[str, Sequence[float]]) -> None:
         """Let each row of the batch have its own factors: one stacked pair of skinny products beside each module."""
-        for site in self._sites.values():
-            site.branch(factors)
+        active = [name for name, each in sorted(factors.items()) if any(factor != 0.0 for factor in each)]
+        columns = torch.tensor([list(factors[name]) for name in active], dtype=torch.float64)
+        for path, site in self._sites.items():
+            used = [column for column, name in enumerate(active) if name in site.users]
+            site.branch([active[column] for column in used], columns[used].mT if used else columns, self._reader(path))
 
     def bare(self) -> None:
         """Put every module back as it was: weights bit for bit, no hook."""
         for site in self._sites.values():
             site.bare()
 
-    def foldable(self) -> bool:
-        """Whether every module can be folded into."""
-        return all(foldable(site.module) for site in self._sites.values())
+    def _reader(self, path: str) -> "_Reader":
+        return lambda name: self._increments[name][path]
 
 
-def kept_bytes(modules: Mapping[str, tuple[nn.Module, Iterable[Increment]]]) -> int:
-    """Bytes that the originals of these modules take while they are folded into."""
-    total = 0
-    for module, increments in modules.values():
-        total += weight_of(module).nbytes
-        bias = bias_of(module)
-        if bias is not None and any(_touches_bias(increment) for increment in increments):
-            total += bias.nbytes
-    return total
+_Reader = Callable[[str], Increment]
 
 
 class _Site:
-    """One module, the increments that target it, and what is in effect on it."""
+    """One module, the names of the erasers that change it, and what is in effect on it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.increments: dict[str, Increment] = {}
-        self._kept: tuple[Tensor, Tensor | None] | None = None
+        self.users: set[str] = set()
+        self._kept: Tensor | None = None
+        self._kept_bias: Tensor | None = None
+        self._written: Tensor | None = None
         self._folded: tuple[tuple[str, float], ...] | None = ()
         self._stack: _Stack | None = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
-    def fold(self, factors: Mapping[str, float], keep_on: torch.device | None) -> None:
-        wanted = tuple((name, factors[name]) for name in self.increments if factors[name] != 0.0)
+    def fold(self, wanted: tuple[tuple[str, float], ...], read: _Reader, keep_on: torch.device | None) -> None:
         if self._hook is None and wanted == self._folded:
             return
         if not wanted:
@@ -139,48 +186,62 @@ class _Site:
             return
         self._unhook()
         self._stack = None
-        weight, bias = weight_of(self.module), bias_of(self.module)
-        if self._kept is None:
-            changed_bias = bias if any(map(_touches_bias, self.increments.values())) else None
-            self._kept = _copy(weight, keep_on), None if changed_bias is None else _copy(changed_bias, keep_on)
-        kept_weight, kept_bias = (None if kept is None else kept.to(weight.device) for kept in self._kept)
-        assert kept_weight is not None
-        new_weight, new_bias = effective(
-            kept_weight, kept_bias, ((self.increments[name], factor) for name, factor in wanted)
-        )
+        parts = [(read(name), factor) for name, factor in wanted]
+        weight = weight_of(self.module)
         # Whatever interrupts the writing, nobody takes half of it for either state.
         self._folded = None
-        weight.copy_(new_weight)
-        if bias is not None and new_bias is not None:
-            bias.copy_(new_bias)
+        if self._kept is None:
+            self._kept = weight.data if keep_on is None else weight.data.to(keep_on, copy=True)
+            self._written = torch.empty_like(weight.data) if keep_on is None else None
+        target = weight.data if self._written is None else self._written
+        _fill(target, self._kept.to(weight.device), parts)
+        weight.data = target
+        self._fold_bias(parts)
         self._folded = wanted
 
-    def branch(self, factors: Mapping[str, Sequence[float]]) -> None:
+    def _fold_bias(self, parts: Parts) -> None:
+        bias = bias_of(self.module)
+        if bias is None:
+            return
+        original = bias.data if self._kept_bias is None else self._kept_bias.to(bias.device)
+        new = _effective_bias(original, parts)
+        if new is not original:
+            self._kept_bias = original
+        bias.data = new
+
+    def branch(self, names: list[str], gammas: Tensor, read: _Reader) -> None:
         self.bare()
-        active = [name for name in self.increments if any(factor != 0.0 for factor in factors[name])]
-        if not active:
+        if not names:
             self._stack = None
             return
-        if self._stack is None or self._stack.names != active:
-            self._stack = _Stack.of(self.module, {name: self.increments[name] for name in active})
-        gammas = torch.tensor([list(factors[name]) for name in active], dtype=torch.float64).T
+        if self._stack is None or self._stack.names != names:
+            self._stack = _Stack.of(self.module, {name: read(name) for name in names})
         self._hook = self.module.register_forward_hook(_RowEffect(self._stack, gammas))
 
     def bare(self) -> None:
         self._unhook()
+        self._folded = None
         if self._kept is not None:
-            self._folded = None
-            bias = bias_of(self.module)
-            weight_of(self.module).copy_(self._kept[0])
-            if bias is not None and self._kept[1] is not None:
-                bias.copy_(self._kept[1])
-            self._kept = None
+            _put_back(weight_of(self.module), self._kept, self._written)
+            self._kept = self._written = None
+        bias = bias_of(self.module)
+        if bias is not None and self._kept_bias is not None:
+            _put_back(bias, self._kept_bias, bias.data)
+            self._kept_bias = None
         self._folded = ()
 
     def _unhook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+def _put_back(parameter: nn.Parameter, kept: Tensor, written: Tensor | None) -> None:
+    """The original itself, untouched all along; where the parameter was moved since, its numbers."""
+    if written is not None and parameter.data_ptr() == written.data_ptr() and parameter.device == kept.device:
+        parameter.data = kept
+    else:
+        parameter.data.copy_(kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,8 +358,9 @@ def _spread(values: Tensor, dims: int, channels: int) -> Tensor:
     return values.view(shape)
 
 
-def _along(dim: int, dims: int) -> list[int]:
-    return [-1 if index == dim else 1 for index in range(dims)]
+def _along(dim: int, values: Tensor, dims: int) -> Tensor:
+    """(n,) broadcast along dimension `dim` of a tensor of `dims` dimensions."""
+    return values.view([-1 if index == dim else 1 for index in range(dims)])
 
 
 def _mask_scale(mask: Mask, factor: float) -> Tensor:
@@ -310,7 +372,3 @@ def _touches_bias(increment: Increment) -> bool:
     if isinstance(increment, Mask):
         return increment.dim == 0
     return isinstance(increment, Dense) and increment.delta_bias is not None
-
-
-def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:
-    return tensor.detach().to(tensor.device if device is None else device, copy=True)

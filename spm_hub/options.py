@@ -31,13 +31,18 @@ class Options:
     rows: Rows | None
     mode: Mode
     memory_budget: int | None
+    increment_budget: int | None
+    threshold: float | None
+    top_k: int | None
 
     def __post_init__(self) -> None:
         _one_of("rows", self.rows, (None, *get_args(Rows)))
         _one_of("mode", self.mode, get_args(Mode))
-        budget = self.memory_budget
-        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 0):
-            raise UsageError(f"memory_budget is {budget!r}; it is a number of bytes, or None for no limit")
+        for key in ("memory_budget", "increment_budget"):
+            _whole(key, getattr(self, key), 0, "a number of bytes, or None for no limit")
+        _whole("top_k", self.top_k, 1, "how many erasers may act on a prompt, or None for all")
+        if self.threshold is not None:
+            finite("threshold", self.threshold)
         if isinstance(self.strength, Mapping):
             for name, value in self.strength.items():
                 finite(f"strength[{name!r}]", value)
@@ -50,8 +55,8 @@ class Options:
         elif self.gate is not None and not isinstance(self.gate, Gate):
             raise UsageError(f'gate is {self.gate!r}; it is "transport", "always", a number, or has a method gammas()')
 
-    def eraser(self, adapter: Adapter, targets: Mapping[str, tuple[nn.Module, Increment]]) -> "Eraser":
-        """An adapter under these options, and under its manifest's where they are silent."""
+    def eraser(self, adapter: Adapter, modules: Mapping[str, tuple[nn.Module, str]]) -> "Eraser":
+        """An adapter on its modules (`architectures.resolve_modules`), under these options or else its manifest's."""
         default = adapter.manifest.gate
         gate = default.kind if self.gate is None else self.gate
         if isinstance(gate, str):
@@ -60,15 +65,20 @@ class Options:
             gate = ConstantGate(float(gate))
         given = self.strength.get(adapter.name) if isinstance(self.strength, Mapping) else self.strength
         strength = default.strength if given is None else float(given)
-        return Eraser(adapter, targets, gate, strength, self.rows or default.rows)
+        increments = adapter.increments
+        if any(path != name for path, (_, name) in modules.items()):
+            increments = {path: increments[name] for path, (_, name) in modules.items()}
+        only = {path: module for path, (module, _) in modules.items()}
+        return Eraser(adapter, only, increments, gate, strength, self.rows or default.rows)
 
 
 @dataclass(eq=False)
 class Eraser:
-    """An adapter on this pipeline: the modules it changes, and how it is gated."""
+    """An adapter on this pipeline: the modules it changes and by what, by path, and how it is gated."""
 
     adapter: Adapter
-    targets: Mapping[str, tuple[nn.Module, Increment]]
+    modules: Mapping[str, nn.Module]
+    increments: Mapping[str, Increment]
     gate: Gate
     strength: float
     rows: Rows
@@ -79,6 +89,11 @@ def finite(key: str, value: object) -> None:
     """Raise UsageError unless `value` is a finite number; `key` names it."""
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         raise UsageError(f"{key} is {value!r}; it has to be a finite number", mend=f"{key} = 1.0")
+
+
+def _whole(key: str, value: object, least: int, what: str) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise UsageError(f"{key} is {value!r}; it is {what}")
 
 
 def _one_of(key: str, value: object, allowed: Sequence[object]) -> None:

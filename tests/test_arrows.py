@@ -20,6 +20,7 @@ LEVELS = (
     ("gate", "layers"),
     ("calls",),
     ("options", "single_file"),
+    ("gating",),
     ("attachment", "baking", "models"),
     ("hub", "training", "evaluation", "attacks", "diagnosis"),
     ("cli",),

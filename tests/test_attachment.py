@@ -364,15 +364,20 @@ def test_the_planner_folds_what_is_shared_and_branches_what_is_not(pipe):
     assert hooks.pop() == count
 
 
-def test_unchanged_gammas_write_nothing(pipe):
-    versions = lambda: [module.weight._version for module in target_modules(pipe.unet).values()]  # noqa: E731
+def test_unchanged_gammas_write_nothing_and_the_originals_are_never_written(pipe):
+    modules = target_modules(pipe.unet).values()
+    originals = [module.weight.data for module in modules]
+    copies = [original.clone() for original in originals]
+    folded = lambda: [(module.weight.data_ptr(), module.weight.data._version) for module in modules]  # noqa: E731
     with attach(pipe, erasers_for(pipe, "snoopy")):
         draw(pipe, "a dog")
-        before = versions()
+        before, numbers = folded(), [module.weight.data.clone() for module in modules]
         draw(pipe, "a dog", num_inference_steps=4)
-        assert versions() == before
+        assert folded() == before
         draw(pipe, "a cat")
-        assert all(now > then for now, then in zip(versions(), before, strict=True))
+        assert not any(torch.equal(module.weight, number) for module, number in zip(modules, numbers, strict=True))
+    assert all(map(torch.equal, originals, copies))
+    assert [module.weight.data_ptr() for module in modules] == [original.data_ptr() for original in originals]
 
 
 # --- taking away ---

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Never
 
@@ -33,14 +35,19 @@ _OTHER_FILES = {
     b"PK\x03\x04": ("it is a zip archive (a PyTorch pickle?); pickles can run code and are never loaded", _ASK),
     b"\x80": ("it is a pickle; pickles can run code and are never loaded", _ASK),
 }
-_NAME_OF = {
-    "torch.bool": "BOOL",
-    "torch.uint8": "U8",
-    "torch.float16": "F16",
-    "torch.bfloat16": "BF16",
-    "torch.float32": "F32",
-    "torch.float64": "F64",
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    **{f"{kind}{bits}": f"{word}{bits}" for kind, word in (("U", "uint"), ("I", "int")) for bits in (16, 32, 64)},
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
 }
+_NAME_OF = {f"torch.{name}": dtype for dtype, name in _TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -73,27 +80,56 @@ def read_header(path: Path) -> Header:
         return _parse_header(path, file, os.fstat(file.fileno()).st_size)
 
 
-def read_tensors(path: Path) -> tuple[Header, dict[str, "Tensor"], str]:
+def read_tensors(path: Path, *, mapped: bool = False) -> tuple[Header, dict[str, "Tensor"], str]:
     """Read a whole file: its header, its tensors by key, and the sha256 of all its bytes.
 
+    mapped: leave the bytes to the operating system, which may drop them from memory and read them again; a file must
+    then never be written in place (ours are replaced as a whole).
     Verifies the hashes in the header, where there are any, and that every number is finite.
     Raises AdapterFileError naming the offending key.
     """
-    import safetensors.torch
     import torch
 
     with _open(path) as file:
-        header = _parse_header(path, file, os.fstat(file.fileno()).st_size)
-        file.seek(0)
-        data = file.read()
-    payload = memoryview(data)[8 + header.size :]
-    _verify_hashes(path, header, payload)
-    tensors = safetensors.torch.load(data)
+        size = os.fstat(file.fileno()).st_size
+        header = _parse_header(path, file, size)
+        data: mmap.mmap | bytearray
+        if mapped:
+            # A private copy on write: torch wants memory that could be written to, the file never is.
+            data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        else:
+            data = bytearray(size)
+            file.seek(0)
+            file.readinto(data)
+    with memoryview(data) as whole:
+        _verify_hashes(path, header, whole[8 + header.size :])
+        sha256 = hashlib.sha256(whole).hexdigest()
+    tensors = {key: _view(data, 8 + header.size, entry) for key, entry in header.entries.items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = tensor.numel() - int(torch.isfinite(tensor).sum())
             _refuse(path, f"{key} holds {bad} of {tensor.numel()} numbers that are NaN or infinite")
-    return header, tensors, hashlib.sha256(data).hexdigest()
+    return header, tensors, sha256
+
+
+def empty_like(entry: Entry) -> "Tensor":
+    """A tensor on the meta device: the dtype and shape of an entry, no numbers."""
+    import torch
+
+    return torch.empty(entry.shape, dtype=getattr(torch, _TORCH_NAMES[entry.dtype]), device="meta")
+
+
+def _view(data: mmap.mmap | bytearray, payload: int, entry: Entry) -> "Tensor":
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
+    if entry.start == entry.end:
+        return torch.empty(entry.shape, dtype=dtype)
+    offset = payload + entry.start
+    if offset % dtype.itemsize:
+        raw = torch.frombuffer(data, dtype=torch.uint8, count=entry.end - entry.start, offset=offset).clone()
+        return raw.view(dtype).view(entry.shape)
+    return torch.frombuffer(data, dtype=dtype, count=math.prod(entry.shape), offset=offset).view(entry.shape)
 
 
 @dataclass(frozen=True)
@@ -164,7 +200,7 @@ def _header_digest(described: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     if path.exists() and not path.is_file():
         _refuse(path, "it is not a file")
     try:

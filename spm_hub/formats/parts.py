@@ -55,13 +55,15 @@ def _floating(tensor: Tensor) -> Tensor:
 
 
 def _switches(tensor: Tensor) -> Tensor:
-    if tensor.dtype not in (torch.uint8, torch.bool) or bool((tensor > 1).any()):
+    if tensor.dtype not in (torch.uint8, torch.bool) or (not tensor.is_meta and bool((tensor > 1).any())):
         raise CompatibilityError("a mask holds zeros and ones as uint8")
     return tensor.bool()
 
 
 def _scaled(increment: LowRank, alpha: Tensor) -> LowRank:
     """Fold alpha / rank into `up`; where that would round, the increment becomes float32 rather than another one."""
+    if increment.up.is_meta:
+        return increment
     if alpha.numel() != 1 or not torch.isfinite(alpha).all() or float(alpha) == 0.0:
         raise CompatibilityError(f"alpha must be one finite number other than 0, not {alpha.tolist()}")
     scale = float(alpha) / increment.rank

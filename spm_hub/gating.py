@@ -1,0 +1,82 @@
+"""What the attached erasers make of a call's prompts: gates asked together, their answers selected from."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from spm_hub.calls import Settings, encode, tokens_of
+from spm_hub.errors import UsageError
+from spm_hub.gate import Concept, Concepts, ConstantGate, Gate, Prompts
+from spm_hub.options import Eraser, Options
+
+Gammas = dict[str, list[float]]
+"""By eraser: one for each prompt."""
+
+
+class Gating:
+    """Asks the gates of a pipeline's erasers; what it knows of their concepts is kept until `forget`."""
+
+    def __init__(self, pipe: Any, pipeline_class: type[Any], options: Options) -> None:
+        self._pipe, self._pipeline_class, self._options = pipe, pipeline_class, options
+        self._groups: dict[Settings, list[tuple[Gate, tuple[str, ...], Concepts | None]]] = {}
+
+    def forget(self) -> None:
+        """Other erasers than before: whom to ask together has to be found anew."""
+        self._groups.clear()
+
+    def ask(self, prompts: Prompts, settings: Settings, erasers: Mapping[str, Eraser]) -> Gammas:
+        """The gamma of each of these prompts for every eraser. Raises UsageError where a gate gives no such thing."""
+        if settings not in self._groups:
+            self._groups[settings] = list(self._grouped(settings, erasers))
+        found: Gammas = {}
+        for gate, members, concepts in self._groups[settings]:
+            if concepts is None:
+                assert isinstance(gate, ConstantGate)
+                found.update({name: [gate.gamma] * len(prompts.states) for name in members})
+                continue
+            gammas = torch.as_tensor(gate.gammas(prompts, concepts))
+            wanted = len(prompts.states), len(members)
+            if tuple(gammas.shape) != wanted or not torch.isfinite(gammas).all():
+                raise UsageError(
+                    f"{type(gate).__name__}.gammas gave {tuple(gammas.shape)}; wanted are finite numbers of shape "
+                    f"{wanted}, one for each prompt and eraser"
+                )
+            found.update(zip(members, gammas.double().T.tolist(), strict=True))
+        return found
+
+    def selected(self, gammas: Gammas) -> Gammas:
+        """Gammas under `threshold` become 0; of the others of a prompt the `top_k` greatest stay, ties by name."""
+        threshold, top_k = self._options.threshold, self._options.top_k
+        if threshold is None and top_k is None:
+            return gammas
+        chosen: Gammas = {name: [0.0] * len(each) for name, each in gammas.items()}
+        for prompt in range(max(map(len, gammas.values()), default=0)):
+            left = [
+                (-each[prompt], name) for name, each in gammas.items() if threshold is None or each[prompt] >= threshold
+            ]
+            for gamma, name in sorted(left)[:top_k]:
+                chosen[name][prompt] = -gamma
+        return chosen
+
+    def _grouped(
+        self, settings: Settings, erasers: Mapping[str, Eraser]
+    ) -> Iterable[tuple[Gate, tuple[str, ...], Concepts | None]]:
+        """Erasers that share a gate are asked about together; a constant gate needs to know no concept."""
+        gates: dict[int, list[str]] = {}
+        for name, eraser in erasers.items():
+            gates.setdefault(id(eraser.gate), []).append(name)
+        for names in gates.values():
+            gate = erasers[names[0]].gate
+            concepts = None
+            if not isinstance(gate, ConstantGate):
+                concepts = Concepts(tuple(self._concept(erasers[name], settings) for name in names))
+            yield gate, tuple(names), concepts
+
+    def _concept(self, eraser: Eraser, settings: Settings) -> Concept:
+        if settings not in eraser.concepts:
+            concept = eraser.adapter.manifest.concept
+            texts = (concept.target, *concept.aliases)
+            states = torch.cat([encode(self._pipe, self._pipeline_class, text, settings) for text in texts])
+            eraser.concepts[settings] = Concept(texts, tokens_of(self._pipe, texts), states.float().cpu())
+        return eraser.concepts[settings]
