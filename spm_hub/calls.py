@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ HELD = "_spm_hub_attachment"
 Settings = tuple[tuple[str, str | int | float], ...]
 """Arguments that change what the text encoder gives: clip_skip, lora_scale, max_sequence_length and the like."""
 
+_OTHER_PROMPT = re.compile(r"prompt_\d")
 _NOT_SETTINGS = {"self", "prompt", "guidance", "device"}
 
 
@@ -175,9 +177,13 @@ def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Te
         "num_images_per_prompt": 1,
         "do_classifier_free_guidance": False,
     }
+    # SD3 wants its other encoders' prompts named; None stands for the same prompt.
+    others = {
+        name: None for name, one in parameters.items() if _OTHER_PROMPT.fullmatch(name) and one.default is one.empty
+    }
     given = {name: value for name, value in {**optional, **dict(settings)}.items() if name in parameters}
     with torch.no_grad():
-        result = base.encode_prompt(pipe, prompt=text, **given)
+        result = base.encode_prompt(pipe, prompt=text, **others, **given)
     states = result[0] if isinstance(result, tuple | list) else result
     if not isinstance(states, Tensor):
         raise UsageError(f"{base.__name__}.encode_prompt gave {type(states).__name__}, not text-encoder states")
