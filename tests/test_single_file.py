@@ -453,6 +453,8 @@ def test_every_command_takes_a_file(
     assert spmhub("check", "snoopy", *model).code == 0
     drawn = spmhub("apply", *model, "-a", "snoopy", "-p", "snoopy", "--steps", 2, "--out", tmp_path / "drawn", "-q")
     assert (drawn.code, len(list((tmp_path / "drawn").glob("*.png")))) == (0, 1)
+    for png in (tmp_path / "drawn").glob("*.png"):
+        assert str(file.parent).encode() not in png.read_bytes()
     made = spmhub("train", "church", *model, "--json", *PICO_TRAINING)
     assert made.code == 0
     assert f"--model {file} --config {config}" in made.err

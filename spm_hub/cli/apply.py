@@ -56,8 +56,9 @@ def apply(
         raise UsageError("--prompt and --prompts are both given", mend="put all prompts into the file")
     wanted, acting = options.names(adapters), options.gate(gate)
     strengths = options.strengths(strength)
-    if remark := parse_reference(model, config=config).remark:
-        out.say(remark)
+    base = parse_reference(model, config=config)
+    if base.remark:
+        out.say(base.remark)
     entries = [resolve(reference, registry) for reference in wanted]
     with silence_libraries():
         from spm_hub.evaluation.pictures import Drawing, read_prompts, save, show
@@ -77,7 +78,7 @@ def apply(
         drawing,
         title=", ".join(names),
         grid=grid or compare,
-        described={"model": model, "adapters": names, "steps": steps, "guidance": guidance},
+        described={"model": base.public_name, "adapters": names, "steps": steps, "guidance": guidance},
     )
     gates = [{"prompt": one.prompt, "gates": dict(one.gates)} for one in shown]
     paths = [str(path) for group in files.values() for path in group]

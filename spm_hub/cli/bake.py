@@ -35,9 +35,9 @@ def bake(
     from spm_hub.hub.registry import resolve
     from spm_hub.models import load_pipeline, parse_reference
 
-    wanted = parse_reference(model, config=config)
-    if wanted.remark:
-        out.say(wanted.remark)
+    source = parse_reference(model, config=config)
+    if source.remark:
+        out.say(source.remark)
     entries = [resolve(reference, registry) for reference in options.names(adapters)]
     with silence_libraries():
         from spm_hub.baking import bake as run
@@ -46,7 +46,7 @@ def bake(
         pipe = load_pipeline(model, config=config, dtype="stored")
         out.say(f"baking {len(erasers)} eraser(s) into {model} ...")
         provenance = run(
-            pipe, erasers, to, strength=options.strengths(strength), base=wanted.public_name, replace=force
+            pipe, erasers, to, strength=options.strengths(strength), base=source.public_name, replace=force
         )
     names = ", ".join(eraser.name for eraser in provenance.erasers)
     out.data(

