@@ -50,13 +50,13 @@ class Words:
 
 
 def vocabulary_words(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The whole alphabetic words a tokenizer knows (CLIP's `word</w>`, T5's `▁word`), in order of their ids.
+    """The whole alphabetic words a tokenizer knows (CLIP's `word</w>`, T5's `▁word`, Qwen's `Ġword`), by their ids.
 
     A base model's own words are the best guess at what it can draw.
     """
     found = []
     for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        match = re.fullmatch(r"([a-z]{3,})</w>|▁([a-z]{3,})", token)
+        match = re.fullmatch(r"([a-z]{3,})</w>|[▁Ġ]([a-z]{3,})", token)
         if match:
             found.append(match.group(1) or match.group(2))
     return tuple(dict.fromkeys(found))
