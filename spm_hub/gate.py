@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -40,16 +40,16 @@ class Concepts:
     """The concepts of several erasers, as one matrix of states and one inverted index of tokens."""
 
     each: tuple[Concept, ...]
-    owners: tuple[int, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        owners = tuple(index for index, concept in enumerate(self.each) for _ in concept.names)
-        object.__setattr__(self, "owners", owners)
 
     def __len__(self) -> int:
         return len(self.each)
 
     @cached_property
+    def owners(self) -> Tensor:
+        """(names,): the index of the concept that each name is of."""
+        return torch.tensor([index for index, concept in enumerate(self.each) for _ in concept.names], dtype=torch.long)
+
+    @property
     def states(self) -> Tensor:
         """(names, tokens, d_text), the names of all concepts one after the other."""
         return torch.cat([concept.states for concept in self.each])
@@ -58,6 +58,14 @@ class Concepts:
     def sizes(self) -> tuple[int, ...]:
         """|T(c)| of every name."""
         return tuple(len(tokens) for concept in self.each for tokens in concept.tokens)
+
+    def greatest(self, per_name: Tensor) -> Tensor:
+        """The greatest over the names of each concept: (prompts, names) to (prompts, concepts)."""
+        if per_name.shape[1] == len(self.each):
+            return per_name
+        owners = self.owners.expand_as(per_name)
+        lowest = per_name.new_full((len(per_name), len(self.each)), -torch.inf)
+        return lowest.scatter_reduce_(1, owners, per_name, "amax")
 
     @cached_property
     def holders(self) -> dict[int, list[int]]:
@@ -101,10 +109,7 @@ class TransportGate:
     """
 
     def gammas(self, prompts: Prompts, concepts: Concepts) -> Tensor:
-        per_name = torch.maximum(similarity(prompts.states, concepts), overlap(prompts, concepts))
-        gammas = torch.full((len(prompts.states), len(concepts)), -torch.inf, dtype=torch.float64)
-        owners = torch.tensor(concepts.owners, dtype=torch.long).expand_as(per_name)
-        return gammas.scatter_reduce_(1, owners, per_name, "amax")
+        return concepts.greatest(torch.maximum(similarity(prompts.states, concepts), overlap(prompts, concepts)))
 
 
 def similarity(states: Tensor, concepts: Concepts) -> Tensor:
@@ -113,12 +118,12 @@ def similarity(states: Tensor, concepts: Concepts) -> Tensor:
     states: (prompts, tokens, d_text). Embeddings longer than the encoder's window (several windows one after the other)
     are compared window by window, and the most similar one counts.
     """
-    window = concepts.states.shape[1]
+    window = concepts.each[0].states.shape[1]
     cosines = []
     for chunk in torch.split(states, window, dim=1):
         names = concepts.matrix if chunk.shape[1] == window else fixed_point(concepts.states[:, : chunk.shape[1]])
         cosines.append(fixed_point(chunk) @ names.T)
-    return torch.stack(cosines).amax(dim=0)
+    return cosines[0] if len(cosines) == 1 else torch.stack(cosines).amax(dim=0)
 
 
 def overlap(prompts: Prompts, concepts: Concepts) -> Tensor:
