@@ -74,12 +74,15 @@ def test_trajectories_hand_out_the_bases_own_predictions() -> None:
     neutral, empty = base.encode(["dog", ""])
     for row in range(0, len(chunk), 7):
         owner = int(chunk.owner[row])
-        asked = [chunk.target_states[owner], neutral, empty, *chunk.anchor_states[owner]]
+        asked = [chunk.target_states[owner], neutral, empty, *chunk.anchor_states[row]]
         told = [chunk.concept[row], chunk.neutral[row], chunk.empty[row], *chunk.anchors[row]]
         for states, prediction in zip(asked, told, strict=True):
             with torch.no_grad():
                 again = base.predict(chunk.latents[row][None], chunk.times[row][None], states[None])[0]
             torch.testing.assert_close(prediction, again, rtol=1e-4, atol=1e-5)
+    of_first = [chunk.anchor_states[row].states for row in range(len(chunk)) if int(chunk.owner[row]) == 0]
+    assert all(torch.equal(states[0], of_first[0][0]) for states in of_first), "the anchor that drives stays"
+    assert not all(torch.equal(states[1], of_first[0][1]) for states in of_first), "the others change at every step"
 
 
 def test_trajectories_visit_many_timesteps_and_begin_in_noise() -> None:

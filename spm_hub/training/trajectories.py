@@ -45,7 +45,7 @@ class Chunk:
     """A group of trajectories, all steps of all flattened to n rows.
 
     latents (n, *latent_shape), times (n,), owner (n,): the trajectory; target_states (k rows), empty_states (k);
-    anchor_states (k x a); concept, neutral, empty as latents; anchors (n, a, *latent_shape).
+    anchor_states (n, a); concept, neutral, empty as latents; anchors (n, a, *latent_shape).
     """
 
     latents: Tensor
@@ -89,7 +89,7 @@ class TrajectorySource:
         count, per = source.trajectories, max(1, recipe.anchoring.per_target)
         base.forget()
         targets = base.encode([self._prompt(generator) for _ in range(count)])
-        anchors = self._anchors.draw(count * per, generator)
+        driving = self._anchors.draw(count, generator)
         ends = base.encode(["", recipe.surrogate])
         picks = torch.randint(len(source.guidance), (count,), generator=generator)
         guidance = torch.tensor(source.guidance)[picks]
@@ -97,19 +97,23 @@ class TrajectorySource:
         guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)
         target_states = targets.under(guidance)
         empty_states, neutral_states = (end.expand(count).under(guidance) for end in ends)
-        anchor_states = anchors.map(lambda part: part.unflatten(0, (count, per))).under(guidance[:, None])
+        driving = driving.under(guidance)
         # Another number of steps each time, so that together the trajectories visit all timesteps.
         most = base.steps(source.steps)
         steps = most - int(torch.randint(1 + most // 4, (), generator=generator))
         scheduler = base.scheduler(steps)
         latents = base.noise(count, generator) * initial_sigma(scheduler)
-        columns = [anchor_states[:, number] for number in range(per)]
-        between = [] if recipe.surrogate == "" else [neutral_states]
-        states = Conditioning.cat([target_states, *between, empty_states, *columns])
+        fixed = [target_states, *([] if recipe.surrogate == "" else [neutral_states]), empty_states, driving]
+        anchor_states: list[Conditioning] = []
         rows: dict[str, list[Tensor]] = {
             key: [] for key in ("latents", "times", "concept", "neutral", "empty", "anchors")
         }
         for time in scheduler.timesteps:
+            # The anchors beside the driving one change at every step: thousands of texts are held, at the cost of few.
+            base.forget()
+            others = [self._anchors.draw(count, generator).under(guidance) for _ in range(per - 1)]
+            states = Conditioning.cat([*fixed, *others])
+            anchor_states += [driving, *others]
             model_input = scaled(scheduler, latents, time)
             repeated = torch.cat([model_input] * (len(states) // count))
             parts = list(base.predict(repeated, time.expand(len(repeated)), states).split(count))
@@ -123,9 +127,10 @@ class TrajectorySource:
                 rows[key].append(value)
         flat = {key: torch.cat(values) for key, values in rows.items()}
         owner = torch.arange(count, device=base.device).repeat(steps)
-        return Chunk(
-            owner=owner, target_states=target_states, anchor_states=anchor_states, empty_states=empty_states, **flat
+        by_row = Conditioning.cat(anchor_states).map(
+            lambda part: part.unflatten(0, (steps, per, count)).transpose(1, 2).flatten(0, 1)
         )
+        return Chunk(owner=owner, target_states=target_states, anchor_states=by_row, empty_states=empty_states, **flat)
 
     def chunk(self, index: int) -> Chunk:
         """The index-th group; the current and the previous one are kept."""
@@ -162,7 +167,7 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
         target_states.append(chunk.target_states[owner])
         for number in range(recipe.anchoring.per_target):
             anchors.append((chunk.latents[rows], chunk.times[rows], chunk.anchors[rows, number]))
-            anchor_states.append(chunk.anchor_states[owner, number])
+            anchor_states.append(chunk.anchor_states[rows, number])
         # The empty prompt is the other half of guidance at every picture, so it is an anchor too.
         some = rows[: max(1, size // 4)]
         anchors.append((chunk.latents[some], chunk.times[some], chunk.empty[some]))
