@@ -207,6 +207,7 @@ class Attachment:
                 self._bare()
             yield
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _put_in_effect(self, rows: int | None) -> None:
         """Fold or branch what the rows of this batch are due; nothing to do when that is in effect already."""
         call = self._calls[-1] if self._calls else None

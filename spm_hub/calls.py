@@ -3,9 +3,13 @@
 import functools
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -22,6 +26,8 @@ Settings = tuple[tuple[str, str | int | float], ...]
 """Arguments that change what the text encoder gives: clip_skip, lora_scale, max_sequence_length and the like."""
 
 _OTHER_PROMPT = re.compile(r"prompt_\d")
+_FUSED = "fused query, key and value projections are weights of their own, which no eraser was trained on"
+
 _NOT_SETTINGS = {"self", "prompt", "guidance", "device"}
 
 
@@ -45,20 +51,89 @@ class Holder(Protocol):
 
 
 def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
-    """Let `holder` know of every call of a pipeline and of its denoiser, whose classes become `Held` ones."""
-    for held in (pipe, denoiser, body_of(denoiser)):
-        held.__dict__[HELD] = holder
-    # Plain assignment would pass through torch.compile's wrapper to the module inside it.
-    object.__setattr__(denoiser, "__class__", _held_denoiser(denoiser.__class__))
-    object.__setattr__(pipe, "__class__", _held_pipeline(pipe.__class__))
+    """Let `holder` know of every call of a pipeline and of its denoiser, whose classes become `Held` ones.
+
+    Waits for pictures that other threads are drawing with this denoiser: they end as they began. Raises UsageError,
+    and then nothing is held, where another holder came first or where erasers would have nothing to act on.
+    """
+    body = body_of(denoiser)
+    if any(map(_is_fused, body.modules())):
+        raise UsageError(_FUSED, mend="pipe.unfuse_qkv_projections(), and attach again")
+    if body.__dict__.setdefault(HELD, holder) is not holder:
+        raise UsageError("another thread has just attached erasers to this denoiser", mend="erasers.add(adapter)")
+    # Calls that begin from now on wait at the pipeline's door until its denoiser is held too.
+    with holder.bare_weights(moving=False):
+        try:
+            pipe.__dict__[HELD] = denoiser.__dict__[HELD] = holder
+            pipe.__class__ = _held_pipeline(pipe.__class__)
+            while _in_use(denoiser):
+                time.sleep(0.005)
+            # Plain assignment would pass through torch.compile's wrapper to the module inside it.
+            object.__setattr__(denoiser, "__class__", _held_denoiser(denoiser.__class__))
+            if body is not denoiser:
+                # Its class stays, as torch.compile goes by that: the graph it has may be used further.
+                body.__dict__.update({name: MethodType(guard, body) for name, guard in _guards(type(body)).items()})
+        except BaseException:
+            release(pipe, denoiser)
+            raise
 
 
 def release(pipe: Any, denoiser: Any) -> None:
     """Undo `hold`: the classes are the originals again, and nothing is left in any `__dict__`."""
+    body = body_of(denoiser)
     for held in (pipe, denoiser):
-        object.__setattr__(held, "__class__", type(held).__mro__[1])
-    for held in (pipe, denoiser, body_of(denoiser)):
+        if type(held).__dict__.get(HELD):
+            object.__setattr__(held, "__class__", type(held).__mro__[1])
+    for name in _guards(type(body)) if body is not denoiser else ():
+        body.__dict__.pop(name, None)
+    for held in (pipe, denoiser, body):
         held.__dict__.pop(HELD, None)
+
+
+def _is_fused(attention: Any) -> bool:
+    """Whether an attention layer computes with fused projections; older ones are not told when that ends."""
+    told = hasattr(attention, "unfuse_projections") or "Fused" in type(getattr(attention, "processor", None)).__name__
+    return told and getattr(attention, "fused_projections", False)
+
+
+def _in_use(denoiser: Any) -> bool:
+    """Whether another thread is in a call of the denoiser, or in one of a pipeline that has it, other than at its door.
+
+    A pipeline that is not held leaves no other trace of its calls.
+    """
+    users = denoiser, body_of(denoiser)
+    for thread, top in sys._current_frames().items():
+        frame = None if thread == threading.get_ident() else top
+        while frame is not None:
+            if frame.f_code.co_name in ("__call__", "forward") and frame.f_code.co_filename != __file__:
+                user = frame.f_locals.get("self")
+                parts = getattr(user, "__dict__", {}).values() if frame.f_code.co_name == "__call__" else ()
+                if any(used is each for each in users for used in (user, *parts)):
+                    return True
+            frame = frame.f_back
+    return False
+
+
+def _under(held: Any, enter: Callable[[Holder], AbstractContextManager[None]], run: Callable[[], Any]) -> Any:
+    """What `run` gives, inside what `enter` opens with the holder: whoever that is by the time it lets us in."""
+    while (holder := held.__dict__.get(HELD)) is not None:
+        with enter(holder):
+            if held.__dict__.get(HELD) is holder:
+                return run()
+    return run()
+
+
+class _StandIn(type):
+    """The type of classes that stand for their base: `type(x) == Base` and `type(x) in (Base, ...)` hold of them too.
+
+    Diffusers' `from_pipe` asks that of a denoiser before it shares it.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or cls.__mro__[1] is other
+
+    def __hash__(cls) -> int:
+        return hash(cls.__mro__[1])
 
 
 @functools.cache
@@ -68,29 +143,30 @@ def _held_pipeline(base: Any) -> Any:
     One class for each base, so that nothing that looks at types (torch.compile does) sees a new one at every attach.
     """
 
-    class Held(base):  # type: ignore[misc]
+    class Held(base, metaclass=_StandIn):  # type: ignore[misc]
         @functools.wraps(base.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            if (holder := _holder(self)) is None:
-                return super().__call__(*args, **kwargs)
-            with holder.picture():
-                return super().__call__(*args, **kwargs)
+            return _under(self, lambda holder: holder.picture(), lambda: base.__call__(self, *args, **kwargs))
 
     if hasattr(base, "encode_prompt"):
         signature = inspect.signature(base.encode_prompt)
 
         @functools.wraps(base.encode_prompt)
         def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if (holder := _holder(self)) is None:
-                return base.encode_prompt(self, *args, **kwargs)
-            with holder.encoding():
+            def run() -> Any:
                 result = base.encode_prompt(self, *args, **kwargs)
-                bound = signature.bind(self, *args, **kwargs)
-                bound.apply_defaults()
-                holder.encoded(bound.arguments, result)
+                if (holder := self.__dict__.get(HELD)) is not None:
+                    bound = signature.bind(self, *args, **kwargs)
+                    bound.apply_defaults()
+                    holder.encoded(bound.arguments, result)
                 return result
 
+            return _under(self, lambda holder: holder.encoding(), run)
+
         Held.encode_prompt = encode_prompt
+    for name in ("fuse_lora", "unfuse_lora"):
+        if hasattr(base, name):
+            setattr(Held, name, _bare_first(base, name))
     return _disguised(Held, base)
 
 
@@ -98,32 +174,45 @@ def _held_pipeline(base: Any) -> Any:
 def _held_denoiser(base: Any) -> Any:
     """A subclass of `base` to the world its equal, whose calls and weights the attachment in `__dict__` looks after."""
 
-    class Held(base):  # type: ignore[misc]
+    class Held(base, metaclass=_StandIn):  # type: ignore[misc]
+        # What is compiled after attaching is compiled without this, which then still runs before it.
+        @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            if (holder := _holder(self)) is None:
-                return super().__call__(*args, **kwargs)
-            with holder.denoising(_batch_rows(args, kwargs)):
-                return super().__call__(*args, **kwargs)
+            while (holder := self.__dict__.get(HELD)) is not None:
+                with holder.denoising(_batch_rows(args, kwargs)):
+                    if self.__dict__.get(HELD) is holder:
+                        return base.__call__(self, *args, **kwargs)
+            return base.__call__(self, *args, **kwargs)
 
-        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            if (holder := _holder(self)) is None:
-                return super().state_dict(*args, **kwargs)
-            with holder.bare_weights(moving=False):
-                return super().state_dict(*args, **kwargs)
-
-        def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            if (holder := _holder(self)) is None:
-                return super()._load_from_state_dict(*args, **kwargs)
-            with holder.bare_weights(moving=False):
-                return super()._load_from_state_dict(*args, **kwargs)
-
-        def _apply(self, *args: Any, **kwargs: Any) -> Any:
-            if (holder := _holder(self)) is None:
-                return super()._apply(*args, **kwargs)
-            with holder.bare_weights(moving=True):
-                return super()._apply(*args, **kwargs)
-
+    for name, guard in _guards(base).items():
+        setattr(Held, name, guard)
     return _disguised(Held, base)
+
+
+def _guards(base: Any) -> dict[str, Any]:
+    """By name, the methods of a denoiser's class that read, move or change weights, in a form that is safe while held.
+
+    Fusing a LoRA or taking it out again, and what copies weights to where it will read them from, need the
+    checkpoint's own as much as saving does.
+    """
+    reading = ("state_dict", "_load_from_state_dict", "fuse_lora", "unfuse_lora")
+    copying = ("enable_group_offload", "enable_layerwise_casting", "dequantize")
+    guards = {name: _bare_first(base, name) for name in (*reading, *copying) if hasattr(base, name)}
+    guards["_apply"] = _bare_first(base, "_apply", moving=True)
+    guards["__reduce_ex__"] = _not_copied
+    if hasattr(base, "fuse_qkv_projections"):
+        guards["fuse_qkv_projections"] = _not_fused
+    return guards
+
+
+def _bare_first(base: Any, name: str, *, moving: bool = False) -> Any:
+    method = getattr(base, name)
+
+    @functools.wraps(method)
+    def bare_first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _under(self, lambda holder: holder.bare_weights(moving=moving), lambda: method(self, *args, **kwargs))
+
+    return bare_first
 
 
 @dataclass(eq=False)
@@ -214,11 +303,6 @@ def _batch_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     return len(noisy) if isinstance(noisy, Tensor) and noisy.dim() > 0 else None
 
 
-def _holder(held: Any) -> Holder | None:
-    holder: Holder | None = held.__dict__.get(HELD)
-    return holder
-
-
 def _not_copied(held: Any, protocol: object) -> NoReturn:
     """In place of `__reduce_ex__`: a copy would hold folded weights, and nobody who knows the originals."""
     raise UsageError(
@@ -226,8 +310,13 @@ def _not_copied(held: Any, protocol: object) -> NoReturn:
     )
 
 
+def _not_fused(held: Any) -> NoReturn:
+    raise UsageError(_FUSED, mend="erasers.detach() first")
+
+
 def _disguised(held: Any, base: Any) -> Any:
     """`held` under the names of `base`: configurations, error messages and look-ups by class name stay as they are."""
+    setattr(held, HELD, True)
     held.__reduce_ex__ = _not_copied
     for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(held, attribute, getattr(base, attribute))

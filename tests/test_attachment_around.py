@@ -1,0 +1,259 @@
+"""Erasers among what else people do to a pipeline: LoRAs, fusing, offloading, and pipelines that share its parts."""
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
+from peft import LoraConfig, get_peft_model_state_dict
+from pico import pico_eraser, pico_pipeline
+
+from spm_hub.attachment import attach
+from spm_hub.errors import UsageError
+
+
+@pytest.fixture
+def pipe():
+    return pico_pipeline()
+
+
+def erasers_for(pipe, **options):
+    return [pico_eraser(pipe.unet, name, seed=seed, **options) for seed, name in ((1, "snoopy"), (2, "mickey"))]
+
+
+def draw(pipe, prompt="snoopy", **options):
+    count = (len(prompt) if isinstance(prompt, list) else 1) * options.get("num_images_per_prompt", 1)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(prompt, generator=generators, num_inference_steps=2, output_type="latent", **options).images
+
+
+def agrees(picture, expected):
+    """Up to the order of float32 sums, which two steps of a random UNet magnify."""
+    return (picture - expected).abs().max() <= 1e-4
+
+
+# --- LoRAs ---
+
+
+def a_lora(seed):
+    twin = pico_pipeline()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "proj_in"], init_lora_weights=False)
+        twin.unet.add_adapter(config, "drawn")
+    state = get_peft_model_state_dict(twin.unet, adapter_name="drawn")
+    return {f"unet.{key}": 3 * tensor for key, tensor in state.items()}
+
+
+LORAS = {"one": a_lora(1), "two": a_lora(2)}
+
+
+def load(pipe, *names):
+    for name in names:
+        pipe.load_lora_weights(dict(LORAS[name]), adapter_name=name)
+    return pipe
+
+
+def by_hand(*names):
+    """What "snoopy" looks like on a base that has these LoRAs in its weights and then both erasers."""
+    twin = load(pico_pipeline(), *names)
+    if names:
+        twin.set_adapters(list(names))
+        twin.fuse_lora()
+        twin.unload_lora_weights()
+    with attach(twin, erasers_for(twin)):
+        return draw(twin)
+
+
+@pytest.mark.parametrize("mode", ["fold", "branch"])
+def test_loras_come_and_go_while_erasers_are_attached(pipe, mode):
+    bare, adapters = draw(pipe), erasers_for(pipe)
+    load(pipe, "one")
+    with attach(pipe, adapters, mode=mode):
+        assert agrees(draw(pipe), by_hand("one"))
+        load(pipe, "two").set_adapters(["one", "two"])
+        assert agrees(draw(pipe), by_hand("one", "two"))
+        pipe.delete_adapters("one")
+        assert agrees(draw(pipe), by_hand("two"))
+        pipe.unload_lora_weights()
+        assert agrees(draw(pipe), by_hand())
+        load(pipe, "one")
+    assert agrees(draw(pipe), draw(load(pico_pipeline(), "one")))
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), bare)
+
+
+@pytest.mark.parametrize("mode", ["fold", "branch"])
+def test_fusing_and_taking_out_again_meet_the_checkpoints_own_weights(pipe, mode):
+    adapters = erasers_for(pipe)
+    twin = load(pico_pipeline(), "one")
+    twin.fuse_lora()
+    with attach(load(pipe, "one"), adapters, mode=mode) as erasers:
+        draw(pipe)
+        pipe.fuse_lora()
+        assert agrees(draw(pipe), by_hand("one"))
+        erasers.detach()
+        assert torch.equal(draw(pipe), draw(twin))
+    with attach(pipe, adapters, mode=mode):
+        draw(pipe)
+        for each in (pipe, twin):
+            each.unfuse_lora()
+            each.disable_lora()
+        assert agrees(draw(pipe), by_hand())
+    assert torch.equal(draw(pipe), draw(twin))
+
+
+def test_fused_projections_are_refused_as_no_eraser_would_reach_them(pipe):
+    adapters = erasers_for(pipe)
+    with attach(pipe, adapters):
+        with pytest.raises(UsageError, match="fused query, key and value"):
+            pipe.fuse_qkv_projections()
+        erased = draw(pipe)
+    pipe.fuse_qkv_projections()
+    with pytest.raises(UsageError, match="fused query, key and value") as refused:
+        attach(pipe, adapters)
+    assert "unfuse_qkv_projections" in refused.value.mend
+    assert not [key for key in (*vars(pipe), *vars(pipe.unet)) if "spm_hub" in key]
+    pipe.unfuse_qkv_projections()
+    with attach(pipe, adapters):
+        assert torch.equal(draw(pipe), erased)
+
+
+# --- pipelines that share their parts ---
+
+
+def parts(pipe):
+    return {**pipe.components, "requires_safety_checker": False}
+
+
+def picture(seed):
+    return torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def image_to_image(pipe):
+    return StableDiffusionImg2ImgPipeline(**parts(pipe)), {"image": picture(1), "strength": 1.0}
+
+
+def inpainting(pipe):
+    mask = (picture(2)[:, :1] > 0.5).float()
+    return StableDiffusionInpaintPipeline(**parts(pipe)), {
+        "image": picture(1), "mask_image": mask, "height": 16, "width": 16, "strength": 1.0
+    }  # fmt: skip
+
+
+def controlled(pipe, **options):
+    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16))
+    for block in control.controlnet_down_blocks:
+        torch.nn.init.normal_(block.weight, std=0.1, generator=torch.Generator().manual_seed(3))
+    return StableDiffusionControlNetPipeline(**parts(pipe), controlnet=control), {"image": picture(1), **options}
+
+
+def controlled_by_guess(pipe):
+    return controlled(pipe, guess_mode=True)
+
+
+@pytest.mark.parametrize("kind", [image_to_image, inpainting, controlled, controlled_by_guess])
+def test_pipelines_that_start_from_a_picture(pipe, kind):
+    adapters = erasers_for(pipe)
+    other, options = kind(pipe)
+    many = {**options, "image": options["image"].expand(2, -1, -1, -1)}
+    if "mask_image" in many:
+        many["mask_image"] = many["mask_image"].expand(2, -1, -1, -1)
+    bare = draw(other, **options)
+    with attach(other, adapters, mode="fold") as erasers:
+        alone = draw(other, **options)
+        gates = erasers.gates("snoopy")
+    assert not agrees(alone, bare)
+    with attach(other, adapters):
+        both = draw(other, ["snoopy", "a dog"], **many)
+        repeated = draw(other, ["snoopy", "a dog"], num_images_per_prompt=2, **many)
+    assert agrees(both[:1], alone)
+    assert agrees(repeated[:1], alone)
+    # The gammas of the words, as numbers of one's own.
+    with attach(other, adapters, gate="always", strength=gates):
+        assert agrees(draw(other, **options), alone)
+    assert torch.equal(draw(other, **options), bare)
+
+
+def test_a_pipeline_made_from_one_with_erasers_shares_its_denoiser_fully_erased(pipe):
+    adapters = erasers_for(pipe)
+    other, options = image_to_image(pipe)
+    bare = draw(other, **options)
+    with attach(other, adapters, gate="always"):
+        fully = draw(other, **options)
+    with attach(pipe, adapters, gate=0.25):
+        drawn = draw(pipe)
+        made = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+        assert made.unet is pipe.unet
+        # Nobody tells what this one is asked for: never silently off.
+        assert torch.equal(draw(made, **options), fully)
+        assert torch.equal(draw(pipe), drawn)
+        with pytest.raises(UsageError, match="another pipeline that shares this denoiser already holds erasers"):
+            attach(made, adapters)
+    assert torch.equal(draw(made, **options), bare)
+
+
+# --- prompts ---
+
+
+def test_embeddings_of_words_that_are_known_are_the_words_picture(pipe):
+    prompts = ["snoopy", "a dog"]
+    embeds, negative = pipe.encode_prompt(prompts, "cpu", 1, True)
+    with attach(pipe, erasers_for(pipe), gate="always", strength=0.5, rows="conditional"):
+        by_words = draw(pipe, prompts)
+        assert torch.equal(draw(pipe, prompts, negative_prompt_embeds=negative), by_words)
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1, 1)]
+        twice = pipe(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative,
+            num_images_per_prompt=2,
+            generator=generators,
+            num_inference_steps=2,
+            output_type="latent",
+        ).images
+    assert agrees(twice[::2], by_words)
+
+
+def test_guidance_that_ends_in_the_middle_of_a_picture(pipe):
+    def end_guidance(pipeline, step, _, tensors):
+        if step == 0:
+            pipeline._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+        return tensors
+
+    options = {"callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with attach(pipe, erasers_for(pipe), rows="conditional"):
+        both = draw(pipe, ["snoopy", "a dog"], **options)
+        assert agrees(both[:1], draw(pipe, "snoopy", **options))
+
+
+def test_a_picture_within_a_picture(pipe):
+    with attach(pipe, erasers_for(pipe)) as erasers:
+        expected = draw(pipe)
+        within = lambda pipeline, *_: draw(pipeline, "a dog") is None or {}  # noqa: E731
+        assert torch.equal(draw(pipe, callback_on_step_end=within), expected)
+        # What is changed from within the picture acts at once, for the one who draws it asked for that.
+        detaching = lambda *_: erasers.detach() or {}  # noqa: E731
+        draw(pipe, callback_on_step_end=detaching)
+    assert not [key for key in (*vars(pipe), *vars(pipe.unet)) if "spm_hub" in key]
+    assert torch.equal(draw(pipe), draw(pico_pipeline()))
+
+
+def test_rows_of_a_batch_differ_from_single_calls_by_no_more_than_the_bare_models(pipe):
+    prompts = ["snoopy", "a photo of a dog", "mickey by van gogh", "a church"]
+
+    def apart():
+        together = draw(pipe, prompts)
+        singles = (
+            pipe(prompt, generator=torch.Generator().manual_seed(seed), num_inference_steps=2, output_type="latent")
+            for seed, prompt in enumerate(prompts)
+        )
+        return max(float((row - one.images[0]).abs().max()) for row, one in zip(together, singles, strict=True))
+
+    bare = apart()
+    with attach(pipe, erasers_for(pipe)):
+        assert apart() <= max(1e-5, 1.5 * bare)
