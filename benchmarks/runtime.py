@@ -1,7 +1,7 @@
 """What erasers cost at run time: ours against PEFT, diffusers' LoRA loader, and one hook per eraser.
 
     python benchmarks/runtime.py                      # everything, about half an hour on two cores
-    python benchmarks/runtime.py sd1 latency gates    # parts: sd1, sdxl, latency, gates, start
+    python benchmarks/runtime.py sd1 latency gates    # parts: sd1, sdxl, latency, gates, cycles, start
 
 The U-Nets are SD1.5's and SDXL's exact ones with random weights, in float32, at 64x64 and 128x128 pixels; the pipeline
 around them is diffusers' own with a small random text encoder of the right width. An eraser is rank 1 on every target
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -46,7 +47,7 @@ from spm_hub.gate import Concepts, Prompts, TransportGate
 from spm_hub.hub.registry import Registry
 from spm_hub.increments import LowRank
 from spm_hub.manifest import Base, Concept, Manifest
-from spm_hub.models import WEIGHTS
+from spm_hub.models import WEIGHTS, load_pipeline
 
 COUNTS = (1, 5, 20, 100, 1000)
 METHODS = ("ours", "peft", "diffusers", "hooks")
@@ -332,6 +333,39 @@ def gates(counts: tuple[int, ...] = (10, 100, 1000, 10_000)) -> list[dict[str, A
     return found
 
 
+def cycles(count: int = 1000) -> dict[str, Any]:
+    """Attach, draw folded and branched, recover, detach, over and over, on the sketchbook: weights and memory after."""
+    pipe: Any = load_pipeline("sketchbook")
+    registry = Registry(Path(__file__).parents[1])
+    held = [registry.get(name).load() for name in ("snoopy", "mickey", "spongebob")]
+    pristine = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    process = psutil.Process()
+
+    def cycle() -> None:
+        with attach(pipe, held[:2]) as attached:
+            draw(pipe, ["snoopy"], 64, 1)
+            attached.add(held[2])
+            draw(pipe, ["snoopy", "a dog"], 64, 1)
+            attached.recover("mickey")
+            draw(pipe, ["a dog"], 64, 1)
+
+    for _ in range(50):  # caches of the libraries fill first
+        cycle()
+    before = process.memory_info().rss
+    for _ in range(count):
+        cycle()
+    after = process.memory_info().rss
+    return {
+        "cycles": count,
+        "weights_bit_identical": all(
+            torch.equal(pristine[key], value) for key, value in pipe.unet.state_dict().items()
+        ),
+        "resident_megabytes_before": round(before / 2**20, 1),
+        "resident_megabytes_after": round(after / 2**20, 1),
+        "change": round(after / before - 1, 4),
+    }
+
+
 def start_up() -> dict[str, float]:
     """Seconds of the command: `--help`, and `list` with 1,000 erasers; the median of five processes each."""
     command = Path(sys.executable).with_name("spmhub")
@@ -408,7 +442,7 @@ if __name__ == "__main__":
         print(json.dumps(case(model, method, int(count), batch == "mixed")))
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("sd1", "sdxl", "latency", "gates", "start")
+    parts = ("sd1", "sdxl", "latency", "gates", "cycles", "start")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; everything unless given")
     file = RESULTS / "runtime.json"
     numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"steps": []}
@@ -418,5 +452,5 @@ if __name__ == "__main__":
             numbers["steps"] = kept + [_apart(arguments) for arguments in _cases(part)]
             plot(numbers["steps"], RESULTS / "runtime.png")
         else:
-            numbers[part] = {"latency": latency, "gates": gates, "start": start_up}[part]()
+            numbers[part] = {"latency": latency, "gates": gates, "cycles": cycles, "start": start_up}[part]()
         record("runtime", numbers, seeds=0)
