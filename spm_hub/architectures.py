@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from spm_hub.adapter import Adapter
@@ -178,7 +179,7 @@ def fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
 
 def fingerprint_of(denoiser: nn.Module) -> str:
     """The fingerprint of a denoiser's targeted modules."""
-    return fingerprint({path: weight_of(module).shape for path, module in targets(denoiser).items()})
+    return fingerprint({path: shape_of(module) for path, module in targets(denoiser).items()})
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
@@ -186,6 +187,14 @@ def weight_of(module: nn.Module) -> nn.Parameter:
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     return weight
+
+
+def shape_of(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's weight, however that is stored: (out, in) or (out, in / groups, kh, kw)."""
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels, module.in_channels // module.groups, *module.kernel_size
+    assert isinstance(module, nn.Linear)
+    return module.out_features, module.in_features
 
 
 def bias_of(module: nn.Module) -> nn.Parameter | None:
@@ -216,7 +225,7 @@ def resolve_modules(adapter: Adapter, denoiser: nn.Module) -> dict[str, tuple[nn
             )
         module = modules[path]
         try:
-            increment.check_fits(path, weight_of(module), bias_of(module))
+            increment.check_fits(path, torch.empty(shape_of(module), device="meta"), bias_of(module))
         except CompatibilityError as error:
             raise _misfit(adapter, denoiser, error.message) from error
         resolved[path] = module, name
@@ -230,7 +239,7 @@ def check(adapter: Adapter, pipe: object) -> None:
 
 
 def _described(modules: Mapping[str, nn.Module], path: str) -> str:
-    return f"{path} {tuple(weight_of(modules[path]).shape)}"
+    return f"{path} {shape_of(modules[path])}"
 
 
 def _misfit(adapter: Adapter, denoiser: nn.Module, mismatch: str) -> CompatibilityError:

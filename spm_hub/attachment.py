@@ -17,7 +17,7 @@ from spm_hub.errors import NotFoundError, UsageError, nearest
 from spm_hub.formats.stored import StoredIncrements
 from spm_hub.gate import ConstantGate, Prompts
 from spm_hub.gating import Gating
-from spm_hub.layers import Layers, foldable, kept_bytes
+from spm_hub.layers import Layers, foldable, kept_bytes, offloaded_in_groups
 from spm_hub.options import Eraser, GateChoice, Mode, Options, Rows, finite
 
 
@@ -165,7 +165,8 @@ class Attachment:
                 yield
             finally:
                 self._calls.pop()
-                self._seen = None
+                # Offloading may have been turned on or off when the next one begins.
+                self._seen = self._budgeted = None
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
@@ -294,6 +295,8 @@ class Attachment:
         keep_on = None
         if not all(map(foldable, modules)):
             reason = "the model's weights are quantised or not in memory"
+        elif offloaded_in_groups(body_of(self._denoiser)):
+            reason = "group offloading puts back its own copies of the weights"
         elif budget is not None and needed > budget:
             if all(weight_of(module).device.type == "cpu" for module in modules):
                 reason = f"the originals take {needed} bytes on the CPU, memory_budget is {budget}"

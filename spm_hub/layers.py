@@ -9,13 +9,12 @@ function of W, and masks multiply: a neuron that two erasers switch off is off, 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spm_hub.architectures import bias_of, weight_of
+from spm_hub.branching import Stack, put_beside, take_away
 from spm_hub.increments import Dense, Increment, LowRank, Mask
 
 _CACHED_ELEMENTS = 2**18
@@ -92,7 +91,15 @@ def _effective_bias(bias: Tensor, parts: Parts) -> Tensor:
 def foldable(module: nn.Module) -> bool:
     """Whether a sum can be written into this module's weight: it is there, and not quantised."""
     weight = weight_of(module)
-    return weight.is_floating_point() and weight.element_size() >= 2 and not weight.is_meta
+    # Of torchao and quanto a quantised weight calls itself a float32 one, and loses what is copied into it.
+    plain = type(weight) is nn.Parameter and not weight.is_meta
+    return plain and weight.is_floating_point() and weight.element_size() >= 2
+
+
+def offloaded_in_groups(denoiser: nn.Module) -> bool:
+    """Whether diffusers' group offloading looks after the weights: whatever is written into them it may throw away."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in denoiser.modules())
+    return any("group_offloading" in registry.hooks for registry in registries if registry is not None)
 
 
 def kept_bytes(modules: Iterable[nn.Module]) -> int:
@@ -175,16 +182,15 @@ class _Site:
         self._kept_bias: Tensor | None = None
         self._written: Tensor | None = None
         self._folded: tuple[tuple[str, float], ...] | None = ()
-        self._stack: _Stack | None = None
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._stack: Stack | None = None
 
     def fold(self, wanted: tuple[tuple[str, float], ...], read: _Reader, keep_on: torch.device | None) -> None:
-        if self._hook is None and wanted == self._folded:
+        if wanted == self._folded:
             return
         if not wanted:
             self.bare()
             return
-        self._unhook()
+        take_away(self.module)
         self._stack = None
         parts = [(read(name), factor) for name, factor in wanted]
         weight = weight_of(self.module)
@@ -215,11 +221,12 @@ class _Site:
             self._stack = None
             return
         if self._stack is None or self._stack.names != names:
-            self._stack = _Stack.of(self.module, {name: read(name) for name in names})
-        self._hook = self.module.register_forward_hook(_RowEffect(self._stack, gammas))
+            self._stack = Stack.of(self.module, {name: read(name) for name in names})
+        put_beside(self.module, self._stack, gammas)
+        self._folded = None
 
     def bare(self) -> None:
-        self._unhook()
+        take_away(self.module)
         self._folded = None
         if self._kept is not None:
             _put_back(weight_of(self.module), self._kept, self._written)
@@ -230,11 +237,6 @@ class _Site:
             self._kept_bias = None
         self._folded = ()
 
-    def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
 
 def _put_back(parameter: nn.Parameter, kept: Tensor, written: Tensor | None) -> None:
     """The original itself, untouched all along; where the parameter was moved since, its numbers."""
@@ -242,120 +244,6 @@ def _put_back(parameter: nn.Parameter, kept: Tensor, written: Tensor | None) -> 
         parameter.data = kept
     else:
         parameter.data.copy_(kept)
-
-
-@dataclass(frozen=True, eq=False)
-class _Stack:
-    """The increments of several erasers on one module, in its dtype and on its device.
-
-    down: (sum of ranks, in[, kh, kw]), up: (out, sum of ranks[, 1, 1]), None without low-rank increments;
-    owners: for each rank, each dense increment and each mask the index of its eraser in `names`.
-    """
-
-    names: list[str]
-    down: Tensor | None
-    up: Tensor | None
-    rank_owners: list[int]
-    dense: list[tuple[int, Dense]]
-    masks: list[tuple[int, Mask]]
-
-    @classmethod
-    def of(cls, module: nn.Module, increments: Mapping[str, Increment]) -> "_Stack":
-        weight = weight_of(module)
-        like = weight if foldable(module) else weight.new_empty(0, dtype=torch.get_default_dtype())
-        pairs: list[tuple[int, LowRank]] = []
-        dense: list[tuple[int, Dense]] = []
-        masks: list[tuple[int, Mask]] = []
-        for owner, increment in enumerate(increments.values()):
-            if isinstance(increment, Mask):
-                masks.append((owner, increment.to(device=weight.device)))
-            elif isinstance(increment, Dense):
-                shaped = Dense(increment.delta.view(weight.shape), increment.delta_bias)
-                dense.append((owner, shaped.to(dtype=like.dtype, device=weight.device)))
-            elif isinstance(module, nn.Conv2d) and module.groups > 1:
-                # A grouped convolution has no skinny form: each group would need its own columns of `up`.
-                dense.append((owner, Dense(increment.delta_for(weight)).to(dtype=like.dtype, device=weight.device)))
-            else:
-                pairs.append((owner, increment))
-        down = up = None
-        if pairs:
-            down = torch.cat([pair.down.to(like).view(pair.rank, *weight.shape[1:]) for _, pair in pairs])
-            up = torch.cat([pair.up.flatten(1).to(like) for _, pair in pairs], dim=1)
-            up = up.view(*up.shape, *[1] * (weight.dim() - 2))
-        rank_owners = [owner for owner, pair in pairs for _ in range(pair.rank)]
-        return cls(list(increments), down, up, rank_owners, dense, masks)
-
-
-class _RowEffect:
-    """Forward hook that adds to a module's output what its erasers do to each row of the batch.
-
-    gammas: (rows, erasers of the stack).
-    """
-
-    def __init__(self, stack: _Stack, gammas: Tensor) -> None:
-        self._stack = stack
-        self._gammas = gammas
-        self._by_batch: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x, stack = args[0], self._stack
-        gammas = self._aligned(x)
-        channels = 1 if isinstance(module, nn.Conv2d) else x.dim() - 1
-        if stack.masks:
-            output = self._masked(module, x, output, gammas, channels)
-        if stack.down is not None and stack.up is not None:
-            inner = _product(module, x, stack.down) * _spread(gammas[:, stack.rank_owners], x.dim(), channels)
-            output = output + (
-                F.conv2d(inner, stack.up) if isinstance(module, nn.Conv2d) else F.linear(inner, stack.up)
-            )
-        for owner, dense in stack.dense:
-            gamma = gammas[:, owner, None]
-            output = output + _product(module, x * _spread(gamma, x.dim(), channels), dense.delta)
-            if dense.delta_bias is not None:
-                output = output + _spread(gamma * dense.delta_bias, output.dim(), channels)
-        return output
-
-    def _masked(self, module: nn.Module, x: Tensor, output: Tensor, gammas: Tensor, channels: int) -> Tensor:
-        scales: dict[int, Tensor] = {}
-        for owner, mask in self._stack.masks:
-            scale = 1 - gammas[:, owner, None] * (~mask.keep).to(gammas)
-            scales[mask.dim] = scales[mask.dim] * scale if mask.dim in scales else scale
-        if 1 in scales:
-            # The columns of a grouped convolution stand for one channel of every group.
-            off = (scales[1] - 1).repeat(1, getattr(module, "groups", 1))
-            output = output + _product(module, x * _spread(off, x.dim(), channels), weight_of(module))
-        if 0 in scales:
-            output = output * _spread(scales[0], output.dim(), channels)
-        return output
-
-    def _aligned(self, x: Tensor) -> Tensor:
-        """Gammas for the rows that this module sees: (len(x), erasers)."""
-        key = len(x), x.device, x.dtype
-        if key not in self._by_batch:
-            rows = len(self._gammas)
-            if len(x) % rows == 0:
-                # A video model folds its frames into the batch, the frames of a row side by side.
-                aligned = self._gammas.repeat_interleave(len(x) // rows, dim=0)
-            else:
-                # Rows that are shared by the batch serve the one that is erased most: never silently off.
-                aligned = self._gammas.amax(dim=0, keepdim=True).expand(len(x), -1)
-            self._by_batch[key] = aligned.to(x)
-        return self._by_batch[key]
-
-
-def _product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """What `module` would give with another weight and no bias."""
-    if isinstance(module, nn.Conv2d):
-        product: Tensor = module._conv_forward(x, weight, None)
-        return product
-    return F.linear(x, weight)
-
-
-def _spread(values: Tensor, dims: int, channels: int) -> Tensor:
-    """(rows, channels) broadcast against a tensor of `dims` dimensions whose channels are dimension `channels`."""
-    shape = [1] * dims
-    shape[0], shape[channels] = values.shape
-    return values.view(shape)
 
 
 def _along(dim: int, values: Tensor, dims: int) -> Tensor:

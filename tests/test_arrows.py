@@ -17,6 +17,7 @@ LEVELS = (
     ("formats",),
     ("adapter",),
     ("architectures",),
+    ("branching",),
     ("gate", "layers"),
     ("calls",),
     ("options", "single_file"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
@@ -9,7 +10,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
 )
 from peft import LoraConfig, get_peft_model_state_dict
-from pico import pico_eraser, pico_pipeline
+from pico import pico_eraser, pico_pipeline, target_modules
 
 from spm_hub.attachment import attach
 from spm_hub.errors import UsageError
@@ -257,3 +258,60 @@ def test_rows_of_a_batch_differ_from_single_calls_by_no_more_than_the_bare_model
     bare = apart()
     with attach(pipe, erasers_for(pipe)):
         assert apart() <= max(1e-5, 1.5 * bare)
+
+
+# --- offloading ---
+
+
+def one_by_one(pipe, _):
+    cpu_offload(pipe.unet, torch.device("cpu"), offload_buffers=True)
+
+
+def in_groups(pipe, _):
+    cpu = torch.device("cpu")
+    pipe.unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+def in_groups_on_disk(pipe, folder):
+    pipe.unet.enable_group_offload(
+        onload_device=torch.device("cpu"),
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        offload_to_disk_path=str(folder),
+    )
+
+
+def whole_models(pipe, _):
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "dense", "mask"])
+@pytest.mark.parametrize("offload", [one_by_one, in_groups, in_groups_on_disk, whole_models])
+@pytest.mark.parametrize("when", ["before", "while folded", "while branched"])
+def test_offloaded_weights_are_erased_and_come_back(pipe, offload, when, kind, tmp_path):
+    adapters, bare = erasers_for(pipe, kind=kind), draw(pipe)
+    prompts = ["snoopy", "a dog"]
+    twin = pico_pipeline()
+    with attach(twin, adapters):
+        alone, both = draw(twin), draw(twin, prompts)
+    if when == "before":
+        offload(pipe, tmp_path)
+    with attach(pipe, adapters):
+        if when != "before":
+            draw(pipe, "snoopy" if when == "while folded" else prompts)
+            offload(pipe, tmp_path)
+        assert agrees(draw(pipe), alone)
+        assert agrees(draw(pipe, prompts), both)
+        assert agrees(draw(pipe), alone)
+    assert torch.equal(draw(pipe), bare)
+    assert {type(module) for module in target_modules(pipe.unet).values()} == {torch.nn.Linear, torch.nn.Conv2d}
+
+
+def test_folding_offloaded_weights_is_refused(pipe):
+    in_groups(pipe, None)
+    with pytest.raises(UsageError, match="group offloading"):
+        attach(pipe, erasers_for(pipe), mode="fold")
+    one_by_one(other := pico_pipeline(), None)
+    with pytest.raises(UsageError, match="not in memory"):
+        attach(other, erasers_for(pipe), mode="fold")

@@ -133,3 +133,22 @@ def test_saving_what_is_compiled_saves_the_checkpoint_itself(pipe, tmp_path):
     saved = StableDiffusionPipeline.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, before[key]) for key, tensor in saved.unet.state_dict().items())
     assert set(vars(body)) == attributes
+
+
+@pytest.mark.parametrize(("how", "kind"), [("wrapped", "low_rank"), ("blocks", "low_rank"), ("blocks", "mask")])
+def test_a_batch_of_different_prompts_never_meets_a_graph_without_erasers(pipe, how, kind):
+    twin = tiny()
+    compiled(pipe, how)
+    draw(pipe, ["a dog", "a cat"])
+    with attach(pipe, erasers_for(pipe, kind=kind)) as erasers, attach(twin, erasers_for(twin, kind=kind)) as expected:
+        assert agrees(pipe, twin, ["snoopy", "a dog"])
+        before = graphs()
+        # Other factors for as many rows and erasers, and back from factors that all rows share.
+        assert all(agrees(pipe, twin, [prompt, "a church"]) for prompt in PROMPTS)
+        assert graphs() == before
+        assert agrees(pipe, twin, ["a dog", "a dog"])
+        assert agrees(pipe, twin, ["mickey", "a dog"])
+        for each in (erasers, expected):
+            each.recover("mickey")
+        assert agrees(pipe, twin, ["mickey", "snoopy"])
+    assert agrees(pipe, twin, ["a dog", "a cat"])
