@@ -31,7 +31,7 @@ def attach(
     """Attach erasers to a diffusers pipeline, until `detach()` or the end of a `with` block.
 
     `adapters` holds Adapters and references (a path, a name in a registry, or owner/name[@revision] on the Hugging Face
-    Hub), one or many; `options` are those of `spm_hub.attachment.attach`: gate, strength, rows, mode, memory_budget.
+    Hub), one or many; `options` are those of `spm_hub.attachment.attach`: gate, strength, rows, mode ...
     Raises SpmHubError, in which case the pipeline is as it was.
     """
     from spm_hub import attachment
@@ -42,11 +42,14 @@ def attach(
     return attachment.attach(pipe, loaded, **options)
 
 
-def load(reference: str | Path, *, registry: Path | None = None) -> "Adapter":
-    """The adapter behind a path, a name in a registry, or owner/name[@revision] on the Hugging Face Hub."""
+def load(reference: str | Path, *, registry: Path | None = None, lazy: bool = False) -> "Adapter":
+    """The adapter behind a path, a name in a registry, or owner/name[@revision] on the Hugging Face Hub.
+
+    lazy: read only the header now, and the increments, with all checks, when a prompt first needs them.
+    """
     from spm_hub.hub import registry as registries
 
-    return registries.load(str(reference), registry)
+    return registries.load(str(reference), registry, lazy=lazy)
 
 
 def train(

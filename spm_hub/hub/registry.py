@@ -56,11 +56,11 @@ class Entry:
             return Manifest.from_json(embedded, source=self.adapter_path)
         return self.load().manifest
 
-    def load(self) -> "Adapter":
-        """The adapter itself, verified against its manifest."""
+    def load(self, *, lazy: bool = False) -> "Adapter":
+        """The adapter itself, verified against its manifest; when `lazy`, its increments as soon as one is needed."""
         from spm_hub.adapter import load_file
 
-        adapter = load_file(self.adapter_path, self.manifest_path)
+        adapter = load_file(self.adapter_path, self.manifest_path, lazy=lazy)
         self._checked(adapter.manifest)
         return adapter
 
@@ -227,9 +227,9 @@ def resolve(reference: str, registry: Path | None = None) -> Entry:
     return hit
 
 
-def load(reference: str, registry: Path | None = None) -> "Adapter":
-    """The adapter that a reference names; see `resolve`."""
-    return resolve(reference, registry).load()
+def load(reference: str, registry: Path | None = None, *, lazy: bool = False) -> "Adapter":
+    """The adapter that a reference names; see `resolve`, and `adapter.load_file` for `lazy`."""
+    return resolve(reference, registry).load(lazy=lazy)
 
 
 def _entry_at(path: Path) -> Entry:
