@@ -43,16 +43,16 @@ def test_erase_loss_is_equation_4_in_float64() -> None:
         goal = neutral - eta * (concept - neutral)
         expected = float(((prediction - goal) ** 2).sum() / prediction.size)
         given = [torch.from_numpy(array) for array in (prediction, concept, neutral)]
-        assert float(SPM(eta, 10.0).erase(*given)) == pytest.approx(expected, rel=1e-12)
+        assert float(SPM(eta).erase(*given)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_total_loss_is_erase_plus_lambda_anchor() -> None:
     generator = np.random.default_rng(1)
     now, kept = generator.normal(size=(2, 3, 4, 8, 8))
-    spm = SPM(1.0, 1000.0)
+    spm = SPM(1.0)
     anchor = spm.anchor(torch.from_numpy(now), torch.from_numpy(kept))
     assert float(anchor) == pytest.approx(float(np.mean((now - kept) ** 2)), rel=1e-12)
-    assert float(spm.loss(torch.tensor(0.25, dtype=torch.float64), anchor)) == pytest.approx(
+    assert float(spm.loss(torch.tensor(0.25, dtype=torch.float64), anchor, 1000.0)) == pytest.approx(
         0.25 + 1000 * float(np.mean((now - kept) ** 2)), rel=1e-12
     )
 

@@ -64,7 +64,13 @@ class XtSource(_Part):
 class Anchoring(_Part):
     """Latent anchoring (Eq. 7): what must stay, and how hard it is held."""
 
-    weight: float = Field(default=40.0, ge=0, description="lambda")
+    weight: float = Field(default=40.0, ge=0, description="lambda; where it begins when there is a `reach`")
+    reach: float | None = Field(
+        default=0.9,
+        gt=0,
+        description="lambda is steered so that the concept's predictions end this share of the way to the surrogate's; "
+        "null keeps it as it is",
+    )
     alpha: float = Field(default=1.0, ge=0, description="P(anchor) ~ (1 - |cos(anchor, target)|)^alpha")
     source: Literal["text", "gaussian", "given"] = Field(
         default="text",

@@ -27,8 +27,10 @@ from .base import BaseModel
 from .conditioning import Conditioning
 from .injection import Injection
 from .objectives import OBJECTIVES
+from .objectives.spm import SPM
 from .prompts import PromptMaker, Words, vocabulary_words
 from .recipe import Recipe
+from .steering import Steering
 from .trajectories import Batch, StudentSource, TrajectorySource, generator_for
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -108,7 +110,7 @@ def train(
     names = (recipe.target, *recipe.aliases)
     maker = PromptMaker(names, recipe.kind, Words.load(), vocabulary_words(pipe.tokenizer))
     anchors = AnchorSource(base, recipe.anchoring, recipe.target, maker)
-    objective = OBJECTIVES[recipe.objective.name](recipe.objective.eta, recipe.anchoring.weight)
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective.eta)
     checkpoint = Checkpoint(checkpoint_dir) if checkpoint_dir is not None else None
     injection = Injection(base.denoiser, recipe.increment.rank, generator_for(recipe.seed, 2, 0))
     try:
@@ -116,7 +118,7 @@ def train(
             source: StudentSource | TrajectorySource = StudentSource(base, recipe, maker, anchors, injection)
         else:
             source = TrajectorySource(base, recipe, maker, anchors)
-        run = _Run(recipe, base, injection, source, objective.erase, objective.anchor, objective.loss)
+        run = _Run(recipe, base, injection, source, objective)
         first = 0
         if resume and checkpoint is not None and checkpoint.path.exists():
             first, tensors = checkpoint.read(recipe)
@@ -156,12 +158,11 @@ class _Run:
         base: BaseModel,
         injection: Injection,
         source: StudentSource | TrajectorySource,
-        erase: Callable[[Tensor, Tensor, Tensor], Tensor],
-        anchor: Callable[[Tensor, Tensor], Tensor],
-        total: Callable[[Tensor, Tensor], Tensor],
+        objective: SPM,
     ) -> None:
         self.recipe, self.base, self.injection, self.source = recipe, base, injection, source
-        self.erase, self.anchor, self.total = erase, anchor, total
+        self.objective = objective
+        self.steering = Steering(recipe)
         lr = recipe.optimiser.lr
         groups = [
             {"params": [down], "lr": lr * _fan_in_factor(down) if recipe.optimiser.scale_lr else lr}
@@ -185,10 +186,13 @@ class _Run:
             group["lr"] = rate * factor
         erase, anchor = self._losses(batch)
         # Relative losses mean the same on any base, whatever the scale of its predictions; AdamW does not mind.
+        whole = self.objective.distance(batch.concept, batch.neutral)
         if self.distance is None:
-            self.distance = (1 + self.recipe.objective.eta) ** 2 * (batch.concept - batch.neutral).pow(2).mean()
+            self.distance = whole
+        weight = self.steering.weight
+        self.steering.note(step, float(erase.detach()), float(whole), self.objective)
         self.optimiser.zero_grad(set_to_none=True)
-        (self.total(erase, anchor) / self.distance).backward()
+        (self.objective.loss(erase, anchor, weight) / self.distance).backward()
         self.optimiser.step()
         return {"erase": float(erase.detach() / self.distance), "anchor": float(anchor.detach() / self.distance)}
 
@@ -198,10 +202,10 @@ class _Run:
         states = Conditioning.cat([batch.states, batch.anchor_states])
         prediction = self.base.predict(latents, times, states)
         size = len(batch.latents)
-        erase = self.erase(prediction[:size], batch.concept, batch.neutral)
+        erase = self.objective.erase(prediction[:size], batch.concept, batch.neutral)
         if len(batch.anchor_latents) == 0:
             return erase, torch.zeros_like(erase)
-        return erase, self.anchor(prediction[size:], batch.anchor_predictions)
+        return erase, self.objective.anchor(prediction[size:], batch.anchor_predictions)
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {f"increment.{key}": parameter for key, parameter in self.injection.state().items()}
@@ -210,6 +214,7 @@ class _Run:
                 tensors[f"optimiser.{name}.{key}"] = value
         if self.distance is not None:
             tensors["distance"] = self.distance
+        tensors["steering"] = self.steering.state()
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -220,6 +225,7 @@ class _Run:
                 value = tensors[f"optimiser.{name}.{key}"]
                 self.optimiser.state[parameter][name] = value if name == "step" else value.to(parameter.device)
         self.distance = tensors["distance"].to(self.base.device)
+        self.steering.load(tensors["steering"])
 
 
 def _fan_in_factor(down: nn.Parameter) -> float:
