@@ -94,7 +94,39 @@ def speed(numbers: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"sketchbook": sketchbook, "erasure": erasers, "training_speed": speed}
+def runtime(numbers: dict[str, Any]) -> str:
+    names = {"sd1": "SD1.5", "sdxl": "SDXL"}
+    steps = {(one["model"], one["prompts"], one["method"], one["erasers"]): one["ratio"] for one in numbers["steps"]}
+    counts = sorted({erasers for *_, erasers in steps})
+    rows = []
+    for model, prompts, method in sorted(
+        {key[:3] for key in steps}, key=lambda key: (key[0], key[1], key[2] != "ours")
+    ):
+        cells = [steps.get((model, prompts, method, count)) for count in counts]
+        label = "spm-hub" if method == "ours" else {"hooks": "a hook for each eraser"}.get(method, method)
+        rows.append([names[model], str(prompts), label, *("" if cell is None else f"{cell:.2f}x" for cell in cells)])
+    fast, gates, start, cycles = numbers["latency"], numbers["gates"], numbers["start"], numbers["cycles"]
+    asked = "; ".join(
+        f"{one['erasers']:,} erasers of {one['tokens']} x {one['width']} states {one['milliseconds']:.2g} ms"
+        for one in gates
+        if one["erasers"] >= 1000
+    )
+    head = ["U-Net", "prompts", "held by", *(f"N = {count}" for count in counts)]
+    return (
+        f"{_table(head, rows)}\n\nStep time over the bare pipeline's with N rank-1 erasers on every target module: "
+        "exact U-Nets with random weights, 64x64 (SD1.5) and 128x128 (SDXL) pixels, float32, each pair in one process. "
+        "One prompt is folded, a mixed batch of 8 is branched; PEFT, diffusers and hooks have no gate, and one sum for "
+        f"the whole batch.\n\nOn SD1.5 with {fast['erasers']} erasers: attach {fast['attach']:.2g} s, fold "
+        f"{fast['fold']:.2g} s, fold for other gammas {fast['fold_for_other_gammas']:.2g} s, recover all, bit-exactly, "
+        f"{fast['recover_all']:.2g} s. Gates of one prompt after the text encoder: {asked}. "
+        f"`spmhub --help` {start['help']:.2g} s, `spmhub list` of 1,000 erasers {start['list_of_1000']:.2g} s. After "
+        f"{cycles['cycles']:,} cycles of attach, draw, recover, detach: weights bit-identical "
+        f"({'yes' if cycles['weights_bit_identical'] else 'no'}), resident memory {100 * cycles['change']:+.1f} %.\n"
+        f"{_about(numbers, 'runtime')}"
+    )
+
+
+SECTIONS = {"sketchbook": sketchbook, "erasure": erasers, "training_speed": speed, "runtime": runtime}
 
 
 def render(readme: str) -> str:

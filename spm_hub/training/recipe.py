@@ -116,7 +116,7 @@ class Recipe(_Part):
     x_t: XtSource = XtSource()
     anchoring: Anchoring = Anchoring()
     optimiser: Optimiser = Optimiser()
-    steps: int = Field(default=200, ge=1)
+    steps: int = Field(default=240, ge=1)
     batch_size: int = Field(default=8, ge=1)
     templates: bool = Field(
         default=True, description="train on the concept in many sentences, not on its bare name alone"
