@@ -14,9 +14,10 @@ import pytest
 import torch
 from pico import pico_eraser, pico_pipeline
 from PIL import Image
+from rich.cells import cell_len
 
 from spm_hub.cli.app import EXAMPLES, app
-from spm_hub.cli.output import Output, guarded, size
+from spm_hub.cli.output import LONG, Output, guarded, size, table
 from spm_hub.hub import registry as registries
 from spm_hub.hub.registry import Registry
 
@@ -80,6 +81,15 @@ def test_list_and_show(spmhub: Spmhub, registry: Registry) -> None:
     assert str(registry.root) in table
     assert json.loads(spmhub("show", "snoopy", "--json").out)["concept"]["target"] == "snoopy"
     assert "target: snoopy" in spmhub("show", "snoopy").out
+
+
+def test_a_long_table_is_aligned_plain_lines() -> None:
+    rows = [[f"n{number}", "日本" if number % 2 else "x", number, None, 0.5] for number in range(LONG + 1)]
+    lines = str(table(["name", "concept", "count", "nothing", "share"], rows)).splitlines()
+    assert len(lines) == len(rows) + 1
+    assert lines[0].split() == ["name", "concept", "count", "nothing", "share"]
+    assert lines[12].split() == ["n11", "日本", "11", "0.500"]
+    assert {cell_len(line[: line.rindex("0.500")]) for line in lines[1:]} == {cell_len(lines[0]) - len("share")}
 
 
 def test_an_empty_and_a_broken_registry(spmhub: Spmhub, registry: Registry, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 10.0
+LONG = 100
+"""Rows: rich takes longer to lay out more of them than it takes to read a registry, and nobody reads them boxed."""
 
 
 class Progress(Protocol):
@@ -116,7 +118,9 @@ def plain(text: str) -> RenderableType:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> RenderableType:
-    """A table whose cells are shown as they are (no markup); numbers stand to the right."""
+    """A table whose cells are shown as they are (no markup); numbers stand to the right. A long one is plain lines."""
+    if len(rows) > LONG:
+        return _aligned([list(columns), *([_cell(value) for value in row] for row in rows)])
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -138,6 +142,18 @@ def size(n_bytes: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} GB"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of the width of their widest cell, two spaces apart."""
+    from rich.cells import cell_len
+
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
 
 
 def _cell(value: object) -> str:
