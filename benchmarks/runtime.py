@@ -425,10 +425,11 @@ def _apart(arguments: list[str]) -> dict[str, Any]:
     return result
 
 
-def _cases(model: str) -> list[list[str]]:
+def _cases(model: str, only: list[str]) -> list[list[str]]:
+    """Arguments of the cases of a model, those of `only` these numbers of erasers where there are any."""
     wanted = []
     for method in METHODS:
-        for count in COUNTS[model, method]:
+        for count in (count for count in COUNTS[model, method] if not only or str(count) in only):
             wanted.append([model, method, str(count), "one"])
             # Nobody else can give each prompt of a batch its own sum; a mixed batch of 1,000 is for nobody.
             if method == "ours" and count <= 100:
@@ -445,12 +446,18 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("sd1", "sdxl", "latency", "gates", "cycles", "start")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; everything unless given")
+    parser.add_argument("--only", nargs="*", default=[], help="step times for these numbers of erasers")
+    options = parser.parse_args()
     file = RESULTS / "runtime.json"
     numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"steps": []}
-    for part in parser.parse_args().parts or parts:
+    for part in options.parts or parts:
         if part in UNETS:
-            kept = [one for one in numbers["steps"] if one["model"] != part]
-            numbers["steps"] = kept + [_apart(arguments) for arguments in _cases(part)]
+            for arguments in _cases(part, options.only):
+                new = _apart(arguments)
+                same = ("model", "method", "erasers", "prompts")
+                kept = [one for one in numbers["steps"] if any(one[key] != new[key] for key in same)]
+                numbers["steps"] = [*kept, new]
+                record("runtime", numbers, seeds=0)
             plot(numbers["steps"], RESULTS / "runtime.png")
         else:
             numbers[part] = {"latency": latency, "gates": gates, "cycles": cycles, "start": start_up}[part]()
