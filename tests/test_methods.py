@@ -94,7 +94,8 @@ def flux_dev() -> FluxTransformer2DModel:
 
 @pytest.mark.skipif(not KEYS.is_dir(), reason="no conformance files beside this checkout")
 @pytest.mark.parametrize(
-    ("prefix", "make"), [("sd14", sd14), ("sdxl", sdxl), ("flux_schnell", FluxTransformer2DModel), ("flux_dev", flux_dev)]
+    ("prefix", "make"),
+    [("sd14", sd14), ("sdxl", sdxl), ("flux_schnell", FluxTransformer2DModel), ("flux_dev", flux_dev)],
 )  # fmt: skip
 def test_esd_changes_exactly_what_the_official_files_hold(prefix: str, make: Callable[[], nn.Module]) -> None:
     with torch.device("meta"):
@@ -252,7 +253,7 @@ def test_the_last_subject_token_of_a_text_too_long_is_inside_the_window() -> Non
     [
         ({"method": "esdx"}, "unknown method.*did you mean esd-x"),
         ({"method": "ucee"}, "did you mean uce"),
-        ({"method": "uce", "increment": {"kind": "dense"}}, "exact low_rank"),
+        ({"method": "uce", "increment": {"kind": "dense"}}, "^recipe: method 'uce' gives an exact low_rank"),
         ({"method": "uce", "steps": 5}, "without a training loop: it has no steps"),
         ({"method": "uce", "objective": {"eta": 3}}, "closed_form.ridge"),
         ({"method": "spm", "closed_form": {"ridge": 1}}, "belongs to method 'uce'"),

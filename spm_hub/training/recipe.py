@@ -311,6 +311,8 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         given = str(problem["input"])
         return f"recipe key {where}: unknown {where.split('.')[-1]} {given!r}{_hint(given, choices)}"
+    if problem["type"] == "value_error" and not problem["loc"]:
+        return f"recipe: {problem['ctx']['error']}"
     if problem["type"] != "extra_forbidden":
         return f"recipe key {where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"
     for step in problem["loc"][:-1]:
