@@ -52,7 +52,7 @@ def test_esd_is_equation_6_in_float64_in_both_conventions() -> None:
 @pytest.mark.parametrize("source", ["trajectory", "student"])
 def test_erase_x_from_y_trains_y_towards_y_without_x(source: str) -> None:
     plan = recipe(
-        method="esd-x", erase_from="a dog", x_t={**SMALL["x_t"], "source": source}, objective={"eta": 2.5}
+        method="esd-x", templates=False, erase_from="a dog", x_t={**SMALL["x_t"], "source": source}, objective={"eta": 2.5}
     )  # fmt: skip
     base = BaseModel(pico_pipeline())
     maker = PromptMaker(("snoopy",), plan.kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
@@ -272,7 +272,7 @@ def test_impossible_combinations_are_refused_with_the_reason(values: dict[str, o
 def test_every_method_survives_yaml_with_every_part_changed(method: str, tmp_path: Path) -> None:
     changes = ["surrogate=dog"]
     if method != "uce":
-        changes += ["increment.kind=low_rank", "increment.rank=1", "anchoring.weight=40", "templates=true", "steps=9"]
+        changes += ["increment.kind=low_rank", "increment.rank=1", "anchoring.weight=40", "templates=false", "steps=9"]
     plan = Recipe.make(target="snoopy", method=method).with_set(*changes)
     (tmp_path / "recipe.yaml").write_text(plan.to_yaml())
     assert Recipe.plan(tmp_path / "recipe.yaml") == plan

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+# For the sketchbook, in SPM's time; the papers' own settings are in manifests/recipes. Its text encoder is a small one:
+# trained on the bare name alone, the concept stays in sentences.
 _ESD: dict[str, Any] = {
     "objective": {"name": "esd", "eta": 2.0, "convention": "rewrite"},
     "x_t": {"guidance": (3.0,)},
     "anchoring": {"weight": 0.0, "reach": None, "per_target": 0},
-    "optimiser": {"lr": 2e-4},
-    "templates": False,
+    "optimiser": {"lr": 1e-3},
 }
 
 METHODS: dict[str, dict[str, Any]] = {
