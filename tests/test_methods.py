@@ -52,7 +52,8 @@ def test_esd_is_equation_6_in_float64_in_both_conventions() -> None:
 @pytest.mark.parametrize("source", ["trajectory", "student"])
 def test_erase_x_from_y_trains_y_towards_y_without_x(source: str) -> None:
     plan = recipe(
-        method="esd-x", templates=False, erase_from="a dog", x_t={**SMALL["x_t"], "source": source}, objective={"eta": 2.5}
+        method="esd-x", templates=False, erase_from="a dog", objective={"eta": 2.5},
+        x_t={**SMALL["x_t"], "source": source},
     )  # fmt: skip
     base = BaseModel(pico_pipeline())
     maker = PromptMaker(("snoopy",), plan.kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
