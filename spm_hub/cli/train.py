@@ -1,7 +1,7 @@
 """spmhub train: make an eraser."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from spm_hub.cli.output import Output, silence_libraries, size
     Example("spmhub train snoopy", "erase snoopy, on the embedded model"),
     Example('spmhub train "van gogh" --model sd-v1-4 --device cuda', "erase a style from Stable Diffusion 1.4"),
     Example("spmhub train church --set objective.eta=2 --seed 3", "another hyper-parameter, another seed"),
+    Example("spmhub train mickey --method esd-x --increment lora:4", "another method, another increment"),
     Example("spmhub train snoopy --resume", "go on where Ctrl-C or a crash ended it"),
     panel="Make",
 )
@@ -26,7 +27,13 @@ def train(
         str | None, typer.Option("--model", "-m", help="Base model: see spmhub models. Unless given: sketchbook.")
     ] = None,
     config: options.Config = None,
-    method: Annotated[str | None, typer.Option(help="Training method. Unless given: spm.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="spm, esd-x, esd-x-strict, esd-u, esd-all, esd-selfattn or uce. Unless given: spm."),
+    ] = None,
+    increment: Annotated[
+        str | None, typer.Option(help="What is trained: spm, lora:RANK or dense. Unless given: the method's own.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe in YAML; other options win over it.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
@@ -45,9 +52,10 @@ def train(
     """Train an eraser for CONCEPT and keep it in the registry."""
     from spm_hub.hub.registry import Registry, registries
     from spm_hub.models import identity_of, load_pipeline, parse_reference
-    from spm_hub.training.recipe import Recipe
+    from spm_hub.training.recipe import IncrementRecipe, Recipe
 
-    given = {"target": concept, "model": model, "method": method, "name": name, "seed": seed}
+    given: dict[str, Any] = {"target": concept, "model": model, "method": method, "name": name, "seed": seed}
+    given["increment"] = None if increment is None else IncrementRecipe.named(increment)
     plan = Recipe.plan(recipe, set_ or (), **{key: value for key, value in given.items() if value is not None})
     kept_in = Registry(registry) if registry is not None else registries()[0]
     kept_in.check_room_for(plan.slug, replace=force)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -16,6 +17,8 @@ from spm_hub.architectures import targets, weight_of
 from spm_hub.errors import ModelError
 from spm_hub.increments import LowRank
 
+from .dense import DenseInjection
+
 _NAME = "spmhub_training"
 
 
@@ -25,15 +28,19 @@ class Injection:
     `up` starts at zero, so that nothing changes before training.
     """
 
-    def __init__(self, denoiser: nn.Module, rank: int, generator: torch.Generator) -> None:
-        """`down` starts as SPM's does: kaiming_uniform(a = sqrt 5), from `generator`."""
+    def __init__(
+        self, denoiser: nn.Module, rank: int, generator: torch.Generator, modules: Iterable[str] | None = None
+    ) -> None:
+        """On `modules`, SPM's targets unless given.
+
+        `down` starts as SPM's does: kaiming_uniform(a = sqrt 5), from `generator`."""
         if held := getattr(denoiser, "peft_config", None):
             raise ModelError(
                 f"the denoiser already holds LoRA layers ({', '.join(held)})",
                 mend="call pipe.unload_lora_weights() before training",
             )
         self._denoiser = denoiser
-        self.paths = tuple(targets(denoiser))
+        self.paths = tuple(targets(denoiser) if modules is None else modules)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(self.paths), init_lora_weights=True)
         # By PEFT itself: some of diffusers' denoisers (PixArt's) lack the methods it has for adapters.
         with torch.random.fork_rng(devices=[]):  # PEFT draws its own beginning, which is replaced below
@@ -58,6 +65,11 @@ class Injection:
         finally:
             for layer in layers:
                 layer.enable_adapters(enabled=True)
+
+    def groups(self, lr: float, scale: bool) -> list[dict[str, Any]]:
+        """Parameters for the optimiser; with `scale`, the lr of `down` is proportional to 1 / fan-in."""
+        downs = [{"params": [d], "lr": lr * _fan_in_factor(d) if scale else lr} for d in self.downs.values()]
+        return [*downs, {"params": list(self.ups.values()), "lr": lr}]
 
     def increments(self) -> dict[str, LowRank]:
         """What has been trained so far, as float32 on the CPU."""
@@ -84,3 +96,11 @@ class Injection:
         """Gives the denoiser its own layers back."""
         recurse_remove_peft_layers(self._denoiser)
         self._denoiser.__dict__.pop("peft_config", None)
+
+
+def _fan_in_factor(down: nn.Parameter) -> float:
+    """Adam moves every entry by about lr, so `down @ x` moves by lr x fan-in: constant relative to 128 inputs."""
+    return 128 / down[0].numel()
+
+
+Trainable = Injection | DenseInjection

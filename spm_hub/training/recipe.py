@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from spm_hub.errors import RecipeError, UsageError, nearest
 from spm_hub.manifest import slug
 
 from .concepts import known
+from .methods import METHODS, merged, objective_of
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S", strip_whitespace=True)]
 ConceptKind = Literal["object", "character", "person", "style", "nsfw", "other"]
@@ -29,18 +31,51 @@ class _Part(BaseModel):
 
 
 class Objective(_Part):
-    """What the erased prediction is pulled to (SPM, arXiv 2312.16145 Eq. 4)."""
+    """What the erased prediction is pulled to: a file in `objectives/`."""
 
-    name: Literal["spm"] = "spm"
+    name: Literal["spm", "esd", "uce"] = "spm"
     eta: float = Field(default=1.0, ge=0, description="how far beyond the surrogate's prediction the target lies")
+    convention: Literal["paper", "rewrite"] = Field(
+        default="paper", description="rewrite: eta as ESD's authors count it since 2025, the paper's plus 1"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.convention == "rewrite" and self.name != "esd":
+            raise ValueError(f"convention 'rewrite' belongs to objective 'esd', not {self.name!r}")
+        if self.name == "uce" and self.eta != 1.0:
+            raise ValueError(f"'uce' is a closed form and has no eta (got {self.eta}); it has closed_form.ridge")
+        return self
+
+
+class ClosedForm(_Part):
+    """What a closed form (UCE) is told in place of a training."""
+
+    ridge: float = Field(default=0.5, gt=0, description="lambda: how hard everything else is held")
+    preserve: tuple[NonBlank, ...] = Field(default=(), description="prompts held one by one")
 
 
 class IncrementRecipe(_Part):
-    """What is trained: `rank` 1 is SPM's one-dimensional adapter."""
+    """What is trained: low-rank of `rank` 1 is SPM's one-dimensional adapter; dense, full weights and biases."""
 
-    kind: Literal["low_rank"] = "low_rank"
-    rank: int = Field(default=1, ge=1, le=128)
+    kind: Literal["low_rank", "dense"] = "low_rank"
+    rank: int = Field(default=1, ge=1, le=128, description="of low_rank; a closed form has its own")
+    modules: Literal["targets", "esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn"] = (
+        Field(default="targets", description="targets: SPM's, all of the attention blocks; the others: ESD's")
+    )
     dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="of the saved file")
+
+    @classmethod
+    def named(cls, text: str) -> dict[str, Any]:
+        """Keys of a recipe's `increment` out of "spm", "lora:4" (a rank) or "dense". Raises UsageError."""
+        kind, colon, rank = text.strip().lower().partition(":")
+        if kind == "lora" and rank.isdecimal():
+            return {"kind": "low_rank", "rank": int(rank)}
+        if kind in ("spm", "dense") and not colon:
+            return {"kind": "dense"} if kind == "dense" else {"kind": "low_rank", "rank": 1}
+        raise UsageError(
+            f"unknown increment {text!r}{_hint(kind, ('spm', 'lora:RANK', 'dense'))}", mend="--increment lora:4"
+        )
 
 
 class XtSource(_Part):
@@ -64,7 +99,7 @@ class XtSource(_Part):
 class Anchoring(_Part):
     """Latent anchoring (Eq. 7): what must stay, and how hard it is held."""
 
-    weight: float = Field(default=40.0, ge=0, description="lambda; where it begins when there is a `reach`")
+    weight: float = Field(default=40.0, ge=0, description="lambda; where it begins when there is a `reach`; 0: none")
     reach: float | None = Field(
         default=0.9,
         gt=0,
@@ -108,14 +143,18 @@ class Recipe(_Part):
     aliases: tuple[NonBlank, ...] = ()
     kind: ConceptKind = "other"
     surrogate: str = ""
+    erase_from: NonBlank | None = Field(
+        default=None, description="erase the target out of this prompt only, which is trained on in its place (ESD)"
+    )
     name: str | None = Field(default=None, description="of the eraser; made from the target unless given")
     model: NonBlank = "sketchbook"
-    method: Literal["spm"] = "spm"
+    method: str = Field(default="spm", description="a preset of the parts below, each of which may be changed")
     objective: Objective = Objective()
     increment: IncrementRecipe = IncrementRecipe()
     x_t: XtSource = XtSource()
     anchoring: Anchoring = Anchoring()
     optimiser: Optimiser = Optimiser()
+    closed_form: ClosedForm = ClosedForm()
     steps: int = Field(default=240, ge=1)
     batch_size: int = Field(default=8, ge=1)
     templates: bool = Field(
@@ -126,6 +165,48 @@ class Recipe(_Part):
     strength: float = Field(
         default=1.0, description="gamma's factor when the eraser is attached (the paper doubles it for styles)"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_method(cls, values: Any) -> Any:
+        """What the method presets, under what is given."""
+        preset = METHODS.get(values.get("method", "spm")) if isinstance(values, dict) else None
+        return values if preset is None else merged(preset, values)
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method not in METHODS:
+            raise PydanticCustomError("method", "{problem}", {"problem": f"unknown method{_hint(method, METHODS)}"})
+        return method
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        wanted = objective_of(self.method)
+        if self.objective.name != wanted:
+            raise ValueError(f"method {self.method!r} has the objective {wanted!r}, not {self.objective.name!r}")
+        if self.erase_from is not None and self.templates:
+            raise ValueError("erase_from is one whole prompt: templates has to be false with it")
+        if self.objective.name == "uce":
+            self._check_closed()
+        elif self.closed_form != ClosedForm():
+            raise ValueError(f"closed_form belongs to method 'uce', not to {self.method!r}")
+        return self
+
+    def _check_closed(self) -> None:
+        fields = Recipe.model_fields
+        loops = ("erase_from", "x_t", "anchoring", "optimiser", "steps", "batch_size", "templates", "seed")
+        preset = METHODS[self.method]
+        for key in loops:
+            if getattr(self, key) != preset.get(key, fields[key].default):
+                raise ValueError(f"method {self.method!r} is a closed form, without a training loop: it has no {key}")
+        if self.increment.kind != "low_rank" or self.increment.rank != 1:
+            raise ValueError(
+                f"method {self.method!r} gives an exact low_rank increment of its own rank: "
+                "increment.kind and increment.rank cannot be chosen"
+            )
+        if self.increment.modules != "esd-x-strict":
+            raise ValueError(f"method {self.method!r} edits keys and values of cross-attention, 'esd-x-strict', only")
 
     @classmethod
     def make(cls, **values: Any) -> Recipe:
@@ -143,7 +224,7 @@ class Recipe(_Part):
         Raises RecipeError for what the recipe cannot hold, UsageError for an empty concept.
         """
         values = _read(path) if path is not None else {}
-        values.update(given)
+        values = merged(values, given)
         if not str(values.get("target") or "").strip():
             raise UsageError("the concept is empty: there is nothing to erase", mend='spmhub train "van gogh"')
         return cls.make(**{**known(str(values["target"])), **values}).with_set(*sets)
@@ -154,9 +235,11 @@ class Recipe(_Part):
         return self.name or slug(self.target)
 
     def to_yaml(self) -> str:
-        """The concept, and whatever else differs from the defaults."""
+        """The concept, and whatever else differs from what the method presets."""
+        preset = self.make(target=self.target, method=self.method).model_dump(mode="json")
         concept = self.model_dump(mode="json", include={"target", "aliases", "kind"})
-        values = {**concept, **self.model_dump(mode="json", exclude_defaults=True)}
+        named = {} if self.method == "spm" else {"method": self.method}
+        values = {**concept, **named, **_difference(self.model_dump(mode="json"), preset)}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def with_set(self, *assignments: str) -> Recipe:
@@ -195,6 +278,14 @@ class Recipe(_Part):
                 return 0.5 * (1 + math.cos(math.pi * ((progress * self.optimiser.cycles) % 1.0)))
 
 
+def _difference(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _difference(value, base[key]) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value != base[key]
+    }
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -220,6 +311,8 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         given = str(problem["input"])
         return f"recipe key {where}: unknown {where.split('.')[-1]} {given!r}{_hint(given, choices)}"
+    if problem["type"] == "value_error" and not problem["loc"]:
+        return f"recipe: {problem['ctx']['error']}"
     if problem["type"] != "extra_forbidden":
         return f"recipe key {where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"
     for step in problem["loc"][:-1]:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .objectives.spm import SPM
+from .objectives.base import Objective
 from .recipe import Recipe
 
 _MEMORY = 0.9  # of the running means, per step
@@ -29,7 +29,7 @@ class Steering:
         self.weight = recipe.anchoring.weight
         self._erase = self._whole = 0.0
 
-    def note(self, step: int, erase: float, whole: float, objective: SPM) -> None:
+    def note(self, step: int, erase: float, whole: float, objective: Objective) -> None:
         """The erase loss of a batch, and what it was for this batch before training; sets the next step's lambda."""
         self._erase = _MEMORY * self._erase + erase
         self._whole = _MEMORY * self._whole + whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,23 +13,26 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from spm_hub.adapter import Adapter, increment_info
 from spm_hub.architectures import family_of, fingerprint_of
 from spm_hub.atomic import write_atomic
 from spm_hub.errors import RecipeError, SpmHubError
-from spm_hub.increments import LowRank
+from spm_hub.increments import Increment
 from spm_hub.manifest import Base, Concept, GateDefaults, Manifest
 
 from .anchors import AnchorSource
 from .base import BaseModel
+from .closed_form import solved
 from .conditioning import Conditioning
-from .injection import Injection
+from .dense import DenseInjection
+from .injection import Injection, Trainable
 from .objectives import OBJECTIVES
-from .objectives.spm import SPM
+from .objectives.base import Objective
 from .prompts import PromptMaker, Words, vocabulary_words
 from .recipe import Recipe
+from .selection import selected
 from .steering import Steering
 from .trajectories import Batch, StudentSource, TrajectorySource, generator_for
 
@@ -95,7 +98,7 @@ def train(
     checkpoint_dir: Path | None = None,
     checkpoint_every: int = 50,
     resume: bool = False,
-    on_step: Callable[[int, Injection], bool] | None = None,
+    on_step: Callable[[int, Trainable], bool] | None = None,
 ) -> Adapter:
     """Trains one eraser on `pipe`, which is left as it was.
 
@@ -107,12 +110,19 @@ def train(
     """
     base = BaseModel(pipe, recipe.resolution)
     base.denoiser.requires_grad_(False)
+    modules = selected(base.denoiser, recipe.increment.modules)
+    if recipe.objective.name not in OBJECTIVES:
+        return _adapter(recipe, base, solved(recipe, base, modules), revision)
     names = (recipe.target, *recipe.aliases)
     maker = PromptMaker(names, recipe.kind, Words.load(), vocabulary_words(pipe.tokenizer))
     anchors = AnchorSource(base, recipe.anchoring, recipe.target, maker)
-    objective = OBJECTIVES[recipe.objective.name](recipe.objective.eta)
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective)
     checkpoint = Checkpoint(checkpoint_dir) if checkpoint_dir is not None else None
-    injection = Injection(base.denoiser, recipe.increment.rank, generator_for(recipe.seed, 2, 0))
+    injection: Trainable
+    if recipe.increment.kind == "dense":
+        injection = DenseInjection(modules)
+    else:
+        injection = Injection(base.denoiser, recipe.increment.rank, generator_for(recipe.seed, 2, 0), modules)
     try:
         if recipe.x_t.source == "student":
             source: StudentSource | TrajectorySource = StudentSource(base, recipe, maker, anchors, injection)
@@ -142,10 +152,15 @@ def train(
                 f"stopped at step {done} of {recipe.steps}; the run is saved in {checkpoint.folder}",
                 mend="the same command with --resume",
             ) from None
-        dtype = getattr(torch, recipe.increment.dtype)
-        increments = {path: increment.to(dtype=dtype) for path, increment in injection.increments().items()}
+        increments = injection.increments()
     finally:
         injection.remove()
+    return _adapter(recipe, base, increments, revision)
+
+
+def _adapter(recipe: Recipe, base: BaseModel, trained: Mapping[str, Increment], revision: str | None) -> Adapter:
+    dtype = getattr(torch, recipe.increment.dtype)
+    increments = {path: increment.to(dtype=dtype) for path, increment in trained.items()}
     return Adapter(_manifest(recipe, base, increments, revision), increments, f"trained on {recipe.model}")
 
 
@@ -156,19 +171,15 @@ class _Run:
         self,
         recipe: Recipe,
         base: BaseModel,
-        injection: Injection,
+        injection: Trainable,
         source: StudentSource | TrajectorySource,
-        objective: SPM,
+        objective: Objective,
     ) -> None:
         self.recipe, self.base, self.injection, self.source = recipe, base, injection, source
         self.objective = objective
         self.steering = Steering(recipe)
         lr = recipe.optimiser.lr
-        groups = [
-            {"params": [down], "lr": lr * _fan_in_factor(down) if recipe.optimiser.scale_lr else lr}
-            for down in injection.downs.values()
-        ]
-        groups.append({"params": list(injection.ups.values()), "lr": lr})
+        groups = injection.groups(lr, recipe.optimiser.scale_lr)
         self.optimiser = torch.optim.AdamW(groups, lr=lr, weight_decay=recipe.optimiser.weight_decay)
         self.rates = [float(group["lr"]) for group in self.optimiser.param_groups]
         self.distance: Tensor | None = None
@@ -228,12 +239,7 @@ class _Run:
         self.steering.load(tensors["steering"])
 
 
-def _fan_in_factor(down: nn.Parameter) -> float:
-    """Adam moves every entry by about lr, so `down @ x` moves by lr x fan-in: constant relative to 128 inputs."""
-    return 128 / down[0].numel()
-
-
-def _manifest(recipe: Recipe, base: BaseModel, increments: dict[str, LowRank], revision: str | None) -> Manifest:
+def _manifest(recipe: Recipe, base: BaseModel, increments: Mapping[str, Increment], revision: str | None) -> Manifest:
     concept = Concept(target=recipe.target, aliases=recipe.aliases, surrogate=recipe.surrogate, kind=recipe.kind)
     return Manifest(
         name=recipe.slug,

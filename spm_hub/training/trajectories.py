@@ -16,7 +16,7 @@ from torch import Tensor
 from .anchors import AnchorSource
 from .base import BaseModel
 from .conditioning import Conditioning
-from .injection import Injection
+from .injection import Trainable
 from .prompts import PromptMaker
 from .recipe import Recipe
 
@@ -26,7 +26,8 @@ class Batch:
     """Rows to train on.
 
     Target rows: latents (b, *latent_shape), times (b,), what the denoiser is told (b rows) and the frozen base's
-    predictions for the concept and for the surrogate. Anchor rows: the same, with the one prediction to keep.
+    predictions for what is trained on and for the same without the concept: the surrogate's, or `less_concept`'s.
+    Anchor rows: the same, with the one prediction to keep.
     """
 
     latents: Tensor
@@ -79,21 +80,18 @@ class TrajectorySource:
         self._base, self._recipe, self._maker, self._anchors = base, recipe, maker, anchors
         self._kept: dict[int, Chunk] = {}
 
-    def _prompt(self, generator: torch.Generator) -> str:
-        return self._maker.target(generator) if self._recipe.templates else self._recipe.target
-
     @torch.no_grad()
     def _run(self, index: int) -> Chunk:
         base, recipe, source = self._base, self._recipe, self._recipe.x_t
         generator = generator_for(recipe.seed, 0, index)
         count, per = source.trajectories, max(1, recipe.anchoring.per_target)
         base.forget()
-        targets = base.encode([self._prompt(generator) for _ in range(count)])
+        targets = base.encode([trained_prompt(recipe, self._maker, generator) for _ in range(count)])
         driving = self._anchors.draw(count, generator)
         ends = base.encode(["", recipe.surrogate])
         picks = torch.randint(len(source.guidance), (count,), generator=generator)
         guidance = torch.tensor(source.guidance)[picks]
-        by_anchor = torch.arange(count) % 2 == 1
+        by_anchor = (torch.arange(count) % 2 == 1) & (recipe.anchoring.weight > 0)
         guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)
         target_states = targets.under(guidance)
         empty_states, neutral_states = (end.expand(count).under(guidance) for end in ends)
@@ -103,7 +101,9 @@ class TrajectorySource:
         steps = most - int(torch.randint(1 + most // 4, (), generator=generator))
         scheduler = base.scheduler(steps)
         latents = base.noise(count, generator) * initial_sigma(scheduler)
-        fixed = [target_states, *([] if recipe.surrogate == "" else [neutral_states]), empty_states, driving]
+        fixed = [target_states, *([] if recipe.surrogate == "" else [neutral_states]), empty_states]
+        if recipe.erase_from is not None:
+            fixed.append(base.encode([recipe.target])[0].expand(count).under(guidance))
         anchor_states: list[Conditioning] = []
         rows: dict[str, list[Tensor]] = {
             key: [] for key in ("latents", "times", "concept", "neutral", "empty", "anchors")
@@ -112,13 +112,15 @@ class TrajectorySource:
             # The anchors beside the driving one change at every step: thousands of texts are held, at the cost of few.
             base.forget()
             others = [self._anchors.draw(count, generator).under(guidance) for _ in range(per - 1)]
-            states = Conditioning.cat([*fixed, *others])
+            states = Conditioning.cat([*fixed, driving, *others])
             anchor_states += [driving, *others]
             model_input = scaled(scheduler, latents, time)
             repeated = torch.cat([model_input] * (len(states) // count))
             parts = list(base.predict(repeated, time.expand(len(repeated)), states).split(count))
             concept, neutral = parts[0], parts[1]
             empty = parts[1] if recipe.surrogate == "" else parts[2]
+            if recipe.erase_from is not None:
+                neutral = less_concept(concept, parts[len(fixed) - 1], neutral)
             kept = torch.stack(parts[-per:], dim=1)
             anchored = by_anchor.to(base.device).view(-1, *[1] * (concept.dim() - 1))
             driver = torch.where(anchored, kept[:, 0], concept)
@@ -165,11 +167,12 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
         owner = chunk.owner[rows]
         targets.append((chunk.latents[rows], chunk.times[rows], chunk.concept[rows], chunk.neutral[rows]))
         target_states.append(chunk.target_states[owner])
-        for number in range(recipe.anchoring.per_target):
+        held = recipe.anchoring.weight > 0
+        for number in range(recipe.anchoring.per_target if held else 0):
             anchors.append((chunk.latents[rows], chunk.times[rows], chunk.anchors[rows, number]))
             anchor_states.append(chunk.anchor_states[rows, number])
         # The empty prompt is the other half of guidance at every picture, so it is an anchor too.
-        some = rows[: max(1, size // 4)]
+        some = rows[: max(1, size // 4) if held else 0]
         anchors.append((chunk.latents[some], chunk.times[some], chunk.empty[some]))
         anchor_states.append(chunk.empty_states[chunk.owner[some]])
     latents, times, concept, neutral = (torch.cat(parts) for parts in zip(*targets, strict=True))
@@ -178,6 +181,22 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
         latents, times, Conditioning.cat(target_states), concept, neutral,
         anchor_latents, anchor_times, Conditioning.cat(anchor_states), kept,
     )  # fmt: skip
+
+
+def trained_prompt(recipe: Recipe, maker: PromptMaker, generator: torch.Generator) -> str:
+    """What the student is told: a sentence of the concept, or its bare name, or the prompt it is erased from."""
+    if recipe.erase_from is not None:
+        return recipe.erase_from
+    return maker.target(generator) if recipe.templates else recipe.target
+
+
+def less_concept(whole: Tensor, concept: Tensor, neutral: Tensor) -> Tensor:
+    """The prediction of a prompt less its concept: eps*(Y) - (eps*(X) - eps*(c0)).
+
+    In the place of eps*(c0) it makes of any objective's target that of "erase X from Y", eps*(Y) - eta (eps*(X) -
+    eps*(c0)) in ESD's newer convention.
+    """
+    return whole - (concept - neutral)
 
 
 def initial_sigma(scheduler: Any) -> float:
@@ -201,7 +220,7 @@ class StudentSource:
     """
 
     def __init__(
-        self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource, injection: Injection
+        self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource, injection: Trainable
     ) -> None:
         self._base, self._recipe, self._maker, self._anchors, self._injection = base, recipe, maker, anchors, injection
 
@@ -209,9 +228,9 @@ class StudentSource:
     def batch(self, step: int) -> Batch:
         base, recipe = self._base, self._recipe
         generator = generator_for(recipe.seed, 1, step)
-        size, per = recipe.batch_size, recipe.anchoring.per_target
+        size, per = recipe.batch_size, recipe.anchoring.per_target if recipe.anchoring.weight > 0 else 0
         base.forget()
-        prompts = [self._maker.target(generator) if recipe.templates else recipe.target for _ in range(size)]
+        prompts = [trained_prompt(recipe, self._maker, generator) for _ in range(size)]
         guidance = torch.full((size,), recipe.x_t.guidance[0], device=base.device)
         states = base.encode(prompts).under(guidance)
         empty, neutral_states = (end.expand(size).under(guidance) for end in base.encode(["", recipe.surrogate]))
@@ -228,12 +247,17 @@ class StudentSource:
         anchor_states = self._anchors.draw(size * per, generator) if per else states[:0]
         anchor_states = anchor_states.under(guidance.repeat_interleave(per))
         anchor_latents = model_input.repeat_interleave(per, dim=0)
-        every = Conditioning.cat([states, neutral_states, anchor_states])
-        inputs = torch.cat([model_input, model_input, anchor_latents])
+        teacher = [states, neutral_states]
+        if recipe.erase_from is not None:
+            teacher.append(base.encode([recipe.target])[0].expand(size).under(guidance))
+        every = Conditioning.cat([*teacher, anchor_states])
+        inputs = torch.cat([*[model_input] * len(teacher), anchor_latents])
         with self._injection.frozen():
-            concept, neutral, kept = base.predict(inputs, time.expand(len(inputs)), every).split(
-                [size, size, size * per]
+            concept, neutral, *rest, kept = base.predict(inputs, time.expand(len(inputs)), every).split(
+                [*[size] * len(teacher), size * per]
             )
+        if rest:
+            neutral = less_concept(concept, rest[0], neutral)
         return Batch(
             model_input, time.expand(size), states, concept, neutral,
             anchor_latents, time.expand(size * per), anchor_states, kept,

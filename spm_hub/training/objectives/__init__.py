@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from spm_hub.training.recipe import Objective as ObjectiveRecipe
+
+from .base import Objective
+from .esd import ESD
 from .spm import SPM
 
-OBJECTIVES: dict[str, type[SPM]] = {"spm": SPM}
+OBJECTIVES: dict[str, Callable[[ObjectiveRecipe], Objective]] = {
+    "spm": lambda recipe: SPM(recipe.eta),
+    "esd": lambda recipe: ESD(recipe.eta, recipe.convention),
+}

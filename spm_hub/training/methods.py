@@ -1,0 +1,42 @@
+"""Methods by name: what each one presets of a recipe's parts. Whoever trains may change every part on its own.
+
+A new method is one file in `objectives/`, its line there, and its entry here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# For the sketchbook, in SPM's time; the papers' own settings are in manifests/recipes. Its text encoder is a small one:
+# trained on the bare name alone, the concept stays in sentences.
+_ESD: dict[str, Any] = {
+    "objective": {"name": "esd", "eta": 2.0, "convention": "rewrite"},
+    "x_t": {"guidance": (3.0,)},
+    "anchoring": {"weight": 0.0, "reach": None, "per_target": 0},
+    "optimiser": {"lr": 1e-3},
+}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "spm": {},
+    **{
+        name: {**_ESD, "increment": {"kind": "dense", "modules": name}}
+        for name in ("esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn")
+    },
+    "uce": {"objective": {"name": "uce"}, "increment": {"modules": "esd-x-strict"}, "templates": False},
+}
+
+
+def objective_of(method: str) -> str:
+    """The name of the objective a method is made of."""
+    name: str = METHODS[method].get("objective", {}).get("name", "spm")
+    return name
+
+
+def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` wins, key by key, down through the dictionaries that both have."""
+    both = {key: merged(under[key], over[key]) for key in under if _parts(under[key], over.get(key))}
+    return {**under, **over, **both}
+
+
+def _parts(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)

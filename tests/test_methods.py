@@ -1,0 +1,296 @@
+"""Methods: losses and closed forms against float64 transcriptions, ESD's choices against the official key lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from pico import pico_pipeline
+from torch import nn
+
+from spm_hub.attachment import attach
+from spm_hub.errors import RecipeError, UsageError
+from spm_hub.increments import Dense, LowRank
+from spm_hub.training import Recipe, train
+from spm_hub.training.anchors import AnchorSource
+from spm_hub.training.base import BaseModel
+from spm_hub.training.closed_form import last_states
+from spm_hub.training.dense import DenseInjection
+from spm_hub.training.injection import Injection
+from spm_hub.training.methods import METHODS
+from spm_hub.training.objectives.esd import ESD
+from spm_hub.training.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.recipe import IncrementRecipe
+from spm_hub.training.selection import selected
+from spm_hub.training.trajectories import StudentSource, TrajectorySource, generator_for
+
+KEYS = Path(__file__).resolve().parents[2] / "shared" / "conformance" / "esd_keys"
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "manifests" / "recipes").glob("*.yaml"))
+SMALL = {"target": "snoopy", "steps": 6, "batch_size": 4, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}
+
+
+def recipe(**values: object) -> Recipe:
+    return Recipe.make(**{**SMALL, **values})
+
+
+def test_esd_is_equation_6_in_float64_in_both_conventions() -> None:
+    prediction, concept, empty = np.random.default_rng(0).normal(size=(3, 2, 4, 8, 8))
+    given = [torch.from_numpy(array) for array in (prediction, concept, empty)]
+    for eta in (0.0, 1.0, 3.0):
+        expected = np.mean((prediction - (empty - eta * (concept - empty))) ** 2)
+        assert float(ESD(eta).erase(*given)) == pytest.approx(expected, rel=1e-12)
+        assert float(ESD(eta + 1, "rewrite").erase(*given)) == pytest.approx(expected, rel=1e-12)
+        goal = np.mean((concept - (empty - eta * (concept - empty))) ** 2)
+        assert float(ESD(eta).distance(*given[1:])) == pytest.approx(goal, rel=1e-12)
+        assert float(ESD(eta + 1, "rewrite").distance(*given[1:])) == pytest.approx(goal, rel=1e-12)
+
+
+@pytest.mark.parametrize("source", ["trajectory", "student"])
+def test_erase_x_from_y_trains_y_towards_y_without_x(source: str) -> None:
+    plan = recipe(
+        method="esd-x", templates=False, erase_from="a dog", objective={"eta": 2.5},
+        x_t={**SMALL["x_t"], "source": source},
+    )  # fmt: skip
+    base = BaseModel(pico_pipeline())
+    maker = PromptMaker(("snoopy",), plan.kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
+    anchors = AnchorSource(base, plan.anchoring, plan.target, maker)
+    injection = DenseInjection(selected(base.denoiser, "esd-x"))
+    made = TrajectorySource(base, plan, maker, anchors)
+    batch = (made if source == "trajectory" else StudentSource(base, plan, maker, anchors, injection)).batch(1)
+    assert len(batch.anchor_latents) == 0
+    x, y, empty = base.encode(["snoopy", "a dog", ""])
+    size = len(batch.latents)
+    assert torch.equal(batch.states.states, y.expand(size).states)
+    with torch.no_grad():
+        at_x, at_y, at_empty = (
+            base.predict(batch.latents, batch.times, told.expand(size)).double() for told in (x, y, empty)
+        )
+    expected = at_y - 2.5 * (at_x - at_empty)
+    found = ESD(2.5, "rewrite").target(batch.concept.double(), batch.neutral.double())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    injection.remove()
+
+
+def sd14() -> UNet2DConditionModel:
+    return UNet2DConditionModel(cross_attention_dim=768)
+
+
+def sdxl() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=[5, 10, 20],
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 2, 10], use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    )  # fmt: skip
+
+
+def flux_dev() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(guidance_embeds=True)
+
+
+@pytest.mark.skipif(not KEYS.is_dir(), reason="no conformance files beside this checkout")
+@pytest.mark.parametrize(
+    ("prefix", "make"),
+    [("sd14", sd14), ("sdxl", sdxl), ("flux_schnell", FluxTransformer2DModel), ("flux_dev", flux_dev)],
+)  # fmt: skip
+def test_esd_changes_exactly_what_the_official_files_hold(prefix: str, make: Callable[[], nn.Module]) -> None:
+    with torch.device("meta"):
+        denoiser = make()
+    lists = sorted(KEYS.glob(f"{prefix}_*.txt"))
+    assert len(lists) >= 2
+    for path in lists:
+        expected = dict(line.split("\t") for line in path.read_text().splitlines() if line.strip())
+        name = path.stem.removeprefix(f"{prefix}_").replace("selfattn", "esd-selfattn")
+        found = {
+            f"{module}.{part}": str(tuple(parameter.shape))
+            for module, layer in selected(denoiser, name).items()
+            for part, parameter in layer.named_parameters()
+        }
+        assert found == expected, path.name
+    if prefix.startswith("flux"):
+        strict, both = (selected(denoiser, name).keys() for name in ("esd-x-strict", "esd-x-strict-text"))
+        assert {key.rpartition(".")[2] for key in both - strict} == {"add_k_proj", "add_v_proj"}
+        assert strict < both
+        with pytest.raises(RecipeError, match="esd-selfattn"):
+            selected(denoiser, "esd-selfattn")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_increments_begin_at_nothing_freeze_to_the_base_and_go(dtype: torch.dtype) -> None:
+    pipe = pico_pipeline(dtype=dtype)
+    unet = pipe.unet
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    latents, states = torch.randn(2, 4, 8, 8).to(dtype), torch.randn(2, 12, 16).to(dtype)
+    with torch.no_grad():
+        plain = unet(latents, 500, states).sample
+        injection = DenseInjection(selected(unet, "esd-all"))
+        assert torch.equal(unet(latents, 500, states).sample, plain)
+        for delta in injection.state().values():
+            assert delta.dtype == torch.float32
+            delta.add_(0.02)
+        changed = unet(latents, 500, states).sample
+        assert not torch.equal(changed, plain)
+        with injection.frozen():
+            assert torch.equal(unet(latents, 500, states).sample, plain)
+        injection.remove()
+        assert torch.equal(unet(latents, 500, states).sample, plain)
+        for path, increment in injection.increments().items():
+            module = unet.get_submodule(path)
+            module.weight.data = (module.weight.float() + increment.delta).to(dtype)
+            if increment.delta_bias is not None:
+                module.bias.data = (module.bias.float() + increment.delta_bias).to(dtype)
+        assert torch.equal(unet(latents, 500, states).sample, changed)
+    assert list(before) == list(unet.state_dict())
+    assert not any("forward" in module.__dict__ for module in unet.modules())
+
+
+@pytest.mark.parametrize(
+    ("increment", "x_t"), [({"kind": "dense"}, "student"), ({"kind": "low_rank", "rank": 2}, "trajectory")]
+)
+def test_esd_lowers_its_loss_and_a_resumed_run_is_the_same_run(
+    tmp_path: Path, increment: dict[str, object], x_t: str
+) -> None:
+    plan = recipe(method="esd-x", increment=increment, x_t={**SMALL["x_t"], "source": x_t}, steps=20)
+    plan = plan.with_set(
+        "optimiser.lr=5e-5" if increment["kind"] == "dense" else "optimiser.lr=1e-3", "optimiser.warmup=2"
+    )
+    pipe = pico_pipeline()
+    before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    whole = train(plan, pipe=pipe)
+    base = BaseModel(pipe)
+    noise, told = base.noise(8, generator_for(3, 0, 0)), base.encode(["snoopy", ""])
+    times = torch.linspace(50, 950, 8).long()
+    with torch.no_grad():
+        concept, neutral = (base.predict(noise, times, told[row].expand(8)) for row in (0, 1))
+        with attach(pipe, [whole], gate="always"):
+            erased = base.predict(noise, times, told[0].expand(8))
+    assert float(ESD(1.0).erase(erased, concept, neutral) / ESD(1.0).distance(concept, neutral)) < 0.95
+
+    def interrupt(step: int, total: int, info: dict[str, float]) -> None:
+        if step == 8:
+            raise RuntimeError("killed: nothing is written now, the last checkpoint is that of step 6")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(plan, pipe=pipe, progress=interrupt, checkpoint_dir=tmp_path, checkpoint_every=3)
+    steps: list[int] = []
+    resumed = train(
+        plan, pipe=pipe, checkpoint_dir=tmp_path, resume=True, progress=lambda step, total, info: steps.append(step)
+    )  # fmt: skip
+    assert steps[0] == 7
+    whole.save(tmp_path / "whole.safetensors")
+    resumed.save(tmp_path / "resumed.safetensors")
+    assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "resumed.safetensors").read_bytes()
+    assert all(torch.equal(value, before[key]) for key, value in pipe.unet.state_dict().items())
+    assert whole.increments.keys() == selected(pipe.unet, "esd-x").keys()
+    assert {type(found) for found in whole.increments.values()} == {Dense if "rank" not in increment else LowRank}
+    assert whole.manifest.recipe["objective"] == {"name": "esd", "eta": 2.0, "convention": "rewrite"}
+    with attach(pipe, [resumed], gate="always"):
+        pass
+    assert all(torch.equal(value, before[key]) for key, value in pipe.unet.state_dict().items())
+
+
+def test_low_rank_layers_may_be_put_on_any_selection() -> None:
+    unet = pico_pipeline().unet
+    chosen = selected(unet, "esd-u")
+    injection = Injection(unet, 2, generator_for(0, 2, 0), chosen)
+    assert set(injection.paths) == set(chosen)
+    assert {path: found.weight_shape for path, found in injection.increments().items()} == {
+        path: tuple(module.weight.shape) for path, module in chosen.items()
+    }
+    injection.remove()
+
+
+def test_uce_is_its_closed_form_in_float64() -> None:
+    names, kept, ridge = ("snoopy", "van gogh"), ("a dog", "mickey mouse"), 0.7
+    pipe = pico_pipeline()
+    plan = Recipe.make(
+        target=names[0], aliases=names[1:], surrogate="cat", method="uce",
+        closed_form={"ridge": ridge, "preserve": kept},
+    )  # fmt: skip
+    adapter = train(plan, pipe=pipe)
+    tokenizer = pipe.tokenizer
+
+    def state(prompt: str) -> np.ndarray:
+        window = tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+        end = int((window.input_ids[0] == tokenizer.eos_token_id).nonzero()[0])
+        with torch.no_grad():
+            return pipe.text_encoder(window.input_ids)[0][0, end - 1].double().numpy()
+
+    goal = state("cat")
+    cross = {path for path, _ in pipe.unet.named_modules() if path.endswith(("attn2.to_k", "attn2.to_v"))}
+    assert set(adapter.increments) == cross
+    for path, increment in adapter.increments.items():
+        w = pipe.unet.get_submodule(path).weight.detach().double().numpy()
+        left, m = ridge * w, ridge * np.eye(w.shape[1])
+        for c in map(state, names):
+            left, m = left + np.outer(w @ goal, c), m + np.outer(c, c)
+        for c in map(state, kept):
+            left, m = left + np.outer(w @ c, c), m + np.outer(c, c)
+        expected = left @ np.linalg.inv(m) - w
+        assert isinstance(increment, LowRank)
+        assert increment.rank == len(names)
+        found = increment.delta_for(pipe.unet.get_submodule(path).weight).double().numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+        assert np.linalg.matrix_rank(expected, tol=1e-8) == len(names)
+    one = train(Recipe.make(target="snoopy", method="uce"), pipe=pipe)
+    assert {found.rank for found in one.increments.values() if isinstance(found, LowRank)} == {1}
+
+
+def test_the_last_subject_token_of_a_text_too_long_is_inside_the_window() -> None:
+    base = BaseModel(pico_pipeline())
+    states = last_states(base, ["", "dog", "dog " * 50])
+    encoded = base.encode(["", "dog", "dog " * 50]).states
+    for row, token in enumerate((0, 1, encoded.shape[1] - 2)):
+        assert torch.equal(states[row], encoded[row, token])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"method": "esdx"}, "unknown method.*did you mean esd-x"),
+        ({"method": "ucee"}, "did you mean uce"),
+        ({"method": "uce", "increment": {"kind": "dense"}}, "^recipe: method 'uce' gives an exact low_rank"),
+        ({"method": "uce", "steps": 5}, "without a training loop: it has no steps"),
+        ({"method": "uce", "objective": {"eta": 3}}, "closed_form.ridge"),
+        ({"method": "spm", "closed_form": {"ridge": 1}}, "belongs to method 'uce'"),
+        ({"method": "esd-x", "objective": {"name": "spm", "convention": "paper"}}, "has the objective 'esd'"),
+        ({"objective": {"convention": "rewrite"}}, "belongs to objective 'esd'"),
+        ({"erase_from": "a dog"}, "templates has to be false"),
+        ({"method": "esd-x", "increment": {"modules": "esd-y"}}, "increment.modules: unknown.*esd-"),
+    ],
+)
+def test_impossible_combinations_are_refused_with_the_reason(values: dict[str, object], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        Recipe.make(target="snoopy", **values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_survives_yaml_with_every_part_changed(method: str, tmp_path: Path) -> None:
+    changes = ["surrogate=dog"]
+    if method != "uce":
+        changes += ["increment.kind=low_rank", "increment.rank=1", "anchoring.weight=40", "templates=false", "steps=9"]
+    plan = Recipe.make(target="snoopy", method=method).with_set(*changes)
+    (tmp_path / "recipe.yaml").write_text(plan.to_yaml())
+    assert Recipe.plan(tmp_path / "recipe.yaml") == plan
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_that_come_along_are_valid(path: Path) -> None:
+    plan = Recipe.plan(path) if "\ntarget:" in path.read_text() else Recipe.plan(path, target="church")
+    assert path.stem.startswith(plan.method)
+    assert Recipe.make(**plan.model_dump(mode="json")) == plan
+
+
+def test_increments_by_name() -> None:
+    assert len(RECIPES) >= 7
+    assert IncrementRecipe.named("lora:4") == {"kind": "low_rank", "rank": 4}
+    assert IncrementRecipe.named("spm") == {"kind": "low_rank", "rank": 1}
+    assert Recipe.plan(target="dog", method="esd-u", increment=IncrementRecipe.named("dense")).increment.kind == "dense"
+    for wrong in ("lora", "lora:x", "dense:3", "dens"):
+        with pytest.raises(UsageError, match="unknown increment"):
+            IncrementRecipe.named(wrong)
