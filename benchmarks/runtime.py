@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -419,7 +420,11 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
 
 def _apart(arguments: list[str]) -> dict[str, Any]:
     """A case in a process of its own: peak memory is a process's, and nothing is left over from another case."""
-    done = subprocess.run([sys.executable, __file__, "case", *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "case", *arguments]
+    # glibc otherwise gives the activations of every step back to the system, and half of a step is page faults, more or
+    # fewer of them by the history of the process: two speeds of one and the same bare model.
+    allocator = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **allocator})
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(result, file=sys.stderr, flush=True)
     return result
