@@ -22,6 +22,9 @@ from spm_hub.gate import Prompts, token_sets
 HELD = "_spm_hub_attachment"
 """The key in `__dict__` of a pipeline and of its denoiser under which their attachment is found."""
 
+_WAITING = "_spm_hub_waiting"
+"""The key in a pipeline's `__dict__` while `hold` waits for pictures that began before."""
+
 Settings = tuple[tuple[str, str | int | float], ...]
 """Arguments that change what the text encoder gives: clip_skip, lora_scale, max_sequence_length and the like."""
 
@@ -65,9 +68,11 @@ def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
     with holder.bare_weights(moving=False):
         try:
             pipe.__dict__[HELD] = denoiser.__dict__[HELD] = holder
+            pipe.__dict__[_WAITING] = True
             pipe.__class__ = _held_pipeline(pipe.__class__)
             while _in_use(denoiser):
                 time.sleep(0.005)
+            del pipe.__dict__[_WAITING]
             # Plain assignment would pass through torch.compile's wrapper to the module inside it.
             object.__setattr__(denoiser, "__class__", _held_denoiser(denoiser.__class__))
             if body is not denoiser:
@@ -88,6 +93,7 @@ def release(pipe: Any, denoiser: Any) -> None:
         body.__dict__.pop(name, None)
     for held in (pipe, denoiser, body):
         held.__dict__.pop(HELD, None)
+    pipe.__dict__.pop(_WAITING, None)
 
 
 def _is_fused(attention: Any) -> bool:
@@ -161,6 +167,9 @@ def _held_pipeline(base: Any) -> Any:
                     holder.encoded(bound.arguments, result)
                 return result
 
+            if _WAITING in self.__dict__:
+                # A picture that began before: `hold` waits for it to end, so it must not wait for `hold`.
+                return base.encode_prompt(self, *args, **kwargs)
             return _under(self, lambda holder: holder.encoding(), run)
 
         Held.encode_prompt = encode_prompt

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from spm_hub.errors import RecipeError, UsageError, nearest
 from spm_hub.manifest import slug
@@ -177,7 +176,7 @@ class Recipe(_Part):
     @classmethod
     def _known(cls, method: str) -> str:
         if method not in METHODS:
-            raise PydanticCustomError("method", "{problem}", {"problem": f"unknown method{_hint(method, METHODS)}"})
+            raise ValueError(f"unknown method{_hint(method, METHODS)}")
         return method
 
     @model_validator(mode="after")
@@ -314,7 +313,8 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
     if problem["type"] == "value_error" and not problem["loc"]:
         return f"recipe: {problem['ctx']['error']}"
     if problem["type"] != "extra_forbidden":
-        return f"recipe key {where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"
+        said = problem["msg"].removeprefix("Value error, ")
+        return f"recipe key {where}: {said} (got {str(problem['input'])[:80]!r})"
     for step in problem["loc"][:-1]:
         annotation = model.model_fields[str(step)].annotation
         model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
