@@ -100,7 +100,7 @@ def runtime(numbers: dict[str, Any]) -> str:
     counts = sorted({erasers for *_, erasers in steps})
     rows = []
     for model, prompts, method in sorted(
-        {key[:3] for key in steps}, key=lambda key: (key[0], key[1], key[2] != "ours")
+        {key[:3] for key in steps}, key=lambda key: (*key[:2], key[2] != "ours", key[2])
     ):
         cells = [steps.get((model, prompts, method, count)) for count in counts]
         label = "spm-hub" if method == "ours" else {"hooks": "a hook for each eraser"}.get(method, method)
