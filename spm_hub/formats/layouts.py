@@ -39,7 +39,8 @@ def read_increments(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Incr
     for key, tensor in tensors.items():
         slot = next((slot for parse_key in LAYOUTS.values() if (slot := parse_key(key)) is not None), None)
         if slot is None:
-            _refuse(path, key)
+            # Of a file's keys the telling one: a learnt token says less than a layer beside it.
+            _refuse(path, next((each for each in tensors if any(pattern.fullmatch(each) for pattern in _REFUSED)), key))
         parts = modules.setdefault(slot.module, {})
         if slot.part in parts:
             raise AdapterFileError(f"{path}: {slot.module} has two tensors for {slot.part}, the second under {key!r}")
