@@ -53,13 +53,6 @@ class LowRank:
         """The change of `weight` at gamma 1: float32 and shaped like `weight`, on the device of this increment."""
         return (self.up.float().flatten(1) @ self.down.float().flatten(1)).reshape(weight.shape)
 
-    def add_to(self, total: Tensor, weight: Tensor, gamma: float) -> None:
-        """In place `total += gamma * delta_for(weight)`: `total` float32, `weight` the base's own, of one shape."""
-        total.add_(self.delta_for(weight), alpha=gamma)
-
-    def add_to_bias(self, total: Tensor, bias: Tensor, gamma: float) -> None:
-        """Nothing: a low-rank increment leaves the bias alone."""
-
     def tensors(self) -> dict[str, Tensor]:
         """The parts to be stored, by name."""
         return {"down": self.down, "up": self.up}
@@ -114,15 +107,6 @@ class Dense:
         """The change of `weight` at gamma 1: float32 and shaped like `weight`, on the device of this increment."""
         return self.delta.float().reshape(weight.shape)
 
-    def add_to(self, total: Tensor, weight: Tensor, gamma: float) -> None:
-        """In place `total += gamma * delta_for(weight)`: `total` float32, `weight` the base's own, of one shape."""
-        total.add_(self.delta_for(weight), alpha=gamma)
-
-    def add_to_bias(self, total: Tensor, bias: Tensor, gamma: float) -> None:
-        """In place `total += gamma * delta_bias`; `total` is float32, `bias` is the base's own, both (out,)."""
-        if self.delta_bias is not None:
-            total.add_(self.delta_bias.float(), alpha=gamma)
-
     def tensors(self) -> dict[str, Tensor]:
         """The parts to be stored, by name."""
         return (
@@ -173,21 +157,10 @@ class Mask:
 
     def delta_for(self, weight: Tensor) -> Tensor:
         """The change of `weight` at gamma 1: float32 and shaped like `weight`, on its device."""
-        off = self._off(weight)
+        off = ~self.keep.to(weight.device)
         columns = off.reshape(-1 if self.dim == 0 else 1, -1 if self.dim == 1 else 1, *[1] * (weight.dim() - 2))
         # where() and not a product with 0 or 1: the untouched entries must be exactly zero, never -0 or nan.
         return torch.where(columns, -weight.float(), weight.new_zeros((), dtype=torch.float32))
-
-    def add_to(self, total: Tensor, weight: Tensor, gamma: float) -> None:
-        """In place `total += gamma * delta_for(weight)`: `total` float32, `weight` the base's own, of one shape."""
-        total.add_(self.delta_for(weight), alpha=gamma)
-
-    def add_to_bias(self, total: Tensor, bias: Tensor, gamma: float) -> None:
-        """In place `total -= gamma * bias` for the outputs switched off; `total` is float32, both (out,)."""
-        if self.dim == 0:
-            total.add_(
-                torch.where(self._off(bias), -bias.float(), bias.new_zeros((), dtype=torch.float32)), alpha=gamma
-            )
 
     def tensors(self) -> dict[str, Tensor]:
         """The parts to be stored, by name."""
@@ -196,9 +169,6 @@ class Mask:
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Mask":
         """The same mask on another device; a mask stays boolean whatever `dtype` the rest of its adapter moves to."""
         return Mask(self.keep.to(device=device), self.dim)
-
-    def _off(self, like: Tensor) -> Tensor:
-        return ~self.keep.to(like.device)
 
 
 Increment = LowRank | Dense | Mask

@@ -161,7 +161,7 @@ class Layers:
             site.branch([active[column] for column in used], columns[used].mT if used else columns, self._reader(path))
 
     def bare(self) -> None:
-        """Put every module back as it was: weights bit for bit, no hook."""
+        """Put every module back as it was: its own class, weights bit for bit."""
         for site in self._sites.values():
             site.bare()
 

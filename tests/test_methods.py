@@ -254,6 +254,7 @@ def test_the_last_subject_token_of_a_text_too_long_is_inside_the_window() -> Non
     [
         ({"method": "esdx"}, "unknown method.*did you mean esd-x"),
         ({"method": "ucee"}, "did you mean uce"),
+        ({"method": "esd-x", "objective": {"eta": 0}}, "objective.*nothing is erased"),
         ({"method": "uce", "increment": {"kind": "dense"}}, "^recipe: method 'uce' gives an exact low_rank"),
         ({"method": "uce", "steps": 5}, "without a training loop: it has no steps"),
         ({"method": "uce", "objective": {"eta": 3}}, "closed_form.ridge"),

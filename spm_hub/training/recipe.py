@@ -42,6 +42,8 @@ class Objective(_Part):
     def _consistent(self) -> Self:
         if self.convention == "rewrite" and self.name != "esd":
             raise ValueError(f"convention 'rewrite' belongs to objective 'esd', not {self.name!r}")
+        if self.convention == "rewrite" and self.eta == 0:
+            raise ValueError("convention 'rewrite' with eta 0 asks for the base's own prediction: nothing is erased")
         if self.name == "uce" and self.eta != 1.0:
             raise ValueError(f"'uce' is a closed form and has no eta (got {self.eta}); it has closed_form.ridge")
         return self
