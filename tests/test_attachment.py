@@ -19,6 +19,7 @@ from torch import nn
 
 from spm_hub.attachment import attach
 from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError, UsageError
+from spm_hub.increments import Dense, Mask
 from spm_hub.manifest import GateDefaults
 
 TARGETS = ("snoopy", "mickey", "spongebob")

@@ -23,8 +23,8 @@ from spm_hub.training.dense import DenseInjection
 from spm_hub.training.injection import Injection
 from spm_hub.training.methods import METHODS
 from spm_hub.training.objectives.esd import ESD
+from spm_hub.training.parts import IncrementRecipe
 from spm_hub.training.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.recipe import IncrementRecipe
 from spm_hub.training.selection import selected
 from spm_hub.training.trajectories import StudentSource, TrajectorySource, generator_for
 

@@ -52,7 +52,8 @@ def train(
     """Train an eraser for CONCEPT and keep it in the registry."""
     from spm_hub.hub.registry import Registry, registries
     from spm_hub.models import identity_of, load_pipeline, parse_reference
-    from spm_hub.training.recipe import IncrementRecipe, Recipe
+    from spm_hub.training.parts import IncrementRecipe
+    from spm_hub.training.recipe import Recipe
 
     given: dict[str, Any] = {"target": concept, "model": model, "method": method, "name": name, "seed": seed}
     given["increment"] = None if increment is None else IncrementRecipe.named(increment)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .base import BaseModel
 from .conditioning import Conditioning
+from .parts import Anchoring
 from .prompts import PromptMaker
-from .recipe import Anchoring
 
 CANDIDATES = 4  # prompts offered for each anchor drawn; the paper's probabilities choose among them
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spm_hub.training.recipe import Objective as ObjectiveRecipe
+from spm_hub.training.parts import Objective as ObjectiveRecipe
 
 from .base import Objective
 from .esd import ESD

@@ -1,0 +1,135 @@
+"""The parts a recipe is made of: objective, increment, x_t source, anchoring, optimiser, and what single methods add.
+
+Each part checks itself; what goes with what is checked by the recipe. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from spm_hub.errors import UsageError, nearest
+
+NonBlank = Annotated[str, StringConstraints(pattern=r"\S", strip_whitespace=True)]
+ConceptKind = Literal["object", "character", "person", "style", "nsfw", "other"]
+
+
+def hint(key: str, known: Any) -> str:
+    """The nearest of the known names, or all of them, to be put behind what was wrong."""
+    close = nearest(key, known)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(known)}"
+
+
+class Part(BaseModel):
+    """What all parts are: frozen, finite, and strict about their keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Objective(Part):
+    """What the erased prediction is pulled to: a file in `objectives/`."""
+
+    name: Literal["spm", "esd", "uce"] = "spm"
+    eta: float = Field(default=1.0, ge=0, description="how far beyond the surrogate's prediction the target lies")
+    convention: Literal["paper", "rewrite"] = Field(
+        default="paper", description="rewrite: eta as ESD's authors count it since 2025, the paper's plus 1"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.convention == "rewrite" and self.name != "esd":
+            raise ValueError(f"convention 'rewrite' belongs to objective 'esd', not {self.name!r}")
+        if self.convention == "rewrite" and self.eta == 0:
+            raise ValueError("convention 'rewrite' with eta 0 asks for the base's own prediction: nothing is erased")
+        if self.name == "uce" and self.eta != 1.0:
+            raise ValueError(f"'uce' is a closed form and has no eta (got {self.eta}); it has closed_form.ridge")
+        return self
+
+
+class ClosedForm(Part):
+    """What a closed form (UCE) is told in place of a training."""
+
+    ridge: float = Field(default=0.5, gt=0, description="lambda: how hard everything else is held")
+    preserve: tuple[NonBlank, ...] = Field(default=(), description="prompts held one by one")
+
+
+class IncrementRecipe(Part):
+    """What is trained: low-rank of `rank` 1 is SPM's one-dimensional adapter; dense, full weights and biases."""
+
+    kind: Literal["low_rank", "dense"] = "low_rank"
+    rank: int = Field(default=1, ge=1, le=128, description="of low_rank; a closed form has its own")
+    modules: Literal["targets", "esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn"] = (
+        Field(default="targets", description="targets: SPM's, all of the attention blocks; the others: ESD's")
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="of the saved file")
+
+    @classmethod
+    def named(cls, text: str) -> dict[str, Any]:
+        """Keys of a recipe's `increment` out of "spm", "lora:4" (a rank) or "dense". Raises UsageError."""
+        kind, colon, rank = text.strip().lower().partition(":")
+        if kind == "lora" and rank.isdecimal():
+            return {"kind": "low_rank", "rank": int(rank)}
+        if kind in ("spm", "dense") and not colon:
+            return {"kind": "dense"} if kind == "dense" else {"kind": "low_rank", "rank": 1}
+        raise UsageError(
+            f"unknown increment {text!r}{hint(kind, ('spm', 'lora:RANK', 'dense'))}", mend="--increment lora:4"
+        )
+
+
+class XtSource(Part):
+    """Where the noisy latents x_t come from.
+
+    trajectory: trajectories of the frozen base, whose predictions are the free targets.
+    student: the paper's own, sampled by the model being erased under `guidance` from noise to a random step.
+    """
+
+    source: Literal["trajectory", "student"] = "trajectory"
+    steps: int = Field(default=16, ge=2, le=1000, description="denoising steps of a trajectory")
+    guidance: tuple[float, ...] = Field(
+        default=(0.0, 1.0, 3.0, 7.5),
+        min_length=1,
+        description="guidance scales a trajectory is driven with, one drawn for each; the student uses the first",
+    )
+    trajectories: int = Field(default=24, ge=1, description="trajectories run side by side")
+    chunks: int = Field(default=4, ge=1, description="groups of trajectories over the whole training")
+
+
+class Anchoring(Part):
+    """Latent anchoring (Eq. 7): what must stay, and how hard it is held."""
+
+    weight: float = Field(default=40.0, ge=0, description="lambda; where it begins when there is a `reach`; 0: none")
+    reach: float | None = Field(
+        default=0.9,
+        gt=0,
+        description="lambda is steered so that the concept's predictions end this share of the way to the surrogate's; "
+        "null keeps it as it is",
+    )
+    alpha: float = Field(default=1.0, ge=0, description="P(anchor) ~ (1 - |cos(anchor, target)|)^alpha")
+    source: Literal["text", "gaussian", "given"] = Field(
+        default="text",
+        description="text: sentences about everything else; gaussian: the released code's; given: `prompts`",
+    )
+    prompts: tuple[NonBlank, ...] = ()
+    per_target: int = Field(default=2, ge=0, description="anchors for each target row of a batch")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.source == "given") != bool(self.prompts):
+            raise ValueError(
+                f"source is {self.source!r} with {len(self.prompts)} prompts: prompts belong to source 'given'"
+            )
+        return self
+
+
+class Optimiser(Part):
+    """AdamW over the increments."""
+
+    lr: float = Field(default=3e-3, gt=0)
+    schedule: Literal["cosine", "cosine_restarts", "constant"] = "cosine"
+    warmup: int = Field(default=20, ge=0)
+    cycles: int = Field(default=3, ge=1, description="of cosine_restarts")
+    weight_decay: float = Field(default=0.0, ge=0)
+    scale_lr: bool = Field(
+        default=True, description="lr of `down` proportional to 1 / fan-in, so that one lr fits every width"
+    )
