@@ -25,7 +25,6 @@ from spm_hub.manifest import Base, Concept, GateDefaults, Manifest
 from .anchors import AnchorSource
 from .base import BaseModel
 from .closed_form import solved
-from .conditioning import Conditioning
 from .dense import DenseInjection
 from .injection import Injection, Trainable
 from .objectives import OBJECTIVES
@@ -34,7 +33,7 @@ from .prompts import PromptMaker, Words, vocabulary_words
 from .recipe import Recipe
 from .selection import selected
 from .steering import Steering
-from .trajectories import Batch, StudentSource, TrajectorySource, generator_for
+from .trajectories import StudentSource, TrajectorySource, generator_for
 
 Progress = Callable[[int, int, dict[str, float]], None]
 _CHECKPOINT = "training.safetensors"
@@ -195,28 +194,17 @@ class _Run:
         factor = self.recipe.learning_rate(step)
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        erase, anchor = self._losses(batch)
+        losses = self.objective.losses(self.base, batch)
+        erase, anchor = losses.erase, losses.anchor
         # Relative losses mean the same on any base, whatever the scale of its predictions; AdamW does not mind.
-        whole = self.objective.distance(batch.concept, batch.neutral)
         if self.distance is None:
-            self.distance = whole
+            self.distance = losses.distance
         weight = self.steering.weight
-        self.steering.note(step, float(erase.detach()), float(whole), self.objective)
+        self.steering.note(step, float(erase.detach()), float(losses.distance), self.objective)
         self.optimiser.zero_grad(set_to_none=True)
         (self.objective.loss(erase, anchor, weight) / self.distance).backward()
         self.optimiser.step()
         return {"erase": float(erase.detach() / self.distance), "anchor": float(anchor.detach() / self.distance)}
-
-    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        latents = torch.cat([batch.latents, batch.anchor_latents])
-        times = torch.cat([batch.times, batch.anchor_times])
-        states = Conditioning.cat([batch.states, batch.anchor_states])
-        prediction = self.base.predict(latents, times, states)
-        size = len(batch.latents)
-        erase = self.objective.erase(prediction[:size], batch.concept, batch.neutral)
-        if len(batch.anchor_latents) == 0:
-            return erase, torch.zeros_like(erase)
-        return erase, self.objective.anchor(prediction[size:], batch.anchor_predictions)
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {f"increment.{key}": parameter for key, parameter in self.injection.state().items()}

@@ -25,14 +25,17 @@ from .recipe import Recipe
 class Batch:
     """Rows to train on.
 
-    Target rows: latents (b, *latent_shape), times (b,), what the denoiser is told (b rows) and the frozen base's
-    predictions for what is trained on and for the same without the concept: the surrogate's, or `less_concept`'s.
+    Target rows: latents (b, *latent_shape), times (b,), the prompts trained on and what the denoiser is told of them
+    and of the surrogate (b rows each), and the frozen base's predictions for what is trained on and for the same
+    without the concept: the surrogate's, or `less_concept`'s.
     Anchor rows: the same, with the one prediction to keep.
     """
 
     latents: Tensor
     times: Tensor
+    prompts: tuple[str, ...]
     states: Conditioning
+    neutral_states: Conditioning
     concept: Tensor
     neutral: Tensor
     anchor_latents: Tensor
@@ -45,14 +48,17 @@ class Batch:
 class Chunk:
     """A group of trajectories, all steps of all flattened to n rows.
 
-    latents (n, *latent_shape), times (n,), owner (n,): the trajectory; target_states (k rows), empty_states (k);
+    latents (n, *latent_shape), times (n,), owner (n,): the trajectory; prompts (k), target_states (k rows),
+    neutral_states (k), empty_states (k);
     anchor_states (n, a); concept, neutral, empty as latents; anchors (n, a, *latent_shape).
     """
 
     latents: Tensor
     times: Tensor
     owner: Tensor
+    prompts: tuple[str, ...]
     target_states: Conditioning
+    neutral_states: Conditioning
     anchor_states: Conditioning
     empty_states: Conditioning
     concept: Tensor
@@ -86,7 +92,8 @@ class TrajectorySource:
         generator = generator_for(recipe.seed, 0, index)
         count, per = source.trajectories, max(1, recipe.anchoring.per_target)
         base.forget()
-        targets = base.encode([trained_prompt(recipe, self._maker, generator) for _ in range(count)])
+        prompts = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(count))
+        targets = base.encode(prompts)
         driving = self._anchors.draw(count, generator)
         ends = base.encode(["", recipe.surrogate])
         picks = torch.randint(len(source.guidance), (count,), generator=generator)
@@ -132,7 +139,10 @@ class TrajectorySource:
         by_row = Conditioning.cat(anchor_states).map(
             lambda part: part.unflatten(0, (steps, per, count)).transpose(1, 2).flatten(0, 1)
         )
-        return Chunk(owner=owner, target_states=target_states, anchor_states=by_row, empty_states=empty_states, **flat)
+        return Chunk(
+            owner=owner, prompts=prompts, target_states=target_states, neutral_states=neutral_states,
+            anchor_states=by_row, empty_states=empty_states, **flat,
+        )  # fmt: skip
 
     def chunk(self, index: int) -> Chunk:
         """The index-th group; the current and the previous one are kept."""
@@ -158,7 +168,9 @@ class TrajectorySource:
 def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.Generator) -> Batch:
     targets: list[tuple[Tensor, ...]] = []
     anchors: list[tuple[Tensor, ...]] = []
+    prompts: list[str] = []
     target_states: list[Conditioning] = []
+    neutral_states: list[Conditioning] = []
     anchor_states: list[Conditioning] = []
     for chunk, size in shares:
         if size == 0:
@@ -166,7 +178,9 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
         rows = torch.randint(len(chunk), (size,), generator=generator).to(chunk.latents.device)
         owner = chunk.owner[rows]
         targets.append((chunk.latents[rows], chunk.times[rows], chunk.concept[rows], chunk.neutral[rows]))
+        prompts += [chunk.prompts[index] for index in owner.tolist()]
         target_states.append(chunk.target_states[owner])
+        neutral_states.append(chunk.neutral_states[owner])
         held = recipe.anchoring.weight > 0
         for number in range(recipe.anchoring.per_target if held else 0):
             anchors.append((chunk.latents[rows], chunk.times[rows], chunk.anchors[rows, number]))
@@ -178,7 +192,8 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
     latents, times, concept, neutral = (torch.cat(parts) for parts in zip(*targets, strict=True))
     anchor_latents, anchor_times, kept = (torch.cat(parts) for parts in zip(*anchors, strict=True))
     return Batch(
-        latents, times, Conditioning.cat(target_states), concept, neutral,
+        latents, times, tuple(prompts), Conditioning.cat(target_states), Conditioning.cat(neutral_states),
+        concept, neutral,
         anchor_latents, anchor_times, Conditioning.cat(anchor_states), kept,
     )  # fmt: skip
 
@@ -230,7 +245,7 @@ class StudentSource:
         generator = generator_for(recipe.seed, 1, step)
         size, per = recipe.batch_size, recipe.anchoring.per_target if recipe.anchoring.weight > 0 else 0
         base.forget()
-        prompts = [trained_prompt(recipe, self._maker, generator) for _ in range(size)]
+        prompts = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(size))
         guidance = torch.full((size,), recipe.x_t.guidance[0], device=base.device)
         states = base.encode(prompts).under(guidance)
         empty, neutral_states = (end.expand(size).under(guidance) for end in base.encode(["", recipe.surrogate]))
@@ -259,6 +274,6 @@ class StudentSource:
         if rest:
             neutral = less_concept(concept, rest[0], neutral)
         return Batch(
-            model_input, time.expand(size), states, concept, neutral,
+            model_input, time.expand(size), prompts, states, neutral_states, concept, neutral,
             anchor_latents, time.expand(size * per), anchor_states, kept,
         )  # fmt: skip

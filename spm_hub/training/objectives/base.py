@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+from spm_hub.training.conditioning import Conditioning
+
+if TYPE_CHECKING:
+    from spm_hub.training.base import BaseModel
+    from spm_hub.training.trajectories import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """Scalars of one batch: `erase`, `anchor` (0 without anchors), and what `erase` was before anything was trained."""
+
+    erase: Tensor
+    anchor: Tensor
+    distance: Tensor
 
 
 class Objective(ABC):
@@ -20,6 +38,22 @@ class Objective(ABC):
     @abstractmethod
     def target(self, concept: Tensor, neutral: Tensor) -> Tensor:
         """What the prediction is pulled to."""
+
+    def losses(self, base: BaseModel, batch: Batch) -> Losses:
+        """Of the model being erased on one batch, with gradients. An objective that needs more of it does so here."""
+        prediction, anchors = self.predicted(base, batch)
+        return Losses(
+            self.erase(prediction, batch.concept, batch.neutral),
+            self.anchor(anchors, batch.anchor_predictions) if len(anchors) else anchors.new_zeros(()),
+            self.distance(batch.concept, batch.neutral),
+        )
+
+    def predicted(self, base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Its predictions for a batch's target rows and anchor rows, in one call of the denoiser."""
+        latents = torch.cat([batch.latents, batch.anchor_latents])
+        times = torch.cat([batch.times, batch.anchor_times])
+        prediction = base.predict(latents, times, Conditioning.cat([batch.states, batch.anchor_states]))
+        return prediction[: len(batch.latents)], prediction[len(batch.latents) :]
 
     def erase(self, prediction: Tensor, concept: Tensor, neutral: Tensor) -> Tensor:
         """The mean over all elements of (eps(x_t, c) - target)^2."""
