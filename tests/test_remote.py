@@ -104,7 +104,13 @@ def resolved(reference: str, hub: Hub, folder: Path, **env: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, reference],
         cwd=Path(__file__).resolve().parents[1],
-        env={**os.environ, "HF_ENDPOINT": f"http://{host!s}:{port}", "HF_HOME": str(folder / "hf"), **env},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": f"http://{host!s}:{port}",
+            "HF_HOME": str(folder / "hf"),
+            **env,
+        },
         capture_output=True,
         text=True,
         check=True,
