@@ -12,7 +12,7 @@ import torch
 from spm_hub.atomic import Content, write_together
 from spm_hub.errors import AdapterFileError, ManifestError
 from spm_hub.formats import spm
-from spm_hub.formats.container import MANIFEST_KEY, Header, encode, read_header, read_tensors
+from spm_hub.formats.container import MANIFEST_KEY, Header, Image, encode, read_header, read_tensors
 from spm_hub.formats.layouts import read_increments
 from spm_hub.formats.stored import StoredIncrements, with_dots
 from spm_hub.increments import Increment, LowRank
@@ -59,11 +59,23 @@ class Adapter:
     def save(self, path: Path | str, manifest_path: Path | str | None = None) -> Manifest:
         """Write the adapter, and the manifest beside it when `manifest_path` is given: both wholly, or neither.
 
-        Returns the manifest as it stands in that file, with name, size and sha256 of the adapter file.
-        The adapter file depends on increments and manifest alone: no clock, no path.
-        Raises AdapterFileError when a tensor is not finite, RegistryError when the files cannot be written.
+        Returns the manifest as it stands in that file. Raises as `encoded` does, and RegistryError when the files
+        cannot be written.
         """
         path = Path(path)
+        image, written = self.encoded(path.name)
+        files: dict[Path, Content] = {path: image.write_to}
+        if manifest_path is not None:
+            files[Path(manifest_path)] = written.to_json().encode()
+        write_together(files)
+        return written
+
+    def encoded(self, file_name: str) -> tuple[Image, Manifest]:
+        """The adapter file, and the manifest to stand beside it, with name, size and sha256 of that file.
+
+        The adapter file depends on increments and manifest alone: no clock, no path.
+        Raises AdapterFileError when a tensor is not finite.
+        """
         for module, increment in self.increments.items():
             for part, tensor in increment.tensors().items():
                 if not torch.isfinite(tensor).all():
@@ -72,18 +84,13 @@ class Adapter:
                         mend="train with a smaller learning rate",
                     )
         image = encode(spm.to_tensors(self.increments), spm.header_metadata(self.manifest))
-        about_file = {"file": path.name, "bytes": image.nbytes, "sha256": image.sha256}
-        written = self.manifest.model_copy(
+        about_file = {"file": file_name, "bytes": image.nbytes, "sha256": image.sha256}
+        return image, self.manifest.model_copy(
             update={
                 "increment": self.manifest.increment.model_copy(update=about_file),
                 "created": self.manifest.created or datetime.now(UTC).replace(microsecond=0),
             }
         )
-        files: dict[Path, Content] = {path: image.write_to}
-        if manifest_path is not None:
-            files[Path(manifest_path)] = written.to_json().encode()
-        write_together(files)
-        return written
 
 
 def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy: bool = False) -> Adapter:

@@ -3,7 +3,8 @@
 import errno
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,28 +26,55 @@ def write_together(files: Mapping[Path, Content]) -> None:
 
     Raises RegistryError when the operating system refuses (no space, no permission, a folder in the way).
     """
-    staged: dict[Path, Path] = {}
-    current = next(iter(files))
+    with staged(files) as temporaries:
+        rename(temporaries)
+
+
+@contextmanager
+def staged(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
+    """Every file complete and synced under a temporary name beside its own, by its own, for `rename`.
+
+    What has not been renamed at the end of the block is removed. Raises RegistryError, with nothing left behind.
+    """
+    temporaries: dict[Path, Path] = {}
     try:
-        for current, content in files.items():
-            if current.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(current))
-            current.parent.mkdir(parents=True, exist_ok=True)
-            staged[current] = _stage(current, content)
-        for current, temporary in staged.items():
-            os.replace(temporary, current)
-        for folder in {path.parent for path in files}:
-            _sync_folder(folder)
-    except OSError as error:
-        raise RegistryError(f"cannot write {current}: {error.strerror or error}", mend=_mend(error, current)) from error
+        for path, content in files.items():
+            with _refused(path):
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporaries[path] = _stage(path, content)
+        yield temporaries
     finally:
-        for temporary in staged.values():
+        for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+
+
+def rename(temporaries: Mapping[Path, Path]) -> None:
+    """Put staged files in their places, in the order given, and make that durable. Raises RegistryError."""
+    for path, temporary in temporaries.items():
+        with _refused(path):
+            os.replace(temporary, path)
+    for folder in {path.parent for path in temporaries}:
+        sync_folder(folder)
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RegistryError(f"cannot write {path}: {error.strerror or error}", mend=_mend(error, path)) from error
+
+
+def temporary_of(path: Path, token: str) -> Path:
+    """Where `path` is staged: hidden, beside it."""
+    return path.with_name(f".{path.name}.{token}.tmp")
 
 
 def _stage(path: Path, content: Content) -> Path:
     """Write `content` to a new hidden file beside `path` and return it; nothing is left when that fails."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_of(path, secrets.token_hex(4))
     # open("xb") and not tempfile: the file must end up with the user's umask, not with mode 0600.
     try:
         with open(temporary, "xb") as file:
@@ -62,7 +90,7 @@ def _stage(path: Path, content: Content) -> Path:
     return temporary
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the renames themselves durable; platforms that cannot open a folder have nothing to sync."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)

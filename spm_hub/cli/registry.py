@@ -8,7 +8,7 @@ import typer
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, plain, silence_libraries, size, table
-from spm_hub.errors import CompatibilityError, SpmHubError
+from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError
 
 Name = Annotated[str, typer.Argument(help="A name in a registry, a file, or owner/name on the Hub.")]
 
@@ -26,9 +26,12 @@ def list_(out: Output, *, registry: options.Registry = None) -> None:
     found: list[dict[str, Any]] = []
     for place in registries(registry):
         for entry in place.entries():
-            row = {"name": entry.name, "registry": str(place.root), "bytes": entry.adapter_path.stat().st_size}
+            row: dict[str, Any] = {"name": entry.name, "registry": str(place.root)}
             try:
+                row["bytes"] = entry.adapter_path.stat().st_size
                 manifest = entry.read_manifest()
+            except (FileNotFoundError, NotFoundError):
+                continue  # somebody has removed it since it was listed
             except SpmHubError as error:
                 found.append({**row, "broken": error.message})
                 continue

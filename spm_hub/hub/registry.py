@@ -3,18 +3,29 @@
 Listing and resolving read no tensors and import no torch.
 """
 
+import hashlib
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import platformdirs
 
-from spm_hub.atomic import write_atomic
-from spm_hub.errors import ManifestError, NotFoundError, RegistryError, SpmHubError, UsageError, nearest
+from spm_hub.atomic import Content, write_atomic
+from spm_hub.errors import (
+    AdapterFileError,
+    ManifestError,
+    NotFoundError,
+    RegistryError,
+    SpmHubError,
+    UsageError,
+    nearest,
+)
+from spm_hub.hub import storage
 from spm_hub.manifest import NAME, Evaluation, Manifest, slug
 
 if TYPE_CHECKING:
@@ -27,10 +38,7 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 """The adapter in a repository of the Hub, as diffusers looks for it; its manifest stands beside it."""
 MANIFEST_NAME = "manifest.json"
 
-_ADAPTERS, _MANIFESTS = "adapters", "manifests"
-_SUFFIX = ".safetensors"
-# manifests/schema.json is the JSON Schema of manifests.
-_RESERVED = frozenset({"schema"})
+_SUFFIX = storage.SUFFIXES[storage.ADAPTERS]
 _HUB_REFERENCE = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -57,7 +65,22 @@ class Entry:
         return self.load().manifest
 
     def load(self, *, lazy: bool = False) -> "Adapter":
-        """The adapter itself, verified against its manifest; when `lazy`, its increments as soon as one is needed."""
+        """The adapter itself, verified against its manifest; when `lazy`, its increments as soon as one is needed.
+
+        Never a file and a manifest of two versions, whoever replaces them meanwhile.
+        """
+        root = self.adapter_path.parent.parent
+        if not storage.is_shared(root):
+            return self._load(lazy=lazy)
+        if not lazy:
+            with suppress(SpmHubError):
+                return self._load(lazy=False)
+        # What is wrong may have been read between two renames; what is wrong while nobody writes, is. And a lazy
+        # reader, who does not read as far as the hash that would tell him, has to wait for the writers every time.
+        with storage.writing(root):
+            return self._load(lazy=lazy)
+
+    def _load(self, *, lazy: bool) -> "Adapter":
         from spm_hub.adapter import load_file
 
         adapter = load_file(self.adapter_path, self.manifest_path, lazy=lazy)
@@ -83,7 +106,7 @@ class Registry:
     def entries(self) -> tuple[Entry, ...]:
         """Everything in the registry, by name; none where the folder does not exist yet."""
         try:
-            files = sorted((self.root / _ADAPTERS).glob(f"*{_SUFFIX}"))
+            files = sorted((self.root / storage.ADAPTERS).glob(f"*{_SUFFIX}"))
         except OSError as error:
             raise RegistryError(f"cannot read {self.root}: {error.strerror}", mend=f"chmod u+rx {self.root}") from error
         return tuple(_entry_of(file) for file in files)
@@ -101,7 +124,7 @@ class Registry:
         if len(found) > 1:
             raise _ambiguous(reference, (f"{entry.name} ({entry.adapter_path})" for entry in found))
         if not found:
-            raise _unknown(reference, [entry.name for entry in entries], f"in {self.root}")
+            raise self._missing(reference)
         return found[0]
 
     def add(self, adapter: "Adapter", *, replace: bool = False) -> Entry:
@@ -109,8 +132,36 @@ class Registry:
 
         Raises RegistryError when the folder cannot be written, or holds that name already and `replace` is not set.
         """
-        entry = self.check_room_for(adapter.name, replace=replace)
-        adapter.save(entry.adapter_path, entry.manifest_path)
+        image, manifest = adapter.encoded(f"{adapter.name}{_SUFFIX}")
+        return self._put(adapter.name, image.write_to, manifest.to_json().encode(), replace=replace)
+
+    def install(self, source: Entry, *, replace: bool = False) -> Entry:
+        """Keep a copy, bit for bit, of an adapter that lies elsewhere with its manifest; everything is verified first.
+
+        Raises ManifestError where it has no manifest, AdapterFileError, and RegistryError as `add` does.
+        """
+        if source.manifest_path is None:
+            raise ManifestError(f"{source.adapter_path} has no manifest beside it, so nothing to be verified against")
+        manifest = source.load().manifest
+        info = manifest.increment.model_copy(update={"file": f"{manifest.name}{_SUFFIX}"})
+
+        def copy(file: BinaryIO) -> None:
+            digest = hashlib.sha256()
+            with open(source.adapter_path, "rb") as original:
+                while block := original.read(2**20):
+                    digest.update(block)
+                    file.write(block)
+            if digest.hexdigest() != manifest.increment.sha256:
+                raise AdapterFileError(f"{source.adapter_path} was altered while it was copied")
+
+        kept = manifest.model_copy(update={"increment": info})
+        return self._put(manifest.name, copy, kept.to_json().encode(), replace=replace)
+
+    def _put(self, name: str, adapter: Content, manifest: bytes, *, replace: bool) -> Entry:
+        self.check_room_for(name, replace=replace)
+        with storage.writing(self.root):
+            entry = self.check_room_for(name, replace=replace)
+            storage.change(self.root, name, {storage.ADAPTERS: adapter, storage.MANIFESTS: manifest})
         return entry
 
     def check_room_for(self, name: str, *, replace: bool = False) -> Entry:
@@ -120,9 +171,9 @@ class Registry:
         """
         if not re.fullmatch(NAME, name):
             raise UsageError(f"{name!r} is no name for an eraser", mend=f"name it {slug(name)}")
-        manifest = self.root / _MANIFESTS / f"{name}.json"
-        entry = Entry(name, self.root / _ADAPTERS / f"{name}{_SUFFIX}", manifest)
-        if name in _RESERVED:
+        manifest = storage.place(self.root, storage.MANIFESTS, name)
+        entry = Entry(name, storage.place(self.root, storage.ADAPTERS, name), manifest)
+        if name in storage.RESERVED:
             raise RegistryError(f"{name!r} is a reserved name: {manifest} is something else")
         if entry.adapter_path.exists() and not replace:
             raise RegistryError(
@@ -150,26 +201,35 @@ class Registry:
         entry = self.get(name)
         if entry.manifest_path is None:
             raise RegistryError(f"{entry.adapter_path} has no manifest beside it to record an evaluation in")
-        manifest = entry.read_manifest()
-        measured = {(new.protocol, new.base) for new in evaluation}
-        kept = [old for old in manifest.evaluation if (old.protocol, old.base) not in measured]
-        updated = manifest.model_copy(update={"evaluation": (*kept, *evaluation)})
-        write_atomic(entry.manifest_path, updated.to_json().encode())
+        with storage.writing(self.root):
+            manifest = entry.read_manifest()
+            measured = {(new.protocol, new.base) for new in evaluation}
+            kept = [old for old in manifest.evaluation if (old.protocol, old.base) not in measured]
+            updated = manifest.model_copy(update={"evaluation": (*kept, *evaluation)})
+            write_atomic(entry.manifest_path, updated.to_json().encode())
         return updated
 
     def remove(self, name: str) -> None:
         """Delete an adapter and its manifest. Raises NotFoundError, or RegistryError when they cannot be deleted."""
-        entry = next((entry for entry in self.entries() if entry.name == name), None)
-        if entry is None:
-            raise _unknown(name, [known.name for known in self.entries()], f"in {self.root}")
-        try:
-            entry.adapter_path.unlink()
-            if entry.manifest_path is not None:
-                entry.manifest_path.unlink()
-        except OSError as error:
-            raise RegistryError(
-                f"cannot remove {error.filename}: {error.strerror}", mend=f"chmod u+w {self.root / _ADAPTERS}"
-            ) from error
+        if not any(entry.name == name for entry in self.entries()):
+            raise self._missing(name)
+        with storage.writing(self.root):
+            if not storage.place(self.root, storage.ADAPTERS, name).exists():
+                raise self._missing(name)
+            storage.change(self.root, name, {})
+
+    def gc(self, *, dry_run: bool = False) -> tuple[storage.Leftover, ...]:
+        """Delete what belongs to no eraser and return it: see `storage.leftovers`. Raises RegistryError."""
+        if not self.root.is_dir():
+            return ()
+        with storage.writing(self.root):
+            found = tuple(storage.leftovers(self.root))
+            for leftover in () if dry_run else found:
+                storage.delete(leftover.path)
+        return found
+
+    def _missing(self, name: str) -> NotFoundError:
+        return _unknown(name, [known.name for known in self.entries()], f"in {self.root}")
 
 
 def user_registry() -> Registry:
@@ -184,14 +244,25 @@ def registries(registry: Path | None = None) -> tuple[Registry, ...]:
     """
     roots = [user_registry().root]
     here = Path.cwd()
-    if (here / _ADAPTERS).is_dir() and (here / _MANIFESTS).is_dir():
+    if (here / storage.ADAPTERS).is_dir() and (here / storage.MANIFESTS).is_dir():
         roots.insert(0, here)
     asked = registry or (Path(named) if (named := os.environ.get(REGISTRY_VARIABLE)) else None)
     if asked is not None:
         if not asked.is_dir():
-            raise RegistryError(f"the registry {asked} does not exist", mend=f"mkdir -p {asked / _ADAPTERS}")
+            raise RegistryError(f"the registry {asked} does not exist", mend=f"mkdir -p {asked / storage.ADAPTERS}")
         roots.insert(0, asked)
     return tuple(map(Registry, roots))
+
+
+def holding(name: str, registry: Path | None = None) -> Registry:
+    """The first registry that holds an eraser of exactly that name. Raises NotFoundError with the nearest names."""
+    known = registries(registry)
+    names: list[str] = []
+    for place in known:
+        names += [entry.name for entry in place.entries()]
+        if name in names:
+            return place
+    raise _unknown(name, names, "in " + ", ".join(str(place.root) for place in known))
 
 
 def resolve(reference: str, registry: Path | None = None) -> Entry:
@@ -255,7 +326,7 @@ def _entry_of(file: Path) -> Entry:
     if file.name == WEIGHTS_NAME:
         beside = file.with_name(MANIFEST_NAME)
     else:
-        beside = file.parent.parent / _MANIFESTS / f"{file.stem}.json"
+        beside = storage.place(file.parent.parent, storage.MANIFESTS, file.stem)
     return Entry(file.stem, file, beside if beside.is_file() else None)
 
 

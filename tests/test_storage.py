@@ -1,0 +1,257 @@
+"""A registry that several processes share: no reader sees half an eraser, and no killed writer leaves one."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_adapter import snoopy
+from test_registry import named
+
+from spm_hub import atomic
+from spm_hub.adapter import load_file
+from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError
+from spm_hub.hub import storage
+from spm_hub.hub.registry import MANIFEST_NAME, WEIGHTS_NAME, Entry, Registry
+
+TESTS = Path(__file__).resolve().parent
+
+
+class KilledError(BaseException):
+    """In place of SIGKILL: nothing of ours catches it, and what cleans up is told not to."""
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    kept = Registry(tmp_path / "registry")
+    kept.add(named("snoopy"))
+    return kept
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    found = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if not name.startswith(storage.STATE)}
+
+
+def killed_after(renames: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Run `act` and stop it dead before the rename of that number; temporary files and journal stay as they are."""
+    replace, unlink, left = os.replace, Path.unlink, iter(range(renames))
+
+    def dying(source: Path, target: Path) -> None:
+        if next(left, None) is None:
+            monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+            raise KilledError
+        replace(source, target)
+
+    monkeypatch.setattr(atomic.os, "replace", dying)
+    with pytest.raises(KilledError):
+        act()
+    monkeypatch.setattr(atomic.os, "replace", replace)
+    monkeypatch.setattr(Path, "unlink", unlink)
+
+
+# The renames of an installation: the journal, the manifest, the adapter. From the first on it will be finished.
+@pytest.mark.parametrize(("renames", "found", "in_the_end"), [(0, 0, 0), (1, 0, 1), (2, 1, 1)])
+def test_a_writer_killed_while_replacing_leaves_the_one_or_the_other(
+    renames: int, found: int, in_the_end: int, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = [named("snoopy", seed=seed).encoded("snoopy.safetensors")[1].increment.sha256 for seed in (0, 1)]
+    killed_after(renames, monkeypatch, lambda: registry.add(named("snoopy", seed=1), replace=True))
+    assert registry.get("snoopy").load().manifest.increment.sha256 == versions[found]
+    registry.gc()
+    assert registry.get("snoopy").load().manifest.increment.sha256 == versions[in_the_end]
+    assert sorted(files_of(registry.root)) == ["adapters/snoopy.safetensors", "manifests/snoopy.json"]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_writer_killed_while_adding_leaves_all_or_nothing(
+    renames: int, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_after(renames, monkeypatch, lambda: registry.add(named("mickey")))
+    assert [entry.name for entry in registry.entries()] == ["snoopy"]
+    registry.gc()
+    names = ["snoopy"] if renames == 0 else ["mickey", "snoopy"]
+    assert [entry.load().name for entry in registry.entries()] == names
+    assert len(files_of(registry.root)) == 2 * len(names)
+
+
+def test_a_strangers_journal_moves_nothing_elsewhere(registry: Registry, tmp_path: Path) -> None:
+    outside = tmp_path / "precious.json"
+    outside.write_text("precious")
+    journal = registry.root / storage.STATE / "journal.json"
+    hostile = [
+        {"name": "../../precious", "coming": {}},
+        {"name": "snoopy", "coming": {"../..": ".snoopy.12345678.tmp"}},
+        {"name": "snoopy", "coming": {"manifests": "../../precious.json"}},
+        {"name": 7, "coming": []},
+        [],
+    ]
+    before = files_of(registry.root)
+    for content in (*map(json.dumps, hostile), "{", "[" * 100_000):
+        journal.write_text(content)
+        registry.gc()
+        assert not journal.exists()
+        assert files_of(registry.root) == before
+        assert outside.read_text() == "precious"
+
+
+def test_gc_deletes_what_belongs_to_no_eraser_and_nothing_else(registry: Registry) -> None:
+    before = files_of(registry.root)
+    orphan = registry.root / "manifests" / "gone.json"
+    orphan.write_text(named("gone").manifest.to_json())
+    temporary = registry.root / "adapters" / ".snoopy.safetensors.0123abcd.tmp"
+    temporary.write_bytes(b"half")
+    others = {
+        registry.root / "manifests" / "deployment.json": '{"kind": "of another program"}',
+        registry.root / "manifests" / "schema.json": named("schema").manifest.to_json(),
+        registry.root / "adapters" / "foreign.safetensors": "came alone",
+        registry.root / "adapters" / ".notes.tmp": "of another program",
+    }
+    for path, text in others.items():
+        path.write_text(text)
+    assert {(one.path, one.bytes) for one in registry.gc(dry_run=True)} == {
+        (orphan, orphan.stat().st_size),
+        (temporary, 4),
+    }
+    assert orphan.exists()
+    assert {one.path for one in registry.gc()} == {orphan, temporary}
+    assert registry.gc() == ()
+    kept = {str(path.relative_to(registry.root)): text.encode() for path, text in others.items()}
+    assert files_of(registry.root) == {**before, **kept}
+
+
+def test_gc_of_no_folder(tmp_path: Path) -> None:
+    assert Registry(tmp_path / "none").gc() == ()
+    assert not (tmp_path / "none").exists()
+
+
+def test_installed_bit_for_bit(registry: Registry, tmp_path: Path) -> None:
+    source = Entry("someone/mickey", tmp_path / WEIGHTS_NAME, tmp_path / MANIFEST_NAME)
+    named("mickey").save(source.adapter_path, source.manifest_path)
+    entry = registry.install(source)
+    assert entry.adapter_path.read_bytes() == source.adapter_path.read_bytes()
+    assert entry.read_manifest().increment.file == "mickey.safetensors"
+    with pytest.raises(RegistryError, match="already holds"):
+        registry.install(source)
+    registry.install(source, replace=True)
+
+
+def test_what_is_not_what_its_manifest_says_is_not_installed(registry: Registry, tmp_path: Path) -> None:
+    source = Entry("someone/mickey", tmp_path / WEIGHTS_NAME, tmp_path / MANIFEST_NAME)
+    named("mickey").save(source.adapter_path, source.manifest_path)
+    named("mickey", seed=1).save(source.adapter_path)
+    before = files_of(registry.root)
+    with pytest.raises(AdapterFileError, match="is not the file that"):
+        registry.install(source)
+    with pytest.raises(ManifestError, match="no manifest beside it"):
+        registry.install(Entry("alone", source.adapter_path, None))
+    assert files_of(registry.root) == before
+
+
+def test_a_held_lock_is_waited_for_and_then_named(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "SECONDS_TO_WAIT", 0.2)
+    code = (
+        "import sys, time; from pathlib import Path; from spm_hub.hub import storage\n"
+        "with storage.writing(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, registry.root], cwd=TESTS.parent, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with pytest.raises(RegistryError, match="another process has been writing"):
+        registry.add(named("mickey"))
+    assert registry.get("snoopy").load().name == "snoopy", "readers of what is whole do not wait"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    registry.add(named("mickey"))
+
+
+def work(root: Path, sources: Path, names: Sequence[str], seconds: float, seed: int, results: Any) -> None:
+    """Install, remove, list and load the same erasers as the others; tells how often what happened, and what failed."""
+    kept, rng, seen = Registry(root), random.Random(seed), Counter[str]()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        act = rng.choice(["install", "replace", "remove", "list", "load", "lazy"])
+        try:
+            seen[step(act, kept, sources, rng.choice(names), rng)] += 1
+        except Exception as error:
+            seen[f"FAILED: {act}: {type(error).__name__}: {error}"] += 1
+    results.put(seen)
+
+
+def step(act: str, kept: Registry, sources: Path, name: str, rng: random.Random) -> str:
+    """One step of a worker. Returns what happened; raises what must not."""
+    try:
+        if act in ("install", "replace"):
+            folder = sources / f"{name}-{rng.randrange(2)}"
+            kept.install(Entry(name, folder / WEIGHTS_NAME, folder / MANIFEST_NAME), replace=act == "replace")
+        elif act == "remove":
+            kept.remove(name)
+        elif act == "list":
+            for entry in kept.entries():
+                with suppress(NotFoundError):
+                    assert entry.read_manifest().name == entry.name
+        else:
+            adapter = kept.get(name).load(lazy=act == "lazy")
+            # Two versions differ in their numbers and in the seed that their manifests record.
+            mine = load_file(sources / f"{name}-{adapter.manifest.recipe['seed']}" / WEIGHTS_NAME)
+            for module, increment in adapter.increments.items():
+                assert increment.tensors()["up"].equal(mine.increments[module].tensors()["up"])
+    except NotFoundError:
+        return f"{act}: not found"
+    except RegistryError as error:
+        if act == "install" and "already holds" in str(error):
+            return "install: held already"
+        raise
+    except AdapterFileError as error:
+        if act == "lazy" and "was replaced after it was attached" in str(error):
+            return "lazy: replaced before its numbers were needed"
+        raise
+    return act
+
+
+def stress(folder: Path, names: Sequence[str], *, processes: int, seconds: float) -> Counter[str]:
+    """That many processes on one registry: what they saw, and under FAILED what none of them may see."""
+    for number, name in enumerate(names):
+        for seed in range(2):
+            place = folder / "sources" / f"{name}-{seed}"
+            snoopy(2 * number + seed, name=name, recipe={"seed": seed}).save(
+                place / WEIGHTS_NAME, place / MANIFEST_NAME
+            )
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    given = (folder / "shared", folder / "sources", names, seconds)
+    workers = [fork.Process(target=work, args=(*given, seed, results), daemon=True) for seed in range(processes)]
+    for worker in workers:
+        worker.start()
+    seen = Counter[str]()
+    for _ in workers:
+        seen.update(results.get(timeout=seconds + 60))
+    for worker in workers:
+        worker.join()
+    return seen
+
+
+def assert_valid(root: Path) -> None:
+    """Everything listed is whole, and there is nothing else."""
+    kept = Registry(root)
+    assert kept.gc(dry_run=True) == ()
+    for entry in kept.entries():
+        assert entry.load().name == entry.name
+    assert len(files_of(root)) == 2 * len(kept.entries())
+
+
+def test_several_processes_share_a_registry(tmp_path: Path) -> None:
+    seen = stress(tmp_path, [f"eraser-{number}" for number in range(5)], processes=3, seconds=2.0)
+    assert not [what for what in seen if what.startswith("FAILED")]
+    assert all(seen[act] > 0 for act in ("install", "replace", "remove", "list", "load", "lazy")), seen
+    assert_valid(tmp_path / "shared")
