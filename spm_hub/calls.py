@@ -111,11 +111,15 @@ def _in_use(denoiser: Any) -> bool:
     for thread, top in sys._current_frames().items():
         frame = None if thread == threading.get_ident() else top
         while frame is not None:
-            if frame.f_code.co_name in ("__call__", "forward") and frame.f_code.co_filename != __file__:
+            code, user = frame.f_code, None
+            if code.co_name in ("__call__", "forward") and code.co_filename != __file__:
                 user = frame.f_locals.get("self")
-                parts = getattr(user, "__dict__", {}).values() if frame.f_code.co_name == "__call__" else ()
-                if any(used is each for each in users for used in (user, *parts)):
-                    return True
+            elif code.co_name == "decorate_context":
+                # torch.no_grad around a pipeline's __call__: a picture that has begun and is not yet in there.
+                user = next(iter(frame.f_locals.get("args", ())), None)
+            parts = () if code.co_name == "forward" else getattr(user, "__dict__", {}).values()
+            if any(used is each for each in users for used in (user, *parts)):
+                return True
             frame = frame.f_back
     return False
 

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -144,6 +145,36 @@ def test_attach_waits_for_the_picture_that_a_bare_pipeline_is_drawing(pipe, eras
     assert torch.equal(picture, bare)
     assert order == [0, 1, 2, "attached"]
     assert not torch.equal(draw(pipe, "snoopy"), bare)
+
+
+def test_attach_waits_for_a_picture_that_has_hardly_begun(pipe, erasers):
+    bare, began, goes_on = draw(pipe, "snoopy"), threading.Event(), threading.Event()
+
+    class Slow(torch.no_grad):
+        """Holds a picture between the pipeline's class, which has been looked up, and its `__call__`."""
+
+        def __enter__(self):
+            began.set()
+            goes_on.wait(timeout=60)
+            super().__enter__()
+
+    class Hesitant(type(pipe)):
+        __call__ = Slow()(type(pipe).__call__.__wrapped__)
+
+    pipe.__class__, pictures = Hesitant, []
+
+    def attaching():
+        began.wait(timeout=60)
+        attach(pipe, list(erasers.values()))
+
+    def letting_go():
+        began.wait(timeout=60)
+        # Long enough for an attach that does not wait.
+        time.sleep(0.2)
+        goes_on.set()
+
+    together(lambda: pictures.append(draw(pipe, "snoopy")), attaching, letting_go)
+    assert torch.equal(pictures[0], bare)
 
 
 @pytest.mark.usefixtures("switching")
