@@ -1,8 +1,8 @@
 """Trains the embedded base model from nothing: `python -m spm_hub.sketchbook.train --out DIR`.
 
 Stages, each saved and skipped when already there: drawings, tokenizer, CLIP (contrastive), autoencoder, denoiser
-`base`, `chalk`, a second checkpoint fine-tuned from it to another look, and the probe. The denoisers' stages also
-checkpoint inside, so that a killed run goes on where it was.
+`base` in two cycles, `chalk`, a second checkpoint fine-tuned from it to another look, and the probe. The denoisers'
+stages also checkpoint inside, so that a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -314,9 +314,10 @@ def main() -> None:
     parser.add_argument("--clip-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--decoder-steps", type=int, default=300)
-    parser.add_argument("--probe-steps", type=int, default=1200)
+    parser.add_argument("--probe-steps", type=int, default=2400)
     parser.add_argument("--base-steps", type=int, default=3600)
-    parser.add_argument("--chalk-steps", type=int, default=450)
+    parser.add_argument("--refine-steps", type=int, default=2400)
+    parser.add_argument("--chalk-steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     out: Path = options.out
@@ -361,26 +362,31 @@ def main() -> None:
         vae.save_pretrained(out / "vae")
     empty = tokens_of(tokenizer, [""])[0]
 
-    for stage, name, data, steps, lr in (
-        (4, "base", ink, options.base_steps, 1.2e-3),
-        (5, "chalk", chalk, options.chalk_steps, 3e-4),
-    ):
-        if not (out / f"vae-{name}").exists():
+    for stage, look, data in ((14, "base", ink), (15, "chalk", chalk)):
+        if not (out / f"vae-{look}").exists():
             vae = AutoencoderKL.from_pretrained(out / "vae")
-            train_decoder(vae, clip, data["pictures"], options.decoder_steps, dice(stage + 10))
-            vae.save_pretrained(out / f"vae-{name}")
-        vae = AutoencoderKL.from_pretrained(out / f"vae-{name}").eval()
+            train_decoder(vae, clip, data["pictures"], options.decoder_steps, dice(stage))
+            vae.save_pretrained(out / f"vae-{look}")
+
+    for stage, name, start, look, data, steps, lr in (
+        (4, "drafted", None, "base", ink, options.base_steps, 1.2e-3),
+        # A second, gentler cycle: what the first one draws nearly right, cats and sailboats above all, it draws right.
+        (6, "base", "drafted", "base", ink, options.refine_steps, 5e-4),
+        (5, "chalk", "base", "chalk", chalk, options.chalk_steps, 3e-4),
+    ):
+        vae = AutoencoderKL.from_pretrained(out / f"vae-{look}").eval()
         if not (out / f"unet-{name}").exists():
             dice(stage)
-            unet = make_unet() if name == "base" else UNet2DConditionModel.from_pretrained(out / "unet-base")
+            unet = make_unet() if start is None else UNet2DConditionModel.from_pretrained(out / f"unet-{start}")
             latents = encode(vae, data["pictures"]) * vae.config.scaling_factor
             train_unet(
                 unet, text_encoder, tokens_of(tokenizer, data["captions"]), empty, latents,
                 stage=name, steps=steps, lr=lr, checkpoint=out / f"{name}.pt", seed=options.seed + stage,
             )  # fmt: skip
             unet.save_pretrained(out / f"unet-{name}")
-        unet = UNet2DConditionModel.from_pretrained(out / f"unet-{name}").eval()
-        save_pipeline(out / name, tokenizer, text_encoder, vae, unet)
+        if name == look:
+            unet = UNet2DConditionModel.from_pretrained(out / f"unet-{name}").eval()
+            save_pipeline(out / name, tokenizer, text_encoder, vae, unet)
 
 
 if __name__ == "__main__":
