@@ -1,0 +1,46 @@
+"""Fréchet distance against its closed forms: one dimension, commuting covariances, and sets that are shifted copies."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spm_hub.evaluation.metrics import frechet_distance
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 999))
+def test_in_one_dimension_it_is_that_of_means_and_deviations(n: int, m: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    one, two = torch.randn(n, 1, generator=random) * 3 + 1, torch.randn(m, 1, generator=random)
+    expected = (one.double().mean() - two.double().mean()) ** 2 + (one.double().std() - two.double().std()) ** 2
+    assert frechet_distance(one, two) == pytest.approx(float(expected), rel=1e-9, abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 999))
+def test_a_moved_turned_and_stretched_set(width: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    # Whitened, so that stretching along the axes makes covariances that commute.
+    points = torch.randn(50, width, generator=random, dtype=torch.float64)
+    points = torch.linalg.qr(points - points.mean(0))[0] * 7
+    factors = torch.rand(width, generator=random, dtype=torch.float64) * 3
+    shift = torch.randn(width, generator=random, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(width, width, generator=random, dtype=torch.float64))[0]
+    # 7 orthonormal columns of 50 centred points: a standard deviation of 1 in every direction.
+    expected = shift.pow(2).sum() + (1 - factors).pow(2).sum()
+    assert frechet_distance(points @ turn, (points * factors + shift) @ turn) == pytest.approx(
+        float(expected), abs=1e-9
+    )
+
+
+def test_of_a_set_and_itself_it_is_zero_even_with_fewer_points_than_dimensions() -> None:
+    points = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
+    assert frechet_distance(points, points.flip(0)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_sets_that_have_no_covariance_are_refused() -> None:
+    with pytest.raises(ValueError, match="two or more rows"):
+        frechet_distance(torch.zeros(1, 3), torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="one width"):
+        frechet_distance(torch.zeros(5, 2), torch.zeros(5, 3))
