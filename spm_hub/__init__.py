@@ -75,9 +75,10 @@ def train(
     given: dict[str, Any] = {"target": concept} if isinstance(concept, str) else concept.model_dump(mode="json")
     chosen = {key: value for key, value in (("model", model), ("method", method)) if value is not None}
     recipe = Recipe.make(**{**given, **chosen, **overrides})
+    start = None if recipe.start_from is None else load(recipe.start_from)
     pipe = load_pipeline(recipe.model, config=config)
     base, revision = identity_of(recipe.model, pipe)
-    return training.train(recipe.model_copy(update={"model": base}), pipe=pipe, revision=revision)
+    return training.train(recipe.model_copy(update={"model": base}), pipe=pipe, revision=revision, start=start)
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,9 @@ def train(
     config: options.Config = None,
     method: Annotated[
         str | None,
-        typer.Option(help="spm, esd-x, esd-x-strict, esd-u, esd-all, esd-selfattn or uce. Unless given: spm."),
+        typer.Option(
+            help="spm, esd-x, esd-x-strict, esd-u, esd-all, esd-selfattn, race, race-spm or uce. Unless given: spm."
+        ),
     ] = None,
     increment: Annotated[
         str | None, typer.Option(help="What is trained: spm, lora:RANK or dense. Unless given: the method's own.")
@@ -50,7 +52,7 @@ def train(
     force: options.Force = False,
 ) -> None:
     """Train an eraser for CONCEPT and keep it in the registry."""
-    from spm_hub.hub.registry import Registry, registries
+    from spm_hub.hub.registry import Registry, registries, resolve
     from spm_hub.models import identity_of, load_pipeline, parse_reference
     from spm_hub.training.parts import IncrementRecipe
     from spm_hub.training.recipe import Recipe
@@ -63,6 +65,7 @@ def train(
     if remark := parse_reference(plan.model, config=config).remark:
         out.say(remark)
     folder = checkpoint_dir or options.run_folder(plan.slug)
+    begun = None if plan.start_from is None else resolve(plan.start_from, registry)
 
     out.say(f"erasing {plan.target!r} from {plan.model} with {plan.method} ...")
     with silence_libraries():
@@ -79,6 +82,7 @@ def train(
                 progress=progress,
                 checkpoint_dir=folder,
                 resume=resume,
+                start=None if begun is None else begun.load(),
             )
     entry = kept_in.add(adapter, replace=force)
     Checkpoint(folder).remove()

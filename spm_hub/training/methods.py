@@ -16,8 +16,12 @@ _ESD: dict[str, Any] = {
     "optimiser": {"lr": 1e-3},
 }
 
+_RACE: dict[str, Any] = {"steps": 10, "unit": "rms"}
+
 METHODS: dict[str, dict[str, Any]] = {
     "spm": {},
+    "race": {**_ESD, "increment": {"kind": "dense", "modules": "esd-x"}, "adversary": _RACE},
+    "race-spm": {"adversary": _RACE},
     **{
         name: {**_ESD, "increment": {"kind": "dense", "modules": name}}
         for name in ("esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn")

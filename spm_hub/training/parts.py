@@ -122,6 +122,45 @@ class Anchoring(Part):
         return self
 
 
+class Adversary(Part):
+    """R.A.C.E.'s inner loop (arXiv 2405.16341), beside any objective: the student is asked not the prompt's own text
+    states but those within reach of them that bring the concept back best.
+    """
+
+    steps: int = Field(default=0, ge=0, description="sign steps, each a quarter of epsilon; 0: no adversary")
+    epsilon: float = Field(default=0.1, gt=0, description="reach: the most that any number of the text states moves")
+    unit: Literal["absolute", "rms"] = Field(
+        default="absolute",
+        description="of epsilon: absolute, the paper's, for CLIP-L; rms: the states' own root mean square, which fits "
+        "any text encoder",
+    )
+    goal: Literal["noise", "concept"] = Field(
+        default="noise",
+        description="what it wants predicted: the initial noise, the paper's; or what the base predicts of the concept",
+    )
+    begins: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="share of the training before it, which erases as if there were none; unless given 0 with a "
+        "start_from, else half: it needs something erased to attack",
+    )
+    hold: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the sum of mean |p - p_start| over what is trained; the paper's is 0.1",
+    )
+    keywords: bool = Field(
+        default=False, description="train on the aliases as often as on the target, where templates are off"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.steps == 0 and self != Adversary.model_construct(steps=0):
+            raise ValueError("steps is 0, there is no adversary: it needs steps (10 in the paper) for its other keys")
+        return self
+
+
 class Optimiser(Part):
     """AdamW over the increments."""
 

@@ -21,6 +21,7 @@ from spm_hub.manifest import slug
 from .concepts import known
 from .methods import METHODS, merged, objective_of
 from .parts import (
+    Adversary,
     Anchoring,
     ClosedForm,
     ConceptKind,
@@ -51,6 +52,13 @@ class Recipe(Part):
     increment: IncrementRecipe = IncrementRecipe()
     x_t: XtSource = XtSource()
     anchoring: Anchoring = Anchoring()
+    adversary: Adversary = Adversary()
+    start_from: NonBlank | None = Field(
+        default=None, description="an eraser that the training begins with, in place of nothing erased"
+    )
+    start_sha256: str | None = Field(
+        default=None, description="of that eraser's tensors; checked where given, and recorded"
+    )
     optimiser: Optimiser = Optimiser()
     closed_form: ClosedForm = ClosedForm()
     steps: int = Field(default=240, ge=1)
@@ -85,6 +93,13 @@ class Recipe(Part):
             raise ValueError(f"method {self.method!r} has the objective {wanted!r}, not {self.objective.name!r}")
         if self.erase_from is not None and self.templates:
             raise ValueError("erase_from is one whole prompt: templates has to be false with it")
+        if self.adversary.keywords and (self.templates or not self.aliases or self.erase_from is not None):
+            raise ValueError(
+                "adversary.keywords trains on the bare target and its aliases in turn: it needs aliases, and goes with "
+                "neither templates nor erase_from"
+            )
+        if self.start_sha256 is not None and self.start_from is None:
+            raise ValueError("start_sha256 is given, but no start_from")
         if self.objective.name == "uce":
             self._check_closed()
         elif self.closed_form != ClosedForm():
@@ -93,7 +108,18 @@ class Recipe(Part):
 
     def _check_closed(self) -> None:
         fields = Recipe.model_fields
-        loops = ("erase_from", "x_t", "anchoring", "optimiser", "steps", "batch_size", "templates", "seed")
+        loops = (
+            "erase_from",
+            "x_t",
+            "anchoring",
+            "adversary",
+            "start_from",
+            "optimiser",
+            "steps",
+            "batch_size",
+            "templates",
+            "seed",
+        )
         preset = METHODS[self.method]
         for key in loops:
             if getattr(self, key) != preset.get(key, fields[key].default):
@@ -160,6 +186,16 @@ class Recipe(Part):
             except yaml.YAMLError as error:
                 raise RecipeError(f"--set {key}: {text!r} is not YAML: {error}") from None
         return self.make(**values)
+
+    @property
+    def adversary_from(self) -> int:
+        """The first step that is attacked; `steps` where there is no adversary."""
+        if self.adversary.steps == 0:
+            return self.steps
+        begins = self.adversary.begins
+        if begins is None:
+            begins = 0.5 if self.start_from is None else 0.0
+        return int(begins * self.steps)
 
     def learning_rate(self, step: int) -> float:
         """Factor of the learning rate at `step` (from 0)."""

@@ -22,6 +22,7 @@ from spm_hub.errors import RecipeError, SpmHubError
 from spm_hub.increments import Increment
 from spm_hub.manifest import Base, Concept, GateDefaults, Manifest
 
+from .adversary import Attacker, drift
 from .anchors import AnchorSource
 from .base import BaseModel
 from .closed_form import solved
@@ -32,6 +33,7 @@ from .objectives.base import Objective
 from .prompts import PromptMaker, Words, vocabulary_words
 from .recipe import Recipe
 from .selection import selected
+from .starting import begin_with, started
 from .steering import Steering
 from .trajectories import StudentSource, TrajectorySource, generator_for
 
@@ -97,6 +99,7 @@ def train(
     checkpoint_dir: Path | None = None,
     checkpoint_every: int = 50,
     resume: bool = False,
+    start: Adapter | None = None,
     on_step: Callable[[int, Trainable], bool] | None = None,
 ) -> Adapter:
     """Trains one eraser on `pipe`, which is left as it was.
@@ -104,9 +107,11 @@ def train(
     progress: called with (steps done, steps in all, losses relative to the distance there was to go).
     checkpoint_dir: where the run is saved every `checkpoint_every` steps and at Ctrl-C; `resume` goes on from there,
     and the result is bit for bit that of an undisturbed run on the same machine.
+    start: the eraser that the recipe's start_from names; whoever calls has to load it.
     on_step: called after each step; returning True ends the training there (for benchmarks).
     Raises TrainingInterruptedError, RecipeError, ModelError.
     """
+    recipe = started(recipe, start)
     base = BaseModel(pipe, recipe.resolution)
     base.denoiser.requires_grad_(False)
     modules = selected(base.denoiser, recipe.increment.modules)
@@ -116,6 +121,7 @@ def train(
     maker = PromptMaker(names, recipe.kind, Words.load(), vocabulary_words(pipe.tokenizer))
     anchors = AnchorSource(base, recipe.anchoring, recipe.target, maker)
     objective = OBJECTIVES[recipe.objective.name](recipe.objective)
+    attacker = Attacker(recipe.adversary, base, recipe.seed) if recipe.adversary.steps else None
     checkpoint = Checkpoint(checkpoint_dir) if checkpoint_dir is not None else None
     injection: Trainable
     if recipe.increment.kind == "dense":
@@ -127,7 +133,9 @@ def train(
             source: StudentSource | TrajectorySource = StudentSource(base, recipe, maker, anchors, injection)
         else:
             source = TrajectorySource(base, recipe, maker, anchors)
-        run = _Run(recipe, base, injection, source, objective)
+        if start is not None:
+            begin_with(injection, start)
+        run = _Run(recipe, base, injection, source, objective, attacker)
         first = 0
         if resume and checkpoint is not None and checkpoint.path.exists():
             first, tensors = checkpoint.read(recipe)
@@ -173,9 +181,11 @@ class _Run:
         injection: Trainable,
         source: StudentSource | TrajectorySource,
         objective: Objective,
+        attacker: Attacker | None,
     ) -> None:
         self.recipe, self.base, self.injection, self.source = recipe, base, injection, source
-        self.objective = objective
+        self.objective, self.attacker = objective, attacker
+        self.held: dict[str, Tensor] = {}  # what the increments were when the adversary began, where that is asked for
         self.steering = Steering(recipe)
         lr = recipe.optimiser.lr
         groups = injection.groups(lr, recipe.optimiser.scale_lr)
@@ -194,6 +204,9 @@ class _Run:
         factor = self.recipe.learning_rate(step)
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+        attacked = self.attacker is not None and step >= self.recipe.adversary_from
+        if self.attacker is not None and attacked:
+            batch = self.attacker.harmed(batch, step)
         losses = self.objective.losses(self.base, batch)
         erase, anchor = losses.erase, losses.anchor
         # Relative losses mean the same on any base, whatever the scale of its predictions; AdamW does not mind.
@@ -202,7 +215,12 @@ class _Run:
         weight = self.steering.weight
         self.steering.note(step, float(erase.detach()), float(losses.distance), self.objective)
         self.optimiser.zero_grad(set_to_none=True)
-        (self.objective.loss(erase, anchor, weight) / self.distance).backward()
+        loss = self.objective.loss(erase, anchor, weight)
+        if attacked and self.recipe.adversary.hold:
+            now = self.injection.state()
+            self.held = self.held or {key: value.detach().clone() for key, value in now.items()}
+            loss = loss + self.recipe.adversary.hold * drift(now, self.held)
+        (loss / self.distance).backward()
         self.optimiser.step()
         return {"erase": float(erase.detach() / self.distance), "anchor": float(anchor.detach() / self.distance)}
 
@@ -211,6 +229,7 @@ class _Run:
         for key, parameter in self.injection.state().items():
             for name, value in self.optimiser.state[parameter].items():
                 tensors[f"optimiser.{name}.{key}"] = value
+        tensors |= {f"held.{key}": value for key, value in self.held.items()}
         if self.distance is not None:
             tensors["distance"] = self.distance
         tensors["steering"] = self.steering.state()
@@ -223,6 +242,8 @@ class _Run:
             for name in ("step", "exp_avg", "exp_avg_sq"):
                 value = tensors[f"optimiser.{name}.{key}"]
                 self.optimiser.state[parameter][name] = value if name == "step" else value.to(parameter.device)
+        held = (key for key in tensors if key.startswith("held."))
+        self.held = {key.removeprefix("held."): tensors[key].to(self.base.device) for key in held}
         self.distance = tensors["distance"].to(self.base.device)
         self.steering.load(tensors["steering"])
 

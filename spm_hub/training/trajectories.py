@@ -25,14 +25,15 @@ from .recipe import Recipe
 class Batch:
     """Rows to train on.
 
-    Target rows: latents (b, *latent_shape), times (b,), the prompts trained on and what the denoiser is told of them
-    and of the surrogate (b rows each), and the frozen base's predictions for what is trained on and for the same
-    without the concept: the surrogate's, or `less_concept`'s.
+    Target rows: latents (b, *latent_shape), times (b,), the unit noise in them, as latents, the prompts trained on and
+    what the denoiser is told of them and of the surrogate (b rows each), and the frozen base's predictions for what is
+    trained on and for the same without the concept: the surrogate's, or `less_concept`'s.
     Anchor rows: the same, with the one prediction to keep.
     """
 
     latents: Tensor
     times: Tensor
+    noise: Tensor
     prompts: tuple[str, ...]
     states: Conditioning
     neutral_states: Conditioning
@@ -48,14 +49,15 @@ class Batch:
 class Chunk:
     """A group of trajectories, all steps of all flattened to n rows.
 
-    latents (n, *latent_shape), times (n,), owner (n,): the trajectory; prompts (k), target_states (k rows),
-    neutral_states (k), empty_states (k);
+    latents (n, *latent_shape), times (n,), owner (n,): the trajectory; noise (k, *latent_shape) that each began with;
+    prompts (k), target_states (k rows), neutral_states (k), empty_states (k);
     anchor_states (n, a); concept, neutral, empty as latents; anchors (n, a, *latent_shape).
     """
 
     latents: Tensor
     times: Tensor
     owner: Tensor
+    noise: Tensor
     prompts: tuple[str, ...]
     target_states: Conditioning
     neutral_states: Conditioning
@@ -107,7 +109,8 @@ class TrajectorySource:
         most = base.steps(source.steps)
         steps = most - int(torch.randint(1 + most // 4, (), generator=generator))
         scheduler = base.scheduler(steps)
-        latents = base.noise(count, generator) * initial_sigma(scheduler)
+        noise = base.noise(count, generator)
+        latents = noise * initial_sigma(scheduler)
         fixed = [target_states, *([] if recipe.surrogate == "" else [neutral_states]), empty_states]
         if recipe.erase_from is not None:
             fixed.append(base.encode([recipe.target])[0].expand(count).under(guidance))
@@ -140,7 +143,7 @@ class TrajectorySource:
             lambda part: part.unflatten(0, (steps, per, count)).transpose(1, 2).flatten(0, 1)
         )
         return Chunk(
-            owner=owner, prompts=prompts, target_states=target_states, neutral_states=neutral_states,
+            owner=owner, noise=noise, prompts=prompts, target_states=target_states, neutral_states=neutral_states,
             anchor_states=by_row, empty_states=empty_states, **flat,
         )  # fmt: skip
 
@@ -177,7 +180,8 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
             continue
         rows = torch.randint(len(chunk), (size,), generator=generator).to(chunk.latents.device)
         owner = chunk.owner[rows]
-        targets.append((chunk.latents[rows], chunk.times[rows], chunk.concept[rows], chunk.neutral[rows]))
+        of_row = chunk.latents[rows], chunk.times[rows], chunk.noise[owner], chunk.concept[rows], chunk.neutral[rows]
+        targets.append(of_row)
         prompts += [chunk.prompts[index] for index in owner.tolist()]
         target_states.append(chunk.target_states[owner])
         neutral_states.append(chunk.neutral_states[owner])
@@ -189,10 +193,10 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
         some = rows[: max(1, size // 4) if held else 0]
         anchors.append((chunk.latents[some], chunk.times[some], chunk.empty[some]))
         anchor_states.append(chunk.empty_states[chunk.owner[some]])
-    latents, times, concept, neutral = (torch.cat(parts) for parts in zip(*targets, strict=True))
+    latents, times, noise, concept, neutral = (torch.cat(parts) for parts in zip(*targets, strict=True))
     anchor_latents, anchor_times, kept = (torch.cat(parts) for parts in zip(*anchors, strict=True))
     return Batch(
-        latents, times, tuple(prompts), Conditioning.cat(target_states), Conditioning.cat(neutral_states),
+        latents, times, noise, tuple(prompts), Conditioning.cat(target_states), Conditioning.cat(neutral_states),
         concept, neutral,
         anchor_latents, anchor_times, Conditioning.cat(anchor_states), kept,
     )  # fmt: skip
@@ -202,6 +206,8 @@ def trained_prompt(recipe: Recipe, maker: PromptMaker, generator: torch.Generato
     """What the student is told: a sentence of the concept, or its bare name, or the prompt it is erased from."""
     if recipe.erase_from is not None:
         return recipe.erase_from
+    if recipe.adversary.keywords:
+        return maker.names[int(torch.randint(len(maker.names), (), generator=generator))]
     return maker.target(generator) if recipe.templates else recipe.target
 
 
@@ -251,7 +257,8 @@ class StudentSource:
         empty, neutral_states = (end.expand(size).under(guidance) for end in base.encode(["", recipe.surrogate]))
         scheduler = base.scheduler(base.steps(recipe.x_t.steps))
         reached = int(torch.randint(len(scheduler.timesteps), (), generator=generator))
-        latents = base.noise(size, generator) * initial_sigma(scheduler)
+        noise = base.noise(size, generator)
+        latents = noise * initial_sigma(scheduler)
         both = Conditioning.cat([empty, states])
         for time in scheduler.timesteps[:reached]:
             model_input = torch.cat([scaled(scheduler, latents, time)] * 2)
@@ -274,6 +281,6 @@ class StudentSource:
         if rest:
             neutral = less_concept(concept, rest[0], neutral)
         return Batch(
-            model_input, time.expand(size), prompts, states, neutral_states, concept, neutral,
+            model_input, time.expand(size), noise, prompts, states, neutral_states, concept, neutral,
             anchor_latents, time.expand(size * per), anchor_states, kept,
         )  # fmt: skip
