@@ -1,5 +1,6 @@
 """The three kinds of weight increment, and only these, whatever method trained them: LowRank, Dense, Mask."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -172,6 +173,20 @@ class Mask:
 
 
 Increment = LowRank | Dense | Mask
+
+
+def spread(values: Tensor, width: int, total: int) -> Tensor:
+    """Neurons, or attention heads, as entries of a weight's dimension: (neurons,) -> (total,).
+
+    Each neuron has `width` entries, the first neuron the first ones; entries behind the last neuron's are 1, or True.
+    """
+    entries = values.repeat_interleave(width)
+    return torch.cat([entries, entries.new_ones(total - len(entries))])
+
+
+def acting(masks: Mapping[str, Mask]) -> dict[str, Mask]:
+    """The masks that switch anything off, which are all that has to be attached; all of them where none does."""
+    return {path: mask for path, mask in masks.items() if not bool(mask.keep.all())} or dict(masks)
 
 
 def _check_shape(module_path: str, ours: tuple[int, ...], weight: Tensor) -> None:

@@ -30,11 +30,12 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            help="spm, esd-x, esd-x-strict, esd-u, esd-all, esd-selfattn, race, race-spm or uce. Unless given: spm."
+            help="spm, esd-x, esd-x-strict, esd-u, esd-all, esd-selfattn, race, race-spm, uce or minimalist. "
+            "Unless given: spm."
         ),
     ] = None,
     increment: Annotated[
-        str | None, typer.Option(help="What is trained: spm, lora:RANK or dense. Unless given: the method's own.")
+        str | None, typer.Option(help="What is trained: spm, lora:RANK, dense or mask. Unless given: the method's own.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe in YAML; other options win over it.")] = None,
     set_: Annotated[

@@ -95,9 +95,12 @@ class BaseModel:
         return torch.randn((count, *self.latent_shape), generator=generator).to(self.device)
 
     def predict(self, latents: Tensor, times: Tensor, told: Conditioning) -> Tensor:
-        """The denoiser's prediction for latents (n, *latent_shape), times (n,) as the scheduler has them; float32."""
+        """The denoiser's prediction for latents (n, *latent_shape), times (n,) as the scheduler has them.
+
+        It is float32; float64 where the model is.
+        """
         output = self.denoiser(**self._call.arguments(latents.to(self.dtype), times, told))
-        return self._raw(_tensor(output)).float()
+        return self._raw(_tensor(output)).to(torch.promote_types(self.dtype, torch.float32))
 
     def guide(self, empty: Tensor, given: Tensor, scale: Tensor) -> Tensor:
         """The prediction that draws: `empty` pushed by scale (n,) towards `given`.
@@ -113,7 +116,9 @@ class BaseModel:
     def _memoryless(self) -> Any:
         own = self.pipe.scheduler
         if str(own.config.get("prediction_type", "")).startswith("flow"):
-            return FlowMatchEulerDiscreteScheduler.from_config(own.config, shift=own.config.get("flow_shift", 1.0))
+            return FlowMatchEulerDiscreteScheduler.from_config(
+                own.config, shift=own.config.get("flow_shift", 1.0), stochastic_sampling=False
+            )
         if "beta_schedule" in own.config:
             # Latents have no range to be clipped to, whatever DDIM's default says.
             return DDIMScheduler.from_config(own.config, clip_sample=False)

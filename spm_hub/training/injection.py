@@ -18,6 +18,7 @@ from spm_hub.errors import ModelError
 from spm_hub.increments import LowRank
 
 from .dense import DenseInjection
+from .masks import MaskInjection
 
 _NAME = "spmhub_training"
 
@@ -103,4 +104,4 @@ def _fan_in_factor(down: nn.Parameter) -> float:
     return 128 / down[0].numel()
 
 
-Trainable = Injection | DenseInjection
+Trainable = Injection | DenseInjection | MaskInjection

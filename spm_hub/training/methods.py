@@ -26,6 +26,14 @@ METHODS: dict[str, dict[str, Any]] = {
         name: {**_ESD, "increment": {"kind": "dense", "modules": name}}
         for name in ("esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn")
     },
+    "minimalist": {
+        "objective": {"name": "minimalist"},
+        "increment": {"kind": "mask"},
+        "x_t": {"steps": 5, "guidance": (5.0,)},
+        "masks": {"groups": ("linear",), "beta": 0.05},
+        "optimiser": {"lr": 0.5, "schedule": "constant", "warmup": 10, "scale_lr": False},
+        "steps": 50,
+    },
     "uce": {"objective": {"name": "uce"}, "increment": {"modules": "esd-x-strict"}, "templates": False},
 }
 

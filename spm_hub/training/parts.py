@@ -30,7 +30,7 @@ class Part(BaseModel):
 class Objective(Part):
     """What the erased prediction is pulled to: a file in `objectives/`."""
 
-    name: Literal["spm", "esd", "uce"] = "spm"
+    name: Literal["spm", "esd", "uce", "minimalist"] = "spm"
     eta: float = Field(default=1.0, ge=0, description="how far beyond the surrogate's prediction the target lies")
     convention: Literal["paper", "rewrite"] = Field(
         default="paper", description="rewrite: eta as ESD's authors count it since 2025, the paper's plus 1"
@@ -44,6 +44,8 @@ class Objective(Part):
             raise ValueError("convention 'rewrite' with eta 0 asks for the base's own prediction: nothing is erased")
         if self.name == "uce" and self.eta != 1.0:
             raise ValueError(f"'uce' is a closed form and has no eta (got {self.eta}); it has closed_form.ridge")
+        if self.name == "minimalist" and self.eta != 1.0:
+            raise ValueError(f"'minimalist' goes to a drawn goal and not beyond: it has no eta (got {self.eta})")
         return self
 
 
@@ -54,10 +56,49 @@ class ClosedForm(Part):
     preserve: tuple[NonBlank, ...] = Field(default=(), description="prompts held one by one")
 
 
-class IncrementRecipe(Part):
-    """What is trained: low-rank of `rank` 1 is SPM's one-dimensional adapter; dense, full weights and biases."""
+MaskGroup = Literal["ff", "norm", "attn", "linear"]
 
-    kind: Literal["low_rank", "dense"] = "low_rank"
+
+class Masks(Part):
+    """Minimalist: which neurons are masked, the pictures they are trained on, and what each of its terms weighs."""
+
+    groups: tuple[MaskGroup, ...] = Field(
+        default=("ff", "attn"),
+        min_length=1,
+        description="ff: neurons of feed-forwards; attn: heads; norm: outputs of norm1_context (FLUX, SD3); linear: "
+        "outputs of every Linear in attention and feed-forwards, as the authors' code has it for U-Nets",
+    )
+    init: float = Field(default=3.0, gt=0, description="logits at first: all neurons are on")
+    epsilon: float = Field(
+        default=0.0,
+        ge=0,
+        description="bounds the noise of a mask's samples to +-log((1 + epsilon) / epsilon); 0: the hard-concrete "
+        "distribution itself",
+    )
+    prompts: int = Field(default=40, ge=1, description="pictures of the concept, and as many of anything else")
+    accumulate: int = Field(default=1, ge=1, description="batches for each step of the optimiser")
+    beta: float = Field(default=0.1, ge=0, description="of the preservation loss")
+    l0: float = Field(
+        default=0.0,
+        description="weight of the expected share of neurons that are on: above 0 fewer stay, below 0 more",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.groups)) < len(self.groups) or ("linear" in self.groups and {"ff", "attn"} & {*self.groups}):
+            raise ValueError(
+                f"groups {list(self.groups)} mask one layer twice; 'linear' has all that 'ff' and 'attn' lead to"
+            )
+        return self
+
+
+class IncrementRecipe(Part):
+    """What is trained: low-rank of `rank` 1 is SPM's one-dimensional adapter; dense, full weights and biases.
+
+    mask: neurons switched off, which `masks` says more of.
+    """
+
+    kind: Literal["low_rank", "dense", "mask"] = "low_rank"
     rank: int = Field(default=1, ge=1, le=128, description="of low_rank; a closed form has its own")
     modules: Literal["targets", "esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn"] = (
         Field(default="targets", description="targets: SPM's, all of the attention blocks; the others: ESD's")
@@ -70,10 +111,12 @@ class IncrementRecipe(Part):
         kind, colon, rank = text.strip().lower().partition(":")
         if kind == "lora" and rank.isdecimal():
             return {"kind": "low_rank", "rank": int(rank)}
-        if kind in ("spm", "dense") and not colon:
-            return {"kind": "dense"} if kind == "dense" else {"kind": "low_rank", "rank": 1}
+        if kind in ("dense", "mask") and not colon:
+            return {"kind": kind}
+        if kind == "spm" and not colon:
+            return {"kind": "low_rank", "rank": 1}
         raise UsageError(
-            f"unknown increment {text!r}{hint(kind, ('spm', 'lora:RANK', 'dense'))}", mend="--increment lora:4"
+            f"unknown increment {text!r}{hint(kind, ('spm', 'lora:RANK', 'dense', 'mask'))}", mend="--increment lora:4"
         )
 
 

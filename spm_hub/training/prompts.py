@@ -115,6 +115,11 @@ class PromptMaker:
             return name
         return self._fill(_pick(self._frames(), generator), name, generator)
 
+    def without(self, sentence: str, surrogate: str) -> str:
+        """The sentence with `surrogate`, or nothing, in the place of the concept's names."""
+        names = "|".join(re.escape(name) for name in sorted(self.names, key=len, reverse=True))
+        return " ".join(re.sub(names, lambda name: surrogate, sentence, flags=re.IGNORECASE).split())
+
     def anchor(self, generator: torch.Generator) -> str:
         """A sentence that does not mention the concept."""
         chance = float(torch.rand((), generator=generator))

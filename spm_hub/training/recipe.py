@@ -26,6 +26,7 @@ from .parts import (
     ClosedForm,
     ConceptKind,
     IncrementRecipe,
+    Masks,
     NonBlank,
     Objective,
     Optimiser,
@@ -61,6 +62,7 @@ class Recipe(Part):
     )
     optimiser: Optimiser = Optimiser()
     closed_form: ClosedForm = ClosedForm()
+    masks: Masks = Masks()
     steps: int = Field(default=240, ge=1)
     batch_size: int = Field(default=8, ge=1)
     templates: bool = Field(
@@ -104,7 +106,41 @@ class Recipe(Part):
             self._check_closed()
         elif self.closed_form != ClosedForm():
             raise ValueError(f"closed_form belongs to method 'uce', not to {self.method!r}")
+        if self.objective.name == "minimalist":
+            self._check_masks()
+        elif self.increment.kind == "mask" or self.masks != Masks():
+            what = "increment.kind 'mask'" if self.increment.kind == "mask" else "masks"
+            raise ValueError(f"{what} belongs to method 'minimalist', not to {self.method!r}")
         return self
+
+    def _check_masks(self) -> None:
+        unused = {"trajectories", "chunks", "source"}
+        if self.increment != IncrementRecipe(kind="mask"):
+            raise ValueError(
+                f"method {self.method!r} switches neurons off: its increment is of kind 'mask'; "
+                "another increment has method 'spm' or 'esd-x'"
+            )
+        if self.anchoring != Anchoring():
+            raise ValueError(f"method {self.method!r} has no anchoring: it holds the rest by masks.beta")
+        for key, other in (("erase_from", "esd-x"), ("start_from", "esd-x"), ("adversary", "race")):
+            if getattr(self, key) != Recipe.model_fields[key].default:
+                raise ValueError(f"method {self.method!r} has no {key}; method {other!r} has")
+        if self.x_t.model_dump(include=unused) != XtSource().model_dump(include=unused):
+            raise ValueError(
+                f"method {self.method!r} draws whole pictures: of x_t it has steps and guidance, not {sorted(unused)}"
+            )
+        if len(self.x_t.guidance) != 1 or self.x_t.guidance[0] < 1:
+            raise ValueError(
+                f"method {self.method!r} draws under one guidance of 1 or more, for instance x_t.guidance=[3.0] "
+                f"(got {list(self.x_t.guidance)})"
+            )
+        if self.optimiser.scale_lr:
+            raise ValueError(f"method {self.method!r} has one lr for all neurons: optimiser.scale_lr has to be false")
+        if self.batch_size * self.masks.accumulate % 2:
+            raise ValueError(
+                f"method {self.method!r} trains on the concept and on anything else by turns: batch_size "
+                f"{self.batch_size} times masks.accumulate {self.masks.accumulate} has to be even"
+            )
 
     def _check_closed(self) -> None:
         fields = Recipe.model_fields

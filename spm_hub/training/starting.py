@@ -11,7 +11,8 @@ from spm_hub.adapter import Adapter
 from spm_hub.errors import RecipeError
 from spm_hub.increments import Dense, LowRank
 
-from .injection import Injection, Trainable
+from .dense import DenseInjection
+from .injection import Injection
 from .recipe import Recipe
 
 
@@ -47,7 +48,7 @@ def started(recipe: Recipe, start: Adapter | None) -> Recipe:
     return recipe.model_copy(update={"start_from": start.name, "start_sha256": found})
 
 
-def begin_with(injection: Trainable, start: Adapter) -> None:
+def begin_with(injection: Injection | DenseInjection, start: Adapter) -> None:
     """Set what is trained to the start's increments, exactly; modules that it has none for keep theirs, nothing.
 
     A low-rank increment of a lower rank leaves the other ranks at nothing. Raises RecipeError where the start has a

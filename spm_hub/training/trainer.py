@@ -28,12 +28,15 @@ from .base import BaseModel
 from .closed_form import solved
 from .dense import DenseInjection
 from .injection import Injection, Trainable
+from .masks import MaskInjection
+from .minimalist import MinimalistRun
 from .objectives import OBJECTIVES
 from .objectives.base import Objective
 from .prompts import PromptMaker, Words, vocabulary_words
 from .recipe import Recipe
 from .selection import selected
 from .starting import begin_with, started
+from .state import restore, tensors_of
 from .steering import Steering
 from .trajectories import StudentSource, TrajectorySource, generator_for
 
@@ -115,27 +118,34 @@ def train(
     base = BaseModel(pipe, recipe.resolution)
     base.denoiser.requires_grad_(False)
     modules = selected(base.denoiser, recipe.increment.modules)
-    if recipe.objective.name not in OBJECTIVES:
+    if recipe.objective.name == "uce":
         return _adapter(recipe, base, solved(recipe, base, modules), revision)
     names = (recipe.target, *recipe.aliases)
     maker = PromptMaker(names, recipe.kind, Words.load(), vocabulary_words(pipe.tokenizer))
     anchors = AnchorSource(base, recipe.anchoring, recipe.target, maker)
-    objective = OBJECTIVES[recipe.objective.name](recipe.objective)
     attacker = Attacker(recipe.adversary, base, recipe.seed) if recipe.adversary.steps else None
     checkpoint = Checkpoint(checkpoint_dir) if checkpoint_dir is not None else None
     injection: Trainable
-    if recipe.increment.kind == "dense":
+    if recipe.increment.kind == "mask":
+        injection = MaskInjection(base.denoiser, recipe.masks)
+    elif recipe.increment.kind == "dense":
         injection = DenseInjection(modules)
     else:
         injection = Injection(base.denoiser, recipe.increment.rank, generator_for(recipe.seed, 2, 0), modules)
     try:
-        if recipe.x_t.source == "student":
-            source: StudentSource | TrajectorySource = StudentSource(base, recipe, maker, anchors, injection)
+        run: _Run | MinimalistRun
+        if isinstance(injection, MaskInjection):
+            run = MinimalistRun(recipe, base, injection, maker)
         else:
-            source = TrajectorySource(base, recipe, maker, anchors)
-        if start is not None:
-            begin_with(injection, start)
-        run = _Run(recipe, base, injection, source, objective, attacker)
+            source: StudentSource | TrajectorySource
+            if recipe.x_t.source == "student":
+                source = StudentSource(base, recipe, maker, anchors, injection)
+            else:
+                source = TrajectorySource(base, recipe, maker, anchors)
+            if start is not None:
+                begin_with(injection, start)
+            objective = OBJECTIVES[recipe.objective.name](recipe.objective)
+            run = _Run(recipe, base, injection, source, objective, attacker)
         first = 0
         if resume and checkpoint is not None and checkpoint.path.exists():
             first, tensors = checkpoint.read(recipe)
@@ -152,7 +162,7 @@ def train(
                 if on_step is not None and on_step(done, injection):
                     break
         except KeyboardInterrupt:
-            if checkpoint is None:
+            if checkpoint is None or done == 0:
                 raise TrainingInterruptedError(f"stopped at step {done} of {recipe.steps}; nothing was saved") from None
             checkpoint.write(recipe, done, run.tensors())
             raise TrainingInterruptedError(
@@ -225,10 +235,7 @@ class _Run:
         return {"erase": float(erase.detach() / self.distance), "anchor": float(anchor.detach() / self.distance)}
 
     def tensors(self) -> dict[str, Tensor]:
-        tensors = {f"increment.{key}": parameter for key, parameter in self.injection.state().items()}
-        for key, parameter in self.injection.state().items():
-            for name, value in self.optimiser.state[parameter].items():
-                tensors[f"optimiser.{name}.{key}"] = value
+        tensors = tensors_of(self.injection, self.optimiser)
         tensors |= {f"held.{key}": value for key, value in self.held.items()}
         if self.distance is not None:
             tensors["distance"] = self.distance
@@ -236,12 +243,7 @@ class _Run:
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        prefix = "increment."
-        self.injection.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        for key, parameter in self.injection.state().items():
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors[f"optimiser.{name}.{key}"]
-                self.optimiser.state[parameter][name] = value if name == "step" else value.to(parameter.device)
+        restore(self.injection, self.optimiser, tensors)
         held = (key for key in tensors if key.startswith("held."))
         self.held = {key.removeprefix("held."): tensors[key].to(self.base.device) for key in held}
         self.distance = tensors["distance"].to(self.base.device)
