@@ -39,7 +39,7 @@ from spm_hub.training.prompts import PromptMaker, Words, vocabulary_words
 
 SMALL: dict[str, Any] = {
     "target": "snoopy", "method": "minimalist", "steps": 6, "batch_size": 2, "x_t": {"steps": 3},
-    "masks": {"prompts": 3}, "optimiser": {"warmup": 1},
+    "masks": {"prompts": 3, "groups": ("ff", "attn")}, "optimiser": {"warmup": 1},
 }  # fmt: skip
 
 
@@ -354,12 +354,12 @@ def test_neurons_are_spread_over_their_entries() -> None:
     assert spread(torch.tensor([0.5, 0.25]), 1, 2).tolist() == [0.5, 0.25]
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux-dev", "flux-schnell"])
-def test_every_family_is_erased_through_its_own_sampling(family: str) -> None:
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux-schnell"])
+def test_diffusion_and_flows_are_erased_through_their_own_sampling(family: str) -> None:
     pipe = family_pipeline(family)
     before = {key: value.clone() for key, value in denoiser_of(pipe).state_dict().items()}
     errors: list[float] = []
-    groups = ("ff", "norm", "attn") if family in ("sd3", "flux-dev", "flux-schnell") else ("ff", "attn")
+    groups = ("ff", "norm", "attn") if family != "sdxl" else ("ff", "attn")
     plan = recipe(
         steps=14, resolution=16, templates=False, masks={"prompts": 1, "groups": groups, "beta": 0.0, "epsilon": 0.5},
         optimiser={"lr": 1.0},

@@ -76,8 +76,9 @@ def _read(path: Path) -> list[Tensor]:
 
 
 def _is_row(row: object) -> bool:
-    row_of_numbers = isinstance(row, Tensor) and row.dim() == 1 and len(row) > 0 and row.is_floating_point()
-    return row_of_numbers and bool(torch.isfinite(row).all())
+    if not isinstance(row, Tensor) or row.dim() != 1 or len(row) == 0:
+        return False
+    return row.is_floating_point() and bool(torch.isfinite(row).all())
 
 
 def _channels(what: str, logits: Mapping[str, list[Tensor]]) -> int | None:
