@@ -102,6 +102,12 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
     """
     path = Path(path)
     sidecar = None if manifest_path is None else Manifest.read(Path(manifest_path))
+    if sidecar is not None and path.is_file() and sidecar.increment.bytes not in (None, size := path.stat().st_size):
+        raise AdapterFileError(
+            f"{path} is not the file that {manifest_path} describes: increment.bytes is {sidecar.increment.bytes}, "
+            f"the file has {size}",
+            mend="fetch or train the adapter again",
+        )
     if lazy:
         header = read_header(path)
         manifest = sidecar or _embedded_manifest(path, header)

@@ -4,18 +4,30 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, model_validator
 
+from spm_hub import untrusted
 from spm_hub.errors import ManifestError, NotFoundError, RegistryError, UsageError, nearest
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 NAME = r"^[a-z0-9][a-z0-9._-]{0,95}$"
 """Pattern of an adapter's name, which is also that of its files."""
+
+
+MAX_BYTES = 4 * 2**20
+"""Far above any manifest (SDXL at all layers and a thousand measured numbers: 0.3 MB)."""
+
+UNFOLDS = 10
+"""Times the length of the text; ours take half of that."""
+
+MANY_MISTAKES = 1000
+"""Above this they are counted and not listed: the list would take more memory than the manifest."""
 
 
 class _Part(BaseModel):
@@ -49,7 +61,7 @@ class IncrementInfo(_Part):
         if (self.rank is None) == (self.kind == "low_rank"):
             raise ValueError(f"rank is {self.rank} for kind {self.kind}: low_rank has a rank, the others have none")
         if len(set(self.modules)) != len(self.modules):
-            twice = next(path for path in self.modules if self.modules.count(path) > 1)
+            twice, _ = Counter(self.modules).most_common(1)[0]
             raise ValueError(f"modules names {twice} twice")
         return self
 
@@ -119,21 +131,28 @@ class Manifest(_Part):
     def from_json(cls, text: str | bytes, source: object = "manifest") -> "Manifest":
         """Parse and check a manifest; `source` is named in errors. Raises ManifestError with the offending keys."""
         try:
+            if len(text) > MAX_BYTES:
+                raise ValueError(f"it has {len(text)} bytes, no manifest needs more than {MAX_BYTES}")
+            untrusted.parse(text.encode() if isinstance(text, str) else text, unfolds=UNFOLDS)
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
+            if error.error_count() > MANY_MISTAKES:
+                raise _invalid(source, f"  {error.error_count()} mistakes") from error
             # Unknown keys first: a misspelt key is also the reason why the right one is missing.
             found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
             problems = "\n".join(f"  {_explain(cls, dict(problem))}" for problem in found[:5])
-            raise ManifestError(
-                f"{source} is not a valid manifest:\n{problems}",
-                mend="compare it with manifests/schema.json, or fetch the adapter again",
-            ) from error
+            raise _invalid(source, problems) from error
+        except ValueError as error:
+            raise _invalid(source, f"  {error}") from error
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         """The manifest in a file of its own. Raises ManifestError, NotFoundError, or RegistryError when unreadable."""
+        if path.exists() and not path.is_file():
+            raise ManifestError(f"{path}: it is not a file")
         try:
-            return cls.from_json(path.read_bytes(), source=path)
+            with open(path, "rb") as file:
+                return cls.from_json(file.read(MAX_BYTES + 1), source=path)
         except FileNotFoundError as error:
             raise NotFoundError(f"{path}: no such manifest", mend="spmhub list") from error
         except OSError as error:
@@ -144,6 +163,13 @@ class Manifest(_Part):
         """JSON Schema of a manifest, as committed in manifests/schema.json."""
         schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
         return json.dumps(schema, indent=2) + "\n"
+
+
+def _invalid(source: object, problems: str) -> ManifestError:
+    return ManifestError(
+        f"{source} is not a valid manifest:\n{problems}",
+        mend="compare it with manifests/schema.json, or fetch the adapter again",
+    )
 
 
 def slug(text: str) -> str:
@@ -159,7 +185,7 @@ def slug(text: str) -> str:
 def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
     """One problem as "key: what is wrong"; for an unknown key, the known ones it resembles."""
     location = problem["loc"]
-    key = ".".join(str(step) for step in location) or "(whole file)"
+    key = ".".join(str(step)[:80] for step in location) or "(whole file)"
     if problem["type"] != "extra_forbidden":
         return f"{key}: {problem['msg']} (got {str(problem['input'])[:80]!r})"
     for step in location[:-1]:
@@ -167,5 +193,5 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
             annotation = model.model_fields[step].annotation
             parts = [annotation, *getattr(annotation, "__args__", ())]
             model = next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), model)
-    meant = nearest(str(location[-1]), model.model_fields)
+    meant = nearest(str(location[-1])[:80], model.model_fields)
     return f"{key}: unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else "")

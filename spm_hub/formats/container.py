@@ -11,13 +11,20 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Never
 
+from spm_hub import untrusted
 from spm_hub.errors import AdapterFileError, NotFoundError, RegistryError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_HEADER_BYTES = 32 * 2**20
+MAX_HEADER_BYTES = 8 * 2**20
 """Far above any adapter's header (SDXL at all layers: 0.4 MB), far below what would hurt to parse."""
+
+HEADER_UNFOLDS = 18
+"""Times the length of the text; one of nothing but the smallest tensors under the shortest names takes 14."""
+
+MAX_KEY_LENGTH = 512
+"""Characters; the longest keys in use have a third of them."""
 
 MANIFEST_KEY = "spmhub.manifest"
 PAYLOAD_HASH_KEY = "modelspec.hash_sha256"
@@ -88,7 +95,6 @@ def read_tensors(path: Path, *, mapped: bool = False) -> tuple[Header, dict[str,
     Verifies the hashes in the header, where there are any, and that every number is finite.
     Raises AdapterFileError naming the offending key.
     """
-    import torch
 
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -106,10 +112,23 @@ def read_tensors(path: Path, *, mapped: bool = False) -> tuple[Header, dict[str,
         sha256 = hashlib.sha256(whole).hexdigest()
     tensors = {key: _view(data, 8 + header.size, entry) for key, entry in header.entries.items()}
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-            _refuse(path, f"{key} holds {bad} of {tensor.numel()} numbers that are NaN or infinite")
+        if bad := _count_bad(tensor):
+            what = "NaN or infinite" if tensor.is_floating_point() else "neither 0 nor 1"
+            _refuse(path, f"{key} holds {bad} of {tensor.numel()} numbers that are {what}")
     return header, tensors, sha256
+
+
+def _count_bad(tensor: "Tensor") -> int:
+    """How many numbers are none: NaN or infinite, or of a boolean any byte but 0 and 1."""
+    import torch
+
+    if tensor.dtype is torch.bool:
+        return int((tensor.view(torch.uint8) > 1).sum())
+    if not tensor.is_floating_point():
+        return 0
+    # torch cannot ask this of eight bits.
+    finite = torch.isfinite(tensor if tensor.element_size() > 1 else tensor.half())
+    return 0 if finite.all() else tensor.numel() - int(finite.sum())
 
 
 def empty_like(entry: Entry) -> "Tensor":
@@ -227,9 +246,9 @@ def _parse_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
         _refuse(path, f"its header claims {size} bytes, no adapter needs more than {MAX_HEADER_BYTES}")
     file.seek(8)
     try:
-        described = json.loads(file.read(size), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        _refuse(path, f"its header is not JSON: {error}")
+        described = untrusted.parse(file.read(size), unfolds=HEADER_UNFOLDS)
+    except ValueError as error:
+        _refuse(path, f"its header is not JSON as safetensors writes it: {error}")
     if not isinstance(described, dict):
         _refuse(path, "its header is not a JSON object")
     metadata = described.pop("__metadata__", {})
@@ -241,6 +260,8 @@ def _parse_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
 
 
 def _parse_entry(path: Path, key: str, entry: Any) -> Entry:
+    if len(key) > MAX_KEY_LENGTH or not key.isprintable():
+        _refuse(path, f"{key[:80]!r} ({len(key)} characters) is no name of a tensor")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"{key}: not a tensor's entry of dtype, shape and data_offsets: {str(entry)[:120]}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -249,6 +270,8 @@ def _parse_entry(path: Path, key: str, entry: Any) -> Entry:
     for field, numbers, length in (("shape", shape, range(9)), ("data_offsets", offsets, range(2, 3))):
         if not (isinstance(numbers, list) and len(numbers) in length and all(map(_is_count, numbers))):
             _refuse(path, f"{key}: {field} is {str(numbers)[:120]}")
+    if 0 in shape:
+        _refuse(path, f"{key}: shape {shape} holds no number")
     needed = math.prod(shape) * _BYTES_OF[dtype]
     if needed != offsets[1] - offsets[0]:
         _refuse(
@@ -291,14 +314,6 @@ def _verify_hashes(path: Path, header: Header, payload: memoryview) -> None:
         stored, actual = header.metadata.get(HEADER_HASH_KEY, "absent"), _header_digest(described)
         if stored != actual:
             _refuse(path, f"its header was altered: {HEADER_HASH_KEY} is {stored}, its sha256 is {actual}")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
-    return result
 
 
 def _refuse(path: Path, what: str, mend: str = "fetch or train the adapter again") -> Never:

@@ -6,11 +6,12 @@ file, because some of them ignore any other.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from spm_hub.errors import AdapterFileError
 from spm_hub.formats.container import MANIFEST_KEY
 from spm_hub.formats.parts import Part, Slot
 from spm_hub.increments import Increment, LowRank, Mask
@@ -35,6 +36,9 @@ _KOHYA = re.compile(
 _TRANSFORMER = re.compile(
     r"transformer\.(?P<module>[\w.]+?)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha|diff|diff_b|keep_out|keep_in)"
 )
+_PADDING = 8
+"""How many times larger one rank for all may make a file; those of trainers differ by far less."""
+
 _UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 
 # family -> (modelspec architecture, kohya's base model version). A1111 takes any other non-empty header for SD1.
@@ -63,18 +67,18 @@ def parse_key(key: str) -> Slot | None:
 
 def to_tensors(increments: Mapping[str, Increment]) -> dict[str, Tensor]:
     """The tensors of a file, by key. Increments of lower rank are padded with zeros to the highest: same products."""
-    ranks = [increment.rank for increment in increments.values() if isinstance(increment, LowRank)]
+    rank = common_rank(increments.values())
     kohya = any(path.startswith(_UNET_BLOCKS) for path in increments)
     tensors: dict[str, Tensor] = {}
     for path, increment in increments.items():
         module = f"lora_unet_{flat(path)}" if kohya else f"transformer.{path}"
         match increment:
             case LowRank():
-                down, up = _padded(increment, max(ranks))
+                down, up = _padded(increment, rank)
                 tensors[f"{module}.{'lora_down' if kohya else 'lora_A'}.weight"] = down
                 tensors[f"{module}.{'lora_up' if kohya else 'lora_B'}.weight"] = up
                 if kohya:
-                    tensors[f"{module}.alpha"] = torch.tensor(float(max(ranks)), dtype=up.dtype)
+                    tensors[f"{module}.alpha"] = torch.tensor(float(rank), dtype=up.dtype)
             case Mask():
                 tensors[f"{module}.{'keep_out' if increment.dim == 0 else 'keep_in'}"] = increment.keep.to(torch.uint8)
             case _:
@@ -82,6 +86,22 @@ def to_tensors(increments: Mapping[str, Increment]) -> dict[str, Tensor]:
                 if increment.delta_bias is not None:
                     tensors[f"{module}.diff_b"] = increment.delta_bias
     return tensors
+
+
+def common_rank(increments: Iterable[Increment]) -> int:
+    """The rank to which all low-rank increments are padded; 0 where there are none.
+
+    Raises AdapterFileError where that would make much of little, as a few numbers of a hostile file can ask for.
+    """
+    pairs = [increment for increment in increments if isinstance(increment, LowRank)]
+    rank = max((pair.rank for pair in pairs), default=0)
+    now, padded = sum(pair.nbytes for pair in pairs), sum(pair.nbytes // pair.rank * rank for pair in pairs)
+    if padded > _PADDING * now + 8 * 2**20:
+        raise AdapterFileError(
+            f"ranks from {min(pair.rank for pair in pairs)} to {rank} in one file: written with one rank, "
+            f"{now} bytes become {padded}"
+        )
+    return rank
 
 
 def header_metadata(manifest: Manifest) -> dict[str, str]:

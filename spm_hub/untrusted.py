@@ -1,0 +1,52 @@
+"""JSON from strangers: read only when it is what it seems to be and costs no more than its length lets expect."""
+
+import json
+import math
+import re
+from collections import Counter
+from typing import Any, Never
+
+COST_OF_CONTAINER, COST_OF_ITEM, COST_OF_KEY = 88, 96, 64
+"""Bytes that Python spends on an empty list or dict, on one more item, and on the key that it may have."""
+
+_LONELY = re.compile(r"[\ud800-\udfff]")
+
+
+def parse(text: bytes, *, unfolds: int) -> Any:
+    """The value of a JSON text in which no key stands twice and every number is finite.
+
+    unfolds: how many times its length an honest text takes in memory, at most.
+
+    Raises ValueError (also for what only Python takes for JSON, for text that is not Unicode, for one nested too
+    deeply, and for one that unfolds into far more memory than it has bytes).
+    """
+    containers, items, keys = text.count(b"[") + text.count(b"{"), text.count(b","), text.count(b'":')
+    cost = COST_OF_CONTAINER * containers + COST_OF_ITEM * items + COST_OF_KEY * keys
+    if cost > unfolds * len(text) + 4096:
+        raise ValueError(f"it has {containers} brackets, {items} commas and {keys} keys in {len(text)} bytes")
+    try:
+        # Decoded here: given bytes, json would also take UTF-16 and encoded halves of characters.
+        value = json.loads(text.decode(), object_pairs_hook=_object, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    # Halves of a character are legal in JSON's escapes, and cannot be printed or written anywhere.
+    if re.search(rb"\\u[dD]", text) and _LONELY.search(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("it holds half of a character")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {key[:120]!r} appears twice")
+    return result
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _no_number(digits)
+
+
+def _no_number(digits: str) -> Never:
+    raise ValueError(f"{digits[:40]} is no finite number")

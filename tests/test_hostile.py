@@ -1,0 +1,72 @@
+"""Whatever a stranger sends is accepted or refused in plain words: no crash, no hang, no memory, no file elsewhere."""
+
+import itertools
+import json
+import time
+from pathlib import Path
+
+import hostile
+import pytest
+
+from spm_hub import untrusted
+from spm_hub.errors import SpmHubError
+from spm_hub.hub.registry import Registry
+from spm_hub.manifest import Manifest
+
+CASES, SECONDS = 300, 10.0
+
+
+def test_what_is_not_mutated_is_accepted(tmp_path: Path) -> None:
+    for number, kind in enumerate(hostile.KINDS):
+        sent = hostile.good(kind)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "a.safetensors").write_bytes(sent.weights)
+        (folder / "a.json").write_bytes(sent.manifest)
+        for name, act in hostile.ACTS.items():
+            # The manifest is of the file as we wrote it, which the foreign one no longer is.
+            if kind != "foreign" or "without" in name:
+                act(folder / "a.safetensors", folder / "a.json", Registry(folder / "registry"))
+
+
+def test_mutants(tmp_path: Path) -> None:
+    end = time.monotonic() + SECONDS
+    seeds = itertools.takewhile(lambda _: time.monotonic() < end, range(CASES))
+    tally = hostile.send(seeds, tmp_path)
+    assert not tally.failures, "\n".join(tally.failures[:10])
+    refused = {name.partition(": ")[2] for name in tally.outcomes}
+    assert {"accepted", "AdapterFileError", "ManifestError"} <= refused, "the mutants reach both sides of the checks"
+    assert Registry(tmp_path / "registry").get("bystander").load().name == "bystander"
+
+
+def test_the_watch_sees(tmp_path: Path) -> None:
+    with hostile.watched(tmp_path / "allowed") as cost:
+        (tmp_path / "elsewhere").write_text("")
+        block = bytearray(64 * 2**20)
+        block[:: 2**12] = bytes(len(block) // 2**12)
+        sum(range(200_000))
+    assert any("elsewhere" in violation for violation in cost.violations)
+    assert cost.bytes > 60 * 2**20
+    assert cost.seconds > 0
+
+
+@pytest.mark.parametrize("text", [text for text in hostile.TEXTS if text not in (b"null", b"[]", b"{}")])
+def test_json_that_is_none_or_unfolds(text: bytes) -> None:
+    started = time.process_time()
+    with pytest.raises(ValueError):  # noqa: PT011 - each has a reason of its own
+        untrusted.parse(text, unfolds=10)
+    with pytest.raises(SpmHubError):
+        Manifest.from_json(text)
+    assert time.process_time() - started < 1.0
+
+
+def test_a_manifest_of_many_mistakes_or_one_name_twice_takes_no_time() -> None:
+    good = json.loads(hostile.good("low rank").manifest)
+    started = time.process_time()
+    good["increment"]["modules"] = [f"module_{number}" for number in range(60_000)] + ["module_59999"]
+    with pytest.raises(SpmHubError, match="names module_59999 twice"):
+        Manifest.from_json(json.dumps(good))
+    good["increment"]["modules"] = ["           "] * 50_000
+    with pytest.raises(SpmHubError, match="50001 mistakes"):
+        Manifest.from_json(json.dumps(good))
+    assert time.process_time() - started < 2.0
