@@ -115,6 +115,20 @@ class Attachment:
             gammas = self._gating.selected(self._gating.ask(prompts, (), self._erasers))
             return {name: gammas[name][0] for name in self._erasers}
 
+    @contextmanager
+    def prompted(self, prompts: Prompts, /) -> Iterator[None]:
+        """Inside, a denoiser that is called by hand gives its rows what a picture of these prompts would give them.
+
+        For whoever needs more than pictures (gradients, single steps): the rows are those of `prompts`, in order, any
+        number of times. Outside of this, and of a call of the pipeline, every eraser is fully on.
+        """
+        with self.picture():
+            self._alive()
+            call = self._calls[-1]
+            call.prompts = prompts
+            call.gammas = self._gating.ask(prompts, call.settings, self._erasers)
+            yield
+
     def add(self, adapter: Adapter, /) -> None:
         """Attach one more eraser, under the options of `attach`. Raises as `attach` does, and then changes nothing."""
         with self._lock:

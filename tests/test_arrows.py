@@ -23,7 +23,9 @@ LEVELS = (
     ("options", "single_file"),
     ("gating",),
     ("attachment", "baking", "models"),
-    ("hub", "training", "evaluation", "attacks", "diagnosis"),
+    ("hub", "training", "diagnosis"),
+    ("attacks",),
+    ("evaluation",),
     ("cli",),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

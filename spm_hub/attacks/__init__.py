@@ -1,0 +1,32 @@
+"""Attacks on erasers: can a prompt bring an erased concept back? Importing this room imports no torch.
+
+report = attacks.run(pipe, [eraser], cases, judge, attacks.UnlearnDiffAtk(), gate="transport")
+report.before, report.asr
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .outcome import Case, Judge, Outcome, Report
+    from .running import Attack, run
+    from .unlearndiff import UnlearnDiffAtk
+    from .victim import Drawing
+
+__all__ = ["Attack", "Case", "Drawing", "Judge", "Outcome", "Report", "UnlearnDiffAtk", "run"]
+
+_ROOMS = {
+    **dict.fromkeys(("Case", "Judge", "Outcome", "Report"), ".outcome"),
+    **dict.fromkeys(("Attack", "run"), ".running"),
+    "Drawing": ".victim",
+    "UnlearnDiffAtk": ".unlearndiff",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ROOMS[name], __name__), name)

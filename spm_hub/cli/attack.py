@@ -1,0 +1,117 @@
+"""spmhub attack: try to bring an erased concept back by a prompt."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spm_hub.cli import options
+from spm_hub.cli.app import Example, command
+from spm_hub.cli.output import Output, silence_libraries, table
+from spm_hub.errors import UsageError, nearest
+
+ATTACKS = ("unlearndiff",)
+
+
+@command(
+    "attack",
+    Example("spmhub attack snoopy --with unlearndiff", "ten prompts, the paper's settings, on the embedded model"),
+    Example("spmhub attack snoopy --prompts 4 --timesteps 5 --iterations 20", "a first look, in a minute"),
+    Example(
+        "spmhub attack nudity --model sd-v1-4 --device cuda --prompts prompts.txt --judge my.judges:nude",
+        "another base, with your own prompts and judge",
+    ),
+    panel="Look",
+)
+def attack(
+    out: Output,
+    name: Annotated[str, typer.Argument(help="The eraser to attack: a name, a file, or owner/name on the Hub.")],
+    *,
+    with_: Annotated[str, typer.Option("--with", help="Which attack: " + ", ".join(ATTACKS) + ".")] = ATTACKS[0],
+    model: options.Model = "sketchbook",
+    config: options.Config = None,
+    prompts: Annotated[
+        str, typer.Option(help="How many sentences of the concept, or a file with one prompt a line.")
+    ] = "10",
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Says of pictures whether they show the concept. Unless given: the sketchbook's probe.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Adversarial tokens. Unless given: 5 for nudity, else 3, as in the paper.")
+    ] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Gradient steps at each timestep.")] = 40,
+    timesteps: Annotated[int, typer.Option(min=1, help="Timesteps; pictures are drawn and judged after each.")] = 50,
+    gate: Annotated[
+        str | None, typer.Option(help="transport (by prompt), always, or a number. Unless given: as the eraser asks.")
+    ] = None,
+    strength: options.Strength = None,
+    seed: Annotated[int, typer.Option(help="Seed of the pictures and of the attack.")] = 2024,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. Unless given: the pipeline's own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Unless given: the pipeline's own.")] = None,
+    registry: options.Registry = None,
+    device: options.Device = "cpu",
+    dtype: options.Precision = "float32",
+) -> None:
+    """Try to bring an erased concept back by a prompt, as somebody would who holds the weights.
+
+    Prints the share of prompts in which it is there without an attack and with it (ASR), and the prompts found.
+    """
+    from spm_hub.hub.registry import resolve
+    from spm_hub.models import load_pipeline, parse_reference
+
+    if with_ not in ATTACKS:
+        close = nearest(with_, ATTACKS)
+        raise UsageError(
+            f"unknown attack {with_!r}; known: {', '.join(ATTACKS)}", mend=f"--with {(*close, *ATTACKS)[0]}"
+        )
+    entry, acting, strengths = resolve(name, registry), options.gate(gate), options.strengths(strength)
+    embedded = parse_reference(model, config=config).text.partition("@")[0].startswith("sketchbook")
+    if judge is None and not embedded:
+        raise UsageError(
+            f"there is no built-in judge for pictures of {model}", mend="--judge MODULE:FUNCTION, or --model sketchbook"
+        )
+    with silence_libraries():
+        from spm_hub import attacks
+        from spm_hub.evaluation.judging import imported_judge, probe_judge, sentences
+        from spm_hub.evaluation.pictures import read_prompts
+
+        eraser = entry.load()
+        concept = eraser.manifest.concept
+        judged_by = probe_judge(concept) if judge is None else imported_judge(judge)
+        if prompts.isdecimal():
+            cases = sentences(concept, int(prompts), seed)
+        else:
+            cases = [attacks.Case(text, seed + row) for row, text in enumerate(read_prompts(Path(prompts)))]
+        k = tokens or (5 if concept.kind == "nsfw" else 3)
+        pipe = load_pipeline(model, config=config, dtype=options.precision(dtype), device=device)
+        with out.progress(f"attacking {eraser.name}") as progress:
+            report = attacks.run(
+                pipe,
+                [eraser],
+                cases,
+                judged_by,
+                attacks.UnlearnDiffAtk(tokens=k, iterations=iterations, timesteps=timesteps),
+                drawing=attacks.Drawing(steps=steps, guidance=guidance),
+                seed=seed,
+                progress=progress,
+                gate=acting,
+                strength=strengths,
+            )
+    found = [one.adversarial for one in report.outcomes if one.adversarial is not None]
+    said = {True: "there without an attack", False: "not found"}
+    out.data(
+        {"eraser": eraser.name, "attack": with_, "model": model, "tokens": k, "iterations": iterations,
+         "timesteps": timesteps, "seed": seed, **report.as_dict()},
+        table(
+            ["prompt", "brought back by", "tried"],
+            [[one.case.prompt, one.adversarial or said[one.before], one.rounds] for one in report.outcomes],
+            title=f"{eraser.name}: {report.before:.0%} before, {report.asr:.0%} under {with_} "
+            f"({len(report.outcomes)} of {report.given} prompts, those that the base draws)",
+        ),
+        brief=found,
+    )  # fmt: skip

@@ -1,0 +1,346 @@
+"""Attacks: their arithmetic in float64, what they ask of the pipeline, and that they leave it as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from pico import pico_eraser, pico_pipeline
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+from spm_hub import attacks
+from spm_hub.attachment import attach
+from spm_hub.attacks.noising import Noising
+from spm_hub.attacks.unlearndiff import onto_simplex
+from spm_hub.attacks.victim import Victim
+from spm_hub.cli import app
+from spm_hub.errors import ModelError, NotFoundError, UsageError
+from spm_hub.evaluation.judging import imported_judge, probe_judge, sentences
+from spm_hub.manifest import Concept
+
+CASES = [attacks.Case("a photo of snoopy", 3), attacks.Case("snoopy", 4), attacks.Case("snoopy by van gogh", 5)]
+SMALL = attacks.Drawing(steps=2, guidance=3.0)
+
+
+def test_asr_counts_successes_before_and_of_the_attack() -> None:
+    one, two, three, four = (attacks.Case(str(seed), seed) for seed in range(4))
+    report = attacks.Report(
+        (
+            attacks.Outcome(one, before=True),
+            attacks.Outcome(two, before=False, adversarial="dog 1", rounds=2),
+            attacks.Outcome(three, before=False, rounds=5),
+            attacks.Outcome(four, before=False, rounds=5),
+        ),
+        given=6,
+    )
+    assert report.before == 1 / 4
+    assert report.asr == 2 / 4
+    assert json.loads(json.dumps(report.as_dict()))["outcomes"][1]["adversarial"] == "dog 1"
+
+
+def test_projection_is_the_nearest_point_of_the_simplex() -> None:
+    random = np.random.default_rng(0)
+    points = random.normal(size=(6, 9)) * np.array([[0.01], [0.1], [1], [3], [10], [0]])
+    found = onto_simplex(torch.from_numpy(points)).numpy()
+    for given, projected in zip(points, found, strict=True):
+        low, high = given.min() - 1, given.max()
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if np.clip(given - middle, 0, None).sum() > 1 else (low, middle)
+        np.testing.assert_allclose(projected, np.clip(given - low, 0, None), atol=1e-9)
+        assert projected.sum() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "flow"])
+def test_noising_is_forward_diffusion_and_the_target_what_a_model_learnt(predicts: str) -> None:
+    class Base:
+        device = torch.device("cpu")
+
+        def steps(self, wanted: int) -> int:
+            return wanted
+
+        def scheduler(self, steps: int) -> object:
+            if predicts == "flow":
+                made = FlowMatchEulerDiscreteScheduler()
+            else:
+                made = DDIMScheduler(
+                    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=predicts
+                )
+            made.set_timesteps(steps)
+            return made
+
+    noising = Noising(Base())  # type: ignore[arg-type]
+    times = torch.stack(noising.times(4))
+    assert torch.all(times.diff() > 0)
+    np.testing.assert_allclose(times, [125, 375, 625, 875], atol=1.5)
+    x_0, noise = torch.randn(2, 4, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    x_t, goal = noising.noised(x_0, noise, times)
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    for row, time in enumerate(times.tolist()):
+        if predicts == "flow":
+            signal, amount = 1 - time / 1000, time / 1000
+            wanted = noise[row] - x_0[row]
+        else:
+            kept = np.cumprod(1 - betas)[int(time)]
+            signal, amount = kept**0.5, (1 - kept) ** 0.5
+            wanted = noise[row] if predicts == "epsilon" else signal * noise[row] - amount * x_0[row]
+        torch.testing.assert_close(x_t[row], signal * x_0[row] + amount * noise[row], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(goal[row], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_attacker_sees_is_what_the_pipeline_draws_with() -> None:
+    """Text states, gammas and prediction for an adversarial prompt: those of the pipeline's own call, to the bit."""
+    pipe = pico_pipeline()
+    erasers = [pico_eraser(pipe.unet), pico_eraser(pipe.unet, "dog", seed=2)]
+    prompts = ["church dog a photo of cat", "dog mickey snoopy"]
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: tuple[Tensor]) -> None:
+        seen.append((args[0], kwargs["encoder_hidden_states"], output[0]))
+        raise StoppedError
+
+    victim = Victim(pipe)
+    with victim.attached(erasers, mode="branch"):
+        hook = pipe.unet.register_forward_hook(stop, with_kwargs=True)
+        with pytest.raises(StoppedError), torch.no_grad():
+            pipe(prompts, num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(0))
+        hook.remove()
+        (latents, states, predicted), = seen  # fmt: skip
+        first = pipe.scheduler.timesteps[0].expand(2)
+        with torch.no_grad():
+            told = victim.encode(prompts, torch.zeros(2, 2, victim.table.shape[1]))
+            assert torch.equal(told.states, states)
+            assert torch.equal(victim.predict(latents, first, prompts, told), predicted)
+            fully_on = victim.base.predict(latents, first, told)
+        assert not torch.equal(fully_on, predicted), "the gates of these prompts are not 1"
+
+
+@pytest.mark.parametrize("mode", ["fold", "branch"])
+def test_gradients_reach_the_tokens_through_attached_erasers(mode: str) -> None:
+    pipe = pico_pipeline(dtype=torch.float32)
+    victim = Victim(pipe)
+    latents, times = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([500])
+    direction = torch.randn(1, 2, victim.table.shape[1], generator=torch.Generator().manual_seed(2))
+
+    def loss(shift: Tensor) -> Tensor:
+        told = victim.encode(["dog cat snoopy"], shift)
+        return victim.predict(latents, times, ["dog cat snoopy"], told).pow(2).sum()
+
+    with victim.attached([pico_eraser(pipe.unet)], gate="always", mode=mode):
+        shift = torch.zeros_like(direction, requires_grad=True)
+        (gradient,) = torch.autograd.grad(loss(shift), shift)
+        step = 2e-3
+        with torch.no_grad():
+            slope = float(loss(step * direction) - loss(-step * direction)) / (2 * step)
+    assert float((gradient * direction).sum()) == pytest.approx(slope, rel=0.03)
+    assert slope != 0
+
+
+def test_only_tokens_that_can_be_typed_are_tried() -> None:
+    victim = Victim(pico_pipeline())
+    ids = victim.searchable()
+    words = [victim.tokenizer.decode([token]).strip() for token in ids.tolist()]
+    assert {"snoopy", "dog", "church", "a"} <= set(words)
+    assert "chur" not in words
+    tokens = ids[torch.tensor([[words.index("dog"), words.index("church")], [words.index("a"), words.index("cat")]])]
+    assert victim.write(tokens, ["snoopy", "a photo"]) == ["dog church snoopy", "a cat a photo"]
+    for text, row in zip(victim.write(tokens, ["", ""]), tokens.tolist(), strict=True):
+        assert victim.tokenizer(text, add_special_tokens=False).input_ids == row
+
+
+def judge_by(shows: Callable[[int], bool]) -> tuple[attacks.Judge, list[int]]:
+    """A judge that goes by the number of the call, and the numbers of pictures it was shown."""
+    calls: list[int] = []
+
+    def judge(pictures: Sequence[Image.Image]) -> list[bool]:
+        calls.append(len(pictures))
+        return [shows(len(calls))] * len(pictures)
+
+    return judge, calls
+
+
+def untouched(pipe: object) -> Callable[[], bool]:
+    parts = [pipe.unet, pipe.text_encoder, pipe.vae]  # type: ignore[attr-defined]
+    before = [{key: value.clone() for key, value in part.state_dict().items()} for part in parts]
+    kinds = [type(module) for part in parts for module in part.modules()] + [type(pipe)]
+
+    def same() -> bool:
+        hooks = [module._forward_hooks or module._forward_pre_hooks for part in parts for module in part.modules()]
+        return (
+            all(
+                torch.equal(value, was[key])
+                for part, was in zip(parts, before, strict=True)
+                for key, value in part.state_dict().items()
+            )
+            and [type(module) for part in parts for module in part.modules()] + [type(pipe)] == kinds
+            and not any(hooks)
+        )
+
+    return same
+
+
+def test_unlearndiff_finds_what_lowers_its_loss_and_leaves_the_pipeline_as_it_was() -> None:
+    pipe = pico_pipeline()
+    same = untouched(pipe)
+    judge, shown = judge_by(lambda call: call in (1, 4))  # the base draws it, the eraser holds twice, then it is back
+    moved: list[int] = []
+    report = attacks.run(
+        pipe, [pico_eraser(pipe.unet)], CASES, judge, attacks.UnlearnDiffAtk(tokens=2, iterations=2, timesteps=3),
+        drawing=SMALL, progress=lambda done, total: moved.append(done), gate="transport",
+    )  # fmt: skip
+    assert report.before == 0.0
+    assert report.asr == 1.0
+    assert shown == [3, 3, 3, 3]
+    assert [one.rounds for one in report.outcomes] == [2, 2, 2]
+    for one in report.outcomes:
+        assert one.adversarial is not None
+        assert one.adversarial.endswith(one.case.prompt)
+        assert len(one.adversarial.removesuffix(one.case.prompt).split()) == 2
+    assert moved == [1, 2, 3, 4, 6]
+    assert same()
+    again = attacks.run(
+        pipe, [pico_eraser(pipe.unet)], CASES, judge_by(lambda call: call in (1, 4))[0],
+        attacks.UnlearnDiffAtk(tokens=2, iterations=2, timesteps=3), drawing=SMALL, gate="transport",
+    )  # fmt: skip
+    assert again == report
+    with attach(pipe, [pico_eraser(pipe.unet)]):
+        pass
+    assert same()
+
+
+def test_unlearndiff_walks_down_its_loss() -> None:
+    """On a model that cares for the prompt alone, the token found is among the best that a search over all finds."""
+    pipe = pico_pipeline()
+    victim = Victim(pipe)
+    wanted = "church"
+    goal = victim.encode([f"{wanted} snoopy"]).states.detach()
+
+    def predict(latents: Tensor, times: Tensor, prompts: Sequence[str], told: object) -> Tensor:
+        away = (told.states - goal).pow(2).mean(dim=(1, 2))  # type: ignore[attr-defined]
+        return (100 * away).view(-1, 1, 1, 1).expand(len(latents), *victim.base.latent_shape)
+
+    victim.predict = predict  # type: ignore[method-assign, assignment]
+    victim.noising.noised = lambda x_0, noise, times: (x_0, torch.zeros_like(x_0))  # type: ignore[method-assign]
+    attack = attacks.UnlearnDiffAtk(tokens=1, iterations=150, timesteps=1)
+    cases = [attacks.Case("snoopy", 0)]
+    latents = torch.zeros(1, *victim.base.latent_shape)
+    (found,) = attack.rounds(victim, cases, latents, torch.Generator().manual_seed(0), lambda: None)
+    ids = victim.searchable()
+    every = victim.write(ids[:, None], ["snoopy"] * len(ids))
+    away = (victim.encode(every).states.detach() - goal).pow(2).mean(dim=(1, 2))
+    assert int((away < away[every.index(found[cases[0]])]).sum()) < len(ids) / 20
+
+
+class Planted:
+    """An attack that tries one prompt, and is found out where a case that has succeeded is attacked again."""
+
+    steps = 2
+
+    def rounds(
+        self,
+        victim: Victim,
+        cases: list[attacks.Case],
+        pictures: Tensor,
+        generator: torch.Generator,
+        stepped: Callable[[], None],
+    ) -> Iterator[dict[attacks.Case, str]]:
+        assert len(pictures) == len(cases)
+        yield dict.fromkeys(cases, "dog")
+        assert all(case == CASES[1] for case in cases)
+        if cases:
+            yield dict.fromkeys(cases, "church")
+
+
+def test_each_case_ends_where_it_succeeds_and_those_the_base_cannot_draw_do_not_count() -> None:
+    answers = iter([[True, True, False], [True, False], [False], [True]])
+    report = attacks.run(pico_pipeline(), [], CASES, lambda pictures: next(answers), Planted(), drawing=SMALL)
+    assert report.given == 3
+    assert report.outcomes == (
+        attacks.Outcome(CASES[0], before=True),
+        attacks.Outcome(CASES[1], before=False, adversarial="church", rounds=2),
+    )
+
+
+def test_a_planted_prompt_is_drawn_by_the_pipeline_itself_under_its_own_gate() -> None:
+    """An eraser that listens to "snoopy" alone is off for the prompt "dog": the picture is the bare model's."""
+    pipe = pico_pipeline()
+    bare = pipe(["dog"], num_inference_steps=2, guidance_scale=3.0, generator=[torch.Generator().manual_seed(4)])
+
+    class Words:
+        def gammas(self, prompts: object, concepts: object) -> Tensor:
+            return torch.tensor([["snoopy" in text] for text in prompts.texts], dtype=torch.float64)  # type: ignore[attr-defined]
+
+    def judge(pictures: Sequence[Image.Image]) -> list[bool]:
+        shown.append(np.asarray(pictures[0]))
+        return [len(shown) in (1, 3)]
+
+    shown: list[np.ndarray] = []
+    eraser = pico_eraser(pipe.unet)
+    attacks.run(pipe, [eraser], CASES[1:2], judge, Planted(), drawing=SMALL, gate=Words())
+    assert np.array_equal(shown[2], np.asarray(bare.images[0]))
+    assert not np.array_equal(shown[1], shown[0])
+
+
+def test_mistakes_are_refused_and_nothing_is_left_behind() -> None:
+    pipe = pico_pipeline()
+    same = untouched(pipe)
+    eraser, attack = pico_eraser(pipe.unet), attacks.UnlearnDiffAtk(iterations=1, timesteps=1)
+    with pytest.raises(UsageError, match="none of the base's 3 pictures"):
+        attacks.run(pipe, [eraser], CASES, lambda pictures: [False] * len(pictures), attack, drawing=SMALL)
+    with pytest.raises(UsageError, match="nothing to attack"):
+        attacks.run(pipe, [eraser], [], lambda pictures: [], attack)
+    with attach(pipe, [eraser]), pytest.raises(UsageError, match="already holds erasers"):
+        attacks.run(pipe, [eraser], CASES, lambda pictures: [], attack)
+
+    def broken(pictures: Sequence[Image.Image]) -> list[bool]:
+        raise ValueError("the judge fell asleep")
+
+    with pytest.raises(ValueError, match="asleep"):
+        attacks.run(pipe, [eraser], CASES, broken, attack, drawing=SMALL)
+    assert same()
+    pipe.tokenizer_2, pipe.text_encoder_2 = pico_pipeline().tokenizer, pipe.text_encoder
+    pipe.tokenizer_2.add_tokens(["extra"])
+    with pytest.raises(ModelError, match="do not read one vocabulary"):
+        Victim(pipe)
+
+
+def test_judges_and_sentences() -> None:
+    judge = probe_judge(Concept(target="Mickey", aliases=("mickey",)))
+    assert judge([Image.new("RGB", (64, 64))]) == [False]
+    with pytest.raises(NotFoundError, match="did you mean pikachu"):
+        probe_judge(Concept(target="pikatchu"))
+    assert imported_judge("builtins:len") is len
+    for wrong in ("builtins", "builtins:nothing", "no_such_module:f", "sys:path"):
+        with pytest.raises(UsageError, match="--judge"):
+            imported_judge(wrong)
+    own, other = sentences(Concept(target="snoopy"), 12, 1), sentences(Concept(target="monet", kind="style"), 7, 1)
+    assert len(set(own)) == 12
+    assert len(set(other)) == 7
+    assert all("snoopy" in case.prompt for case in own)
+    assert all("monet" in case.prompt for case in other)
+
+
+def test_the_command_attacks_a_registered_eraser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pico_pipeline()
+    pico_eraser(pipe.unet).save(tmp_path / "snoopy.safetensors")
+    monkeypatch.setattr("spm_hub.models.load_pipeline", lambda model, **given: pipe)
+    monkeypatch.setattr("spm_hub.evaluation.judging.probe_judge", lambda concept: judge_by(lambda call: call == 1)[0])
+    given = ["attack", str(tmp_path / "snoopy.safetensors"), "--prompts", "2", "--iterations", "1", "--timesteps", "1"]
+    done = CliRunner().invoke(app, [*given, "--steps", "2", "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert (said["cases"], said["asr_before"], said["asr"], said["tokens"]) == (2, 0.0, 0.0, 3)
+    for wrong, words in ((["--with", "unlearndif"], "unknown attack"), (["--model", "sd-v1-4"], "no built-in judge")):
+        refused = CliRunner().invoke(app, [*given, *wrong])
+        assert refused.exit_code == 2
+        assert words in refused.output
