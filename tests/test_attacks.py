@@ -241,6 +241,34 @@ def test_unlearndiff_walks_down_its_loss() -> None:
     assert int((away < away[every.index(found[cases[0]])]).sum()) < len(ids) / 20
 
 
+def test_p4d_imitates_the_base_by_a_prompt_of_its_own() -> None:
+    pipe = pico_pipeline()
+    same = untouched(pipe)
+    victim = Victim(pipe)
+    attack = attacks.P4D(tokens=4, iterations=1, tries=30, timesteps=4)
+    picture = torch.randn(1, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
+    case = attacks.Case("a photo of snoopy", 0)
+    random = torch.Generator().manual_seed(0)
+    x_t, times, goal = attack._taught(victim, case, picture[0], torch.Generator().manual_seed(5))
+    with victim.attached([pico_eraser(pipe.unet)], gate="always", strength=0.5):
+        taught = attack._taught(victim, case, picture[0], torch.Generator().manual_seed(5))
+        for found, bare in zip(taught, (x_t, times, goal), strict=True):
+            assert torch.equal(found, bare), "what it imitates is the base, eraser or not"
+
+        def away(prompt: str) -> float:
+            with torch.no_grad():
+                told = victim.encode([prompt] * 4)
+                return float((victim.predict(x_t, times, [prompt] * 4, told) - goal).pow(2).mean())
+
+        tried = [prompts[case] for prompts in attack.rounds(victim, [case], picture, random, lambda: None)]
+        assert all(len(prompt.split()) == 4 for prompt in tried)
+        first, best = away(tried[0]), min(away(prompt) for prompt in tried)
+        assert best < first
+        assert victim._erasers is not None
+        assert dict(victim._erasers.strength) == {"snoopy": 0.5}
+    assert same()
+
+
 class Planted:
     """An attack that tries one prompt, and is found out where a case that has succeeded is attacked again."""
 
@@ -335,11 +363,13 @@ def test_the_command_attacks_a_registered_eraser(tmp_path: Path, monkeypatch: py
     pico_eraser(pipe.unet).save(tmp_path / "snoopy.safetensors")
     monkeypatch.setattr("spm_hub.models.load_pipeline", lambda model, **given: pipe)
     monkeypatch.setattr("spm_hub.evaluation.judging.probe_judge", lambda concept: judge_by(lambda call: call == 1)[0])
-    given = ["attack", str(tmp_path / "snoopy.safetensors"), "--prompts", "2", "--iterations", "1", "--timesteps", "1"]
+    given = ["attack", str(tmp_path / "snoopy.safetensors"), "--prompts", "2", "--iterations", "1", "--tries", "1"]
     done = CliRunner().invoke(app, [*given, "--steps", "2", "--json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
     assert (said["cases"], said["asr_before"], said["asr"], said["tokens"]) == (2, 0.0, 0.0, 3)
+    other = CliRunner().invoke(app, [*given, "--with", "p4d", "--tokens", "5", "--steps", "2", "--json"])
+    assert json.loads(other.stdout)["attack"] == "p4d"
     for wrong, words in ((["--with", "unlearndif"], "unknown attack"), (["--model", "sd-v1-4"], "no built-in judge")):
         refused = CliRunner().invoke(app, [*given, *wrong])
         assert refused.exit_code == 2

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .outcome import Case, Judge, Outcome, Report
+    from .p4d import P4D
     from .running import Attack, run
     from .unlearndiff import UnlearnDiffAtk
     from .victim import Drawing
 
-__all__ = ["Attack", "Case", "Drawing", "Judge", "Outcome", "Report", "UnlearnDiffAtk", "run"]
+__all__ = ["P4D", "Attack", "Case", "Drawing", "Judge", "Outcome", "Report", "UnlearnDiffAtk", "run"]
 
 _ROOMS = {
     **dict.fromkeys(("Case", "Judge", "Outcome", "Report"), ".outcome"),
     **dict.fromkeys(("Attack", "run"), ".running"),
     "Drawing": ".victim",
+    "P4D": ".p4d",
     "UnlearnDiffAtk": ".unlearndiff",
 }
 

@@ -108,6 +108,20 @@ class Victim:
             finally:
                 self._erasers = None
 
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside, predictions are those of the model that nothing was erased from."""
+        if self._erasers is None:
+            yield
+            return
+        strengths = dict(self._erasers.strength)
+        try:
+            for name in strengths:
+                self._erasers.strength[name] = 0.0
+            yield
+        finally:
+            self._erasers.strength.update(strengths)
+
     def searchable(self) -> Tensor:
         """Ids of the tokens that a person could type: written out and read again, each is itself.
 
@@ -122,7 +136,7 @@ class Victim:
     def write(self, tokens: Tensor, prompts: Sequence[str]) -> list[str]:
         """Prompts with these tokens before them: tokens (n, k), n prompts."""
         words = [" ".join(self.tokenizer.decode([token]).strip() for token in row) for row in tokens.tolist()]
-        return [f"{before} {prompt}" for before, prompt in zip(words, prompts, strict=True)]
+        return [f"{before} {prompt}".strip() for before, prompt in zip(words, prompts, strict=True)]
 
     @cached_property
     def table(self) -> Tensor:

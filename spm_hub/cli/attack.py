@@ -1,5 +1,6 @@
 """spmhub attack: try to bring an erased concept back by a prompt."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +11,14 @@ from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
 from spm_hub.errors import UsageError, nearest
 
-ATTACKS = ("unlearndiff",)
+ATTACKS = ("unlearndiff", "p4d")
 
 
 @command(
     "attack",
     Example("spmhub attack snoopy --with unlearndiff", "ten prompts, the paper's settings, on the embedded model"),
-    Example("spmhub attack snoopy --prompts 4 --timesteps 5 --iterations 20", "a first look, in a minute"),
+    Example("spmhub attack snoopy --prompts 4 --tries 5 --iterations 20", "a first look, in a minute"),
+    Example("spmhub attack snoopy --with p4d --gate always", "a whole prompt of its own, no gate in its way"),
     Example(
         "spmhub attack nudity --model sd-v1-4 --device cuda --prompts prompts.txt --judge my.judges:nude",
         "another base, with your own prompts and judge",
@@ -42,10 +44,14 @@ def attack(
         ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Adversarial tokens. Unless given: 5 for nudity, else 3, as in the paper.")
+        int | None,
+        typer.Option(min=1, help="Adversarial tokens. Unless given the papers': 5 for nudity, else 3; p4d 16."),
     ] = None,
-    iterations: Annotated[int, typer.Option(min=1, help="Gradient steps at each timestep.")] = 40,
-    timesteps: Annotated[int, typer.Option(min=1, help="Timesteps; pictures are drawn and judged after each.")] = 50,
+    iterations: Annotated[int, typer.Option(min=1, help="Gradient steps before each try.")] = 40,
+    tries: Annotated[
+        int,
+        typer.Option(min=1, help="Prompts drawn and judged for each; unlearndiff goes by one timestep for each try."),
+    ] = 50,
     gate: Annotated[
         str | None, typer.Option(help="transport (by prompt), always, or a number. Unless given: as the eraser asks.")
     ] = None,
@@ -87,7 +93,12 @@ def attack(
             cases = sentences(concept, int(prompts), seed)
         else:
             cases = [attacks.Case(text, seed + row) for row, text in enumerate(read_prompts(Path(prompts)))]
-        k = tokens or (5 if concept.kind == "nsfw" else 3)
+        method: attacks.P4D | attacks.UnlearnDiffAtk
+        if with_ == "p4d":
+            method = attacks.P4D(tokens=tokens or 16, iterations=iterations, tries=tries)
+        else:
+            k = tokens or (5 if concept.kind == "nsfw" else 3)
+            method = attacks.UnlearnDiffAtk(tokens=k, iterations=iterations, timesteps=tries)
         pipe = load_pipeline(model, config=config, dtype=options.precision(dtype), device=device)
         with out.progress(f"attacking {eraser.name}") as progress:
             report = attacks.run(
@@ -95,7 +106,7 @@ def attack(
                 [eraser],
                 cases,
                 judged_by,
-                attacks.UnlearnDiffAtk(tokens=k, iterations=iterations, timesteps=timesteps),
+                method,
                 drawing=attacks.Drawing(steps=steps, guidance=guidance),
                 seed=seed,
                 progress=progress,
@@ -105,8 +116,7 @@ def attack(
     found = [one.adversarial for one in report.outcomes if one.adversarial is not None]
     said = {True: "there without an attack", False: "not found"}
     out.data(
-        {"eraser": eraser.name, "attack": with_, "model": model, "tokens": k, "iterations": iterations,
-         "timesteps": timesteps, "seed": seed, **report.as_dict()},
+        {"eraser": eraser.name, "attack": with_, "model": model, **asdict(method), "seed": seed, **report.as_dict()},
         table(
             ["prompt", "brought back by", "tried"],
             [[one.case.prompt, one.adversarial or said[one.before], one.rounds] for one in report.outcomes],

@@ -1,0 +1,94 @@
+"""Does R.A.C.E. on a rank-1 SPM withstand UnlearnDiffAtk better than the plain SPM, and what does it cost the others?
+
+    python benchmarks/robustness.py                   # snoopy, on the sketchbook
+    python benchmarks/robustness.py snoopy mickey     # others' numbers stay as they were
+
+For each concept a plain SPM and one with R.A.C.E.'s adversary are trained, the same recipe otherwise. Both are attacked
+under each gate with the same prompts, seeds and budget; the other subjects and styles are counted with each attached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from record import RESULTS, record
+
+from spm_hub import attach, attacks
+from spm_hub.adapter import Adapter
+from spm_hub.evaluation.judging import probe_judge, sentences
+from spm_hub.evaluation.sketchbook import Row, detection_table
+from spm_hub.models import load_pipeline
+from spm_hub.training import Recipe, train
+
+SEED, STEPS, GUIDANCE = 2024, 12, 7.5
+PROMPTS, SAMPLES = 10, 10
+ATTACK = attacks.UnlearnDiffAtk(tokens=3, iterations=8, timesteps=50)
+METHODS = ("spm", "race-spm")
+GATES = ("transport", "always")
+
+
+def tell(what: str) -> Any:
+    """A line on stderr that shows how far `what` is."""
+
+    def move(done: int, total: int, info: object = None) -> None:
+        print(f"\r{what} {done}/{total}    ", end="", file=sys.stderr, flush=True)
+
+    return move
+
+
+def others(before: list[Row], after: list[Row], concept: str) -> dict[str, Any]:
+    """Change of everything but the concept, in points of detection."""
+    was = {(row.kind, row.name): row.detected for row in before}
+    changes = {row.name: 100 * (row.detected - was[row.kind, row.name]) for row in after if row.name != concept}
+    mean_absolute = sum(abs(change) for change in changes.values()) / len(changes)
+    return {
+        "mean_change_points": round(sum(changes.values()) / len(changes), 2),
+        "mean_absolute_change_points": round(mean_absolute, 2),
+        "worst_change_points": round(min(changes.values()), 1),
+    }
+
+
+def measure(concept: str, bare: list[Row]) -> dict[str, Any]:
+    """Both erasers of one concept: attacked, and seen by their neighbours."""
+    pipe = load_pipeline("sketchbook")
+    found: dict[str, Any] = {}
+    for method in METHODS:
+        began = time.monotonic()
+        plan = Recipe.plan(target=concept, method=method)
+        eraser: Adapter = train(plan, pipe=pipe, progress=tell(f"{concept}: training {method}"))
+        entry: dict[str, Any] = {"recipe": plan.to_yaml(), "seconds": round(time.monotonic() - began)}
+        about = eraser.manifest.concept
+        for gate in GATES:
+            report = attacks.run(
+                pipe, [eraser], sentences(about, PROMPTS, SEED), probe_judge(about), ATTACK,
+                drawing=attacks.Drawing(steps=STEPS, guidance=GUIDANCE, at_once=50), seed=SEED, gate=gate,
+                progress=tell(f"{concept}: attacking {method}, gate {gate}"),
+            )  # fmt: skip
+            with attach(pipe, [eraser], gate=gate):
+                table = detection_table(
+                    pipe, samples=SAMPLES, seed=SEED, steps=STEPS, progress=tell(f"{concept}: counting with {method}")
+                )
+            entry[gate] = {**report.as_dict(), "others": others(bare, table, concept)}
+        found[method] = entry
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("concepts", nargs="*", default=["snoopy"])
+    file = RESULTS / "robustness.json"
+    numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"concepts": {}}
+    numbers |= {
+        "attack": {"name": "unlearndiff", **vars(ATTACK)}, "prompts": PROMPTS, "samples_per_name": SAMPLES,
+        "steps": STEPS, "guidance_scale": GUIDANCE,
+    }  # fmt: skip
+    bare_table = detection_table(
+        load_pipeline("sketchbook"), samples=SAMPLES, seed=SEED, steps=STEPS, progress=tell("counting without erasers")
+    )
+    for concept in parser.parse_args().concepts:
+        numbers["concepts"][concept] = measure(concept, bare_table)
+        record("robustness", numbers, seeds=SEED)
