@@ -64,6 +64,14 @@ class NetworkError(SpmHubError):
     """Something has to be downloaded or uploaded, and the network did not allow it."""
 
 
+class HubError(SpmHubError):
+    """The Hub answers, but refuses: access, a name, a change made meanwhile; or it sends what it should not."""
+
+
+class HubNotFoundError(HubError):
+    """The Hub has no such repository, revision or file, or none for this user."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> tuple[str, ...]:
     """Up to three of `candidates` that `name` was most likely meant to be, best first; case is ignored."""
     by_folded = {candidate.casefold(): candidate for candidate in candidates}

@@ -86,6 +86,14 @@ class GateDefaults(_Part):
     rows: Literal["both", "conditional"] = "both"
 
 
+class Origin(_Part):
+    """Where this copy was pulled from: a repository of the Hub at one commit; `revision` as it was asked for."""
+
+    repo: str = Field(pattern=r"^[\w][\w.-]*/[\w][\w.-]*$")
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$")
+    revision: NonBlank | None = None
+
+
 class Evaluation(_Part):
     """One measured number; `reference` is the same number without the eraser."""
 
@@ -114,17 +122,19 @@ class Manifest(_Part):
     licence: str = "apache-2.0"
     author: str = ""
     created: datetime | None = None
+    origin: Origin | None = None
 
     def to_json(self) -> str:
         """The manifest as it stands beside its file: indented JSON that ends with a newline."""
         return self.model_dump_json(indent=2) + "\n"
 
     def to_embedded_json(self) -> str:
-        """The copy inside the adapter file's header: nothing of the clock, of the file itself, or measured afterwards.
+        """The copy inside the adapter file's header: nothing of the clock, of the file itself, or learnt afterwards.
 
         The same seed therefore gives the identical file, whenever it is trained and however it is evaluated.
         """
-        omitted: dict[str, Any] = {"created": True, "evaluation": True, "increment": {"file", "bytes", "sha256"}}
+        omitted: dict[str, Any] = dict.fromkeys(("created", "evaluation", "origin"), True)
+        omitted["increment"] = {"file", "bytes", "sha256"}
         return json.dumps(self.model_dump(mode="json", exclude=omitted), sort_keys=True, separators=(",", ":"))
 
     @classmethod

@@ -275,6 +275,18 @@ def identity_of(reference: str, pipe: DiffusionPipeline) -> tuple[str, str | Non
     return wanted.public_name, folder.name if is_snapshot else None
 
 
+def whence(reference: str, pipe: DiffusionPipeline) -> str:
+    """Where the files of `pipe` are from, which `reference` was loaded as, and where they lie, for a person."""
+    wanted = parse_reference(reference)
+    if wanted.file is not None:
+        return str(wanted.file.path)
+    folder = str(pipe.config.get("_name_or_path", ""))
+    _, revision = identity_of(reference, pipe)
+    if wanted.hub_id is None or revision is None:
+        return f"part of this package, {folder}" if reference in ALIASES else folder
+    return f"{wanted.hub_id}@{revision[:12]}, kept in {folder}"
+
+
 def is_available(alias: Alias) -> bool:
     """Whether the alias can be loaded without a network: embedded in this package, or in the Hub's cache."""
     if alias.embedded is not None:

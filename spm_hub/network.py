@@ -1,17 +1,26 @@
-"""The Hugging Face Hub's client, asked once and answered in our own errors."""
+"""The Hugging Face Hub's client, asked patiently and answered in our own errors."""
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from httpx2 import HTTPError
+from httpx2 import ConnectError, ConnectTimeout, HTTPError, TransportError
 from huggingface_hub import HfApi, ModelInfo, constants, errors
 
-from spm_hub.errors import NetworkError, NotFoundError, UsageError
+from spm_hub.errors import HubError, HubNotFoundError, NetworkError, UsageError
 
 SECONDS_TO_REACH_THE_HUB = 10.0
+TRIES = 4
+LONGEST_PAUSE = 30.0
+"""Seconds. A Hub that wants a longer pause is told to the user instead, who may have better things to do."""
 
+_FIRST_PAUSE = 1.0
+_PASSING = frozenset({408, 429, 500, 502, 503, 504})
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+T = TypeVar("T")
 
 
 def is_commit(revision: str | None) -> bool:
@@ -19,43 +28,109 @@ def is_commit(revision: str | None) -> bool:
     return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
-def repository_info(repo: str, revision: str | None, *, otherwise: str) -> ModelInfo:
-    """What the Hub says of a model repository: one request without retries, where downloads retry for half a minute.
+def repository_info(repo: str, revision: str | None, *, otherwise: str, files: bool = False) -> ModelInfo:
+    """What the Hub says of a model repository; with sizes and hashes of its files where `files`.
 
     Raises as `reaching` does; NetworkError also when HF_HUB_OFFLINE is set.
     """
-    if constants.is_offline_mode():
-        raise NetworkError(
-            f"{repo} is not in the cache and the Hub cannot be reached (HF_HUB_OFFLINE is set)",
-            mend=f"unset HF_HUB_OFFLINE and run it again, or {otherwise}",
-        )
     with reaching(repo, revision, otherwise=otherwise):
-        return HfApi().model_info(repo, revision=revision, timeout=SECONDS_TO_REACH_THE_HUB)
+        return patiently(
+            lambda: HfApi().model_info(repo, revision=revision, timeout=SECONDS_TO_REACH_THE_HUB, files_metadata=files)
+        )
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """`ask()`, again after a pause where the Hub was busy or a connection broke: four times in all.
+
+    A Hub that cannot be connected to is not asked again: whoever has no network should hear so at once.
+    """
+    for attempt in range(TRIES):
+        try:
+            return ask()
+        except (ConnectError, ConnectTimeout):
+            raise
+        except (TransportError, errors.HfHubHTTPError) as error:
+            pause = pause_after(error, attempt)
+            if pause is None or attempt == TRIES - 1:
+                raise
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def pause_after(error: Exception, attempt: int) -> float | None:
+    """Seconds to wait before the next attempt: those the Hub asks for, or twice the last; None for no further one."""
+    pause = _FIRST_PAUSE * 2**attempt
+    if isinstance(error, errors.HfHubHTTPError):
+        if error.response.status_code not in _PASSING:
+            return None
+        asked = error.response.headers.get("Retry-After", "")
+        pause = float(asked) if asked.isdigit() else pause
+    return pause if pause <= LONGEST_PAUSE else None
 
 
 @contextmanager
-def reaching(repo: str, revision: str | None, *, otherwise: str) -> Iterator[None]:
+def reaching(repo: str, revision: str | None, *, otherwise: str, why: str = "is not in the cache") -> Iterator[None]:
     """Turns what the Hub's client raises inside into our errors; `otherwise` is what to do without a network.
 
-    Raises NotFoundError (no such repository or revision, or closed to this user), UsageError (no valid name),
-    NetworkError.
+    `why` the Hub is needed for `repo`. Nothing is asked of it when HF_HUB_OFFLINE is set.
+    Raises HubNotFoundError (no such repository, revision or file), HubError (closed to this user, changed meanwhile),
+    UsageError (no valid name), NetworkError.
     """
+    if constants.is_offline_mode():
+        raise NetworkError(
+            f"{repo} {why} and the Hub cannot be reached (HF_HUB_OFFLINE is set)",
+            mend=f"unset HF_HUB_OFFLINE and run it again, or {otherwise}",
+        )
     try:
         yield
     except errors.GatedRepoError as error:
-        raise NotFoundError(
+        raise HubError(
             f"the authors of {repo} ask you to accept their terms first",
-            mend=f"accept them at https://huggingface.co/{repo}, then: hf auth login",
+            mend=f"accept them at {constants.ENDPOINT}/{repo}, then: hf auth login",
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise NotFoundError(f"{repo} has no revision {revision!r} on the Hub") from error
+        raise HubNotFoundError(f"{repo} has no revision {revision or 'main'!r} on the Hub") from error
+    except errors.RemoteEntryNotFoundError as error:
+        missing = str(error.response.url).rpartition("/")[2]
+        raise HubNotFoundError(f"{repo} has no file {missing} at revision {revision or 'main'!r}") from error
     except errors.RepositoryNotFoundError as error:
-        raise NotFoundError(f"there is no {repo} on the Hub, or it is private", mend="hf auth login") from error
+        raise HubNotFoundError(f"there is no {repo} on the Hub, or it is private", mend="hf auth login") from error
     except errors.HFValidationError as error:
         raise UsageError(f"{repo!r} is no valid name of a Hub repository: {error}") from error
+    except errors.HfHubHTTPError as error:
+        raise _refusal(repo, error) from error
     except (OSError, HTTPError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NetworkError(
-            f"{repo} is not in the cache and the Hub cannot be reached ({why})",
+            f"{repo} {why} and the Hub cannot be reached ({reason})",
             mend=f"connect to a network and run it again, or {otherwise}",
         ) from error
+
+
+def _refusal(repo: str, error: errors.HfHubHTTPError) -> HubError | NetworkError:
+    """What an answer without a meaning of its own in the Hub's client says to a user."""
+    status, reason = error.response.status_code, error.response.reason_phrase
+    what = f"{status} {reason}".strip()
+    match status:
+        case 401:
+            return HubError(f"the Hub does not know who asks for {repo} ({what})", mend="hf auth login")
+        case 403:
+            return HubError(
+                f"the Hub does not let you do this with {repo} ({what})",
+                mend="hf auth whoami, and a token that may: hf auth login",
+            )
+        case 412:
+            return HubError(
+                f"somebody has changed {repo} meanwhile ({what}); nothing of yours was put there",
+                mend=f"look at {constants.ENDPOINT}/{repo}/commits/main, then run it again",
+            )
+        case 429:
+            wait = error.response.headers.get("Retry-After")
+            return NetworkError(
+                f"{repo}: the Hub asks for fewer requests ({what})",
+                mend=f"run it again in {wait} seconds" if wait else "run it again in some minutes, or: hf auth login",
+            )
+        case _:
+            return NetworkError(
+                f"{repo}: the Hub answers {what}", mend="run it again later: https://status.huggingface.co"
+            )

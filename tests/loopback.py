@@ -6,7 +6,8 @@
         subprocess.run([...], env={**os.environ, **hub.environment(tmp_path)})
         hub.adopt(monkeypatch, tmp_path)                       # or: this very process talks to it
 
-`hub.requests` lists what was asked ("GET /api/models/..."), `hub.authorisations` what came with it as Authorization.
+`hub.requests` lists what was asked ("GET /api/models/..."), `hub.authorisations` what came with it as Authorization,
+`hub.ranges` the parts of files that were asked for.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ class LoopbackHub:
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.authorisations: list[tuple[str, str | None]] = []
+        self.ranges: list[str] = []
         self.page = 1000
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
@@ -255,6 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
         line = f"{self.command} {unquote(address.path)}"
         self.hub.requests.append(line)
         self.hub.authorisations.append((line, self.headers.get("Authorization")))
+        self.hub.ranges += [asked for asked in [self.headers.get("Range")] if asked]
         self.fault = self.hub.fault_for(line)
         if self.fault is not None and self.fault.status is not None:
             self.answer(self.fault.status, {"error": "fault"}, code=self.fault.code, headers=self.fault.headers)

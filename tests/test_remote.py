@@ -1,155 +1,311 @@
-"""Adapters from the Hub, over a loopback server that answers what huggingface_hub asks for one repository."""
+"""Adapters from the Hub: downloaded, pulled and named by a bare name; and what they leave behind when it fails."""
 
-import hashlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
-from test_adapter import snoopy
+import torch
+from loopback import LoopbackHub
 
-from spm_hub.hub.registry import MANIFEST_NAME, WEIGHTS_NAME
+from spm_hub import network
+from spm_hub.adapter import Adapter, increment_info
+from spm_hub.errors import AdapterFileError, HubError, ManifestError, NetworkError, NotFoundError, SpmHubError
+from spm_hub.hub import lockfile, remote
+from spm_hub.hub.registry import MANIFEST_NAME, WEIGHTS_NAME, Registry, resolve
+from spm_hub.increments import Increment, LowRank
+from spm_hub.manifest import Base, Concept, Manifest
 
+ROOT = Path(__file__).resolve().parents[1]
+REPO = "someone/whole"
 COMMIT = "c" * 40
-SCRIPT = """
-import sys
-from spm_hub.errors import SpmHubError
-from spm_hub.hub.registry import resolve
-try:
-    entry = resolve(sys.argv[1])
-    print(entry.name, entry.manifest_path is not None, entry.load().name)
-except SpmHubError as error:
-    print(type(error).__name__, error)
-"""
 
 
-class Hub:
-    """A Hub with the repositories in `repos`: name -> file name -> content; `requests` lists what was asked."""
+def eraser(seed: int = 0, name: str = "snoopy") -> Adapter:
+    """Large enough to be broken off in the middle."""
+    random = torch.Generator().manual_seed(seed)
+    increments: dict[str, Increment] = {
+        "mid_block.attentions.0.proj_in": LowRank(
+            torch.randn(2, 4096, generator=random), torch.randn(4096, 2, generator=random)
+        )
+    }
+    manifest = Manifest(
+        name=name,
+        concept=Concept(target=name),
+        increment=increment_info(increments),
+        base=Base(family="sd1", id="sketchbook", fingerprint="0" * 64),
+        recipe={"method": "spm"},
+    )
+    return Adapter(manifest, increments)
 
-    def __init__(self) -> None:
-        self.repos: dict[str, dict[str, bytes]] = {}
-        self.requests: list[str] = []
-        hub = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                hub.answer(self)
+def repository(folder: Path, adapter: Adapter | None = None) -> dict[str, bytes]:
+    """The files of an adapter's repository."""
+    (adapter or eraser()).save(folder / WEIGHTS_NAME, folder / MANIFEST_NAME)
+    return {name: (folder / name).read_bytes() for name in (WEIGHTS_NAME, MANIFEST_NAME)} | {"README.md": b"# hello\n"}
 
-            do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        parts = request.path.partition("?")[0].strip("/").split("/")
-        is_info = parts[:2] == ["api", "models"]
-        repo = "/".join(parts[2:4] if is_info else parts[:2])
-        revision = parts[parts.index("revision") + 1] if is_info and "revision" in parts else "main"
-        # Only what is asked of a repository: the client may also ask the Hub about itself.
-        self.requests += [request.path] * (repo in self.repos)
-        if repo not in self.repos:
-            self.send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
-        elif revision not in ("main", COMMIT):
-            self.send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
-        elif is_info and "tree" in parts:
-            files = [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in self.repos[repo].items()
-            ]
-            self.send(request, 200, json.dumps(files).encode(), {})
-        elif is_info:
-            files = [{"rfilename": name} for name in self.repos[repo]]
-            self.send(request, 200, json.dumps({"id": repo, "sha": COMMIT, "siblings": files}).encode(), {})
-        else:
-            content = self.repos[repo]["/".join(parts[4:])]
-            tag = hashlib.sha256(content).hexdigest()
-            self.send(request, 200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
-
-    def send(self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
-        request.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            request.send_header(key, value)
-        request.end_headers()
-        if request.command == "GET":
-            request.wfile.write(body)
+@pytest.fixture(params=["regular", "lfs"])
+def hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
+    with LoopbackHub(request.param) as served:
+        served.adopt(monkeypatch, tmp_path)
+        monkeypatch.setattr(network, "_FIRST_PAUSE", 0.01)
+        (tmp_path / "work").mkdir()
+        monkeypatch.chdir(tmp_path / "work")
+        served.publish(REPO, repository(tmp_path / "made"), commit=COMMIT)
+        yield served
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    snoopy().save(tmp_path / "a.safetensors", tmp_path / "a.json")
-    weights, manifest = (tmp_path / "a.safetensors").read_bytes(), (tmp_path / "a.json").read_bytes()
-    served = Hub()
-    served.repos = {
-        "someone/whole": {WEIGHTS_NAME: weights, MANIFEST_NAME: manifest, "README.md": b""},
-        "someone/other-name": {"snoopy.safetensors": weights},
-        "someone/several": {"a.safetensors": weights, "b.safetensors": weights},
-        "someone/pickle": {"pytorch_lora_weights.bin": b""},
-    }
-    yield served
-    served.server.shutdown()
-    served.server.server_close()
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "registry")
 
 
-def resolved(reference: str, hub: Hub, folder: Path, **env: str) -> str:
-    host, port = hub.server.server_address[:2]
-    # A process of its own, as the client reads its endpoint and its cache when it is imported.
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, reference],
-        cwd=Path(__file__).resolve().parents[1],
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "0",
-            "HF_ENDPOINT": f"http://{host!s}:{port}",
-            "HF_HOME": str(folder / "hf"),
-            **env,
-        },
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
+def cached(tmp_path: Path) -> list[str]:
+    """The bytes that the Hub's cache holds, by file name; what was broken off is told by its ending."""
+    return sorted(path.name for path in (tmp_path / "hf").rglob("blobs/*"))
 
 
-def test_a_repository_with_its_manifest_and_then_from_the_cache(hub: Hub, tmp_path: Path) -> None:
-    assert resolved("someone/whole", hub, tmp_path) == "someone/whole True snoopy"
-    asked = list(hub.requests)
-    assert resolved(f"someone/whole@{COMMIT}", hub, tmp_path) == "someone/whole True snoopy"
-    assert hub.requests == asked
-    assert resolved("someone/whole", hub, tmp_path, HF_HUB_OFFLINE="1") == "someone/whole True snoopy"
-    assert resolved("someone/whole", hub, tmp_path, HF_ENDPOINT="http://127.0.0.1:9") == "someone/whole True snoopy"
+def offline(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
 
 
-def test_an_altered_file_is_found(hub: Hub, tmp_path: Path) -> None:
-    weights = bytearray(hub.repos["someone/whole"][WEIGHTS_NAME])
-    weights[-1] ^= 1
-    hub.repos["someone/whole"][WEIGHTS_NAME] = bytes(weights)
-    assert resolved("someone/whole", hub, tmp_path).startswith("AdapterFileError")
+def test_downloaded_once_and_then_from_the_cache(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = resolve(REPO)
+    assert (entry.name, entry.fetched, entry.load().name) == (REPO, True, "snoopy")
+    assert entry.manifest_path is not None
+    hub.requests.clear()
+    assert not resolve(f"{REPO}@{COMMIT}").fetched
+    assert hub.requests == []
+    again = resolve(REPO)
+    assert (again.adapter_path, again.fetched) == (entry.adapter_path, False)
+    assert hub.requests == [f"GET /api/models/{REPO}"]
+    offline(hub, monkeypatch)
+    assert resolve(REPO).adapter_path == entry.adapter_path
+    assert hub.requests == []
 
 
-@pytest.mark.parametrize(
-    ("reference", "answer"),
-    [
-        ("someone/other-name", "someone/other-name False snoopy"),
-        ("someone/several", "UsageError someone/several holds no pytorch_lora_weights.safetensors but several others"),
-        ("someone/pickle", "NotFoundError someone/pickle holds no safetensors file"),
-        ("someone/nothing", "NotFoundError there is no someone/nothing on the Hub"),
-        ("someone/whole@v9", "NotFoundError someone/whole has no revision 'v9'"),
-    ],
-)
-def test_what_a_reference_can_meet(reference: str, answer: str, hub: Hub, tmp_path: Path) -> None:
-    assert resolved(reference, hub, tmp_path).startswith(answer)
+def test_a_hub_that_is_away(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve(REPO)
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert resolve(REPO).load().name == "snoopy"
+    with pytest.raises(NetworkError, match="someone/other is not in the cache and the Hub cannot be reached"):
+        resolve("someone/other")
 
 
-@pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
-def test_no_network_and_nothing_cached(env: dict[str, str], hub: Hub, tmp_path: Path) -> None:
-    answer = resolved("someone/whole", hub, tmp_path, **env)
-    assert answer.startswith("NetworkError someone/whole is not in the cache and the Hub cannot be reached")
-    assert "hf download someone/whole" in answer
+def test_what_a_repository_may_hold(hub: LoopbackHub, tmp_path: Path) -> None:
+    files = repository(tmp_path / "made")
+    hub.publish("someone/other-name", {"snoopy.safetensors": files[WEIGHTS_NAME]})
+    hub.publish("someone/several", {"a.safetensors": b"", "b.safetensors": b""})
+    hub.publish("someone/pickle", {"pytorch_lora_weights.bin": b""})
+    assert resolve("someone/other-name").load().name == "snoopy"
+    for repo, message in {
+        "someone/several": "holds no pytorch_lora_weights.safetensors but several others",
+        "someone/pickle": "holds no safetensors file",
+        "someone/nothing": "there is no someone/nothing on the Hub",
+        f"{REPO}@v9": "no revision 'v9'",
+    }.items():
+        with pytest.raises(SpmHubError, match=message):
+            resolve(repo)
+
+
+def test_pulled_pinned_and_had_again_without_the_hub(
+    hub: LoopbackHub, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulled = remote.pull(REPO, registry=registry)
+    assert (pulled.state, pulled.entry.name) == ("new", "snoopy")
+    assert pulled.entry.adapter_path.read_bytes() == hub.content(REPO)[WEIGHTS_NAME]
+    origin = pulled.entry.read_manifest().origin
+    assert origin is not None
+    assert (origin.repo, origin.commit, origin.revision) == (REPO, COMMIT, None)
+    pin = lockfile.read(registry.root)["snoopy"]
+    assert (pin.repo, pin.commit) == (REPO, COMMIT)
+    assert remote.pull(REPO, registry=registry).state == "unchanged"
+
+    offline(hub, monkeypatch)
+    assert remote.pull(REPO, registry=registry).state == "unchanged"
+    # What was pulled is found by its repository's name, too.
+    assert resolve(REPO, registry.root).adapter_path == pulled.entry.adapter_path
+    assert resolve(f"{REPO}@{COMMIT}", registry.root).adapter_path == pulled.entry.adapter_path
+    # The lock file alone brings it back; removing it on purpose does not.
+    pulled.entry.adapter_path.unlink()
+    assert [one.entry.name for one in remote.restore(registry)] == ["snoopy"]
+    assert registry.get("snoopy").load().name == "snoopy"
+    registry.remove("snoopy")
+    assert list(remote.restore(registry)) == []
+    assert hub.requests == []
+
+
+def test_a_newer_commit(hub: LoopbackHub, registry: Registry, tmp_path: Path) -> None:
+    remote.pull(REPO, registry=registry)
+    remote.pull(REPO, COMMIT, registry=registry, name="kept")
+    assert [(age.name, age.state) for age in remote.ages(registry)] == [("kept", "pinned"), ("snoopy", "current")]
+    newer = hub.publish(REPO, repository(tmp_path / "new", eraser(seed=7)))
+    assert [(age.name, age.state) for age in remote.ages(registry)] == [("kept", "pinned"), ("snoopy", "outdated")]
+    assert resolve(REPO, registry.root).read_manifest().origin.commit == COMMIT  # type: ignore[union-attr]
+    pulled = remote.pull(REPO, registry=registry)
+    assert (pulled.state, pulled.origin.commit) == ("updated", newer)
+    assert pulled.entry.adapter_path.read_bytes() == hub.content(REPO)[WEIGHTS_NAME]
+    assert registry.get("kept").read_manifest().origin.commit == COMMIT  # type: ignore[union-attr]
+    del hub.repositories[REPO]
+    ages = {age.name: age for age in remote.ages(registry)}
+    assert ages["snoopy"].state == "unknown"
+    assert "there is no someone/whole" in str(ages["snoopy"].remark)
+
+
+def test_an_eraser_of_that_name_from_elsewhere_is_not_replaced(hub: LoopbackHub, registry: Registry) -> None:
+    registry.add(eraser(seed=3))
+    before = registry.get("snoopy").adapter_path.read_bytes()
+    with pytest.raises(SpmHubError, match="already holds an eraser named 'snoopy'"):
+        remote.pull(REPO, registry=registry)
+    assert registry.get("snoopy").adapter_path.read_bytes() == before
+    assert remote.pull(REPO, registry=registry, name="other").entry.load().name == "other"
+    assert remote.pull(REPO, registry=registry, replace=True).state == "updated"
+    # One that is trained here after all is no longer pinned.
+    registry.add(eraser(seed=3), replace=True)
+    assert set(lockfile.read(registry.root)) == {"other"}
+
+
+def test_a_bare_name_is_the_owners_repository(
+    hub: LoopbackHub, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.root.mkdir()
+    hub.publish("spm-hub/snoopy", repository(tmp_path / "made"))
+    hub.publish("mine/mickey", repository(tmp_path / "mickey", eraser(name="mickey")))
+    entry = resolve("snoopy", registry.root)
+    assert entry.fetched
+    assert "spm-hub/snoopy@" in entry.whence()
+    assert str(registry.root) in entry.whence()
+    with pytest.raises(NotFoundError, match="nor on the Hub as spm-hub/mickey"):
+        resolve("mickey", registry.root)
+    monkeypatch.setenv(remote.OWNER_VARIABLE, "mine")
+    assert "mine/mickey@" in resolve("mickey", registry.root).whence()
+    monkeypatch.setenv(remote.OWNER_VARIABLE, "")
+    hub.requests.clear()
+    with pytest.raises(NotFoundError) as caught:
+        resolve("van gogh", registry.root)
+    assert "Hub" not in caught.value.message
+    assert resolve("snoopy", registry.root).load().name == "snoopy"
+    assert hub.requests == []
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "401": ({"status": 401}, "does not know who asks"),
+    "gated": ({"status": 403, "code": "GatedRepo"}, "accept their terms"),
+    "403": ({"status": 403}, "does not let you"),
+    "repository gone": ({"status": 404, "code": "RepoNotFound"}, "there is no someone/whole"),
+    "revision gone": ({"status": 404, "code": "RevisionNotFound"}, "no revision"),
+    "file gone": ({"status": 404, "code": "EntryNotFound"}, "has no file|there is no|404"),
+    "429 once": ({"status": 429, "headers": {"Retry-After": "0"}, "times": 1}, None),
+    "429 for an hour": ({"status": 429, "headers": {"Retry-After": "3600"}}, "run it again in 3600 seconds"),
+    "500 once": ({"status": 500, "times": 1}, None),
+    "503 twice": ({"status": 503, "times": 2}, None),
+    "503 for good": ({"status": 503}, "503"),
+    "slow": ({"seconds_per_kb": 0.002}, None),
+}
+BODY_FAULTS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "reset once": ({"reset_after": 500, "times": 1}, None),
+    "reset at every 20 kB": ({"reset_after": 20_000}, None),
+    "reset at once, always": ({"reset_after": 0}, "cannot be reached"),
+    "short once": ({"short_by": 7, "times": 1}, None),
+    "short for good": ({"short_by": 7}, "bytes came|cannot be reached|altered"),
+    "longer than announced": ({"short_by": -7, "times": 1}, None),
+    "corrupt once": ({"corrupt": True, "times": 1}, None),
+    "corrupt for good": ({"corrupt": True}, "altered on their way"),
+}
+PLACES = {"asking": "GET /api/models/", "a file's head": "HEAD .*/resolve/"}
+CASES = [(where, pattern, fault) for where, pattern in PLACES.items() for fault in FAULTS] + [
+    (name, rf"GET /(someone/whole/resolve/\w+/{re.escape(name)}|storage/)", fault)
+    for name in (WEIGHTS_NAME, MANIFEST_NAME)
+    for fault in (*FAULTS, *BODY_FAULTS)
+]
+
+
+@pytest.mark.parametrize(("where", "pattern", "fault"), CASES, ids=[f"{case[0]}: {case[2]}" for case in CASES])
+def test_every_fault_ends_well_or_in_one_clear_error(
+    where: str, pattern: str, fault: str, hub: LoopbackHub, registry: Registry, tmp_path: Path
+) -> None:
+    given, message = {**FAULTS, **BODY_FAULTS}[fault]
+    hub.fail(pattern, **{"times": None, **given})
+    if message is None:
+        assert remote.pull(REPO, registry=registry).entry.load().name == "snoopy"
+    else:
+        with pytest.raises(SpmHubError, match=message) as caught:
+            remote.pull(REPO, registry=registry)
+        assert caught.value.exit_code == 1
+        assert registry.entries() == ()
+        assert lockfile.read(registry.root) == {}
+    # Nothing but whole files, and at most what the next attempt goes on from; which then succeeds.
+    hub.mend()
+    assert remote.pull(REPO, registry=registry).entry.load().name == "snoopy"
+    assert not [name for name in cached(tmp_path) if name.endswith("incomplete")]
+    assert [entry.name for entry in registry.entries()] == ["snoopy"]
+
+
+def test_a_file_that_is_not_the_manifests(hub: LoopbackHub, registry: Registry, tmp_path: Path) -> None:
+    files = repository(tmp_path / "made")
+    other = repository(tmp_path / "other", eraser(seed=9))
+    assert len(other[WEIGHTS_NAME]) == len(files[WEIGHTS_NAME])
+    hub.publish("someone/swapped", {**files, WEIGHTS_NAME: other[WEIGHTS_NAME]})
+    with pytest.raises(HubError, match=r"increment\.sha256"):
+        remote.pull("someone/swapped", registry=registry)
+    hub.publish("someone/longer", {**files, WEIGHTS_NAME: files[WEIGHTS_NAME] + b" "})
+    hub.requests.clear()
+    with pytest.raises(HubError, match=r"increment\.bytes"):
+        remote.pull("someone/longer", registry=registry)
+    assert not any(WEIGHTS_NAME in line for line in hub.requests)
+    hub.publish("someone/broken", {**files, MANIFEST_NAME: b"{"})
+    with pytest.raises(ManifestError):
+        remote.pull("someone/broken", registry=registry)
+    hub.publish("someone/alone", {WEIGHTS_NAME: files[WEIGHTS_NAME][:-1] + b"?"})
+    with pytest.raises(AdapterFileError):
+        remote.pull("someone/alone", registry=registry)
+    hub.publish("someone/huge", {**files, MANIFEST_NAME: b" " * (remote.MAX_MANIFEST_BYTES + 1)})
+    with pytest.raises(HubError, match="more than the"):
+        remote.pull("someone/huge", registry=registry)
+    assert registry.entries() == ()
+
+
+def test_a_killed_pull_goes_on_where_it_was(hub: LoopbackHub, registry: Registry, tmp_path: Path) -> None:
+    body = r"GET /storage/" if hub.mode == "lfs" else rf"GET /{REPO}/resolve/\w+/{WEIGHTS_NAME}"
+    hub.fail(body, seconds_per_kb=0.05)
+    command = [sys.executable, "-m", "spm_hub.cli", "pull", REPO, "--registry", str(registry.root)]
+    registry.root.mkdir()
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **hub.environment(tmp_path)})
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size >= 2048 for path in tmp_path.rglob("*.incomplete")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert registry.entries() == ()
+    (left,) = tmp_path.rglob("*.incomplete")
+    had = left.stat().st_size
+    hub.requests.clear()
+    remote.pull(REPO, registry=registry)
+    assert hub.ranges == [f"bytes={had}-"] * len(hub.ranges)
+    assert hub.ranges
+    assert registry.get("snoopy").load().name == "snoopy"
+
+
+def test_the_lock_file_is_json_for_people(hub: LoopbackHub, registry: Registry) -> None:
+    remote.pull(REPO, registry=registry)
+    text = (registry.root / lockfile.LOCK_NAME).read_text()
+    sha256 = registry.get("snoopy").read_manifest().increment.sha256
+    pin = {"repo": REPO, "commit": COMMIT, "revision": None, "sha256": sha256}
+    assert json.loads(text) == {"schema_version": 1, "adapters": {"snoopy": pin}}
+    (registry.root / lockfile.LOCK_NAME).write_text(text.replace(COMMIT, "main"))
+    with pytest.raises(SpmHubError, match=r"adapters\.snoopy\.commit"):
+        lockfile.read(registry.root)

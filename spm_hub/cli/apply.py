@@ -50,7 +50,7 @@ def apply(
     Prints how strongly each eraser acted on each prompt.
     """
     from spm_hub.hub.registry import resolve
-    from spm_hub.models import load_pipeline, parse_reference
+    from spm_hub.models import load_pipeline, parse_reference, whence
 
     if prompt and prompts:
         raise UsageError("--prompt and --prompts are both given", mend="put all prompts into the file")
@@ -59,7 +59,8 @@ def apply(
     base = parse_reference(model, config=config)
     if base.remark:
         out.say(base.remark)
-    entries = [resolve(reference, registry) for reference in wanted]
+    with out.progress("downloading erasers") as progress:
+        entries = [resolve(reference, registry, progress=progress) for reference in wanted]
     with silence_libraries():
         from spm_hub.evaluation.pictures import Drawing, read_prompts, save, show
 
@@ -67,6 +68,9 @@ def apply(
         drawing = Drawing(seed=seed, number=num, steps=steps, guidance=guidance)
         erasers = [entry.load() for entry in entries]
         pipe = load_pipeline(model, config=config, dtype=options.precision(dtype), device=device)
+        sources = {"model": whence(model, pipe), **{entry.name: entry.whence() for entry in entries}}
+        for what, place in sources.items():
+            out.say(f"{what}: {place}")
         with out.progress("drawing") as progress:
             shown = show(
                 pipe, erasers, texts, drawing, gate=acting, strength=strengths, compare=compare, progress=progress
@@ -83,7 +87,7 @@ def apply(
     gates = [{"prompt": one.prompt, "gates": dict(one.gates)} for one in shown]
     paths = [str(path) for group in files.values() for path in group]
     out.data(
-        {"files": files, "gates": gates},
+        {"files": files, "gates": gates, "sources": sources},
         table(["prompt", *names], [[one.prompt, *(one.gates[name] for name in names)] for one in shown]),
         brief=paths,
     )

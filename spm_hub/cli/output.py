@@ -95,19 +95,26 @@ def guarded(out: Output) -> Iterator[None]:
 def silence_libraries() -> Iterator[None]:
     """Keep the libraries' own bars and remarks off stderr; what they have to say of importance they raise."""
     import warnings
-    from logging import ERROR
 
     from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    hub_logging.set_verbosity(ERROR)
+    silence_hub()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def silence_hub() -> None:
+    """The same for the Hub's client alone, which is there much sooner than the others."""
+    from logging import ERROR
+
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity(ERROR)
 
 
 def plain(text: str) -> RenderableType:

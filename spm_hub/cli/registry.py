@@ -7,7 +7,7 @@ import typer
 
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
-from spm_hub.cli.output import Output, plain, silence_libraries, size, table
+from spm_hub.cli.output import Output, plain, silence_hub, silence_libraries, size, table
 from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError
 
 Name = Annotated[str, typer.Argument(help="A name in a registry, a file, or owner/name on the Hub.")]
@@ -17,12 +17,25 @@ Name = Annotated[str, typer.Argument(help="A name in a registry, a file, or owne
     "list",
     Example("spmhub list", "every eraser that can be named"),
     Example("spmhub list -q", "their names, one a line"),
+    Example("spmhub list --remote", "those on the Hugging Face Hub"),
     panel="Look",
 )
-def list_(out: Output, *, registry: options.Registry = None) -> None:
+def list_(
+    out: Output,
+    *,
+    registry: options.Registry = None,
+    remote: Annotated[bool, typer.Option("--remote", help="Those on the Hub instead: see spmhub search.")] = False,
+) -> None:
     """List the erasers that can be named."""
     from spm_hub.hub.registry import registries
 
+    if remote:
+        from spm_hub.cli.hub import show_found
+        from spm_hub.hub.search import search
+
+        silence_hub()
+        show_found(out, search())
+        return
     found: list[dict[str, Any]] = []
     for place in registries(registry):
         for entry in place.entries():

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,15 @@ from spm_hub.atomic import Content, write_atomic
 from spm_hub.errors import (
     AdapterFileError,
     ManifestError,
+    NetworkError,
     NotFoundError,
     RegistryError,
     SpmHubError,
     UsageError,
     nearest,
 )
-from spm_hub.hub import storage
-from spm_hub.manifest import NAME, Evaluation, Manifest, slug
+from spm_hub.hub import lockfile, storage
+from spm_hub.manifest import NAME, Evaluation, Manifest, Origin, slug
 
 if TYPE_CHECKING:
     from spm_hub.adapter import Adapter
@@ -39,16 +40,29 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 MANIFEST_NAME = "manifest.json"
 
 _SUFFIX = storage.SUFFIXES[storage.ADAPTERS]
-_HUB_REFERENCE = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
+HUB_REFERENCE = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One adapter that can be loaded; `manifest_path` is None for a file that came alone."""
+    """One adapter that can be loaded; `manifest_path` is None for a file that came alone.
+
+    `origin` is where on the Hub it is from, when that is not in its manifest; `fetched`: it was downloaded just now.
+    """
 
     name: str
     adapter_path: Path
     manifest_path: Path | None
+    origin: Origin | None = None
+    fetched: bool = False
+
+    def whence(self) -> str:
+        """Where the file is from and where it lies, for a person."""
+        origin = self.origin or self.read_manifest().origin
+        if origin is None:
+            return str(self.adapter_path)
+        how = "downloaded just now to" if self.fetched else "kept in"
+        return f"{origin.repo}@{origin.commit[:12]}, {how} {self.adapter_path}"
 
     def read_manifest(self) -> Manifest:
         """The manifest, from beside the file or from inside it, without reading tensors.
@@ -127,22 +141,29 @@ class Registry:
             raise self._missing(reference)
         return found[0]
 
+    def find(self, name: str) -> Entry | None:
+        """The entry of exactly that name."""
+        path = storage.place(self.root, storage.ADAPTERS, name)
+        return _entry_of(path) if path.is_file() else None
+
     def add(self, adapter: "Adapter", *, replace: bool = False) -> Entry:
         """Keep an adapter under its name: file and manifest, both or neither.
 
         Raises RegistryError when the folder cannot be written, or holds that name already and `replace` is not set.
         """
         image, manifest = adapter.encoded(f"{adapter.name}{_SUFFIX}")
-        return self._put(adapter.name, image.write_to, manifest.to_json().encode(), replace=replace)
+        return self._put(image.write_to, manifest, replace=replace)
 
-    def install(self, source: Entry, *, replace: bool = False) -> Entry:
+    def install(self, source: Entry, manifest: Manifest | None = None, *, replace: bool = False) -> Entry:
         """Keep a copy, bit for bit, of an adapter that lies elsewhere with its manifest; everything is verified first.
 
-        Raises ManifestError where it has no manifest, AdapterFileError, and RegistryError as `add` does.
+        `manifest` is to stand beside it instead of its own; it says another name, or where the adapter is from.
+        Raises ManifestError where there is none, AdapterFileError, and RegistryError as `add` does.
         """
-        if source.manifest_path is None:
+        loaded = source.load().manifest
+        if source.manifest_path is None and manifest is None:
             raise ManifestError(f"{source.adapter_path} has no manifest beside it, so nothing to be verified against")
-        manifest = source.load().manifest
+        manifest = manifest or loaded
         info = manifest.increment.model_copy(update={"file": f"{manifest.name}{_SUFFIX}"})
 
         def copy(file: BinaryIO) -> None:
@@ -151,21 +172,24 @@ class Registry:
                 while block := original.read(2**20):
                     digest.update(block)
                     file.write(block)
-            if digest.hexdigest() != manifest.increment.sha256:
+            if digest.hexdigest() != info.sha256:
                 raise AdapterFileError(f"{source.adapter_path} was altered while it was copied")
 
-        kept = manifest.model_copy(update={"increment": info})
-        return self._put(manifest.name, copy, kept.to_json().encode(), replace=replace)
+        return self._put(copy, manifest.model_copy(update={"increment": info}), replace=replace)
 
-    def _put(self, name: str, adapter: Content, manifest: bytes, *, replace: bool) -> Entry:
-        self.check_room_for(name, replace=replace)
+    def _put(self, adapter: Content, manifest: Manifest, *, replace: bool) -> Entry:
+        self.check_room_for(manifest.name, replace=replace, origin=manifest.origin)
+        parts = {storage.ADAPTERS: adapter, storage.MANIFESTS: manifest.to_json().encode()}
         with storage.writing(self.root):
-            entry = self.check_room_for(name, replace=replace)
-            storage.change(self.root, name, {storage.ADAPTERS: adapter, storage.MANIFESTS: manifest})
+            entry = self.check_room_for(manifest.name, replace=replace, origin=manifest.origin)
+            storage.change(self.root, manifest.name, parts)
+            lockfile.record(self.root, manifest.name, pin_of(manifest))
         return entry
 
-    def check_room_for(self, name: str, *, replace: bool = False) -> Entry:
+    def check_room_for(self, name: str, *, replace: bool = False, origin: Origin | None = None) -> Entry:
         """The entry that an adapter of that name would become; asked before a training and not after it.
+
+        One that is from the same repository of the Hub as `origin` may be replaced by another commit of it.
 
         Raises UsageError for what is no name, RegistryError as `add` does.
         """
@@ -175,7 +199,7 @@ class Registry:
         entry = Entry(name, storage.place(self.root, storage.ADAPTERS, name), manifest)
         if name in storage.RESERVED:
             raise RegistryError(f"{name!r} is a reserved name: {manifest} is something else")
-        if entry.adapter_path.exists() and not replace:
+        if entry.adapter_path.exists() and not replace and not _same_repository(entry, origin):
             raise RegistryError(
                 f"{self.root} already holds an eraser named {name!r}",
                 mend="name this one differently with --name, or replace that one with --force",
@@ -217,6 +241,7 @@ class Registry:
             if not storage.place(self.root, storage.ADAPTERS, name).exists():
                 raise self._missing(name)
             storage.change(self.root, name, {})
+            lockfile.record(self.root, name, None)
 
     def gc(self, *, dry_run: bool = False) -> tuple[storage.Leftover, ...]:
         """Delete what belongs to no eraser and return it: see `storage.leftovers`. Raises RegistryError."""
@@ -230,6 +255,13 @@ class Registry:
 
     def _missing(self, name: str) -> NotFoundError:
         return _unknown(name, [known.name for known in self.entries()], f"in {self.root}")
+
+
+def pin_of(manifest: Manifest) -> lockfile.Pin | None:
+    """What the lock file says of an adapter; None for one that was made here."""
+    if manifest.origin is None or manifest.increment.sha256 is None:
+        return None
+    return lockfile.Pin(**manifest.origin.model_dump(), sha256=manifest.increment.sha256)
 
 
 def user_registry() -> Registry:
@@ -265,9 +297,14 @@ def holding(name: str, registry: Path | None = None) -> Registry:
     raise _unknown(name, names, "in " + ", ".join(str(place.root) for place in known))
 
 
-def resolve(reference: str, registry: Path | None = None) -> Entry:
+def resolve(
+    reference: str, registry: Path | None = None, *, progress: Callable[[int, int], None] | None = None
+) -> Entry:
     """Find what a reference names: a path, a name or concept in a registry, or owner/name[@revision] on the Hub.
 
+    A name that no registry knows is pulled from the Hub, where `remote.owner` keeps it, into `registry` or the user's
+    own. What is on the Hub and was pulled before is taken from the registry, at the commit it is pinned to there.
+    `progress` is told the bytes of a download.
     Raises UsageError when it could be several things, NotFoundError with the nearest names when it is none,
     NetworkError when the Hub is needed and cannot be reached.
     """
@@ -277,11 +314,12 @@ def resolve(reference: str, registry: Path | None = None) -> Entry:
     looks_like_path = path.suffix == _SUFFIX or path.is_absolute() or reference.startswith(("./", "../", "~"))
     if looks_like_path or ("/" in reference and path.exists()):
         return _entry_at(path)
-    if match := _HUB_REFERENCE.fullmatch(reference):
+    known = registries(registry)
+    if match := HUB_REFERENCE.fullmatch(reference):
         from spm_hub.hub.remote import download
 
-        return download(match["repo"], match["revision"])
-    known = registries(registry)
+        pinned = _pinned(match["repo"], match["revision"], known)
+        return pinned or download(match["repo"], match["revision"], progress=progress)
     hit, names = None, []
     for place in known:
         try:
@@ -293,14 +331,51 @@ def resolve(reference: str, registry: Path | None = None) -> Entry:
         if hit is not None:
             raise _ambiguous(reference, [f"./{reference} (a file here)", f"{hit.adapter_path} (in a registry)"])
         return _entry_at(path)
-    if hit is None:
-        raise _unknown(reference, names, "in " + ", ".join(str(place.root) for place in known))
-    return hit
+    return hit or _from_owner(reference, registry, names, progress)
 
 
 def load(reference: str, registry: Path | None = None, *, lazy: bool = False) -> "Adapter":
     """The adapter that a reference names; see `resolve`, and `adapter.load_file` for `lazy`."""
     return resolve(reference, registry).load(lazy=lazy)
+
+
+def _same_repository(held: Entry, origin: Origin | None) -> bool:
+    if origin is None:
+        return False
+    try:
+        before = held.read_manifest().origin
+    except SpmHubError:
+        return False
+    return before is not None and before.repo == origin.repo
+
+
+def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> Entry | None:
+    """The entry that was pulled from there before, if any registry still holds it."""
+    for place in known:
+        for name, pin in lockfile.read(place.root).items():
+            if pin.repo == repo and revision in (pin.revision, pin.commit) and (entry := place.find(name)):
+                return entry
+    return None
+
+
+def _from_owner(
+    reference: str, registry: Path | None, names: list[str], progress: Callable[[int, int], None] | None
+) -> Entry:
+    """A name that no registry knows, pulled from the Hub. Raises NotFoundError, HubError for one that is closed."""
+    from spm_hub.hub import remote
+
+    where = ", ".join(str(place.root) for place in registries(registry))
+    asked = registry is not None or REGISTRY_VARIABLE in os.environ
+    try:
+        found = remote.by_name(slug(reference), registries(registry)[0] if asked else user_registry(), progress)
+    except NetworkError as error:
+        raise _unknown(reference, names, f"in {where}, and {error.message}") from error
+    if found is None:
+        owner = remote.owner()
+        raise _unknown(
+            reference, names, f"in {where}" + (f", nor on the Hub as {owner}/{slug(reference)}" if owner else "")
+        )
+    return found
 
 
 def _entry_at(path: Path) -> Entry:

@@ -1,41 +1,197 @@
-"""Adapters from the Hugging Face Hub, at a pinned revision."""
+"""Adapters from the Hugging Face Hub: fetched at one commit, verified, and kept in a registry."""
 
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from huggingface_hub import errors, hf_hub_download
+from huggingface_hub import ModelInfo, constants, errors, hf_hub_download
 
-from spm_hub.errors import NetworkError, NotFoundError, UsageError
-from spm_hub.hub.registry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.atomic import write_atomic
+from spm_hub.errors import HubError, HubNotFoundError, NetworkError, NotFoundError, SpmHubError, UsageError
+from spm_hub.hub import lockfile
+from spm_hub.hub.fetching import Progress, fetch
+from spm_hub.hub.registry import MANIFEST_NAME, WEIGHTS_NAME, Entry, Registry, pin_of
+from spm_hub.manifest import Manifest, Origin, slug
 from spm_hub.network import is_commit, reaching, repository_info
 
+OWNER_VARIABLE = "SPMHUB_OWNER"
+"""Environment variable: whose repositories a bare name means that no registry knows; empty for nobody's."""
+DEFAULT_OWNER = "spm-hub"
 
-def download(repo: str, revision: str | None = None) -> Entry:
-    """The adapter of a repository, and its manifest where it has one, both of one commit.
+MAX_MANIFEST_BYTES = 16 * 2**20
+"""Far above any manifest (SDXL at all layers with a long evaluation: 0.2 MB)."""
+
+_SUFFIX = ".safetensors"
+
+
+def owner() -> str | None:
+    """Whose repositories on the Hub bare names are looked up in; None for nobody's."""
+    return os.environ.get(OWNER_VARIABLE, DEFAULT_OWNER).strip() or None
+
+
+def download(repo: str, revision: str | None = None, *, progress: Progress | None = None) -> Entry:
+    """The adapter of a repository, and its manifest where it has one, both of one commit, in the Hub's cache.
 
     A commit that is in the cache is taken from there without a request; so is anything while the Hub is out of reach.
-    Raises NotFoundError, UsageError when the repository holds several adapters, NetworkError.
+    What is fetched is verified before it enters the cache: against the Hub's hashes and the manifest's.
+    Raises HubNotFoundError, HubError, ManifestError, NetworkError; UsageError when it holds several adapters.
     """
-    if is_commit(revision) and (entry := _cached(repo, revision)):
-        return entry
+    cached = _cached(repo, revision)
+    # Without its manifest it may be what another program fetched of a repository that has one.
+    if is_commit(revision) and cached is not None and cached.manifest_path is not None:
+        return cached
     otherwise = f"once with one: hf download {repo}"
     try:
-        info = repository_info(repo, revision, otherwise=otherwise)
+        info = repository_info(repo, revision, otherwise=otherwise, files=True)
     except NetworkError:
-        if entry := _cached(repo, revision):
-            return entry
+        if cached is not None:
+            return cached
         raise
-    files = [sibling.rfilename for sibling in info.siblings or ()]
-    weights = _choose(repo, files)
+    commit = info.sha
+    if commit is None or not is_commit(commit):
+        raise HubError(f"the Hub names no commit for {repo} at {revision or 'main'} (it says {commit!r})")
+    is_new = _cached(repo, commit) is None
+    names = [sibling.rfilename for sibling in info.siblings or ()]
     with reaching(repo, revision, otherwise=otherwise):
-        # By the revision as it was named, so that the cache knows it by that name when there is no network.
-        path = Path(hf_hub_download(repo, weights, revision=revision))
-        commit = path.parents[weights.count("/")].name
-        manifest = Path(hf_hub_download(repo, MANIFEST_NAME, revision=commit)) if MANIFEST_NAME in files else None
-    return Entry(repo, path, manifest)
+        manifest_path, manifest = None, None
+        if MANIFEST_NAME in names:
+            manifest_path = fetch(repo, MANIFEST_NAME, commit, largest=MAX_MANIFEST_BYTES)
+            manifest = Manifest.read(manifest_path)
+        weights = _choose(repo, names, manifest)
+        stated = None if manifest is None else manifest.increment
+        if stated is not None:
+            _compare_sizes(repo, info, weights, stated.bytes)
+        path = fetch(
+            repo,
+            weights,
+            commit,
+            sha256=None if stated is None else stated.sha256,
+            largest=None if stated is None else stated.bytes,
+            progress=progress,
+        )
+    _remember(repo, revision, commit)
+    return Entry(repo, path, manifest_path, Origin(repo=repo, commit=commit, revision=_named(revision)), fetched=is_new)
 
 
-def _choose(repo: str, files: list[str]) -> str:
-    found = [WEIGHTS_NAME] if WEIGHTS_NAME in files else [file for file in files if file.endswith(".safetensors")]
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull did to the registry."""
+
+    entry: Entry
+    origin: Origin
+    state: Literal["new", "updated", "unchanged"]
+
+
+def pull(
+    repo: str,
+    revision: str | None = None,
+    *,
+    registry: Registry,
+    name: str | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Pulled:
+    """Keep the adapter of a repository in `registry`, pinned to its commit there and in the registry's lock file.
+
+    `name` it is to have there, unless its own. One that was pulled from the same repository before is replaced by the
+    commit that is asked for now; any other of that name only where `replace`.
+    Raises what `download` and `Registry.install` do; the registry then holds what it held before.
+    """
+    entry = download(repo, revision, progress=progress)
+    origin = Origin(repo=repo, commit=_commit_of(entry), revision=_named(revision))
+    manifest = _with_file(entry, repo)
+    manifest = manifest.model_copy(update={"origin": origin, "name": name or manifest.name})
+    held = registry.find(manifest.name)
+    if held is not None and lockfile.read(registry.root).get(manifest.name) == pin_of(manifest):
+        return Pulled(held, origin, "unchanged")
+    kept = registry.install(entry, manifest, replace=replace)
+    return Pulled(dataclasses.replace(kept, fetched=entry.fetched), origin, "new" if held is None else "updated")
+
+
+def restore(registry: Registry, *, progress: Progress | None = None) -> Iterator[Pulled]:
+    """Pull every eraser again that the lock file names and the registry has not, at its pinned commit."""
+    for name, pin in lockfile.read(registry.root).items():
+        if registry.find(name) is None:
+            yield pull(pin.repo, pin.commit, registry=registry, name=name, progress=progress)
+
+
+@dataclass(frozen=True)
+class Age:
+    """A pulled eraser, and the newest commit of the branch or tag it was pulled from."""
+
+    name: str
+    pin: lockfile.Pin
+    newest: str | None
+    remark: str | None = None
+
+    @property
+    def state(self) -> Literal["current", "outdated", "pinned", "unknown"]:
+        if self.newest is None:
+            return "pinned" if self.remark is None else "unknown"
+        return "current" if self.newest == self.pin.commit else "outdated"
+
+
+def ages(registry: Registry) -> Iterator[Age]:
+    """How old the registry's pulled erasers are; one that was pulled by its commit stays where it is.
+
+    Raises NetworkError; a repository that is gone or closed is a remark.
+    """
+    for name, pin in lockfile.read(registry.root).items():
+        if is_commit(pin.revision):
+            yield Age(name, pin, None)
+            continue
+        try:
+            info = repository_info(pin.repo, pin.revision, otherwise="keep what you have: spmhub list")
+            yield Age(name, pin, info.sha)
+        except HubError as error:
+            yield Age(name, pin, None, error.message)
+
+
+def by_name(name: str, registry: Registry, progress: Progress | None = None) -> Entry | None:
+    """Pull the repository `name` of the owner whom bare names mean; None where the Hub has none."""
+    whose = owner()
+    if whose is None:
+        return None
+    try:
+        return pull(f"{whose}/{name}", registry=registry, progress=progress).entry
+    except HubNotFoundError:
+        return None
+
+
+def _named(revision: str | None) -> str | None:
+    return None if revision == constants.DEFAULT_REVISION else revision
+
+
+def _commit_of(entry: Entry) -> str:
+    assert entry.origin is not None
+    return entry.origin.commit
+
+
+def _with_file(entry: Entry, repo: str) -> Manifest:
+    """The manifest of what was downloaded, with size and hash of its file, also where the repository has none."""
+    manifest = entry.load().manifest
+    if entry.manifest_path is not None:
+        return manifest
+    with open(entry.adapter_path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    about = {"file": entry.adapter_path.name, "bytes": entry.adapter_path.stat().st_size, "sha256": digest}
+    info = manifest.increment.model_copy(update=about)
+    # A file of another program is called pytorch_lora_weights; what it is, its repository says.
+    generic = manifest.name == slug(Path(WEIGHTS_NAME).stem)
+    name = slug(repo.partition("/")[2]) if generic else manifest.name
+    return manifest.model_copy(update={"increment": info, "name": name})
+
+
+def _choose(repo: str, files: list[str], manifest: Manifest | None) -> str:
+    """The adapter file among a repository's: the one its manifest names, or diffusers' name, or the only one."""
+    stated = None if manifest is None else manifest.increment.file
+    if stated is not None and stated in files and stated.endswith(_SUFFIX):
+        return stated
+    found = [WEIGHTS_NAME] if WEIGHTS_NAME in files else [file for file in files if file.endswith(_SUFFIX)]
     if not found:
         raise NotFoundError(f"{repo} holds no safetensors file, so no adapter", mend="spmhub list")
     if len(found) > 1:
@@ -46,11 +202,43 @@ def _choose(repo: str, files: list[str]) -> str:
     return found[0]
 
 
+def _compare_sizes(repo: str, info: ModelInfo, weights: str, stated: int | None) -> None:
+    """Before anything large is fetched. Raises HubError."""
+    size = next((sibling.size for sibling in info.siblings or () if sibling.rfilename == weights), None)
+    if None not in (size, stated) and size != stated:
+        raise HubError(
+            f"{repo}: its manifest says increment.bytes {stated}, {weights} has {size}", mend="tell its author"
+        )
+
+
 def _cached(repo: str, revision: str | None) -> Entry | None:
     """The adapter from the cache, when the repository has been downloaded before; no request is made."""
-    try:
-        weights = Path(hf_hub_download(repo, WEIGHTS_NAME, revision=revision, local_files_only=True))
-    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+
+    def find(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
+        except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+            return None
+
+    manifest_path = find(MANIFEST_NAME)
+    stated = None
+    if manifest_path is not None:
+        try:
+            stated = Manifest.read(manifest_path).increment.file
+        except SpmHubError:
+            return None
+    weights = (find(stated) if stated is not None and stated.endswith(_SUFFIX) else None) or find(WEIGHTS_NAME)
+    if weights is None:
         return None
-    manifest = weights.with_name(MANIFEST_NAME)
-    return Entry(repo, weights, manifest if manifest.is_file() else None)
+    origin = Origin(repo=repo, commit=weights.parent.name, revision=_named(revision))
+    return Entry(repo, weights, manifest_path, origin)
+
+
+def _remember(repo: str, revision: str | None, commit: str) -> None:
+    """Let the cache know the commit by the name it was asked for, for when there is no network."""
+    if is_commit(revision):
+        return
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    ref = folder / "refs" / (revision or constants.DEFAULT_REVISION)
+    if not ref.is_file() or ref.read_text() != commit:
+        write_atomic(ref, commit.encode())

@@ -1,0 +1,225 @@
+"""spmhub push, pull, search and outdated: erasers on the Hugging Face Hub."""
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spm_hub.cli import options
+from spm_hub.cli.app import Example, command
+from spm_hub.cli.output import Output, silence_hub, silence_libraries, size, table
+from spm_hub.errors import UsageError
+
+if TYPE_CHECKING:
+    from spm_hub.hub.card import Pair
+    from spm_hub.hub.registry import Entry
+    from spm_hub.hub.search import Found
+
+Repo = Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository on the Hub.")]
+
+
+@command(
+    "push",
+    Example("spmhub push snoopy someone/spm-snoopy --dry-run", "the card as it will look, and the exact files"),
+    Example("spmhub push snoopy someone/spm-snoopy", "with pictures that the base draws now"),
+    Example("spmhub push snoopy someone/spm-snoopy --pictures pictures --pr", "with your own, as a pull request"),
+    panel="Share",
+)
+def push(
+    out: Output,
+    name: Annotated[str, typer.Argument(help="The eraser: a name in a registry, or a file.")],
+    repo: Repo,
+    *,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to. Unless given: main.")] = None,
+    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show card and files; upload nothing.")] = False,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Folder that spmhub apply --compare filled. Unless given: drawn now, if the base is here."),
+    ] = None,
+    no_pictures: Annotated[bool, typer.Option("--no-pictures", help="A card without pictures.")] = False,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What to draw for the card; repeatable.")
+    ] = None,
+    registry: options.Registry = None,
+    device: options.Device = "cpu",
+) -> None:
+    """Share an eraser on the Hugging Face Hub, with a model card.
+
+    Logs in as `hf auth login` or HF_TOKEN says.
+    """
+    from spm_hub.hub.registry import resolve
+
+    if no_pictures and (pictures is not None or prompt):
+        raise UsageError("--no-pictures and pictures are both asked for")
+    if pr and revision is not None:
+        raise UsageError("--pr proposes a change to the main branch, but --revision was given too")
+    entry = resolve(name, registry)
+    with tempfile.TemporaryDirectory() as staging, silence_libraries():
+        from spm_hub.hub import push as pushing
+        from spm_hub.hub.card import read_pairs
+
+        pairs: tuple[Pair, ...] = ()
+        if pictures is not None:
+            pairs = read_pairs(pictures)
+        elif not no_pictures:
+            pairs = _drawn(out, entry, prompt, Path(staging) / "pictures", device)
+        release = pushing.prepare(entry, repo, pairs, Path(staging))
+        files = release.listing()
+        described: dict[str, Any] = {"repo": repo, "files": files, "card": release.card}
+        if dry_run:
+            _show(out, described)
+            out.say(f"nothing was uploaded; do it: spmhub push {name} {repo}")
+            return
+        out.say(f"uploading {len(files)} files to {repo} ...")
+        made = pushing.push(release, private=private, revision=revision, pull_request=pr)
+    where = made.pull_request or made.url
+    out.data({**described, **asdict(made)}, f"{repo}@{made.commit}: {where}", brief=[where])
+    out.say(f"others get it by: spmhub pull {repo}")
+
+
+def _drawn(out: Output, entry: "Entry", prompts: list[str] | None, folder: Path, device: str) -> "tuple[Pair, ...]":
+    """Pairs that the eraser's own base draws now; none, with a word why, where it is not on this machine."""
+    from spm_hub.evaluation.pictures import Drawing, save, show
+    from spm_hub.hub.card import hub_id, read_pairs
+    from spm_hub.models import ALIASES, Alias, is_available, load_pipeline
+
+    adapter = entry.load()
+    concept, base = adapter.manifest.concept, adapter.manifest.base
+    alias = ALIASES.get(base.id) or Alias(base.id, base.family, "", hub_id(base.id), base.revision)
+    if not (alias.hub_id or alias.embedded) or not is_available(alias):
+        out.say(f"no pictures: {base.id or 'its base'} is not on this machine; give some: --pictures DIR")
+        return ()
+    neighbour = "a dog" if concept.target != "dog" else "a cat"
+    scene = f"a village by {concept.target}" if concept.kind == "style" else f"{concept.target} on the beach"
+    drawing = Drawing(seed=1)
+    pipe = load_pipeline(base.id, device=device)
+    with out.progress("drawing for the card") as progress:
+        shown = show(pipe, [adapter], prompts or [concept.target, scene, neighbour], drawing, progress=progress)
+    save(
+        shown, folder, drawing, title=adapter.name, grid=False, described={"model": base.id, "adapters": [adapter.name]}
+    )
+    return read_pairs(folder)
+
+
+def _show(out: Output, described: dict[str, Any]) -> None:
+    """The card as a reader of the Hub sees it, its metadata, and the files."""
+    from rich.console import Group
+    from rich.markdown import Markdown
+    from rich.panel import Panel
+    from rich.syntax import Syntax
+
+    front, _, body = described["card"].removeprefix("---\n").partition("\n---\n")
+    files = described["files"]
+    rows = [[file["path"], size(file["bytes"]), file["bytes"], file["sha256"]] for file in files]
+    out.data(
+        described,
+        Group(
+            Panel(Syntax(front, "yaml", background_color="default", word_wrap=True), title="metadata"),
+            Panel(Markdown(body), title="README.md"),
+            table(["file", "size", "bytes", "sha256"], rows, title=f"files for {described['repo']}"),
+        ),
+        brief=[f"{file['sha256']}  {file['path']}" for file in files],
+    )
+
+
+@command(
+    "pull",
+    Example("spmhub pull someone/spm-snoopy", "keep it in your registry, pinned to the commit it is at now"),
+    Example("spmhub pull someone/spm-snoopy@v1 --name snoopy-v1", "a tag, a branch or a commit, under another name"),
+    Example("spmhub pull", "whatever the registry's lock file names and the registry lacks"),
+    panel="Share",
+)
+def pull(
+    out: Output,
+    repo: Annotated[str | None, typer.Argument(metavar="USER/REPO[@REVISION]", help="On the Hub.")] = None,
+    *,
+    name: Annotated[str | None, typer.Option(help="Name to keep it under. Unless given: its own.")] = None,
+    registry: options.Registry = None,
+    force: options.Force = False,
+) -> None:
+    """Keep an eraser of the Hub in the registry, pinned to its commit."""
+    from spm_hub.hub.registry import HUB_REFERENCE, Registry, registries
+
+    kept_in = Registry(registry) if registry is not None else registries()[0]
+    match = None if repo is None else HUB_REFERENCE.fullmatch(repo)
+    if repo is not None and match is None:
+        raise UsageError(f"{repo!r} is not of the form user/repo or user/repo@revision", mend="spmhub search snoopy")
+    if match is None and (name is not None or force):
+        raise UsageError("--name and --force are for one repository", mend="spmhub pull USER/REPO --name NAME")
+    silence_hub()
+    from spm_hub.hub import remote
+
+    with out.progress("downloading") as progress:
+        if match is None:
+            pulled = list(remote.restore(kept_in, progress=progress))
+        else:
+            repo, revision = match["repo"], match["revision"]
+            pulled = [remote.pull(repo, revision, registry=kept_in, name=name, replace=force, progress=progress)]
+    rows = [
+        {"name": one.entry.name, "state": one.state, **one.origin.model_dump(), "adapter": one.entry.adapter_path,
+         "manifest": one.entry.manifest_path}
+        for one in pulled
+    ]  # fmt: skip
+    lines = [f"{one.entry.name} ({one.state}): {one.entry.whence()}" for one in pulled]
+    if not pulled:
+        out.say(f"nothing to do: {kept_in.root} has all that its lock file names")
+    out.data(rows, "\n".join(lines), brief=[str(one.entry.adapter_path) for one in pulled])
+
+
+@command(
+    "search",
+    Example("spmhub search nudity", "erasers of nudity on the Hub"),
+    Example('spmhub search "van gogh" --base sd-v1-4 --method spm', "trained on that base by that method"),
+    panel="Share",
+)
+def search(
+    out: Output,
+    query: Annotated[str, typer.Argument(help="Words of the concept or of the repository's name.")] = "",
+    *,
+    base: Annotated[str | None, typer.Option(help="A family (sd1, sdxl ...), an alias, or owner/name.")] = None,
+    method: Annotated[str | None, typer.Option(help="The method of training: spm, esd-x, uce ...")] = None,
+    author: Annotated[str | None, typer.Option(help="A user or organisation of the Hub.")] = None,
+) -> None:
+    """Search the Hub for erasers."""
+    from spm_hub.hub.search import search as find
+
+    silence_hub()
+    show_found(out, find(query, base=base, method=method, author=author))
+
+
+def show_found(out: Output, found: "tuple[Found, ...]") -> None:
+    """Print what is on the Hub."""
+    columns = ("repo", "erases", "method", "base", "downloads", "likes", "updated")
+    rows = [[one.repo, ", ".join(one.erases), *(getattr(one, key) for key in columns[2:])] for one in found]
+    out.data([asdict(one) for one in found], table(columns, rows), brief=[one.repo for one in found])
+    out.say(f"get one: spmhub pull {found[0].repo}" if found else "nothing of that kind on the Hub")
+
+
+@command("outdated", Example("spmhub outdated", "which pulled erasers have moved on at the Hub"), panel="Share")
+def outdated(out: Output, *, registry: options.Registry = None) -> None:
+    """Compare the pulled erasers with what the Hub has now."""
+    from spm_hub.hub.registry import registries
+
+    silence_hub()
+    from spm_hub.hub import remote
+
+    rows = []
+    for place in registries(registry):
+        for age in remote.ages(place):
+            row = {"name": age.name, "repo": age.pin.repo, "revision": age.pin.revision, "pinned": age.pin.commit}
+            rows.append({**row, "newest": age.newest, "state": age.state, "registry": str(place.root)})
+            if age.remark is not None:
+                out.say(f"warning: {age.name}: {age.remark}")
+    behind = [row for row in rows if row["state"] == "outdated"]
+    columns = ("name", "repo", "revision", "pinned", "newest", "state")
+    shown = [
+        [*(str(row[key] or "")[:12] if key in ("pinned", "newest") else row[key] for key in columns)] for row in rows
+    ]
+    out.data(rows, table(columns, shown), brief=[str(row["name"]) for row in behind])
+    for row in behind:
+        at = f"@{row['revision']}" if row["revision"] else ""
+        out.say(f"update: spmhub pull {row['repo']}{at}")

@@ -1,0 +1,308 @@
+"""The model card of an eraser: what a person wants to know before trusting it, and the metadata that the Hub reads."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spm_hub.errors import NotFoundError, UsageError
+from spm_hub.manifest import Evaluation, Manifest, slug
+from spm_hub.models import ALIASES
+
+ERASES, METHOD = "erases:", "method:"
+"""Beginnings of two tags of ours, by which erasers are searched on the Hub."""
+
+WITHOUT, WITH = "without", "with"
+_SHOWN_ROWS = 12
+# Licences that the Hub knows by these names; it calls any other one `other`, and by its own name beside that.
+_LICENCES = frozenset(
+    "apache-2.0 mit openrail creativeml-openrail-m openrail++ bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 "
+    "cc-by-nc-4.0 gpl-3.0 lgpl-3.0 unlicense unknown".split()
+)
+_ABOUT_KINDS = {"low_rank": "low-rank increments", "dense": "dense increments", "mask": "masks of neurons"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt drawn from one seed, without the eraser and with it; the pictures as the bytes of PNG files."""
+
+    prompt: str
+    without: bytes
+    with_: bytes
+    gates: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_pairs(folder: Path) -> tuple[Pair, ...]:
+    """The pairs among the PNG files of a folder, as `spmhub apply --compare` writes them: *-without.png, *-with.png.
+
+    The prompt stands inside the file, or else its name is the prompt.
+    Raises NotFoundError where there is no pair, UsageError for a file that is no PNG.
+    """
+    pairs = []
+    for path in sorted(folder.glob(f"*-{WITHOUT}.png")):
+        partner = path.with_name(path.name.removesuffix(f"-{WITHOUT}.png") + f"-{WITH}.png")
+        if partner.is_file():
+            about = _read_about(partner)
+            prompt = about.get("prompt") or path.name.removesuffix(f"-{WITHOUT}.png").replace("-", " ")
+            _read_about(path)
+            pairs.append(Pair(str(prompt), path.read_bytes(), partner.read_bytes(), about.get("gates") or {}))
+    if not pairs:
+        raise NotFoundError(
+            f"{folder} holds no pair of pictures NAME-without.png and NAME-with.png",
+            mend=f"spmhub apply --adapters NAME --prompt TEXT --compare --out {folder}",
+        )
+    return tuple(pairs)
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    """What spm-hub has written into a PNG file about it."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            text = picture.info.get("spmhub", "{}")
+        about = json.loads(text)
+    except (OSError, UnidentifiedImageError, ValueError) as error:
+        raise UsageError(f"{path} is no picture to show: {error}", mend="--pictures for another folder") from error
+    return about if isinstance(about, dict) else {}
+
+
+def picture_names(index: int) -> tuple[str, str]:
+    """Where in the repository the pictures of the pair `index` are: without, with."""
+    return f"images/{index:02d}-{WITHOUT}.png", f"images/{index:02d}-{WITH}.png"
+
+
+def hub_id(base: str) -> str | None:
+    """The repository of a base model that a manifest names by an alias or by its id; None for a local one."""
+    name = base.partition("@")[0]
+    if name in ALIASES:
+        return ALIASES[name].hub_id
+    return name if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name) else None
+
+
+def metadata(manifest: Manifest, pairs: Sequence[Pair] = ()) -> dict[str, Any]:
+    """The card's front matter. A base that is not on the Hub is not named there, where it would be a dead link."""
+    method = manifest.recipe.get("method")
+    concept = manifest.concept
+    tags = ["spmhub", "concept-erasure", *(["lora"] if manifest.increment.kind == "low_rank" else []), "text-to-image"]
+    tags += [manifest.base.family, *([f"{METHOD}{method}"] if method else [])]
+    tags += [f"{ERASES}{slug(name)}" for name in (concept.target, *concept.aliases)]
+    found: dict[str, Any] = {"library_name": "spmhub", "pipeline_tag": "text-to-image"}
+    if base := hub_id(manifest.base.id):
+        found |= {"base_model": base, "base_model_relation": "adapter"}
+    found["tags"] = list(dict.fromkeys(tags))
+    known = manifest.licence.lower() in _LICENCES
+    found |= {"license": manifest.licence.lower()} if known else {"license": "other", "license_name": manifest.licence}
+    if pairs:
+        found["widget"] = [
+            {"text": pair.prompt, "example_title": f"{title} the eraser", "output": {"url": name}}
+            for index, pair in enumerate(pairs)
+            for title, name in zip((WITHOUT, WITH), picture_names(index), strict=True)
+        ]
+    return found
+
+
+def render(manifest: Manifest, repo: str, weights: str, pairs: Sequence[Pair] = ()) -> str:
+    """The whole README.md of the repository `repo`, whose adapter file is called `weights`."""
+    front = yaml.safe_dump(metadata(manifest, pairs), sort_keys=False, allow_unicode=True, width=120)
+    sections = (
+        _title(manifest),
+        _pictures(pairs),
+        _use(manifest, repo, weights),
+        _gate(manifest, pairs),
+        _measured(manifest),
+        _limits(manifest),
+        _recipe(manifest, weights),
+    )
+    return f"---\n{front}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _title(manifest: Manifest) -> str:
+    concept, base, info = manifest.concept, manifest.base, manifest.increment
+    also = f" (also called {_listed(concept.aliases)})" if concept.aliases else ""
+    into = f" What it would have drawn becomes “{concept.surrogate}”." if concept.surrogate else ""
+    made = f"by the method `{manifest.recipe['method']}`" if manifest.recipe.get("method") else "by another program"
+    trained = _base_link(base.id, base.revision) or "a base that its file does not name"
+    size = f", {info.bytes / 1000:.0f} kB" if info.bytes else ""
+    rank = f" of rank {info.rank}" if info.rank else ""
+    by = f" Made by {manifest.author}." if manifest.author else ""
+    return (
+        f"# An eraser of “{concept.target}”\n\n"
+        f"It takes **{concept.target}**{also} out of what a text-to-image model of the family `{base.family}` draws, "
+        f"and is meant to leave the rest as it is.{into} It is attached to a checkpoint when that is loaded, and taken "
+        f"off again exactly: the model is then the one it was, bit for bit.\n\n"
+        f"Trained {made} on {trained}: {_ABOUT_KINDS[info.kind]}{rank} on {len(info.modules)} modules{size}. It fits "
+        f"every checkpoint with the same modules, without further training: `spmhub check` tells.{by}"
+    )
+
+
+def _base_link(base: str, revision: str | None) -> str:
+    if repo := hub_id(base):
+        at = f" at `{revision[:12]}`" if revision else ""
+        return f"[{repo}](https://huggingface.co/{repo}){at}"
+    if base in ALIASES:
+        return f"`{base}`, the small model that comes with spm-hub (a test bed, no claim about Stable Diffusion)"
+    return f"`{base}`, a model that is not on the Hub" if base else ""
+
+
+def _pictures(pairs: Sequence[Pair]) -> str:
+    if not pairs:
+        return ""
+    rows = (
+        (_cell(pair.prompt), *(f"![{title} the eraser]({name})" for title, name in _titled(index)))
+        for index, pair in enumerate(pairs)
+    )
+    return "## Before and after\n\n" + _table(("prompt", WITHOUT, WITH), rows) + "\n\nBoth from the same noise."
+
+
+def _titled(index: int) -> Iterable[tuple[str, str]]:
+    return zip((WITHOUT, WITH), picture_names(index), strict=True)
+
+
+def _use(manifest: Manifest, repo: str, weights: str) -> str:
+    base = manifest.base.id
+    model = base if base.partition("@")[0] in ALIASES or hub_id(base) else "MODEL"
+    source = hub_id(base) or "MODEL"
+    loading = f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{source}")'
+    if base in ALIASES and source == "MODEL":
+        loading = f'from spm_hub.models import load_pipeline\n\npipe = load_pipeline("{base}")'
+    target = manifest.concept.target
+    ours = (
+        f'```bash\npip install spm-hub\nspmhub apply --model {model} --adapters {repo} --prompt "{target}" --compare\n'
+        f"spmhub pull {repo}        # keep it; from then on it is called {manifest.name}\n```\n\n"
+        f'```python\nimport spm_hub\n{loading}\nerasers = spm_hub.attach(pipe, "{repo}")\n'
+        f'pipe("{target}").images[0]\nerasers.recover("{manifest.name}")  # {target} is back\n```'
+    )
+    if manifest.increment.kind == "low_rank":
+        plain = (
+            "It is an ordinary LoRA file. Without spm-hub there is no gate: it acts fully on every prompt.\n\n"
+            "```python\nfrom diffusers import DiffusionPipeline\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{source}")\n'
+            f'pipe.load_lora_weights("{repo}", weight_name="{weights}")\n```'
+        )
+    else:
+        plain = (
+            f"Plain diffusers loads LoRA files only, and these are {_ABOUT_KINDS[manifest.increment.kind]}. Fold the "
+            "eraser into a checkpoint once, and load that:\n\n"
+            f"```bash\nspmhub bake --model {model} --adapters {repo} --out without-{slug(target)}\n```\n\n"
+            "```python\nfrom diffusers import DiffusionPipeline\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("without-{slug(target)}")\n```'
+        )
+    return f"## Use\n\nWith [spm-hub](https://pypi.org/project/spm-hub/):\n\n{ours}\n\nWith plain diffusers:\n\n{plain}"
+
+
+def _gate(manifest: Manifest, pairs: Sequence[Pair]) -> str:
+    gate = manifest.gate
+    if gate.kind == "transport":
+        text = (
+            "The eraser acts on a prompt as strongly as the prompt concerns it (facilitated transport, arXiv "
+            "2312.16145): its factor gamma is the larger of the cosine between the prompt and the concept in the text "
+            "encoder's eyes, and the share of the concept's tokens that the prompt holds. It listens to "
+            f"{_listed((manifest.concept.target, *manifest.concept.aliases))}. A denoiser that is called without a "
+            "prompt runs with gamma 1."
+        )
+    else:
+        text = "The eraser acts on every prompt alike, with gamma 1."
+    rows = "conditional and unconditional rows alike" if gate.rows == "both" else "the conditional rows only"
+    text += f" Its strength is {gate.strength:g}, on {rows}."
+    gammas = [(_cell(pair.prompt), f"{gamma:.2f}") for pair in pairs for gamma in list(pair.gates.values())[:1]]
+    return f"## When it acts\n\n{text}" + (f"\n\n{_table(('prompt', 'gamma'), gammas)}" if gammas else "")
+
+
+def _measured(manifest: Manifest) -> str:
+    if not manifest.evaluation:
+        return (
+            "## Measured\n\nNothing has been measured yet: how well it erases, and what else it changes, is not known."
+        )
+    parts = []
+    groups: dict[tuple[str, str, str], list[Evaluation]] = {}
+    for one in manifest.evaluation:
+        groups.setdefault((one.protocol, one.base, one.metric), []).append(one)
+    names = {name.casefold() for name in (manifest.concept.target, *manifest.concept.aliases)}
+    for (protocol, base, metric), rows in groups.items():
+        target = [row for row in rows if row.subject.casefold() in names]
+        others = [row for row in rows if row.subject.casefold() not in names]
+        told = [f"**{row.subject}: {_figure(row.reference)} → {_figure(row.value)}**" for row in target]
+        changes = [(row.value - row.reference, row.subject) for row in others if row.reference is not None]
+        if changes:
+            mean, (worst, whose) = sum(change for change, _ in changes) / len(changes), max(changes, key=_magnitude)
+            told.append(
+                f"{len(changes)} others: {mean:+.4f} on average, {worst:+.4f} at most (*{whose}*)"
+                if worst
+                else f"{len(changes)} others: no change"
+            )
+        table = _table(
+            ("subject", "without", "with", "samples"),
+            ((_cell(row.subject), _figure(row.reference), _figure(row.value), str(row.samples)) for row in rows),
+        )
+        if len(rows) > _SHOWN_ROWS:
+            table = f"<details>\n<summary>All {len(rows)} rows</summary>\n\n{table}\n\n</details>"
+        seeds = _listed(sorted({str(row.seed) for row in rows}))
+        parts.append(
+            f"### `{metric}` on `{base}`\n\n{'; '.join(told)}.\n\n{table}\n\nProtocol `{protocol}`, seed {seeds}."
+        )
+    return "## Measured\n\n" + "\n\n".join(parts)
+
+
+def _magnitude(change: tuple[float, str]) -> float:
+    return abs(change[0])
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _limits(manifest: Manifest) -> str:
+    bases = sorted({one.base for one in manifest.evaluation})
+    where = f"on {_listed(f'`{base}`' for base in bases)} only" if bases else "nowhere yet"
+    attacked = any("attack" in one.protocol or one.metric.startswith("asr") for one in manifest.evaluation)
+    lines = [
+        f"Erasure is measured, not proved: {where}. On other checkpoints of the family it may be weaker.",
+        "It changes the denoiser, not the text encoder and not the training data. Whoever holds the open weights can "
+        "take it off: it is a tool for those who do not want to see the concept, not a lock against those who do.",
+        "Prompts written to get around it were tried; see the table above."
+        if attacked
+        else "Prompts written to get around it (adversarial prompts, learned embeddings) were not tried.",
+        "What resembles the concept may change with it: draw your own prompts with `--compare` before you rely on it.",
+    ]
+    return "## Limits and risks\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _recipe(manifest: Manifest, weights: str) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    info = manifest.increment
+    text = "## How it was made\n\n"
+    if manifest.recipe:
+        recipe = yaml.safe_dump(dict(manifest.recipe), sort_keys=False, allow_unicode=True, width=120)
+        text += (
+            f"`spmhub train --recipe recipe.yaml` with this recipe gives the same eraser again:\n\n```yaml\n{recipe}```"
+        )
+    else:
+        text += "It was made by another program, which left no recipe."
+    text += f"\n\nVersions: {versions}." if versions else ""
+    if info.sha256:
+        text += f"\n\n`{weights}`: {info.bytes} bytes, sha256 `{info.sha256}`; `manifest.json` says the rest."
+    return f"{text}\n\n## Licence\n\n{manifest.licence}, for the eraser; the base model has its own."
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _cell(text: str) -> str:
+    return text.replace("\n", " ").replace("|", "\\|")
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def lines() -> Iterator[str]:
+        yield f"| {' | '.join(columns)} |"
+        yield f"|{' --- |' * len(columns)}"
+        for row in rows:
+            yield f"| {' | '.join(row)} |"
+
+    return "\n".join(lines())

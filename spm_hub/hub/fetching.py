@@ -1,0 +1,142 @@
+"""One file of the Hub into the Hub's own cache: resumed where it broke off, and verified before it is there.
+
+The Hub's client resumes a download within one process only, and takes any bytes of the right number for the file.
+"""
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+from httpx2 import ConnectError, ConnectTimeout, TransportError
+from huggingface_hub import (
+    constants,
+    errors,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.file_download import repo_folder_name
+
+# Documented as public, though not re-exported by name.
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+from spm_hub.errors import HubError
+from spm_hub.network import SECONDS_TO_REACH_THE_HUB, TRIES, patiently, pause_after
+
+Progress = Callable[[int, int], None]
+
+_ETAG = re.compile(r"[\w.-]{1,128}")
+
+
+def fetch(
+    repo: str,
+    name: str,
+    commit: str,
+    *,
+    sha256: str | None = None,
+    largest: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """The file `name` of a commit, from the cache or else downloaded into it.
+
+    `sha256` and `largest` (bytes) are what it has to be, and may be at most. `progress` is told bytes done and in all.
+    Only verified bytes enter the cache. Raises HubError for any others, and what the Hub's client raises.
+    """
+    cached = try_to_load_from_cache(repo, name, revision=commit)
+    if isinstance(cached, str):
+        return Path(cached)
+    url = hf_hub_url(repo, name, revision=commit)
+    about = patiently(lambda: get_hf_file_metadata(url, timeout=SECONDS_TO_REACH_THE_HUB))
+    if about.etag is None or not _ETAG.fullmatch(about.etag):
+        raise HubError(f"{repo}: the Hub gives no hash of {name} (its ETag is {about.etag!r})", mend=_LATER)
+    if largest is not None and about.size is not None and about.size > largest:
+        raise HubError(f"{repo}: {name} has {about.size} bytes, more than the {largest} that it may have")
+    folder = repo_folder_name(repo_id=repo, repo_type="model")
+    blob = Path(constants.HF_HUB_CACHE) / folder / "blobs" / about.etag
+    lock = Path(constants.HF_HUB_CACHE) / ".locks" / folder / f"{about.etag}.lock"
+    for place in (blob, lock):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        if not blob.exists():
+            partial = blob.with_name(f"{about.etag}.spmhub.incomplete")
+            for attempt in range(2):
+                _download(url, partial, about.size, largest, progress)
+                wrong = _mismatch(partial, about.etag, sha256)
+                if wrong is None:
+                    break
+                partial.unlink()
+                # Once more from the beginning: the bytes may have been altered on their way.
+                if attempt:
+                    raise HubError(f"{repo}: {name} of commit {commit} was not kept: {wrong}", mend=_LATER)
+            os.replace(partial, blob)
+    return Path(hf_hub_download(repo, name, revision=commit))
+
+
+_LATER = "run it again; if it stays so, tell its author"
+
+
+def _download(url: str, partial: Path, size: int | None, largest: int | None, progress: Progress | None) -> None:
+    """Fill `partial` up to `size` bytes, from where it ends; given up after several attempts that brought nothing."""
+    attempt = 0
+    while True:
+        have = partial.stat().st_size if partial.exists() else 0
+        if have and (size is None or have > size):
+            partial.unlink()
+            have = 0
+        if have == size:
+            return
+        try:
+            _stream(url, partial, have, size if size is not None else largest, progress)
+            if size is None or partial.stat().st_size >= size:
+                return
+            broken: Exception = TransportError(f"{partial.stat().st_size} of {size} bytes came")
+        except (ConnectError, ConnectTimeout):
+            raise
+        except (TransportError, errors.HfHubHTTPError) as error:
+            broken = error
+        grown = (partial.stat().st_size if partial.exists() else 0) > have
+        attempt = 0 if grown else attempt + 1
+        pause = pause_after(broken, attempt)
+        if pause is None or attempt == TRIES:
+            raise broken
+        time.sleep(pause)
+
+
+def _stream(url: str, partial: Path, have: int, limit: int | None, progress: Progress | None) -> None:
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+        hf_raise_for_status(response)
+        # 200 to a range means the whole file from its beginning.
+        with open(partial, "ab" if response.status_code == 206 else "wb") as file:
+            # As it comes, and not in blocks of a size: what has come is kept when the rest does not.
+            for block in response.iter_bytes():
+                file.write(block)
+                if limit is not None and file.tell() > limit:
+                    raise HubError(f"{url}: more than the announced {limit} bytes came", mend=_LATER)
+                if progress is not None:
+                    progress(file.tell(), limit or file.tell())
+
+
+def _mismatch(file: Path, etag: str, sha256: str | None) -> str | None:
+    """What is wrong with the bytes: the Hub names a large file by its sha256, a small one as git does."""
+    size = file.stat().st_size
+    whole, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
+    with open(file, "rb") as content:
+        while block := content.read(2**20):
+            whole.update(block)
+            git.update(block)
+    found = git.hexdigest() if len(etag) == 40 else whole.hexdigest()
+    if len(etag) in (40, 64) and found != etag:
+        return f"its bytes were altered on their way: the Hub says {etag}, they are {found}"
+    if sha256 is not None and whole.hexdigest() != sha256:
+        return f"its manifest says increment.sha256 {sha256}, its bytes are {whole.hexdigest()}"
+    return None

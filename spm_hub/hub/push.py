@@ -1,0 +1,130 @@
+"""An eraser as a repository of the Hub: its files and model card, shown or uploaded in one commit."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from httpx2 import HTTPError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+from spm_hub.errors import HubError, UsageError
+from spm_hub.formats.container import MANIFEST_KEY, read_header
+from spm_hub.hub.card import Pair, picture_names, render
+from spm_hub.hub.registry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.manifest import Manifest
+from spm_hub.network import patiently, reaching
+
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a push puts into the repository: content by path, or the file on this disk that holds it."""
+
+    repo: str
+    manifest: Manifest
+    card: str
+    files: Mapping[str, bytes | Path]
+
+    def listing(self) -> list[dict[str, str | int]]:
+        """Path, bytes and sha256 of each file."""
+        rows: list[dict[str, str | int]] = []
+        for path, content in self.files.items():
+            if isinstance(content, Path):
+                with open(content, "rb") as file:
+                    size, digest = content.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            else:
+                size, digest = len(content), hashlib.sha256(content).hexdigest()
+            rows.append({"path": path, "bytes": size, "sha256": digest})
+        return rows
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a push has gone; `pull_request` is its address where one was opened."""
+
+    commit: str
+    url: str
+    pull_request: str | None
+
+
+def prepare(entry: Entry, repo: str, pairs: Sequence[Pair], staging: Path) -> Release:
+    """Everything that a push of `entry` uploads. An eraser in another program's layout is written anew into `staging`.
+
+    The adapter file is uploaded as it is, bit for bit, under the name that its kind of loader looks for.
+    Raises AdapterFileError, ManifestError when it is not what its manifest says.
+    """
+    adapter = entry.load()
+    path, manifest = entry.adapter_path, adapter.manifest
+    if MANIFEST_KEY not in read_header(path).metadata or manifest.increment.sha256 is None:
+        path = staging / f"{manifest.name}.safetensors"
+        manifest = adapter.save(path)
+    kind = manifest.increment.kind
+    weights = WEIGHTS_NAME if kind == "low_rank" else f"{manifest.name}-{kind}.safetensors"
+    info = manifest.increment.model_copy(update={"file": weights})
+    manifest = manifest.model_copy(update={"increment": info, "origin": None})
+    card = render(manifest, repo, weights, pairs)
+    files: dict[str, bytes | Path] = {
+        weights: path,
+        MANIFEST_NAME: manifest.to_json().encode(),
+        CARD_NAME: card.encode(),
+    }
+    for index, pair in enumerate(pairs):
+        files |= dict(zip(picture_names(index), (pair.without, pair.with_), strict=True))
+    return Release(repo, manifest, card, files)
+
+
+def push(release: Release, *, private: bool = False, revision: str | None = None, pull_request: bool = False) -> Pushed:
+    """Upload a release in one commit, on top of what the repository holds now; it is created where there is none.
+
+    revision: a branch, made where there is none. pull_request: propose it instead, to a repository that exists.
+    Raises HubError (not logged in, not allowed, changed meanwhile), NetworkError; the repository is then as it was.
+    """
+    if pull_request and revision is not None:
+        raise UsageError("--pr proposes a change to the main branch, but --revision was given too")
+    repo, api = release.repo, HfApi()
+    otherwise = f"look at it first: spmhub push {release.manifest.name} {repo} --dry-run"
+    with reaching(repo, revision, otherwise=otherwise, why="has to be changed"):
+        if not pull_request:
+            patiently(lambda: api.create_repo(repo, private=private or None, exist_ok=True))
+            if revision is not None:
+                patiently(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
+        before = patiently(lambda: api.model_info(repo, revision=revision))
+        if private and before.private is False:
+            raise HubError(
+                f"{repo} exists and is public", mend=f"make it private first: {api.endpoint}/{repo}/settings"
+            )
+        stale = [
+            sibling.rfilename
+            for sibling in before.siblings or ()
+            if sibling.rfilename.startswith("images/") and sibling.rfilename not in release.files
+        ]
+
+        def commit() -> Pushed:
+            return _commit(api, release, stale, revision=revision, pull_request=pull_request, parent=before.sha)
+
+        # Asked twice, it would open a second pull request; on a branch the parent commit keeps it from that.
+        return commit() if pull_request else patiently(commit)
+
+
+def _commit(
+    api: HfApi, release: Release, stale: Sequence[str], *, revision: str | None, pull_request: bool, parent: str | None
+) -> Pushed:
+    adds = [CommitOperationAdd(path, content) for path, content in release.files.items()]
+    try:
+        made = api.create_commit(
+            release.repo,
+            [*adds, *(CommitOperationDelete(path) for path in stale)],
+            commit_message=f"{release.manifest.name}: an eraser of {release.manifest.concept.target}",
+            revision=revision,
+            create_pr=pull_request,
+            # Whoever changes the repository between our look at it and our commit is not overwritten.
+            parent_commit=parent,
+        )
+    except RuntimeError as error:
+        # The client wraps what befalls the upload of a large file.
+        if isinstance(error.__cause__, HTTPError | OSError):
+            raise error.__cause__ from error
+        raise
+    return Pushed(made.oid, made.commit_url, made.pr_url)

@@ -1,0 +1,71 @@
+"""Erasers on the Hub, found by the tags that their cards carry."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from huggingface_hub import HfApi, ModelInfo
+
+from spm_hub.hub.card import ERASES, METHOD, hub_id
+from spm_hub.network import patiently, reaching
+
+_BASE = "base_model:adapter:"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One repository, as far as its tags describe it."""
+
+    repo: str
+    erases: tuple[str, ...]
+    method: str | None
+    base: str | None
+    downloads: int
+    likes: int
+    updated: str | None
+
+
+def search(
+    query: str = "", *, base: str | None = None, method: str | None = None, author: str | None = None
+) -> tuple[Found, ...]:
+    """Erasers on the Hub whose name, concept or aliases hold every word of `query`, most downloaded first.
+
+    base: a family (sd1, sdxl ...), an alias or the id of a model; method: as in recipes; author: a user.
+    Raises HubError, NetworkError.
+    """
+    tags = ["spmhub"]
+    if base is not None:
+        repo = hub_id(base)
+        tags.append(base if repo is None else f"{_BASE}{repo}")
+    if method is not None:
+        tags.append(f"{METHOD}{method}")
+
+    def ask() -> list[ModelInfo]:
+        return list(HfApi().list_models(filter=tags, author=author, full=True))
+
+    with reaching("the list of erasers", None, otherwise="see what you have: spmhub list", why="is asked for"):
+        models = patiently(ask)
+    words = query.casefold().replace("-", " ").split()
+    found = [_read(model) for model in models]
+    matching = [one for one in found if all(word in _words_of(one) for word in words)]
+    return tuple(sorted(matching, key=lambda one: (-one.downloads, -one.likes, one.repo)))
+
+
+def _words_of(found: Found) -> str:
+    return " ".join((found.repo, *found.erases)).casefold().replace("-", " ")
+
+
+def _read(model: ModelInfo) -> Found:
+    tags = model.tags or []
+
+    def after(beginning: str) -> Iterator[str]:
+        return (tag.removeprefix(beginning) for tag in tags if tag.startswith(beginning))
+
+    return Found(
+        repo=model.id,
+        erases=tuple(after(ERASES)),
+        method=next(after(METHOD), None),
+        base=next(after(_BASE), None),
+        downloads=model.downloads or 0,
+        likes=model.likes or 0,
+        updated=None if model.last_modified is None else model.last_modified.date().isoformat(),
+    )
