@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from loopback import LoopbackHub
 from pico import pico_pipeline
-from test_remote import COMMIT as SERVED
-from test_remote import Hub
 
 from spm_hub import models
 from spm_hub.errors import ModelError, NotFoundError, SpmHubError, UsageError
@@ -146,7 +145,7 @@ def test_a_cached_repository_needs_no_network(folder: Path, tmp_path: Path) -> N
         "import sys; from spm_hub.models import identity_of, load_pipeline\n"
         "print(*identity_of(sys.argv[1], load_pipeline(sys.argv[1])))"
     )
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     for reference in ("some/pico", f"some/pico@{COMMIT}"):
         started = time.monotonic()
         done = subprocess.run(
@@ -157,21 +156,20 @@ def test_a_cached_repository_needs_no_network(folder: Path, tmp_path: Path) -> N
 
 
 def test_a_downloaded_repository_is_known_by_its_name_without_a_network(folder: Path, tmp_path: Path) -> None:
-    hub = Hub()
-    files = (file for file in folder.rglob("*") if file.is_file())
-    hub.repos["some/pico"] = {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
     code = (
         "from huggingface_hub import constants; from spm_hub.models import _download, parse_reference\n"
         "for offline in (False, True):\n"
         "    constants.HF_HUB_OFFLINE = offline\n"
         "    for reference in ('some/pico', 'some/pico@main'): print(_download(parse_reference(reference), None).name)"
     )
-    host, port = hub.server.server_address[:2]
-    environment = {**os.environ, "HF_ENDPOINT": f"http://{host!s}:{port}", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    hub.server.shutdown()
-    hub.server.server_close()
-    assert done.stdout.split() == [SERVED] * 4, done.stderr
+    with LoopbackHub() as hub:
+        files = (file for file in folder.rglob("*") if file.is_file())
+        commit = hub.publish("some/pico", {file.relative_to(folder).as_posix(): file.read_bytes() for file in files})
+        environment = {**os.environ, **hub.environment(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+    assert done.stdout.split() == [commit] * 4, done.stderr
 
 
 def test_aliases_are_named_as_they_are_listed() -> None:

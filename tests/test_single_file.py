@@ -15,10 +15,10 @@ import test_cli
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from ldm import single_file
+from loopback import LoopbackHub
 from pico import pico_eraser, pico_pipeline, pico_text_encoder, pico_tokenizer
 from safetensors.torch import load_file, save_file
 from test_cli import PICO_TRAINING, Spmhub
-from test_remote import COMMIT, Hub
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -393,13 +393,6 @@ def test_a_manifest_names_the_file_and_its_hash_not_where_it_lies(file: Path, fo
     assert str(file.parent) not in manifest.to_json()
 
 
-def served(folder: Path) -> Hub:
-    hub = Hub()
-    files = (file for file in folder.rglob("*") if file.is_file())
-    hub.repos["some/pico"] = {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
-    return hub
-
-
 SCRIPT = """
 import sys
 from huggingface_hub import constants
@@ -419,9 +412,6 @@ for offline in (False, True):
 def test_the_configuration_of_a_family_is_fetched_once_without_its_weights(
     folder: Path, file: Path, tmp_path: Path
 ) -> None:
-    hub = served(folder)
-    host, port = hub.server.server_address[:2]
-
     def answers(**environment: str) -> list[str]:
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(file), "1"],
@@ -435,11 +425,12 @@ def test_the_configuration_of_a_family_is_fetched_once_without_its_weights(
     assert lost.count("NetworkError") == 2
     assert f"{file} is pico and holds no configuration and no vocabulary" in lost
     assert 'hf download some/pico --include "*.json"' in lost
-    assert answers(HF_ENDPOINT=f"http://{host!s}:{port}") == ["8", "8"]
+    with LoopbackHub() as hub:
+        files = (part for part in folder.rglob("*") if part.is_file())
+        commit = hub.publish("some/pico", {part.relative_to(folder).as_posix(): part.read_bytes() for part in files})
+        assert answers(**hub.environment(tmp_path)) == ["8", "8"]
     assert not any(request.endswith(".safetensors") for request in hub.requests)
-    assert (tmp_path / "hf" / "hub" / "models--some--pico" / "snapshots" / COMMIT / "model_index.json").exists()
-    hub.server.shutdown()
-    hub.server.server_close()
+    assert (tmp_path / "hf" / "hub" / "models--some--pico" / "snapshots" / commit / "model_index.json").exists()
 
 
 def test_every_command_takes_a_file(
