@@ -3,8 +3,10 @@
     python benchmarks/robustness.py                   # snoopy, on the sketchbook
     python benchmarks/robustness.py snoopy mickey     # others' numbers stay as they were
 
-For each concept a plain SPM and one with R.A.C.E.'s adversary are trained, the same recipe otherwise. Both are attacked
-under each gate with the same prompts, seeds and budget; the other subjects and styles are counted with each attached.
+For each concept a plain SPM and one with R.A.C.E.'s adversary are trained, the same recipe otherwise, and attacked with
+the same prompts, seeds and budget. UnlearnDiffAtk's prompts all name the concept, whatever it puts before them, so that
+facilitated transport gives them gamma 1 (`gamma_least`, measured): one attack stands for both gates. The other subjects
+and styles are counted under each gate.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from spm_hub.training import Recipe, train
 
 SEED, STEPS, GUIDANCE = 2024, 12, 7.5
 PROMPTS, SAMPLES = 10, 10
-ATTACK = attacks.UnlearnDiffAtk(tokens=3, iterations=8, timesteps=50)
+ATTACK = attacks.UnlearnDiffAtk(tokens=3, iterations=20, timesteps=50)
 METHODS = ("spm", "race-spm")
 GATES = ("transport", "always")
 
@@ -62,17 +64,21 @@ def measure(concept: str, bare: list[Row]) -> dict[str, Any]:
         eraser: Adapter = train(plan, pipe=pipe, progress=tell(f"{concept}: training {method}"))
         entry: dict[str, Any] = {"recipe": plan.to_yaml(), "seconds": round(time.monotonic() - began)}
         about = eraser.manifest.concept
+        cases = sentences(about, PROMPTS, SEED)
+        with attach(pipe, [eraser], gate="transport") as erasers:
+            entry["gamma_least"] = min(erasers.gates(case.prompt)[eraser.name] for case in cases)
+        report = attacks.run(
+            pipe, [eraser], cases, probe_judge(about), ATTACK, gate="always", seed=SEED,
+            drawing=attacks.Drawing(steps=STEPS, guidance=GUIDANCE, at_once=50),
+            progress=tell(f"{concept}: attacking {method}"),
+        )  # fmt: skip
+        entry |= report.as_dict()
         for gate in GATES:
-            report = attacks.run(
-                pipe, [eraser], sentences(about, PROMPTS, SEED), probe_judge(about), ATTACK,
-                drawing=attacks.Drawing(steps=STEPS, guidance=GUIDANCE, at_once=50), seed=SEED, gate=gate,
-                progress=tell(f"{concept}: attacking {method}, gate {gate}"),
-            )  # fmt: skip
             with attach(pipe, [eraser], gate=gate):
                 table = detection_table(
                     pipe, samples=SAMPLES, seed=SEED, steps=STEPS, progress=tell(f"{concept}: counting with {method}")
                 )
-            entry[gate] = {**report.as_dict(), "others": others(bare, table, concept)}
+            entry[f"others_under_{gate}"] = others(bare, table, concept)
         found[method] = entry
     return found
 
