@@ -48,6 +48,10 @@ class ManifestError(SpmHubError):
     """A manifest that is not valid, or that does not describe the file beside it."""
 
 
+class SignatureError(SpmHubError):
+    """An adapter without the signature that is required, or with one that does not hold."""
+
+
 class CompatibilityError(SpmHubError):
     """An adapter and a model that do not fit together; the message names the module and both shapes."""
 

@@ -13,6 +13,7 @@ from spm_hub import atomic
 from spm_hub.adapter import Adapter
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, UsageError
 from spm_hub.hub import registry as registries
+from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME
 from spm_hub.hub.registry import Registry, resolve
 from spm_hub.manifest import Concept
 
@@ -108,9 +109,9 @@ def test_paths(registry: Registry, tmp_path: Path) -> None:
 
 def test_a_folder_laid_out_as_a_repository_of_the_hub(tmp_path: Path) -> None:
     folder = tmp_path / "work" / "repo"
-    snoopy().save(folder / registries.WEIGHTS_NAME, folder / registries.MANIFEST_NAME)
+    snoopy().save(folder / WEIGHTS_NAME, folder / MANIFEST_NAME)
     entry = resolve("./repo")
-    assert entry.manifest_path == Path("repo") / registries.MANIFEST_NAME
+    assert entry.manifest_path == Path("repo") / MANIFEST_NAME
     assert entry.load().name == entry.read_manifest().name == "snoopy"
     several = tmp_path / "work" / "several"
     for name in ("a", "b"):

@@ -19,7 +19,8 @@ from spm_hub import network
 from spm_hub.adapter import Adapter, increment_info
 from spm_hub.errors import AdapterFileError, HubError, ManifestError, NetworkError, NotFoundError, SpmHubError
 from spm_hub.hub import lockfile, remote
-from spm_hub.hub.registry import MANIFEST_NAME, WEIGHTS_NAME, Registry, resolve
+from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME
+from spm_hub.hub.registry import Registry, resolve
 from spm_hub.increments import Increment, LowRank
 from spm_hub.manifest import Base, Concept, Manifest
 

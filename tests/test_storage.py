@@ -22,7 +22,8 @@ from spm_hub import atomic
 from spm_hub.adapter import load_file
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError
 from spm_hub.hub import storage
-from spm_hub.hub.registry import MANIFEST_NAME, WEIGHTS_NAME, Entry, Registry
+from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.hub.registry import Registry
 
 TESTS = Path(__file__).resolve().parent
 

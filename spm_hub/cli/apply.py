@@ -42,6 +42,7 @@ def apply(
     ] = None,
     strength: options.Strength = None,
     registry: options.Registry = None,
+    require_signature: options.RequireSignature = None,
     device: options.Device = "cpu",
     dtype: options.Precision = "float32",
 ) -> None:
@@ -56,6 +57,7 @@ def apply(
         raise UsageError("--prompt and --prompts are both given", mend="put all prompts into the file")
     wanted, acting = options.names(adapters), options.gate(gate)
     strengths = options.strengths(strength)
+    options.require_signature(require_signature)
     base = parse_reference(model, config=config)
     if base.remark:
         out.say(base.remark)

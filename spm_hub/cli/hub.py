@@ -14,7 +14,7 @@ from spm_hub.errors import UsageError
 
 if TYPE_CHECKING:
     from spm_hub.hub.card import Pair
-    from spm_hub.hub.registry import Entry
+    from spm_hub.hub.entry import Entry
     from spm_hub.hub.search import Found
 
 Repo = Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository on the Hub.")]
@@ -139,6 +139,7 @@ def pull(
     *,
     name: Annotated[str | None, typer.Option(help="Name to keep it under. Unless given: its own.")] = None,
     registry: options.Registry = None,
+    require_signature: options.RequireSignature = None,
     force: options.Force = False,
 ) -> None:
     """Keep an eraser of the Hub in the registry, pinned to its commit."""
@@ -150,6 +151,7 @@ def pull(
         raise UsageError(f"{repo!r} is not of the form user/repo or user/repo@revision", mend="spmhub search snoopy")
     if match is None and (name is not None or force):
         raise UsageError("--name and --force are for one repository", mend="spmhub pull USER/REPO --name NAME")
+    options.require_signature(require_signature)
     silence_hub()
     from spm_hub.hub import remote
 
@@ -159,6 +161,8 @@ def pull(
         else:
             repo, revision = match["repo"], match["revision"]
             pulled = [remote.pull(repo, revision, registry=kept_in, name=name, replace=force, progress=progress)]
+    for one in pulled if require_signature is not None else ():
+        one.entry.load()  # one that was here already has not been looked at yet
     rows = [
         {"name": one.entry.name, "state": one.state, **one.origin.model_dump(), "adapter": one.entry.adapter_path,
          "manifest": one.entry.manifest_path}

@@ -1,12 +1,16 @@
 """spmhub remove, gc, export and import: the registry as a folder that is tidied and carried about."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, size
+
+if TYPE_CHECKING:
+    from spm_hub.hub.archive import Moved
 
 Names = Annotated[list[str], typer.Argument(help="Names in the registry.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")]
@@ -59,3 +63,53 @@ def gc(out: Output, *, registry: options.Registry = None, dry_run: DryRun = Fals
         "\n".join((*(str(row.path) for row in rows), f"{len(rows)} files, {size(total)}, {said} in {kept.root}")),
         brief=[str(row.path) for row in rows],
     )
+
+
+@command(
+    "export",
+    Example("spmhub export snoopy mickey --to erasers.tar", "one file for a machine without a network"),
+    Example("spmhub export snoopy --to /media/stick/erasers", "a folder that is itself a registry"),
+    panel="Keep",
+)
+def export_(
+    out: Output,
+    names: Annotated[list[str], typer.Argument(help="Names in a registry, files, or owner/name on the Hub.")],
+    *,
+    to: Annotated[Path, typer.Option("--to", help="A folder, or a file that ends with .tar.")],
+    registry: options.Registry = None,
+    force: options.Force = False,
+) -> None:
+    """Copy erasers, verified, into a folder or a tar file."""
+    from spm_hub.hub.archive import export
+    from spm_hub.hub.registry import resolve
+
+    _show(out, export([resolve(name, registry) for name in names], to, replace=force), to)
+
+
+@command(
+    "import",
+    Example("spmhub import erasers.tar", "all erasers that it holds, or none"),
+    panel="Keep",
+)
+def import_(
+    out: Output,
+    source: Annotated[Path, typer.Argument(help="A folder or a .tar file made by spmhub export.")],
+    *,
+    registry: options.Registry = None,
+    force: options.Force = False,
+) -> None:
+    """Install the erasers of an exported folder or tar file.
+
+    All are verified before the first one is installed.
+    """
+    from spm_hub.hub.archive import import_ as run
+    from spm_hub.hub.registry import Registry, registries
+
+    kept = Registry(registry) if registry is not None else registries()[0]
+    _show(out, run(source, kept, replace=force), kept.root)
+
+
+def _show(out: Output, moved: "tuple[Moved, ...]", to: Path) -> None:
+    rows = [{"name": one.entry.name, "state": one.state, "to": str(to)} for one in moved]
+    lines = [f"{row['name']}: {row['state']} in {row['to']}" for row in rows]
+    out.data(rows, "\n".join(lines), brief=[row["name"] for row in rows])

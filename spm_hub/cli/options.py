@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -52,6 +53,16 @@ Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cu
 Precision = Annotated[
     Literal["float32", "float16", "bfloat16"], typer.Option("--dtype", help="Precision to compute in.")
 ]
+RequireSignature = Annotated[
+    Path | None,
+    typer.Option(
+        "--require-signature",
+        metavar="KEY",
+        envvar="SPMHUB_REQUIRE_SIGNATURE",
+        help="Public key (PEM): refuse what its holder has not signed.",
+        show_default=False,
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 
 
@@ -82,6 +93,14 @@ def gate(text: str | None) -> str | float | None:
     """A gate's name, or the number it stands for."""
     value = None if text is None else _number(text)
     return text if value is None else value
+
+
+def require_signature(key: Path | None) -> None:
+    """Have everything that is loaded from now on checked against this public key, as the variable would."""
+    from spm_hub.hub.signing import KEY_VARIABLE
+
+    if key is not None:
+        os.environ[KEY_VARIABLE] = str(key)
 
 
 def precision(name: str) -> torch.dtype:

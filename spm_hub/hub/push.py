@@ -10,8 +10,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from spm_hub.errors import HubError, UsageError
 from spm_hub.formats.container import MANIFEST_KEY, read_header
+from spm_hub.hub import signing
 from spm_hub.hub.card import Pair, picture_names, render
-from spm_hub.hub.registry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.manifest import Manifest
 from spm_hub.network import patiently, reaching
 
@@ -70,6 +71,8 @@ def prepare(entry: Entry, repo: str, pairs: Sequence[Pair], staging: Path) -> Re
         MANIFEST_NAME: manifest.to_json().encode(),
         CARD_NAME: card.encode(),
     }
+    if path == entry.adapter_path and entry.signature_path is not None:
+        files[signing.SIGNATURE_NAME] = signing.read(entry.signature_path)
     for index, pair in enumerate(pairs):
         files |= dict(zip(picture_names(index), (pair.without, pair.with_), strict=True))
     return Release(repo, manifest, card, files)

@@ -8,7 +8,6 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -26,7 +25,8 @@ from spm_hub.errors import (
     UsageError,
     nearest,
 )
-from spm_hub.hub import lockfile, storage
+from spm_hub.hub import lockfile, signing, storage
+from spm_hub.hub.entry import WEIGHTS_NAME, Entry, entry_of
 from spm_hub.manifest import NAME, Evaluation, Manifest, Origin, slug
 
 if TYPE_CHECKING:
@@ -35,80 +35,8 @@ if TYPE_CHECKING:
 REGISTRY_VARIABLE = "SPMHUB_REGISTRY"
 """Environment variable that names a registry where no --registry is given."""
 
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-"""The adapter in a repository of the Hub, as diffusers looks for it; its manifest stands beside it."""
-MANIFEST_NAME = "manifest.json"
-
 _SUFFIX = storage.SUFFIXES[storage.ADAPTERS]
 HUB_REFERENCE = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One adapter that can be loaded; `manifest_path` is None for a file that came alone.
-
-    `origin` is where on the Hub it is from, when that is not in its manifest; `fetched`: it was downloaded just now.
-    """
-
-    name: str
-    adapter_path: Path
-    manifest_path: Path | None
-    origin: Origin | None = None
-    fetched: bool = False
-
-    def whence(self) -> str:
-        """Where the file is from and where it lies, for a person."""
-        origin = self.origin or self.read_manifest().origin
-        if origin is None:
-            return str(self.adapter_path)
-        how = "downloaded just now to" if self.fetched else "kept in"
-        return f"{origin.repo}@{origin.commit[:12]}, {how} {self.adapter_path}"
-
-    def read_manifest(self) -> Manifest:
-        """The manifest, from beside the file or from inside it, without reading tensors.
-
-        Only a file of another program, which has neither, is loaded to be described.
-        """
-        from spm_hub.formats.container import MANIFEST_KEY, read_header
-
-        if self.manifest_path is not None:
-            return self._checked(Manifest.read(self.manifest_path))
-        embedded = read_header(self.adapter_path).metadata.get(MANIFEST_KEY)
-        if embedded is not None:
-            return Manifest.from_json(embedded, source=self.adapter_path)
-        return self.load().manifest
-
-    def load(self, *, lazy: bool = False) -> "Adapter":
-        """The adapter itself, verified against its manifest; when `lazy`, its increments as soon as one is needed.
-
-        Never a file and a manifest of two versions, whoever replaces them meanwhile.
-        """
-        root = self.adapter_path.parent.parent
-        if not storage.is_shared(root):
-            return self._load(lazy=lazy)
-        if not lazy:
-            with suppress(SpmHubError):
-                return self._load(lazy=False)
-        # What is wrong may have been read between two renames; what is wrong while nobody writes, is. And a lazy
-        # reader, who does not read as far as the hash that would tell him, has to wait for the writers every time.
-        with storage.writing(root):
-            return self._load(lazy=lazy)
-
-    def _load(self, *, lazy: bool) -> "Adapter":
-        from spm_hub.adapter import load_file
-
-        adapter = load_file(self.adapter_path, self.manifest_path, lazy=lazy)
-        self._checked(adapter.manifest)
-        return adapter
-
-    def _checked(self, manifest: Manifest) -> Manifest:
-        """Files renamed by hand would be listed under one name and gated under another."""
-        if self.manifest_path is not None and self.manifest_path.stem == self.name != manifest.name:
-            raise ManifestError(
-                f"{self.manifest_path}: name is {manifest.name!r}, the file's is {self.name!r}",
-                mend=f"rename it and {self.adapter_path} to {manifest.name}, or change the name inside",
-            )
-        return manifest
 
 
 @dataclass(frozen=True)
@@ -123,7 +51,7 @@ class Registry:
             files = sorted((self.root / storage.ADAPTERS).glob(f"*{_SUFFIX}"))
         except OSError as error:
             raise RegistryError(f"cannot read {self.root}: {error.strerror}", mend=f"chmod u+rx {self.root}") from error
-        return tuple(_entry_of(file) for file in files)
+        return tuple(entry_of(file) for file in files)
 
     def get(self, reference: str) -> Entry:
         """The entry of that name, or else the only one that erases the concept of that name.
@@ -144,7 +72,7 @@ class Registry:
     def find(self, name: str) -> Entry | None:
         """The entry of exactly that name."""
         path = storage.place(self.root, storage.ADAPTERS, name)
-        return _entry_of(path) if path.is_file() else None
+        return entry_of(path) if path.is_file() else None
 
     def add(self, adapter: "Adapter", *, replace: bool = False) -> Entry:
         """Keep an adapter under its name: file and manifest, both or neither.
@@ -175,11 +103,14 @@ class Registry:
             if digest.hexdigest() != info.sha256:
                 raise AdapterFileError(f"{source.adapter_path} was altered while it was copied")
 
-        return self._put(copy, manifest.model_copy(update={"increment": info}), replace=replace)
+        signature = None if source.signature_path is None else signing.read(source.signature_path)
+        return self._put(copy, manifest.model_copy(update={"increment": info}), signature, replace=replace)
 
-    def _put(self, adapter: Content, manifest: Manifest, *, replace: bool) -> Entry:
+    def _put(self, adapter: Content, manifest: Manifest, signature: bytes | None = None, *, replace: bool) -> Entry:
         self.check_room_for(manifest.name, replace=replace, origin=manifest.origin)
         parts = {storage.ADAPTERS: adapter, storage.MANIFESTS: manifest.to_json().encode()}
+        if signature is not None:
+            parts[storage.SIGNATURES] = signature
         with storage.writing(self.root):
             entry = self.check_room_for(manifest.name, replace=replace, origin=manifest.origin)
             storage.change(self.root, manifest.name, parts)
@@ -232,6 +163,22 @@ class Registry:
             updated = manifest.model_copy(update={"evaluation": (*kept, *evaluation)})
             write_atomic(entry.manifest_path, updated.to_json().encode())
         return updated
+
+    def sign(self, name: str, key: Path) -> Path:
+        """Sign an adapter and its manifest with a private key; returns where the signature is kept.
+
+        Raises NotFoundError, ManifestError where it has no manifest, and as `signing.sign` does.
+        """
+        entry = self.find(name)
+        if entry is None:
+            raise self._missing(name)
+        entry.load()
+        with storage.writing(self.root):
+            if entry.manifest_path is None:
+                raise ManifestError(f"{entry.adapter_path} has no manifest beside it, so nothing that could be signed")
+            signature = storage.place(self.root, storage.SIGNATURES, name)
+            write_atomic(signature, signing.sign(entry.adapter_path, entry.manifest_path, key))
+        return signature
 
     def remove(self, name: str) -> None:
         """Delete an adapter and its manifest. Raises NotFoundError, or RegistryError when they cannot be deleted."""
@@ -386,23 +333,11 @@ def _entry_at(path: Path) -> Entry:
             raise _ambiguous(str(path), map(str, files))
         if not files:
             raise NotFoundError(f"{path}: there is no {_SUFFIX} file in this folder", mend="spmhub list")
-        return _entry_of(files[0])
+        return entry_of(files[0])
     if not path.exists():
         siblings = [str(file) for file in path.parent.glob(f"*{_SUFFIX}")]
         raise _unknown(str(path), siblings, "on this disk")
-    return _entry_of(path)
-
-
-def _entry_of(file: Path) -> Entry:
-    """The entry of an adapter file, with the manifest that its place says is its own.
-
-    A .json of the same name in the same folder is not one: other programs keep their own notes there.
-    """
-    if file.name == WEIGHTS_NAME:
-        beside = file.with_name(MANIFEST_NAME)
-    else:
-        beside = storage.place(file.parent.parent, storage.MANIFESTS, file.stem)
-    return Entry(file.stem, file, beside if beside.is_file() else None)
+    return entry_of(path)
 
 
 def _erases(entry: Entry, concept: str) -> bool:

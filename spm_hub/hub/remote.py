@@ -12,9 +12,10 @@ from huggingface_hub import ModelInfo, constants, errors, hf_hub_download
 
 from spm_hub.atomic import write_atomic
 from spm_hub.errors import HubError, HubNotFoundError, NetworkError, NotFoundError, SpmHubError, UsageError
-from spm_hub.hub import lockfile
+from spm_hub.hub import lockfile, signing
+from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.hub.fetching import Progress, fetch
-from spm_hub.hub.registry import MANIFEST_NAME, WEIGHTS_NAME, Entry, Registry, pin_of
+from spm_hub.hub.registry import Registry, pin_of
 from spm_hub.manifest import Manifest, Origin, slug
 from spm_hub.network import is_commit, reaching, repository_info
 
@@ -73,6 +74,8 @@ def download(repo: str, revision: str | None = None, *, progress: Progress | Non
             largest=None if stated is None else stated.bytes,
             progress=progress,
         )
+        if signing.SIGNATURE_NAME in names:
+            fetch(repo, signing.SIGNATURE_NAME, commit, largest=signing.MAX_BYTES)
     _remember(repo, revision, commit)
     return Entry(repo, path, manifest_path, Origin(repo=repo, commit=commit, revision=_named(revision)), fetched=is_new)
 

@@ -1,0 +1,83 @@
+"""spmhub verify and sign: what can be known of an eraser before it is used."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spm_hub.cli import options
+from spm_hub.cli.app import Example, command
+from spm_hub.cli.output import Output, table
+
+FAILED = 1
+
+
+@command(
+    "verify",
+    Example("spmhub verify snoopy", "file, manifest, hashes, numbers"),
+    Example("spmhub verify someone/spm-van-gogh --key key.pub", "and who signed it"),
+    Example("spmhub verify --json", "everything in the registry"),
+    panel="Trust",
+)
+def verify(
+    out: Output,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names, files, or owner/name on the Hub. Unless given: all in the registry."),
+    ] = None,
+    *,
+    key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM) of who has to have signed it.")] = None,
+    registry: options.Registry = None,
+) -> None:
+    """Check erasers without using them.
+
+    Size and sha256 against the manifest, the layout of the file, its numbers, the manifest inside it, its pin and its
+    signature. Exit code 1 when a check failed.
+    """
+    from spm_hub.hub.registry import registries, resolve
+    from spm_hub.hub.verification import verify as run
+
+    entries = [resolve(name, registry) for name in names] if names else registries(registry)[0].entries()
+    found: list[dict[str, Any]] = []
+    with out.progress("verifying") as progress:
+        for number, entry in enumerate(entries):
+            checks = [vars(check) for check in run(entry, key)]
+            ok = all(check["state"] != "failed" for check in checks)
+            found.append({"name": entry.name, "file": str(entry.adapter_path), "ok": ok, "checks": checks})
+            progress(number + 1, len(entries))
+    rows = [[one["name"], *check.values()] for one in found for check in one["checks"]]
+    out.data(
+        found,
+        table(["eraser", "check", "state", "found"], rows),
+        brief=[f"{one['name']}: {'ok' if one['ok'] else 'failed'}" for one in found],
+    )
+    if not all(one["ok"] for one in found):
+        sys.exit(FAILED)
+
+
+@command(
+    "sign",
+    Example("spmhub sign snoopy --key key.pem", "vouch for an eraser of yours"),
+    panel="Trust",
+)
+def sign(
+    out: Output,
+    names: Annotated[list[str], typer.Argument(help="Names in the registry.")],
+    *,
+    key: Annotated[Path, typer.Option("--key", help="Private elliptic-curve key (PEM), not encrypted.")],
+    registry: options.Registry = None,
+) -> None:
+    """Sign erasers and their manifests with your key.
+
+    Needs the extra: pip install "spm-hub[sign]". The signature stays in the registry, and goes with a push.
+    """
+    from spm_hub.hub.registry import holding
+
+    places = [(name, holding(name, registry)) for name in names]
+    signed = [{"name": name, "signature": str(place.sign(name, key))} for name, place in places]
+    out.data(
+        signed,
+        "\n".join(f"{row['name']}: {row['signature']}" for row in signed),
+        brief=[row["signature"] for row in signed],
+    )

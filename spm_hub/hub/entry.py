@@ -1,0 +1,110 @@
+"""One adapter where it lies: its file, the manifest and the signature that belong to it, and how they are read."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spm_hub.errors import ManifestError, SpmHubError
+from spm_hub.hub import signing, storage
+from spm_hub.manifest import Manifest, Origin
+
+if TYPE_CHECKING:
+    from spm_hub.adapter import Adapter
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+"""The adapter in a repository of the Hub, as diffusers looks for it; its manifest stands beside it."""
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter that can be loaded; `manifest_path` is None for a file that came alone.
+
+    `origin` is where on the Hub it is from, when that is not in its manifest; `fetched`: it was downloaded just now.
+    """
+
+    name: str
+    adapter_path: Path
+    manifest_path: Path | None
+    origin: Origin | None = None
+    fetched: bool = False
+
+    def whence(self) -> str:
+        """Where the file is from and where it lies, for a person."""
+        origin = self.origin or self.read_manifest().origin
+        if origin is None:
+            return str(self.adapter_path)
+        how = "downloaded just now to" if self.fetched else "kept in"
+        return f"{origin.repo}@{origin.commit[:12]}, {how} {self.adapter_path}"
+
+    def read_manifest(self) -> Manifest:
+        """The manifest, from beside the file or from inside it, without reading tensors.
+
+        Only a file of another program, which has neither, is loaded to be described.
+        """
+        from spm_hub.formats.container import MANIFEST_KEY, read_header
+
+        if self.manifest_path is not None:
+            return self._checked(Manifest.read(self.manifest_path))
+        embedded = read_header(self.adapter_path).metadata.get(MANIFEST_KEY)
+        if embedded is not None:
+            return Manifest.from_json(embedded, source=self.adapter_path)
+        return self.load().manifest
+
+    @property
+    def signature_path(self) -> Path | None:
+        """The signature that stands where that of this file belongs, if one does."""
+        if self.adapter_path.parent.name == storage.ADAPTERS:
+            beside = storage.place(self.adapter_path.parent.parent, storage.SIGNATURES, self.adapter_path.stem)
+        else:
+            beside = self.adapter_path.with_name(signing.SIGNATURE_NAME)
+        return beside if beside.is_file() else None
+
+    def load(self, *, lazy: bool = False, signed_by: Path | None = None) -> "Adapter":
+        """The adapter itself, verified against its manifest; when `lazy`, its increments as soon as one is needed.
+
+        signed_by: a public key whose holder has to have signed it; unless given, the one that the environment requires.
+        Never a file and a manifest of two versions, whoever replaces them meanwhile.
+        """
+        key = signed_by or signing.required_key()
+        root = self.adapter_path.parent.parent
+        if not storage.is_shared(root):
+            return self._load(key, lazy=lazy)
+        if not lazy:
+            with suppress(SpmHubError):
+                return self._load(key, lazy=False)
+        # What is wrong may have been read between two renames; what is wrong while nobody writes, is. And a lazy
+        # reader, who does not read as far as the hash that would tell him, has to wait for the writers every time.
+        with storage.writing(root):
+            return self._load(key, lazy=lazy)
+
+    def _load(self, key: Path | None, *, lazy: bool) -> "Adapter":
+        from spm_hub.adapter import load_file
+
+        if key is not None:
+            signing.check(self.adapter_path, self.manifest_path, self.signature_path, key)
+        adapter = load_file(self.adapter_path, self.manifest_path, lazy=lazy)
+        self._checked(adapter.manifest)
+        return adapter
+
+    def _checked(self, manifest: Manifest) -> Manifest:
+        """Files renamed by hand would be listed under one name and gated under another."""
+        if self.manifest_path is not None and self.manifest_path.stem == self.name != manifest.name:
+            raise ManifestError(
+                f"{self.manifest_path}: name is {manifest.name!r}, the file's is {self.name!r}",
+                mend=f"rename it and {self.adapter_path} to {manifest.name}, or change the name inside",
+            )
+        return manifest
+
+
+def entry_of(file: Path) -> Entry:
+    """The entry of an adapter file, with the manifest that its place says is its own.
+
+    A .json of the same name in the same folder is not one: other programs keep their own notes there.
+    """
+    if file.name == WEIGHTS_NAME:
+        beside = file.with_name(MANIFEST_NAME)
+    else:
+        beside = storage.place(file.parent.parent, storage.MANIFESTS, file.stem)
+    return Entry(file.stem, file, beside if beside.is_file() else None)
