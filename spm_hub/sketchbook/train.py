@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--probe-steps", type=int, default=2400)
     parser.add_argument("--base-steps", type=int, default=3600)
     parser.add_argument("--refine-steps", type=int, default=2400)
-    parser.add_argument("--chalk-steps", type=int, default=900)
+    parser.add_argument("--chalk-steps", type=int, default=450)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     out: Path = options.out
