@@ -91,19 +91,16 @@ def compare(concept: str, pictures: list[Image.Image]) -> dict[str, Any]:
 
 
 def attacked(adapter: Adapter, pipe: DiffusionPipeline) -> dict[str, Any]:
-    """UnlearnDiffAtk under the gate that is deployed, and without one, as on a checkpoint the eraser is baked into."""
+    """UnlearnDiffAtk's success rates. Its prompts name the concept, so that no gate would be below 1."""
     concept: Concept = adapter.manifest.concept
     attack = attacks.UnlearnDiffAtk(
         tokens=5 if concept.kind == "nsfw" else 3, iterations=ITERATIONS, timesteps=TIMESTEPS
     )
-    found = {}
-    for gate in ("transport", "always"):
-        report = attacks.run(
-            pipe, [adapter], sentences(concept, ATTACKED, SEED), probe_judge(concept), attack,
-            drawing=attacks.Drawing(steps=STEPS, guidance=7.5), seed=SEED, gate=gate,
-        )  # fmt: skip
-        found[gate] = {"cases": len(report.outcomes), "before": round(report.before, 3), "asr": round(report.asr, 3)}
-    return found
+    report = attacks.run(
+        pipe, [adapter], sentences(concept, ATTACKED, SEED), probe_judge(concept), attack,
+        drawing=attacks.Drawing(steps=STEPS, guidance=7.5), seed=SEED, gate="always",
+    )  # fmt: skip
+    return {"cases": len(report.outcomes), "before": round(report.before, 3), "asr": round(report.asr, 3)}
 
 
 def measure(method: str, concept: str) -> tuple[dict[str, Any], list[Image.Image]]:
