@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loopback import LoopbackHub
 from test_adapter import PATH, snoopy
 
 from spm_hub.adapter import Adapter, increment_info, load_file
@@ -29,6 +30,7 @@ from spm_hub.errors import SpmHubError
 from spm_hub.formats.container import HEADER_HASH_KEY, MANIFEST_KEY, PAYLOAD_HASH_KEY
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.hub.registry import Registry
+from spm_hub.hub.remote import pull
 from spm_hub.increments import Dense, Increment, LowRank, Mask
 
 DTYPES = ["F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2", "BOOL", "U8", "I8", "U16", "I64", "U64", "F31", "", "f32"]
@@ -388,26 +390,38 @@ MUTATIONS: Sequence[Callable[[Repository, random.Random], None]] = (
 # The watch: what the interpreter itself says about files and processes (PEP 578), the clock, and the kernel's peak.
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+# Where in its arguments a call names what it changes, and the open folder that a relative name is relative to.
+_CHANGES = {
+    "os.rename": ((0, 2), (1, 3)),
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.mkdir": ((0, 2),),
+    "os.link": ((1, 3),),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.chmod": ((0, 2),),
+}
 _NEVER = {"subprocess.Popen", "os.system", "os.exec", "pickle.find_class"}
-_watching: list[tuple[Path, list[str]]] = []
+_watching: list[tuple[tuple[Path, ...], list[str]]] = []
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _watching or event not in ("open", *_CHANGES, *_NEVER):
+    if not _watching or event not in {"open", *_CHANGES, *_NEVER}:
         return
     allowed, violations = _watching[-1]
     if event in _NEVER:
         violations.append(f"{event}{arguments}"[:200])
         return
-    if event == "open":
-        path, _, flags = arguments
-        paths = [path] if isinstance(flags, int) and flags & _WRITING else []
-    else:
-        paths = [one for one in arguments if isinstance(one, str | bytes | os.PathLike)]
-    for path in paths:
-        if not isinstance(path, int) and not Path(os.fsdecode(path)).absolute().is_relative_to(allowed):
-            violations.append(f"{event} {os.fsdecode(path)}")
+    if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & _WRITING):
+        return
+    for name, folder in _CHANGES.get(event, ((0, None),)):
+        path = arguments[name]
+        if isinstance(path, int) or path == os.devnull:
+            continue
+        opened = -1 if folder is None else arguments[folder]
+        place = Path(os.path.abspath(os.path.join(f"/proc/self/fd/{opened}" if opened >= 0 else "", os.fsdecode(path))))
+        if not any((place.parent.resolve() / place.name).is_relative_to(folder) for folder in allowed):
+            violations.append(f"{event} {place}")
 
 
 @dataclass
@@ -423,7 +437,7 @@ class Watched:
 
 
 @contextmanager
-def watched(allowed: Path) -> Iterator[Watched]:
+def watched(*allowed: Path) -> Iterator[Watched]:
     """Measure the block; it may change files under `allowed` only, and start and unpickle nothing."""
     if _audit not in _installed:
         sys.addaudithook(_audit)
@@ -475,6 +489,17 @@ ACTS: dict[str, Act] = {
     "install": lambda adapter, manifest, kept: kept.install(Entry("sent", adapter, manifest), replace=True),
 }
 
+
+def pulling(hub: LoopbackHub) -> Act:
+    """Publish it as a repository of the Hub, and pull that."""
+
+    def act(adapter: Path, manifest: Path, kept: Registry) -> object:
+        hub.publish("someone/sent", {WEIGHTS_NAME: adapter.read_bytes(), MANIFEST_NAME: manifest.read_bytes()})
+        return pull("someone/sent", registry=kept, replace=True)
+
+    return act
+
+
 SECONDS = 2.0
 TIMES_THE_FILE = 10
 SPARE = 8 * 2**20
@@ -485,14 +510,25 @@ SPARE = 8 * 2**20
 class Tally:
     """What came of the mutants: how often what, the worst costs, and everything that must not be."""
 
+    mutants: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     bytes_over_file: float = 0.0
     failures: list[str] = field(default_factory=list)
 
+    def judge(self, what: str, cost: Watched, size: int) -> None:
+        """Note what an act cost on `size` bytes, and what of it was too much."""
+        self.seconds = max(self.seconds, cost.seconds)
+        self.bytes_over_file = max(self.bytes_over_file, (cost.bytes - SPARE) / size)
+        self.failures += [f"{what}: {violation}" for violation in cost.violations[:3]]
+        if cost.seconds > SECONDS:
+            self.failures.append(f"{what}: {cost.seconds:.1f} s")
+        if cost.bytes > TIMES_THE_FILE * size + SPARE:
+            self.failures.append(f"{what}: {cost.bytes} bytes of memory for {size} sent")
+
 
 def send(seeds: Iterable[int], folder: Path, acts: Mapping[str, Act] = ACTS) -> Tally:
-    """Let every act meet every mutant; the registry under `folder` is all that may change."""
+    """Let every act meet every mutant; the registry and the Hub's cache under `folder` are all that may change."""
     tally, sent_to, kept = Tally(), folder / "sent", Registry(folder / "registry")
     sent_to.mkdir()
     kept.add(snoopy(name="bystander"))
@@ -501,27 +537,26 @@ def send(seeds: Iterable[int], folder: Path, acts: Mapping[str, Act] = ACTS) -> 
         repository = mutant(seed)
         adapter.write_bytes(repository.weights)
         manifest.write_bytes(repository.manifest)
-        size = len(repository.weights) + len(repository.manifest)
+        tally.mutants += 1
         for name, act in acts.items():
             what = f"{seed} {repository.done} {name}"
-            with watched(kept.root) as cost:
-                try:
-                    act(adapter, manifest, kept)
-                    outcome = "accepted"
-                except SpmHubError as error:
-                    outcome = type(error).__name__
-                    if len(str(error).encode()) > 10_000:
-                        tally.failures.append(f"{what}: a message of {len(str(error))} characters")
-                except Exception as error:
-                    outcome = "crashed"
-                    place = traceback.extract_tb(error.__traceback__)[-1]
-                    tally.failures.append(f"{what}: {error!r:.200} at {place.filename}:{place.lineno}")
+            with watched(kept.root, folder / "hf") as cost:
+                outcome = _outcome(what, lambda act=act: act(adapter, manifest, kept), tally.failures)  # type: ignore[misc]
             tally.outcomes[f"{name}: {outcome}"] += 1
-            tally.seconds = max(tally.seconds, cost.seconds)
-            tally.bytes_over_file = max(tally.bytes_over_file, (cost.bytes - SPARE) / size)
-            tally.failures += [f"{what}: {violation}" for violation in cost.violations[:3]]
-            if cost.seconds > SECONDS:
-                tally.failures.append(f"{what}: {cost.seconds:.1f} s")
-            if cost.bytes > TIMES_THE_FILE * size + SPARE:
-                tally.failures.append(f"{what}: {cost.bytes} bytes of memory for {size} sent")
+            tally.judge(what, cost, len(repository.weights) + len(repository.manifest))
     return tally
+
+
+def _outcome(what: str, act: Callable[[], object], failures: list[str]) -> str:
+    """Accepted, or the name of our error; whatever else comes is a failure."""
+    try:
+        act()
+    except SpmHubError as error:
+        if len(str(error).encode()) > 10_000:
+            failures.append(f"{what}: a message of {len(str(error))} characters")
+        return type(error).__name__
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        failures.append(f"{what}: {error!r:.200} at {place.filename}:{place.lineno}")
+        return "crashed"
+    return "accepted"

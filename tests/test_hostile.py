@@ -7,13 +7,14 @@ from pathlib import Path
 
 import hostile
 import pytest
+from loopback import LoopbackHub
 
 from spm_hub import untrusted
 from spm_hub.errors import SpmHubError
 from spm_hub.hub.registry import Registry
 from spm_hub.manifest import Manifest
 
-CASES, SECONDS = 300, 10.0
+CASES, AT_LEAST, SECONDS = 300, 60, 10.0
 
 
 def test_what_is_not_mutated_is_accepted(tmp_path: Path) -> None:
@@ -31,11 +32,20 @@ def test_what_is_not_mutated_is_accepted(tmp_path: Path) -> None:
 
 def test_mutants(tmp_path: Path) -> None:
     end = time.monotonic() + SECONDS
-    seeds = itertools.takewhile(lambda _: time.monotonic() < end, range(CASES))
+    seeds = itertools.takewhile(lambda seed: seed < AT_LEAST or time.monotonic() < end, range(CASES))
     tally = hostile.send(seeds, tmp_path)
     assert not tally.failures, "\n".join(tally.failures[:10])
-    refused = {name.partition(": ")[2] for name in tally.outcomes}
-    assert {"accepted", "AdapterFileError", "ManifestError"} <= refused, "the mutants reach both sides of the checks"
+    outcomes = {name.partition(": ")[2] for name in tally.outcomes}
+    assert {"accepted", "AdapterFileError", "ManifestError"} <= outcomes, "the mutants reach both sides of the checks"
+    assert Registry(tmp_path / "registry").get("bystander").load().name == "bystander"
+
+
+def test_mutants_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LoopbackHub() as hub:
+        hub.adopt(monkeypatch, tmp_path)
+        tally = hostile.send(range(40), tmp_path, {"pull": hostile.pulling(hub)})
+    assert not tally.failures, "\n".join(tally.failures[:10])
+    assert tally.outcomes["pull: accepted"] > 0
     assert Registry(tmp_path / "registry").get("bystander").load().name == "bystander"
 
 
