@@ -13,10 +13,15 @@ from spm_hub.atomic import Content, write_together
 from spm_hub.errors import AdapterFileError, ManifestError
 from spm_hub.formats import spm
 from spm_hub.formats.container import MANIFEST_KEY, Header, Image, encode, read_header, read_tensors
+from spm_hub.formats.diffusers_lora import scaling_in
 from spm_hub.formats.layouts import read_increments
+from spm_hub.formats.names import family_of
 from spm_hub.formats.stored import StoredIncrements, with_dots
 from spm_hub.increments import Increment, LowRank
 from spm_hub.manifest import Base, Concept, IncrementInfo, Manifest, slug
+
+UNKNOWN_FAMILY = "unknown"
+"""Of a file that no header and no tensor tells the base of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +128,7 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
             f"the file's is {sha256}",
             mend="fetch or train the adapter again",
         )
-    increments = read_increments(path, tensors)
+    increments = read_increments(path, tensors, scaling_in(header.metadata, path))
     manifest = sidecar or _embedded_manifest(path, header) or _manifest_of_foreign(path, header, increments)
     return Adapter(manifest, with_dots(increments, manifest.increment.modules), str(path))
 
@@ -158,25 +163,8 @@ def _manifest_of_foreign(path: Path, header: Header, increments: Mapping[str, In
         name=slug(path.stem),
         concept=Concept(target=prompts[0], aliases=tuple(prompts[1:])),
         increment=increment_info(increments),
-        base=Base(family=_family_of(increments), id="", fingerprint=""),
+        base=Base(family=family_of(increments) or UNKNOWN_FAMILY, id="", fingerprint=""),
         recipe={},
         licence=header.metadata.get("modelspec.license", "unknown"),
         author=header.metadata.get("modelspec.author", ""),
     )
-
-
-def _family_of(increments: Mapping[str, Increment]) -> str:
-    """The model family, from names and widths alone: other programs' headers are absent as often as wrong."""
-    modules = {spm.flat(module): increment for module, increment in increments.items()}
-    if any(module.startswith("single_transformer_blocks_") for module in modules):
-        return "flux"
-    if any(module.startswith("transformer_blocks_") for module in modules):
-        return "sd3"
-    if any("_transformer_blocks_1_" in module for module in modules):
-        return "sdxl"
-    text_widths = {
-        increment.weight_shape[1]
-        for module, increment in modules.items()
-        if module.endswith(("attn2_to_k", "attn2_to_v")) and increment.weight_shape is not None
-    }
-    return {1024: "sd2", 2048: "sdxl"}.get(max(text_widths, default=768), "sd1")

@@ -22,7 +22,7 @@ LEVELS = (
     ("calls",),
     ("options", "single_file"),
     ("gating",),
-    ("attachment", "baking", "models"),
+    ("attachment", "baking", "conversion", "models"),
     ("hub", "training", "diagnosis"),
     ("attacks",),
     ("evaluation",),

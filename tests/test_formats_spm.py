@@ -211,8 +211,10 @@ def test_every_kind_comes_back_bit_for_bit(increments: dict[str, Increment], tmp
             "alpha",
         ),
         ({"lora_te1_a.lora_down.weight": torch.ones(1, 4)}, "text encoder"),
-        ({"lora_unet_a.hada_w1_a": torch.ones(1, 4)}, "LyCORIS"),
-        ({"conv_in.weight": torch.ones(4, 4)}, "'conv_in.weight' is of no known layout"),
+        ({"lora_unet_a.hada_w1_a": torch.ones(1, 4)}, "spmhub convert x.safetensors"),
+        ({"lora_unet_a.hada_t1": torch.ones(1, 4)}, "LyCORIS"),
+        ({"conv_in.weight": torch.ones(4, 4)}, "spmhub convert x.safetensors"),
+        ({"conv_in.scale": torch.ones(4, 4)}, "'conv_in.scale' is of no known layout"),
         (
             {"lora_unet_a.lora_down.weight": torch.ones(1, 4), "lora_unet_unet_a_lora_down.weight": torch.ones(1, 4)},
             "two tensors for down",

@@ -1,8 +1,22 @@
 """Low-rank files of diffusers' own trainers: dotted module paths, with or without a prefix, in all its spellings."""
 
 import re
+from collections.abc import Mapping
 
-from spm_hub.formats.parts import Slot
+from torch import Tensor
+
+from spm_hub import untrusted
+from spm_hub.errors import AdapterFileError
+from spm_hub.formats import spm
+from spm_hub.formats.container import encode
+from spm_hub.formats.names import dotted
+from spm_hub.formats.parts import WHOLE, Files, Format, Part, Slot, Writer
+from spm_hub.formats.peft import CONFIG_UNFOLDS, Scaling
+from spm_hub.increments import Increment
+from spm_hub.manifest import Manifest
+
+METADATA_KEY = "lora_adapter_metadata"
+"""Since 2025 diffusers keeps the LoraConfig here, and with it alpha, which the tensors do not state."""
 
 _PREFIX = r"(?:unet\.|transformer\.)?"
 # 2023: attention processors own the pair, and to_out means its first layer. Such files often carry no prefix at all.
@@ -10,7 +24,9 @@ _PROCESSOR = re.compile(
     _PREFIX + r"(?P<attention>[\w.]+)\.processor\.(?P<layer>to_[qkv]|to_out)_lora\.(?P<part>down|up)\.weight"
 )
 # Since then: the pair belongs to the layer.
-_LAYER = re.compile(_PREFIX + r"(?P<module>[\w.]+?)\.(?P<part>lora_A|lora_B|lora\.down|lora\.up)\.weight")
+_LAYER = re.compile(
+    _PREFIX + r"(?!base_model\.)(?P<module>[\w.]+?)\.(?:(?P<part>lora_A|lora_B|lora\.down|lora\.up)\.weight|alpha)"
+)
 
 
 def parse_key(key: str) -> Slot | None:
@@ -19,5 +35,39 @@ def parse_key(key: str) -> Slot | None:
         layer = "to_out.0" if match["layer"] == "to_out" else match["layer"]
         return Slot(f"{match['attention']}.{layer}", "down" if match["part"] == "down" else "up")
     if match := _LAYER.fullmatch(key):
-        return Slot(match["module"], "down" if match["part"] in ("lora_A", "lora.down") else "up")
+        part: Part = "alpha" if match["part"] is None else "down" if match["part"] in ("lora_A", "lora.down") else "up"
+        return Slot(match["module"], part)
     return None
+
+
+def scaling_in(metadata: Mapping[str, str], source: object) -> Scaling | None:
+    """The scales in a header, None where it has none: alpha is then the rank. Raises AdapterFileError."""
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        return None
+    try:
+        packed = untrusted.parse(text.encode(), unfolds=CONFIG_UNFOLDS)
+        found = [
+            {key.removeprefix(f"{component}."): value for key, value in packed.items() if key.startswith(component)}
+            for component in ("unet", "transformer")
+        ]
+    except (ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{source}: {METADATA_KEY} in its header is not a JSON object") from error
+    config = next(filter(None, found), None)
+    return None if config is None else Scaling.of(config, source)
+
+
+def write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
+    """One file as diffusers' `save_lora_weights` names its keys; alpha is the rank and need not be stated."""
+    paths = {dotted(name): increment for name, increment in increments.items()}
+    component = "unet" if spm.is_unet(paths) else "transformer"
+    tensors = spm.spelled({f"{component}.{path}": increment for path, increment in paths.items()}, spm.PEFT)
+    return {WHOLE: encode(tensors, spm.header_metadata(manifest))}
+
+
+FORMAT = Format(
+    "diffusers",
+    "diffusers' LoRA: *.lora_A.weight; its older *.processor.to_q_lora.down.weight is read too",
+    parse_key,
+    Writer(("low_rank",), write),
+)

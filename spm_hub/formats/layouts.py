@@ -1,21 +1,28 @@
-"""Every layout that is read. Adding one is a file with a `parse_key` and its line in `LAYOUTS`."""
+"""Every format. Adding one is a file with a `FORMAT` and its line in `FORMATS`."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Never
 
-from torch import Tensor
+from torch import Tensor, tensor
 
 from spm_hub.errors import AdapterFileError
-from spm_hub.formats import diffusers_lora, spm
-from spm_hub.formats.parts import KeyParser, Part, assemble
+from spm_hub.formats import diffusers_lora, full_weights, kohya, lycoris, minimalist, peft, spm
+from spm_hub.formats.assembly import assemble
+from spm_hub.formats.parts import Format, Part
 from spm_hub.increments import Increment
 
-LAYOUTS: dict[str, KeyParser] = {
-    "SPM and kohya (lora_unet_*)": spm.parse_key,
-    "diffusers (*.lora_A.weight, *.processor.to_q_lora.down.weight)": diffusers_lora.parse_key,
-}
+FORMATS: tuple[Format, ...] = (
+    spm.FORMAT,
+    kohya.FORMAT,
+    lycoris.FORMAT,
+    diffusers_lora.FORMAT,
+    peft.FORMAT,
+    full_weights.FORMAT,
+    minimalist.FORMAT,
+)
+
 # Recognised only to be refused in plain words.
 _REFUSED = {
     re.compile(
@@ -25,35 +32,73 @@ _REFUSED = {
         r"(lora_te\d?_|text_encoder(_\d)?\.|te\d?_).*"
     ): "an increment of a text encoder; an eraser changes the denoiser only",
     re.compile(
-        r".*\.(hada_w\d_[ab]|lokr_w\d.*|lora_mid\.weight|dora_scale|oft_blocks)"
-    ): "a LyCORIS layout other than LoRA and full",
+        r".*\.(hada_t\d|lokr_t\d|lora_mid\.weight|dora_scale|oft_blocks|oft_diag|glora.*|a\d\.weight|w_norm|b_norm)"
+    ): "a LyCORIS layout other than LoRA, LoHa, LoKr (without tucker) and full",
+    re.compile(r".*\.lora_magnitude_vector(\.\w+)*"): "DoRA, whose change depends on the weight it is added to",
+    re.compile(r"(double|single)_blocks\.\d+\.processor\..*"): "XLabs' layout of FLUX.1",
+}
+# What an explicit conversion reads, because it needs more than the file.
+_CONVERTED = {
+    re.compile(r"base_model\.model\..*"): "PEFT's, whose scale stands in another file",
+    re.compile(r".*\.(hada|lokr)_w\w+"): "a LyCORIS product, which is many times larger than its file",
+    re.compile(r"(?!.*lora).+\.(weight|bias)"): "a full tensor, which is an increment only beside its base",
 }
 
 
-def read_increments(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Increment]:
+def all_formats() -> tuple[Format, ...]:
+    """Every format there is."""
+    return FORMATS
+
+
+def format_of(tensors: Mapping[str, Tensor]) -> str:
+    """The name of the format whose keys these are; SPM's keys are kohya's, and those are LyCORIS' too."""
+    found = {next((each.name for each in FORMATS if each.parse_key and each.parse_key(key)), "") for key in tensors}
+    return next((name for name in sorted(found) if name not in ("", spm.FORMAT.name)), kohya.FORMAT.name)
+
+
+def read_increments(
+    path: Path, tensors: Mapping[str, Tensor], scaling: peft.Scaling | None = None, *, explicit: bool = False
+) -> dict[str, Increment]:
     """The increments of a file, by module path: dotted where the layout keeps the dots, else with . as _ (`spm.flat`).
 
+    scaling: alpha of what the tensors give none, where it stands elsewhere.  explicit: the user asked for a conversion.
     Raises AdapterFileError for a key of no known layout, a module with missing parts, or nothing at all.
     """
+    parsers = [known.parse_key for known in FORMATS if known.parse_key is not None and (explicit or not known.explicit)]
     modules: dict[str, dict[Part, Tensor]] = {}
-    for key, tensor in tensors.items():
-        slot = next((slot for parse_key in LAYOUTS.values() if (slot := parse_key(key)) is not None), None)
+    for key, value in tensors.items():
+        slot = next((slot for parse_key in parsers if (slot := parse_key(key)) is not None), None)
         if slot is None:
             # Of a file's keys the telling one: a learnt token says less than a layer beside it.
-            _refuse(path, next((each for each in tensors if any(pattern.fullmatch(each) for pattern in _REFUSED)), key))
+            telling = (each for each in tensors if any(pattern.fullmatch(each) for pattern in _REFUSED))
+            _refuse(path, next(telling, key))
         parts = modules.setdefault(slot.module, {})
         if slot.part in parts:
             raise AdapterFileError(f"{path}: {slot.module} has two tensors for {slot.part}, the second under {key!r}")
-        parts[slot.part] = tensor
+        parts[slot.part] = value
     if not modules:
         raise AdapterFileError(f"{path}: it holds no tensors", mend="fetch or train the adapter again")
-    return {module: assemble(f"{path}: {module}", modules[module]) for module in sorted(modules)}
+    for module, parts in modules.items():
+        if scaling is not None and "down" in parts and "alpha" not in parts and parts["down"].dim():
+            parts["alpha"] = tensor(scaling.alpha_of(module, len(parts["down"])))
+    try:
+        return kohya.canonical({name: assemble(f"{path}: {name}", modules[name]) for name in sorted(modules)})
+    except AdapterFileError as error:
+        known_by_path = error.message.startswith(str(path))
+        raise error if known_by_path else AdapterFileError(f"{path}: {error.message}", mend=error.mend) from error
 
 
 def _refuse(path: Path, key: str) -> Never:
     for pattern, what in _REFUSED.items():
         if pattern.fullmatch(key):
             raise AdapterFileError(
-                f"{path}: {key!r} is of {what}; it is not supported", mend=f"use a file in one of: {'; '.join(LAYOUTS)}"
+                f"{path}: {key!r} is of {what}; it is not supported", mend=f"use a file in one of: {_names()}"
             )
-    raise AdapterFileError(f"{path}: {key!r} is of no known layout", mend=f"use a file in one of: {'; '.join(LAYOUTS)}")
+    for pattern, what in _CONVERTED.items():
+        if pattern.fullmatch(key):
+            raise AdapterFileError(f"{path}: {key!r} is {what}", mend=f"spmhub convert {path}")
+    raise AdapterFileError(f"{path}: {key!r} is of no known layout", mend=f"use a file in one of: {_names()}")
+
+
+def _names() -> str:
+    return "; ".join(f"{known.name} ({known.about})" for known in FORMATS)

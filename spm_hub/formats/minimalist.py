@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 
 from spm_hub.errors import AdapterFileError
+from spm_hub.formats.parts import Format
 from spm_hub.increments import Mask, acting, spread
+
+FORMAT = Format("minimalist", "Minimalist's masks for FLUX.1: attn.pt, ff.pt and norm.pt; a folder, or one of them")
 
 _GROUPS = ("attn", "ff", "norm")
 _DOUBLE, _SINGLE, _HEAD = 19, 38, 128  # of FLUX.1: blocks of either kind, and how wide a head is
 _FF, _NORM = 4, 6  # neurons, outputs, for each channel
+
+
+def mask_files(path: Path) -> list[Path]:
+    """The mask files that `path` is, or that lie in the folder that it is."""
+    files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
+    return [file for file in files if file.suffix == ".pt" and re.search(r"(attn|ff|norm)$", file.stem)]
 
 
 def read_masks(paths: Sequence[Path]) -> dict[str, Mask]:

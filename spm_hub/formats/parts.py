@@ -1,16 +1,20 @@
-"""From tensors under file keys to increments: every layout only says which part of which module a key holds."""
+"""What formats are made of: which part of which module a key holds, and how increments become files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from spm_hub.errors import AdapterFileError, CompatibilityError
-from spm_hub.increments import Dense, Increment, LowRank, Mask
+from spm_hub.formats.container import Image
+from spm_hub.increments import Increment
+from spm_hub.manifest import Manifest
 
-Part = Literal["down", "up", "alpha", "delta", "delta_bias", "keep_out", "keep_in"]
+Part = Literal[
+    "down", "up", "alpha", "delta", "delta_bias", "keep_out", "keep_in",
+    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b",
+    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,56 +26,36 @@ class Slot:
 
 
 KeyParser = Callable[[str], Slot | None]
-"""A layout's reading side: the slot of a key, or None when the key is not of this layout."""
+"""A format's reading side: the slot of a key, or None when the key is not of this format."""
+
+Files = Mapping[str, Image | bytes]
+"""What is written, by file name inside the output folder; a format of one file has the one name `WHOLE`."""
+WHOLE = ""
 
 
-def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:
-    """One module's increment from its parts. Raises AdapterFileError naming the module and what is missing or wrong."""
-    try:
-        match sorted(parts):
-            case ["down", "up"]:
-                return LowRank(_floating(parts["down"]), _floating(parts["up"]))
-            case ["alpha", "down", "up"]:
-                return _scaled(LowRank(_floating(parts["down"]), _floating(parts["up"])), parts["alpha"])
-            case ["delta"] | ["delta", "delta_bias"]:
-                bias = parts.get("delta_bias")
-                return Dense(_floating(parts["delta"]), None if bias is None else _floating(bias))
-            case ["keep_out"]:
-                return Mask(_switches(parts["keep_out"]), 0)
-            case ["keep_in"]:
-                return Mask(_switches(parts["keep_in"]), 1)
-            case names:
-                raise CompatibilityError(
-                    f"{' + '.join(names)} is no increment: it takes down + up, delta, keep_out or keep_in"
-                )
-    except CompatibilityError as error:
-        raise AdapterFileError(f"{module}: {error.message}", mend="fetch or train the adapter again") from error
+@dataclass(frozen=True)
+class Writer:
+    """A format's writing side. `kinds`: the increments it can hold.
+
+    write: the files of a manifest, its increments by dotted path, and the base's tensors by state-dict key, which are
+    given where `needs_base` says so. Raises AdapterFileError for a module that the format has no name for.
+    """
+
+    kinds: tuple[Literal["low_rank", "dense", "mask"], ...]
+    write: Callable[[Manifest, Mapping[str, Increment], Mapping[str, Tensor]], Files]
+    needs_base: bool = False
 
 
-def _floating(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point() or tensor.element_size() == 1:
-        raise CompatibilityError(f"{tensor.dtype} is not a dtype of increments (float16, bfloat16, float32, float64)")
-    return tensor
+@dataclass(frozen=True)
+class Format:
+    """A file format under the name that `spmhub convert --to` knows; a new one is a file here and a line in `layouts`.
 
+    parse_key: of files that are read key by key.  writer: None where it is read only.  explicit: read by a conversion
+    only, never when an adapter is loaded: because another file says half of it, or because little unfolds to much.
+    """
 
-def _switches(tensor: Tensor) -> Tensor:
-    if tensor.dtype not in (torch.uint8, torch.bool) or (not tensor.is_meta and bool((tensor > 1).any())):
-        raise CompatibilityError("a mask holds zeros and ones as uint8")
-    return tensor.bool()
-
-
-def _scaled(increment: LowRank, alpha: Tensor) -> LowRank:
-    """Fold alpha / rank into `up`; where that would round, the increment becomes float32 rather than another one."""
-    if increment.up.is_meta:
-        return increment
-    if alpha.numel() != 1 or not torch.isfinite(alpha).all() or float(alpha) == 0.0:
-        raise CompatibilityError(f"alpha must be one finite number other than 0, not {alpha.tolist()}")
-    scale = float(alpha) / increment.rank
-    if scale == 1.0:
-        return increment
-    exact = increment.up.double() * scale
-    up = exact.to(increment.up.dtype)
-    if torch.equal(up.double(), exact):
-        return LowRank(increment.down, up)
-    wide = torch.promote_types(increment.dtype, torch.float32)
-    return LowRank(increment.down, exact).to(dtype=wide)
+    name: str
+    about: str
+    parse_key: KeyParser | None = None
+    writer: Writer | None = None
+    explicit: bool = False

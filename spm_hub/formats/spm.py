@@ -7,13 +7,14 @@ file, because some of them ignore any other.
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spm_hub.errors import AdapterFileError
-from spm_hub.formats.container import MANIFEST_KEY
-from spm_hub.formats.parts import Part, Slot
+from spm_hub.formats.container import MANIFEST_KEY, encode
+from spm_hub.formats.parts import WHOLE, Files, Format, Part, Slot, Writer
 from spm_hub.increments import Increment, LowRank, Mask
 from spm_hub.manifest import Manifest
 
@@ -51,6 +52,15 @@ _ARCHITECTURES = {
 }
 
 
+_CLAIMS = {
+    r"(sd_?xl|stable-diffusion-xl)": "sdxl",
+    r"(flux_?-?1|flux$)": "flux",
+    r"(sd_?3|stable-diffusion-(v3|3))": "sd3",
+    r"(sd_v?2|sd2|stable-diffusion-v?2)": "sd2",
+    r"(sd_v?1|sd1|stable-diffusion-v?1)": "sd1",
+}
+
+
 def flat(path: str) -> str:
     """A module path as kohya's keys hold it, with . as _."""
     return path.replace(".", "_")
@@ -65,19 +75,45 @@ def parse_key(key: str) -> Slot | None:
     return Slot(found["module"], _PARTS[found["part"] or found["flat"]])
 
 
+@dataclass(frozen=True)
+class Spelling:
+    """How a format ends the keys of a low-rank pair, and whether it states alpha."""
+
+    down: str
+    up: str
+    alpha: bool
+
+
+KOHYA = Spelling("lora_down.weight", "lora_up.weight", alpha=True)
+PEFT = Spelling("lora_A.weight", "lora_B.weight", alpha=False)
+
+
+def is_unet(paths: Iterable[str]) -> bool:
+    """Whether modules of these names, dotted or not, are those of a U-Net."""
+    return any(path.startswith(_UNET_BLOCKS) for path in paths)
+
+
 def to_tensors(increments: Mapping[str, Increment]) -> dict[str, Tensor]:
-    """The tensors of a file, by key. Increments of lower rank are padded with zeros to the highest: same products."""
-    rank = common_rank(increments.values())
-    kohya = any(path.startswith(_UNET_BLOCKS) for path in increments)
+    """The tensors of a file in the layout that adapters are written in, by key."""
+    if is_unet(increments):
+        return spelled({f"lora_unet_{flat(path)}": increment for path, increment in increments.items()}, KOHYA)
+    return spelled({f"transformer.{path}": increment for path, increment in increments.items()}, PEFT)
+
+
+def spelled(modules: Mapping[str, Increment], spelling: Spelling) -> dict[str, Tensor]:
+    """The tensors of a file by key, given the increments by what comes before the last dot of their keys.
+
+    Increments of lower rank are padded with zeros to the highest: same products, and one alpha, which is the rank.
+    """
+    rank = common_rank(modules.values())
     tensors: dict[str, Tensor] = {}
-    for path, increment in increments.items():
-        module = f"lora_unet_{flat(path)}" if kohya else f"transformer.{path}"
+    for module, increment in modules.items():
         match increment:
             case LowRank():
                 down, up = _padded(increment, rank)
-                tensors[f"{module}.{'lora_down' if kohya else 'lora_A'}.weight"] = down
-                tensors[f"{module}.{'lora_up' if kohya else 'lora_B'}.weight"] = up
-                if kohya:
+                tensors[f"{module}.{spelling.down}"] = down
+                tensors[f"{module}.{spelling.up}"] = up
+                if spelling.alpha:
                     tensors[f"{module}.alpha"] = torch.tensor(float(rank), dtype=up.dtype)
             case Mask():
                 tensors[f"{module}.{'keep_out' if increment.dim == 0 else 'keep_in'}"] = increment.keep.to(torch.uint8)
@@ -102,6 +138,16 @@ def common_rank(increments: Iterable[Increment]) -> int:
             f"{now} bytes become {padded}"
         )
     return rank
+
+
+def family_in(metadata: Mapping[str, str]) -> str | None:
+    """The model family that a header claims, None where it claims none; of A1111's kind, any may be wrong."""
+    claims = [metadata.get(key, "").lower() for key in ("ss_base_model_version", "modelspec.architecture", "family")]
+    for claim in claims:
+        for pattern, family in _CLAIMS.items():
+            if re.match(pattern, claim):
+                return family
+    return None
 
 
 def header_metadata(manifest: Manifest) -> dict[str, str]:
@@ -141,3 +187,15 @@ def _padded(increment: LowRank, rank: int) -> tuple[Tensor, Tensor]:
         torch.cat([down, down.new_zeros(missing, *down.shape[1:])]),
         torch.cat([up, up.new_zeros(up.shape[0], missing, *up.shape[2:])], dim=1),
     )
+
+
+def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
+    return {WHOLE: encode(to_tensors(increments), header_metadata(manifest))}
+
+
+FORMAT = Format(
+    "spm",
+    "what spm-hub itself writes: SPM's kohya keys for U-Nets, diffusers' for transformers",
+    parse_key,
+    Writer(("low_rank", "dense", "mask"), _write),
+)

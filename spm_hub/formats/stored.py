@@ -9,6 +9,7 @@ from types import MappingProxyType
 from spm_hub.errors import AdapterFileError
 from spm_hub.formats import spm
 from spm_hub.formats.container import Entry, Header, empty_like, read_tensors
+from spm_hub.formats.diffusers_lora import scaling_in
 from spm_hub.formats.layouts import read_increments
 from spm_hub.increments import Increment
 
@@ -65,7 +66,8 @@ class StoredIncrements(Mapping[str, Increment]):
                 f"{self._sha256 or 'a file with other tensors'}",
                 mend="detach, and attach it again",
             )
-        return with_dots(read_increments(self._path, tensors), self._modules)
+        scaling = scaling_in(header.metadata, self._path)
+        return with_dots(read_increments(self._path, tensors, scaling), self._modules)
 
 
 def with_dots(increments: Mapping[str, Increment], modules: tuple[str, ...]) -> dict[str, Increment]:

@@ -1,0 +1,68 @@
+"""Module paths as diffusers has them: their dots put back, and the family that names and widths tell."""
+
+import re
+from collections.abc import Mapping
+
+from spm_hub.formats.spm import flat
+from spm_hub.increments import Increment
+
+# Names of diffusers' modules that have a _ of their own. What is not among them is a word between two dots.
+_WORDS = """
+    down_blocks mid_block up_blocks conv_in conv_out conv_shortcut time_emb_proj time_embedding add_embedding linear_1
+    linear_2 transformer_blocks single_transformer_blocks proj_in proj_out to_q to_k to_v to_out to_add_out add_q_proj
+    add_k_proj add_v_proj ff_context norm1_context norm_out proj_mlp x_embedder context_embedder time_text_embed
+    timestep_embedder text_embedder guidance_embedder pos_embed adaln_single caption_projection patch_embed
+""".split()
+_WORD = re.compile(rf"(?:{'|'.join(sorted(_WORDS, key=len, reverse=True))}|[^_]+)(?=_|$)")
+
+_WIDTH_OF_FLUX = 3072
+_DOUBLE_BLOCKS_OF_FLUX = 19
+_FAMILY_OF_TEXT_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+
+
+def dotted(name: str) -> str:
+    """The inverse of `flat` for modules of SD1, SD2, SDXL, SD3 and FLUX.1; a path with dots is returned as it is."""
+    return name if "." in name else ".".join(_WORD.findall(name))
+
+
+def family_of(increments: Mapping[str, Increment]) -> str | None:
+    """The model family by names and widths alone, as other programs' headers are absent as often as wrong.
+
+    None where they do not tell: nothing is SD1 for want of a better idea.
+    """
+    shapes = {flat(module): increment.weight_shape for module, increment in increments.items()}
+    if any(name.startswith("single_transformer_blocks_") for name in shapes):
+        return "flux"
+    if any(name.startswith("transformer_blocks_") for name in shapes):
+        return _family_of_transformer(shapes)
+    if not any(name.startswith(("down_blocks_", "mid_block_", "up_blocks_")) for name in shapes):
+        return None
+    return _family_of_unet(shapes)
+
+
+def _family_of_transformer(shapes: Mapping[str, tuple[int, ...] | None]) -> str | None:
+    """Double blocks alone: SD3 and FLUX.1 share their names, but not their width or number."""
+    foreign = re.compile(r"transformer_blocks_\d+_(attn2_to_[kv]|img_\w+|txt_\w+)")  # PixArt, Qwen-Image
+    if any(foreign.match(name) for name in shapes):
+        return "generic"
+    blocks = {int(match[1]) for name in shapes if (match := re.match(r"transformer_blocks_(\d+)_", name))}
+    inputs = {shape[1] for name, shape in shapes.items() if shape is not None and "_attn_" in name}
+    if _WIDTH_OF_FLUX in inputs:
+        return "flux" if max(blocks) < _DOUBLE_BLOCKS_OF_FLUX else "generic"
+    return "sd3"
+
+
+def _family_of_unet(shapes: Mapping[str, tuple[int, ...] | None]) -> str | None:
+    widths = {
+        shape[1] for name, shape in shapes.items() if shape is not None and name.endswith(("attn2_to_k", "attn2_to_v"))
+    }
+    if len(known := {_FAMILY_OF_TEXT_WIDTH[width] for width in widths if width in _FAMILY_OF_TEXT_WIDTH}) == 1:
+        return known.pop()
+    # Only SDXL has several transformer blocks in a row, and attention in its first up block but not in its first down.
+    if any(re.search(r"_transformer_blocks_[1-9]", name) or name.startswith("up_blocks_0_att") for name in shapes):
+        return "sdxl"
+    kernels = {len(shape) for name, shape in shapes.items() if shape and name.endswith(("_proj_in", "_proj_out"))}
+    first = any(name.startswith(("down_blocks_0_attentions", "up_blocks_3_attentions")) for name in shapes)
+    if 4 in kernels:
+        return "sd1"
+    return "sd2" if 2 in kernels and first else None

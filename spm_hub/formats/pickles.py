@@ -1,0 +1,74 @@
+"""PyTorch's pickles, only for an explicit conversion: tensors and plain containers are read, code never is."""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spm_hub.errors import AdapterFileError, NotFoundError, RegistryError
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+
+_MOST_ENTRIES = 100_000
+_ASK = "ask its author for a safetensors file"
+
+
+def read(path: Path) -> Any:
+    """The tensors of a pickle in the dictionaries and lists that hold them, on the CPU.
+
+    Raises AdapterFileError for anything that is not such, or would need more memory than the file has bytes; every
+    number is finite.
+    """
+    _check_archive(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    # Whatever a damaged file makes the reader raise, the answer is the same.
+    except Exception as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise AdapterFileError(
+            f"{path} holds more than tensors, or is damaged, and was not loaded: {why[0][:200]}", mend=_ASK
+        ) from error
+    found = list(_tensors(path, content, "", set()))
+    total = sum(tensor.numel() * tensor.element_size() for _, tensor in found)
+    if total > 2 * path.stat().st_size:
+        raise AdapterFileError(
+            f"{path}: its tensors claim {total} bytes, the file has {path.stat().st_size}", mend=_ASK
+        )
+    for key, tensor in found:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterFileError(f"{path}: {key} holds numbers that are NaN or infinite", mend=_ASK)
+    return content
+
+
+def _check_archive(path: Path) -> None:
+    """Since PyTorch 1.6 a zip whose members are stored as they are; one that unpacks to more is an attack."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path}: no such file") from error
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        raise AdapterFileError(
+            f"{path} is no file of PyTorch's (of 1.6 or later), or truncated: {error}", mend=_ASK
+        ) from error
+    except OSError as error:
+        raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {path}") from error
+    if sum(member.file_size for member in members) > 2 * path.stat().st_size or len(members) > _MOST_ENTRIES:
+        raise AdapterFileError(f"{path} unpacks to more than it is; it was not loaded", mend=_ASK)
+
+
+def _tensors(path: Path, content: Any, key: str, holders: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors with the keys that lead to them. Raises AdapterFileError for a container that holds itself."""
+    if isinstance(content, Tensor):
+        if content.layout is not torch.strided or content.is_quantized:
+            raise AdapterFileError(f"{path}: {key} is no plain tensor")
+        yield key, content
+    elif isinstance(content, dict | list | tuple):
+        if id(content) in holders or len(holders) > 16:
+            raise AdapterFileError(f"{path}: {key} is nested without end")
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        for name, value in items:
+            yield from _tensors(path, value, f"{key}.{name}".lstrip("."), holders | {id(content)})
