@@ -61,6 +61,11 @@ class Adapter:
         """The increments for whoever asks for their kinds and shapes only: those of a file may be unread, on meta."""
         return self.increments.outline if isinstance(self.increments, StoredIncrements) else self.increments
 
+    def with_increments(self, increments: Mapping[str, Increment]) -> "Adapter":
+        """The same eraser with other increments, and a manifest that says so."""
+        manifest = self.manifest.model_copy(update={"increment": increment_info(increments)})
+        return Adapter(manifest, increments, self.source)
+
     def save(self, path: Path | str, manifest_path: Path | str | None = None) -> Manifest:
         """Write the adapter, and the manifest beside it when `manifest_path` is given: both wholly, or neither.
 

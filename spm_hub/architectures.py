@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from spm_hub.adapter import Adapter
 from spm_hub.errors import CompatibilityError, nearest
 from spm_hub.formats.spm import flat
+from spm_hub.plugins import plugins
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ _MODULATION = re.compile(r"(.*\.)?(norm\w*|\w*_norm|adaln\w*|\w*_mod|mod|\w*modu
 # to_q, to_query, to_qkv, to_qkv_mlp_proj, q_proj, qkv, query
 _QUERIES = re.compile(r"(to_)?q(uery|kv\w*)?(_proj)?")
 _UNET = ("UNet2DConditionModel",)
+GENERIC = "generic"
 # DiT families: attention projections of image and text (to_*, add_*_proj, to_add_out), both feed-forwards, and
 # proj_mlp and proj_out of the single blocks.
 FAMILIES: tuple[Family, ...] = (
@@ -67,9 +69,16 @@ FAMILIES: tuple[Family, ...] = (
         distilled=True, few_steps=lambda config: not config.get("guidance_embeds"),
     ),
     # Whatever else diffusers knows: PixArt, Sana, Qwen-Image, FLUX.2, DeepFloyd ...
-    Family("generic", "unet", _UNET, ()),
-    Family("generic", "transformer", ("ModelMixin",), ()),
+    Family(GENERIC, "unet", _UNET, ()),
+    Family(GENERIC, "transformer", ("ModelMixin",), ()),
 )  # fmt: skip
+
+
+def all_families() -> Iterator[Family]:
+    """Every family there is: our own, plug-ins', which are imported when one gets so far, the generic ones last."""
+    yield from (family for family in FAMILIES if family.name != GENERIC)
+    yield from plugins("families", Family).values()
+    yield from (family for family in FAMILIES if family.name == GENERIC)
 
 
 def denoiser_of(pipe: object) -> nn.Module:
@@ -79,12 +88,12 @@ def denoiser_of(pipe: object) -> nn.Module:
     """
     if isinstance(pipe, nn.Module):
         return pipe
-    for attribute in dict.fromkeys(family.denoiser for family in FAMILIES):
-        if isinstance(module := getattr(pipe, attribute, None), nn.Module):
+    for family in all_families():
+        if isinstance(module := getattr(pipe, family.denoiser, None), nn.Module):
             return module
     raise CompatibilityError(
         f"{type(pipe).__name__} has no denoiser that erasers can be attached to "
-        f"(looked for: {', '.join(sorted({family.denoiser for family in FAMILIES}))})",
+        f"(looked for: {', '.join(sorted({family.denoiser for family in all_families()}))})",
         mend="spmhub models",
     )
 
@@ -94,12 +103,12 @@ def family_of(pipe: object) -> Family:
     denoiser = body_of(denoiser_of(pipe))
     names = {kind.__name__ for kind in type(denoiser).__mro__}
     config: Mapping[str, Any] = getattr(denoiser, "config", {})
-    for family in FAMILIES:
+    for family in all_families():
         if names.intersection(family.classes) and family.recognises(config):
             return family
     raise CompatibilityError(
         f"{type(denoiser).__name__} with this configuration belongs to no known family "
-        f"(known: {', '.join(dict.fromkeys(family.name for family in FAMILIES))})",
+        f"(known: {', '.join(dict.fromkeys(family.name for family in all_families()))})",
         mend="spmhub models",
     )
 

@@ -54,18 +54,6 @@ class Description:
     family: str | None = None
 
 
-@dataclass(frozen=True)
-class Reduction:
-    """A low-rank approximation: its adapter, how far it is off, and the biases it had to leave out.
-
-    relative_error: sqrt(sum |dW - dW_r|^2 / sum |dW|^2) over all changed weights and biases.
-    """
-
-    adapter: Adapter
-    relative_error: float
-    biases_left_out: int
-
-
 def _no_progress(step: int, total: int) -> None:
     pass
 
@@ -82,7 +70,7 @@ def read(
     if files := minimalist.mask_files(path):
         masks = minimalist.read_masks(files)
         origin = _origin(minimalist.FORMAT.name, path, _sha256(*files))
-        manifest = _manifest(path, {}, masks, said, base, origin)
+        manifest = _manifest(path, {"family": "flux"}, masks, said, base, origin)
         return _placed(Adapter(manifest, masks, str(path)), base), minimalist.FORMAT.name
     path = _file_of(path)
     if path.suffix in pickles.SUFFIXES:
@@ -163,7 +151,7 @@ def write(
                 mend="--model M: beside its base it is a dense change",
             )
         increments = {path: _densified(increment, path, base) for path, increment in increments.items()}
-        adapter = with_increments(adapter, increments)
+        adapter = adapter.with_increments(increments)
         kind = adapter.manifest.increment.kind
     if kind not in writer.kinds:
         others = ", ".join(known.name for known in layouts.all_formats() if known.writer and kind in known.writer.kinds)
@@ -180,43 +168,10 @@ def write(
     return list(placed)
 
 
-def reduce(adapter: Adapter, rank: int, progress: Progress = _no_progress) -> Reduction:
-    """The nearest adapter of at most `rank` in every module (Eckart and Young 1936), with its measured error.
-
-    Raises UsageError for a mask, which is a change of known weights only.
-    """
-    reduced: dict[str, Increment] = {}
-    missed = whole = 0.0
-    biases = 0
-    for count, (path, increment) in enumerate(adapter.increments.items()):
-        progress(count + 1, len(adapter.increments))
-        if isinstance(increment, Mask):
-            raise UsageError(f"{adapter.name} switches neurons off, which has no rank", mend="--model M makes it dense")
-        delta = _delta(increment)
-        reduced[path] = near = _nearest_of_rank(increment, delta, rank)
-        missed += float((delta - _delta(near)).square().sum())
-        whole += float(delta.square().sum())
-        if isinstance(increment, Dense) and increment.delta_bias is not None:
-            biases += 1
-            lost = float(increment.delta_bias.double().square().sum())
-            missed, whole = missed + lost, whole + lost
-    error = (missed / whole) ** 0.5 if whole else 0.0
-    smaller = with_increments(adapter, reduced)
-    recipe = {**smaller.manifest.recipe, "svd": {"rank": rank, "relative_error": error, "biases_left_out": biases}}
-    manifest = smaller.manifest.model_copy(update={"recipe": recipe})
-    return Reduction(Adapter(manifest, smaller.increments, adapter.source), error, biases)
-
-
-def with_increments(adapter: Adapter, increments: Mapping[str, Increment]) -> Adapter:
-    """The same adapter with other increments, and a manifest that says so."""
-    manifest = adapter.manifest.model_copy(update={"increment": increment_info(increments)})
-    return Adapter(manifest, increments, adapter.source)
-
-
 def densified(adapter: Adapter, base: BaseModel) -> Adapter:
     """Masks as the dense changes that they are on this base; other increments stay as they are."""
     fitted = _fitted(adapter, base)
-    return with_increments(fitted, {path: _densified(one, path, base) for path, one in fitted.increments.items()})
+    return fitted.with_increments({path: _densified(one, path, base) for path, one in fitted.increments.items()})
 
 
 def _file_of(path: Path) -> Path:
@@ -318,7 +273,7 @@ def _family(
     base: BaseModel | None,
 ) -> str:
     """What is said, else the base's, else what names and widths tell, else what the header claims."""
-    known = list(dict.fromkeys(family.name for family in architectures.FAMILIES))
+    known = list(dict.fromkeys(family.name for family in architectures.all_families()))
     if said.family is not None and said.family not in known:
         raise UsageError(f"--base {said.family!r} is no family", mend=f"--base {', '.join(known)}")
     told = names.family_of(increments)
@@ -357,7 +312,7 @@ def _placed(adapter: Adapter, base: BaseModel | None) -> Adapter:
 def _fitted(adapter: Adapter, base: BaseModel) -> Adapter:
     """The adapter under the base's own module paths. Raises CompatibilityError where it does not fit."""
     found = architectures.resolve_modules(adapter, base.denoiser)
-    return with_increments(adapter, {path: adapter.increments[name] for path, (_, name) in found.items()})
+    return adapter.with_increments({path: adapter.increments[name] for path, (_, name) in found.items()})
 
 
 def _densified(increment: Increment, path: str, base: BaseModel) -> Increment:
@@ -368,36 +323,6 @@ def _densified(increment: Increment, path: str, base: BaseModel) -> Increment:
     if increment.dim == 1 or bias is None:
         return Dense(delta)
     return Dense(delta, torch.where(increment.keep, torch.zeros_like(bias), -bias).float())
-
-
-def _delta(increment: Increment) -> Tensor:
-    """The change itself as a matrix, float64: (out, in * kh * kw)."""
-    if isinstance(increment, LowRank):
-        return increment.up.double().flatten(1) @ increment.down.double().flatten(1)
-    assert isinstance(increment, Dense)
-    return increment.delta.double().flatten(1)
-
-
-def _nearest_of_rank(increment: LowRank | Dense, delta: Tensor, rank: int) -> LowRank:
-    if isinstance(increment, LowRank) and increment.rank <= rank:
-        return increment
-    rank = min(rank, *delta.shape)
-    # Eigenvectors of the smaller Gram matrix: a wide convolution's SVD costs twenty times as much.
-    tall = len(delta) > delta.shape[1]
-    matrix = delta.T if tall else delta
-    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
-    lead = vectors[:, -rank:]
-    other = lead.T @ matrix
-    up, down = (other.T, lead.T) if tall else (lead, other)
-    # Both halves of one size: neither overflows nor vanishes in half precision.
-    share = values[-rank:].clamp_min(0).pow(0.25)
-    share = torch.where(share > 0, share, torch.ones_like(share))
-    up, down = (up / share, down * share[:, None]) if tall else (up * share, down / share[:, None])
-    shape = increment.weight_shape
-    return LowRank(
-        down.reshape(rank, *shape[1:]).float().contiguous(),
-        up.reshape(shape[0], rank, *[1] * (len(shape) - 2)).float().contiguous(),
-    )
 
 
 def _content(content: Image | bytes) -> Content:

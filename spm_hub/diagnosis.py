@@ -16,7 +16,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from spm_hub.architectures import FAMILIES, Family
+from spm_hub.formats.layouts import FORMATS
+from spm_hub.formats.parts import Format
 from spm_hub.models import ALIASES, is_available
+from spm_hub.plugins import Kind, examine
+from spm_hub.training.methods import METHODS, Method
 
 PACKAGE = "spm-hub"
 LITTLE_SPACE = 2 * 10**9  # bytes: less than one checkpoint of Stable Diffusion in half precision
@@ -39,6 +44,7 @@ def diagnose(registry: Path) -> Iterator[Finding]:
     yield from _devices()
     yield _folder("registry", registry, mend="name another one with --registry DIR or SPMHUB_REGISTRY")
     yield from _hub()
+    yield from _plugins()
     for alias in ALIASES.values():
         if alias.embedded is not None:
             yield _embedded(alias.name, alias.embedded, present=is_available(alias))
@@ -98,6 +104,23 @@ def _hub() -> Iterator[Finding]:
         yield Finding("network", "warn", "HF_HUB_OFFLINE is set: only cached models", "unset HF_HUB_OFFLINE")
     else:
         yield Finding("network", "ok", f"downloads allowed, from {constants.ENDPOINT}")
+
+
+def _plugins() -> Iterator[Finding]:
+    groups: tuple[tuple[Kind, type[object], set[str]], ...] = (
+        ("objectives", Method, set(METHODS)),
+        ("families", Family, {family.name for family in FAMILIES}),
+        ("formats", Format, {known.name for known in FORMATS}),
+    )
+    for kind, expected, own in groups:
+        for plugin in examine(kind, expected):
+            broken = "its name is taken by one of our own" if plugin.name in own else plugin.broken
+            what = f"{kind}, of {plugin.distribution}"
+            if broken is None:
+                yield Finding(f"plug-in {plugin.name}", "ok", what)
+            else:
+                mend = f"{Path(sys.executable).name} -m pip uninstall {plugin.distribution}"
+                yield Finding(f"plug-in {plugin.name}", "warn", f"{what}: left out: {broken}", mend)
 
 
 def _folder(subject: str, folder: Path, *, mend: str) -> Finding:

@@ -25,7 +25,9 @@ import torch
 from loopback import LoopbackHub
 from test_adapter import PATH, snoopy
 
+from spm_hub import conversion
 from spm_hub.adapter import Adapter, increment_info, load_file
+from spm_hub.conversion import Description
 from spm_hub.errors import SpmHubError
 from spm_hub.formats.container import HEADER_HASH_KEY, MANIFEST_KEY, PAYLOAD_HASH_KEY
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
@@ -485,6 +487,7 @@ ACTS: dict[str, Act] = {
     "load lazily": lambda adapter, manifest, _: _read_lazily(adapter, manifest),
     "load without its manifest, lazily": lambda adapter, _, __: _read_lazily(adapter, None),
     "load without its manifest and keep": lambda adapter, _, kept: kept.add(load_file(adapter), replace=True),
+    "convert": lambda adapter, _, __: conversion.read(adapter, Description(family="sd1")),
     "describe": lambda adapter, manifest, _: Entry("sent", adapter, manifest).read_manifest(),
     "install": lambda adapter, manifest, kept: kept.install(Entry("sent", adapter, manifest), replace=True),
 }

@@ -12,21 +12,21 @@ PACKAGE = Path(__file__).resolve().parents[1] / "spm_hub"
 # A room imports only rooms further down.
 LEVELS = (
     ("errors",),
-    ("atomic", "network", "untrusted"),
+    ("atomic", "network", "plugins", "untrusted"),
     ("increments", "manifest"),
     ("formats",),
     ("adapter",),
-    ("architectures",),
+    ("architectures", "reduction"),
     ("branching",),
     ("gate", "layers"),
     ("calls",),
     ("options", "single_file"),
     ("gating",),
     ("attachment", "baking", "conversion", "models"),
-    ("hub", "training", "diagnosis"),
+    ("hub", "training"),
     ("attacks",),
-    ("evaluation",),
-    ("cli",),
+    ("diagnosis", "evaluation"),
+    ("cli", "eval_unlearn"),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The embedded base model stands on its own, and is judged and shown by two rooms.

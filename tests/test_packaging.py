@@ -75,7 +75,7 @@ def test_constraints_are_exact_and_complete() -> None:
 def test_metadata() -> None:
     assert PROJECT["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text().splitlines()[1]
-    assert PROJECT["scripts"] == {"spmhub": "spm_hub.cli:main"}
+    assert PROJECT["scripts"] == dict.fromkeys(("spmhub", "hf-spm"), "spm_hub.cli:main")
     assert Version(PROJECT["version"])
     assert {"eval", "ui", "sign", "dev"} == set(EXTRAS)
     assert (ROOT / "spm_hub" / "py.typed").is_file()

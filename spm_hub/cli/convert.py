@@ -68,7 +68,7 @@ def convert(
         )
     said_name = None if name is None else slug(name)
     with silence_libraries():
-        from spm_hub import conversion
+        from spm_hub import conversion, reduction
         from spm_hub.architectures import denoiser_of
         from spm_hub.hub.registry import Registry
         from spm_hub.models import identity_of, load_pipeline
@@ -91,8 +91,8 @@ def convert(
             if original is not None:
                 adapter = conversion.densified(adapter, original)
             with out.progress(f"rank {svd_rank}") as move:
-                reduction = conversion.reduce(adapter, svd_rank, lambda step, total: move(step, total))
-            adapter, error, left_out = reduction.adapter, reduction.relative_error, reduction.biases_left_out
+                reduced = reduction.reduce(adapter, svd_rank, lambda step, total: move(step, total))
+            adapter, error, left_out = reduced.adapter, reduced.relative_error, reduced.biases_left_out
         if target is None:
             written = [Registry(registry or registries()[0].root).add(adapter, replace=force).adapter_path]
         else:

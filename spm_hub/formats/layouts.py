@@ -1,7 +1,7 @@
 """Every format. Adding one is a file with a `FORMAT` and its line in `FORMATS`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Never
 
@@ -10,8 +10,9 @@ from torch import Tensor, tensor
 from spm_hub.errors import AdapterFileError
 from spm_hub.formats import diffusers_lora, full_weights, kohya, lycoris, minimalist, peft, spm
 from spm_hub.formats.assembly import assemble
-from spm_hub.formats.parts import Format, Part
+from spm_hub.formats.parts import Format, Part, Slot
 from spm_hub.increments import Increment
+from spm_hub.plugins import plugins
 
 FORMATS: tuple[Format, ...] = (
     spm.FORMAT,
@@ -46,13 +47,15 @@ _CONVERTED = {
 
 
 def all_formats() -> tuple[Format, ...]:
-    """Every format there is."""
-    return FORMATS
+    """Every format there is, those of plug-ins last; they are imported for it."""
+    return (*FORMATS, *plugins("formats", Format).values())
 
 
 def format_of(tensors: Mapping[str, Tensor]) -> str:
     """The name of the format whose keys these are; SPM's keys are kohya's, and those are LyCORIS' too."""
-    found = {next((each.name for each in FORMATS if each.parse_key and each.parse_key(key)), "") for key in tensors}
+    found = {
+        next((each.name for each in all_formats() if each.parse_key and each.parse_key(key)), "") for key in tensors
+    }
     return next((name for name in sorted(found) if name not in ("", spm.FORMAT.name)), kohya.FORMAT.name)
 
 
@@ -64,10 +67,10 @@ def read_increments(
     scaling: alpha of what the tensors give none, where it stands elsewhere.  explicit: the user asked for a conversion.
     Raises AdapterFileError for a key of no known layout, a module with missing parts, or nothing at all.
     """
-    parsers = [known.parse_key for known in FORMATS if known.parse_key is not None and (explicit or not known.explicit)]
     modules: dict[str, dict[Part, Tensor]] = {}
     for key, value in tensors.items():
-        slot = next((slot for parse_key in parsers if (slot := parse_key(key)) is not None), None)
+        # Plug-ins are imported for the first key that no format of our own knows.
+        slot = _slot(FORMATS, key, explicit=explicit) or _slot(all_formats(), key, explicit=explicit)
         if slot is None:
             # Of a file's keys the telling one: a learnt token says less than a layer beside it.
             telling = (each for each in tensors if any(pattern.fullmatch(each) for pattern in _REFUSED))
@@ -88,6 +91,11 @@ def read_increments(
         raise error if known_by_path else AdapterFileError(f"{path}: {error.message}", mend=error.mend) from error
 
 
+def _slot(formats: Iterable[Format], key: str, *, explicit: bool) -> Slot | None:
+    parsers = (known.parse_key for known in formats if known.parse_key and (explicit or not known.explicit))
+    return next((slot for parse_key in parsers if (slot := parse_key(key)) is not None), None)
+
+
 def _refuse(path: Path, key: str) -> Never:
     for pattern, what in _REFUSED.items():
         if pattern.fullmatch(key):
@@ -101,4 +109,4 @@ def _refuse(path: Path, key: str) -> Never:
 
 
 def _names() -> str:
-    return "; ".join(f"{known.name} ({known.about})" for known in FORMATS)
+    return "; ".join(f"{known.name} ({known.about})" for known in all_formats())

@@ -46,10 +46,10 @@ def _family_of_transformer(shapes: Mapping[str, tuple[int, ...] | None]) -> str 
     if any(foreign.match(name) for name in shapes):
         return "generic"
     blocks = {int(match[1]) for name in shapes if (match := re.match(r"transformer_blocks_(\d+)_", name))}
-    inputs = {shape[1] for name, shape in shapes.items() if shape is not None and "_attn_" in name}
-    if _WIDTH_OF_FLUX in inputs:
+    inputs = {shape[1] for shape in shapes.values() if shape is not None}
+    if inputs.intersection((_WIDTH_OF_FLUX, 4 * _WIDTH_OF_FLUX)):
         return "flux" if max(blocks) < _DOUBLE_BLOCKS_OF_FLUX else "generic"
-    return "sd3"
+    return "sd3" if inputs else None
 
 
 def _family_of_unet(shapes: Mapping[str, tuple[int, ...] | None]) -> str | None:

@@ -5,7 +5,15 @@ A new method is one file in `objectives/`, its line there, and its entry here.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from spm_hub.plugins import plugins
+
+if TYPE_CHECKING:
+    from .objectives.base import Objective
+    from .parts import Objective as ObjectiveRecipe
 
 # For the sketchbook, in SPM's time; the papers' own settings are in manifests/recipes. Its text encoder is a small one:
 # trained on the bare name alone, the concept stays in sentences.
@@ -38,9 +46,34 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Method:
+    """What a plug-in adds under its own name: an objective, and what a recipe with it presets of the other parts."""
+
+    objective: Callable[[ObjectiveRecipe], Objective]
+    preset: Mapping[str, Any] = field(default_factory=dict)
+
+
+def plugged(name: str) -> Method | None:
+    """The plug-in of that name, None for a method of our own and where there is none."""
+    return None if name in METHODS else plugins("objectives", Method).get(name)
+
+
+def known_methods() -> list[str]:
+    """The names of all methods, plug-ins included."""
+    return [*METHODS, *(name for name in plugins("objectives", Method) if name not in METHODS)]
+
+
+def preset_of(method: str) -> dict[str, Any] | None:
+    """What a method presets, None where there is no such method."""
+    if (plugin := plugged(method)) is not None:
+        return merged(dict(plugin.preset), {"objective": {"name": method}})
+    return METHODS.get(method)
+
+
 def objective_of(method: str) -> str:
     """The name of the objective a method is made of."""
-    name: str = METHODS[method].get("objective", {}).get("name", "spm")
+    name: str = (preset_of(method) or {}).get("objective", {}).get("name", "spm")
     return name
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from spm_hub.errors import UsageError, nearest
+from spm_hub.plugins import plugins
+
+from .methods import Method, plugged
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S", strip_whitespace=True)]
 ConceptKind = Literal["object", "character", "person", "style", "nsfw", "other"]
@@ -27,14 +30,24 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+OWN_OBJECTIVES = ("spm", "esd", "uce", "minimalist")
+
+
 class Objective(Part):
     """What the erased prediction is pulled to: a file in `objectives/`."""
 
-    name: Literal["spm", "esd", "uce", "minimalist"] = "spm"
+    name: str = Field(default="spm", description="spm, esd, uce, minimalist, or a plug-in's")
     eta: float = Field(default=1.0, ge=0, description="how far beyond the surrogate's prediction the target lies")
     convention: Literal["paper", "rewrite"] = Field(
         default="paper", description="rewrite: eta as ESD's authors count it since 2025, the paper's plus 1"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in OWN_OBJECTIVES and plugged(name) is None:
+            raise ValueError(f"unknown name{hint(name, [*OWN_OBJECTIVES, *plugins('objectives', Method)])}")
+        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

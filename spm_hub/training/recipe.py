@@ -19,7 +19,7 @@ from spm_hub.errors import RecipeError, UsageError
 from spm_hub.manifest import slug
 
 from .concepts import known
-from .methods import METHODS, merged, objective_of
+from .methods import known_methods, merged, objective_of, preset_of
 from .parts import (
     Adversary,
     Anchoring,
@@ -78,14 +78,14 @@ class Recipe(Part):
     @classmethod
     def _of_method(cls, values: Any) -> Any:
         """What the method presets, under what is given."""
-        preset = METHODS.get(values.get("method", "spm")) if isinstance(values, dict) else None
+        preset = preset_of(str(values.get("method", "spm"))) if isinstance(values, dict) else None
         return values if preset is None else merged(preset, values)
 
     @field_validator("method")
     @classmethod
     def _known(cls, method: str) -> str:
-        if method not in METHODS:
-            raise ValueError(f"unknown method{hint(method, METHODS)}")
+        if preset_of(method) is None:
+            raise ValueError(f"unknown method{hint(method, known_methods())}")
         return method
 
     @model_validator(mode="after")
@@ -156,7 +156,7 @@ class Recipe(Part):
             "templates",
             "seed",
         )
-        preset = METHODS[self.method]
+        preset = preset_of(self.method) or {}
         for key in loops:
             if getattr(self, key) != preset.get(key, fields[key].default):
                 raise ValueError(f"method {self.method!r} is a closed form, without a training loop: it has no {key}")

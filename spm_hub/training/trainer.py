@@ -30,7 +30,7 @@ from .dense import DenseInjection
 from .injection import Injection, Trainable
 from .masks import MaskInjection
 from .minimalist import MinimalistRun
-from .objectives import OBJECTIVES
+from .objectives import objective as objective_of
 from .objectives.base import Objective
 from .prompts import PromptMaker, Words, vocabulary_words
 from .recipe import Recipe
@@ -144,7 +144,7 @@ def train(
                 source = TrajectorySource(base, recipe, maker, anchors)
             if start is not None:
                 begin_with(injection, start)
-            objective = OBJECTIVES[recipe.objective.name](recipe.objective)
+            objective = objective_of(recipe.objective)
             run = _Run(recipe, base, injection, source, objective, attacker)
         first = 0
         if resume and checkpoint is not None and checkpoint.path.exists():
