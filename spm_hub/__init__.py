@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spm_hub.manifest import Manifest
     from spm_hub.training.recipe import Recipe
 
-__all__ = ["Adapter", "Manifest", "Recipe", "__version__", "attach", "load", "train"]
+__all__ = ["Adapter", "Manifest", "Recipe", "__version__", "attach", "load", "pull", "push", "train"]
 
 _ROOMS = {"Adapter": "spm_hub.adapter", "Manifest": "spm_hub.manifest", "Recipe": "spm_hub.training.recipe"}
 
@@ -50,6 +50,47 @@ def load(reference: str | Path, *, registry: Path | None = None, lazy: bool = Fa
     from spm_hub.hub import registry as registries
 
     return registries.load(str(reference), registry, lazy=lazy)
+
+
+def pull(
+    reference: str, *, registry: str | Path | None = None, name: str | None = None, replace: bool = False
+) -> "Adapter":
+    """Keep owner/name[@revision] of the Hugging Face Hub in a registry, pinned to its commit, and return it.
+
+    `registry`: your own unless given. `name` it is to have there, unless its own; one from elsewhere is kept from being
+    replaced unless `replace`. Raises UsageError for another form of reference, HubError, NetworkError, RegistryError.
+    """
+    from spm_hub.hub import registry as registries
+    from spm_hub.hub import remote
+
+    match = registries.HUB_REFERENCE.fullmatch(reference)
+    if match is None:
+        raise UsageError(f"{reference!r} is not of the form owner/name[@revision]", mend="spmhub search snoopy")
+    kept_in = registries.user_registry() if registry is None else registries.Registry(Path(registry))
+    pulled = remote.pull(match["repo"], match["revision"], registry=kept_in, name=name, replace=replace)
+    return pulled.entry.load()
+
+
+def push(
+    reference: str | Path, repo: str, *, pictures: Path | None = None, registry: Path | None = None, **options: Any
+) -> str:
+    """Share an eraser on the Hugging Face Hub with a model card; returns the address of the commit or pull request.
+
+    `pictures` is a folder that `spmhub apply --compare` filled; `options` are those of
+    `spm_hub.hub.push.push`: private, revision, pull_request.
+    Raises HubError, NetworkError; the repository is then as it was.
+    """
+    import tempfile
+
+    from spm_hub.hub import push as pushing
+    from spm_hub.hub.card import read_pairs
+    from spm_hub.hub.registry import resolve
+
+    with tempfile.TemporaryDirectory() as staging:
+        pairs = () if pictures is None else read_pairs(pictures)
+        release = pushing.prepare(resolve(str(reference), registry), repo, pairs, Path(staging))
+        pushed = pushing.push(release, **options)
+    return pushed.pull_request or pushed.url
 
 
 def train(

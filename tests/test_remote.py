@@ -144,6 +144,9 @@ def test_pulled_pinned_and_had_again_without_the_hub(
     pulled.entry.adapter_path.unlink()
     assert [one.entry.name for one in remote.restore(registry)] == ["snoopy"]
     assert registry.get("snoopy").load().name == "snoopy"
+    assert lockfile.read(registry.root)["snoopy"] == pin
+    with pytest.raises(HubError, match=r"is not what spmhub-lock\.json names"):
+        remote.pull(REPO, registry=registry, name="x", pin=pin.model_copy(update={"sha256": "0" * 64}))
     registry.remove("snoopy")
     assert list(remote.restore(registry)) == []
     assert hub.requests == []

@@ -125,6 +125,10 @@ def _commit(
             # Whoever changes the repository between our look at it and our commit is not overwritten.
             parent_commit=parent,
         )
+    except ValueError as error:
+        if isinstance(error, HTTPError):
+            raise
+        raise HubError(f"the Hub refuses the model card of {release.repo}: {error}") from error
     except RuntimeError as error:
         # The client wraps what befalls the upload of a large file.
         if isinstance(error.__cause__, HTTPError | OSError):

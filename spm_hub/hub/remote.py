@@ -95,19 +95,27 @@ def pull(
     *,
     registry: Registry,
     name: str | None = None,
+    pin: lockfile.Pin | None = None,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Pulled:
     """Keep the adapter of a repository in `registry`, pinned to its commit there and in the registry's lock file.
 
     `name` it is to have there, unless its own. One that was pulled from the same repository before is replaced by the
-    commit that is asked for now; any other of that name only where `replace`.
+    commit that is asked for now; any other of that name only where `replace`. `pin` is the commit and the file that it
+    has to be, whatever `revision` names now.
     Raises what `download` and `Registry.install` do; the registry then holds what it held before.
     """
-    entry = download(repo, revision, progress=progress)
+    entry = download(repo, revision if pin is None else pin.commit, progress=progress)
     origin = Origin(repo=repo, commit=_commit_of(entry), revision=_named(revision))
     manifest = _with_file(entry, repo)
     manifest = manifest.model_copy(update={"origin": origin, "name": name or manifest.name})
+    if pin is not None and manifest.increment.sha256 != pin.sha256:
+        raise HubError(
+            f"{repo}@{pin.commit} is not what {lockfile.LOCK_NAME} names: its sha256 is {manifest.increment.sha256}, "
+            f"expected was {pin.sha256}",
+            mend="tell its author; commits do not change by themselves",
+        )
     held = registry.find(manifest.name)
     if held is not None and lockfile.read(registry.root).get(manifest.name) == pin_of(manifest):
         return Pulled(held, origin, "unchanged")
@@ -119,7 +127,7 @@ def restore(registry: Registry, *, progress: Progress | None = None) -> Iterator
     """Pull every eraser again that the lock file names and the registry has not, at its pinned commit."""
     for name, pin in lockfile.read(registry.root).items():
         if registry.find(name) is None:
-            yield pull(pin.repo, pin.commit, registry=registry, name=name, progress=progress)
+            yield pull(pin.repo, pin.revision, registry=registry, name=name, pin=pin, progress=progress)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from huggingface_hub import HfApi, ModelInfo
 
 from spm_hub.hub.card import ERASES, METHOD, hub_id
+from spm_hub.models import ALIASES
 from spm_hub.network import patiently, reaching
 
 _BASE = "base_model:adapter:"
@@ -34,7 +35,8 @@ def search(
     """
     tags = ["spmhub"]
     if base is not None:
-        repo = hub_id(base)
+        # sdxl is both: as a family it finds what was trained on that very base, too.
+        repo = None if base in {alias.family for alias in ALIASES.values()} else hub_id(base)
         tags.append(base if repo is None else f"{_BASE}{repo}")
     if method is not None:
         tags.append(f"{METHOD}{method}")
