@@ -108,8 +108,9 @@ def train(
     Raises UsageError for a blank concept, RecipeError for an unknown key or an impossible value.
     """
     from spm_hub import training
-    from spm_hub.models import identity_of, load_pipeline
+    from spm_hub.models import identity_of, load_pipeline, local_folder, parse_reference
     from spm_hub.training.recipe import Recipe
+    from spm_hub.training.separability import protects
 
     if isinstance(concept, str) and not concept.strip():
         raise UsageError("the concept is empty", mend='name what to erase, for instance: spm_hub.train("van gogh")')
@@ -117,6 +118,10 @@ def train(
     chosen = {key: value for key, value in (("model", model), ("method", method)) if value is not None}
     recipe = Recipe.make(**{**given, **chosen, **overrides})
     start = None if recipe.start_from is None else load(recipe.start_from)
+    if protects(recipe):
+        from spm_hub.training.protection import check_before_loading
+
+        check_before_loading(recipe, local_folder(parse_reference(recipe.model, config=config)))
     pipe = load_pipeline(recipe.model, config=config)
     base, revision = identity_of(recipe.model, pipe)
     return training.train(recipe.model_copy(update={"model": base}), pipe=pipe, revision=revision, start=start)

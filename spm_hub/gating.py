@@ -43,6 +43,12 @@ class Gating:
                     f"{wanted}, one for each prompt and eraser"
                 )
             found.update(zip(members, gammas.double().T.tolist(), strict=True))
+        for name, eraser in erasers.items():
+            protected = eraser.adapter.manifest.gate.protected
+            for row, text in enumerate(prompts.texts or ()):
+                if text in protected:
+                    # Its effect there is zero but for rounding: without it the picture is the base's to the last bit.
+                    found[name][row] = 0.0
         return found
 
     def selected(self, gammas: Gammas) -> Gammas:

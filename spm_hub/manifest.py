@@ -84,6 +84,9 @@ class GateDefaults(_Part):
     kind: Literal["transport", "always"] = "transport"
     strength: float = 1.0
     rows: Literal["both", "conditional"] = "both"
+    protected: tuple[str, ...] = Field(
+        default=(), description="prompts that the increments have no effect on: gamma is 0 there, whatever the gate"
+    )
 
 
 class Origin(_Part):

@@ -259,6 +259,13 @@ def _load_folder(wanted: ModelRef, dtype: torch.dtype | Literal["stored"] | None
     return pipe
 
 
+def local_folder(wanted: ModelRef) -> Path | None:
+    """The diffusers folder that `wanted` is loaded from, where that is known without a network."""
+    if wanted.hub_id is None or wanted.folder is not None:
+        return wanted.folder
+    return _cached(wanted.hub_id, wanted.revision, {"use_safetensors": True, "safety_checker": None})
+
+
 def identity_of(reference: str, pipe: DiffusionPipeline) -> tuple[str, str | None]:
     """The name and the revision under which a manifest records the base `pipe`, which `reference` was loaded as.
 

@@ -122,6 +122,43 @@ def test_train_keeps_an_eraser_and_says_where(spmhub: Spmhub, registry: Registry
     assert registry.get("church").adapter_path.read_bytes() == before, "the same seed gives the identical file"
 
 
+def test_concepts_erased_together_or_after_others_leave_those_alone(
+    spmhub: Spmhub, registry: Registry, tmp_path: Path
+) -> None:
+    wide = tmp_path / "wide"  # enough for three prompts beside the concept
+    pico_pipeline(text_width=64).save_pretrained(wide)
+    done = spmhub("train", "cat", "dog", "--method", "sepme", "--model", wide, "--json", *PICO_TRAINING)
+    assert done.code == 0, done.err
+    assert [one["name"] for one in json.loads(done.out)] == ["cat", "dog"]
+    assert done.err.count("keys and values move by at most") == 2
+    assert registry.get("cat").read_manifest().gate.protected == ("", "dog")
+    assert registry.get("dog").read_manifest().gate.protected == ("", "cat")
+    options = ("--separable", "--after", "cat", "--protect", "a red dog", "--method", "esd-x-strict", "-m", wide)
+    later = spmhub("train", "church", *options, *PICO_TRAINING)
+    assert later.code == 0, later.err
+    manifest = registry.get("church").read_manifest()
+    assert manifest.gate.protected == ("", "cat", "a red dog")
+    assert manifest.evaluation[0].value < 1e-5
+    each = spmhub("train", "red", "blue", "-m", wide, "-q", *PICO_TRAINING)
+    assert [Path(line).stem for line in each.out.split()] == ["red", "blue"]
+
+
+def test_protection_that_cannot_be_given_is_refused_before_the_model_is_loaded(
+    spmhub: Spmhub, registry: Registry, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spm_hub.models.load_pipeline", None)
+    for arguments, words in (
+        (("church", "--method", "sepme", "--protect", "dog"), "no null space is left for an increment; '' would fit"),
+        (("church", "--protect", "dog"), "--method sepme, or --separable"),
+        (("church", "--separable"), "--set increment.modules=esd-x-strict"),
+        (("cat", "dog", "--name", "pets"), "leave --name out"),
+        (("cat", "Cat"), "to be erased twice"),
+        (("church", "--after", "snopy", "--method", "sepme"), "snoopy"),
+    ):
+        refused = spmhub("train", *arguments, "-m", model)
+        assert (refused.code, words in refused.err) == (2, True), refused.err
+
+
 def test_apply_draws_with_and_without_from_the_same_seed(
     spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path
 ) -> None:
@@ -286,18 +323,18 @@ def test_ctrl_c_and_a_reader_that_leaves(capsys: pytest.CaptureFixture[str]) -> 
 def test_ctrl_c_in_training_keeps_the_run(
     spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spm_hub.training import trainer
+    from spm_hub.training import run
 
     arguments = ("train", "church", "-m", model, "--checkpoint-dir", tmp_path / "run", *PICO_TRAINING, "--set=steps=4")
-    step = trainer._Run.step
+    step = run.Run.step
 
-    def interrupted(self: trainer._Run, number: int) -> dict[str, float]:
+    def interrupted(self: run.Run, number: int) -> dict[str, float]:
         if number == 2:
             raise KeyboardInterrupt
         return step(self, number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer._Run, "step", interrupted)
+        patched.setattr(run.Run, "step", interrupted)
         stopped = spmhub(*arguments)
     assert stopped.code == 130
     assert "--resume" in stopped.err

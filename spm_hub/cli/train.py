@@ -1,13 +1,18 @@
 """spmhub train: make an eraser."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, size
+
+if TYPE_CHECKING:
+    from spm_hub.manifest import Manifest
+    from spm_hub.training.recipe import Recipe
 
 
 @command(
@@ -16,12 +21,25 @@ from spm_hub.cli.output import Output, silence_libraries, size
     Example('spmhub train "van gogh" --model sd-v1-4 --device cuda', "erase a style from Stable Diffusion 1.4"),
     Example("spmhub train church --set objective.eta=2 --seed 3", "another hyper-parameter, another seed"),
     Example("spmhub train mickey --method esd-x --increment lora:4", "another method, another increment"),
+    Example(
+        'spmhub train snoopy mickey "van gogh" --method sepme',
+        "an eraser each, that leaves the others' concepts alone",
+    ),
+    Example(
+        'spmhub train pikachu --method sepme --after snoopy --protect "a dog"', "leave earlier erasers and dogs alone"
+    ),
     Example("spmhub train snoopy --resume", "go on where Ctrl-C or a crash ended it"),
     panel="Make",
 )
 def train(
     out: Output,
-    concept: Annotated[str | None, typer.Argument(help="What to erase, in words. May stand in the recipe.")] = None,
+    concepts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONCEPT]...",
+            help="What to erase, in words; an eraser for each. May stand in the recipe.",
+        ),
+    ] = None,
     *,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model: see spmhub models. Unless given: sketchbook.")
@@ -30,13 +48,28 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            help="spm, esd-x, esd-x-strict, esd-u, esd-all, esd-selfattn, race, race-spm, uce or minimalist. "
+            help="spm, esd-x, esd-x-strict, esd-u, esd-all, esd-selfattn, race, race-spm, sepme, uce or minimalist. "
             "Unless given: spm."
         ),
     ] = None,
     increment: Annotated[
-        str | None, typer.Option(help="What is trained: spm, lora:RANK, dense or mask. Unless given: the method's own.")
+        str | None,
+        typer.Option(help="What is trained: spm, lora:RANK, dense, mask, null-space. Unless given: the method's."),
     ] = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A prompt whose pictures stay as they are; repeatable. See --separable."),
+    ] = None,
+    after: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="An earlier eraser, whose concept is protected too; repeatable."),
+    ] = None,
+    separable: Annotated[
+        bool,
+        typer.Option(
+            "--separable", help="Protect with any method that changes keys and values only; sepme always does."
+        ),
+    ] = False,
     recipe: Annotated[Path | None, typer.Option(help="A recipe in YAML; other options win over it.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
@@ -52,46 +85,106 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state of an earlier run.")] = False,
     force: options.Force = False,
 ) -> None:
-    """Train an eraser for CONCEPT and keep it in the registry."""
+    """Train an eraser for each CONCEPT and keep it in the registry."""
     from spm_hub.hub.registry import Registry, registries, resolve
-    from spm_hub.models import identity_of, load_pipeline, parse_reference
+    from spm_hub.models import identity_of, load_pipeline, local_folder, parse_reference
     from spm_hub.training.parts import IncrementRecipe
+    from spm_hub.training.separability import members, protects
+
+    given: dict[str, Any] = {"model": model, "method": method, "name": name, "seed": seed}
+    given["increment"] = None if increment is None else IncrementRecipe.named(increment)
+    earlier = [resolve(reference, registry).read_manifest().concept.target for reference in after or ()]
+    protection = {"prompts": protect, "erased": earlier, "separable": separable}
+    given["protection"] = {key: value for key, value in protection.items() if value} or None
+    plans = _plans(
+        recipe, set_ or (), concepts or [], {key: value for key, value in given.items() if value is not None}
+    )
+    kept_in = Registry(registry) if registry is not None else registries()[0]
+    for plan in plans:
+        for member in members(plan):
+            kept_in.check_room_for(member.slug, replace=force)
+    reference = parse_reference(plans[0].model, config=config)
+    if reference.remark:
+        out.say(reference.remark)
+    started = {plan.start_from: resolve(plan.start_from, registry) for plan in plans if plan.start_from is not None}
+
+    with silence_libraries():
+        if any(map(protects, plans)):
+            from spm_hub.training.protection import check_before_loading
+
+            for plan in plans:
+                check_before_loading(plan, local_folder(reference))
+        pipe = load_pipeline(plans[0].model, config=config, dtype=options.precision(dtype), device=device)
+        base, revision = identity_of(plans[0].model, pipe)
+    entries = []
+    for plan in plans:
+        what = ", ".join(repr(one) for one in (plan.target, *(other.target for other in plan.together)))
+        out.say(f"erasing {what} from {plan.model} with {plan.method} ...")
+        folder = checkpoint_dir or options.run_folder(plan.slug)
+        if checkpoint_dir is not None and len(plans) > 1:
+            folder = checkpoint_dir / plan.slug
+        with silence_libraries():
+            from spm_hub.training.trainer import Checkpoint, train_together
+
+            with out.progress("training") as progress:
+                adapters = train_together(
+                    plan.model_copy(update={"model": base}),
+                    pipe=pipe,
+                    revision=revision,
+                    progress=progress,
+                    checkpoint_dir=folder,
+                    resume=resume,
+                    start=None if plan.start_from is None else started[plan.start_from].load(),
+                )
+        for adapter in adapters:
+            entries.append(kept_in.add(adapter, replace=force))
+            if moved := _protected(adapter.manifest):
+                out.say(moved)
+        Checkpoint(folder).remove()
+    sizes = [entry.adapter_path.stat().st_size for entry in entries]
+    made = [
+        {"name": entry.name, "adapter": entry.adapter_path, "manifest": entry.manifest_path, "bytes": n_bytes}
+        for entry, n_bytes in zip(entries, sizes, strict=True)
+    ]
+    out.data(
+        made[0] if len(made) == 1 else made,
+        "\n".join(f"{entry.name}: {entry.adapter_path} ({size(n)})" for entry, n in zip(entries, sizes, strict=True)),
+        brief=[str(entry.adapter_path) for entry in entries],
+    )
+    source = f"{plans[0].model} --config {config}" if config else plans[0].model
+    listed = ",".join(entry.name for entry in entries)
+    out.say(f'try: spmhub apply --model {source} --adapters {listed} --prompt "{plans[0].target}" --compare')
+
+
+def _plans(file: Path | None, sets: Sequence[str], concepts: Sequence[str], given: dict[str, Any]) -> "list[Recipe]":
+    """One recipe for a run of several concepts whose increments leave each other's alone, else one for each."""
+    from spm_hub.errors import UsageError
+    from spm_hub.manifest import slug
+    from spm_hub.training.concepts import known
     from spm_hub.training.recipe import Recipe
 
-    given: dict[str, Any] = {"target": concept, "model": model, "method": method, "name": name, "seed": seed}
-    given["increment"] = None if increment is None else IncrementRecipe.named(increment)
-    plan = Recipe.plan(recipe, set_ or (), **{key: value for key, value in given.items() if value is not None})
-    kept_in = Registry(registry) if registry is not None else registries()[0]
-    kept_in.check_room_for(plan.slug, replace=force)
-    if remark := parse_reference(plan.model, config=config).remark:
-        out.say(remark)
-    folder = checkpoint_dir or options.run_folder(plan.slug)
-    begun = None if plan.start_from is None else resolve(plan.start_from, registry)
+    first = Recipe.plan(file, sets, **given, **({"target": concepts[0]} if concepts else {}))
+    if len(concepts) < 2:
+        return [first]
+    if "name" in given or first.name is not None:
+        raise UsageError(f"a name is one eraser's, and there are {len(concepts)} concepts", mend="leave --name out")
+    if first.aliases != known(first.target).get("aliases", ()):
+        raise UsageError(f"aliases are one concept's, and there are {len(concepts)}", mend="train them one by one")
+    if twice := next((one for one in concepts if [slug(each) for each in concepts].count(slug(one)) > 1), None):
+        raise UsageError(f"{twice!r} is to be erased twice")
+    if first.increment.kind != "null_space":
+        return [first, *(Recipe.plan(file, sets, **given, target=concept) for concept in concepts[1:])]
+    others = [{"target": concept, **known(concept)} for concept in concepts[1:]]
+    return [Recipe.plan(file, sets, **given, target=concepts[0], together=others)]
 
-    out.say(f"erasing {plan.target!r} from {plan.model} with {plan.method} ...")
-    with silence_libraries():
-        from spm_hub.training.trainer import Checkpoint
-        from spm_hub.training.trainer import train as run
 
-        pipe = load_pipeline(plan.model, config=config, dtype=options.precision(dtype), device=device)
-        base, revision = identity_of(plan.model, pipe)
-        with out.progress("training") as progress:
-            adapter = run(
-                plan.model_copy(update={"model": base}),
-                pipe=pipe,
-                revision=revision,
-                progress=progress,
-                checkpoint_dir=folder,
-                resume=resume,
-                start=None if begun is None else begun.load(),
-            )
-    entry = kept_in.add(adapter, replace=force)
-    Checkpoint(folder).remove()
-    n_bytes = entry.adapter_path.stat().st_size
-    out.data(
-        {"name": entry.name, "adapter": entry.adapter_path, "manifest": entry.manifest_path, "bytes": n_bytes},
-        f"{entry.name}: {entry.adapter_path} ({size(n_bytes)})",
-        brief=[str(entry.adapter_path)],
+def _protected(manifest: "Manifest") -> str | None:
+    """How well what was to be protected is, for the user."""
+    found = [one for one in manifest.evaluation if one.protocol == "protected-prompts"]
+    if not found:
+        return None
+    worst, target = found
+    return (
+        f"{manifest.name}: keys and values move by at most {worst.value:.1e} of their size for {worst.samples} "
+        f"protected prompts ({worst.subject}), by {target.value:.2g} for {target.subject}"
     )
-    source = f"{plan.model} --config {config}" if config else plan.model
-    out.say(f'try: spmhub apply --model {source} --adapters {entry.name} --prompt "{plan.target}" --compare')

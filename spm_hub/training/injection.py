@@ -19,6 +19,7 @@ from spm_hub.increments import LowRank
 
 from .dense import DenseInjection
 from .masks import MaskInjection
+from .null_space import NullSpaceInjection
 
 _NAME = "spmhub_training"
 
@@ -81,7 +82,17 @@ class Injection:
             for path in self.paths
         }
 
-    def state(self) -> dict[str, Tensor]:
+    def deltas(self) -> list[Tensor]:
+        """The changes of all weights, with gradient; of a convolution flattened."""
+        return [self.ups[path].flatten(1) @ self.downs[path].flatten(1) for path in self.paths]
+
+    @torch.no_grad()
+    def project(self, projector: Tensor) -> None:
+        """Takes out of every product what `projector` (d_text, d_text) takes out of the states; ranks stay."""
+        for down in self.downs.values():
+            down.copy_(down @ projector.to(down))
+
+    def state(self) -> dict[str, nn.Parameter]:
         """Named parameters, for checkpoints."""
         return {f"{path}.{part}": parameter for path in self.paths for part, parameter in self._parts(path)}
 
@@ -104,4 +115,4 @@ def _fan_in_factor(down: nn.Parameter) -> float:
     return 128 / down[0].numel()
 
 
-Trainable = Injection | DenseInjection | MaskInjection
+Trainable = Injection | DenseInjection | MaskInjection | NullSpaceInjection

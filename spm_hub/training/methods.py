@@ -25,6 +25,15 @@ _ESD: dict[str, Any] = {
 }
 
 _RACE: dict[str, Any] = {"steps": 10, "unit": "rms"}
+_SEPME: dict[str, Any] = {
+    "objective": {"name": "sepme"},
+    "increment": {"kind": "null_space", "modules": "esd-x-strict", "beta": 1e-2},
+    "x_t": {"source": "q_sample", "guidance": (3.0, 7.5)},
+    "anchoring": {"weight": 0.0, "reach": None, "per_target": 0},
+    "regulariser": {"l1": 1e-6},
+    "stop": {"below": 0.0},
+    "optimiser": {"lr": 0.1, "schedule": "constant", "warmup": 0, "scale_lr": False},
+}
 
 METHODS: dict[str, dict[str, Any]] = {
     "spm": {},
@@ -42,6 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "optimiser": {"lr": 0.5, "schedule": "constant", "warmup": 10, "scale_lr": False},
         "steps": 50,
     },
+    "sepme": _SEPME,
     "uce": {"objective": {"name": "uce"}, "increment": {"modules": "esd-x-strict"}, "templates": False},
 }
 

@@ -40,8 +40,11 @@ class PictureSet:
 class MinimalistRun:
     """The state that training changes: the masks' logits and the optimiser."""
 
+    space = None  # masks leave no prompt alone
+    finished = False  # before the last step
+
     def __init__(self, recipe: Recipe, base: BaseModel, injection: MaskInjection, maker: PromptMaker) -> None:
-        self._recipe, self._base, self._injection, self._maker = recipe, base, injection, maker
+        self.recipe, self._base, self.injection, self._maker = recipe, base, injection, maker
         self._scheduler = base.scheduler(recipe.x_t.steps)
         lr = recipe.optimiser.lr
         self._optimiser = torch.optim.AdamW(
@@ -51,7 +54,7 @@ class MinimalistRun:
     @cached_property
     def pictures(self) -> PictureSet:
         """Drawn by the frozen base, a function of the recipe alone."""
-        recipe, base = self._recipe, self._base
+        recipe, base = self.recipe, self._base
         generator = generator_for(recipe.seed, _SET, 0)
         prompts, wanted = [], []
         for _ in range(recipe.masks.prompts):
@@ -67,25 +70,25 @@ class MinimalistRun:
     def _drawn(self, prompts: list[str], noise: Tensor) -> Tensor:
         """What the base draws."""
         parts = []
-        with self._injection.frozen():
+        with self.injection.frozen():
             for start in range(0, len(prompts), _DRAWN_AT_ONCE):
                 rows = slice(start, start + _DRAWN_AT_ONCE)
                 self._base.forget()
-                parts.append(sampled(self.denoising(prompts[rows]), noise[rows], self._recipe.x_t.steps)[-1])
+                parts.append(sampled(self.denoising(prompts[rows]), noise[rows], self.recipe.x_t.steps)[-1])
         return torch.cat(parts)
 
     def denoising(self, prompts: list[str], masks: int | None = None) -> Step:
         """A step of the base's own sampling under the recipe's guidance; `masks` numbers the samples they are under."""
         base, scheduler, count = self._base, self._scheduler, len(prompts)
-        guidance = torch.full((count,), self._recipe.x_t.guidance[0], device=base.device)
+        guidance = torch.full((count,), self.recipe.x_t.guidance[0], device=base.device)
         told = base.encode(prompts).under(guidance)
         # Where the prompt alone drives, nothing has to be said of the empty one.
-        alone = base.family.distilled or self._recipe.x_t.guidance[0] == 1
+        alone = base.family.distilled or self.recipe.x_t.guidance[0] == 1
         both = told if alone else Conditioning.cat([base.encode([""])[0].expand(count).under(guidance), told])
 
         def step(index: int, latents: Tensor) -> Tensor:
             if masks is not None:
-                self._injection.draw(generator_for(self._recipe.seed, _MASKS, masks + index))
+                self.injection.draw(generator_for(self.recipe.seed, _MASKS, masks + index))
             if hasattr(scheduler, "_step_index"):
                 scheduler._step_index = index  # it counts its calls, which come backwards too
             time = scheduler.timesteps[index]
@@ -100,7 +103,7 @@ class MinimalistRun:
 
     def step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns the losses as shares of the distance the erasure has to go."""
-        recipe, injection = self._recipe, self._injection
+        recipe, injection = self.recipe, self.injection
         passes, size, steps = recipe.masks.accumulate, recipe.batch_size, recipe.x_t.steps
         pictures = self.pictures
         for group in self._optimiser.param_groups:
@@ -131,13 +134,13 @@ class MinimalistRun:
         rows: list[int] = []
         whole = len(self.pictures.prompts)
         for position in range(start, start + count):
-            generator = generator_for(self._recipe.seed, _ORDER, position // whole)
+            generator = generator_for(self.recipe.seed, _ORDER, position // whole)
             order = torch.randperm(whole // 2, generator=generator)
             rows.append(2 * int(order[position % whole // 2]) + position % 2)
         return rows
 
     def tensors(self) -> dict[str, Tensor]:
-        return tensors_of(self._injection, self._optimiser)
+        return tensors_of(self.injection, self._optimiser)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        restore(self._injection, self._optimiser, tensors)
+        restore(self.injection, self._optimiser, tensors)

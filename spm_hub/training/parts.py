@@ -30,13 +30,13 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-OWN_OBJECTIVES = ("spm", "esd", "uce", "minimalist")
+OWN_OBJECTIVES = ("spm", "esd", "uce", "minimalist", "sepme")
 
 
 class Objective(Part):
     """What the erased prediction is pulled to: a file in `objectives/`."""
 
-    name: str = Field(default="spm", description="spm, esd, uce, minimalist, or a plug-in's")
+    name: str = Field(default="spm", description="spm, esd, uce, minimalist, sepme, or a plug-in's")
     eta: float = Field(default=1.0, ge=0, description="how far beyond the surrogate's prediction the target lies")
     convention: Literal["paper", "rewrite"] = Field(
         default="paper", description="rewrite: eta as ESD's authors count it since 2025, the paper's plus 1"
@@ -59,6 +59,8 @@ class Objective(Part):
             raise ValueError(f"'uce' is a closed form and has no eta (got {self.eta}); it has closed_form.ridge")
         if self.name == "minimalist" and self.eta != 1.0:
             raise ValueError(f"'minimalist' goes to a drawn goal and not beyond: it has no eta (got {self.eta})")
+        if self.name == "sepme" and self.eta != 1.0:
+            raise ValueError(f"'sepme' has no eta (got {self.eta}); how far it goes is told by stop.below")
         return self
 
 
@@ -109,27 +111,32 @@ class IncrementRecipe(Part):
     """What is trained: low-rank of `rank` 1 is SPM's one-dimensional adapter; dense, full weights and biases.
 
     mask: neurons switched off, which `masks` says more of.
+    null_space: w (beta S) on keys and values of cross-attention, S the directions that no protected prompt has (SepME).
     """
 
-    kind: Literal["low_rank", "dense", "mask"] = "low_rank"
+    kind: Literal["low_rank", "dense", "mask", "null_space"] = "low_rank"
     rank: int = Field(default=1, ge=1, le=128, description="of low_rank; a closed form has its own")
     modules: Literal["targets", "esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn"] = (
         Field(default="targets", description="targets: SPM's, all of the attention blocks; the others: ESD's")
     )
+    beta: float = Field(default=1e-4, gt=0, description="of null_space: how far one unit of w reaches")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="of the saved file")
 
     @classmethod
     def named(cls, text: str) -> dict[str, Any]:
-        """Keys of a recipe's `increment` out of "spm", "lora:4" (a rank) or "dense". Raises UsageError."""
+        """Keys of a recipe's `increment` out of "spm", "lora:4" (a rank), "dense", "null-space". Raises UsageError."""
         kind, colon, rank = text.strip().lower().partition(":")
         if kind == "lora" and rank.isdecimal():
             return {"kind": "low_rank", "rank": int(rank)}
+        if kind == "null-space" and not colon:
+            return {"kind": "null_space", "modules": "esd-x-strict"}
         if kind in ("dense", "mask") and not colon:
             return {"kind": kind}
         if kind == "spm" and not colon:
             return {"kind": "low_rank", "rank": 1}
         raise UsageError(
-            f"unknown increment {text!r}{hint(kind, ('spm', 'lora:RANK', 'dense', 'mask'))}", mend="--increment lora:4"
+            f"unknown increment {text!r}{hint(kind, ('spm', 'lora:RANK', 'dense', 'mask', 'null-space'))}",
+            mend="--increment lora:4",
         )
 
 
@@ -138,16 +145,17 @@ class XtSource(Part):
 
     trajectory: trajectories of the frozen base, whose predictions are the free targets.
     student: the paper's own, sampled by the model being erased under `guidance` from noise to a random step.
+    q_sample: what the base draws of the concept under `guidance`, noised to a random time (SepME).
     """
 
-    source: Literal["trajectory", "student"] = "trajectory"
+    source: Literal["trajectory", "student", "q_sample"] = "trajectory"
     steps: int = Field(default=16, ge=2, le=1000, description="denoising steps of a trajectory")
     guidance: tuple[float, ...] = Field(
         default=(0.0, 1.0, 3.0, 7.5),
         min_length=1,
         description="guidance scales a trajectory is driven with, one drawn for each; the student uses the first",
     )
-    trajectories: int = Field(default=24, ge=1, description="trajectories run side by side")
+    trajectories: int = Field(default=24, ge=1, description="run side by side; of q_sample, the number of pictures")
     chunks: int = Field(default=4, ge=1, description="groups of trajectories over the whole training")
 
 
@@ -228,3 +236,50 @@ class Optimiser(Part):
     scale_lr: bool = Field(
         default=True, description="lr of `down` proportional to 1 / fan-in, so that one lr fits every width"
     )
+
+
+class Regulariser(Part):
+    """What any objective may add to its loss."""
+
+    l1: float = Field(default=0.0, ge=0, description="lambda of lambda * sum|dW| / (number of changed tensors) (SepME)")
+
+
+class EarlyStop(Part):
+    """When a training ends before its last step: SepME's momentum statistic of the erase loss."""
+
+    below: float | None = Field(
+        default=None, description="tau, in units of the loss: at or below it the concept is gone; null: never stops"
+    )
+    memory: float = Field(default=0.9, ge=0, lt=1, description="of the running mean, per step")
+    after: int = Field(default=10, ge=0, description="steps that are made in any case")
+
+
+class Companion(Part):
+    """Another concept that is erased in the same run, into an eraser of its own."""
+
+    target: NonBlank
+    aliases: tuple[NonBlank, ...] = ()
+    kind: ConceptKind = "other"
+
+
+class Protection(Part):
+    """Prompts on which the increment has no effect: keys and values send their text states to zero (SepME).
+
+    The empty prompt and the surrogate are among them whenever anything is. A guarantee holds for these prompts to the
+    letter, not for paraphrases.
+    """
+
+    prompts: tuple[NonBlank, ...] = ()
+    erased: tuple[NonBlank, ...] = Field(default=(), description="concepts of earlier erasers, protected exactly")
+    directions: int | None = Field(
+        default=None, ge=1, description="protect `prompts`, hundreds of them, by this many principal directions only"
+    )
+    separable: bool = Field(
+        default=False, description="project a low-rank or dense increment so that it leaves these prompts alone"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.directions is not None and not self.prompts:
+            raise ValueError("directions are those of protection.prompts, and there are none")
+        return self

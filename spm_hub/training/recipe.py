@@ -24,16 +24,21 @@ from .parts import (
     Adversary,
     Anchoring,
     ClosedForm,
+    Companion,
     ConceptKind,
+    EarlyStop,
     IncrementRecipe,
     Masks,
     NonBlank,
     Objective,
     Optimiser,
     Part,
+    Protection,
+    Regulariser,
     XtSource,
     hint,
 )
+from .separability import check_separable
 
 
 class Recipe(Part):
@@ -61,6 +66,10 @@ class Recipe(Part):
         default=None, description="of that eraser's tensors; checked where given, and recorded"
     )
     optimiser: Optimiser = Optimiser()
+    regulariser: Regulariser = Regulariser()
+    protection: Protection = Protection()
+    together: tuple[Companion, ...] = Field(default=(), description="concepts erased in the same run (SepME)")
+    stop: EarlyStop = EarlyStop()
     closed_form: ClosedForm = ClosedForm()
     masks: Masks = Masks()
     steps: int = Field(default=240, ge=1)
@@ -111,6 +120,7 @@ class Recipe(Part):
         elif self.increment.kind == "mask" or self.masks != Masks():
             what = "increment.kind 'mask'" if self.increment.kind == "mask" else "masks"
             raise ValueError(f"{what} belongs to method 'minimalist', not to {self.method!r}")
+        check_separable(self)
         return self
 
     def _check_masks(self) -> None:
@@ -122,7 +132,15 @@ class Recipe(Part):
             )
         if self.anchoring != Anchoring():
             raise ValueError(f"method {self.method!r} has no anchoring: it holds the rest by masks.beta")
-        for key, other in (("erase_from", "esd-x"), ("start_from", "esd-x"), ("adversary", "race")):
+        for key, other in (
+            ("erase_from", "esd-x"),
+            ("start_from", "esd-x"),
+            ("adversary", "race"),
+            ("regulariser", "sepme"),
+            ("stop", "sepme"),
+            ("together", "sepme"),
+            ("protection", "sepme"),
+        ):
             if getattr(self, key) != Recipe.model_fields[key].default:
                 raise ValueError(f"method {self.method!r} has no {key}; method {other!r} has")
         if self.x_t.model_dump(include=unused) != XtSource().model_dump(include=unused):
@@ -145,17 +163,9 @@ class Recipe(Part):
     def _check_closed(self) -> None:
         fields = Recipe.model_fields
         loops = (
-            "erase_from",
-            "x_t",
-            "anchoring",
-            "adversary",
-            "start_from",
-            "optimiser",
-            "steps",
-            "batch_size",
-            "templates",
-            "seed",
-        )
+            "erase_from", "x_t", "anchoring", "adversary", "start_from", "optimiser", "regulariser", "together", "stop",
+            "steps", "batch_size", "templates", "seed",
+        )  # fmt: skip
         preset = preset_of(self.method) or {}
         for key in loops:
             if getattr(self, key) != preset.get(key, fields[key].default):

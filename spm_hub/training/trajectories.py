@@ -249,38 +249,73 @@ class StudentSource:
     def batch(self, step: int) -> Batch:
         base, recipe = self._base, self._recipe
         generator = generator_for(recipe.seed, 1, step)
-        size, per = recipe.batch_size, recipe.anchoring.per_target if recipe.anchoring.weight > 0 else 0
+        size = recipe.batch_size
         base.forget()
         prompts = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(size))
         guidance = torch.full((size,), recipe.x_t.guidance[0], device=base.device)
         states = base.encode(prompts).under(guidance)
-        empty, neutral_states = (end.expand(size).under(guidance) for end in base.encode(["", recipe.surrogate]))
+        empty = base.encode([""])[0].expand(size).under(guidance)
         scheduler = base.scheduler(base.steps(recipe.x_t.steps))
         reached = int(torch.randint(len(scheduler.timesteps), (), generator=generator))
         noise = base.noise(size, generator)
         latents = noise * initial_sigma(scheduler)
-        both = Conditioning.cat([empty, states])
-        for time in scheduler.timesteps[:reached]:
-            model_input = torch.cat([scaled(scheduler, latents, time)] * 2)
-            without, given = base.predict(model_input, time.expand(2 * size), both).chunk(2)
-            latents = scheduler.step(base.guide(without, given, guidance), time, latents).prev_sample
+        latents = denoised(base, scheduler, reached, latents, empty, states, guidance)
         time = scheduler.timesteps[reached]
-        model_input = scaled(scheduler, latents, time)
-        anchor_states = self._anchors.draw(size * per, generator) if per else states[:0]
-        anchor_states = anchor_states.under(guidance.repeat_interleave(per))
-        anchor_latents = model_input.repeat_interleave(per, dim=0)
-        teacher = [states, neutral_states]
-        if recipe.erase_from is not None:
-            teacher.append(base.encode([recipe.target])[0].expand(size).under(guidance))
-        every = Conditioning.cat([*teacher, anchor_states])
-        inputs = torch.cat([*[model_input] * len(teacher), anchor_latents])
-        with self._injection.frozen():
-            concept, neutral, *rest, kept = base.predict(inputs, time.expand(len(inputs)), every).split(
-                [*[size] * len(teacher), size * per]
-            )
-        if rest:
-            neutral = less_concept(concept, rest[0], neutral)
-        return Batch(
-            model_input, time.expand(size), noise, prompts, states, neutral_states, concept, neutral,
-            anchor_latents, time.expand(size * per), anchor_states, kept,
+        return taught(
+            base, recipe, self._anchors, self._injection, generator,
+            scaled(scheduler, latents, time), time.expand(size), noise, prompts, guidance,
         )  # fmt: skip
+
+
+def denoised(
+    base: BaseModel,
+    scheduler: Any,
+    steps: int,
+    latents: Tensor,
+    empty: Conditioning,
+    given: Conditioning,
+    guidance: Tensor,
+) -> Tensor:
+    """Latents (n, *latent_shape) after the first `steps` steps of the schedule, under guidance (n,)."""
+    both = Conditioning.cat([empty, given])
+    for time in scheduler.timesteps[:steps]:
+        model_input = torch.cat([scaled(scheduler, latents, time)] * 2)
+        without, told = base.predict(model_input, time.expand(len(model_input)), both).chunk(2)
+        latents = scheduler.step(base.guide(without, told, guidance), time, latents).prev_sample
+    return latents
+
+
+def taught(
+    base: BaseModel,
+    recipe: Recipe,
+    anchors: AnchorSource,
+    injection: Trainable,
+    generator: torch.Generator,
+    latents: Tensor,
+    times: Tensor,
+    noise: Tensor,
+    prompts: tuple[str, ...],
+    guidance: Tensor,
+) -> Batch:
+    """A batch at these latents (n, *latent_shape) and times (n,): freshly drawn anchors, the base asked for all."""
+    size, per = len(latents), recipe.anchoring.per_target if recipe.anchoring.weight > 0 else 0
+    states = base.encode(prompts).under(guidance)
+    neutral_states = base.encode([recipe.surrogate])[0].expand(size).under(guidance)
+    anchor_states = anchors.draw(size * per, generator) if per else states[:0]
+    anchor_states = anchor_states.under(guidance.repeat_interleave(per))
+    anchor_latents, anchor_times = latents.repeat_interleave(per, dim=0), times.repeat_interleave(per)
+    teacher = [states, neutral_states]
+    if recipe.erase_from is not None:
+        teacher.append(base.encode([recipe.target])[0].expand(size).under(guidance))
+    every = Conditioning.cat([*teacher, anchor_states])
+    inputs = torch.cat([*[latents] * len(teacher), anchor_latents])
+    with injection.frozen():
+        concept, neutral, *rest, kept = base.predict(
+            inputs, torch.cat([*[times] * len(teacher), anchor_times]), every
+        ).split([*[size] * len(teacher), size * per])
+    if rest:
+        neutral = less_concept(concept, rest[0], neutral)
+    return Batch(
+        latents, times, noise, prompts, states, neutral_states, concept, neutral,
+        anchor_latents, anchor_times, anchor_states, kept,
+    )  # fmt: skip

@@ -9,11 +9,13 @@ from spm_hub.training.parts import Objective as ObjectiveRecipe
 
 from .base import Objective
 from .esd import ESD
+from .sepme import SepME
 from .spm import SPM
 
 _OWN: dict[str, Callable[[ObjectiveRecipe], Objective]] = {
     "spm": lambda recipe: SPM(recipe.eta),
     "esd": lambda recipe: ESD(recipe.eta, recipe.convention),
+    "sepme": lambda recipe: SepME(),
 }
 
 

@@ -1,0 +1,227 @@
+"""Prompts that an increment leaves alone: the null space of their text states, and what of them still leaks.
+
+Keys and values of cross-attention read the text states e(c), (tokens, d_text), and nothing else. An increment dW with
+dW e(c) = 0 therefore changes nothing of a picture of c (SepME, arXiv 2402.05947, weight decoupling).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spm_hub.architectures import weight_of
+from spm_hub.errors import RecipeError
+from spm_hub.increments import Dense, Increment, LowRank
+from spm_hub.manifest import Evaluation
+
+from .base import BaseModel
+from .recipe import Recipe
+from .separability import held_exactly, members, protects
+
+PROTOCOL = "protected-prompts"
+_NOISE = 1e-7  # of the largest singular value: below is float32's rounding of states that are the same
+_LEFT = 1e-4  # of the target's states, outside of what is protected: less cannot be changed without huge weights
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """The directions that are left to an increment.
+
+    basis: S (k, d_text), float64, orthonormal rows.  exact: prompts whose states it sends to zero; held: all that are
+    protected, with their states (n, tokens, d_text).  target: the concept's states (1, tokens, d_text).
+    """
+
+    basis: Tensor
+    exact: tuple[str, ...]
+    held: tuple[str, ...]
+    states: Tensor
+    target: Tensor
+
+    @property
+    def projector(self) -> Tensor:
+        """P = S^T S = I - pinv(A) A, (d_text, d_text)."""
+        return self.basis.T @ self.basis
+
+    def projected(self, increments: Mapping[str, Increment]) -> dict[str, Increment]:
+        """dW P of every increment; of a low-rank one down P, whose rank is the same. Biases are dropped.
+
+        Raises RecipeError for a mask, which is no matrix of its own.
+        """
+        found: dict[str, Increment] = {}
+        for path, increment in increments.items():
+            match increment:
+                case LowRank(down, up):
+                    found[path] = LowRank((down.double() @ self.projector.to(down.device)).to(down.dtype), up)
+                case Dense(delta):
+                    found[path] = Dense((delta.double() @ self.projector.to(delta.device)).to(delta.dtype))
+                case _:
+                    raise RecipeError(
+                        f"{path}: a mask switches neurons off for every prompt, it cannot leave some alone",
+                        mend="leave --separable out, or --method sepme",
+                    )
+        return found
+
+    def measured(
+        self, increments: Mapping[str, Increment], modules: Mapping[str, nn.Module], recipe: Recipe
+    ) -> tuple[Evaluation, Evaluation]:
+        """How far keys and values move, in float64: |dW e| / |W e|, the greatest over the modules.
+
+        First that of the protected prompt that moves most, then that of the target.
+        """
+        states = torch.cat([self.states, self.target])
+        moved = torch.zeros(len(states), dtype=torch.float64)
+        for path, increment in increments.items():
+            weight = weight_of(modules[path]).detach().cpu()
+            change, whole = increment.delta_for(weight).double(), weight.double()
+            # One prompt at a time: hundreds of them, multiplied out at once, would fill the memory.
+            now = [torch.linalg.norm(e @ change.T) / torch.linalg.norm(e @ whole.T) for e in states]
+            moved = torch.maximum(moved, torch.stack(now))
+        most = int(moved[:-1].argmax())
+
+        def entry(prompt: str, row: int, samples: int) -> Evaluation:
+            return Evaluation(
+                protocol=PROTOCOL, base=recipe.model, subject=repr(prompt), metric="keys_and_values_moved",
+                value=float(moved[row]), samples=samples, seed=recipe.seed,
+            )  # fmt: skip
+
+        return entry(self.held[most], most, len(self.held)), entry(recipe.target, -1, 1)
+
+
+def space_left(recipe: Recipe, base: BaseModel, modules: Mapping[str, nn.Module]) -> Space:
+    """What a recipe's protection leaves of the text states of `base`.
+
+    Raises RecipeError where some module reads more than the text states, where nothing is left, or where nothing is
+    left of the target.
+    """
+    _check_modules(base, modules, recipe.target)
+    exact = held_exactly(recipe)
+    further = tuple(prompt for prompt in dict.fromkeys(recipe.protection.prompts) if prompt not in exact)
+    states, target = _states(base, (*exact, *further)), _states(base, [recipe.target])
+    width = states.shape[-1]
+    triangle = torch.zeros(0, width, dtype=torch.float64)
+    for done, rows in enumerate(states[: len(exact)]):
+        triangle = _triangle(triangle, rows)
+        span = _spanned(triangle)
+        if len(span) == width or _outside(target, span) < _LEFT:
+            raise _crowded(width, recipe.target, exact, done)
+    wanted = recipe.protection.directions or 0
+    if further:
+        if len(span) + wanted >= width:
+            raise _too_many_directions(width, len(span), wanted)
+        rest = torch.zeros(0, width, dtype=torch.float64)
+        for rows in states[len(exact) :]:
+            rest = _triangle(rest, rows - rows @ span.T @ span)
+        span = torch.cat([span, _spanned(rest)[:wanted]])
+    basis = torch.linalg.qr(span.T, mode="complete").Q[:, len(span) :].T.contiguous()
+    if _outside(target, span) < _LEFT:
+        raise RecipeError(
+            f"recipe key protection.directions: {wanted} directions take up all that is there of {recipe.target!r}, "
+            "which cannot be changed then",
+            mend=f"--set protection.directions={wanted // 2}, or fewer",
+        )
+    return Space(basis, exact, (*exact, *further), states, target)
+
+
+def check_before_loading(recipe: Recipe, folder: Path | None) -> None:
+    """Raises RecipeError for prompts that leave no null space, as far as the tokenizer in a diffusers folder tells.
+
+    CLIP's text encoder is causal: prompts that begin with the same tokens have the same states so far, so that the
+    rank of all states is the number of different beginnings. Of other encoders nothing is known before they run.
+    """
+    if folder is None or not protects(recipe):
+        return
+    encoders = sorted(folder.glob("text_encoder*/config.json"))
+    configs = [json.loads(path.read_text(encoding="utf-8")) for path in encoders]
+    if not configs or any(config.get("model_type") != "clip_text_model" for config in configs):
+        return
+    from transformers import CLIPTokenizer
+
+    width = sum(config["hidden_size"] for config in configs)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    window = tokenizer.model_max_length
+    for member in members(recipe):
+        exact = held_exactly(member)
+        beginnings: set[tuple[int, ...]] = set()
+        for done, prompt in enumerate(exact):
+            ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=window).input_ids
+            beginnings |= {tuple(ids[: end + 1]) for end in range(len(ids))}
+            if len(beginnings) >= width:
+                raise _crowded(width, member.target, exact, done)
+        wanted = recipe.protection.directions or 0
+        if wanted and wanted + len(beginnings) >= width:
+            raise _too_many_directions(width, len(beginnings), wanted)
+
+
+def _crowded(width: int, target: str, exact: Sequence[str], fitting: int) -> RecipeError:
+    """`fitting`: how many of `exact`, from the first, leave something."""
+    names = ", ".join(repr(prompt) for prompt in exact[:fitting]) or "none of them"
+    return RecipeError(
+        f"recipe key protection: the states of {len(exact)} protected prompts, the empty one among them, span all that "
+        f"there is of {target!r} in the {width} dimensions of the text encoder, and no null space is left for an "
+        f"increment; {names} would fit",
+        mend=f"protect the first {fitting} only, or hold prompts by --set protection.directions=N",
+    )
+
+
+def _too_many_directions(width: int, taken: int, wanted: int) -> RecipeError:
+    most = width - taken - 1
+    return RecipeError(
+        f"recipe key protection.directions: {wanted} of {width} dimensions, where the exactly protected prompts take "
+        f"{taken}, leave no null space for an increment",
+        mend=f"--set protection.directions={most}, or fewer" if most > 0 else "protect fewer prompts exactly",
+    )
+
+
+def _states(base: BaseModel, prompts: Sequence[str]) -> Tensor:
+    """(n, tokens, d_text), float64, on the CPU: what the denoiser is given, and exactly that."""
+    return base.encode(prompts).states.double().cpu()
+
+
+def _outside(states: Tensor, span: Tensor) -> float:
+    """The share of the norm of these states that lies outside of `span`."""
+    return float(torch.linalg.norm(states - states @ span.T @ span) / torch.linalg.norm(states))
+
+
+def _triangle(triangle: Tensor, rows: Tensor) -> Tensor:
+    """R of a QR of all rows so far (n, d): the same row space and singular values in at most d rows."""
+    smaller: Tensor = torch.linalg.qr(torch.cat([triangle, rows]), mode="r").R
+    return smaller
+
+
+def _spanned(triangle: Tensor) -> Tensor:
+    """Orthonormal rows (r, d) that span those of `triangle`, by falling singular value."""
+    _, values, directions = torch.linalg.svd(triangle, full_matrices=False)
+    spanned: Tensor = directions[values > _NOISE * values[0]]
+    return spanned
+
+
+@torch.no_grad()
+def _check_modules(base: BaseModel, modules: Mapping[str, nn.Module], prompt: str) -> None:
+    """Raises RecipeError for modules that read anything but the text states, or whose weights are quantised."""
+    if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
+        raise RecipeError(f"{path} is quantised: what its increments leave alone cannot be measured there")
+    told = base.encode([prompt])
+    given: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args, path=path: given.update({path: args[0]}))
+        for path, module in modules.items()
+    ]
+    try:
+        scheduler = base.scheduler(base.steps(2))
+        time = scheduler.timesteps[:1]
+        base.predict(torch.ones(1, *base.latent_shape, device=base.device), time, told)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    others = [path for path in modules if path not in given or not torch.equal(given[path], told.states)]
+    if others:
+        raise RecipeError(
+            f"increments of this model cannot be made separable: {others[0]} ({len(others)} of {len(modules)} modules) "
+            "reads more than the text encoder's states, so that nothing done to it leaves a prompt alone",
+            mend="--method esd-x, or a model with cross-attention (SD 1, SD 2, SDXL)",
+        )

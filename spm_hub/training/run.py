@@ -1,0 +1,165 @@
+"""The loop of everything that compares predictions at x_t: one batch, its losses, one step of the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from spm_hub.adapter import Adapter
+
+from .adversary import Attacker, drift
+from .anchors import AnchorSource
+from .base import BaseModel
+from .dense import DenseInjection
+from .injection import Injection
+from .null_space import NullSpaceInjection
+from .objectives import objective
+from .objectives.base import Losses
+from .prompts import PromptMaker
+from .protection import space_left
+from .q_sample import QSampleSource
+from .recipe import Recipe
+from .separability import protects
+from .starting import begin_with
+from .state import restore, tensors_of
+from .steering import Steering
+from .stopping import Stopping
+from .trajectories import StudentSource, TrajectorySource, generator_for
+
+
+class Run:
+    """One eraser in the making: its increments, and all that training changes."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: BaseModel,
+        modules: Mapping[str, nn.Module],
+        maker: PromptMaker,
+        start: Adapter | None,
+    ) -> None:
+        """On `modules`, whose injection is in effect until it is removed. Raises RecipeError, ModelError."""
+        self.recipe, self.base = recipe, base
+        self.objective = objective(recipe.objective)
+        self.space = space_left(recipe, base, modules) if protects(recipe) else None
+        anchors = AnchorSource(base, recipe.anchoring, recipe.target, maker)
+        self.attacker = Attacker(recipe.adversary, base, recipe.seed) if recipe.adversary.steps else None
+        self.held: dict[str, Tensor] = {}  # what the increments were when the adversary began, where that is asked for
+        self.injection = self._injected(modules)
+        try:
+            if start is not None:
+                assert not isinstance(self.injection, NullSpaceInjection)
+                begin_with(self.injection, start)
+            self._project()
+            self.source = self._sourced(maker, anchors)
+        except BaseException:
+            self.injection.remove()
+            raise
+        self.steering = Steering(recipe)
+        self.stopping = Stopping(recipe.stop)
+        lr = recipe.optimiser.lr
+        groups = self.injection.groups(lr, recipe.optimiser.scale_lr)
+        self.optimiser = torch.optim.AdamW(groups, lr=lr, weight_decay=recipe.optimiser.weight_decay)
+        self.rates = [float(group["lr"]) for group in self.optimiser.param_groups]
+        self.distance: Tensor | None = None
+
+    def _injected(self, modules: Mapping[str, nn.Module]) -> Injection | DenseInjection | NullSpaceInjection:
+        recipe = self.recipe
+        if recipe.increment.kind == "dense":
+            return DenseInjection(modules)
+        if recipe.increment.kind == "null_space":
+            assert self.space is not None
+            return NullSpaceInjection(modules, self.space.basis, recipe.increment.beta)
+        return Injection(self.base.denoiser, recipe.increment.rank, generator_for(recipe.seed, 2, 0), modules)
+
+    def _sourced(self, maker: PromptMaker, anchors: AnchorSource) -> StudentSource | QSampleSource | TrajectorySource:
+        match self.recipe.x_t.source:
+            case "student":
+                return StudentSource(self.base, self.recipe, maker, anchors, self.injection)
+            case "q_sample":
+                return QSampleSource(self.base, self.recipe, maker, anchors, self.injection)
+            case "trajectory":
+                return TrajectorySource(self.base, self.recipe, maker, anchors)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the early stop is due."""
+        return self.stopping.due
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimiser step; returns the losses as shares of the distance the erasure has to go."""
+        losses = self.losses(step)
+        self.update(step, self.total(step, losses))
+        return self.note(step, losses)
+
+    def losses(self, step: int) -> Losses:
+        """Those of this step's batch."""
+        if isinstance(self.source, TrajectorySource):
+            # Chunks are made of the frozen base, which the increments are off for.
+            with self.injection.frozen():
+                batch = self.source.batch(step)
+        else:
+            batch = self.source.batch(step)
+        if self.attacker is not None and step >= self.recipe.adversary_from:
+            batch = self.attacker.harmed(batch, step)
+        return self.objective.losses(self.base, batch)
+
+    def total(self, step: int, losses: Losses, balance: float | Tensor = 1.0) -> Tensor:
+        """What is minimised; `balance` weighs the erasure among those of several concepts."""
+        total = self.objective.loss(balance * losses.erase, losses.anchor, self.steering.weight)
+        if (l1 := self.recipe.regulariser.l1) > 0:
+            deltas = self.injection.deltas()
+            total = total + l1 * torch.stack([delta.abs().sum() for delta in deltas]).sum() / len(deltas)
+        if self.recipe.adversary.hold and step >= self.recipe.adversary_from:
+            now = self.injection.state()
+            self.held = self.held or {key: value.detach().clone() for key, value in now.items()}
+            total = total + self.recipe.adversary.hold * drift(now, self.held)
+        # Relative losses mean the same on any base, whatever the scale of its predictions; AdamW does not mind.
+        if self.distance is None:
+            self.distance = losses.distance
+        return total / self.distance
+
+    def update(self, step: int, total: Tensor) -> None:
+        """One step of the optimiser down `total`."""
+        factor = self.recipe.learning_rate(step)
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        self.optimiser.step()
+        self._project()
+
+    def note(self, step: int, losses: Losses) -> dict[str, float]:
+        """Takes down what a step has shown; returns the losses as shares of the distance."""
+        assert self.distance is not None
+        erase = float(losses.erase.detach())
+        self.steering.note(step, erase, float(losses.distance), self.objective)
+        self.stopping.note(step, erase)
+        return {
+            "erase": float(losses.erase.detach() / self.distance),
+            "anchor": float(losses.anchor.detach() / self.distance),
+        }
+
+    def _project(self) -> None:
+        """Training knows what it may not change: projected afterwards alone, much of the erasure could be lost."""
+        if self.space is not None and not isinstance(self.injection, NullSpaceInjection):
+            self.injection.project(self.space.projector)
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = tensors_of(self.injection, self.optimiser)
+        tensors |= {f"held.{key}": value for key, value in self.held.items()}
+        if self.distance is not None:
+            tensors["distance"] = self.distance
+        tensors["steering"] = self.steering.state()
+        tensors["stopping"] = self.stopping.state()
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        restore(self.injection, self.optimiser, tensors)
+        held = (key for key in tensors if key.startswith("held."))
+        self.held = {key.removeprefix("held."): tensors[key].to(self.base.device) for key in held}
+        self.distance = tensors["distance"].to(self.base.device)
+        self.steering.load(tensors["steering"])
+        self.stopping.load(tensors["stopping"])

@@ -1,0 +1,81 @@
+"""What a recipe says about protected prompts: which they are, and what can be protected at all.
+
+No tensor is needed to know it, so that an impossible recipe is refused before any model is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .parts import Companion, Protection
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+TEXT_MODULES = ("esd-x-strict", "esd-x-strict-text")
+"""The selections that hold nothing but what reads the text states."""
+
+
+def protects(recipe: Recipe) -> bool:
+    """Whether the increment is to leave any prompt alone."""
+    return recipe.increment.kind == "null_space" or recipe.protection.separable
+
+
+def held_exactly(recipe: Recipe) -> tuple[str, ...]:
+    """Prompts whose states an increment sends to zero: the empty one, the surrogate, what others erase, and `prompts`
+    unless they are held by their principal directions."""
+    others = (*recipe.protection.erased, *(companion.target for companion in recipe.together))
+    prompts = () if recipe.protection.directions is not None else recipe.protection.prompts
+    return tuple(dict.fromkeys(("", recipe.surrogate, *others, *prompts)))
+
+
+def members(recipe: Recipe) -> tuple[Recipe, ...]:
+    """One recipe for each concept of the run, in an order that does not depend on which of them is asked for."""
+    me = Companion(target=recipe.target, aliases=recipe.aliases, kind=recipe.kind)
+    all_of_them = sorted((me, *recipe.together), key=lambda companion: companion.target)
+    found = []
+    for one in all_of_them:
+        others = tuple(companion for companion in all_of_them if companion != one)
+        name = recipe.name if one == me else None
+        found.append(recipe.model_copy(update={**dict(one), "name": name, "together": others}))
+    return tuple(found)
+
+
+def check_separable(recipe: Recipe) -> None:
+    """Raises ValueError for a recipe whose protection no model could give it, with the nearest valid choice."""
+    kind, modules = recipe.increment.kind, recipe.increment.modules
+    if kind == "null_space" and modules not in TEXT_MODULES:
+        raise ValueError(
+            f"increment.kind 'null_space' changes what reads the text states, not the modules of {modules!r}: "
+            "increment.modules has to be 'esd-x-strict'"
+        )
+    if recipe.protection.separable and modules not in TEXT_MODULES:
+        raise ValueError(
+            f"protection.separable with increment.modules {modules!r}: only keys and values of cross-attention read "
+            "the text states, and what else these modules change would reach protected prompts; "
+            "try --set increment.modules=esd-x-strict"
+        )
+    if not protects(recipe):
+        if recipe.protection != Protection():
+            raise ValueError(
+                f"protection needs an increment that can give it, and kind {kind!r} alone cannot: try --method sepme, "
+                "or --separable with --set increment.modules=esd-x-strict"
+            )
+    elif (clash := _folded(recipe.target)) in map(_folded, (*held_exactly(recipe), *recipe.protection.prompts)):
+        raise ValueError(f"{clash!r} cannot be erased and protected at once: take it out of protection, or surrogate")
+    if recipe.objective.name == "sepme" and recipe.erase_from is not None:
+        raise ValueError("erase_from belongs to targets that are predictions: objective 'sepme' has none; try esd-x")
+    if recipe.together and kind != "null_space":
+        raise ValueError(
+            f"together needs increments that leave each other's concepts alone, and kind {kind!r} does not: "
+            "try --method sepme, or train one after the other"
+        )
+    if recipe.start_from is not None and kind == "null_space":
+        raise ValueError("start_from belongs to low_rank and dense increments: null_space begins with nothing erased")
+    names = [_folded(recipe.target), *(_folded(companion.target) for companion in recipe.together)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"together names {twice!r} twice")
+
+
+def _folded(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
