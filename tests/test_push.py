@@ -23,8 +23,9 @@ from spm_hub.cli import app
 from spm_hub.errors import HubError, NotFoundError, SpmHubError, UsageError
 from spm_hub.evaluation.pictures import Drawing, save, show
 from spm_hub.hub import card, remote
+from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME
 from spm_hub.hub.push import Release, prepare, push
-from spm_hub.hub.registry import MANIFEST_NAME, WEIGHTS_NAME, Registry
+from spm_hub.hub.registry import Registry
 from spm_hub.hub.search import search
 from spm_hub.manifest import Base, Evaluation
 
