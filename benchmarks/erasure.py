@@ -52,7 +52,7 @@ def measure(model: str, names: tuple[str, ...]) -> list[Row]:
 
     pipe = load_pipeline(model)
     with attach(pipe, [Registry(ROOT).get(name).load() for name in names]):
-        return detection_table(pipe, samples=SAMPLES, seed=SEED, steps=STEPS, progress=tell)
+        return detection_table(pipe, samples=SAMPLES, seed=SEED, steps=STEPS[model], progress=tell)
 
 
 def compare(without: list[Row], given: list[Row], erased: tuple[str, ...]) -> dict[str, Any]:

@@ -23,6 +23,10 @@ def _share(value: float) -> str:
     return f"{100 * value:.4g} %"
 
 
+def _steps(numbers: dict[str, Any]) -> str:
+    return ", ".join(f"{steps} (`{model}`)" for model, steps in numbers["steps"].items())
+
+
 def _about(numbers: dict[str, Any], script: str) -> str:
     machine = numbers["machine"]
     return (
@@ -46,7 +50,7 @@ def sketchbook(numbers: dict[str, Any]) -> str:
     head = ["checkpoint", "subjects named by the probe", "worst subject", "styles named", "size, fp16", "four pictures"]
     return (
         f"{_table(head, rows)}\n\nThe probe, a small classifier trained on drawings alone, names held-out drawings "
-        f"rightly in ({drawings}). {numbers['samples_per_name']} pictures for each name, {numbers['steps']} steps, "
+        f"rightly in ({drawings}). {numbers['samples_per_name']} pictures for each name, {_steps(numbers)} steps, "
         f"guidance {numbers['guidance_scale']}.\n{_about(numbers, 'sketchbook')}"
     )
 
@@ -68,7 +72,7 @@ def erasers(numbers: dict[str, Any]) -> str:
     head = ["eraser", "found without", "found with", "others, mean change (points)", "others, worst change (points)"]
     return (
         f"{_table(head, rows)}\n\nShare of pictures in which the probe finds what was asked for, "
-        f"{numbers['samples_per_name']} pictures for each of 22 subjects and 5 styles, {numbers['steps']} steps, "
+        f"{numbers['samples_per_name']} pictures for each of 22 subjects and 5 styles, {_steps(numbers)} steps, "
         f"guidance {numbers['guidance_scale']}, in sentences that no eraser was trained on; 'others' are all other "
         "subjects and styles. The erasers were trained on `sketchbook` alone by `spmhub train NAME`.\n"
         f"{_about(numbers, 'erasure')}"
