@@ -91,8 +91,8 @@ def test_an_altered_file_is_named(registry: Registry, keys: tuple[Path, Path]) -
     assert str(entry.adapter_path) not in str(caught.value)
     assert check_of(entry, "manifest inside the file") == (
         "failed",
-        "gate: [{'kind': 'transport', 'strength': 1.0, 'rows': 'both'}] inside, "
-        "[{'kind': 'transport', 'strength': 0.0, 'rows': 'both'}] beside",
+        "gate: [{'kind': 'transport', 'strength': 1.0, 'rows': 'both', 'protected': []}] inside, "
+        "[{'kind': 'transport', 'strength': 0.0, 'rows': 'both', 'protected': []}] beside",
     )
     entry.manifest_path.write_text(manifest)
     assert registry.get("snoopy").load(signed_by=keys[1]).name == "snoopy"
