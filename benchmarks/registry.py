@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+import pytest
+from loopback import LoopbackHub
 from record import record
 from test_storage import assert_valid, stress
 
@@ -24,8 +26,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     given = parser.parse_args()
     names = [f"eraser-{number}" for number in range(given.adapters)]
-    with tempfile.TemporaryDirectory() as folder:
-        seen = stress(Path(folder), names, processes=given.processes, seconds=given.seconds)
+    with tempfile.TemporaryDirectory() as folder, LoopbackHub() as hub, pytest.MonkeyPatch.context() as patch:
+        hub.adopt(patch, Path(folder))
+        seen = stress(Path(folder), names, hub, processes=given.processes, seconds=given.seconds)
         assert_valid(Path(folder) / "shared")
     failures = sorted(what for what in seen if what.startswith("FAILED"))
     record(

@@ -39,10 +39,9 @@ def reduce(adapter: Adapter, rank: int, progress: Callable[[int, int], None] = _
         progress(count + 1, len(adapter.increments))
         if isinstance(increment, Mask):
             raise UsageError(f"{adapter.name} switches neurons off, which has no rank", mend="--model M makes it dense")
-        delta = _delta(increment)
-        reduced[path] = near = _nearest_of_rank(increment, delta, rank)
-        missed += float((delta - _delta(near)).square().sum())
-        whole += float(delta.square().sum())
+        reduced[path] = near = _nearest_of_rank(increment, rank)
+        missed += _square(increment, near)
+        whole += _square(increment)
         if isinstance(increment, Dense) and increment.delta_bias is not None:
             biases += 1
             lost = float(increment.delta_bias.double().square().sum())
@@ -54,17 +53,50 @@ def reduce(adapter: Adapter, rank: int, progress: Callable[[int, int], None] = _
     return Reduction(Adapter(manifest, smaller.increments, adapter.source), error, biases)
 
 
-def _delta(increment: Increment) -> Tensor:
-    """The change itself as a matrix, float64: (out, in * kh * kw)."""
+def _factors(increment: LowRank) -> tuple[Tensor, Tensor]:
+    """up (out, r) and down (r, in * kh * kw), float64."""
+    return increment.up.double().flatten(1), increment.down.double().flatten(1)
+
+
+def _square(increment: LowRank | Dense, less: LowRank | None = None) -> float:
+    """|dW|^2 of the change, or of what is left of it without another one.
+
+    Of a product it is taken from the factors: a file of megabytes can hold those of terabytes.
+    """
+    if isinstance(increment, Dense):
+        delta = increment.delta.double().flatten(1)
+        if less is not None:
+            up, down = _factors(less)
+            delta = delta - up @ down
+        return float(delta.square().sum())
+    up, down = _factors(increment)
+    if less is not None:
+        other_up, other_down = _factors(less)
+        up, down = torch.cat([up, -other_up], 1), torch.cat([down, other_down])
+    return float((torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T).square().sum())
+
+
+def _nearest_of_rank(increment: LowRank | Dense, rank: int) -> LowRank:
+    shape = increment.weight_shape
     if isinstance(increment, LowRank):
-        return increment.up.double().flatten(1) @ increment.down.double().flatten(1)
-    assert isinstance(increment, Dense)
-    return increment.delta.double().flatten(1)
+        if increment.rank <= rank:
+            return increment
+        # Rotations leave a matrix as near to others as it was: only the small core between two of them has to be cut.
+        up, down = _factors(increment)
+        (left, core_up), (right, core_down) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+        up, down = _cut(core_up @ core_down.T, rank)
+        up, down = left @ up, down @ right.T
+    else:
+        up, down = _cut(increment.delta.double().flatten(1), rank)
+    rank = len(down)
+    return LowRank(
+        down.reshape(rank, *shape[1:]).float().contiguous(),
+        up.reshape(shape[0], rank, *[1] * (len(shape) - 2)).float().contiguous(),
+    )
 
 
-def _nearest_of_rank(increment: LowRank | Dense, delta: Tensor, rank: int) -> LowRank:
-    if isinstance(increment, LowRank) and increment.rank <= rank:
-        return increment
+def _cut(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """up and down of the matrix of at most that rank that is nearest to `delta`, both halves of one size."""
     rank = min(rank, *delta.shape)
     # Eigenvectors of the smaller Gram matrix: a wide convolution's SVD costs twenty times as much.
     tall = len(delta) > delta.shape[1]
@@ -73,12 +105,7 @@ def _nearest_of_rank(increment: LowRank | Dense, delta: Tensor, rank: int) -> Lo
     lead = vectors[:, -rank:]
     other = lead.T @ matrix
     up, down = (other.T, lead.T) if tall else (lead, other)
-    # Both halves of one size: neither overflows nor vanishes in half precision.
+    # Neither half then overflows nor vanishes in half precision.
     share = values[-rank:].clamp_min(0).pow(0.25)
     share = torch.where(share > 0, share, torch.ones_like(share))
-    up, down = (up / share, down * share[:, None]) if tall else (up * share, down / share[:, None])
-    shape = increment.weight_shape
-    return LowRank(
-        down.reshape(rank, *shape[1:]).float().contiguous(),
-        up.reshape(shape[0], rank, *[1] * (len(shape) - 2)).float().contiguous(),
-    )
+    return (up / share, down * share[:, None]) if tall else (up * share, down / share[:, None])

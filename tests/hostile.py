@@ -29,11 +29,13 @@ from spm_hub import conversion
 from spm_hub.adapter import Adapter, increment_info, load_file
 from spm_hub.conversion import Description
 from spm_hub.errors import SpmHubError
+from spm_hub.formats import layouts
 from spm_hub.formats.container import HEADER_HASH_KEY, MANIFEST_KEY, PAYLOAD_HASH_KEY
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.hub.registry import Registry
 from spm_hub.hub.remote import pull
 from spm_hub.increments import Dense, Increment, LowRank, Mask
+from spm_hub.reduction import reduce
 
 DTYPES = ["F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2", "BOOL", "U8", "I8", "U16", "I64", "U64", "F31", "", "f32"]
 INTEGERS = [0, 1, -1, 2, 7, 2**31, 2**32 - 1, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63)]
@@ -482,12 +484,24 @@ def _read_lazily(adapter: Path, manifest: Path | None) -> None:
         stored[module].tensors()
 
 
+def _convert_and_write(adapter: Path, kept: Registry) -> None:
+    """From whatever it is to every format that can hold it without a base, and to a lower rank."""
+    read, _ = conversion.read(adapter, Description(family="sd1"))
+    kind = read.manifest.increment.kind
+    for target in layouts.all_formats():
+        if target.writer is not None and kind in target.writer.kinds and not target.writer.needs_base:
+            conversion.write(read, target, kept.root / "converted" / target.name, replace=True)
+    if kind != "mask":
+        reduce(read, 2)
+
+
 ACTS: dict[str, Act] = {
     "load": lambda adapter, manifest, _: load_file(adapter, manifest),
     "load lazily": lambda adapter, manifest, _: _read_lazily(adapter, manifest),
     "load without its manifest, lazily": lambda adapter, _, __: _read_lazily(adapter, None),
     "load without its manifest and keep": lambda adapter, _, kept: kept.add(load_file(adapter), replace=True),
     "convert": lambda adapter, _, __: conversion.read(adapter, Description(family="sd1")),
+    "convert and write": lambda adapter, _, kept: _convert_and_write(adapter, kept),
     "describe": lambda adapter, manifest, _: Entry("sent", adapter, manifest).read_manifest(),
     "install": lambda adapter, manifest, kept: kept.install(Entry("sent", adapter, manifest), replace=True),
 }

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import LoopbackHub
 from test_adapter import snoopy
 from test_registry import named
 
 from spm_hub import atomic
 from spm_hub.adapter import load_file
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError
-from spm_hub.hub import storage
+from spm_hub.hub import lockfile, storage
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
-from spm_hub.hub.registry import Registry
+from spm_hub.hub.registry import Registry, pin_of
+from spm_hub.hub.remote import pull
 
 TESTS = Path(__file__).resolve().parent
 
@@ -176,12 +178,16 @@ def test_a_held_lock_is_waited_for_and_then_named(registry: Registry, monkeypatc
     registry.add(named("mickey"))
 
 
+ACTS = ("install", "replace", "pull", "remove", "list", "load", "lazy")
+
+
 def work(root: Path, sources: Path, names: Sequence[str], seconds: float, seed: int, results: Any) -> None:
     """Install, remove, list and load the same erasers as the others; tells how often what happened, and what failed."""
     kept, rng, seen = Registry(root), random.Random(seed), Counter[str]()
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        act = rng.choice(["install", "replace", "remove", "list", "load", "lazy"])
+    each_once = iter(rng.sample(ACTS, len(ACTS)))
+    while (act := next(each_once, None)) or time.monotonic() < end:
+        act = act or rng.choice(ACTS)
         try:
             seen[step(act, kept, sources, rng.choice(names), rng)] += 1
         except Exception as error:
@@ -195,6 +201,8 @@ def step(act: str, kept: Registry, sources: Path, name: str, rng: random.Random)
         if act in ("install", "replace"):
             folder = sources / f"{name}-{rng.randrange(2)}"
             kept.install(Entry(name, folder / WEIGHTS_NAME, folder / MANIFEST_NAME), replace=act == "replace")
+        elif act == "pull":
+            pull(f"someone/{name}", f"v{rng.randrange(2)}", registry=kept, replace=True)
         elif act == "remove":
             kept.remove(name)
         elif act == "list":
@@ -220,14 +228,19 @@ def step(act: str, kept: Registry, sources: Path, name: str, rng: random.Random)
     return act
 
 
-def stress(folder: Path, names: Sequence[str], *, processes: int, seconds: float) -> Counter[str]:
-    """That many processes on one registry: what they saw, and under FAILED what none of them may see."""
+def stress(folder: Path, names: Sequence[str], hub: LoopbackHub, *, processes: int, seconds: float) -> Counter[str]:
+    """That many processes on one registry: what they saw, and under FAILED what none of them may see.
+
+    `hub` is where they pull from; this process has to have adopted it.
+    """
     for number, name in enumerate(names):
         for seed in range(2):
             place = folder / "sources" / f"{name}-{seed}"
             snoopy(2 * number + seed, name=name, recipe={"seed": seed}).save(
                 place / WEIGHTS_NAME, place / MANIFEST_NAME
             )
+            for ref in ("main", f"v{seed}"):
+                hub.publish(f"someone/{name}", {file.name: file.read_bytes() for file in place.iterdir()}, ref=ref)
     fork = multiprocessing.get_context("fork")
     results = fork.Queue()
     given = (folder / "shared", folder / "sources", names, seconds)
@@ -243,16 +256,22 @@ def stress(folder: Path, names: Sequence[str], *, processes: int, seconds: float
 
 
 def assert_valid(root: Path) -> None:
-    """Everything listed is whole, and there is nothing else."""
+    """Everything listed is whole, what was pulled is pinned to what is there, and there is nothing else."""
     kept = Registry(root)
     assert kept.gc(dry_run=True) == ()
+    pinned = {}
     for entry in kept.entries():
         assert entry.load().name == entry.name
-    assert len(files_of(root)) == 2 * len(kept.entries())
+        if pin := pin_of(entry.read_manifest()):
+            pinned[entry.name] = pin
+    assert lockfile.read(root) == pinned
+    assert len(files_of(root)) - (root / lockfile.LOCK_NAME).exists() == 2 * len(kept.entries())
 
 
-def test_several_processes_share_a_registry(tmp_path: Path) -> None:
-    seen = stress(tmp_path, [f"eraser-{number}" for number in range(5)], processes=3, seconds=2.0)
-    assert not [what for what in seen if what.startswith("FAILED")]
-    assert all(seen[act] > 0 for act in ("install", "replace", "remove", "list", "load", "lazy")), seen
+def test_several_processes_share_a_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LoopbackHub() as hub:
+        hub.adopt(monkeypatch, tmp_path)
+        seen = stress(tmp_path, [f"eraser-{number}" for number in range(5)], hub, processes=3, seconds=3.0)
+    assert not [what for what in seen if what.startswith("FAILED")], seen
+    assert {what.partition(":")[0] for what in seen} == set(ACTS)
     assert_valid(tmp_path / "shared")

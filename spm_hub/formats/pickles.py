@@ -1,5 +1,8 @@
 """PyTorch's pickles, only for an explicit conversion: tensors and plain containers are read, code never is."""
 
+import itertools
+import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ from spm_hub.errors import AdapterFileError, NotFoundError, RegistryError
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 _MOST_ENTRIES = 100_000
+_ALLOCATES = re.compile(r"(builtins|__builtin__) bytearray|torch \w*Tensor")
 _ASK = "ask its author for a safetensors file"
 
 
@@ -31,7 +35,7 @@ def read(path: Path) -> Any:
         raise AdapterFileError(
             f"{path} holds more than tensors, or is damaged, and was not loaded: {why[0][:200]}", mend=_ASK
         ) from error
-    found = list(_tensors(path, content, "", set()))
+    found = list(_tensors(path, content, "", frozenset(), itertools.count()))
     total = sum(tensor.numel() * tensor.element_size() for _, tensor in found)
     if total > 2 * path.stat().st_size:
         raise AdapterFileError(
@@ -48,6 +52,10 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            unpacked = sum(member.file_size for member in members)
+            if unpacked > 2 * path.stat().st_size or len(members) > _MOST_ENTRIES:
+                raise AdapterFileError(f"{path} unpacks to more than it is; it was not loaded", mend=_ASK)
+            _check_calls(path, archive)
     except FileNotFoundError as error:
         raise NotFoundError(f"{path}: no such file") from error
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
@@ -56,19 +64,32 @@ def _check_archive(path: Path) -> None:
         ) from error
     except OSError as error:
         raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {path}") from error
-    if sum(member.file_size for member in members) > 2 * path.stat().st_size or len(members) > _MOST_ENTRIES:
-        raise AdapterFileError(f"{path} unpacks to more than it is; it was not loaded", mend=_ASK)
 
 
-def _tensors(path: Path, content: Any, key: str, holders: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors with the keys that lead to them. Raises AdapterFileError for a container that holds itself."""
+def _check_calls(path: Path, archive: zipfile.ZipFile) -> None:
+    """Of what weights_only lets a pickle call, some things make memory of a mere number."""
+    for member in archive.infolist():
+        if not member.filename.endswith("data.pkl"):
+            continue
+        for opcode, argument, _ in pickletools.genops(archive.read(member)):
+            if opcode.name == "GLOBAL" and _ALLOCATES.fullmatch(str(argument)):
+                raise AdapterFileError(f"{path} calls {argument}, and was not loaded", mend=_ASK)
+
+
+def _tensors(
+    path: Path, content: Any, key: str, holders: frozenset[int], steps: Iterator[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors with the keys that lead to them.
+
+    Raises AdapterFileError for a container that holds itself, or the same ones over and over.
+    """
     if isinstance(content, Tensor):
         if content.layout is not torch.strided or content.is_quantized:
             raise AdapterFileError(f"{path}: {key} is no plain tensor")
         yield key, content
     elif isinstance(content, dict | list | tuple):
-        if id(content) in holders or len(holders) > 16:
+        if id(content) in holders or len(holders) > 16 or next(steps) > _MOST_ENTRIES:
             raise AdapterFileError(f"{path}: {key} is nested without end")
         items = content.items() if isinstance(content, dict) else enumerate(content)
         for name, value in items:
-            yield from _tensors(path, value, f"{key}.{name}".lstrip("."), holders | {id(content)})
+            yield from _tensors(path, value, f"{key}.{name}".lstrip("."), holders | {id(content)}, steps)
