@@ -114,6 +114,8 @@ def _in_use(denoiser: Any) -> bool:
             code, user = frame.f_code, None
             if code.co_name in ("__call__", "forward") and code.co_filename != __file__:
                 user = frame.f_locals.get("self")
+            elif code.co_name == "_unheld" and code.co_filename == __file__:
+                user = frame.f_locals.get("held")
             elif code.co_name == "decorate_context":
                 # torch.no_grad around a pipeline's __call__: a picture that has begun and is not yet in there.
                 user = next(iter(frame.f_locals.get("args", ())), None)
@@ -126,11 +128,19 @@ def _in_use(denoiser: Any) -> bool:
 
 def _under(held: Any, enter: Callable[[Holder], AbstractContextManager[None]], run: Callable[[], Any]) -> Any:
     """What `run` gives, inside what `enter` opens with the holder: whoever that is by the time it lets us in."""
-    while (holder := held.__dict__.get(HELD)) is not None:
-        with enter(holder):
-            if held.__dict__.get(HELD) is holder:
-                return run()
-    return run()
+    while True:
+        while (holder := held.__dict__.get(HELD)) is not None:
+            with enter(holder):
+                if held.__dict__.get(HELD) is holder:
+                    return run()
+        ran, result = _unheld(held, run)
+        if ran:
+            return result
+
+
+def _unheld(held: Any, run: Callable[[], Any]) -> tuple[bool, Any]:
+    """Run unless somebody holds by now. `hold` sees this frame, and looks for it after it has said that it holds."""
+    return (False, None) if held.__dict__.get(HELD) is not None else (True, run())
 
 
 class _StandIn(type):
