@@ -509,7 +509,7 @@ def test_ctrl_c_before_the_first_step_saves_nothing(tmp_path: Path, monkeypatch:
         ({"x_t": {"source": "student"}}, "of x_t it has steps and guidance"),
         ({"x_t": {"guidance": [1.0, 3.0]}}, "under one guidance"),
         ({"x_t": {"guidance": [0.0]}}, "under one guidance of 1 or more"),
-        ({"objective": {"eta": 2}}, "it has no eta"),
+        ({"objective": {"eta": 2}}, "'minimalist' has no eta"),
         ({"optimiser": {"scale_lr": True}}, "scale_lr has to be false"),
         ({"batch_size": 1}, "has to be even"),
         ({"erase_from": "a dog", "templates": False}, "no erase_from; method 'esd-x' has"),

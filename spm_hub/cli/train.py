@@ -48,13 +48,16 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            help="spm, esd-x, esd-x-strict, esd-u, esd-all, esd-selfattn, race, race-spm, sepme, uce or minimalist. "
-            "Unless given: spm."
+            help="spm, esd-x, esd-x-strict, esd-u, esd-all, esd-selfattn, ca, sdd, fmn, race, race-spm, sepme, "
+            "uce or minimalist. Unless given: spm."
         ),
     ] = None,
     increment: Annotated[
         str | None,
-        typer.Option(help="What is trained: spm, lora:RANK, dense, mask, null-space. Unless given: the method's."),
+        typer.Option(
+            help="What is trained: spm, dense, mask, null-space, or by rank lora:4, loha:4, lokr:4, vera:64, dora:4."
+            " Unless given: the method's."
+        ),
     ] = None,
     protect: Annotated[
         list[str] | None,
@@ -140,6 +143,9 @@ def train(
             entries.append(kept_in.add(adapter, replace=force))
             if moved := _protected(adapter.manifest):
                 out.say(moved)
+            for one in adapter.manifest.evaluation:
+                if one.protocol == "conversion":
+                    out.say(f"{adapter.name}: {one.metric.replace('_', ' ')} in its conversion: {one.value:.1e}")
         Checkpoint(folder).remove()
     sizes = [entry.adapter_path.stat().st_size for entry in entries]
     made = [
@@ -162,6 +168,7 @@ def _plans(file: Path | None, sets: Sequence[str], concepts: Sequence[str], give
     from spm_hub.manifest import slug
     from spm_hub.training.concepts import known
     from spm_hub.training.recipe import Recipe
+    from spm_hub.training.separability import jointly
 
     first = Recipe.plan(file, sets, **given, **({"target": concepts[0]} if concepts else {}))
     if len(concepts) < 2:
@@ -172,7 +179,7 @@ def _plans(file: Path | None, sets: Sequence[str], concepts: Sequence[str], give
         raise UsageError(f"aliases are one concept's, and there are {len(concepts)}", mend="train them one by one")
     if twice := next((one for one in concepts if [slug(each) for each in concepts].count(slug(one)) > 1), None):
         raise UsageError(f"{twice!r} is to be erased twice")
-    if first.increment.kind != "null_space":
+    if not jointly(first):
         return [first, *(Recipe.plan(file, sets, **given, target=concept) for concept in concepts[1:])]
     others = [{"target": concept, **known(concept)} for concept in concepts[1:]]
     return [Recipe.plan(file, sets, **given, target=concepts[0], together=others)]

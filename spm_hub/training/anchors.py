@@ -28,8 +28,10 @@ def anchor_weights(candidates: Tensor, target: Tensor, alpha: float) -> Tensor:
 class AnchorSource:
     """Draws what must stay: rows that the denoiser is told."""
 
-    def __init__(self, base: BaseModel, recipe: Anchoring, target: str, maker: PromptMaker) -> None:
-        self._base, self._recipe, self._target, self._maker = base, recipe, target, maker
+    def __init__(
+        self, base: BaseModel, recipe: Anchoring, target: str, maker: PromptMaker, surrogate: str = ""
+    ) -> None:
+        self._base, self._recipe, self._target, self._maker, self._surrogate = base, recipe, target, maker, surrogate
 
     def draw(self, count: int, generator: torch.Generator) -> Conditioning:
         """`count` anchors."""
@@ -39,6 +41,9 @@ class AnchorSource:
                 states = _gaussian(count, target.states, generator)
                 pooled = None if target.pooled is None else _gaussian(count, target.pooled, generator)
                 return replace(target.expand(count), states=states, pooled=pooled)
+            case "surrogate":
+                sentences = [self._maker.target(generator) for _ in range(count)]
+                return self._base.encode([self._maker.without(text, self._surrogate) for text in sentences])
             case "given":
                 prompts = list(self._recipe.prompts)
             case "text":

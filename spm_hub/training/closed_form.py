@@ -13,21 +13,30 @@ from spm_hub.increments import LowRank
 
 from .base import BaseModel
 from .objectives.uce import edit
+from .prompts import PromptMaker, Words, vocabulary_words
 from .recipe import Recipe
+from .tokens import concept_positions, last_position, window
+from .trajectories import generator_for
 
 
 @torch.no_grad()
 def solved(recipe: Recipe, base: BaseModel, modules: Mapping[str, nn.Module]) -> dict[str, LowRank]:
     """UCE's increments on `modules`, float64: target and aliases, all at once, become the surrogate.
 
-    Their rank is the number of names. Raises RecipeError where the modules do not read the text encoder's own states,
-    or a weight is quantised.
+    With `together` they are the target's share of the joint solution, whose sum over all its concepts is that solution.
+    Raises RecipeError where the modules do not read the text encoder's own states, or a weight is quantised.
     """
+    chosen = recipe.closed_form
     names = (recipe.target, *recipe.aliases)
-    if clash := set(names).intersection(recipe.closed_form.preserve):
-        raise RecipeError(f"recipe key closed_form.preserve: {sorted(clash)[0]!r} is also to be erased")
-    edited, goal = last_states(base, names), last_states(base, [recipe.surrogate])
-    kept = last_states(base, recipe.closed_form.preserve) if recipe.closed_form.preserve else edited[:0]
+    edited, goals = _edits(recipe, base, names, recipe.kind)
+    kept = [_edits(recipe, base, (one.target, *one.aliases), one.kind)[0] for one in recipe.together]
+    if chosen.preserve:
+        kept.append(_held(recipe, base, chosen.preserve))
+    if chosen.held:
+        others = (name for one in recipe.together for name in (one.target, *one.aliases))
+        maker = _maker(base, (*names, *others), recipe.kind)
+        generator = generator_for(recipe.seed, 6, 0)
+        kept.append(_held(recipe, base, ["", *(maker.anchor(generator) for _ in range(chosen.held))]))
     for path, module in modules.items():
         if shape_of(module)[1] != edited.shape[1] or not weight_of(module).is_floating_point():
             raise RecipeError(
@@ -36,17 +45,44 @@ def solved(recipe: Recipe, base: BaseModel, modules: Mapping[str, nn.Module]) ->
                 mend="--method esd-x",
             )
     weights = {path: weight_of(module) for path, module in modules.items()}
-    found = edit(weights, edited, goal.expand_as(edited), kept, recipe.closed_form.ridge)
+    found = edit(weights, edited, goals, torch.cat([edited[:0], *kept]), chosen.ridge, chosen.rank)
     return {path: increment.to(device="cpu") for path, increment in found.items()}
 
 
-def last_states(base: BaseModel, prompts: Sequence[str]) -> Tensor:
-    """The text states (n, d_text) at each prompt's last token before the closing one: its last subject token's.
+def _edits(recipe: Recipe, base: BaseModel, names: Sequence[str], kind: str) -> tuple[Tensor, Tensor]:
+    """The states to be edited, of each name alone and in the same sentences as every other's, and what they become."""
+    pairs = []
+    for name in names:
+        maker, generator = _maker(base, (name,), kind), generator_for(recipe.seed, 5, 0)
+        for text in (name, *(maker.target(generator) for _ in range(recipe.closed_form.sentences))):
+            pairs.append(_pair(recipe, base, name, text, maker.without(text, recipe.surrogate)))
+    return torch.cat([old for old, _ in pairs]), torch.cat([new for _, new in pairs])
 
-    The empty prompt has its first.
+
+def _pair(recipe: Recipe, base: BaseModel, name: str, text: str, without: str) -> tuple[Tensor, Tensor]:
+    """States of `text` at its concept's last token, or from there to the window's end, and what they become.
+
+    That is the same of `without`, from its surrogate on, or where it has none, from the token before the gap.
     """
-    states = base.encode(prompts).states
     tokenizer = base.pipe.tokenizer
-    ids = tokenizer(list(prompts), truncation=True, max_length=tokenizer.model_max_length).input_ids
-    last = torch.tensor([max(0, len(row) - 2) for row in ids], device=states.device)
-    return states[torch.arange(len(prompts), device=states.device), last]
+    old, new = base.encode([text, without]).states
+    same = [one == other for one, other in zip(window(tokenizer, text), window(tokenizer, without), strict=False)]
+    gap = same.index(False) if False in same else len(same)
+    first = concept_positions(tokenizer, text, [name])[-1:] or (last_position(tokenizer, text),)
+    other = concept_positions(tokenizer, without, [recipe.surrogate])[-1:] or (max(0, gap - 1),)
+    count = 1 if recipe.closed_form.tokens == "last" else len(old) - max(*first, *other)
+    return old[first[0] : first[0] + count], new[other[0] : other[0] + count]
+
+
+def _held(recipe: Recipe, base: BaseModel, prompts: Sequence[str]) -> Tensor:
+    """The states (n, d_text) by which prompts are held: their last tokens', or where all are edited, all."""
+    if recipe.closed_form.tokens == "onwards":
+        return base.encode(prompts).states.flatten(0, 1)
+    states = base.encode(prompts).states
+    return torch.stack(
+        [row[last_position(base.pipe.tokenizer, text)] for row, text in zip(states, prompts, strict=True)]
+    )
+
+
+def _maker(base: BaseModel, names: tuple[str, ...], kind: str) -> PromptMaker:
+    return PromptMaker(names, kind, Words.load(), vocabulary_words(base.pipe.tokenizer))

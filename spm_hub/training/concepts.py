@@ -33,6 +33,23 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 
 
+# What Concept Ablation makes of them: its paper's anchor concepts, and the like.
+_ANCHORS = {
+    **dict.fromkeys(_STYLES, "painting"),
+    "grumpy cat": "cat", "hello kitty": "cat", "snoopy": "dog", "mickey": "mouse", "mickey mouse": "mouse",
+    "donald duck": "duck", "nemo": "fish", "r2d2": "robot", "nudity": "person", "nude": "person",
+}  # fmt: skip
+
+
 def known(target: str) -> dict[str, Any]:
     """Recipe keys (kind, aliases) for a well-known concept, or nothing."""
-    return dict(KNOWN.get(" ".join(target.lower().split()), {}))
+    return dict(KNOWN.get(_plain(target), {}))
+
+
+def anchor_concept(target: str, kind: str | None) -> str:
+    """What a concept is ablated to, "painting" for a style; "" where nobody said."""
+    return _ANCHORS.get(_plain(target), "painting" if kind == "style" else "")
+
+
+def _plain(target: str) -> str:
+    return " ".join(target.lower().split())

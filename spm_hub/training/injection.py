@@ -20,6 +20,7 @@ from spm_hub.increments import LowRank
 from .dense import DenseInjection
 from .masks import MaskInjection
 from .null_space import NullSpaceInjection
+from .peft_kinds import PeftInjection
 
 _NAME = "spmhub_training"
 
@@ -115,4 +116,4 @@ def _fan_in_factor(down: nn.Parameter) -> float:
     return 128 / down[0].numel()
 
 
-Trainable = Injection | DenseInjection | MaskInjection | NullSpaceInjection
+Trainable = Injection | DenseInjection | MaskInjection | NullSpaceInjection | PeftInjection

@@ -52,7 +52,35 @@ METHODS: dict[str, dict[str, Any]] = {
         "steps": 50,
     },
     "sepme": _SEPME,
-    "uce": {"objective": {"name": "uce"}, "increment": {"modules": "esd-x-strict"}, "templates": False},
+    # The surrogate is the anchor concept, and the prior loss the anchoring on its sentences.
+    "ca": {
+        "objective": {"name": "ca", "teacher": "student", "paired": True},
+        "increment": {"kind": "dense", "modules": "esd-x-strict"},
+        "x_t": {"guidance": (3.0,)},
+        "anchoring": {"source": "surrogate", "weight": 1.0, "reach": None, "per_target": 1},
+        "optimiser": {"lr": 1e-3},
+    },
+    "sdd": {
+        "objective": {"name": "sdd", "teacher": "student"},
+        "increment": {"kind": "dense", "modules": "esd-x"},
+        "x_t": {"guidance": (3.0,)},
+        "anchoring": {"weight": 0.0, "reach": None, "per_target": 0},
+        "optimiser": {"lr": 1e-3, "ema": 0.95},
+    },
+    "fmn": {
+        "objective": {"name": "fmn", "tokens": "onwards"},
+        "increment": {"kind": "dense", "modules": "esd-x"},
+        "anchoring": {"weight": 0.0, "reach": None, "per_target": 0},
+        "optimiser": {"lr": 1e-3, "schedule": "constant", "warmup": 0},
+        "x_t": {"guidance": (3.0,), "chunks": 1},
+        "steps": 35,
+    },
+    "uce": {
+        "objective": {"name": "uce"},
+        "increment": {"modules": "esd-x-strict"},
+        "closed_form": {"tokens": "onwards", "sentences": 40, "held": 20, "rank": 32},
+        "templates": False,
+    },
 }
 
 

@@ -30,16 +30,37 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-OWN_OBJECTIVES = ("spm", "esd", "uce", "minimalist", "sepme")
+OWN_OBJECTIVES = ("spm", "esd", "uce", "minimalist", "sepme", "ca", "sdd", "fmn")
+PEFT_KINDS = ("loha", "lokr", "vera", "dora")
+# Of the objectives without an eta: why there is none, or what stands in its place.
+_WITHOUT_ETA = {
+    "uce": ": it is a closed form with closed_form.ridge",
+    "minimalist": ": it goes to a drawn goal and not beyond",
+    "sepme": "; how far it goes is told by stop.below",
+    "ca": ": the surrogate's prediction is the target; objectives 'spm' and 'esd' go beyond it",
+    "sdd": ": the unconditional prediction is the target; objectives 'spm' and 'esd' go beyond it",
+    "fmn": ": it turns attention away, without a target; objectives 'spm' and 'esd' have one",
+}
 
 
 class Objective(Part):
     """What the erased prediction is pulled to: a file in `objectives/`."""
 
-    name: str = Field(default="spm", description="spm, esd, uce, minimalist, sepme, or a plug-in's")
+    name: str = Field(default="spm", description="spm, esd, ca, sdd, fmn, uce, minimalist, sepme, or a plug-in's")
     eta: float = Field(default=1.0, ge=0, description="how far beyond the surrogate's prediction the target lies")
     convention: Literal["paper", "rewrite"] = Field(
         default="paper", description="rewrite: eta as ESD's authors count it since 2025, the paper's plus 1"
+    )
+    teacher: Literal["base", "student"] = Field(
+        default="base",
+        description="of ca and sdd: who predicts the surrogate, the frozen base or the model being erased",
+    )
+    paired: bool = Field(
+        default=False,
+        description="the surrogate's prediction is that of the concept's sentence with the surrogate in it",
+    )
+    tokens: Literal["concept", "onwards"] = Field(
+        default="concept", description="of fmn: which tokens attention is to leave, the concept's or all from it on"
     )
 
     @field_validator("name")
@@ -55,12 +76,12 @@ class Objective(Part):
             raise ValueError(f"convention 'rewrite' belongs to objective 'esd', not {self.name!r}")
         if self.convention == "rewrite" and self.eta == 0:
             raise ValueError("convention 'rewrite' with eta 0 asks for the base's own prediction: nothing is erased")
-        if self.name == "uce" and self.eta != 1.0:
-            raise ValueError(f"'uce' is a closed form and has no eta (got {self.eta}); it has closed_form.ridge")
-        if self.name == "minimalist" and self.eta != 1.0:
-            raise ValueError(f"'minimalist' goes to a drawn goal and not beyond: it has no eta (got {self.eta})")
-        if self.name == "sepme" and self.eta != 1.0:
-            raise ValueError(f"'sepme' has no eta (got {self.eta}); how far it goes is told by stop.below")
+        if self.name in _WITHOUT_ETA and self.eta != 1.0:
+            raise ValueError(f"{self.name!r} has no eta (got {self.eta}){_WITHOUT_ETA[self.name]}")
+        if self.teacher == "student" and self.name not in ("ca", "sdd"):
+            raise ValueError(f"teacher 'student' belongs to objectives 'ca' and 'sdd', not {self.name!r}")
+        if self.tokens != "concept" and self.name != "fmn":
+            raise ValueError(f"tokens {self.tokens!r} belongs to objective 'fmn', not {self.name!r}")
         return self
 
 
@@ -69,6 +90,15 @@ class ClosedForm(Part):
 
     ridge: float = Field(default=0.5, gt=0, description="lambda: how hard everything else is held")
     preserve: tuple[NonBlank, ...] = Field(default=(), description="prompts held one by one")
+    tokens: Literal["last", "onwards"] = Field(
+        default="last",
+        description="what is edited: the last token's state (paper), or all from it to the window's end (released)",
+    )
+    sentences: int = Field(default=0, ge=0, description="sentences about each name, edited beside the name alone")
+    held: int = Field(default=0, ge=0, description="sentences about everything else, held")
+    rank: int | None = Field(
+        default=None, ge=1, le=256, description="of the increment; without it, as many as states are edited"
+    )
 
 
 MaskGroup = Literal["ff", "norm", "attn", "linear"]
@@ -110,12 +140,13 @@ class Masks(Part):
 class IncrementRecipe(Part):
     """What is trained: low-rank of `rank` 1 is SPM's one-dimensional adapter; dense, full weights and biases.
 
-    mask: neurons switched off, which `masks` says more of.
+    mask: neurons switched off, which `masks` says more of. loha, lokr, vera, dora: PEFT's, of `rank`, saved as low-rank
+    or dense increments.
     null_space: w (beta S) on keys and values of cross-attention, S the directions that no protected prompt has (SepME).
     """
 
-    kind: Literal["low_rank", "dense", "mask", "null_space"] = "low_rank"
-    rank: int = Field(default=1, ge=1, le=128, description="of low_rank; a closed form has its own")
+    kind: Literal["low_rank", "dense", "mask", "null_space", "loha", "lokr", "vera", "dora"] = "low_rank"
+    rank: int = Field(default=1, ge=1, le=256, description="of low_rank and PEFT's kinds; a closed form has its own")
     modules: Literal["targets", "esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn"] = (
         Field(default="targets", description="targets: SPM's, all of the attention blocks; the others: ESD's")
     )
@@ -128,16 +159,16 @@ class IncrementRecipe(Part):
         kind, colon, rank = text.strip().lower().partition(":")
         if kind == "lora" and rank.isdecimal():
             return {"kind": "low_rank", "rank": int(rank)}
+        if kind in PEFT_KINDS and rank.isdecimal():
+            return {"kind": kind, "rank": int(rank)}
         if kind == "null-space" and not colon:
             return {"kind": "null_space", "modules": "esd-x-strict"}
         if kind in ("dense", "mask") and not colon:
             return {"kind": kind}
         if kind == "spm" and not colon:
             return {"kind": "low_rank", "rank": 1}
-        raise UsageError(
-            f"unknown increment {text!r}{hint(kind, ('spm', 'lora:RANK', 'dense', 'mask', 'null-space'))}",
-            mend="--increment lora:4",
-        )
+        known = ("spm", "lora:RANK", *(f"{kind}:RANK" for kind in PEFT_KINDS), "dense", "mask", "null-space")
+        raise UsageError(f"unknown increment {text!r}{hint(kind, known)}", mend="--increment lora:4")
 
 
 class XtSource(Part):
@@ -155,6 +186,10 @@ class XtSource(Part):
         min_length=1,
         description="guidance scales a trajectory is driven with, one drawn for each; the student uses the first",
     )
+    driver: Literal["concept", "surrogate"] = Field(
+        default="concept",
+        description="whose pictures the latents are on their way to; with anchors, half of them an anchor's",
+    )
     trajectories: int = Field(default=24, ge=1, description="run side by side; of q_sample, the number of pictures")
     chunks: int = Field(default=4, ge=1, description="groups of trajectories over the whole training")
 
@@ -170,9 +205,10 @@ class Anchoring(Part):
         "null keeps it as it is",
     )
     alpha: float = Field(default=1.0, ge=0, description="P(anchor) ~ (1 - |cos(anchor, target)|)^alpha")
-    source: Literal["text", "gaussian", "given"] = Field(
+    source: Literal["text", "gaussian", "given", "surrogate"] = Field(
         default="text",
-        description="text: sentences about everything else; gaussian: the released code's; given: `prompts`",
+        description="text: sentences about everything else; gaussian: the released code's; given: `prompts`; "
+        "surrogate: the concept's sentences with the surrogate in its place (Concept Ablation's prior)",
     )
     prompts: tuple[NonBlank, ...] = ()
     per_target: int = Field(default=2, ge=0, description="anchors for each target row of a batch")
@@ -233,6 +269,9 @@ class Optimiser(Part):
     warmup: int = Field(default=20, ge=0)
     cycles: int = Field(default=3, ge=1, description="of cosine_restarts")
     weight_decay: float = Field(default=0.0, ge=0)
+    ema: float | None = Field(
+        default=None, ge=0, lt=1, description="decay of a moving average, which is saved and draws the student's x_t"
+    )
     scale_lr: bool = Field(
         default=True, description="lr of `down` proportional to 1 / fan-in, so that one lr fits every width"
     )

@@ -116,9 +116,17 @@ class PromptMaker:
         return self._fill(_pick(self._frames(), generator), name, generator)
 
     def without(self, sentence: str, surrogate: str) -> str:
-        """The sentence with `surrogate`, or nothing, in the place of the concept's names."""
+        """The sentence with `surrogate`, or nothing, in the place of the concept's names.
+
+        A style goes together with its "by", and its name alone becomes the surrogate: "a dog by van gogh" is a dog.
+        """
         names = "|".join(re.escape(name) for name in sorted(self.names, key=len, reverse=True))
-        return " ".join(re.sub(names, lambda name: surrogate, sentence, flags=re.IGNORECASE).split())
+        concept = rf"\b({names})\b"
+        if self.kind == "style":
+            concept = rf"(,|\bin the style of|\bby)?\s*{concept}(\s+style\b)?"
+        put = "" if self.kind == "style" else surrogate
+        found = " ".join(re.sub(concept, lambda name: put, sentence, flags=re.IGNORECASE).split())
+        return found or surrogate
 
     def anchor(self, generator: torch.Generator) -> str:
         """A sentence that does not mention the concept."""

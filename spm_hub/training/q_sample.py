@@ -12,7 +12,7 @@ from .base import BaseModel
 from .injection import Trainable
 from .prompts import PromptMaker
 from .recipe import Recipe
-from .trajectories import Batch, denoised, generator_for, initial_sigma, scaled, taught, trained_prompt
+from .trajectories import Batch, denoised, generator_for, initial_sigma, neutral_prompts, scaled, taught, trained_prompt
 
 _TIMES = 999
 """Steps of the schedule that t is drawn from: as fine as the thousand that models are trained on."""
@@ -42,7 +42,8 @@ class QSampleSource:
             prompts = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(count))
             picks = torch.randint(len(source.guidance), (count,), generator=generator)
             guidance = torch.tensor(source.guidance)[picks].to(base.device)
-            given = base.encode(prompts).under(guidance)
+            drawn = prompts if source.driver == "concept" else neutral_prompts(recipe, self._maker, prompts)
+            given = base.encode(drawn).under(guidance)
             empty = base.encode([""])[0].expand(count).under(guidance)
             scheduler = base.scheduler(base.steps(source.steps))
             latents = base.noise(count, generator) * initial_sigma(scheduler)
@@ -66,7 +67,11 @@ class QSampleSource:
         latents, times = noised(self._scheduler, pictures[rows.to(pictures.device)], noise, moments)
         prompts = tuple(drawn_for[row] for row in rows.tolist())
         guidance = torch.full((size,), recipe.x_t.guidance[0], device=base.device)
-        return taught(base, recipe, self._anchors, self._injection, generator, latents, times, noise, prompts, guidance)
+        neutral_states = base.encode(neutral_prompts(recipe, self._maker, prompts)).under(guidance)
+        return taught(
+            base, recipe, self._anchors, self._injection, generator,
+            latents, times, noise, prompts, neutral_states, guidance,
+        )  # fmt: skip
 
 
 def noised(scheduler: Any, pictures: Tensor, noise: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:

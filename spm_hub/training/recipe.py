@@ -18,9 +18,10 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from spm_hub.errors import RecipeError, UsageError
 from spm_hub.manifest import slug
 
-from .concepts import known
+from .concepts import anchor_concept, known
 from .methods import known_methods, merged, objective_of, preset_of
 from .parts import (
+    PEFT_KINDS,
     Adversary,
     Anchoring,
     ClosedForm,
@@ -68,7 +69,9 @@ class Recipe(Part):
     optimiser: Optimiser = Optimiser()
     regulariser: Regulariser = Regulariser()
     protection: Protection = Protection()
-    together: tuple[Companion, ...] = Field(default=(), description="concepts erased in the same run (SepME)")
+    together: tuple[Companion, ...] = Field(
+        default=(), description="concepts erased in the same run, into erasers of their own (sepme, uce)"
+    )
     stop: EarlyStop = EarlyStop()
     closed_form: ClosedForm = ClosedForm()
     masks: Masks = Masks()
@@ -86,9 +89,13 @@ class Recipe(Part):
     @model_validator(mode="before")
     @classmethod
     def _of_method(cls, values: Any) -> Any:
-        """What the method presets, under what is given."""
+        """What the method presets, under what is given; and the anchor concept, where the method needs one."""
         preset = preset_of(str(values.get("method", "spm"))) if isinstance(values, dict) else None
-        return values if preset is None else merged(preset, values)
+        if preset is None:
+            return values
+        if preset.get("objective", {}).get("paired") and "surrogate" not in values:
+            values = {**values, "surrogate": anchor_concept(str(values.get("target")), values.get("kind"))}
+        return merged(preset, values)
 
     @field_validator("method")
     @classmethod
@@ -113,8 +120,8 @@ class Recipe(Part):
             raise ValueError("start_sha256 is given, but no start_from")
         if self.objective.name == "uce":
             self._check_closed()
-        elif self.closed_form != ClosedForm():
-            raise ValueError(f"closed_form belongs to method 'uce', not to {self.method!r}")
+        else:
+            self._check_trained()
         if self.objective.name == "minimalist":
             self._check_masks()
         elif self.increment.kind == "mask" or self.masks != Masks():
@@ -123,8 +130,36 @@ class Recipe(Part):
         check_separable(self)
         return self
 
+    def _check_trained(self) -> None:
+        if self.closed_form != ClosedForm():
+            raise ValueError(f"closed_form belongs to method 'uce', not to {self.method!r}")
+        if self.increment.kind in PEFT_KINDS:
+            for what, given in (
+                ("start_from", self.start_from is not None),
+                ("protection.separable", self.protection.separable),
+                ("regulariser.l1", self.regulariser.l1 > 0),
+            ):
+                if given:
+                    raise ValueError(
+                        f"{what} goes with increment.kind 'low_rank' or 'dense', not with {self.increment.kind!r}"
+                    )
+        if self.objective.name == "ca" and not self.surrogate:
+            raise ValueError(
+                "method 'ca' makes the concept into an anchor concept, which surrogate has to name: "
+                "surrogate: dog for snoopy, surrogate: painting for a style; method 'sdd' needs none"
+            )
+        if (self.objective.paired or self.anchoring.source == "surrogate") and not self.surrogate:
+            raise ValueError("objective.paired and anchoring.source 'surrogate' need a surrogate, and it is empty")
+        if self.objective.name == "fmn":
+            if self.erase_from is not None:
+                raise ValueError(
+                    "method 'fmn' looks away from the concept's own words and has no erase_from; esd-x has"
+                )
+            if self.anchoring.weight and self.anchoring.reach is not None:
+                raise ValueError("method 'fmn' has no prediction to steer by: anchoring.reach has to be null with it")
+
     def _check_masks(self) -> None:
-        unused = {"trajectories", "chunks", "source"}
+        unused = {"trajectories", "chunks", "source", "driver"}
         if self.increment != IncrementRecipe(kind="mask"):
             raise ValueError(
                 f"method {self.method!r} switches neurons off: its increment is of kind 'mask'; "
@@ -152,6 +187,8 @@ class Recipe(Part):
                 f"method {self.method!r} draws under one guidance of 1 or more, for instance x_t.guidance=[3.0] "
                 f"(got {list(self.x_t.guidance)})"
             )
+        if self.optimiser.ema is not None:
+            raise ValueError(f"method {self.method!r} keeps no moving average: optimiser.ema has to be null")
         if self.optimiser.scale_lr:
             raise ValueError(f"method {self.method!r} has one lr for all neurons: optimiser.scale_lr has to be false")
         if self.batch_size * self.masks.accumulate % 2:
@@ -161,10 +198,15 @@ class Recipe(Part):
             )
 
     def _check_closed(self) -> None:
+        names = [self.target, *self.aliases]
+        for companion in self.together:
+            names += [companion.target, *companion.aliases]
+        if clash := set(names).intersection(self.closed_form.preserve):
+            raise ValueError(f"closed_form.preserve: {sorted(clash)[0]!r} is both to be erased and to be held")
         fields = Recipe.model_fields
         loops = (
-            "erase_from", "x_t", "anchoring", "adversary", "start_from", "optimiser", "regulariser", "together", "stop",
-            "steps", "batch_size", "templates", "seed",
+            "erase_from", "x_t", "anchoring", "adversary", "start_from", "optimiser", "regulariser", "stop",
+            "steps", "batch_size", "templates",
         )  # fmt: skip
         preset = preset_of(self.method) or {}
         for key in loops:
@@ -172,8 +214,8 @@ class Recipe(Part):
                 raise ValueError(f"method {self.method!r} is a closed form, without a training loop: it has no {key}")
         if self.increment.kind != "low_rank" or self.increment.rank != 1:
             raise ValueError(
-                f"method {self.method!r} gives an exact low_rank increment of its own rank: "
-                "increment.kind and increment.rank cannot be chosen"
+                f"method {self.method!r} gives an exact low_rank increment: increment.kind cannot be chosen, "
+                "and in place of increment.rank it has closed_form.rank"
             )
         if self.increment.modules != "esd-x-strict":
             raise ValueError(f"method {self.method!r} edits keys and values of cross-attention, 'esd-x-strict', only")
@@ -194,10 +236,10 @@ class Recipe(Part):
         Raises RecipeError for what the recipe cannot hold, UsageError for an empty concept.
         """
         values = _read(path) if path is not None else {}
-        values = merged(values, given)
+        values = merged(merged(values, given), _assigned(sets))
         if not str(values.get("target") or "").strip():
             raise UsageError("the concept is empty: there is nothing to erase", mend='spmhub train "van gogh"')
-        return cls.make(**{**known(str(values["target"])), **values}).with_set(*sets)
+        return cls.make(**{**known(str(values["target"])), **values})
 
     @property
     def slug(self) -> str:
@@ -206,32 +248,16 @@ class Recipe(Part):
 
     def to_yaml(self) -> str:
         """The concept, and whatever else differs from what the method presets."""
-        preset = self.make(target=self.target, method=self.method).model_dump(mode="json")
+        preset = self.make(target=self.target, method=self.method, surrogate=self.surrogate).model_dump(mode="json")
         concept = self.model_dump(mode="json", include={"target", "aliases", "kind"})
+        concept |= {"surrogate": self.surrogate} if self.surrogate else {}
         named = {} if self.method == "spm" else {"method": self.method}
         values = {**concept, **named, **_difference(self.model_dump(mode="json"), preset)}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def with_set(self, *assignments: str) -> Recipe:
         """`objective.eta=2`, `anchoring.prompts=[a dog, a cat]`: values are YAML. Raises RecipeError."""
-        values = self.model_dump(mode="json")
-        for assignment in assignments:
-            key, separator, text = assignment.partition("=")
-            if not separator or not key.strip():
-                raise RecipeError(f"--set {assignment!r} is not KEY=VALUE", mend="for instance --set objective.eta=2")
-            place = values
-            *parents, last = key.strip().split(".")
-            for parent in parents:
-                if not isinstance(place.get(parent), dict):
-                    raise RecipeError(f"--set {key}: there is no {parent!r}{hint(parent, place)}")
-                place = place[parent]
-            if last not in place:
-                raise RecipeError(f"--set {key}: unknown key {last!r}{hint(last, place)}")
-            try:
-                place[last] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise RecipeError(f"--set {key}: {text!r} is not YAML: {error}") from None
-        return self.make(**values)
+        return self.make(**merged(self.model_dump(mode="json"), _assigned(assignments)))
 
     @property
     def adversary_from(self) -> int:
@@ -256,6 +282,23 @@ class Recipe(Part):
                 return 0.5 * (1 + math.cos(math.pi * progress))
             case "cosine_restarts":
                 return 0.5 * (1 + math.cos(math.pi * ((progress * self.optimiser.cycles) % 1.0)))
+
+
+def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE, with dots down into the parts, as nested dictionaries."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key.strip():
+            raise RecipeError(f"--set {assignment!r} is not KEY=VALUE", mend="for instance --set objective.eta=2")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {key}: {text!r} is not YAML: {error}") from None
+        for step in reversed(key.strip().split(".")):
+            value = {step: value}
+        values = merged(values, value)
+    return values
 
 
 def _difference(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,14 @@ from spm_hub.adapter import Adapter
 
 from .adversary import Attacker, drift
 from .anchors import AnchorSource
+from .averaging import MovingAverage
 from .base import BaseModel
 from .dense import DenseInjection
 from .injection import Injection
 from .null_space import NullSpaceInjection
 from .objectives import objective
 from .objectives.base import Losses
+from .peft_kinds import PeftInjection
 from .prompts import PromptMaker
 from .protection import space_left
 from .q_sample import QSampleSource
@@ -42,15 +45,15 @@ class Run:
     ) -> None:
         """On `modules`, whose injection is in effect until it is removed. Raises RecipeError, ModelError."""
         self.recipe, self.base = recipe, base
-        self.objective = objective(recipe.objective)
+        self.objective = objective(recipe)
         self.space = space_left(recipe, base, modules) if protects(recipe) else None
-        anchors = AnchorSource(base, recipe.anchoring, recipe.target, maker)
+        anchors = AnchorSource(base, recipe.anchoring, recipe.target, maker, recipe.surrogate)
         self.attacker = Attacker(recipe.adversary, base, recipe.seed) if recipe.adversary.steps else None
         self.held: dict[str, Tensor] = {}  # what the increments were when the adversary began, where that is asked for
         self.injection = self._injected(modules)
         try:
             if start is not None:
-                assert not isinstance(self.injection, NullSpaceInjection)
+                assert not isinstance(self.injection, NullSpaceInjection | PeftInjection)
                 begin_with(self.injection, start)
             self._project()
             self.source = self._sourced(maker, anchors)
@@ -64,15 +67,23 @@ class Run:
         self.optimiser = torch.optim.AdamW(groups, lr=lr, weight_decay=recipe.optimiser.weight_decay)
         self.rates = [float(group["lr"]) for group in self.optimiser.param_groups]
         self.distance: Tensor | None = None
+        decay = recipe.optimiser.ema
+        self.average = None if decay is None else MovingAverage(self.injection.state(), decay)
 
-    def _injected(self, modules: Mapping[str, nn.Module]) -> Injection | DenseInjection | NullSpaceInjection:
+    def _injected(
+        self, modules: Mapping[str, nn.Module]
+    ) -> Injection | DenseInjection | NullSpaceInjection | PeftInjection:
         recipe = self.recipe
+        generator = generator_for(recipe.seed, 2, 0)
         if recipe.increment.kind == "dense":
             return DenseInjection(modules)
         if recipe.increment.kind == "null_space":
             assert self.space is not None
             return NullSpaceInjection(modules, self.space.basis, recipe.increment.beta)
-        return Injection(self.base.denoiser, recipe.increment.rank, generator_for(recipe.seed, 2, 0), modules)
+        if recipe.increment.kind == "low_rank":
+            return Injection(self.base.denoiser, recipe.increment.rank, generator, modules)
+        assert recipe.increment.kind != "mask"
+        return PeftInjection(self.base.denoiser, recipe.increment.kind, recipe.increment.rank, generator, modules)
 
     def _sourced(self, maker: PromptMaker, anchors: AnchorSource) -> StudentSource | QSampleSource | TrajectorySource:
         match self.recipe.x_t.source:
@@ -101,7 +112,8 @@ class Run:
             with self.injection.frozen():
                 batch = self.source.batch(step)
         else:
-            batch = self.source.batch(step)
+            with nullcontext() if self.average is None else self.average.applied():
+                batch = self.source.batch(step)
         if self.attacker is not None and step >= self.recipe.adversary_from:
             batch = self.attacker.harmed(batch, step)
         return self.objective.losses(self.base, batch)
@@ -110,6 +122,7 @@ class Run:
         """What is minimised; `balance` weighs the erasure among those of several concepts."""
         total = self.objective.loss(balance * losses.erase, losses.anchor, self.steering.weight)
         if (l1 := self.recipe.regulariser.l1) > 0:
+            assert not isinstance(self.injection, PeftInjection)
             deltas = self.injection.deltas()
             total = total + l1 * torch.stack([delta.abs().sum() for delta in deltas]).sum() / len(deltas)
         if self.recipe.adversary.hold and step >= self.recipe.adversary_from:
@@ -130,6 +143,8 @@ class Run:
         total.backward()
         self.optimiser.step()
         self._project()
+        if self.average is not None:
+            self.average.update()
 
     def note(self, step: int, losses: Losses) -> dict[str, float]:
         """Takes down what a step has shown; returns the losses as shares of the distance."""
@@ -144,8 +159,13 @@ class Run:
 
     def _project(self) -> None:
         """Training knows what it may not change: projected afterwards alone, much of the erasure could be lost."""
-        if self.space is not None and not isinstance(self.injection, NullSpaceInjection):
+        if self.space is not None and not isinstance(self.injection, NullSpaceInjection | PeftInjection):
             self.injection.project(self.space.projector)
+
+    def settle(self) -> None:
+        """The parameters become what is to be saved: their average, where one is kept."""
+        if self.average is not None:
+            self.injection.load_state(self.average.state())
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = tensors_of(self.injection, self.optimiser)
@@ -154,6 +174,8 @@ class Run:
             tensors["distance"] = self.distance
         tensors["steering"] = self.steering.state()
         tensors["stopping"] = self.stopping.state()
+        if self.average is not None:
+            tensors |= {f"average.{key}": kept for key, kept in self.average.state().items()}
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -163,3 +185,5 @@ class Run:
         self.distance = tensors["distance"].to(self.base.device)
         self.steering.load(tensors["steering"])
         self.stopping.load(tensors["stopping"])
+        if self.average is not None:
+            self.average.load({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})

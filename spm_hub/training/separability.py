@@ -21,6 +21,12 @@ def protects(recipe: Recipe) -> bool:
     return recipe.increment.kind == "null_space" or recipe.protection.separable
 
 
+def jointly(recipe: Recipe) -> bool:
+    """Whether the erasers of several concepts are made to stand side by side: without a say in each other's (SepME), or
+    as the shares of one solution (UCE)."""
+    return recipe.increment.kind == "null_space" or recipe.objective.name == "uce"
+
+
 def held_exactly(recipe: Recipe) -> tuple[str, ...]:
     """Prompts whose states an increment sends to zero: the empty one, the surrogate, what others erase, and `prompts`
     unless they are held by their principal directions."""
@@ -65,10 +71,10 @@ def check_separable(recipe: Recipe) -> None:
         raise ValueError(f"{clash!r} cannot be erased and protected at once: take it out of protection, or surrogate")
     if recipe.objective.name == "sepme" and recipe.erase_from is not None:
         raise ValueError("erase_from belongs to targets that are predictions: objective 'sepme' has none; try esd-x")
-    if recipe.together and kind != "null_space":
+    if recipe.together and not jointly(recipe):
         raise ValueError(
             f"together needs increments that leave each other's concepts alone, and kind {kind!r} does not: "
-            "try --method sepme, or train one after the other"
+            "try --method sepme or uce, or train one after the other"
         )
     if recipe.start_from is not None and kind == "null_space":
         raise ValueError("start_from belongs to low_rank and dense increments: null_space begins with nothing erased")

@@ -13,11 +13,12 @@ _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 def tensors_of(injection: Trainable, optimiser: torch.optim.AdamW) -> dict[str, Tensor]:
-    """All of it, by name. The optimiser has taken a step."""
+    """All of it, by name. The optimiser has taken a step; it knows nothing of what the loss does not depend on."""
     tensors: dict[str, Tensor] = {}
     for key, parameter in injection.state().items():
         tensors[f"increment.{key}"] = parameter
-        tensors |= {f"optimiser.{name}.{key}": optimiser.state[parameter][name] for name in _ADAM}
+        if known := optimiser.state.get(parameter):
+            tensors |= {f"optimiser.{name}.{key}": known[name] for name in _ADAM}
     return tensors
 
 
@@ -26,6 +27,6 @@ def restore(injection: Trainable, optimiser: torch.optim.AdamW, tensors: Mapping
     parameters = injection.state()
     injection.load_state({key: tensors[f"increment.{key}"] for key in parameters})
     for key, parameter in parameters.items():
-        for name in _ADAM:
+        for name in _ADAM if f"optimiser.step.{key}" in tensors else ():
             value = tensors[f"optimiser.{name}.{key}"]
             optimiser.state[parameter][name] = value if name == "step" else value.to(parameter.device)

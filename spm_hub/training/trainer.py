@@ -20,13 +20,14 @@ from spm_hub.architectures import family_of, fingerprint_of
 from spm_hub.atomic import write_atomic
 from spm_hub.errors import RecipeError, SpmHubError
 from spm_hub.increments import Increment
-from spm_hub.manifest import Base, Concept, GateDefaults, Manifest
+from spm_hub.manifest import Base, Concept, Evaluation, GateDefaults, Manifest
 
 from .base import BaseModel
 from .closed_form import solved
 from .injection import Trainable
 from .masks import MaskInjection
 from .minimalist import MinimalistRun
+from .peft_kinds import PeftInjection
 from .prompts import PromptMaker, Words, vocabulary_words
 from .protection import Space, space_left
 from .recipe import Recipe
@@ -38,6 +39,8 @@ from .together import Together
 
 Progress = Callable[[int, int, dict[str, float]], None]
 _CHECKPOINT = "training.safetensors"
+CONVERSION = "conversion"
+"""The protocol by which a manifest tells how exactly what PEFT trained was turned into increments."""
 
 
 class TrainingInterruptedError(SpmHubError):
@@ -134,8 +137,11 @@ def train_together(
     base.denoiser.requires_grad_(False)
     modules = selected(base.denoiser, recipe.increment.modules)
     if recipe.objective.name == "uce":
-        space = space_left(recipe, base, modules) if protects(recipe) else None
-        return (_adapter(recipe, base, solved(recipe, base, modules), revision, modules, space),)
+        shares = {member.target: member for member in members(recipe)}
+        return tuple(
+            _adapter(member, base, solved(member, base, modules), revision, modules, _space(member, base, modules))
+            for member in (shares[name] for name in _wanted(recipe))
+        )
     checkpoint = Checkpoint(checkpoint_dir) if checkpoint_dir is not None else None
     runs: dict[str, Run | MinimalistRun] = {}
     try:
@@ -176,14 +182,44 @@ def train_together(
                 f"stopped at step {done} of {recipe.steps}; the run is saved in {checkpoint.folder}",
                 mend="the same command with --resume",
             ) from None
+        for one in runs.values():
+            if isinstance(one, Run):
+                one.settle()
         trained = {target: one.injection.increments() for target, one in runs.items()}
+        converted = {
+            target: _conversion(one.recipe, one.injection, trained[target])
+            for target, one in runs.items()
+            if isinstance(one.injection, PeftInjection)
+        }
     finally:
         for one in runs.values():
             one.injection.remove()
-    wanted = [recipe.target, *(companion.target for companion in recipe.together)]
     return tuple(
-        _adapter(runs[name].recipe, base, trained[name], revision, modules, runs[name].space) for name in wanted
+        _adapter(runs[name].recipe, base, trained[name], revision, modules, runs[name].space, converted.get(name))
+        for name in _wanted(recipe)
     )
+
+
+def _wanted(recipe: Recipe) -> list[str]:
+    return [recipe.target, *(companion.target for companion in recipe.together)]
+
+
+def _space(recipe: Recipe, base: BaseModel, modules: Mapping[str, nn.Module]) -> Space | None:
+    return space_left(recipe, base, modules) if protects(recipe) else None
+
+
+def _conversion(recipe: Recipe, injection: PeftInjection, trained: Mapping[str, Increment]) -> Evaluation:
+    """How far what is saved is from what PEFT trained."""
+    return Evaluation(
+        protocol=CONVERSION, base=recipe.model, subject=recipe.target,
+        metric=f"relative_error_of_{injection.kind}",
+        value=injection.conversion_error(_rounded(recipe, trained)), samples=len(trained), seed=recipe.seed,
+    )  # fmt: skip
+
+
+def _rounded(recipe: Recipe, trained: Mapping[str, Increment]) -> dict[str, Increment]:
+    dtype = getattr(torch, recipe.increment.dtype)
+    return {path: increment.to(dtype=dtype) for path, increment in trained.items()}
 
 
 def _adapter(
@@ -193,12 +229,14 @@ def _adapter(
     revision: str | None,
     modules: Mapping[str, nn.Module],
     space: Space | None,
+    converted: Evaluation | None = None,
 ) -> Adapter:
     if space is not None and recipe.protection.separable:
         trained = space.projected(trained)
-    dtype = getattr(torch, recipe.increment.dtype)
-    increments = {path: increment.to(dtype=dtype) for path, increment in trained.items()}
+    increments = _rounded(recipe, trained)
     manifest = _manifest(recipe, base, increments, revision)
+    if converted is not None:
+        manifest = manifest.model_copy(update={"evaluation": (converted,)})
     if space is not None:
         gate = manifest.gate.model_copy(update={"protected": space.exact})
         moved = space.measured(increments, modules, recipe)

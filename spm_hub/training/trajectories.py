@@ -7,6 +7,7 @@ spends about thirty of its fifty denoiser rows per iteration on reaching one x_t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,13 +98,14 @@ class TrajectorySource:
         prompts = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(count))
         targets = base.encode(prompts)
         driving = self._anchors.draw(count, generator)
-        ends = base.encode(["", recipe.surrogate])
+        empty = base.encode([""])[0]
         picks = torch.randint(len(source.guidance), (count,), generator=generator)
         guidance = torch.tensor(source.guidance)[picks]
         by_anchor = (torch.arange(count) % 2 == 1) & (recipe.anchoring.weight > 0)
         guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)
         target_states = targets.under(guidance)
-        empty_states, neutral_states = (end.expand(count).under(guidance) for end in ends)
+        empty_states = empty.expand(count).under(guidance)
+        neutral_states = base.encode(neutral_prompts(recipe, self._maker, prompts)).under(guidance)
         driving = driving.under(guidance)
         # Another number of steps each time, so that together the trajectories visit all timesteps.
         most = base.steps(source.steps)
@@ -128,12 +130,12 @@ class TrajectorySource:
             repeated = torch.cat([model_input] * (len(states) // count))
             parts = list(base.predict(repeated, time.expand(len(repeated)), states).split(count))
             concept, neutral = parts[0], parts[1]
-            empty = parts[1] if recipe.surrogate == "" else parts[2]
+            surrogate, empty = parts[1], parts[1] if recipe.surrogate == "" else parts[2]
             if recipe.erase_from is not None:
                 neutral = less_concept(concept, parts[len(fixed) - 1], neutral)
             kept = torch.stack(parts[-per:], dim=1)
             anchored = by_anchor.to(base.device).view(-1, *[1] * (concept.dim() - 1))
-            driver = torch.where(anchored, kept[:, 0], concept)
+            driver = torch.where(anchored, kept[:, 0], concept if source.driver == "concept" else surrogate)
             latents = scheduler.step(base.guide(empty, driver, guidance), time, latents).prev_sample
             for key, value in zip(rows, (model_input, time.expand(count), concept, neutral, empty, kept), strict=True):
                 rows[key].append(value)
@@ -211,6 +213,13 @@ def trained_prompt(recipe: Recipe, maker: PromptMaker, generator: torch.Generato
     return maker.target(generator) if recipe.templates else recipe.target
 
 
+def neutral_prompts(recipe: Recipe, maker: PromptMaker, prompts: Sequence[str]) -> list[str]:
+    """For each prompt that is trained on, the one whose prediction is without the concept."""
+    return [
+        maker.without(prompt, recipe.surrogate) if recipe.objective.paired else recipe.surrogate for prompt in prompts
+    ]
+
+
 def less_concept(whole: Tensor, concept: Tensor, neutral: Tensor) -> Tensor:
     """The prediction of a prompt less its concept: eps*(Y) - (eps*(X) - eps*(c0)).
 
@@ -255,15 +264,17 @@ class StudentSource:
         guidance = torch.full((size,), recipe.x_t.guidance[0], device=base.device)
         states = base.encode(prompts).under(guidance)
         empty = base.encode([""])[0].expand(size).under(guidance)
+        neutral_states = base.encode(neutral_prompts(recipe, self._maker, prompts)).under(guidance)
         scheduler = base.scheduler(base.steps(recipe.x_t.steps))
         reached = int(torch.randint(len(scheduler.timesteps), (), generator=generator))
         noise = base.noise(size, generator)
         latents = noise * initial_sigma(scheduler)
-        latents = denoised(base, scheduler, reached, latents, empty, states, guidance)
+        given = states if recipe.x_t.driver == "concept" else neutral_states
+        latents = denoised(base, scheduler, reached, latents, empty, given, guidance)
         time = scheduler.timesteps[reached]
         return taught(
             base, recipe, self._anchors, self._injection, generator,
-            scaled(scheduler, latents, time), time.expand(size), noise, prompts, guidance,
+            scaled(scheduler, latents, time), time.expand(size), noise, prompts, neutral_states, guidance,
         )  # fmt: skip
 
 
@@ -295,12 +306,12 @@ def taught(
     times: Tensor,
     noise: Tensor,
     prompts: tuple[str, ...],
+    neutral_states: Conditioning,
     guidance: Tensor,
 ) -> Batch:
     """A batch at these latents (n, *latent_shape) and times (n,): freshly drawn anchors, the base asked for all."""
     size, per = len(latents), recipe.anchoring.per_target if recipe.anchoring.weight > 0 else 0
     states = base.encode(prompts).under(guidance)
-    neutral_states = base.encode([recipe.surrogate])[0].expand(size).under(guidance)
     anchor_states = anchors.draw(size * per, generator) if per else states[:0]
     anchor_states = anchor_states.under(guidance.repeat_interleave(per))
     anchor_latents, anchor_times = latents.repeat_interleave(per, dim=0), times.repeat_interleave(per)

@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from spm_hub.training.methods import plugged
-from spm_hub.training.parts import Objective as ObjectiveRecipe
+from spm_hub.training.recipe import Recipe
 
 from .base import Objective
+from .ca import ConceptAblation
 from .esd import ESD
+from .fmn import ForgetMeNot
+from .sdd import SDD
 from .sepme import SepME
 from .spm import SPM
 
-_OWN: dict[str, Callable[[ObjectiveRecipe], Objective]] = {
-    "spm": lambda recipe: SPM(recipe.eta),
-    "esd": lambda recipe: ESD(recipe.eta, recipe.convention),
+OWN: dict[str, Callable[[Recipe], Objective]] = {
+    "spm": lambda recipe: SPM(recipe.objective.eta),
+    "esd": lambda recipe: ESD(recipe.objective.eta, recipe.objective.convention),
     "sepme": lambda recipe: SepME(),
+    "ca": lambda recipe: ConceptAblation(recipe.objective.teacher),
+    "sdd": lambda recipe: SDD(recipe.objective.teacher),
+    "fmn": lambda recipe: ForgetMeNot((recipe.target, *recipe.aliases), recipe.objective.tokens),
 }
 
 
-def objective(recipe: ObjectiveRecipe) -> Objective:
+def objective(recipe: Recipe) -> Objective:
     """The objective of a recipe: one of our own or a plug-in's."""
-    plugin = plugged(recipe.name)
-    return _OWN[recipe.name](recipe) if plugin is None else plugin.objective(recipe)
+    plugin = plugged(recipe.objective.name)
+    return OWN[recipe.objective.name](recipe) if plugin is None else plugin.objective(recipe.objective)

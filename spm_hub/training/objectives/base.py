@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -74,3 +74,25 @@ class Objective(ABC):
     def left_at(self, reach: float) -> float:
         """The share of `distance` that `erase` has left when predictions went `reach` of the way to `neutral`."""
         return max(0.0, 1 - reach / (1 + self.push)) ** 2
+
+
+class SelfDistillation(Objective):
+    """The concept's prediction becomes the surrogate's, `neutral`, without pushing beyond it."""
+
+    teacher: Literal["base", "student"]
+
+    @property
+    def push(self) -> float:
+        return 0.0
+
+    def target(self, concept: Tensor, neutral: Tensor) -> Tensor:
+        """The surrogate's prediction."""
+        return neutral
+
+    def losses(self, base: BaseModel, batch: Batch) -> Losses:
+        """With the teacher "student" the surrogate's prediction is what the model being erased makes of it now."""
+        if self.teacher == "student":
+            with torch.no_grad():
+                neutral = base.predict(batch.latents, batch.times, batch.neutral_states)
+            batch = replace(batch, neutral=neutral)
+        return super().losses(base, batch)

@@ -15,7 +15,7 @@ from .base import Objective
 
 @dataclass(frozen=True)
 class ESD(Objective):
-    """Eq. 6: || eps(x_t, c) - ( eps*(x_t, c0) - eta (eps*(x_t, c) - eps*(x_t, c0)) ) ||^2.
+    """|| eps(x_t, c) - ( eps*(x_t, c0) - eta (eps*(x_t, c) - eps*(x_t, c0)) ) ||^2.
 
     convention: "paper" is that; the authors' "rewrite" of 2025 begins at eps*(x_t, c) instead of eps*(x_t, c0), so that
     its eta is the paper's plus 1.
@@ -29,6 +29,6 @@ class ESD(Objective):
         return self.eta if self.convention == "paper" else self.eta - 1
 
     def target(self, concept: Tensor, neutral: Tensor) -> Tensor:
-        """What Eq. 6 pulls to, in either convention."""
+        """What the loss pulls to, in either convention."""
         start = neutral if self.convention == "paper" else concept
         return start - self.eta * (concept - neutral)

@@ -1,0 +1,103 @@
+"""Forget-Me-Not: cross-attention looks away from the concept's words.
+
+Zhang et al., Forget-Me-Not: Learning to Forget in Text-to-Image Diffusion Models, 2023, arXiv 2303.17591.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spm_hub.errors import RecipeError
+from spm_hub.training.tokens import concept_positions
+
+from .base import Losses, Objective
+
+if TYPE_CHECKING:
+    from spm_hub.training.base import BaseModel
+    from spm_hub.training.trajectories import Batch
+
+
+@dataclass(frozen=True)
+class ForgetMeNot(Objective):
+    """The Frobenius norm of all cross-attention probabilities that the picture gives to the concept's tokens.
+
+    names: the concept's.  tokens: "concept", its own (the paper's), or "onwards", also all after its first: a text
+    encoder that reads from left to right tells them of it.
+    """
+
+    names: tuple[str, ...]
+    tokens: Literal["concept", "onwards"] = "concept"
+
+    @property
+    def push(self) -> float:
+        return 0.0
+
+    def target(self, concept: Tensor, neutral: Tensor) -> Tensor:
+        """Of the prediction there is none: what is lost is lost in attention."""
+        return neutral
+
+    def losses(self, base: BaseModel, batch: Batch) -> Losses:
+        """Raises RecipeError for a denoiser without cross-attention, one whose prompts are masked, or too long ones."""
+        if batch.states.mask is not None:
+            raise RecipeError("method 'fmn' knows no denoiser whose prompts are masked", mend="--method esd-x")
+        chosen = torch.zeros(batch.states.shape[:2], dtype=torch.bool, device=batch.latents.device)
+        for row, prompt in enumerate(batch.prompts):
+            positions = concept_positions(base.pipe.tokenizer, prompt, self.names)
+            onwards = slice(positions[0] if positions else chosen.shape[1], None)
+            chosen[row, onwards if self.tokens == "onwards" else list(positions)] = True
+        if not bool(chosen.any()):
+            raise RecipeError(
+                f"the window of {type(base.pipe.tokenizer).__name__} ends before the concept in {batch.prompts[0]!r}",
+                mend="--set templates=false, which trains on the concept's name alone",
+            )
+        with watched(base.denoiser) as seen:
+            _, anchors = self.predicted(base, batch)
+        erase = attended(seen, chosen)
+        kept = self.anchor(anchors, batch.anchor_predictions) if len(anchors) else anchors.new_zeros(())
+        return Losses(erase, kept, erase.detach())
+
+
+def attended(probabilities: Sequence[Tensor], chosen: Tensor) -> Tensor:
+    """The norm of the probabilities at the chosen tokens, of all layers.
+
+    probabilities: each (n, heads, pixels, tokens); chosen: (rows, tokens), bool, of the first `rows` of n.
+    """
+    parts = [layer[: len(chosen)].transpose(2, 3).transpose(1, 2)[chosen].flatten() for layer in probabilities]
+    norm: Tensor = torch.cat(parts).norm()
+    return norm
+
+
+@contextmanager
+def watched(denoiser: nn.Module) -> Iterator[list[Tensor]]:
+    """Fills a list with all cross-attention probabilities, (n, heads, pixels, tokens) float32, as the denoiser runs.
+
+    Raises RecipeError where there is no cross-attention: in FLUX and SD3 picture and text attend together.
+    """
+    layers = [module for path, module in denoiser.named_modules() if path.endswith("attn2")]
+    if not layers:
+        raise RecipeError(
+            f"method 'fmn' needs cross-attention, which {type(denoiser).__name__} has none of", mend="--method esd-x"
+        )
+    seen: list[Tensor] = []
+
+    def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        attention: Any = layer
+        hidden, told = args[0], kwargs["encoder_hidden_states"]
+        query, key = (
+            part.unflatten(-1, (attention.heads, -1)).transpose(1, 2).float()
+            for part in (attention.to_q(hidden), attention.to_k(told))
+        )
+        seen.append((query @ key.transpose(-1, -2) * attention.scale).softmax(dim=-1))
+
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

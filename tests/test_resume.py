@@ -1,0 +1,67 @@
+"""Every method, killed by SIGKILL in the middle of its run and resumed, ends in the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pico import pico_pipeline
+
+from spm_hub.training import Recipe, train
+
+SMALL = {"target": "snoopy", "steps": 6, "batch_size": 2, "x_t": {"steps": 3, "trajectories": 2, "chunks": 2}}
+CASES: dict[str, dict[str, Any]] = {
+    "ca": {"method": "ca"},
+    "sdd": {"method": "sdd", "x_t": {"steps": 3, "source": "student"}},
+    "fmn": {"method": "fmn", "templates": False},
+    "esd-u": {"method": "esd-u"},
+    "loha": {"increment": {"kind": "loha", "rank": 2}},
+    "lokr": {"increment": {"kind": "lokr", "rank": 2}},
+    "vera": {"increment": {"kind": "vera", "rank": 2, "modules": "esd-x"}},
+    "dora": {"increment": {"kind": "dora", "rank": 2}},
+}
+
+
+def plan_of(case: str) -> Recipe:
+    return Recipe.make(**{**SMALL, **CASES[case]})
+
+
+def killed(case: str, folder: Path) -> None:
+    """Its last checkpoint is that of step 4; it dies after step 5 without a chance to tidy up."""
+
+    def die(step: int, total: int, losses: dict[str, float]) -> None:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(plan_of(case), pipe=pico_pipeline(), checkpoint_dir=folder, checkpoint_every=2, progress=die)
+
+
+def whole_and_resumed(case: str, folder: Path) -> None:
+    steps: list[int] = []
+    train(plan_of(case), pipe=pico_pipeline()).save(folder / "whole.safetensors")
+    train(
+        plan_of(case), pipe=pico_pipeline(), checkpoint_dir=folder, resume=True,
+        progress=lambda step, total, losses: steps.append(step),
+    ).save(folder / "resumed.safetensors")  # fmt: skip
+    assert steps == [5, 6]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_and_resumed_is_the_identical_file(case: str, tmp_path: Path) -> None:
+    # Children of a server that has imported everything and computed nothing: a fork each, not a start of Python.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "spm_hub.training.trainer"])
+    first = context.Process(target=killed, args=(case, tmp_path))
+    first.start()
+    first.join(120)
+    assert first.exitcode == -signal.SIGKILL
+    assert (tmp_path / "training.safetensors").is_file()
+    second = context.Process(target=whole_and_resumed, args=(case, tmp_path))
+    second.start()
+    second.join(120)
+    assert second.exitcode == 0
+    assert (tmp_path / "resumed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
