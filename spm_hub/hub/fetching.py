@@ -75,7 +75,8 @@ def fetch(
                 if attempt:
                     raise HubError(f"{repo}: {name} of commit {commit} was not kept: {wrong}", mend=_LATER)
             os.replace(partial, blob)
-    return Path(hf_hub_download(repo, name, revision=commit))
+    # The bytes are there; what it still asks the Hub for is their name, and that connection may break as any other.
+    return Path(patiently(lambda: hf_hub_download(repo, name, revision=commit)))
 
 
 _LATER = "run it again; if it stays so, tell its author"
