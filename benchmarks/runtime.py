@@ -43,8 +43,9 @@ from spm_hub import attach
 from spm_hub.adapter import Adapter, increment_info
 from spm_hub.architectures import family_of, targets, weight_of
 from spm_hub.attachment import Attachment
-from spm_hub.gate import Concept as GateConcept
-from spm_hub.gate import Concepts, Prompts, TransportGate
+from spm_hub.concepts import Concept as GateConcept
+from spm_hub.concepts import Concepts, Shelf
+from spm_hub.gate import Prompts, TransportGate
 from spm_hub.hub.registry import Registry
 from spm_hub.increments import LowRank
 from spm_hub.manifest import Base, Concept, Manifest
@@ -309,11 +310,15 @@ def gates(counts: tuple[int, ...] = (10, 100, 1000, 10_000)) -> list[dict[str, A
     """Milliseconds for the gammas of one prompt after the text encoder, at two sizes of text states."""
     found = []
     generator = torch.Generator().manual_seed(0)
-    for tokens, width, most in ((24, 128, 10_000), (77, 768, 1000)):
+    # As an attachment keeps them: the sketchbook's in memory, SD1.5's in a file.
+    for tokens, width, most, shelf in ((24, 128, 10_000, None), (77, 768, 1000, Shelf())):
         for count in (count for count in counts if count <= most):
             each = tuple(
                 GateConcept(
-                    (f"thing {n}",), (frozenset({n, n + 1}),), torch.randn(1, tokens, width, generator=generator)
+                    (f"thing {n}",),
+                    (frozenset({n, n + 1}),),
+                    torch.randn(1, tokens, width, generator=generator),
+                    shelf,
                 )
                 for n in range(count)
             )

@@ -6,12 +6,16 @@ from typing import Any
 import torch
 
 from spm_hub.calls import Settings, encode, tokens_of
+from spm_hub.concepts import Concept, Concepts, Shelf
 from spm_hub.errors import UsageError
-from spm_hub.gate import Concept, Concepts, ConstantGate, Gate, Prompts
+from spm_hub.gate import ConstantGate, Gate, Prompts
 from spm_hub.options import Eraser, Options
 
 Gammas = dict[str, list[float]]
 """By eraser: one for each prompt."""
+
+_LONG = 2**14
+"""Numbers of a name's states beyond which they are kept in a file, being a good part of what an eraser itself takes."""
 
 
 class Gating:
@@ -19,6 +23,7 @@ class Gating:
 
     def __init__(self, pipe: Any, pipeline_class: type[Any], options: Options) -> None:
         self._pipe, self._pipeline_class, self._options = pipe, pipeline_class, options
+        self._shelves: dict[int, Shelf] = {}
         self._groups: dict[Settings, list[tuple[Gate, tuple[str, ...], Concepts | None]]] = {}
 
     def forget(self) -> None:
@@ -84,5 +89,16 @@ class Gating:
             concept = eraser.adapter.manifest.concept
             texts = (concept.target, *concept.aliases)
             states = torch.cat([encode(self._pipe, self._pipeline_class, text, settings) for text in texts])
-            eraser.concepts[settings] = Concept(texts, tokens_of(self._pipe, texts), states.float().cpu())
+            known = texts, tokens_of(self._pipe, texts), states.float().cpu()
+            try:
+                eraser.concepts[settings] = Concept(*known, self._shelf(states[0].numel()))
+            except OSError:
+                # The temporary folder is full, or there is none.
+                eraser.concepts[settings] = Concept(*known)
         return eraser.concepts[settings]
+
+    def _shelf(self, numbers: int) -> Shelf | None:
+        """Where states of so many numbers for each name are kept; None for memory. Raises OSError."""
+        if numbers > _LONG and numbers not in self._shelves:
+            self._shelves[numbers] = Shelf()
+        return self._shelves.get(numbers)

@@ -10,8 +10,9 @@ from torch import nn
 
 from spm_hub.adapter import Adapter
 from spm_hub.calls import Settings
+from spm_hub.concepts import Concept
 from spm_hub.errors import UsageError
-from spm_hub.gate import Concept, ConstantGate, Gate, TransportGate
+from spm_hub.gate import ConstantGate, Gate, TransportGate
 from spm_hub.increments import Increment
 
 Rows = Literal["both", "conditional"]

@@ -17,7 +17,7 @@ LEVELS = (
     ("formats",),
     ("adapter",),
     ("architectures", "reduction"),
-    ("branching",),
+    ("branching", "concepts"),
     ("gate", "layers"),
     ("calls",),
     ("options", "single_file"),

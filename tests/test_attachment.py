@@ -138,7 +138,10 @@ def test_every_row_gets_its_own_prompts_sum_of_products(pipe, rows):
         recorded.check([denoisers[prompts[0]] if rows == "both" else bare, denoisers[prompts[0]]])
 
 
-def test_gates_are_those_of_the_paper_and_hear_aliases(pipe):
+@pytest.mark.parametrize("shelved", [False, True])
+def test_gates_are_those_of_the_paper_and_hear_aliases(pipe, shelved, monkeypatch):
+    if shelved:
+        monkeypatch.setattr("spm_hub.gating._LONG", 1)
     adapters = [pico_eraser(pipe.unet, "snoopy", aliases=["beagle dog"]), pico_eraser(pipe.unet, "van gogh")]
     with attach(pipe, adapters) as erasers:
         for prompt in ("a dog on the beach", "snoopy by van gogh", "", "snoopy " * 30):
@@ -148,6 +151,19 @@ def test_gates_are_those_of_the_paper_and_hear_aliases(pipe):
             for name, texts in names.items():
                 assert gates[name] == pytest.approx(max(paper_gammas(pipe, prompt, text) for text in texts), abs=1e-6)
         assert erasers.gates("snoopy by van gogh") == {"snoopy": 1.0, "van-gogh": 1.0}
+
+
+def test_without_a_temporary_folder_the_gates_stay_in_memory(pipe, monkeypatch):
+    with attach(pipe, erasers_for(pipe, *TARGETS[:2])) as erasers:
+        expected = erasers.gates("a dog on the beach")
+    monkeypatch.setattr("spm_hub.gating._LONG", 1)
+
+    def full(**options):
+        raise OSError("no room")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with attach(pipe, erasers_for(pipe, *TARGETS[:2])) as erasers:
+        assert erasers.gates("a dog on the beach") == expected
 
 
 def test_clip_skip_compares_states_of_one_layer(pipe):

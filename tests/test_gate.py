@@ -7,18 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import pico_tokenizer
 
-from spm_hub.gate import (
-    Concept,
-    Concepts,
-    ConstantGate,
-    Gate,
-    Prompts,
-    TransportGate,
-    fixed_point,
-    overlap,
-    similarity,
-    token_sets,
-)
+from spm_hub.concepts import Concept, Concepts, Shelf, fixed_point
+from spm_hub.gate import ConstantGate, Gate, Prompts, TransportGate, overlap, similarity, token_sets
 
 
 def states_of(seed, *shape):
@@ -123,3 +113,31 @@ def test_token_sets_leave_special_ids_out_and_end_with_the_window():
     dog, dogs, empty, long = token_sets(tokenizer, ["dog", "Dog DOG dog", "", "dog " * 30 + "snoopy"])
     assert dog == dogs == long == {tokenizer.convert_tokens_to_ids("dog</w>")}
     assert empty == frozenset()
+
+
+def shelved(concept, shelf):
+    return Concept(concept.names, concept.tokens, concept.states, shelf)
+
+
+def test_states_on_a_shelf_give_the_gammas_of_those_in_memory_to_the_last_bit():
+    shelf = Shelf()
+    concepts = [concept_of(seed, tokens) for seed, tokens in enumerate((((1, 2),), ((3,), (4, 5)), ((6,),)))]
+    far = Concepts(tuple(shelved(concept, shelf) for concept in concepts))
+    # One window, two, and one and a part of another.
+    for tokens in (5, 10, 8):
+        states = states_of(7, 3, tokens, 7) + 0.5
+        assert torch.equal(similarity(states, far), similarity(states, Concepts(tuple(concepts))))
+    assert torch.allclose(far.states, Concepts(tuple(concepts)).states, rtol=0, atol=2**-24 * 7)
+
+
+def test_places_on_a_shelf_are_taken_again_when_their_concept_is_gone():
+    shelf = Shelf()
+    staying = shelved(concept_of(0), shelf)
+    before = staying.states.clone()
+    going = shelved(concept_of(1, ((1,), (2,))), shelf)
+    places = set(going._kept.at)
+    del going
+    coming = shelved(concept_of(2, ((1,), (2,))), shelf)
+    assert set(coming._kept.at) == places
+    assert torch.allclose(coming.states, concept_of(2, ((1,), (2,))).states, atol=1e-5)
+    assert torch.equal(staying.states, before)
