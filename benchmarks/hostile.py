@@ -53,7 +53,8 @@ def main() -> None:
             failures += tally.failures
             worst["cpu_seconds"] = max(worst["cpu_seconds"], round(tally.seconds, 3))
             worst["times_the_file"] = max(worst["times_the_file"], round(tally.bytes_over_file, 2))
-            print(f"{done}/{given.mutants}: {len(failures)} failures, {worst}", file=sys.stderr, flush=True)
+            so_far = f"{done}/{given.mutants}: {len(failures)} failures, {worst}"
+            print(*tally.failures, so_far, sep="\n", file=sys.stderr, flush=True)
     bars = {"cpu_seconds": SECONDS, "times_the_file": TIMES_THE_FILE, "bytes_of_memory_to_spare": SPARE}
     record(
         "hostile",

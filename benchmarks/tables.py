@@ -130,7 +130,22 @@ def runtime(numbers: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"sketchbook": sketchbook, "erasure": erasers, "training_speed": speed, "runtime": runtime}
+def registry(numbers: dict[str, Any]) -> str:
+    return (
+        f"{numbers['processes']} processes pulled, installed, replaced, removed, listed and loaded the same "
+        f"{numbers['adapters']} erasers for {numbers['seconds']:.0f} s: {sum(numbers['seen'].values()):,} steps, "
+        f"{len(numbers['failures'])} errors, the registry valid afterwards ({'yes' if numbers['valid'] else 'no'}).\n"
+        f"{_about(numbers, 'registry')}"
+    )
+
+
+SECTIONS = {
+    "registry": registry,
+    "sketchbook": sketchbook,
+    "erasure": erasers,
+    "training_speed": speed,
+    "runtime": runtime,
+}
 
 
 def render(readme: str) -> str:

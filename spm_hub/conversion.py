@@ -1,6 +1,7 @@
 """From any format to an adapter, and from an adapter to any format."""
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ Progress = Callable[[int, int], None]
 _NAMELESS = {"adapter_model", "pytorch_lora_weights", "diffusion_pytorch_model", "model"}
 # What training scripts put a denoiser's tensors into.
 _HOLDERS = {"state_dict", "unet", "transformer", "model"}
+# A model's id as it may stand in a command that a user is told to type.
+_PLAIN = re.compile(r"\w[\w./-]{0,199}")
 _CANDIDATES = (peft.WEIGHTS, "pytorch_lora_weights.safetensors", "adapter_model.bin", "pytorch_lora_weights.bin")
 
 
@@ -216,11 +219,11 @@ def _full(
     progress: Progress,
 ) -> dict[str, Increment]:
     if base is None:
-        named = metadata.get("base_model_id")
+        named = metadata.get("base_model_id", "")
         raise UsageError(
             f"{path} holds whole weights (as ESD, UCE and Concept Ablation save them): what they erase is the "
             "difference to the base that they were trained on",
-            mend=f"spmhub convert {path} --model {named or 'M, that base'}",
+            mend=f"spmhub convert {path} --model {named if _PLAIN.fullmatch(named) else 'M, that base'}",
         )
     changeable = frozenset(architectures.changeable(base.denoiser))
     return full_weights.read(path, tensors, base.tensors, changeable, progress)

@@ -16,6 +16,9 @@ from spm_hub.errors import ManifestError, NotFoundError, RegistryError, UsageErr
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+# What messages and tags quote whole is a word, or no longer than a name on a disk or on the Hub.
+Label = Annotated[str, StringConstraints(pattern=r"^\w[\w .:/+-]{0,63}$")]
+ModulePath = Annotated[str, StringConstraints(pattern=r"\S", max_length=untrusted.MAX_NAME_LENGTH)]
 NAME = r"^[a-z0-9][a-z0-9._-]{0,95}$"
 """Pattern of an adapter's name, which is also that of its files."""
 
@@ -50,9 +53,11 @@ class IncrementInfo(_Part):
 
     kind: Literal["low_rank", "dense", "mask"]
     rank: int | None = Field(default=None, ge=1, description="rank of every low-rank increment in the file")
-    dtype: str
-    modules: tuple[NonBlank, ...] = Field(min_length=1, description="paths of the changed modules inside the denoiser")
-    file: str | None = Field(default=None, pattern=r"^[^/\\]+$")
+    dtype: Label
+    modules: tuple[ModulePath, ...] = Field(
+        min_length=1, description="paths of the changed modules inside the denoiser"
+    )
+    file: str | None = Field(default=None, pattern=r"^[^/\\]{1,255}$")
     bytes: int | None = Field(default=None, ge=0)
     sha256: Sha256 | None = Field(default=None, description="of the whole adapter file")
 
@@ -69,7 +74,7 @@ class IncrementInfo(_Part):
 class Base(_Part):
     """The model the adapter was trained on; `id` and `fingerprint` are "" for a file whose program did not say."""
 
-    family: NonBlank
+    family: Label
     id: str
     revision: str | None = None
     fingerprint: str = Field(
@@ -92,9 +97,9 @@ class GateDefaults(_Part):
 class Origin(_Part):
     """Where this copy was pulled from: a repository of the Hub at one commit; `revision` as it was asked for."""
 
-    repo: str = Field(pattern=r"^[\w][\w.-]*/[\w][\w.-]*$")
+    repo: str = Field(pattern=r"^[\w][\w.-]{0,95}/[\w][\w.-]{0,95}$")
     commit: str = Field(pattern=r"^[0-9a-f]{40}$")
-    revision: NonBlank | None = None
+    revision: Annotated[NonBlank, StringConstraints(max_length=255)] | None = None
 
 
 class Evaluation(_Part):

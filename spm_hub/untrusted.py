@@ -9,6 +9,9 @@ from typing import Any, Never
 COST_OF_CONTAINER, COST_OF_ITEM, COST_OF_KEY = 88, 96, 64
 """Bytes that Python spends on an empty list or dict, on one more item, and on the key that it may have."""
 
+MAX_NAME_LENGTH = 512
+"""Characters of a tensor's key or a module's path; the longest in use have a third of them."""
+
 _LONELY = re.compile(r"[\ud800-\udfff]")
 
 

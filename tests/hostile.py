@@ -177,6 +177,31 @@ def mutant(seed: int) -> Repository:
     return sent
 
 
+def wordy() -> Iterator[Repository]:
+    """Honest repositories of which one word each is endless, in the manifest and in the header's copy of it."""
+    sent = good("low rank")
+    whole = json.loads(sent.manifest)
+    whole["base"]["revision"] = "main"
+    whole["origin"] = {"repo": "someone/snoopy", "commit": "0" * 40, "revision": "main"}
+    header, payload = split(sent.weights)
+    for holder, key in _words(whole):
+        word, holder[key] = holder[key], "x" * 200_000
+        header["__metadata__"][MANIFEST_KEY] = json.dumps(whole)
+        one = Repository(joined(json.dumps(header).encode(), payload), json.dumps(whole).encode(), [f"endless {key}"])
+        holder[key] = word
+        seal(one)
+        yield one
+
+
+def _words(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Where in a JSON value strings are: what holds each, and at which key."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, str):
+            yield tree, key
+        elif isinstance(value, dict | list):
+            yield from _words(value)
+
+
 def seal(sent: Repository) -> None:
     """Make all hashes right again, as far as there still is something that can hold them."""
     try:
@@ -544,14 +569,16 @@ class Tally:
             self.failures.append(f"{what}: {cost.bytes} bytes of memory for {size} sent")
 
 
-def send(seeds: Iterable[int], folder: Path, acts: Mapping[str, Act] = ACTS) -> Tally:
-    """Let every act meet every mutant; the registry and the Hub's cache under `folder` are all that may change."""
+def send(
+    seeds: Iterable[int], folder: Path, acts: Mapping[str, Act] = ACTS, made: Callable[[int], Repository] = mutant
+) -> Tally:
+    """Let every act meet every repository `made`; only the registry and the Hub's cache under `folder` may change."""
     tally, sent_to, kept = Tally(), folder / "sent", Registry(folder / "registry")
     sent_to.mkdir()
     kept.add(snoopy(name="bystander"))
     adapter, manifest = sent_to / WEIGHTS_NAME, sent_to / MANIFEST_NAME
     for seed in seeds:
-        repository = mutant(seed)
+        repository = made(seed)
         adapter.write_bytes(repository.weights)
         manifest.write_bytes(repository.manifest)
         tally.mutants += 1

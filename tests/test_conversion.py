@@ -102,6 +102,15 @@ def test_dense_changes_and_masks_come_back(kind: str, to: str, denoiser: nn.Modu
     assert (output_with(denoiser, again) - expected).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("named", ["a/base; rm -rf ~", "x" * 200_000, "", "-h"])
+def test_a_file_does_not_write_the_command_that_its_reader_is_told_to_type(named: str, tmp_path: Path) -> None:
+    whole = {"mid_block.attentions.0.proj_in.weight": torch.ones(4, 4)}
+    save_file(whole, tmp_path / "whole.safetensors", {"base_model_id": named})
+    with pytest.raises(UsageError, match="whole weights") as error:
+        conversion.read(tmp_path / "whole.safetensors", NOBODY)
+    assert error.value.mend == f"spmhub convert {tmp_path / 'whole.safetensors'} --model M, that base"
+
+
 @needs_conformance
 @pytest.mark.parametrize(
     "listed", sorted(path.name for path in (CONFORMANCE / "esd_keys").glob("*_*.txt")) if CONFORMANCE.is_dir() else []

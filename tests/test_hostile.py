@@ -51,6 +51,15 @@ def test_mutants_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert Registry(tmp_path / "registry").get("bystander").load().name == "bystander"
 
 
+def test_no_message_repeats_an_endless_word(tmp_path: Path) -> None:
+    sent = list(hostile.wordy())
+    tally = hostile.send(range(len(sent)), tmp_path, made=sent.__getitem__)
+    assert not tally.failures, "\n".join(tally.failures[:10])
+    # A concept may be a sentence; what names files, tensors or families is no book.
+    assert 0 < tally.outcomes["load: accepted"] < len(sent)
+    assert tally.outcomes["load: ManifestError"] > 0
+
+
 def test_the_watch_sees(tmp_path: Path) -> None:
     # What earlier tests have left lying would be freed inside, and hide what is taken there; so would a heap that
     # is large enough already, hence pages of the system's own.

@@ -23,9 +23,6 @@ MAX_HEADER_BYTES = 8 * 2**20
 HEADER_UNFOLDS = 18
 """Times the length of the text; one of nothing but the smallest tensors under the shortest names takes 14."""
 
-MAX_KEY_LENGTH = 512
-"""Characters; the longest keys in use have a third of them."""
-
 MANIFEST_KEY = "spmhub.manifest"
 PAYLOAD_HASH_KEY = "modelspec.hash_sha256"
 HEADER_HASH_KEY = "spmhub.header_sha256"
@@ -260,7 +257,7 @@ def _parse_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
 
 
 def _parse_entry(path: Path, key: str, entry: Any) -> Entry:
-    if len(key) > MAX_KEY_LENGTH or not key.isprintable():
+    if len(key) > untrusted.MAX_NAME_LENGTH or not key.isprintable():
         _refuse(path, f"{key[:80]!r} ({len(key)} characters) is no name of a tensor")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"{key}: not a tensor's entry of dtype, shape and data_offsets: {str(entry)[:120]}")
