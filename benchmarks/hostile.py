@@ -45,8 +45,9 @@ def main() -> None:
     failures: list[str] = []
     worst: dict[str, Any] = {"cpu_seconds": 0.0, "times_the_file": 0.0}
     done = 0
-    # Spawned, and each anew: what one part leaves in memory must not stand in for what the next one takes.
-    with get_context("spawn").Pool(given.processes, maxtasksperchild=1) as pool:
+    # Each in a process of its own, of one that has imported and done nothing: what one part leaves in memory must not
+    # stand in for what the next one takes.
+    with get_context("fork").Pool(given.processes, maxtasksperchild=1) as pool:
         for tally in pool.imap_unordered(run, parts):
             done += tally.mutants
             outcomes.update(tally.outcomes)

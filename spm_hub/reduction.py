@@ -40,7 +40,7 @@ def reduce(adapter: Adapter, rank: int, progress: Callable[[int, int], None] = _
         if isinstance(increment, Mask):
             raise UsageError(f"{adapter.name} switches neurons off, which has no rank", mend="--model M makes it dense")
         reduced[path] = near = _nearest_of_rank(increment, rank)
-        missed += _square(increment, near)
+        missed += 0.0 if near is increment else _square(increment, near)
         whole += _square(increment)
         if isinstance(increment, Dense) and increment.delta_bias is not None:
             biases += 1
@@ -53,27 +53,27 @@ def reduce(adapter: Adapter, rank: int, progress: Callable[[int, int], None] = _
     return Reduction(Adapter(manifest, smaller.increments, adapter.source), error, biases)
 
 
-def _factors(increment: LowRank) -> tuple[Tensor, Tensor]:
-    """up (out, r) and down (r, in * kh * kw), float64."""
-    return increment.up.double().flatten(1), increment.down.double().flatten(1)
-
-
 def _square(increment: LowRank | Dense, less: LowRank | None = None) -> float:
     """|dW|^2 of the change, or of what is left of it without another one.
 
     Of a product it is taken from the factors: a file of megabytes can hold those of terabytes.
     """
     if isinstance(increment, Dense):
-        delta = increment.delta.double().flatten(1)
+        delta = increment.delta.to(torch.float64, copy=True).flatten(1)
         if less is not None:
-            up, down = _factors(less)
-            delta = delta - up @ down
-        return float(delta.square().sum())
-    up, down = _factors(increment)
+            delta -= less.up.double().flatten(1) @ less.down.double().flatten(1)
+        return float(delta.square_().sum())
+    up, down = increment.up.flatten(1), increment.down.flatten(1)
     if less is not None:
-        other_up, other_down = _factors(less)
-        up, down = torch.cat([up, -other_up], 1), torch.cat([down, other_down])
-    return float((torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T).square().sum())
+        up = torch.cat([up, -less.up.flatten(1)], 1)
+        down = torch.cat([down, less.down.flatten(1)])
+    return float((_core(up) @ _core(down.T).T).square().sum())
+
+
+def _core(columns: Tensor) -> Tensor:
+    """The triangle that has the same lengths and angles as `columns`; float64."""
+    triangle: Tensor = torch.linalg.qr(columns.double(), mode="r").R
+    return triangle
 
 
 def _nearest_of_rank(increment: LowRank | Dense, rank: int) -> LowRank:
@@ -82,12 +82,12 @@ def _nearest_of_rank(increment: LowRank | Dense, rank: int) -> LowRank:
         if increment.rank <= rank:
             return increment
         # Rotations leave a matrix as near to others as it was: only the small core between two of them has to be cut.
-        up, down = _factors(increment)
-        (left, core_up), (right, core_down) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+        left, core_up = torch.linalg.qr(increment.up.double().flatten(1))
+        right, core_down = torch.linalg.qr(increment.down.double().flatten(1).T)
         up, down = _cut(core_up @ core_down.T, rank)
         up, down = left @ up, down @ right.T
     else:
-        up, down = _cut(increment.delta.double().flatten(1), rank)
+        up, down = _cut(increment.delta.flatten(1), rank)
     rank = len(down)
     return LowRank(
         down.reshape(rank, *shape[1:]).float().contiguous(),
@@ -98,12 +98,13 @@ def _nearest_of_rank(increment: LowRank | Dense, rank: int) -> LowRank:
 def _cut(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """up and down of the matrix of at most that rank that is nearest to `delta`, both halves of one size."""
     rank = min(rank, *delta.shape)
-    # Eigenvectors of the smaller Gram matrix: a wide convolution's SVD costs twenty times as much.
+    # Eigenvectors of the smaller Gram matrix: a wide convolution's SVD costs twenty times as much. They alone take four
+    # times what `delta` does in float64, which is why that is made anew afterwards.
     tall = len(delta) > delta.shape[1]
     matrix = delta.T if tall else delta
-    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    values, vectors = torch.linalg.eigh(matrix.double() @ matrix.T.double())
     lead = vectors[:, -rank:]
-    other = lead.T @ matrix
+    other = lead.T @ matrix.double()
     up, down = (other.T, lead.T) if tall else (lead, other)
     # Neither half then overflows nor vanishes in half precision.
     share = values[-rank:].clamp_min(0).pow(0.25)

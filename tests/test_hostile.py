@@ -9,12 +9,17 @@ from pathlib import Path
 
 import hostile
 import pytest
+import torch
 from loopback import LoopbackHub
+from test_adapter import snoopy
 
 from spm_hub import untrusted
+from spm_hub.adapter import Adapter, increment_info
 from spm_hub.errors import SpmHubError
 from spm_hub.hub.registry import Registry
+from spm_hub.increments import LowRank
 from spm_hub.manifest import Manifest
+from spm_hub.reduction import reduce
 
 CASES, AT_LEAST, SECONDS = 300, 60, 10.0
 
@@ -58,6 +63,17 @@ def test_no_message_repeats_an_endless_word(tmp_path: Path) -> None:
     # A concept may be a sentence; what names files, tensors or families is no book.
     assert 0 < tally.outcomes["load: accepted"] < len(sent)
     assert tally.outcomes["load: ManifestError"] > 0
+
+
+def test_a_file_of_one_huge_product_is_reduced_in_little_memory(tmp_path: Path) -> None:
+    wide = torch.linspace(-1, 1, 3 * 2**20).sin()
+    increments = {"a": LowRank(wide.view(3, -1), wide.clone().view(-1, 3))}
+    adapter = Adapter(snoopy().manifest.model_copy(update={"increment": increment_info(increments)}), increments)
+    gc.collect()
+    with hostile.watched(tmp_path) as cost:
+        reduce(adapter, 2)
+    # The factors' float64 copies alone are twice the file; beside these the file itself and its reading need room.
+    assert cost.bytes <= 8 * increments["a"].nbytes
 
 
 def test_the_watch_sees(tmp_path: Path) -> None:
