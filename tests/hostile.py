@@ -31,6 +31,7 @@ from spm_hub.conversion import Description
 from spm_hub.errors import SpmHubError
 from spm_hub.formats import layouts
 from spm_hub.formats.container import HEADER_HASH_KEY, MANIFEST_KEY, PAYLOAD_HASH_KEY
+from spm_hub.formats.parts import Format
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.hub.registry import Registry
 from spm_hub.hub.remote import pull
@@ -509,15 +510,24 @@ def _read_lazily(adapter: Path, manifest: Path | None) -> None:
         stored[module].tensors()
 
 
-def _convert_and_write(adapter: Path, kept: Registry) -> None:
-    """From whatever it is to every format that can hold it without a base, and to a lower rank."""
-    read, _ = conversion.read(adapter, Description(family="sd1"))
-    kind = read.manifest.increment.kind
-    for target in layouts.all_formats():
-        if target.writer is not None and kind in target.writer.kinds and not target.writer.needs_base:
-            conversion.write(read, target, kept.root / "converted" / target.name, replace=True)
-    if kind != "mask":
-        reduce(read, 2)
+def _read(adapter: Path) -> Adapter:
+    """From whatever format it is in."""
+    return conversion.read(adapter, Description(family="sd1"))[0]
+
+
+def _reduce(adapter: Path) -> object:
+    read = _read(adapter)
+    return read if read.manifest.increment.kind == "mask" else reduce(read, 2)
+
+
+def _writing(target: Format, kinds: Sequence[str]) -> Act:
+    """To another program's format, where that holds such increments; each is a command of its own."""
+
+    def act(adapter: Path, _: Path, kept: Registry) -> object:
+        read, out = _read(adapter), kept.root / "converted" / target.name
+        return conversion.write(read, target, out, replace=True) if read.manifest.increment.kind in kinds else read
+
+    return act
 
 
 ACTS: dict[str, Act] = {
@@ -525,8 +535,12 @@ ACTS: dict[str, Act] = {
     "load lazily": lambda adapter, manifest, _: _read_lazily(adapter, manifest),
     "load without its manifest, lazily": lambda adapter, _, __: _read_lazily(adapter, None),
     "load without its manifest and keep": lambda adapter, _, kept: kept.add(load_file(adapter), replace=True),
-    "convert": lambda adapter, _, __: conversion.read(adapter, Description(family="sd1")),
-    "convert and write": lambda adapter, _, kept: _convert_and_write(adapter, kept),
+    **{
+        f"convert to {target.name}": _writing(target, target.writer.kinds)
+        for target in layouts.all_formats()
+        if target.writer is not None and not target.writer.needs_base
+    },
+    "convert and reduce": lambda adapter, _, __: _reduce(adapter),
     "describe": lambda adapter, manifest, _: Entry("sent", adapter, manifest).read_manifest(),
     "install": lambda adapter, manifest, kept: kept.install(Entry("sent", adapter, manifest), replace=True),
 }
