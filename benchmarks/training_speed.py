@@ -42,7 +42,7 @@ def paper(target: str) -> Recipe:
         batch_size=1,
         templates=False,
         x_t={"source": "student", "steps": 30, "guidance": [3.0]},
-        anchoring={"weight": 1000.0, "reach": None, "per_target": 4},
+        anchoring={"weight": 1000.0, "reach": None, "alpha": 1.0, "per_target": 4},
         optimiser={
             "lr": 1e-4, "schedule": "cosine_restarts", "warmup": 500, "cycles": 3, "weight_decay": 0.01,
             "scale_lr": False,

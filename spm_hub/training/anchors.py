@@ -13,16 +13,19 @@ from .conditioning import Conditioning
 from .parts import Anchoring
 from .prompts import PromptMaker
 
-CANDIDATES = 4  # prompts offered for each anchor drawn; the paper's probabilities choose among them
+CANDIDATES = 4  # prompts offered for each anchor drawn; the probabilities choose among them
+_NEAREST = 1e-2
 
 
 def anchor_weights(candidates: Tensor, target: Tensor, alpha: float) -> Tensor:
     """P(c~ | c_tar) ~ (1 - |cos(e(c~), e(c_tar))|)^alpha over flattened states.
 
+    The paper's alpha is 1: what is far is held more often. A negative one holds what is near more often.
     candidates: (n, tokens, d), target: (tokens, d); returns (n,), unnormalised, in float64.
     """
     cosine = F.cosine_similarity(candidates.double().flatten(1), target.double().flatten()[None], dim=1)
-    return (1 - cosine.abs()).clamp_min(0.0) ** alpha
+    # A negative power of 0 would let one candidate, the concept under another name, be all anchors.
+    return (1 - cosine.abs()).clamp_min(0.0 if alpha >= 0 else _NEAREST) ** alpha
 
 
 class AnchorSource:

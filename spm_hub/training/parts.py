@@ -204,7 +204,11 @@ class Anchoring(Part):
         description="lambda is steered so that the concept's predictions end this share of the way to the surrogate's; "
         "null keeps it as it is",
     )
-    alpha: float = Field(default=1.0, ge=0, description="P(anchor) ~ (1 - |cos(anchor, target)|)^alpha")
+    alpha: float = Field(
+        default=-2.0,
+        description="P(anchor) ~ (1 - |cos(anchor, target)|)^alpha. The paper's is 1, which prefers what is far; a "
+        "negative one prefers what is near, where the gate lets the eraser act and it does the most harm",
+    )
     source: Literal["text", "gaussian", "given", "surrogate"] = Field(
         default="text",
         description="text: sentences about everything else; gaussian: the released code's; given: `prompts`; "
