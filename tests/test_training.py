@@ -67,6 +67,16 @@ def test_anchor_probabilities_are_the_papers() -> None:
         np.testing.assert_allclose(found, (1 - np.abs(cosine)) ** alpha, rtol=1e-12)
 
 
+def test_pieces_of_words_are_no_words() -> None:
+    class Vocabulary:
+        def get_vocab(self) -> dict[str, int]:
+            clip = ["par", "achute</w>", "dog</w>", "parachute</w>", "ute</w>", "it</w>", "2nd</w>"]
+            other = ["▁horse", "shoe", "▁shoe", "Ġrocket"]
+            return {token: number for number, token in enumerate(clip + other)}
+
+    assert vocabulary_words(Vocabulary()) == ("dog", "parachute", "horse", "shoe", "rocket")
+
+
 @pytest.mark.parametrize("alpha", [-2.0, 1.0])
 def test_the_concept_under_another_name_is_no_likelier_an_anchor_than_its_neighbours_can_be(alpha: float) -> None:
     target = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))

@@ -52,14 +52,18 @@ class Words:
 def vocabulary_words(tokenizer: Tokenizer) -> tuple[str, ...]:
     """The whole alphabetic words a tokenizer knows (CLIP's `word</w>`, T5's `▁word`, Qwen's `Ġword`), by their ids.
 
-    A base model's own words are the best guess at what it can draw.
+    A base model's own words are the best guess at what it can draw. CLIP marks the end of a word and not its beginning:
+    what other words end in may be a mere piece of them (`achute` of `parachute`), which means nothing, and is left out.
     """
     found = []
+    endings: set[str] = set()
     for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         match = re.fullmatch(r"([a-z]{3,})</w>|[▁Ġ]([a-z]{3,})", token)
         if match:
             found.append(match.group(1) or match.group(2))
-    return tuple(dict.fromkeys(found))
+        if match and match.group(1):
+            endings.update(match.group(1)[start:] for start in range(1, len(match.group(1))))
+    return tuple(word for word in dict.fromkeys(found) if word not in endings)
 
 
 def _pick(options: Sequence[str], generator: torch.Generator) -> str:
