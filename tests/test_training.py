@@ -91,8 +91,7 @@ def test_trajectories_hand_out_the_bases_own_predictions() -> None:
     chunk = TrajectorySource(base, plan, maker, anchors).chunk(0)
     neutral, empty = base.encode(["dog", ""])
     for row in range(0, len(chunk), 7):
-        owner = int(chunk.owner[row])
-        asked = [chunk.target_states[owner], neutral, empty, *chunk.anchor_states[row]]
+        asked = [chunk.target_states[row], neutral, empty, *chunk.anchor_states[row]]
         told = [chunk.concept[row], chunk.neutral[row], chunk.empty[row], *chunk.anchors[row]]
         for states, prediction in zip(asked, told, strict=True):
             with torch.no_grad():

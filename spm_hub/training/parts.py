@@ -199,7 +199,7 @@ class Anchoring(Part):
 
     weight: float = Field(default=40.0, ge=0, description="lambda; where it begins when there is a `reach`; 0: none")
     reach: float | None = Field(
-        default=0.9,
+        default=1.0,
         gt=0,
         description="lambda is steered so that the concept's predictions end this share of the way to the surrogate's; "
         "null keeps it as it is",

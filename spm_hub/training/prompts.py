@@ -18,7 +18,8 @@ import yaml
 SUBJECT_FRAMES: tuple[str, ...] = (
     "{}", "{}", "a photo of {}", "a picture of {}", "a drawing of {}", "a painting of {}", "an image of {}",
     "a cartoon of {}", "{} {scene}", "{} {scene}", "a photo of {} {scene}", "a picture of {} {scene}", "{} by {artist}",
-    "{} {scene} by {artist}", "a small {}", "a big {}", "two {}", "the {}", "{} and {thing}",
+    "{} {scene} by {artist}", "a small {}", "a big {}", "two {}", "the {}", "{} and {thing}", "{} {word}", "{word} {}",
+    "a {word} of {}", "{} in the {word}",
 )  # fmt: skip
 STYLE_FRAMES: tuple[str, ...] = (
     "{}", "by {}", "a painting by {}", "{thing} by {}", "{thing} by {}", "a painting of {thing} by {}",
@@ -94,6 +95,8 @@ class PromptMaker:
             scene=_pick(self.words.scenes, generator),
             artist=self._other(self.words.artists, generator),
             thing=self._other(self.words.things + self.words.people, generator),
+            # Any word of the base's beside it: otherwise the concept comes back where one stands that anchors hold.
+            word=self._other(self.vocabulary or self.words.things, generator),
         )
 
     def mentions_concept(self, text: str) -> bool:

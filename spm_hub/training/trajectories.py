@@ -51,7 +51,7 @@ class Chunk:
     """A group of trajectories, all steps of all flattened to n rows.
 
     latents (n, *latent_shape), times (n,), owner (n,): the trajectory; noise (k, *latent_shape) that each began with;
-    prompts (k), target_states (k rows), neutral_states (k), empty_states (k);
+    prompts (n), target_states (n rows), neutral_states (n), empty_states (k);
     anchor_states (n, a); concept, neutral, empty as latents; anchors (n, a, *latent_shape).
     """
 
@@ -82,7 +82,8 @@ class TrajectorySource:
     """Trajectories of the frozen base.
 
     Half of them are driven by the concept, half by an anchor, at various guidance scales, so that x_t covers both what
-    the base draws and what the erased model will see instead.
+    the base draws and what the erased model will see instead. Where the concept does not drive, it is asked for in
+    another sentence at every step, which costs nothing: in all, a concept is learnt from hundreds of them.
     """
 
     def __init__(self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource) -> None:
@@ -95,17 +96,14 @@ class TrajectorySource:
         generator = generator_for(recipe.seed, 0, index)
         count, per = source.trajectories, max(1, recipe.anchoring.per_target)
         base.forget()
-        prompts = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(count))
-        targets = base.encode(prompts)
+        first = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(count))
         driving = self._anchors.draw(count, generator)
         empty = base.encode([""])[0]
         picks = torch.randint(len(source.guidance), (count,), generator=generator)
         guidance = torch.tensor(source.guidance)[picks]
         by_anchor = (torch.arange(count) % 2 == 1) & (recipe.anchoring.weight > 0)
         guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)
-        target_states = targets.under(guidance)
         empty_states = empty.expand(count).under(guidance)
-        neutral_states = base.encode(neutral_prompts(recipe, self._maker, prompts)).under(guidance)
         driving = driving.under(guidance)
         # Another number of steps each time, so that together the trajectories visit all timesteps.
         most = base.steps(source.steps)
@@ -113,9 +111,12 @@ class TrajectorySource:
         scheduler = base.scheduler(steps)
         noise = base.noise(count, generator)
         latents = noise * initial_sigma(scheduler)
-        fixed = [target_states, *([] if recipe.surrogate == "" else [neutral_states]), empty_states]
+        fixed = [empty_states]
         if recipe.erase_from is not None:
             fixed.append(base.encode([recipe.target])[0].expand(count).under(guidance))
+        prompts: list[str] = []
+        target_states: list[Conditioning] = []
+        neutral_states: list[Conditioning] = []
         anchor_states: list[Conditioning] = []
         rows: dict[str, list[Tensor]] = {
             key: [] for key in ("latents", "times", "concept", "neutral", "empty", "anchors")
@@ -124,7 +125,17 @@ class TrajectorySource:
             # The anchors beside the driving one change at every step: thousands of texts are held, at the cost of few.
             base.forget()
             others = [self._anchors.draw(count, generator).under(guidance) for _ in range(per - 1)]
-            states = Conditioning.cat([*fixed, driving, *others])
+            said = [
+                trained_prompt(recipe, self._maker, generator) if freely else given
+                for given, freely in zip(first, by_anchor.tolist(), strict=True)
+            ]
+            asked = base.encode(said).under(guidance)
+            without = base.encode(neutral_prompts(recipe, self._maker, said)).under(guidance)
+            leading = [asked] if recipe.surrogate == "" else [asked, without]
+            states = Conditioning.cat([*leading, *fixed, driving, *others])
+            prompts += said
+            target_states.append(asked)
+            neutral_states.append(without)
             anchor_states += [driving, *others]
             model_input = scaled(scheduler, latents, time)
             repeated = torch.cat([model_input] * (len(states) // count))
@@ -132,7 +143,7 @@ class TrajectorySource:
             concept, neutral = parts[0], parts[1]
             surrogate, empty = parts[1], parts[1] if recipe.surrogate == "" else parts[2]
             if recipe.erase_from is not None:
-                neutral = less_concept(concept, parts[len(fixed) - 1], neutral)
+                neutral = less_concept(concept, parts[len(leading) + len(fixed) - 1], neutral)
             kept = torch.stack(parts[-per:], dim=1)
             anchored = by_anchor.to(base.device).view(-1, *[1] * (concept.dim() - 1))
             driver = torch.where(anchored, kept[:, 0], concept if source.driver == "concept" else surrogate)
@@ -145,8 +156,8 @@ class TrajectorySource:
             lambda part: part.unflatten(0, (steps, per, count)).transpose(1, 2).flatten(0, 1)
         )
         return Chunk(
-            owner=owner, noise=noise, prompts=prompts, target_states=target_states, neutral_states=neutral_states,
-            anchor_states=by_row, empty_states=empty_states, **flat,
+            owner=owner, noise=noise, prompts=tuple(prompts), target_states=Conditioning.cat(target_states),
+            neutral_states=Conditioning.cat(neutral_states), anchor_states=by_row, empty_states=empty_states, **flat,
         )  # fmt: skip
 
     def chunk(self, index: int) -> Chunk:
@@ -184,9 +195,9 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
         owner = chunk.owner[rows]
         of_row = chunk.latents[rows], chunk.times[rows], chunk.noise[owner], chunk.concept[rows], chunk.neutral[rows]
         targets.append(of_row)
-        prompts += [chunk.prompts[index] for index in owner.tolist()]
-        target_states.append(chunk.target_states[owner])
-        neutral_states.append(chunk.neutral_states[owner])
+        prompts += [chunk.prompts[row] for row in rows.tolist()]
+        target_states.append(chunk.target_states[rows])
+        neutral_states.append(chunk.neutral_states[rows])
         held = recipe.anchoring.weight > 0
         for number in range(recipe.anchoring.per_target if held else 0):
             anchors.append((chunk.latents[rows], chunk.times[rows], chunk.anchors[rows, number]))
