@@ -62,7 +62,7 @@ def test_anchor_probabilities_are_the_papers() -> None:
     target, candidates = generator.normal(size=(5, 6)), generator.normal(size=(7, 5, 6))
     flat = candidates.reshape(7, -1)
     cosine = flat @ target.ravel() / np.linalg.norm(flat, axis=1) / np.linalg.norm(target)
-    for alpha in (-2.0, 0.0, 1.0, 2.5):
+    for alpha in (-4.0, 0.0, 1.0, 2.5):
         found = anchor_weights(torch.from_numpy(candidates), torch.from_numpy(target), alpha).numpy()
         np.testing.assert_allclose(found, (1 - np.abs(cosine)) ** alpha, rtol=1e-12)
 
@@ -77,12 +77,12 @@ def test_pieces_of_words_are_no_words() -> None:
     assert vocabulary_words(Vocabulary()) == ("dog", "parachute", "horse", "shoe", "rocket")
 
 
-@pytest.mark.parametrize("alpha", [-2.0, 1.0])
+@pytest.mark.parametrize("alpha", [-4.0, 1.0])
 def test_the_concept_under_another_name_is_no_likelier_an_anchor_than_its_neighbours_can_be(alpha: float) -> None:
     target = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
     weights = anchor_weights(torch.stack([target, target * 2, -target]), target, alpha)
     assert torch.isfinite(weights).all()
-    assert float(weights.max()) <= (1e-6 if alpha > 0 else 1e4 * (1 + 1e-9))
+    assert float(weights.max()) <= (1e-6 if alpha > 0 else 1e8 * (1 + 1e-9))
 
 
 def test_trajectories_hand_out_the_bases_own_predictions() -> None:

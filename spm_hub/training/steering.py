@@ -36,7 +36,7 @@ class Steering:
         anchoring = self._recipe.anchoring
         if anchoring.reach is None or step < _BEGINS * self._recipe.steps or self._whole == 0.0:
             return
-        wanted = max(objective.left_at(anchoring.reach), 1e-3)
+        wanted = max(objective.left_at(anchoring.reach), 1e-2)
         error = max(-1.0, min(1.0, 1 - self._erase / self._whole / wanted))
         steered = self.weight * math.exp(_PACE * error / self._recipe.steps)
         self.weight = min(max(steered, anchoring.weight / _RANGE), anchoring.weight * _RANGE)
