@@ -109,11 +109,6 @@ def runtime(numbers: dict[str, Any]) -> str:
         cells = [steps.get((model, prompts, method, count)) for count in counts]
         label = "spm-hub" if method == "ours" else {"hooks": "a hook for each eraser"}.get(method, method)
         rows.append([names[model], str(prompts), label, *("" if cell is None else f"{cell:.2f}x" for cell in cells)])
-    memory = "; ".join(
-        f"{one['erasers']} erasers of {one['erasers_megabytes']:.0f} MB {one['memory_added_megabytes']:.0f} MB"
-        for one in sorted(numbers["steps"], key=lambda one: int(one["erasers"]))
-        if (one["model"], one["method"], one["prompts"]) == ("sd1", "ours", 8)
-    )
     fast, gates, start, cycles = numbers["latency"], numbers["gates"], numbers["start"], numbers["cycles"]
     asked = "; ".join(
         f"{one['erasers']:,} erasers of {one['tokens']} x {one['width']} states {one['milliseconds']:.2g} ms"
@@ -125,42 +120,13 @@ def runtime(numbers: dict[str, Any]) -> str:
         f"{_table(head, rows)}\n\nStep time over the bare pipeline's with N rank-1 erasers on every target module: "
         "exact U-Nets with random weights, 64x64 (SD1.5) and 128x128 (SDXL) pixels, float32, each pair in one process. "
         "One prompt is folded, a mixed batch of 8 is branched; PEFT, diffusers and hooks have no gate, and one sum for "
-        f"the whole batch.\n\nPeak memory that branching adds on SD1.5: {memory}.\n\n"
-        f"On SD1.5 with {fast['erasers']} erasers: attach {fast['attach']:.2g} s, fold "
+        f"the whole batch.\n\nOn SD1.5 with {fast['erasers']} erasers: attach {fast['attach']:.2g} s, fold "
         f"{fast['fold']:.2g} s, fold for other gammas {fast['fold_for_other_gammas']:.2g} s, recover all, bit-exactly, "
         f"{fast['recover_all']:.2g} s. Gates of one prompt after the text encoder: {asked}. "
         f"`spmhub --help` {start['help']:.2g} s, `spmhub list` of 1,000 erasers {start['list_of_1000']:.2g} s. After "
         f"{cycles['cycles']:,} cycles of attach, draw, recover, detach: weights bit-identical "
         f"({'yes' if cycles['weights_bit_identical'] else 'no'}), resident memory {100 * cycles['change']:+.1f} %.\n"
         f"{_about(numbers, 'runtime')}"
-    )
-
-
-def methods(numbers: dict[str, Any]) -> str:
-    rows = []
-    for method, cells in numbers["cells"].items():
-        for concept, cell in cells.items():
-            attack = cell.get("unlearndiffatk")
-            trained = "seconds" in cell
-            rows.append([
-                f"`{method}`", concept, _share(cell["found_with"]), f"{cell['others_mean_points']:+.2f}",
-                f"{cell['others_worst_points']:+.0f}", f"{cell['others_frechet']:.2f}",
-                _share(attack["asr"]) if attack else "",
-                f"{cell['numbers']:,}" if trained else "", f"{cell['bytes'] / 1000:,.0f} kB" if trained else "",
-                f"{cell['seconds']:.1f} s" if trained else "",
-            ])  # fmt: skip
-    head = [
-        "method", "concept", "found with", "others, mean (points)", "others, worst", "others, Fréchet", "attacked",
-        "numbers", "file", "CPU time",
-    ]  # fmt: skip
-    samples, attack = numbers["samples"], numbers["attack"]
-    return (
-        f"{_table(head, rows)}\n\nEach method as `spmhub train CONCEPT --method METHOD` presets it, on `sketchbook`: "
-        f"{samples['target']} pictures of the concept, {samples['others']} of each other subject and style, "
-        f"{numbers['steps']} steps, guidance {numbers['guidance_scale']}. Fréchet: distance of the others' pictures to "
-        "the base's own, in the probe's features. Attacked: share of pictures that UnlearnDiffAtk brings back "
-        f"({attack['prompts']} prompts, {attack['iterations']} x {attack['timesteps']} steps, no gate).\n"
-        f"{_about(numbers, 'methods')}"
     )
 
 
@@ -179,7 +145,6 @@ SECTIONS = {
     "erasure": erasers,
     "training_speed": speed,
     "runtime": runtime,
-    "methods": methods,
 }
 
 
