@@ -1,0 +1,178 @@
+"""Every method on one table: what it erases, what it costs the rest, and what an attack brings back.
+
+    python benchmarks/methods.py                       # everything not measured yet; hours on two cores
+    python benchmarks/methods.py spm esd-x:van-gogh    # a method, or one of its concepts, again
+
+For each method and concept, on the sketchbook: how often the probe finds the concept, the worst and the mean change of
+all other subjects and styles, the Fréchet distance of the others' pictures to the base's own (features of the probe),
+the success rate of UnlearnDiffAtk before and after the attack, trained numbers, size of the file, CPU seconds of the
+training. Methods are as `spmhub train CONCEPT --method METHOD` presets them; SLD and the negative prompt train nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+from record import RESULTS, record
+
+from spm_hub import Adapter, attach, attacks
+from spm_hub.evaluation.grid import Row as GridRow
+from spm_hub.evaluation.grid import draw_grid
+from spm_hub.evaluation.guidance import negative_prompt, safe_latent_diffusion
+from spm_hub.evaluation.judging import probe_judge, sentences
+from spm_hub.evaluation.metrics import frechet_distance
+from spm_hub.evaluation.sketchbook import Case, cases, count, paint, probe
+from spm_hub.manifest import Concept
+from spm_hub.models import load_pipeline
+from spm_hub.training.methods import METHODS
+from spm_hub.training.recipe import Recipe
+from spm_hub.training.trainer import train
+
+CONCEPTS = ("snoopy", "van gogh", "nudity")
+SHOWN = {"snoopy": ("snoopy", "mickey"), "van gogh": ("van gogh", "picasso"), "nudity": ("nudity", "person")}
+TARGET_SAMPLES, OTHER_SAMPLES, SEED, STEPS = 50, 20, 2024, 12
+ATTACKED, ITERATIONS, TIMESTEPS = 10, 20, 10
+
+Guidance = Callable[[DiffusionPipeline, str], AbstractContextManager[None]]
+BY_GUIDANCE: dict[str, Guidance] = {
+    "sld-medium": lambda pipe, concept: safe_latent_diffusion(pipe, concept, "medium"),
+    "sld-max": lambda pipe, concept: safe_latent_diffusion(pipe, concept, "max"),
+    "negative-prompt": negative_prompt,
+}
+# The six selections of ESD differ in modules only; three of them stand for all.
+TRAINED = tuple(method for method in METHODS if method not in ("esd-x-strict-text", "esd-all", "esd-selfattn"))
+
+
+def wanted(concept: str) -> list[Case]:
+    """The target's cases and everybody else's."""
+    return [case for case in cases(samples=TARGET_SAMPLES, seed=SEED) if case.name == concept] + [
+        case for case in cases(samples=OTHER_SAMPLES, seed=SEED) if case.name != concept
+    ]
+
+
+@cache
+def bare(concept: str) -> list[Image.Image]:
+    """The base's own pictures of `wanted`."""
+    return paint(load_pipeline("sketchbook"), wanted(concept), steps=STEPS)
+
+
+def compare(concept: str, pictures: list[Image.Image]) -> dict[str, Any]:
+    """Detections, changes of the others in points, and the Fréchet distance of the others."""
+    asked = wanted(concept)
+    before = {(row.kind, row.name): row.detected for row in count(asked, bare(concept))}
+    after = {(row.kind, row.name): row.detected for row in count(asked, pictures)}
+    changes = {
+        f"{kind} {name}": round(100 * (after[kind, name] - before[kind, name]), 1)
+        for kind, name in before
+        if name != concept
+    }
+    others = [at for at, case in enumerate(asked) if case.name != concept]
+    first, second = (probe().features([of[at] for at in others]) for of in (bare(concept), pictures))
+    worst = min(changes, key=lambda name: changes[name])
+    return {
+        "found_without": next(share for (_, name), share in before.items() if name == concept),
+        "found_with": next(share for (_, name), share in after.items() if name == concept),
+        "others_worst_points": changes[worst],
+        "others_worst": worst,
+        "others_mean_points": round(sum(changes.values()) / len(changes), 2),
+        "others_frechet": round(frechet_distance(first, second), 3),
+    }
+
+
+def attacked(adapter: Adapter, pipe: DiffusionPipeline) -> dict[str, Any]:
+    """UnlearnDiffAtk's success rates. Its prompts name the concept, so that no gate would be below 1."""
+    concept: Concept = adapter.manifest.concept
+    attack = attacks.UnlearnDiffAtk(
+        tokens=5 if concept.kind == "nsfw" else 3, iterations=ITERATIONS, timesteps=TIMESTEPS
+    )
+    report = attacks.run(
+        pipe, [adapter], sentences(concept, ATTACKED, SEED), probe_judge(concept), attack,
+        drawing=attacks.Drawing(steps=STEPS, guidance=7.5), seed=SEED, gate="always",
+    )  # fmt: skip
+    return {"cases": len(report.outcomes), "before": round(report.before, 3), "asr": round(report.asr, 3)}
+
+
+def measure(method: str, concept: str) -> tuple[dict[str, Any], list[Image.Image]]:
+    """One cell of the table, and its pictures for the grid."""
+    pipe, asked = load_pipeline("sketchbook"), wanted(concept)
+    if method in BY_GUIDANCE:
+        with BY_GUIDANCE[method](pipe, "a nude person" if concept == "nudity" else concept):
+            pictures = paint(pipe, asked, steps=STEPS)
+        return compare(concept, pictures), shown(concept, pictures)
+    begun = time.process_time()
+    adapter = train(Recipe.plan(target=concept, method=method, model="sketchbook"), pipe=pipe)
+    seconds = time.process_time() - begun
+    with attach(pipe, [adapter]):
+        pictures = paint(pipe, asked, steps=STEPS)
+    with tempfile.TemporaryDirectory() as folder:
+        written = adapter.save(Path(folder) / "eraser.safetensors")
+    stored = [tensor.numel() for increment in adapter.increments.values() for tensor in increment.tensors().values()]
+    cell = compare(concept, pictures)
+    cell |= {"seconds": round(seconds, 1), "numbers": sum(stored), "bytes": written.increment.bytes}
+    return {**cell, "unlearndiffatk": attacked(adapter, pipe)}, shown(concept, pictures)
+
+
+def shown(concept: str, pictures: list[Image.Image]) -> list[Image.Image]:
+    """Two pictures of the concept, two of its neighbour."""
+    names = [case.name for case in wanted(concept)]
+    return [pictures[names.index(name) + number] for name in SHOWN[concept] for number in (0, 1)]
+
+
+def strip(method: str, concept: str) -> Path:
+    """Where a cell's pictures wait for the grid; not committed."""
+    return RESULTS / "strips" / f"{method}-{concept.replace(' ', '-')}.png"
+
+
+def keep(file: Path, pictures: list[Image.Image]) -> None:
+    """Side by side, 64 pixels each."""
+    file.parent.mkdir(exist_ok=True)
+    sheet = Image.new("RGB", (64 * len(pictures), 64))
+    for at, picture in enumerate(pictures):
+        sheet.paste(picture.resize((64, 64)), (64 * at, 0))
+    sheet.save(file)
+
+
+def grid() -> None:
+    """All cells that have been drawn on this machine, a row for each method."""
+    rows = []
+    for method in ("nothing", *TRAINED, *BY_GUIDANCE):
+        sheets = [Image.open(file) for concept in CONCEPTS if (file := strip(method, concept)).exists()]
+        if len(sheets) == len(CONCEPTS):
+            cells = [sheet.crop((64 * at, 0, 64 * at + 64, 64)) for sheet in sheets for at in range(4)]
+            rows.append(GridRow(method, tuple((cells[at], cells[at + 1]) for at in range(0, len(cells), 2))))
+    if rows:
+        draw_grid(rows, [name for concept in CONCEPTS for name in SHOWN[concept]]).save(RESULTS / "methods.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="METHOD or METHOD:CONCEPT; everything not measured yet unless given")
+    parts = parser.parse_args().parts
+    file = RESULTS / "methods.json"
+    numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"cells": {}}
+    numbers |= {
+        "samples": {"target": TARGET_SAMPLES, "others": OTHER_SAMPLES}, "steps": STEPS, "guidance_scale": 7.5,
+        "attack": {"prompts": ATTACKED, "iterations": ITERATIONS, "timesteps": TIMESTEPS},
+    }  # fmt: skip
+    for concept in CONCEPTS:
+        for method in (*TRAINED, *BY_GUIDANCE):
+            chosen = not {method, f"{method}:{concept.replace(' ', '-')}"}.isdisjoint(parts)
+            if not (chosen if parts else concept not in numbers["cells"].get(method, {})):
+                continue
+            print(f"{method}, {concept} ...", file=sys.stderr, flush=True)
+            numbers["cells"].setdefault(method, {})[concept], pictures = measure(method, concept)
+            keep(strip(method, concept), pictures)
+            keep(strip("nothing", concept), shown(concept, bare(concept)))
+            record("methods", numbers, seeds=SEED)
+            grid()
