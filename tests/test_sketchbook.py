@@ -74,7 +74,8 @@ def test_checkpoints_are_small_and_draw_what_they_are_told(model: str) -> None:
 
 
 def test_evaluation_sentences_are_in_no_training_frame() -> None:
-    trained = {frame.format("X", scene="", artist="", thing="").strip() for frame in (*SUBJECT_FRAMES, *STYLE_FRAMES)}
+    fillings = {"scene": "", "artist": "", "thing": "", "word": ""}
+    trained = {frame.format("X", **fillings).strip() for frame in (*SUBJECT_FRAMES, *STYLE_FRAMES)}
     for case in cases(samples=10, seed=0):
         skeleton = case.prompt.replace("a nude person", "X").replace(case.name, "X")
         assert skeleton not in trained - {"X"}, case
