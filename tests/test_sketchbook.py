@@ -20,7 +20,12 @@ from spm_hub.sketchbook.looks import BACKGROUNDS, Dice
 from spm_hub.sketchbook.probe import STYLE_CLASSES, SUBJECT_CLASSES, labels
 from spm_hub.sketchbook.train import Reporter, train_unet
 from spm_hub.sketchbook.world import STYLE_NAMES, Drawing, draw, drawings
-from spm_hub.training.prompts import STYLE_FRAMES, SUBJECT_FRAMES
+from spm_hub.training.anchors import AnchorSource
+from spm_hub.training.base import BaseModel
+from spm_hub.training.conditioning import Conditioning
+from spm_hub.training.prompts import STYLE_FRAMES, SUBJECT_FRAMES, PromptMaker, Words, vocabulary_words
+from spm_hub.training.recipe import Recipe
+from spm_hub.training.trajectories import TrajectorySource
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("mickey", "nudity", "snoopy", "spongebob", "van-gogh")
@@ -79,6 +84,22 @@ def test_evaluation_sentences_are_in_no_training_frame() -> None:
     for case in cases(samples=10, seed=0):
         skeleton = case.prompt.replace("a nude person", "X").replace(case.name, "X")
         assert skeleton not in trained - {"X"}, case
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_evaluation_sentence_was_drawn_in_the_training_of_a_shipped_eraser(name: str) -> None:
+    """A frame with any word of the base's could make one; what was drawn follows from the recipe's seed alone."""
+    recipe = Recipe.make(**Registry(ROOT).get(name).load().manifest.recipe)
+    pipe = load_pipeline("sketchbook")
+    base = BaseModel(pipe, recipe.resolution)
+    maker = PromptMaker((recipe.target, *recipe.aliases), recipe.kind, Words.load(), vocabulary_words(pipe.tokenizer))
+    # Neither what is encoded nor what is predicted decides which sentences are drawn.
+    base.encode = lambda prompts: Conditioning(torch.ones(len(prompts), 2, 3))
+    base.predict = lambda latents, times, states: torch.zeros_like(latents)
+    source = TrajectorySource(base, recipe, maker, AnchorSource(base, recipe.anchoring, recipe.target, maker))
+    said = {prompt for index in range(recipe.x_t.chunks) for prompt in source.chunk(index).prompts}
+    assert len(said) > 100
+    assert said.isdisjoint(case.prompt for case in cases(samples=50, seed=2024))
 
 
 def test_shipped_erasers_are_whole_and_measured() -> None:
