@@ -79,11 +79,21 @@ def test_checkpoints_are_small_and_draw_what_they_are_told(model: str) -> None:
 
 
 def test_evaluation_sentences_are_in_no_training_frame() -> None:
-    fillings = {"scene": "", "artist": "", "thing": "", "word": ""}
-    trained = {frame.format("X", **fillings).strip() for frame in (*SUBJECT_FRAMES, *STYLE_FRAMES)}
-    for case in cases(samples=10, seed=0):
+    words = Words.load()
+    parts = {
+        "scene": "|".join(map(re.escape, words.scenes)),
+        "artist": "|".join(map(re.escape, words.artists)),
+        "thing": "|".join(map(re.escape, words.things + words.people)),
+        "word": "[a-z]+",  # any word that a base may know
+    }
+    frames = [
+        re.compile(frame.format("X", **{part: f"({options})" for part, options in parts.items()}))
+        for frame in (*SUBJECT_FRAMES, *STYLE_FRAMES)
+        if frame != "{}"
+    ]
+    for case in cases(samples=50, seed=0):
         skeleton = case.prompt.replace("a nude person", "X").replace(case.name, "X")
-        assert skeleton not in trained - {"X"}, case
+        assert not any(frame.fullmatch(skeleton) for frame in frames), case
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -19,7 +19,7 @@ SUBJECT_FRAMES: tuple[str, ...] = (
     "{}", "{}", "a photo of {}", "a picture of {}", "a drawing of {}", "a painting of {}", "an image of {}",
     "a cartoon of {}", "{} {scene}", "{} {scene}", "a photo of {} {scene}", "a picture of {} {scene}", "{} by {artist}",
     "{} {scene} by {artist}", "a small {}", "a big {}", "two {}", "the {}", "{} and {thing}", "{} {word}", "{word} {}",
-    "a {word} of {}", "{} in the {word}",
+    "{} in the {word}",
 )  # fmt: skip
 STYLE_FRAMES: tuple[str, ...] = (
     "{}", "by {}", "a painting by {}", "{thing} by {}", "{thing} by {}", "a painting of {thing} by {}",
