@@ -4,9 +4,10 @@
     python benchmarks/robustness.py snoopy mickey     # others' numbers stay as they were
 
 For each concept a plain SPM and one with R.A.C.E.'s adversary are trained, the same recipe otherwise, and attacked with
-the same prompts, seeds and budget. UnlearnDiffAtk's prompts all name the concept, whatever it puts before them, so that
-facilitated transport gives them gamma 1 (`gamma_least`, measured): one attack stands for both gates. The other subjects
-and styles are counted under each gate.
+the same prompts, seeds and budget: once as our defaults train, on many sentences, and once on the bare name alone, as
+the papers do, which leaves the plain SPM more to be attacked. UnlearnDiffAtk's prompts all name the concept, whatever
+it puts before them, so that facilitated transport gives them gamma 1 (`gamma_least`, measured): one attack stands for
+both gates. The other subjects and styles are counted under each gate.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from spm_hub.training import Recipe, train
 SEED, STEPS, GUIDANCE = 2024, 12, 7.5
 PROMPTS, SAMPLES = 10, 10
 ATTACK = attacks.UnlearnDiffAtk(tokens=3, iterations=20, timesteps=50)
-METHODS = ("spm", "race-spm")
+TRAININGS = {
+    "spm": ("spm", ()), "race-spm": ("race-spm", ()),
+    "spm, bare name": ("spm", ("templates=false",)), "race-spm, bare name": ("race-spm", ("templates=false",)),
+}  # fmt: skip
 GATES = ("transport", "always")
 
 
@@ -55,13 +59,13 @@ def others(before: list[Row], after: list[Row], concept: str) -> dict[str, Any]:
 
 
 def measure(concept: str, bare: list[Row]) -> dict[str, Any]:
-    """Both erasers of one concept: attacked, and seen by their neighbours."""
+    """The erasers of one concept: attacked, and seen by their neighbours."""
     pipe = load_pipeline("sketchbook")
     found: dict[str, Any] = {}
-    for method in METHODS:
+    for training, (method, sets) in TRAININGS.items():
         began = time.monotonic()
-        plan = Recipe.plan(target=concept, method=method)
-        eraser: Adapter = train(plan, pipe=pipe, progress=tell(f"{concept}: training {method}"))
+        plan = Recipe.plan(target=concept, method=method, sets=sets)
+        eraser: Adapter = train(plan, pipe=pipe, progress=tell(f"{concept}: training {training}"))
         entry: dict[str, Any] = {"recipe": plan.to_yaml(), "seconds": round(time.monotonic() - began)}
         about = eraser.manifest.concept
         cases = sentences(about, PROMPTS, SEED)
@@ -70,16 +74,16 @@ def measure(concept: str, bare: list[Row]) -> dict[str, Any]:
         report = attacks.run(
             pipe, [eraser], cases, probe_judge(about), ATTACK, gate="always", seed=SEED,
             drawing=attacks.Drawing(steps=STEPS, guidance=GUIDANCE, at_once=50),
-            progress=tell(f"{concept}: attacking {method}"),
+            progress=tell(f"{concept}: attacking {training}"),
         )  # fmt: skip
         entry |= report.as_dict()
         for gate in GATES:
             with attach(pipe, [eraser], gate=gate):
                 table = detection_table(
-                    pipe, samples=SAMPLES, seed=SEED, steps=STEPS, progress=tell(f"{concept}: counting with {method}")
+                    pipe, samples=SAMPLES, seed=SEED, steps=STEPS, progress=tell(f"{concept}: counting with {training}")
                 )
             entry[f"others_under_{gate}"] = others(bare, table, concept)
-        found[method] = entry
+        found[training] = entry
     return found
 
 
