@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from spm_hub.atomic import Content, write_together
-from spm_hub.errors import AdapterFileError, ManifestError
+from spm_hub.errors import GET_AGAIN, AdapterFileError, ManifestError
 from spm_hub.formats import spm
 from spm_hub.formats.container import MANIFEST_KEY, Header, Image, encode, read_header, read_tensors
 from spm_hub.formats.diffusers_lora import scaling_in
@@ -116,7 +116,7 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
         raise AdapterFileError(
             f"{path} is not the file that {manifest_path} describes: increment.bytes is {sidecar.increment.bytes}, "
             f"the file has {size}",
-            mend="fetch or train the adapter again",
+            mend=GET_AGAIN,
         )
     if lazy:
         header = read_header(path)
@@ -131,7 +131,7 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
         raise AdapterFileError(
             f"{path} is not the file that {manifest_path} describes: increment.sha256 is {sidecar.increment.sha256}, "
             f"the file's is {sha256}",
-            mend="fetch or train the adapter again",
+            mend=GET_AGAIN,
         )
     increments = read_increments(path, tensors, scaling_in(header.metadata, path))
     manifest = sidecar or _embedded_manifest(path, header) or _manifest_of_foreign(path, header, increments)

@@ -1,5 +1,6 @@
 """Erasers on a pipeline: attach, add, strengthen, recover, detach; what each row of a batch gets is planned here."""
 
+import shlex
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -322,12 +323,7 @@ class Attachment:
 
     def _fitting(self, adapter: Adapter, beside: Mapping[str, Eraser]) -> Eraser:
         if (other := beside.get(adapter.name)) is not None:
-            if _same(other.adapter, adapter):
-                raise UsageError(f"adapter {adapter.name} ({adapter.source}) is attached twice", mend="name it once")
-            raise UsageError(
-                f"two adapters are named {adapter.name}: {other.adapter.source} and {adapter.source}",
-                mend="rename one: change `name` in its manifest",
-            )
+            raise _namesakes(other.adapter, adapter)
         return self._options.eraser(adapter, resolve_modules(adapter, self._denoiser))
 
     def _install(self, erasers: Mapping[str, Eraser]) -> None:
@@ -410,6 +406,32 @@ class Strength(MutableMapping[str, float]):
 
     def __repr__(self) -> str:
         return f"Strength({dict(self)})"
+
+
+def check_names(adapters: Sequence[Adapter], strength: Iterable[str] = ()) -> None:
+    """What `attach` would refuse whatever the pipeline, for whoever has yet to load one.
+
+    Raises UsageError for an adapter twice and for two of one name, NotFoundError for a strength of none of them.
+    """
+    by_name: dict[str, Adapter] = {}
+    for adapter in adapters:
+        if adapter.name in by_name:
+            raise _namesakes(by_name[adapter.name], adapter)
+        by_name[adapter.name] = adapter
+    for name in strength:
+        _known(name, by_name)
+
+
+def _namesakes(one: Adapter, other: Adapter) -> UsageError:
+    if _same(one, other):
+        return UsageError(f"adapter {other.name} ({other.source}) is attached twice", mend="name it once")
+    in_file = other.source.endswith(".safetensors")
+    return UsageError(
+        f"two adapters are named {other.name}: {one.source} and {other.source}",
+        mend=f"spmhub convert {shlex.quote(other.source)} --name {other.name}-2, and attach that one"
+        if in_file
+        else "give one of them another name in its manifest",
+    )
 
 
 def _same(one: Adapter, other: Adapter) -> bool:

@@ -90,8 +90,7 @@ def bake(
     fit), RegistryError (`out` exists or cannot be written).
     """
     strengths = _strengths(adapters, strength)
-    if out.exists() and not replace and not (out.is_dir() and not any(out.iterdir())):
-        raise RegistryError(f"{out} exists already", mend="name another folder with --out, or add --force")
+    check_place(out, replace=replace)
     family = family_of(pipe)
     denoiser = denoiser_of(pipe)
     in_order = sorted(adapters, key=lambda adapter: adapter.name)
@@ -113,6 +112,12 @@ def bake(
     return provenance
 
 
+def check_place(out: Path, *, replace: bool = False) -> None:
+    """Raises RegistryError where `out` exists, is not an empty folder, and may not be replaced."""
+    if out.exists() and not replace and not (out.is_dir() and not any(out.iterdir())):
+        raise RegistryError(f"{out} exists already", mend="name another folder with --out, or add --force")
+
+
 def recover(checkpoint: Path, name: str) -> Provenance:
     """Take the eraser `name` out of a baked folder, which then equals, byte for byte, a bake without it.
 
@@ -126,7 +131,10 @@ def recover(checkpoint: Path, name: str) -> Provenance:
     if name not in names:
         meant = nearest(name, names)
         hint = f"; did you mean {' or '.join(meant)}?" if meant else f"; it has {', '.join(names)}"
-        raise NotFoundError(f"no eraser {name!r} is baked into {checkpoint}{hint}")
+        raise NotFoundError(
+            f"no eraser {name!r} is baked into {checkpoint}{hint}",
+            mend=f"spmhub recover {(*meant, *names, 'NAME')[0]} --checkpoint {checkpoint}",
+        )
     kept = tuple(eraser for eraser in before.erasers if eraser.name != name)
     remaining = [_read_eraser(checkpoint, eraser) for eraser in kept]
     changed = _changed_keys(remaining, _Weights(checkpoint / before.denoiser))

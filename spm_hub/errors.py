@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+GET_AGAIN = "get the adapter again: spmhub pull OWNER/NAME --force, or spmhub train CONCEPT --force"
+"""What mends an adapter file that is not what it was."""
+
 
 class SpmHubError(Exception):
     """Root of the hierarchy; `mend` is the step that puts it right, `exit_code` what a command line ends with."""

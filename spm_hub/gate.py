@@ -70,7 +70,8 @@ def similarity(states: Tensor, concepts: Concepts) -> Tensor:
             there = names if length == tokens else fixed_point(names.view(-1, tokens, width)[:, :length])
             cosines.append(chunk @ there.T)
         found.append(cosines[0] if len(cosines) == 1 else torch.stack(cosines).amax(dim=0))
-    return torch.cat(found, dim=1)
+    # Rounded to fixed point, a vector may be longer than 1 by 1e-7; no gamma is.
+    return torch.cat(found, dim=1).clamp_(-1.0, 1.0)
 
 
 def overlap(prompts: Prompts, concepts: Concepts) -> Tensor:

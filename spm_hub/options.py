@@ -99,4 +99,6 @@ def _whole(key: str, value: object, least: int, what: str) -> None:
 
 def _one_of(key: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
-        raise UsageError(f"{key} is {value!r}; it is one of {', '.join(map(repr, allowed))}")
+        raise UsageError(
+            f"{key} is {value!r}; it is one of {', '.join(map(repr, allowed))}", mend=f"{key} = {allowed[-1]!r}"
+        )

@@ -18,6 +18,7 @@ from rich.cells import cell_len
 
 from spm_hub.cli.app import EXAMPLES, app
 from spm_hub.cli.output import LONG, Output, guarded, size, table
+from spm_hub.errors import RegistryError
 from spm_hub.hub import registry as registries
 from spm_hub.hub.registry import Registry
 
@@ -284,6 +285,49 @@ def test_a_mistake_is_a_sentence_and_an_exit_code(
     assert list(Path.cwd().iterdir()) == [], "nothing half done"
 
 
+NEEDS_NO_MODEL = [
+    (["apply", "-a", "snoopy"], "--prompt TEXT"),
+    (["apply", "-a", "snoopy", "-p", "x", "-p", " "], "--prompt TEXT"),
+    (["apply", "-a", "snoopy,snoopy", "-p", "x"], "name it once"),
+    (["apply", "-a", "snoopy,{namesake}", "-p", "x"], "spmhub convert {namesake} --name snoopy-2"),
+    (["apply", "-a", "snoopy", "-p", "x", "--gate", "transprot"], "--gate transport"),
+    (["apply", "-a", "snoopy", "-p", "x", "--strength", "snopy=1"], "snoopy"),
+    (["apply", "-a", "snoopy", "-p", "x", "--steps", "0"], "steps = 1"),
+    (["bake", "-a", "snoopy,{namesake}", "--out", "out"], "spmhub convert {namesake} --name snoopy-2"),
+    (["bake", "-a", "snoopy", "--out", "{registry}"], "--force"),
+    (["train", "church", "--set", "objektive.eta=1"], "spmhub show NAME"),
+    (["train", "church", "--method", "smp"], "spmhub train --help"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "mend"), NEEDS_NO_MODEL, ids=[" ".join(line[:8]) for line, _ in NEEDS_NO_MODEL])
+def test_what_needs_no_model_is_said_before_one_is_loaded(
+    arguments: list[str], mend: str, spmhub: Spmhub, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def downloaded(*_: object, **__: object) -> None:
+        raise AssertionError("gigabytes were downloaded before the mistake was found")
+
+    monkeypatch.setattr("spm_hub.models.load_pipeline", downloaded)
+    namesake = tmp_path / "namesake.safetensors"
+    pico_eraser(pico_pipeline().unet, "snoopy", 7).save(namesake)
+    for key, place in {"{namesake}": str(namesake), "{registry}": str(registry.root)}.items():
+        arguments = [one.replace(key, place) for one in arguments]
+        mend = mend.replace(key, place)
+    done = spmhub(*arguments, "-m", "sd-v1-4")
+    assert done.code in (1, 2)
+    assert done.err.splitlines()[-1].startswith("  try: ")
+    assert mend in done.err.splitlines()[-1]
+
+
+def test_the_command_that_is_suggested_can_be_typed(spmhub: Spmhub, registry: Registry, model: Path) -> None:
+    concept = """Bob's "best" $HOME"""
+    suggested = spmhub("train", concept, "-m", model, *PICO_TRAINING).err.splitlines()[-1]
+    command, *arguments = shlex.split(suggested.removeprefix("try: "))
+    assert command == "spmhub"
+    done = spmhub(*arguments, "--steps", 1, "--json")
+    assert json.loads(done.out)["gates"][0]["prompt"] == concept
+
+
 def test_an_error_is_json_too(spmhub: Spmhub, registry: Registry) -> None:
     done = spmhub("show", "snopy", "--json")
     said = json.loads(done.out)["error"]
@@ -342,6 +386,72 @@ def test_ctrl_c_in_training_keeps_the_run(
     resumed = registry.get("church").adapter_path.read_bytes()
     assert spmhub(*arguments, "--force").code == 0
     assert registry.get("church").adapter_path.read_bytes() == resumed
+
+
+def test_several_concepts_go_on_with_the_one_that_was_interrupted(
+    spmhub: Spmhub, registry: Registry, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spm_hub.training import run
+
+    arguments = ("train", "church", "dog", "-m", model, *PICO_TRAINING)
+    step = run.Run.step
+
+    def interrupted(self: run.Run, number: int) -> dict[str, float]:
+        if (self.recipe.target, number) == ("dog", 1):
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Run, "step", interrupted)
+        assert spmhub(*arguments).code == 130
+    church = registry.get("church")
+    before = church.adapter_path.stat()
+    resumed = spmhub(*arguments, "--resume", "--json")
+    assert [row["name"] for row in json.loads(resumed.out)] == ["church", "dog"]
+    assert "'church': erased by this very recipe already" in resumed.err
+    assert church.adapter_path.stat() == before, "not trained again"
+    assert spmhub(*arguments, "--resume", "--set=steps=3").code == 1, "another recipe's eraser is in the way"
+    assert church.adapter_path.stat() == before
+
+
+def test_a_full_registry_does_not_cost_the_training(
+    spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spm_hub.hub import storage
+    from spm_hub.training import run
+
+    def full(*_: object) -> None:
+        raise RegistryError("cannot write it: No space left on device")
+
+    def never(*_: object) -> None:
+        raise AssertionError("it was trained already")
+
+    arguments = ("train", "church", "-m", model, *PICO_TRAINING)
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "change", full)
+        refused = spmhub(*arguments)
+    assert (refused.code, refused.out) == (1, "")
+    assert "not lost" in refused.err
+    assert refused.err.splitlines()[-1].startswith("  try: the same command with --resume")
+    assert registry.find("church") is None
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Run, "step", never)
+        assert spmhub(*arguments, "--resume").code == 0
+    assert spmhub(*arguments, "--name", "again").code == 0
+    kept = [registry.get(name).load().increments for name in ("church", "again")]
+    assert all(torch.equal(one.up, kept[1][path].up) for path, one in kept[0].items())
+    assert not list((tmp_path / "cache").rglob("*.safetensors")), "what is in the registry is kept once"
+
+
+def test_a_folder_for_the_run_that_cannot_be_written_is_said_before_the_training(
+    spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    done = spmhub("train", "church", "-m", model, "--checkpoint-dir", tmp_path / "file", *PICO_TRAINING)
+    assert done.code == 1
+    assert "--checkpoint-dir DIR" in done.err
+    assert "training 2/2" not in done.err
+    assert registry.find("church") is None
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))

@@ -58,6 +58,18 @@ def test_a_concepts_own_prompt_is_fully_on():
     assert TransportGate().gammas(prompts, Concepts((concept,))).item() == pytest.approx(1, abs=1e-7)
 
 
+def test_no_gamma_is_above_one():
+    states = torch.cat([concept_of(seed, window=12, width=16).states for seed in range(60)])
+    own = torch.cat(
+        [
+            similarity(state[None], Concepts((concept_of(seed, window=12, width=16),)))
+            for seed, state in enumerate(states)
+        ]
+    )
+    assert own.max() == 1
+    assert own.min() > 1 - 1e-6
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 9), st.integers(0, 8))
 def test_a_gamma_does_not_depend_on_the_erasers_beside_it(seed, count, chosen):

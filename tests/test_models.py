@@ -45,6 +45,23 @@ def test_precision_is_asked_for_or_that_of_the_file(tmp_path: Path) -> None:
     assert load_pipeline(str(tmp_path / "half"), dtype=torch.float16).unet.dtype is torch.float16
 
 
+def test_a_folder_of_half_precision_files_alone(tmp_path: Path) -> None:
+    pico_pipeline(dtype=torch.float16).save_pretrained(tmp_path / "pico", variant="fp16")
+    expected = pico_pipeline(dtype=torch.float16).unet.state_dict()
+    for dtype in (None, "stored"):
+        pipe = load_pipeline(str(tmp_path / "pico"), dtype=dtype)
+        assert all(torch.equal(tensor.half(), expected[key]) for key, tensor in pipe.unet.state_dict().items())
+    assert pipe.unet.dtype is torch.float16
+
+
+def test_where_both_precisions_lie_the_whole_one_is_read(tmp_path: Path) -> None:
+    pico_pipeline(dtype=torch.float16).save_pretrained(tmp_path / "pico", variant="fp16")
+    pico_pipeline().save_pretrained(tmp_path / "pico")
+    pipe = load_pipeline(str(tmp_path / "pico"), dtype="stored")
+    expected = pico_pipeline().unet.state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in pipe.unet.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("text", "hub_id", "revision"),
     [

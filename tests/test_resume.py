@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pico import pico_pipeline
 
 from spm_hub.training import Recipe, train
+from spm_hub.training.trainer import TrainingInterruptedError
 
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 2, "x_t": {"steps": 3, "trajectories": 2, "chunks": 2}}
 CASES: dict[str, dict[str, Any]] = {
@@ -48,6 +50,33 @@ def whole_and_resumed(case: str, folder: Path) -> None:
         progress=lambda step, total, losses: steps.append(step),
     ).save(folder / "resumed.safetensors")  # fmt: skip
     assert steps == [5, 6]
+
+
+@pytest.mark.parametrize("method", ["spm", "sepme"])
+def test_ctrl_c_in_the_middle_of_a_step_of_the_optimiser(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some parameters have moved by then, Adam's moments too: what is saved must be this step whole, or not at all."""
+    together = [{"target": "mickey"}] if method == "sepme" else []
+    recipe = Recipe.make(**SMALL, method=method, together=together)
+    train(recipe, pipe=pico_pipeline(text_width=64)).save(tmp_path / "whole.safetensors")
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        done = step(self, *arguments)
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(TrainingInterruptedError, match="stopped at step"):
+            train(recipe, pipe=pico_pipeline(text_width=64), checkpoint_dir=tmp_path)
+    assert len(calls) in (3, 4), "the second of two erasers is finished too"
+    resumed = train(recipe, pipe=pico_pipeline(text_width=64), checkpoint_dir=tmp_path, resume=True)
+    resumed.save(tmp_path / "resumed.safetensors")
+    assert (tmp_path / "resumed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -64,11 +64,15 @@ def apply(
     with out.progress("downloading erasers") as progress:
         entries = [resolve(reference, registry, progress=progress) for reference in wanted]
     with silence_libraries():
-        from spm_hub.evaluation.pictures import Drawing, read_prompts, save, show
+        from spm_hub.attachment import check_names
+        from spm_hub.evaluation.pictures import Drawing, check_prompts, read_prompts, save, show
 
+        # What can be said at once is not said after a model was downloaded.
         texts = read_prompts(prompts) if prompts is not None else prompt or []
+        check_prompts(texts)
         drawing = Drawing(seed=seed, number=num, steps=steps, guidance=guidance)
         erasers = [entry.load() for entry in entries]
+        check_names(erasers, strengths or ())
         pipe = load_pipeline(model, config=config, dtype=options.precision(dtype), device=device)
         sources = {"model": whence(model, pipe), **{entry.name: entry.whence() for entry in entries}}
         for what, place in sources.items():
@@ -93,4 +97,5 @@ def apply(
         table(["prompt", *names], [[one.prompt, *(one.gates[name] for name in names)] for one in shown]),
         brief=paths,
     )
-    out.say(f"{len(paths)} pictures in {to}" + (f"; side by side: {files['grid'][0]}" if "grid" in files else ""))
+    beside = f"; side by side: {files['grid'][0]}" if "grid" in files else ""
+    out.say(f"{len(paths)} picture{'s' * (len(paths) > 1)} in {to}{beside}")

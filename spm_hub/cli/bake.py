@@ -35,19 +35,22 @@ def bake(
     from spm_hub.hub.registry import resolve
     from spm_hub.models import load_pipeline, parse_reference
 
+    strengths = options.strengths(strength)
     source = parse_reference(model, config=config)
     if source.remark:
         out.say(source.remark)
     entries = [resolve(reference, registry) for reference in options.names(adapters)]
     with silence_libraries():
+        from spm_hub.attachment import check_names
         from spm_hub.baking import bake as run
+        from spm_hub.baking import check_place
 
         erasers = [entry.load() for entry in entries]
+        check_names(erasers, strengths or ())
+        check_place(to, replace=force)
         pipe = load_pipeline(model, config=config, dtype="stored")
         out.say(f"baking {len(erasers)} eraser(s) into {model} ...")
-        provenance = run(
-            pipe, erasers, to, strength=options.strengths(strength), base=source.public_name, replace=force
-        )
+        provenance = run(pipe, erasers, to, strength=strengths, base=source.public_name, replace=force)
     names = ", ".join(eraser.name for eraser in provenance.erasers)
     out.data(
         {"checkpoint": to, **provenance.model_dump(mode="json")}, f"{to}: {model} without {names}", brief=[str(to)]

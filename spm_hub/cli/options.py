@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from spm_hub.errors import UsageError
+from spm_hub.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,7 @@ RequireSignature = Annotated[
         show_default=False,
     ),
 ]
+GATES = ("transport", "always")
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 
 
@@ -90,8 +91,13 @@ def strengths(texts: list[str] | None) -> dict[str, float] | None:
 
 
 def gate(text: str | None) -> str | float | None:
-    """A gate's name, or the number it stands for."""
+    """A gate's name, or the number it stands for. Raises UsageError for anything else."""
     value = None if text is None else _number(text)
+    if value is None and text not in (None, *GATES):
+        raise UsageError(
+            f"--gate {text!r} is neither {' nor '.join(GATES)} nor a number",
+            mend=f"--gate {(*nearest(str(text), GATES), *GATES)[0]}",
+        )
     return text if value is None else value
 
 

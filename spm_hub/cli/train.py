@@ -1,6 +1,7 @@
 """spmhub train: make an eraser."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,10 +10,16 @@ import typer
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, size
+from spm_hub.errors import RegistryError, SpmHubError, UsageError
 
 if TYPE_CHECKING:
+    from spm_hub.hub.entry import Entry
+    from spm_hub.hub.registry import Registry
     from spm_hub.manifest import Manifest
     from spm_hub.training.recipe import Recipe
+
+_SETTLED_LATER = ("model", "start_from", "start_sha256")
+"""Keys of a recipe that the base and the eraser it begins with have to be read for, as the manifest states them."""
 
 
 @command(
@@ -105,7 +112,7 @@ def train(
     kept_in = Registry(registry) if registry is not None else registries()[0]
     for plan in plans:
         for member in members(plan):
-            kept_in.check_room_for(member.slug, replace=force)
+            kept_in.check_room_for(member.slug, replace=force or (resume and _made_by(member, kept_in, _SETTLED_LATER)))
     reference = parse_reference(plans[0].model, config=config)
     if reference.remark:
         out.say(reference.remark)
@@ -119,9 +126,21 @@ def train(
                 check_before_loading(plan, local_folder(reference))
         pipe = load_pipeline(plans[0].model, config=config, dtype=options.precision(dtype), device=device)
         base, revision = identity_of(plans[0].model, pipe)
-    entries = []
+
+        from spm_hub.training.starting import started as begun
+    entries: list[Entry] = []
     for plan in plans:
+        start = None if plan.start_from is None else started[plan.start_from].load()
+        whole = begun(plan.model_copy(update={"model": base}), start)
+        names = [member.slug for member in sorted(members(whole), key=lambda member: member.target != plan.target)]
+        kept = [member.slug for member in members(whole) if resume and not force and _made_by(member, kept_in)]
+        for named in names:
+            kept_in.check_room_for(named, replace=force or named in kept)
         what = ", ".join(repr(one) for one in (plan.target, *(other.target for other in plan.together)))
+        if len(kept) == len(names):
+            out.say(f"{what}: erased by this very recipe already, and kept in {kept_in.root}")
+            entries += map(kept_in.get, names)
+            continue
         out.say(f"erasing {what} from {plan.model} with {plan.method} ...")
         folder = checkpoint_dir or options.run_folder(plan.slug)
         if checkpoint_dir is not None and len(plans) > 1:
@@ -131,16 +150,24 @@ def train(
 
             with out.progress("training") as progress:
                 adapters = train_together(
-                    plan.model_copy(update={"model": base}),
+                    whole,
                     pipe=pipe,
                     revision=revision,
                     progress=progress,
                     checkpoint_dir=folder,
                     resume=resume,
-                    start=None if plan.start_from is None else started[plan.start_from].load(),
+                    start=start,
                 )
         for adapter in adapters:
-            entries.append(kept_in.add(adapter, replace=force))
+            try:
+                entries.append(kept_in.add(adapter, replace=force or adapter.name in kept))
+            except RegistryError as error:
+                if not Checkpoint(folder).path.exists():
+                    raise
+                raise RegistryError(
+                    f"{error.message}; what was trained is not lost, it is in {folder}",
+                    mend="the same command with --resume, when there is room, or with another --registry",
+                ) from error
             if moved := _protected(adapter.manifest):
                 out.say(moved)
             for one in adapter.manifest.evaluation:
@@ -157,14 +184,24 @@ def train(
         "\n".join(f"{entry.name}: {entry.adapter_path} ({size(n)})" for entry, n in zip(entries, sizes, strict=True)),
         brief=[str(entry.adapter_path) for entry in entries],
     )
-    source = f"{plans[0].model} --config {config}" if config else plans[0].model
-    listed = ",".join(entry.name for entry in entries)
-    out.say(f'try: spmhub apply --model {source} --adapters {listed} --prompt "{plans[0].target}" --compare')
+    source = ["--model", plans[0].model, *(["--config", config] if config else [])]
+    listed = ["--adapters", ",".join(entry.name for entry in entries)]
+    out.say("try: " + shlex.join(["spmhub", "apply", *source, *listed, "--prompt", plans[0].target, "--compare"]))
+
+
+def _made_by(recipe: "Recipe", registry: "Registry", apart_from: Collection[str] = ()) -> bool:
+    """Whether the registry's eraser of that name was trained by exactly this recipe, some keys of it left aside."""
+    entry = registry.find(recipe.slug)
+    try:
+        found = {} if entry is None else entry.read_manifest().recipe
+    except SpmHubError:
+        return False  # whatever it is, it stands in the way
+    wanted = recipe.model_dump(mode="json")
+    return bool(found) and all(found.get(key) == value for key, value in wanted.items() if key not in apart_from)
 
 
 def _plans(file: Path | None, sets: Sequence[str], concepts: Sequence[str], given: dict[str, Any]) -> "list[Recipe]":
     """One recipe for a run of several concepts whose increments leave each other's alone, else one for each."""
-    from spm_hub.errors import UsageError
     from spm_hub.manifest import slug
     from spm_hub.training.concepts import known
     from spm_hub.training.recipe import Recipe

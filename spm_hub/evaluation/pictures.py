@@ -46,7 +46,7 @@ class Drawing:
     def __post_init__(self) -> None:
         for name, value, least in (("seed", self.seed, 0), ("number", self.number, 1), ("steps", self.steps, 1)):
             if value is not None and value < least:
-                raise UsageError(f"{name} must be at least {least}, got {value}")
+                raise UsageError(f"{name} must be at least {least}, got {value}", mend=f"{name} = {least}")
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,7 @@ def show(
     denoising steps done and their total. The pipeline is left as it was.
     Raises UsageError when there is no prompt, or an empty one.
     """
-    if not prompts:
-        raise UsageError("there is no prompt", mend="add --prompt TEXT or --prompts FILE")
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt.strip():
-            raise UsageError(f"prompt {number} is empty")
+    check_prompts(prompts)
     conditions = (WITHOUT, WITH) if compare else (WITH,)
     count = _Counter(len(conditions) * len(prompts), progress)
     drawn: dict[str, list[tuple[Image.Image, ...]]] = {}
@@ -92,6 +88,15 @@ def show(
         Shown(prompt, gates[index], {condition: drawn[condition][index] for condition in conditions})
         for index, prompt in enumerate(prompts)
     )
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises UsageError when there is no prompt, or an empty one."""
+    if not prompts:
+        raise UsageError("there is no prompt", mend="add --prompt TEXT or --prompts FILE")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise UsageError(f"prompt {number} is empty", mend=f"--prompt TEXT for each of the {len(prompts)}")
 
 
 def draw(
@@ -168,7 +173,7 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise NotFoundError(f"{path}: no such file of prompts") from error
+        raise NotFoundError(f"{path}: no such file of prompts", mend="--prompts FILE, one prompt a line") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     blank = [number for number, line in enumerate(lines, start=1) if not line.strip()]
@@ -179,7 +184,7 @@ def read_prompts(path: Path) -> list[str]:
             mend=f"sed -i '/^[[:space:]]*$/d' {path}",
         )
     if not lines:
-        raise UsageError(f"{path} holds no prompt")
+        raise UsageError(f"{path} holds no prompt", mend="write one prompt a line into it, or use --prompt TEXT")
     return lines
 
 

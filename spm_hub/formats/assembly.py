@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spm_hub.errors import AdapterFileError, CompatibilityError
+from spm_hub.errors import GET_AGAIN, AdapterFileError, CompatibilityError
 from spm_hub.formats import lycoris
 from spm_hub.formats.parts import Part
 from spm_hub.increments import Dense, Increment, LowRank, Mask
@@ -36,7 +36,7 @@ def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:
                     f"{' + '.join(names)} is no increment: it takes down + up, delta, keep_out or keep_in"
                 )
     except CompatibilityError as error:
-        raise AdapterFileError(f"{module}: {error.message}", mend="fetch or train the adapter again") from error
+        raise AdapterFileError(f"{module}: {error.message}", mend=GET_AGAIN) from error
 
 
 def _floating(tensor: Tensor) -> Tensor:

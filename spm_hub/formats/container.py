@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Never
 
 from spm_hub import untrusted
-from spm_hub.errors import AdapterFileError, NotFoundError, RegistryError
+from spm_hub.errors import GET_AGAIN, AdapterFileError, NotFoundError, RegistryError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -313,5 +313,5 @@ def _verify_hashes(path: Path, header: Header, payload: memoryview) -> None:
             _refuse(path, f"its header was altered: {HEADER_HASH_KEY} is {stored}, its sha256 is {actual}")
 
 
-def _refuse(path: Path, what: str, mend: str = "fetch or train the adapter again") -> Never:
+def _refuse(path: Path, what: str, mend: str = GET_AGAIN) -> Never:
     raise AdapterFileError(f"{path}: {what}", mend=mend)

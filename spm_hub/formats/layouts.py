@@ -7,7 +7,7 @@ from typing import Never
 
 from torch import Tensor, tensor
 
-from spm_hub.errors import AdapterFileError
+from spm_hub.errors import GET_AGAIN, AdapterFileError
 from spm_hub.formats import diffusers_lora, full_weights, kohya, lycoris, minimalist, peft, spm
 from spm_hub.formats.assembly import assemble
 from spm_hub.formats.parts import Format, Part, Slot
@@ -80,7 +80,7 @@ def read_increments(
             raise AdapterFileError(f"{path}: {slot.module} has two tensors for {slot.part}, the second under {key!r}")
         parts[slot.part] = value
     if not modules:
-        raise AdapterFileError(f"{path}: it holds no tensors", mend="fetch or train the adapter again")
+        raise AdapterFileError(f"{path}: it holds no tensors", mend=GET_AGAIN)
     for module, parts in modules.items():
         if scaling is not None and "down" in parts and "alpha" not in parts and parts["down"].dim():
             parts["alpha"] = tensor(scaling.alpha_of(module, len(parts["down"])))

@@ -11,6 +11,7 @@ from torch import Tensor
 from .base import BaseModel
 from .conditioning import Conditioning
 from .end_to_end import Step, back_propagate, sampled
+from .interrupts import uninterrupted
 from .masks import MaskInjection
 from .objectives.minimalist import final_latent_losses
 from .prompts import PromptMaker
@@ -46,6 +47,7 @@ class MinimalistRun:
     def __init__(self, recipe: Recipe, base: BaseModel, injection: MaskInjection, maker: PromptMaker) -> None:
         self.recipe, self._base, self.injection, self._maker = recipe, base, injection, maker
         self._scheduler = base.scheduler(recipe.x_t.steps)
+        self.taken = 0
         lr = recipe.optimiser.lr
         self._optimiser = torch.optim.AdamW(
             injection.groups(lr, recipe.optimiser.scale_lr), lr=lr, weight_decay=recipe.optimiser.weight_decay
@@ -122,7 +124,9 @@ class MinimalistRun:
             back_propagate(step_of, latents, gradient)
             erase, keep = erase + float(to_erase.detach()), keep + float(to_keep.detach())
         (recipe.masks.l0 * injection.on()).backward()
-        self._optimiser.step()
+        with uninterrupted():
+            self._optimiser.step()
+            self.taken = step + 1
         share = 2 / (size * passes * pictures.distance)
         return {"erase": erase * share, "keep": keep * share, "on": injection.kept()}
 

@@ -226,7 +226,11 @@ class Recipe(Part):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise RecipeError("\n".join(_explain(cls, dict(problem)) for problem in error.errors())) from None
+            about_method = any(problem["loc"] == ("method",) for problem in error.errors())
+            raise RecipeError(
+                "\n".join(_explain(cls, dict(problem)) for problem in error.errors()),
+                mend="spmhub train --help" if about_method else "spmhub show NAME, which has every key of a recipe",
+            ) from None
 
     @classmethod
     def plan(cls, path: Path | None = None, sets: Sequence[str] = (), **given: Any) -> Recipe:

@@ -16,6 +16,7 @@ from .averaging import MovingAverage
 from .base import BaseModel
 from .dense import DenseInjection
 from .injection import Injection
+from .interrupts import uninterrupted
 from .null_space import NullSpaceInjection
 from .objectives import objective
 from .objectives.base import Losses
@@ -67,6 +68,8 @@ class Run:
         self.optimiser = torch.optim.AdamW(groups, lr=lr, weight_decay=recipe.optimiser.weight_decay)
         self.rates = [float(group["lr"]) for group in self.optimiser.param_groups]
         self.distance: Tensor | None = None
+        self.taken = 0
+        """Steps that are in the parameters, the optimiser and all else that `tensors` gives."""
         decay = recipe.optimiser.ema
         self.average = None if decay is None else MovingAverage(self.injection.state(), decay)
 
@@ -102,8 +105,12 @@ class Run:
     def step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns the losses as shares of the distance the erasure has to go."""
         losses = self.losses(step)
-        self.update(step, self.total(step, losses))
-        return self.note(step, losses)
+        self.differentiate(self.total(step, losses))
+        with uninterrupted():
+            self.update(step)
+            seen = self.note(step, losses)
+            self.taken = step + 1
+        return seen
 
     def losses(self, step: int) -> Losses:
         """Those of this step's batch."""
@@ -134,13 +141,16 @@ class Run:
             self.distance = losses.distance
         return total / self.distance
 
-    def update(self, step: int, total: Tensor) -> None:
-        """One step of the optimiser down `total`."""
+    def differentiate(self, total: Tensor) -> None:
+        """The gradients of `total`, for `update`."""
+        self.optimiser.zero_grad(set_to_none=True)
+        total.backward()
+
+    def update(self, step: int) -> None:
+        """One step of the optimiser down the gradients."""
         factor = self.recipe.learning_rate(step)
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        self.optimiser.zero_grad(set_to_none=True)
-        total.backward()
         self.optimiser.step()
         self._project()
         if self.average is not None:

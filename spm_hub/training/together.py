@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .interrupts import uninterrupted
 from .null_space import NullSpaceInjection
 from .objectives.base import Losses
 from .objectives.sepme import balance
@@ -30,6 +31,7 @@ class Together:
     def __init__(self, runs: Sequence[Run]) -> None:
         """runs: with their injections taken out of the denoiser, which holds one of them at a time."""
         self._runs = tuple(runs)
+        self.taken = 0
 
     @property
     def finished(self) -> bool:
@@ -41,10 +43,14 @@ class Together:
         going = [run for run in self._runs if not run.finished]
         losses = [self._losses(run, step) for run in going]
         weights = balance([each.erase for each in losses]).clamp_max(_MOST)
-        seen = []
         for run, loss, weight in zip(going, losses, weights, strict=True):
-            run.update(step, run.total(step, loss, weight))
-            seen.append(run.note(step, loss))
+            run.differentiate(run.total(step, loss, weight))
+        seen = []
+        with uninterrupted():
+            for run, loss in zip(going, losses, strict=True):
+                run.update(step)
+                seen.append(run.note(step, loss))
+            self.taken = step + 1
         return {key: sum(each[key] for each in seen) / len(seen) for key in seen[0]}
 
     @staticmethod

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from spm_hub.adapter import Adapter, increment_info
 from spm_hub.architectures import family_of, fingerprint_of
 from spm_hub.atomic import write_atomic
-from spm_hub.errors import RecipeError, SpmHubError
+from spm_hub.errors import RecipeError, RegistryError, SpmHubError
 from spm_hub.increments import Increment
 from spm_hub.manifest import Base, Concept, Evaluation, GateDefaults, Manifest
 
@@ -62,8 +64,19 @@ class Checkpoint:
     def write(self, recipe: Recipe, step: int, tensors: dict[str, Tensor]) -> None:
         metadata = {"recipe": recipe.model_dump_json(), "step": str(step)}
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, save(contiguous, metadata))
+
+    def check_room(self) -> None:
+        """Asked before a training and not after it. Raises RegistryError where the folder cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise RegistryError(
+                f"the state of the run cannot be kept in {self.folder}: {error.strerror}",
+                mend="name another folder with --checkpoint-dir DIR",
+            ) from error
 
     def read(self, recipe: Recipe) -> tuple[int, dict[str, Tensor]]:
         """The step reached and the tensors. Raises RecipeError when it belongs to another recipe."""
@@ -107,8 +120,8 @@ def train(
     """Trains one eraser on `pipe`, which is left as it was; of a recipe with `together`, that of its own target.
 
     progress: called with (steps done, steps in all, losses relative to the distance there was to go).
-    checkpoint_dir: where the run is saved every `checkpoint_every` steps and at Ctrl-C; `resume` goes on from there,
-    and the result is bit for bit that of an undisturbed run on the same machine.
+    checkpoint_dir: where the run is saved every `checkpoint_every` steps, at Ctrl-C and at its end; `resume` goes on
+    from there, and the result is bit for bit that of an undisturbed run on the same machine.
     start: the eraser that the recipe's start_from names; whoever calls has to load it.
     on_step: called after each step; returning True ends the training there (for benchmarks).
     Raises TrainingInterruptedError, RecipeError, ModelError.
@@ -143,6 +156,8 @@ def train_together(
             for member in (shares[name] for name in _wanted(recipe))
         )
     checkpoint = Checkpoint(checkpoint_dir) if checkpoint_dir is not None else None
+    if checkpoint is not None:
+        checkpoint.check_room()
     runs: dict[str, Run | MinimalistRun] = {}
     try:
         for member in members(recipe):
@@ -161,7 +176,7 @@ def train_together(
         if resume and checkpoint is not None and checkpoint.path.exists():
             first, tensors = checkpoint.read(recipe)
             run.load(tensors)
-        done = first
+        run.taken = first
         try:
             for step in range(first, recipe.steps):
                 if run.finished:
@@ -174,7 +189,12 @@ def train_together(
                     checkpoint.write(recipe, done, run.tensors())
                 if on_step is not None and on_step(done, runs[recipe.target].injection):
                     break
+            if checkpoint is not None and run.taken > first:
+                # What is trained may yet find no room in a registry. Where this finds none either, that still may.
+                with suppress(RegistryError):
+                    checkpoint.write(recipe, run.taken, run.tensors())
         except KeyboardInterrupt:
+            done = run.taken
             if checkpoint is None or done == 0:
                 raise TrainingInterruptedError(f"stopped at step {done} of {recipe.steps}; nothing was saved") from None
             checkpoint.write(recipe, done, run.tensors())

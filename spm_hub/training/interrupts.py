@@ -1,0 +1,28 @@
+"""Ctrl-C, held back while a step of training is written down."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C inside is raised at the end, so that a checkpoint never holds half of a step.
+
+    Only the main thread hears of signals, and only it may choose who does; elsewhere this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
+    try:
+        yield
+    finally:
+        # None is a handler that Python did not set, and cannot put back.
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if held:
+        signal.raise_signal(signal.SIGINT)
