@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from pico import TEXT_WIDTH, WINDOW, pico_pipeline
+from pico_families import family_pipeline
 from torch import nn
 
 from spm_hub.attachment import attach
@@ -256,6 +257,16 @@ def test_protected_prompts_keep_their_cross_attention_under_every_increment(valu
     assert protected.samples == 3
     assert protected.value < 1e-5 < 1e-3 < target.value
     assert adapter.manifest.gate.protected == ("", *held)
+
+
+def test_the_empty_prompt_of_sdxl_is_protected_by_being_nothing() -> None:
+    pipe = family_pipeline("sdxl")
+    assert pipe.config.force_zeros_for_empty_prompt
+    adapter = train(recipe(steps=2, protection={"prompts": ["a dog"]}).with_set("optimiser.lr=10"), pipe=pipe)
+    protected, target = adapter.manifest.evaluation
+    assert protected.subject == repr("a dog")
+    assert protected.value < 1e-5 < 1e-3 < target.value
+    assert adapter.manifest.gate.protected == ("", "a dog")
 
 
 def test_the_null_space_is_numpys_and_the_measured_move_is_its_definition() -> None:

@@ -25,6 +25,7 @@ from .separability import held_exactly, members
 
 PROTOCOL = "protected-prompts"
 _NOISE = 1e-7  # of the largest singular value: below is float32's rounding of states that are the same
+_TINY = torch.finfo(torch.float64).tiny
 _LEFT = 1e-4  # of the target's states, outside of what is protected: less cannot be changed without huge weights
 
 
@@ -79,7 +80,8 @@ class Space:
             weight = weight_of(modules[path]).detach().cpu()
             change, whole = increment.delta_for(weight).double(), weight.double()
             # One prompt at a time: hundreds of them, multiplied out at once, would fill the memory.
-            now = [torch.linalg.norm(e @ change.T) / torch.linalg.norm(e @ whole.T) for e in states]
+            # SDXL's empty prompt is all zeros, of which no weight makes anything: it moves by 0 of nothing.
+            now = [torch.linalg.norm(e @ change.T) / torch.linalg.norm(e @ whole.T).clamp_min(_TINY) for e in states]
             moved = torch.maximum(moved, torch.stack(now))
         most = int(moved[:-1].argmax())
 
