@@ -110,7 +110,6 @@ def train(
     from spm_hub import training
     from spm_hub.models import identity_of, load_pipeline, local_folder, parse_reference
     from spm_hub.training.recipe import Recipe
-    from spm_hub.training.separability import protects
 
     if isinstance(concept, str) and not concept.strip():
         raise UsageError("the concept is empty", mend='name what to erase, for instance: spm_hub.train("van gogh")')
@@ -118,10 +117,9 @@ def train(
     chosen = {key: value for key, value in (("model", model), ("method", method)) if value is not None}
     recipe = Recipe.make(**{**given, **chosen, **overrides})
     start = None if recipe.start_from is None else load(recipe.start_from)
-    if protects(recipe):
-        from spm_hub.training.protection import check_before_loading
+    from spm_hub.training.preflight import check_before_loading  # brings torch along: not for a recipe refused above
 
-        check_before_loading(recipe, local_folder(parse_reference(recipe.model, config=config)))
+    check_before_loading(recipe, local_folder(parse_reference(recipe.model, config=config)))
     pipe = load_pipeline(recipe.model, config=config)
     base, revision = identity_of(recipe.model, pipe)
     return training.train(recipe.model_copy(update={"model": base}), pipe=pipe, revision=revision, start=start)

@@ -374,3 +374,29 @@ def test_the_command_attacks_a_registered_eraser(tmp_path: Path, monkeypatch: py
         refused = CliRunner().invoke(app, [*given, *wrong])
         assert refused.exit_code == 2
         assert words in refused.output
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((), {"tokens": 3, "iterations": 40, "timesteps": 50}),
+        (("--with", "p4d"), {"tokens": 16, "iterations": 60, "tries": 50}),
+        (("--with", "p4d", "--iterations", "7", "--tokens", "4"), {"tokens": 4, "iterations": 7}),
+    ],
+)
+def test_each_attack_has_its_own_papers_settings(
+    given: tuple[str, ...], expected: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = pico_pipeline()
+    pico_eraser(pipe.unet).save(tmp_path / "snoopy.safetensors")
+    seen: list[object] = []
+
+    def run(pipe: object, erasers: object, cases: object, judge: object, method: object, **options: object) -> object:
+        seen.append(method)
+        return attacks.Report((attacks.Outcome(CASES[0], before=True),), 1)
+
+    monkeypatch.setattr("spm_hub.attacks.run", run, raising=False)
+    monkeypatch.setattr("spm_hub.models.load_pipeline", lambda model, **given: pipe)
+    done = CliRunner().invoke(app, ["attack", str(tmp_path / "snoopy.safetensors"), *given, "--json"])
+    assert done.exit_code == 0, done.output
+    assert {key: getattr(seen[0], key) for key in expected} == expected

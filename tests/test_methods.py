@@ -290,6 +290,45 @@ def test_the_recipes_that_come_along_are_valid(path: Path) -> None:
     assert Recipe.make(**plan.model_dump(mode="json")) == plan
 
 
+SETTINGS: dict[str, dict[str, object]] = {
+    **{
+        f"spm-{base}": {
+            "objective.eta": 1, "steps": 3000, "batch_size": 1, "optimiser.lr": 1e-4, "optimiser.warmup": 500,
+            "optimiser.cycles": 3, "anchoring.weight": 1000, "anchoring.reach": None, "anchoring.alpha": 1,
+            "anchoring.per_target": 4, "surrogate": "", "increment.rank": 1, "strength": 1 + (base == "style-sd1"),
+        }
+        for base in ("sd1", "sd2", "sdxl", "style-sd1")
+    },
+    "spm-nudity-sd1": {"objective.eta": 3, "steps": 15000, "anchoring.weight": 100, "strength": 2},
+    "esd-u-nudity-sd1": {"objective.eta": 1, "objective.convention": "paper", "steps": 1000, "optimiser.lr": 1e-5},
+    "esd-x-strict-sd1": {"objective.eta": 2, "x_t.guidance": (3,), "steps": 200, "optimiser.lr": 5e-5},
+    "esd-u-sdxl": {"objective.eta": 1, "x_t.guidance": (2,), "steps": 200, "optimiser.lr": 1e-5},
+    "esd-x-sdxl": {"objective.eta": 1, "x_t.guidance": (2,), "steps": 200, "optimiser.lr": 2e-4},
+    "esd-x-flux": {"objective.eta": 1, "x_t.steps": 28, "steps": 1400, "optimiser.lr": 1e-4, "resolution": 512},
+    "race-regularised-sd1": {"adversary.hold": 0.1, "adversary.steps": 10, "adversary.epsilon": 0.1, "steps": 1000},
+    "race-sd1": {"adversary.hold": 0, "adversary.steps": 10, "adversary.epsilon": 0.1, "optimiser.lr": 1e-5},
+    "sepme-sd1": {"increment.beta": 1e-4, "regulariser.l1": 1e-6, "stop.below": 1e-4, "optimiser.lr": 0.1},
+    "sepme-v1-sd1": {"regulariser.l1": 3e-5, "stop.below": 0, "optimiser.lr": 1e-2, "steps": 1000},
+    "minimalist-flux": {"optimiser.lr": 0.5, "x_t.steps": 5, "masks.prompts": 40, "masks.beta": 0.1, "masks.init": 3},
+    "minimalist-nudity-flux": {"masks.beta": 1e-3, "masks.accumulate": 4},
+    "uce": {"closed_form.ridge": 0.5, "closed_form.tokens": "last"},
+    "fmn-sd1": {"steps": 35},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_recipes_that_come_along_have_the_papers_settings(name: str) -> None:
+    plan = Recipe.plan(next(path for path in RECIPES if path.stem == name), target="church")
+    for key, expected in SETTINGS[name].items():
+        found: object = plan
+        for part in key.split("."):
+            found = getattr(found, part)
+        assert found == expected, key
+    family = {"sd1": "sd-v1-4", "sd2": "sd-2-1", "sdxl": "sdxl", "flux": "flux"}.get(name.rpartition("-")[2], "")
+    assert plan.model.startswith(family)
+    assert not plan.templates or plan.method in ("ca", "fmn", "minimalist")
+
+
 def test_increments_by_name() -> None:
     assert len(RECIPES) >= 7
     assert IncrementRecipe.named("lora:4") == {"kind": "low_rank", "rank": 4}

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from pico import TEXT_WIDTH, WINDOW, pico_pipeline
+from pico_families import family_pipeline
 from torch import nn
 
 from spm_hub.attachment import attach
@@ -27,7 +28,7 @@ from spm_hub.training.null_space import NullSpaceInjection
 from spm_hub.training.objectives.sepme import SepME, balance
 from spm_hub.training.parts import EarlyStop
 from spm_hub.training.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.protection import PROTOCOL, check_before_loading, space_left
+from spm_hub.training.protection import PROTOCOL, check_room, space_left
 from spm_hub.training.q_sample import QSampleSource, noised
 from spm_hub.training.selection import selected
 from spm_hub.training.separability import members
@@ -256,6 +257,16 @@ def test_protected_prompts_keep_their_cross_attention_under_every_increment(valu
     assert protected.samples == 3
     assert protected.value < 1e-5 < 1e-3 < target.value
     assert adapter.manifest.gate.protected == ("", *held)
+
+
+def test_the_empty_prompt_of_sdxl_is_protected_by_being_nothing() -> None:
+    pipe = family_pipeline("sdxl")
+    assert pipe.config.force_zeros_for_empty_prompt
+    adapter = train(recipe(steps=2, protection={"prompts": ["a dog"]}).with_set("optimiser.lr=10"), pipe=pipe)
+    protected, target = adapter.manifest.evaluation
+    assert protected.subject == repr("a dog")
+    assert protected.value < 1e-5 < 1e-3 < target.value
+    assert adapter.manifest.gate.protected == ("", "a dog")
 
 
 def test_the_null_space_is_numpys_and_the_measured_move_is_its_definition() -> None:
@@ -563,15 +574,15 @@ def test_crowded_prompts_are_refused_by_the_tokenizer_alone_wherever_the_encoder
     pipe.save_pretrained(tmp_path)
     for weights in tmp_path.rglob("*.safetensors"):
         weights.unlink()
-    check_before_loading(recipe(protection={"prompts": ["mickey", "dog", "cat"]}), tmp_path)
+    check_room(recipe(protection={"prompts": ["mickey", "dog", "cat"]}), tmp_path)
     with pytest.raises(RecipeError, match=r"; '', 'mickey', 'dog', 'cat', 'church' would fit"):
-        check_before_loading(recipe(protection={"prompts": ["mickey", "dog", "cat", "church", "red"]}), tmp_path)
+        check_room(recipe(protection={"prompts": ["mickey", "dog", "cat", "church", "red"]}), tmp_path)
     # Prompts that begin alike share states, so that more of them fit.
     alike = [f"a photo of a painting by the red {word}" for word in ("dog", "cat", "church", "beach", "person")]
     plan = recipe(protection={"prompts": alike}, steps=1)
-    check_before_loading(plan, tmp_path)
+    check_room(plan, tmp_path)
     base = BaseModel(pipe)
     left = len(space_left(plan, base, selected(base.denoiser, "esd-x-strict")).basis)
     assert left == WIDTH - WINDOW - (WINDOW - 1) - 4 * (WINDOW - 9)
     with pytest.raises(RecipeError, match="directions: 52 of 64"):
-        check_before_loading(recipe(protection={"prompts": alike, "directions": 52}), tmp_path)
+        check_room(recipe(protection={"prompts": alike, "directions": 52}), tmp_path)

@@ -47,7 +47,10 @@ def attack(
         int | None,
         typer.Option(min=1, help="Adversarial tokens. Unless given the papers': 5 for nudity, else 3; p4d 16."),
     ] = None,
-    iterations: Annotated[int, typer.Option(min=1, help="Gradient steps before each try.")] = 40,
+    iterations: Annotated[
+        int | None,
+        typer.Option(min=1, help="Gradient steps before each try. Unless given the papers': 40; p4d 60."),
+    ] = None,
     tries: Annotated[
         int,
         typer.Option(min=1, help="Prompts drawn and judged for each; unlearndiff goes by one timestep for each try."),
@@ -95,10 +98,10 @@ def attack(
             cases = [attacks.Case(text, seed + row) for row, text in enumerate(read_prompts(Path(prompts)))]
         method: attacks.P4D | attacks.UnlearnDiffAtk
         if with_ == "p4d":
-            method = attacks.P4D(tokens=tokens or 16, iterations=iterations, tries=tries)
+            method = attacks.P4D(tokens=tokens or 16, iterations=iterations or 60, tries=tries)
         else:
             k = tokens or (5 if concept.kind == "nsfw" else 3)
-            method = attacks.UnlearnDiffAtk(tokens=k, iterations=iterations, timesteps=tries)
+            method = attacks.UnlearnDiffAtk(tokens=k, iterations=iterations or 40, timesteps=tries)
         pipe = load_pipeline(model, config=config, dtype=options.precision(dtype), device=device)
         with out.progress(f"attacking {eraser.name}") as progress:
             report = attacks.run(

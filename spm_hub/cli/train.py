@@ -99,7 +99,7 @@ def train(
     from spm_hub.hub.registry import Registry, registries, resolve
     from spm_hub.models import identity_of, load_pipeline, local_folder, parse_reference
     from spm_hub.training.parts import IncrementRecipe
-    from spm_hub.training.separability import members, protects
+    from spm_hub.training.separability import members
 
     given: dict[str, Any] = {"model": model, "method": method, "name": name, "seed": seed}
     given["increment"] = None if increment is None else IncrementRecipe.named(increment)
@@ -119,11 +119,10 @@ def train(
     started = {plan.start_from: resolve(plan.start_from, registry) for plan in plans if plan.start_from is not None}
 
     with silence_libraries():
-        if any(map(protects, plans)):
-            from spm_hub.training.protection import check_before_loading
+        from spm_hub.training.preflight import check_before_loading
 
-            for plan in plans:
-                check_before_loading(plan, local_folder(reference))
+        for plan in plans:
+            check_before_loading(plan, local_folder(reference))
         pipe = load_pipeline(plans[0].model, config=config, dtype=options.precision(dtype), device=device)
         base, revision = identity_of(plans[0].model, pipe)
 

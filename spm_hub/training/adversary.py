@@ -45,17 +45,21 @@ def worst_states(
     return found.detach()
 
 
+def check_goal(recipe: Adversary, predicts: str) -> None:
+    """Raises RecipeError where the adversary is to aim at noise that a model does not predict."""
+    if recipe.goal == "noise" and predicts != "epsilon":
+        raise RecipeError(
+            f"recipe key adversary.goal: 'noise' is for models that predict it; this one predicts {predicts}",
+            mend="--set adversary.goal=concept",
+        )
+
+
 class Attacker:
     """The adversary of a running training: harms its batches, whatever objective they go to."""
 
     def __init__(self, recipe: Adversary, base: BaseModel, seed: int) -> None:
         """Raises RecipeError where the model does not predict the noise that the adversary is to aim at."""
-        predicts = str(base.pipe.scheduler.config.get("prediction_type", "a flow"))
-        if recipe.goal == "noise" and predicts != "epsilon":
-            raise RecipeError(
-                f"recipe key adversary.goal: 'noise' is for models that predict it; this one predicts {predicts}",
-                mend="--set adversary.goal=concept",
-            )
+        check_goal(recipe, str(base.pipe.scheduler.config.get("prediction_type", "a flow")))
         self._recipe, self._base, self._seed = recipe, base, seed
 
     def harmed(self, batch: Batch, step: int) -> Batch:

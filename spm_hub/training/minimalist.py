@@ -16,6 +16,7 @@ from .masks import MaskInjection
 from .objectives.minimalist import final_latent_losses
 from .prompts import PromptMaker
 from .recipe import Recipe
+from .run import nothing_to_erase
 from .state import restore, tensors_of
 from .trajectories import generator_for, initial_sigma, scaled
 
@@ -67,7 +68,10 @@ class MinimalistRun:
         noise = base.noise(len(prompts), generator) * initial_sigma(self._scheduler)
         concept = torch.arange(len(prompts), device=base.device) % 2 == 0
         goals, first = self._drawn(wanted, noise), self._drawn(prompts[::2], noise[::2])
-        return PictureSet(prompts, concept, noise, goals, float((first - goals[::2]).pow(2).mean()))
+        distance = float((first - goals[::2]).pow(2).mean())
+        if distance == 0:
+            raise nothing_to_erase(recipe)
+        return PictureSet(prompts, concept, noise, goals, distance)
 
     def _drawn(self, prompts: list[str], noise: Tensor) -> Tensor:
         """What the base draws."""

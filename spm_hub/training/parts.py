@@ -180,7 +180,7 @@ class XtSource(Part):
     """
 
     source: Literal["trajectory", "student", "q_sample"] = "trajectory"
-    steps: int = Field(default=16, ge=2, le=1000, description="denoising steps of a trajectory")
+    steps: int = Field(default=16, ge=2, le=999, description="denoising steps of a trajectory")
     guidance: tuple[float, ...] = Field(
         default=(0.0, 1.0, 3.0, 7.5),
         min_length=1,
@@ -192,6 +192,9 @@ class XtSource(Part):
     )
     trajectories: int = Field(default=24, ge=1, description="run side by side; of q_sample, the number of pictures")
     chunks: int = Field(default=4, ge=1, description="groups of trajectories over the whole training")
+
+
+_STEEPEST = 100.0  # powers beyond it leave float64
 
 
 class Anchoring(Part):
@@ -219,6 +222,10 @@ class Anchoring(Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if abs(self.alpha) > _STEEPEST:
+            raise ValueError(
+                f"alpha {self.alpha:g} is beyond +-{_STEEPEST:g}: only the nearest, or the farthest, would be drawn"
+            )
         if (self.source == "given") != bool(self.prompts):
             raise ValueError(
                 f"source is {self.source!r} with {len(self.prompts)} prompts: prompts belong to source 'given'"

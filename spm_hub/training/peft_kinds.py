@@ -47,7 +47,7 @@ class PeftInjection:
         self._denoiser, self.kind, self.paths = denoiser, kind, tuple(modules)
         by_path = dict(denoiser.named_modules())
         for path in self.paths:
-            _check(kind, path, by_path[path])
+            check_kind(kind, path, by_path[path])
         seed = int(torch.randint(2**31, (), generator=generator))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -169,7 +169,8 @@ def _output(module: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
     return F.linear(inputs, weight)
 
 
-def _check(kind: PeftKind, path: str, module: nn.Module) -> None:
+def check_kind(kind: PeftKind, path: str, module: nn.Module) -> None:
+    """Raises RecipeError where PEFT has no layer of this kind for a module."""
     linear = isinstance(module, nn.Linear)
     if (kind == "vera" and not linear) or getattr(module, "groups", 1) > 1:
         raise RecipeError(

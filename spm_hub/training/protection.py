@@ -21,10 +21,11 @@ from spm_hub.manifest import Evaluation
 
 from .base import BaseModel
 from .recipe import Recipe
-from .separability import held_exactly, members, protects
+from .separability import held_exactly, members
 
 PROTOCOL = "protected-prompts"
 _NOISE = 1e-7  # of the largest singular value: below is float32's rounding of states that are the same
+_TINY = torch.finfo(torch.float64).tiny
 _LEFT = 1e-4  # of the target's states, outside of what is protected: less cannot be changed without huge weights
 
 
@@ -79,7 +80,8 @@ class Space:
             weight = weight_of(modules[path]).detach().cpu()
             change, whole = increment.delta_for(weight).double(), weight.double()
             # One prompt at a time: hundreds of them, multiplied out at once, would fill the memory.
-            now = [torch.linalg.norm(e @ change.T) / torch.linalg.norm(e @ whole.T) for e in states]
+            # SDXL's empty prompt is all zeros, of which no weight makes anything: it moves by 0 of nothing.
+            now = [torch.linalg.norm(e @ change.T) / torch.linalg.norm(e @ whole.T).clamp_min(_TINY) for e in states]
             moved = torch.maximum(moved, torch.stack(now))
         most = int(moved[:-1].argmax())
 
@@ -127,14 +129,12 @@ def space_left(recipe: Recipe, base: BaseModel, modules: Mapping[str, nn.Module]
     return Space(basis, exact, (*exact, *further), states, target)
 
 
-def check_before_loading(recipe: Recipe, folder: Path | None) -> None:
+def check_room(recipe: Recipe, folder: Path) -> None:
     """Raises RecipeError for prompts that leave no null space, as far as the tokenizer in a diffusers folder tells.
 
     CLIP's text encoder is causal: prompts that begin with the same tokens have the same states so far, so that the
     rank of all states is the number of different beginnings. Of other encoders nothing is known before they run.
     """
-    if folder is None or not protects(recipe):
-        return
     encoders = sorted(folder.glob("text_encoder*/config.json"))
     configs = [json.loads(path.read_text(encoding="utf-8")) for path in encoders]
     if not configs or any(config.get("model_type") != "clip_text_model" for config in configs):
@@ -220,8 +220,13 @@ def _check_modules(base: BaseModel, modules: Mapping[str, nn.Module], prompt: st
             hook.remove()
     others = [path for path in modules if path not in given or not torch.equal(given[path], told.states)]
     if others:
-        raise RecipeError(
-            f"increments of this model cannot be made separable: {others[0]} ({len(others)} of {len(modules)} modules) "
-            "reads more than the text encoder's states, so that nothing done to it leaves a prompt alone",
-            mend="--method esd-x, or a model with cross-attention (SD 1, SD 2, SDXL)",
-        )
+        raise not_separable(others, len(modules))
+
+
+def not_separable(paths: Sequence[str], whole: int) -> RecipeError:
+    """For these of `whole` modules, which do not read the text states alone."""
+    return RecipeError(
+        f"increments of this model cannot be made separable: {paths[0]} ({len(paths)} of {whole} modules) "
+        "reads more than the text encoder's states, so that nothing done to it leaves a prompt alone",
+        mend="--method esd-x, or a model with cross-attention (SD 1, SD 2, SDXL)",
+    )

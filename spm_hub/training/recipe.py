@@ -39,7 +39,7 @@ from .parts import (
     XtSource,
     hint,
 )
-from .separability import check_separable
+from .separability import check_separable, folded
 
 
 class Recipe(Part):
@@ -128,11 +128,25 @@ class Recipe(Part):
             what = "increment.kind 'mask'" if self.increment.kind == "mask" else "masks"
             raise ValueError(f"{what} belongs to method 'minimalist', not to {self.method!r}")
         check_separable(self)
+        self._check_surrogate()
         return self
+
+    def _check_surrogate(self) -> None:
+        names = [self.target, *self.aliases]
+        for companion in self.together:
+            names += [companion.target, *companion.aliases]
+        if (put := folded(self.surrogate)) in map(folded, names):
+            raise ValueError(
+                f"surrogate {put!r} is itself to be erased, so that nothing would change: surrogate is what is drawn "
+                "in the concept's place; leave it out for nothing at all"
+            )
 
     def _check_trained(self) -> None:
         if self.closed_form != ClosedForm():
             raise ValueError(f"closed_form belongs to method 'uce', not to {self.method!r}")
+        held = set(map(folded, self.anchoring.prompts))
+        if clash := held.intersection(map(folded, (self.target, *self.aliases))):
+            raise ValueError(f"anchoring.prompts: {sorted(clash)[0]!r} is both to be erased and to be held")
         if self.increment.kind in PEFT_KINDS:
             for what, given in (
                 ("start_from", self.start_from is not None),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spm_hub.adapter import Adapter
+from spm_hub.errors import RecipeError
 
 from .adversary import Attacker, drift
 from .anchors import AnchorSource
@@ -31,6 +32,15 @@ from .state import restore, tensors_of
 from .steering import Steering
 from .stopping import Stopping
 from .trajectories import StudentSource, TrajectorySource, generator_for
+
+
+def nothing_to_erase(recipe: Recipe) -> RecipeError:
+    """For a concept that the base itself draws as what is to take its place."""
+    return RecipeError(
+        f"{recipe.model} predicts the same for {recipe.target!r} as for its surrogate {recipe.surrogate!r}: there is "
+        "nothing to erase",
+        mend="another name for the concept, or another surrogate",
+    )
 
 
 class Run:
@@ -138,6 +148,8 @@ class Run:
             total = total + self.recipe.adversary.hold * drift(now, self.held)
         # Relative losses mean the same on any base, whatever the scale of its predictions; AdamW does not mind.
         if self.distance is None:
+            if not losses.distance.any():
+                raise nothing_to_erase(self.recipe)
             self.distance = losses.distance
         return total / self.distance
 

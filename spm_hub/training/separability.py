@@ -61,14 +61,21 @@ def check_separable(recipe: Recipe) -> None:
             "the text states, and what else these modules change would reach protected prompts; "
             "try --set increment.modules=esd-x-strict"
         )
-    if not protects(recipe):
-        if recipe.protection != Protection():
+    if not protects(recipe) and recipe.protection != Protection():
+        raise ValueError(
+            f"protection needs an increment that can give it, and kind {kind!r} alone cannot: try --method sepme, "
+            "or --separable with --set increment.modules=esd-x-strict"
+        )
+    names = [folded(recipe.target), *(folded(companion.target) for companion in recipe.together)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"together names {twice!r} twice")
+    for member in members(recipe) if protects(recipe) else ():
+        held = set(map(folded, (*held_exactly(member), *recipe.protection.prompts)))
+        if clash := held.intersection(map(folded, (member.target, *member.aliases))):
+            name = sorted(clash)[0]
             raise ValueError(
-                f"protection needs an increment that can give it, and kind {kind!r} alone cannot: try --method sepme, "
-                "or --separable with --set increment.modules=esd-x-strict"
+                f"{name!r} cannot be erased and protected at once: take it out of protection, or surrogate"
             )
-    elif (clash := _folded(recipe.target)) in map(_folded, (*held_exactly(recipe), *recipe.protection.prompts)):
-        raise ValueError(f"{clash!r} cannot be erased and protected at once: take it out of protection, or surrogate")
     if recipe.objective.name == "sepme" and recipe.erase_from is not None:
         raise ValueError("erase_from belongs to targets that are predictions: objective 'sepme' has none; try esd-x")
     if recipe.together and not jointly(recipe):
@@ -78,10 +85,8 @@ def check_separable(recipe: Recipe) -> None:
         )
     if recipe.start_from is not None and kind == "null_space":
         raise ValueError("start_from belongs to low_rank and dense increments: null_space begins with nothing erased")
-    names = [_folded(recipe.target), *(_folded(companion.target) for companion in recipe.together)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"together names {twice!r} twice")
 
 
-def _folded(prompt: str) -> str:
+def folded(prompt: str) -> str:
+    """A prompt as text encoders that know no case tell it from others."""
     return " ".join(prompt.casefold().split())

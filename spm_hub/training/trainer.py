@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import tempfile
 from collections.abc import Callable, Mapping
@@ -49,6 +50,10 @@ class TrainingInterruptedError(SpmHubError):
     """Ctrl-C during training; the checkpoint is on disk when a folder for it was given."""
 
     exit_code = 130
+
+
+class TrainingDivergedError(SpmHubError):
+    """Numbers left what floats can hold; nothing of it is saved, and an earlier checkpoint stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def train(
     from there, and the result is bit for bit that of an undisturbed run on the same machine.
     start: the eraser that the recipe's start_from names; whoever calls has to load it.
     on_step: called after each step; returning True ends the training there (for benchmarks).
-    Raises TrainingInterruptedError, RecipeError, ModelError.
+    Raises TrainingInterruptedError, TrainingDivergedError, RecipeError, ModelError.
     """
     return train_together(
         recipe, pipe=pipe, revision=revision, progress=progress, checkpoint_dir=checkpoint_dir,
@@ -182,6 +187,8 @@ def train_together(
                 if run.finished:
                     break
                 losses = run.step(step)
+                if not all(map(math.isfinite, losses.values())):
+                    raise _diverged(recipe, f"step {step + 1} of {recipe.steps} has a loss that is no finite number")
                 done = step + 1
                 if progress is not None:
                     progress(done, recipe.steps, losses)
@@ -220,6 +227,14 @@ def train_together(
     )
 
 
+def _diverged(recipe: Recipe, what: str) -> TrainingDivergedError:
+    return TrainingDivergedError(
+        f"training on {recipe.target!r} diverged: {what} (optimiser.lr {recipe.optimiser.lr:g}, anchoring.weight "
+        f"{recipe.anchoring.weight:g}, x_t.guidance {list(recipe.x_t.guidance)}, in {recipe.increment.dtype})",
+        mend=f"--set optimiser.lr={recipe.optimiser.lr / 10:g}, or --dtype float32 for a base in half precision",
+    )
+
+
 def _wanted(recipe: Recipe) -> list[str]:
     return [recipe.target, *(companion.target for companion in recipe.together)]
 
@@ -254,6 +269,9 @@ def _adapter(
     if space is not None and recipe.protection.separable:
         trained = space.projected(trained)
     increments = _rounded(recipe, trained)
+    for path, increment in increments.items():
+        if not all(bool(part.isfinite().all()) for part in increment.tensors().values()):
+            raise _diverged(recipe, f"the increment at {path} is not finite")
     manifest = _manifest(recipe, base, increments, revision)
     if converted is not None:
         manifest = manifest.model_copy(update={"evaluation": (converted,)})

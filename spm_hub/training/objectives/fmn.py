@@ -73,17 +73,30 @@ def attended(probabilities: Sequence[Tensor], chosen: Tensor) -> Tensor:
     return norm
 
 
-@contextmanager
-def watched(denoiser: nn.Module) -> Iterator[list[Tensor]]:
-    """Fills a list with all cross-attention probabilities, (n, heads, pixels, tokens) float32, as the denoiser runs.
+def cross_attentions(denoiser: nn.Module) -> list[nn.Module]:
+    """Raises RecipeError where there is none: in FLUX and SD3 picture and text attend together.
 
-    Raises RecipeError where there is no cross-attention: in FLUX and SD3 picture and text attend together.
+    SD3.5 calls its second attention of the picture to itself attn2, too.
     """
-    layers = [module for path, module in denoiser.named_modules() if path.endswith("attn2")]
+    layers = [
+        module
+        for path, module in denoiser.named_modules()
+        if path.endswith("attn2") and getattr(module, "is_cross_attention", True)
+    ]
     if not layers:
         raise RecipeError(
             f"method 'fmn' needs cross-attention, which {type(denoiser).__name__} has none of", mend="--method esd-x"
         )
+    return layers
+
+
+@contextmanager
+def watched(denoiser: nn.Module) -> Iterator[list[Tensor]]:
+    """Fills a list with all cross-attention probabilities, (n, heads, pixels, tokens) float32, as the denoiser runs.
+
+    Raises RecipeError where there is no cross-attention.
+    """
+    layers = cross_attentions(denoiser)
     seen: list[Tensor] = []
 
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
