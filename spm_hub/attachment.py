@@ -82,7 +82,7 @@ class Attachment:
         self._attached = True
         # What is in effect, what it was derived for, where originals go: None when that has to be found anew.
         self._plan: tuple[bool, dict[str, list[float]]] | None = None
-        self._seen: tuple[Call | None, int | None] | None = None
+        self._seen: tuple[Call | None, int | None, bool] | None = None
         self._budgeted: tuple[torch.device | None, bool] | None = None
         self._last_used: dict[str, StoredIncrements] = {}
         erasers: dict[str, Eraser] = {}
@@ -203,11 +203,11 @@ class Attachment:
                 call.gammas = self._gating.ask(call.prompts, call.settings, self._erasers)
 
     @contextmanager
-    def denoising(self, rows: int | None) -> Iterator[None]:
+    def denoising(self, rows: int | None, states: Any) -> Iterator[None]:
         """Around one call of the denoiser: the right factors are in effect until it ends."""
         with self._lock:
             if self._attached:
-                self._put_in_effect(rows)
+                self._put_in_effect(rows, states)
             self._denoisings += 1
             try:
                 yield
@@ -224,12 +224,17 @@ class Attachment:
             yield
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _put_in_effect(self, rows: int | None) -> None:
+    def _put_in_effect(self, rows: int | None, states: Any) -> None:
         """Fold or branch what the rows of this batch are due; nothing to do when that is in effect already."""
         call = self._calls[-1] if self._calls else None
-        if self._seen == (call, rows):
+        spared = [name for name, eraser in self._erasers.items() if eraser.rows == "conditional"]
+        # Negative prompts in a call of the denoiser of their own.
+        apart = bool(spared) and call is not None and call.unconditional(states)
+        if self._seen == (call, rows, apart):
             return
         factors = self._factors(call, rows)
+        if apart:
+            factors |= {name: [0.0] * len(factors[name]) for name in spared}
         shared = all(len(set(due)) == 1 for due in factors.values())
         if self._budgeted is None:
             self._budgeted = self._keeping()
@@ -242,6 +247,9 @@ class Attachment:
                 mend='mode="auto", or one prompt a call',
             )
         folds = shared and can_fold and self._options.mode != "branch"
+        if spared and call is not None and call.negatives and rows == call.block:
+            # Every step has both calls: to fold, and bare the weights again, would cost more than to branch.
+            folds = folds and self._options.mode == "fold"
         plan = folds, factors if not folds else {name: due[:1] for name, due in factors.items()}
         if plan != self._plan:
             self._plan = None
@@ -252,7 +260,7 @@ class Attachment:
                     self._layers.branch(factors)
             self._plan = plan
             self._note_use(name for name, due in factors.items() if any(due))
-        self._seen = call, rows
+        self._seen = call, rows, apart
 
     def _note_use(self, names: Iterable[str]) -> None:
         """Remember who was used last, and drop what is beyond the budget of those used longest ago."""

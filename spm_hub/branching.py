@@ -7,6 +7,7 @@ such a graph is given, so other factors need no other graph.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +168,11 @@ def _aligned(gammas: Tensor, rows: int) -> Tensor:
     if rows % len(gammas) == 0:
         # A video model folds its frames into the batch, the frames of a row side by side.
         return gammas.repeat_interleave(rows // len(gammas), dim=0)
+    if rows < len(gammas):
+        # A part of the batch: the guided half alone (FasterCache), two thirds (PAG), or some rows at a time. Whatever
+        # part it is, a row gets what the most erased of those gets that may stand in its place.
+        period = math.gcd(rows, len(gammas))
+        return gammas.view(-1, period, gammas.shape[1]).amax(dim=0).repeat(rows // period, 1)
     # Rows that are shared by the batch serve the one that is erased most: never silently off.
     return gammas.amax(dim=0, keepdim=True).expand(rows, -1)
 

@@ -7,26 +7,34 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from spm_hub.architectures import body_of
+from spm_hub.architectures import body_of, changeable
 from spm_hub.errors import UsageError
 from spm_hub.gate import Prompts, token_sets
 
 HELD = "_spm_hub_attachment"
 """The key in `__dict__` of a pipeline and of its denoiser under which their attachment is found."""
 
+_GUARDED = "_spm_hub_guarded"
+"""The key in a denoiser's `__dict__` of the handles of hooks on its modules."""
+
 _WAITING = "_spm_hub_waiting"
 """The key in a pipeline's `__dict__` while `hold` waits for pictures that began before."""
 
-Settings = tuple[tuple[str, str | int | float], ...]
-"""Arguments that change what the text encoder gives: clip_skip, lora_scale, max_sequence_length and the like."""
+Scalar = str | int | float
+Settings = tuple[tuple[str, Scalar | tuple[Scalar, ...]], ...]
+"""Arguments that change what the text encoder gives: clip_skip, lora_scale, max_sequence_length and the like.
+
+FLUX.2 takes the layers that it reads the text from, Sana the sentences of an instruction before it: tuples here.
+"""
 
 _OTHER_PROMPT = re.compile(r"prompt_\d")
 _FUSED = "fused query, key and value projections are weights of their own, which no eraser was trained on"
@@ -46,8 +54,8 @@ class Holder(Protocol):
     def encoding(self) -> AbstractContextManager[None]:
         """Around one call of `encode_prompt`."""
 
-    def denoising(self, rows: int | None) -> AbstractContextManager[None]:
-        """Around one call of the denoiser with `rows` rows, None where they cannot be told."""
+    def denoising(self, rows: int | None, states: Any) -> AbstractContextManager[None]:
+        """Around one call of the denoiser with `rows` rows, None where they cannot be told, and these text states."""
 
     def bare_weights(self, *, moving: bool) -> AbstractContextManager[None]:
         """Around whatever reads, replaces or, `moving`, moves or casts the denoiser's weights."""
@@ -78,6 +86,7 @@ def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
             if body is not denoiser:
                 # Its class stays, as torch.compile goes by that: the graph it has may be used further.
                 body.__dict__.update({name: MethodType(guard, body) for name, guard in _guards(type(body)).items()})
+            body.__dict__[_GUARDED] = _guarded_modules(body)
         except BaseException:
             release(pipe, denoiser)
             raise
@@ -91,6 +100,8 @@ def release(pipe: Any, denoiser: Any) -> None:
             object.__setattr__(held, "__class__", type(held).__mro__[1])
     for name in _guards(type(body)) if body is not denoiser else ():
         body.__dict__.pop(name, None)
+    for handle in body.__dict__.pop(_GUARDED, ()):
+        handle.remove()
     for held in (pipe, denoiser, body):
         held.__dict__.pop(HELD, None)
     pipe.__dict__.pop(_WAITING, None)
@@ -202,14 +213,30 @@ def _held_denoiser(base: Any) -> Any:
         @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             while (holder := self.__dict__.get(HELD)) is not None:
-                with holder.denoising(_batch_rows(args, kwargs)):
+                denoising = _entered(holder, args, kwargs)
+                try:
                     if self.__dict__.get(HELD) is holder:
                         return base.__call__(self, *args, **kwargs)
+                finally:
+                    _left(denoising)
             return base.__call__(self, *args, **kwargs)
 
     for name, guard in _guards(base).items():
         setattr(Held, name, guard)
     return _disguised(Held, base)
+
+
+# Not a `with` around the call: under fullgraph=True torch.compile would trace what opens and closes it, and cannot.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _entered(holder: Holder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExitStack:
+    stack = ExitStack()
+    stack.enter_context(holder.denoising(_batch_rows(args, kwargs), kwargs.get("encoder_hidden_states")))
+    return stack
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _left(denoising: ExitStack) -> None:
+    denoising.close()
 
 
 def _guards(base: Any) -> dict[str, Any]:
@@ -228,6 +255,17 @@ def _guards(base: Any) -> dict[str, Any]:
     return guards
 
 
+def _guarded_modules(body: Any) -> list[RemovableHandle]:
+    """Hooks for who reads or loads the weights of a part of the denoiser only, as a ControlNet made from it does."""
+
+    def bare_first(*_: Any) -> None:
+        _under(body, lambda holder: holder.bare_weights(moving=False), lambda: None)
+
+    modules: list[Any] = list(changeable(body).values())
+    reading = [module.register_state_dict_pre_hook(bare_first) for module in modules]
+    return reading + [module.register_load_state_dict_pre_hook(bare_first) for module in modules]
+
+
 def _bare_first(base: Any, name: str, *, moving: bool = False) -> Any:
     method = getattr(base, name)
 
@@ -243,39 +281,64 @@ class Call:
     """What is known of one call of a pipeline: nothing until it has encoded its prompts.
 
     images: pictures for each prompt.  guided: whether unconditional rows precede the prompts' own.
-    gammas: by eraser, one for each prompt.
+    negatives: what was encoded beside the prompts: states that some pipelines (FLUX, Qwen-Image) give the denoiser in a
+    call of their own.  gammas: by eraser, one for each prompt.
     """
 
     prompts: Prompts | None = None
     settings: Settings = ()
     images: int = 1
     guided: bool = False
+    negatives: list[Tensor] = field(default_factory=list)
     gammas: dict[str, list[float]] = field(default_factory=dict)
 
     def learn(self, pipe: Any, bound: Mapping[str, Any], result: Any) -> None:
         """Note the prompts from the first `encode_prompt` of this call; later ones encode negative prompts."""
-        states = result[0] if isinstance(result, tuple | list) and result else result
-        if self.prompts is not None or not isinstance(states, Tensor) or states.dim() != 3:
+        states, *others = result if isinstance(result, tuple | list) and result else [result]
+        if not isinstance(states, Tensor) or states.dim() != 3:
+            return
+        if self.prompts is not None:
+            self.negatives.append(states)
             return
         images = int(bound.get("num_images_per_prompt") or bound.get("num_videos_per_prompt") or 1)
-        texts, prompt = None, bound.get("prompt")
-        if prompt is not None:
-            texts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        texts = tokens = None
+        if bound.get("prompt") is not None:
+            texts = _as_texts(bound["prompt"])
             if len(texts) * images != len(states):
                 return
+            tokens = tokens_of(pipe, texts)
+            for other in (_as_texts(value) for key, value in bound.items() if _OTHER_PROMPT.fullmatch(key) and value):
+                # What another encoder is told is as much of the prompt: of FLUX it is what the denoiser attends to.
+                each = other * len(texts) if len(other) == 1 else other
+                tokens = tuple(map(frozenset.union, tokens, tokens_of(pipe, each)))
+                texts = tuple(one if one == two else f"{one}\n{two}" for one, two in zip(texts, each, strict=True))
         self.images, self.guided = images, bool(bound.get("do_classifier_free_guidance"))
         self.settings = tuple(
-            (key, value)
+            (key, tuple(value) if isinstance(value, list) else value)
             for key, value in sorted(bound.items())
-            if isinstance(value, str | int | float) and not _NOT_SETTINGS.intersection(key.split("_"))
+            if _is_setting(value) and not _NOT_SETTINGS.intersection(key.split("_"))
         )
-        tokens = None if texts is None else tokens_of(pipe, texts)
+        self.negatives = [one for one in others if isinstance(one, Tensor) and one.shape[2:] == states.shape[2:]]
         self.prompts = Prompts(texts, tokens, states[::images].detach())
 
     @property
     def block(self) -> int:
         """Rows of the denoiser's batch for all prompts once: prompts in order, the pictures of each side by side."""
         return 0 if self.prompts is None else len(self.prompts.states) * self.images
+
+    def unconditional(self, states: Any) -> bool:
+        """Whether the denoiser is given the states of the negative prompts, and not those of the prompts beside them.
+
+        States that are neither count as the prompts': an eraser is never silently off.
+        """
+        if self.prompts is None or not isinstance(states, Tensor) or len(states) != self.block:
+            return False
+        at = states.data_ptr()
+        if at in {each.data_ptr() for each in (self.prompts.states, *self.negatives)}:
+            # The very tensor, which tells even a negative prompt that is the prompt itself.
+            return at != self.prompts.states.data_ptr()
+        own = self.prompts.states.to(states).repeat_interleave(self.images, dim=0)
+        return any(_equal(states, each.to(states)) for each in self.negatives) and not _equal(states, own)
 
 
 def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Tensor:
@@ -302,6 +365,20 @@ def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Te
     return states[:1]
 
 
+def _as_texts(prompt: str | Sequence[str]) -> tuple[str, ...]:
+    return (prompt,) if isinstance(prompt, str) else tuple(prompt)
+
+
+def _is_setting(value: object) -> bool:
+    return isinstance(value, Scalar) or (
+        isinstance(value, list | tuple) and all(isinstance(one, Scalar) for one in value)
+    )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
 def can_encode(pipe: Any) -> bool:
     """Whether the pipeline holds a text encoder and its tokenizer."""
     return _tokenizer(pipe) is not None and getattr(pipe, "text_encoder", None) is not None
@@ -318,7 +395,9 @@ def tokens_of(pipe: Any, texts: Sequence[str]) -> tuple[frozenset[int], ...]:
 
 def _tokenizer(pipe: Any) -> Any:
     tokenizers = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
-    return next((tokenizer for tokenizer in tokenizers if tokenizer is not None), None)
+    tokenizer = next((tokenizer for tokenizer in tokenizers if tokenizer is not None), None)
+    # FLUX.2 has a processor of pictures and texts in its place, which holds the tokenizer.
+    return getattr(tokenizer, "tokenizer", tokenizer)
 
 
 def _batch_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

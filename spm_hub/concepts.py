@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Concept:
@@ -49,9 +50,14 @@ class Concept:
 
 @dataclass(frozen=True, eq=False)
 class Concepts:
-    """The concepts of several erasers, as one matrix of states and one inverted index of tokens."""
+    """The concepts of several erasers, as one matrix of states and one inverted index of tokens.
+
+    varying: whether a longer text has more states (Qwen-Image); the states of a shorter one then count as followed by
+    zeros, as they are in a batch.
+    """
 
     each: tuple[Concept, ...]
+    varying: bool = False
 
     def __len__(self) -> int:
         return len(self.each)
@@ -64,7 +70,7 @@ class Concepts:
     @property
     def states(self) -> Tensor:
         """(names, tokens, d_text), the names of all concepts one after the other."""
-        return torch.cat([concept.states for concept in self.each])
+        return pad_sequence([states for concept in self.each for states in concept.states], batch_first=True)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -90,8 +96,11 @@ class Concepts:
 
     @property
     def units(self) -> Iterator[Tensor]:
-        """The rows of all names, (some names, tokens * d_text) at a time: all at once unless they lie on a shelf."""
-        if any(concept.shelved for concept in self.each):
+        """The rows of all names, (some names, tokens * d_text) at a time: all at once unless they lie on a shelf.
+
+        Rows of names that have more states are longer.
+        """
+        if any(concept.shelved or concept.shape != self.each[0].shape for concept in self.each):
             yield from (concept.units for concept in self.each)
         else:
             yield self._matrix

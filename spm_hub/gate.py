@@ -60,6 +60,10 @@ def similarity(states: Tensor, concepts: Concepts) -> Tensor:
     states: (prompts, tokens, d_text). Embeddings longer than the encoder's window (several windows one after the other)
     are compared window by window, and the most similar one counts.
     """
+    if concepts.varying:
+        rows = fixed_point(states)
+        shared = ((names, min(names.shape[1], rows.shape[1])) for names in concepts.units)
+        return torch.cat([rows[:, :both] @ names[:, :both].T for names, both in shared], dim=1)
     tokens, width = concepts.each[0].shape
     chunks = [(chunk.shape[1], fixed_point(chunk)) for chunk in torch.split(states, tokens, dim=1)]
     found = []

@@ -1,9 +1,11 @@
 """What the attached erasers make of a call's prompts: gates asked together, their answers selected from."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from spm_hub.calls import Settings, encode, tokens_of
 from spm_hub.concepts import Concept, Concepts, Shelf
@@ -25,6 +27,7 @@ class Gating:
         self._pipe, self._pipeline_class, self._options = pipe, pipeline_class, options
         self._shelves: dict[int, Shelf] = {}
         self._groups: dict[Settings, list[tuple[Gate, tuple[str, ...], Concepts | None]]] = {}
+        self._empty: dict[Settings, int] = {}
 
     def forget(self) -> None:
         """Other erasers than before: whom to ask together has to be found anew."""
@@ -35,11 +38,14 @@ class Gating:
         if settings not in self._groups:
             self._groups[settings] = list(self._grouped(settings, erasers))
         found: Gammas = {}
-        for gate, members, concepts in self._groups[settings]:
+        for index, (gate, members, concepts) in enumerate(self._groups[settings]):
             if concepts is None:
                 assert isinstance(gate, ConstantGate)
                 found.update({name: [gate.gamma] * len(prompts.states) for name in members})
                 continue
+            if not concepts.varying and self._varying(prompts, concepts, settings):
+                concepts = replace(concepts, varying=True)
+                self._groups[settings][index] = gate, members, concepts
             gammas = torch.as_tensor(gate.gammas(prompts, concepts))
             wanted = len(prompts.states), len(members)
             if tuple(gammas.shape) != wanted or not torch.isfinite(gammas).all():
@@ -70,6 +76,15 @@ class Gating:
                 chosen[name][prompt] = -gamma
         return chosen
 
+    def _varying(self, prompts: Prompts, concepts: Concepts, settings: Settings) -> bool:
+        """Whether the text encoder gives a longer text more states; told by an empty one, where it matters at all."""
+        lengths = {concept.shape[0] for concept in concepts.each}
+        if lengths == {prompts.states.shape[1]}:
+            return False
+        if settings not in self._empty:
+            self._empty[settings] = encode(self._pipe, self._pipeline_class, "", settings).shape[1]
+        return lengths != {self._empty[settings]}
+
     def _grouped(
         self, settings: Settings, erasers: Mapping[str, Eraser]
     ) -> Iterable[tuple[Gate, tuple[str, ...], Concepts | None]]:
@@ -88,7 +103,8 @@ class Gating:
         if settings not in eraser.concepts:
             concept = eraser.adapter.manifest.concept
             texts = (concept.target, *concept.aliases)
-            states = torch.cat([encode(self._pipe, self._pipeline_class, text, settings) for text in texts])
+            each = [encode(self._pipe, self._pipeline_class, text, settings)[0] for text in texts]
+            states = pad_sequence(each, batch_first=True)
             known = texts, tokens_of(self._pipe, texts), states.float().cpu()
             try:
                 eraser.concepts[settings] = Concept(*known, self._shelf(states[0].numel()))

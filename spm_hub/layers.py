@@ -116,6 +116,7 @@ class Layers:
     def __init__(self) -> None:
         self._sites: dict[str, _Site] = {}
         self._increments: dict[str, Mapping[str, Increment]] = {}
+        self._touched = False
 
     def install(self, name: str, modules: Mapping[str, nn.Module], increments: Mapping[str, Increment]) -> None:
         """Make eraser `name` known on its modules, by path; it takes effect with the next `fold` or `branch`.
@@ -132,7 +133,7 @@ class Layers:
         for path, site in list(self._sites.items()):
             if name in site.users:
                 site.users.remove(name)
-                site.bare()
+                site.forget()
                 if not site.users:
                     del self._sites[path]
 
@@ -147,6 +148,7 @@ class Layers:
         `keep_on` is the device for the originals, None for where they are: then W' takes new memory, and the originals
         are not touched at all.
         """
+        self._touched = True
         active = [(name, factor) for name, factor in sorted(factors.items()) if factor != 0.0]
         for path, site in self._sites.items():
             wanted = tuple((name, factor) for name, factor in active if name in site.users)
@@ -154,6 +156,7 @@ class Layers:
 
     def branch(self, factors: Mapping[str, Sequence[float]]) -> None:
         """Let each row of the batch have its own factors: one stacked pair of skinny products beside each module."""
+        self._touched = True
         active = [name for name, each in sorted(factors.items()) if any(factor != 0.0 for factor in each)]
         columns = torch.tensor([list(factors[name]) for name in active], dtype=torch.float64)
         for path, site in self._sites.items():
@@ -162,8 +165,10 @@ class Layers:
 
     def bare(self) -> None:
         """Put every module back as it was: its own class, weights bit for bit."""
-        for site in self._sites.values():
-            site.bare()
+        if self._touched:
+            for site in self._sites.values():
+                site.bare()
+        self._touched = False
 
     def _reader(self, path: str) -> "_Reader":
         return lambda name: self._increments[name][path]
@@ -196,6 +201,10 @@ class _Site:
         weight = weight_of(self.module)
         # Whatever interrupts the writing, nobody takes half of it for either state.
         self._folded = None
+        if self._written is not None and not _lies_in(weight, self._written):
+            # The module was moved or cast by itself.
+            self.bare()
+            self._folded = None
         if self._kept is None:
             self._kept = weight.data if keep_on is None else weight.data.to(keep_on, copy=True)
             self._written = torch.empty_like(weight.data) if keep_on is None else None
@@ -218,12 +227,16 @@ class _Site:
     def branch(self, names: list[str], gammas: Tensor, read: _Reader) -> None:
         self.bare()
         if not names:
-            self._stack = None
             return
         if self._stack is None or self._stack.names != names:
             self._stack = Stack.of(self.module, {name: read(name) for name in names})
         put_beside(self.module, self._stack, gammas)
         self._folded = None
+
+    def forget(self) -> None:
+        """Bare, and nothing is kept of an eraser that another may come under the name of."""
+        self.bare()
+        self._stack = None
 
     def bare(self) -> None:
         take_away(self.module)
@@ -240,10 +253,14 @@ class _Site:
 
 def _put_back(parameter: nn.Parameter, kept: Tensor, written: Tensor | None) -> None:
     """The original itself, untouched all along; where the parameter was moved since, its numbers."""
-    if written is not None and parameter.data_ptr() == written.data_ptr() and parameter.device == kept.device:
+    if written is not None and _lies_in(parameter, written) and parameter.device == kept.device:
         parameter.data = kept
     else:
         parameter.data.copy_(kept)
+
+
+def _lies_in(parameter: nn.Parameter, written: Tensor) -> bool:
+    return parameter.device == written.device and parameter.data_ptr() == written.data_ptr()
 
 
 def _along(dim: int, values: Tensor, dims: int) -> Tensor:

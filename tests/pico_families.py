@@ -8,15 +8,21 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -24,7 +30,19 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from pico import TEXT_WIDTH, WORDS, pico_pipeline, pico_text_encoder, pico_tokenizer
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextModelWithProjection,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 T5_WIDTH = 2 * TEXT_WIDTH  # SD3 pads what CLIP gives to the width of T5
 
@@ -140,10 +158,99 @@ def pixart() -> PixArtSigmaPipeline:
     )  # fmt: skip
 
 
+TURN = "<|im_start|>{}<|im_end|>\n<|im_start|>"
+
+
+def pico_qwen_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level tokenizer with a token for each of the words, as language models have them."""
+    vocab = {token: index for index, token in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
+    merges = []
+    for word in (*WORDS, *(f"Ġ{word}" for word in WORDS)):
+        head = word[0]
+        for piece in word[1:]:
+            if (head, piece) not in merges:
+                merges.append((head, piece))
+            head += piece
+            vocab.setdefault(head, len(vocab))
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    content = "message['content'] if message['content'] is string else message['content'][0]['text']"
+    tokenizer.chat_template = f"{{% for message in messages %}}{TURN.format('{{ ' + content + ' }}')}{{% endfor %}}"
+    return tokenizer
+
+
+LANGUAGE_MODEL: dict[str, Any] = {
+    "hidden_size": TEXT_WIDTH, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+
+
+def qwen() -> QwenImagePipeline:
+    """Its language model gives a longer text more states, and its negative prompts have a call of their own."""
+    tokenizer = pico_qwen_tokenizer()
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config=LANGUAGE_MODEL | {"rope_scaling": rope, "vocab_size": len(tokenizer)}, vision_config=vision
+            )
+        ),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(
+            patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(4, 6, 6),
+        ),
+    )  # fmt: skip
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = TURN, 1
+    return pipe
+
+
+class TextProcessor(ProcessorMixin):
+    """Stands for the processor of pictures and texts that FLUX.2 has as its tokenizer, and which needs torchvision."""
+
+    def __init__(self, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["tokenizer"]
+
+
+def flux2() -> Flux2Pipeline:
+    """FLUX.2 dev; its call has to be given `text_encoder_out_layers`, as this language model has three."""
+    tokenizer = pico_qwen_tokenizer()
+    vision = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "head_dim": 8, "image_size": 32, "patch_size": 16,
+    }  # fmt: skip
+    text = LANGUAGE_MODEL | {"model_type": "mistral", "vocab_size": len(tokenizer)}
+    return Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16,
+        ),
+        text_encoder=Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)),
+        tokenizer=TextProcessor(tokenizer, tokenizer.chat_template),
+        transformer=Flux2Transformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=3 * TEXT_WIDTH, axes_dims_rope=(4, 4, 4, 4),
+        ),
+    )  # fmt: skip
+
+
 FAMILY_PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd1": pico_pipeline, "sd2": sd2, "sdxl": sdxl, "sd3": sd3, "flux-dev": flux, "flux-schnell": flux_schnell,
     "pixart": pixart,
 }  # fmt: skip
+OTHER_PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {"qwen-image": qwen, "flux-2": flux2}
+"""Denoisers like those, behind text encoders unlike theirs."""
 
 
 def family_pipeline(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -153,7 +260,7 @@ def family_pipeline(name: str, seed: int = 0, dtype: torch.dtype = torch.float32
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = FAMILY_PIPELINES[name]()
+        pipe = (FAMILY_PIPELINES | OTHER_PIPELINES)[name]()
         denoiser = getattr(pipe, "transformer", None) or pipe.unet
         with torch.no_grad():
             for parameter in denoiser.parameters():

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, disk_offload
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
 )
 from peft import LoraConfig, get_peft_model_state_dict
 from pico import pico_eraser, pico_pipeline, target_modules
@@ -153,6 +154,22 @@ def controlled(pipe, **options):
     return StableDiffusionControlNetPipeline(**parts(pipe), controlnet=control), {"image": picture(1), **options}
 
 
+def perturbed(pipe):
+    """A third of the rows goes past the attention: some layers see two thirds of the batch, others the last one."""
+    return StableDiffusionPAGPipeline(**parts(pipe), pag_applied_layers=["mid", "up"]), {"pag_scale": 2.0}
+
+
+def test_rows_of_a_batch_are_their_own_where_layers_see_a_part_of_it(pipe):
+    adapters, (other, options) = erasers_for(pipe), perturbed(pipe)
+    prompts = ["a dog", "snoopy", "a church"]
+    with attach(other, adapters):
+        together = draw(other, prompts, **options)
+        noise = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        options |= {"num_inference_steps": 2, "output_type": "latent"}
+        for row, prompt in enumerate(prompts):
+            assert agrees(together[row], other(prompt, generator=noise[row], **options).images[0])
+
+
 def controlled_by_guess(pipe):
     return controlled(pipe, guess_mode=True)
 
@@ -178,6 +195,25 @@ def test_pipelines_that_start_from_a_picture(pipe, kind):
     with attach(other, adapters, gate="always", strength=gates):
         assert agrees(draw(other, **options), alone)
     assert torch.equal(draw(other, **options), bare)
+
+
+@pytest.mark.parametrize("prompt", ["snoopy", ["snoopy", "a dog"]])
+def test_whoever_reads_or_loads_a_part_of_the_denoiser_meets_the_checkpoints_own_weights(pipe, prompt):
+    twin, other, adapters = pico_pipeline(), pico_pipeline(seed=4), erasers_for(pipe)
+    with attach(pipe, adapters):
+        erased = draw(pipe, prompt)
+        control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16))
+        for part in ("down_blocks", "mid_block"):
+            read, own = (getattr(unet, part).state_dict() for unet in (control, twin.unet))
+            assert all(torch.equal(tensor, read[key]) for key, tensor in own.items())
+        assert torch.equal(draw(pipe, prompt), erased)
+        for each in (pipe, twin):
+            each.unet.mid_block.load_state_dict(other.unet.mid_block.state_dict())
+        with attach(twin, adapters):
+            assert torch.equal(draw(pipe, prompt), draw(twin, prompt))
+    assert torch.equal(draw(pipe, prompt), draw(twin, prompt))
+    hooks = ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+    assert not any(vars(module)[name] for module in pipe.unet.modules() for name in hooks)
 
 
 def test_a_pipeline_made_from_one_with_erasers_shares_its_denoiser_fully_erased(pipe):
@@ -282,12 +318,16 @@ def in_groups_on_disk(pipe, folder):
     )
 
 
+def onto_disk(pipe, folder):
+    disk_offload(pipe.unet, str(folder), torch.device("cpu"), offload_buffers=True)
+
+
 def whole_models(pipe, _):
     pipe.enable_model_cpu_offload(device="cpu")
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "dense", "mask"])
-@pytest.mark.parametrize("offload", [one_by_one, in_groups, in_groups_on_disk, whole_models])
+@pytest.mark.parametrize("offload", [one_by_one, onto_disk, in_groups, in_groups_on_disk, whole_models])
 @pytest.mark.parametrize("when", ["before", "while folded", "while branched"])
 def test_offloaded_weights_are_erased_and_come_back(pipe, offload, when, kind, tmp_path):
     adapters, bare = erasers_for(pipe, kind=kind), draw(pipe)

@@ -46,13 +46,14 @@ def pipe():
     return tiny()
 
 
-def compiled(pipe, how):
+def compiled(pipe, how, **options):
+    options["backend"] = "eager"
     if how == "wrapped":
-        pipe.unet = torch.compile(pipe.unet, backend="eager")
+        pipe.unet = torch.compile(pipe.unet, **options)
     elif how == "in place":
-        pipe.unet.compile(backend="eager")
+        pipe.unet.compile(**options)
     else:
-        pipe.unet.compile_repeated_blocks(backend="eager")
+        pipe.unet.compile_repeated_blocks(**options)
 
 
 HOW = pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
@@ -106,12 +107,12 @@ def test_attaching_to_what_is_compiled_compiles_nothing(pipe):
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("how", ["wrapped", "blocks"])
-def test_compiling_after_attaching(pipe, how):
+@pytest.mark.parametrize(("how", "fullgraph"), [("wrapped", False), ("wrapped", True), ("blocks", True)])
+def test_compiling_after_attaching(pipe, how, fullgraph):
     twin = tiny()
     with attach(pipe, erasers_for(pipe)) as erasers, attach(twin, erasers_for(twin)):
         original = pipe.unet
-        compiled(pipe, how)
+        compiled(pipe, how, fullgraph=fullgraph)
         assert agrees(pipe, twin, PROMPTS[0])
         before = graphs()
         assert all(agrees(pipe, twin, prompt) for prompt in PROMPTS)

@@ -137,7 +137,7 @@ def draw(pipe: Any, prompts: list[str], **options: Any) -> torch.Tensor:
     known = inspect.signature(type(pipe).__call__).parameters
     own = {"max_sequence_length": 16, "use_resolution_binning": False, "clean_caption": False}
     given |= {name: value for name, value in own.items() if name in known}
-    latents: torch.Tensor = pipe(prompts, **(given | options)).images
+    latents: torch.Tensor = pipe(prompt=prompts, **(given | options)).images
     return latents
 
 

@@ -107,6 +107,25 @@ def test_embeddings_of_several_windows_count_by_the_nearest():
     assert similarity(long, Concepts((concept,))).item() == pytest.approx(1, abs=1e-7)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 10_000), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 4)
+)
+def test_states_of_different_lengths_count_as_followed_by_zeros(seed, windows, length, padding):
+    concepts = tuple(concept_of(seed + window, window=window) for window in windows)
+    states = torch.nn.functional.pad(states_of(seed + 99, 2, length, 7), (0, 0, 0, padding))
+    found = similarity(states, Concepts(concepts, varying=True)).numpy()
+    for row in range(2):
+        for column, concept in enumerate(concepts):
+            prompt, name = np.zeros((2, 20 * 7))
+            prompt[: states[row].numel()] = states[row].double().numpy().ravel()
+            name[: concept.states.numel()] = concept.states.double().numpy().ravel()
+            cosine = prompt @ name / np.linalg.norm(prompt) / np.linalg.norm(name)
+            assert found[row, column] == pytest.approx(cosine, abs=1e-7)
+    # A batch with a longer prompt in it adds zeros: the same to the last bit.
+    assert np.array_equal(found, similarity(states[:, :length], Concepts(concepts, varying=True)).numpy())
+
+
 def test_zero_states_are_similar_to_nothing():
     assert similarity(torch.zeros(1, 5, 7), Concepts((concept_of(1),))).item() == 0
 

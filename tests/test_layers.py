@@ -256,6 +256,58 @@ def test_rows_shared_by_a_batch_and_rows_split_into_frames():
         torch.testing.assert_close(out[rows].double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_part_of_a_batch_gets_what_its_rows_are_due():
+    module = make_module("linear")
+    increment = make_increment("low_rank", module, 1)
+    layers = installed(module, {"e": increment})
+
+    def check(factors, rows, expected):
+        layers.branch({"e": factors})
+        x = input_for(module, rows)
+        out = module(x)
+        for row, factor in enumerate(expected):
+            wanted = run_reference(module, x[row : row + 1], [(increment, factor)])
+            torch.testing.assert_close(out[row : row + 1].double(), wanted, rtol=1e-5, atol=1e-5)
+
+    # The guided half of two prompts alone; without guidance of their own, and of three thirds (PAG) two.
+    check([0.25, 0.75, 0.25, 0.75], 2, [0.25, 0.75])
+    check([0.0, 0.0, 0.25, 0.75], 2, [0.25, 0.75])
+    check([0.25, 0.75] * 3, 4, [0.25, 0.75, 0.25, 0.75])
+    # Some rows at a time, nobody tells which: never less than any of them is due.
+    check([0.25, 0.0, 0.75, 0.5], 2, [0.75, 0.5])
+
+
+def test_an_eraser_that_comes_under_the_name_of_another_leaves_nothing_of_it():
+    module = make_module("linear")
+    staying, going, coming = (make_increment("low_rank", module, seed) for seed in (1, 2, 3))
+    layers = installed(module, {"a": staying, "b": going})
+    factors = {"a": [0.25, 0.75], "b": [0.5, 1.0]}
+    layers.branch(factors)
+    layers.uninstall("b")
+    layers.install("b", {"m": module}, {"m": coming})
+    layers.branch(factors)
+    x = input_for(module, 2)
+    expected = torch.cat(
+        [run_reference(module, x[row : row + 1], [(staying, one), (coming, two)])
+         for row, (one, two) in enumerate(zip(*factors.values(), strict=True))]
+    )  # fmt: skip
+    torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_module_that_is_cast_by_itself_stays_as_it_was_cast():
+    module = make_module("linear")
+    increment = make_increment("low_rank", module, 1)
+    original = module.weight.detach().clone()
+    layers = installed(module, {"e": increment})
+    layers.fold({"e": 0.5})
+    module.double()
+    layers.fold({"e": 0.75})
+    assert module.weight.dtype is torch.float64
+    torch.testing.assert_close(module.weight.data, original.double() + 0.75 * increment.delta_for(original).double())
+    layers.bare()
+    assert torch.equal(module.weight, original.double())
+
+
 def test_what_originals_cost_and_what_cannot_be_folded():
     module = make_module("linear")
     assert kept_bytes([module]) == 5 * 6 * 4

@@ -318,11 +318,14 @@ def test_the_way_out_of_a_pickle_works(tmp_path: Path, file: Path, monkeypatch: 
     assert all(torch.equal(tensor, converted[key]) for key, tensor in load_file(file).items())
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "gguf", "quantised", "no tensors"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gguf", "quantised", "integers", "no tensors"])
 def test_damaged_and_foreign_files(damage: str, file: Path, tmp_path: Path) -> None:
     path = tmp_path / f"model.{'gguf' if damage == 'gguf' else 'safetensors'}"
     if damage == "quantised":
         single_file(pico_pipeline(), path, **{f"{UNET}input_blocks.0.0.scale_weight": torch.ones(1)})
+    elif damage == "integers":
+        held = load_file(file)
+        save_file({key: (99 * one).char() if key.startswith(UNET) else one for key, one in held.items()}, path)
     elif damage == "no tensors":
         save_file({}, path)
     else:
@@ -332,6 +335,7 @@ def test_damaged_and_foreign_files(damage: str, file: Path, tmp_path: Path) -> N
         "empty": "ends after 0 bytes",
         "gguf": "GGUF",
         "quantised": "scale",
+        "integers": "kept as I8",
         "no tensors": "no te",
     }
     with pytest.raises(ModelError, match=says[damage]):

@@ -168,10 +168,16 @@ def inspect(path: Path) -> Checkpoint:
                 f"{path} is quantised ({key}): its weights mean nothing without its scales",
                 mend="fetch the fp16 or bf16 version of this checkpoint",
             )
+    dtype = _dtype(header.entries)
+    if not dtype.startswith(("F", "BF")):
+        raise ModelError(
+            f"{path} is quantised: its denoiser is kept as {dtype}, numbers that mean nothing without their scales",
+            mend="fetch the fp16 or bf16 version of this checkpoint",
+        )
     prediction = _prediction(header)
     width = _text_width(header.entries)
     kind = _kind(header.entries, width, prediction)
-    return Checkpoint(path, kind, keys, _dtype(header.entries), width, prediction, "ztsnr" in keys)
+    return Checkpoint(path, kind, keys, dtype, width, prediction, "ztsnr" in keys)
 
 
 def missing_file(path: Path) -> NotFoundError:

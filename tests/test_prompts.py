@@ -1,0 +1,134 @@
+"""What pipelines are asked in other ways than by one prompt for one encoder, and what erasers hear and do of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from pico_families import family_pipeline
+from test_families import apart, draw, eraser
+from torch import Tensor
+
+import spm_hub
+from spm_hub.architectures import denoiser_of
+from spm_hub.concepts import Concepts
+from spm_hub.gate import Prompts, TransportGate, similarity
+
+PROMPTS = ["snoopy", "a dog on the beach", "mickey mouse", ""]
+
+
+class Listening:
+    """The transport gate, which keeps what it was asked and what it said."""
+
+    def __init__(self) -> None:
+        self.asked: list[Prompts] = []
+        self.concepts: list[Concepts] = []
+        self.said: list[Tensor] = []
+
+    def gammas(self, prompts: Prompts, concepts: Concepts) -> Tensor:
+        self.asked.append(prompts)
+        self.concepts.append(concepts)
+        self.said.append(TransportGate().gammas(prompts, concepts))
+        return self.said[-1]
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux-dev"])
+def test_words_for_another_encoder_are_words_of_the_prompt(name: str) -> None:
+    pipe: Any = family_pipeline(name)
+    gate = Listening()
+    with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)], gate=gate):
+        draw(pipe, ["a dog", "a cat"], prompt_2=["a photo of snoopy", "a cat"])
+        draw(pipe, ["a dog"], prompt_2="snoopy")
+    assert gate.said[0][0].item() == 1 > gate.said[0][1].item()
+    assert gate.said[1].item() == 1
+    assert gate.asked[0].texts == ("a dog\na photo of snoopy", "a cat")
+
+
+def test_a_protected_prompt_beside_another_one_is_not_protected() -> None:
+    pipe: Any = family_pipeline("flux-dev")
+    adapter = eraser(pipe, "snoopy", 1)
+    safe = adapter.manifest.gate.model_copy(update={"protected": ("a dog",)})
+    adapter = replace(adapter, manifest=adapter.manifest.model_copy(update={"gate": safe}))
+    bare = draw(pipe, ["a dog"]), draw(pipe, ["a dog"], prompt_2="snoopy")
+    with spm_hub.attach(pipe, [adapter]):
+        assert torch.equal(draw(pipe, ["a dog"]), bare[0])
+        assert torch.equal(draw(pipe, ["a dog"], prompt_2="a dog"), bare[0])
+        assert apart(draw(pipe, ["a dog"], prompt_2="snoopy"), bare[1]) > 1e-2
+
+
+class Heard:
+    """What a denoiser was called with and gave."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.calls: list[tuple[dict[str, Any], Tensor]] = []
+        denoiser_of(pipe).register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, module: Any, args: tuple[()], kwargs: dict[str, Any], output: tuple[Tensor]) -> None:
+        self.calls.append((kwargs, output[0]))
+
+
+@pytest.mark.parametrize("mode", ["auto", "fold", "branch"])
+@pytest.mark.parametrize("name", ["flux-dev", "qwen-image"])
+def test_negative_prompts_in_a_call_of_their_own_are_spared_where_that_was_asked(name: str, mode: Any) -> None:
+    pipe, twin = family_pipeline(name), family_pipeline(name)
+    # The last one's negative prompt is itself: the two calls are told apart all the same.
+    prompts = ["snoopy", "snoopy"] if mode == "fold" else ["snoopy", "a dog", ""]
+    options: dict[str, Any] = {"negative_prompt": [""] * len(prompts), "true_cfg_scale": 2.0, "max_sequence_length": 16}
+    for rows in ("conditional", "both"):
+        with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)], rows=rows, mode=mode):
+            heard = Heard(pipe)
+            draw(pipe, prompts, **options)
+        assert len(heard.calls) == 4
+        for step, (kwargs, output) in enumerate(heard.calls):
+            with torch.no_grad():
+                bare = denoiser_of(twin)(**kwargs)[0]
+            negative = step % 2 == 1
+            if negative and rows == "conditional":
+                assert torch.equal(output, bare)
+            else:
+                assert apart(output, bare) > 1e-2
+        denoiser_of(pipe)._forward_hooks.clear()
+    with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)], rows="conditional"):
+        together = draw(pipe, prompts, **options)
+        for row, prompt in enumerate(prompts):
+            assert apart(together[row], draw(pipe, [prompt], **options | {"negative_prompt": ""})[0]) <= 1e-5
+
+
+def test_an_encoder_that_gives_longer_texts_more_states() -> None:
+    pipe: Any = family_pipeline("qwen-image")
+    names = ["snoopy", "a painting by van gogh", "mickey mouse"]
+    gate = Listening()
+    with torch.no_grad():
+        encoded = {text: pipe.encode_prompt(text)[0][0].double() for text in (*names, *PROMPTS)}
+    assert len({len(states) for states in encoded.values()}) > 2
+    with spm_hub.attach(pipe, [eraser(pipe, name, seed) for seed, name in enumerate(names)], gate=gate) as erasers:
+        together = draw(pipe, PROMPTS, max_sequence_length=64)
+        single = [draw(pipe, [prompt], max_sequence_length=64) for prompt in PROMPTS]
+        assert erasers.gates("mickey mouse")["mickey-mouse"] == pytest.approx(1, abs=1e-6)
+    assert apart(together, torch.cat(single)) <= 1e-5
+    found = similarity(gate.asked[0].states, gate.concepts[0])
+    for row, prompt in enumerate(PROMPTS):
+        for column, name in enumerate(names):
+            one, other = encoded[prompt], encoded[name]
+            both = min(len(one), len(other))
+            cosine = float((one[:both] * other[:both]).sum() / one.norm() / other.norm())
+            assert float(found[row, column]) == pytest.approx(cosine, abs=1e-6)
+    # One eraser alone, whose name is as long as one of the prompts but not as the batch.
+    with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)], gate=gate):
+        draw(pipe, PROMPTS, max_sequence_length=64)
+        draw(pipe, ["a dog on the beach"], max_sequence_length=64)
+    assert float(gate.said[-1]) == pytest.approx(float(gate.said[-2][1]), abs=1e-6)
+
+
+def test_a_processor_in_place_of_a_tokenizer_and_settings_of_several_numbers() -> None:
+    pipe: Any = family_pipeline("flux-2")
+    gate = Listening()
+    options = {"text_encoder_out_layers": (1, 2, 3), "max_sequence_length": 64}
+    with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1), eraser(pipe, "dog", 2)], gate=gate):
+        together = draw(pipe, ["snoopy", "a dog"], **options)
+        single = [draw(pipe, [prompt], **options) for prompt in ("snoopy", "a dog")]
+    assert apart(together, torch.cat(single)) <= 1e-5
+    assert float(similarity(gate.asked[0].states, gate.concepts[0])[0, 0]) == pytest.approx(1, abs=1e-6)
+    assert gate.said[0][1, 1] == 1 > gate.said[0][0, 1]
