@@ -16,7 +16,7 @@ from spm_hub import architectures
 from spm_hub.adapter import UNKNOWN_FAMILY, Adapter, increment_info, load_file
 from spm_hub.atomic import Content, write_together
 from spm_hub.errors import AdapterFileError, NotFoundError, UsageError, nearest
-from spm_hub.formats import full_weights, layouts, minimalist, names, peft, pickles, spm
+from spm_hub.formats import cloneofsimo, full_weights, layouts, minimalist, names, peft, pickles, spm, text_encoder
 from spm_hub.formats.container import MANIFEST_KEY, Image, read_tensors
 from spm_hub.formats.diffusers_lora import scaling_in
 from spm_hub.formats.parts import WHOLE, Format
@@ -29,6 +29,7 @@ Progress = Callable[[int, int], None]
 _NAMELESS = {"adapter_model", "pytorch_lora_weights", "diffusion_pytorch_model", "model"}
 # What training scripts put a denoiser's tensors into.
 _HOLDERS = {"state_dict", "unet", "transformer", "model"}
+_TEXT_ENCODERS = {"text_encoder", "text_encoder_2", "text_encoder_3"}
 # A model's id as it may stand in a command that a user is told to type.
 _PLAIN = re.compile(r"\w[\w./-]{0,199}")
 _CANDIDATES = (peft.WEIGHTS, "pytorch_lora_weights.safetensors", "adapter_model.bin", "pytorch_lora_weights.bin")
@@ -50,11 +51,15 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Description:
-    """What the user says of a file, over whatever the file says of itself."""
+    """What the user says of a file, over whatever the file says of itself.
+
+    without_text_encoder: what it holds for text encoders may be left out; unless said, such a file is refused.
+    """
 
     name: str | None = None
     concept: str | None = None
     family: str | None = None
+    without_text_encoder: bool = False
 
 
 def _no_progress(step: int, total: int) -> None:
@@ -66,7 +71,7 @@ def read(
 ) -> tuple[Adapter, str]:
     """The adapter in a file of any format, and the format's name; `path` may be the folder that holds it.
 
-    base: needed for full tensors (ESD, UCE, Concept Ablation); otherwise it checks that the file fits.
+    base: needed for full tensors (ESD, UCE, Concept Ablation) and DoRA; otherwise it checks that the file fits.
     Pickles (.pt, .pth, .ckpt, .bin) are read here and nowhere else, as tensors only.
     Raises AdapterFileError, NotFoundError, CompatibilityError, and UsageError where something has to be said by hand.
     """
@@ -78,23 +83,32 @@ def read(
     path = _file_of(path)
     if path.suffix in pickles.SUFFIXES:
         metadata: Mapping[str, str] = {}
-        tensors, sha256 = _tensors_of(path, pickles.read(path)), _sha256(path)
+        tensors, sha256 = _tensors_of(path, pickles.read(path), said), _sha256(path)
     else:
         header, tensors, sha256 = read_tensors(path)
         metadata = header.metadata
         if MANIFEST_KEY in metadata:
             return described(load_file(path), said), spm.FORMAT.name
+    left_out = 0
+    if said.without_text_encoder:
+        tensors, left_out = text_encoder.divided(tensors)
+        if not tensors:
+            raise AdapterFileError(f"{path} holds nothing but parts of a text encoder ({left_out} tensors)")
+    beside = None if base is None else base.tensors
     if any(peft.parse_key(key) for key in tensors):
         format_name = peft.FORMAT.name
-        increments = layouts.read_increments(path, tensors, peft.read_scaling(path), explicit=True)
+        increments = layouts.read_increments(path, tensors, peft.read_scaling(path), explicit=True, base=beside)
+    elif cloneofsimo.matches(tensors):
+        format_name = cloneofsimo.NAME
+        increments = layouts.read_increments(path, cloneofsimo.named(path, tensors, metadata), explicit=True)
     elif full_weights.matches(tensors):
         format_name = full_weights.method_of(tensors, metadata)
         increments = _full(path, tensors, metadata, base, progress)
     else:
-        increments = layouts.read_increments(path, tensors, scaling_in(metadata, path), explicit=True)
+        increments = layouts.read_increments(path, tensors, scaling_in(metadata, path), explicit=True, base=beside)
         format_name = layouts.format_of(tensors)
     increments = {names.dotted(name): _compact(increment) for name, increment in increments.items()}
-    origin = _origin(format_name, path, sha256)
+    origin = _origin(format_name, path, sha256, left_out)
     if (method := metadata.get("train_method")) and format_name == full_weights.FORMAT.name:
         origin["method"] = method
     manifest = _manifest(path, metadata, increments, said, base, origin)
@@ -187,17 +201,20 @@ def _file_of(path: Path) -> Path:
     return found[0]
 
 
-def _tensors_of(path: Path, content: Any) -> dict[str, Tensor]:
+def _tensors_of(path: Path, content: Any, said: Description) -> dict[str, Tensor]:
     """The tensors of a pickled state dict, out of the dictionary that training scripts put around it."""
     if not isinstance(content, dict):
         raise AdapterFileError(f"{path} holds {type(content).__name__}, not tensors by name")
     holding = {str(key): value for key, value in content.items() if _holds_tensors(value)}
+    if said.without_text_encoder:
+        holding = {key: value for key, value in holding.items() if key not in _TEXT_ENCODERS}
     if holding.keys() <= _HOLDERS and len(holding) == 1:
-        return _tensors_of(path, next(iter(holding.values())))
+        return _tensors_of(path, next(iter(holding.values())), said)
     for key, value in holding.items():
         if not isinstance(value, Tensor) and key not in _HOLDERS:
             raise AdapterFileError(
-                f"{path}: it holds {key!r} too, which is no part of a denoiser; an eraser changes the denoiser only"
+                f"{path}: it holds {key!r} too, which is no part of a denoiser; an eraser changes the denoiser only",
+                mend=text_encoder.LEFT_OUT if key in _TEXT_ENCODERS else None,
             )
     tensors = {key: value.detach() for key, value in holding.items() if isinstance(value, Tensor)}
     if not tensors:
@@ -293,9 +310,10 @@ def _family(
     return family
 
 
-def _origin(format_name: str, path: Path, sha256: str) -> dict[str, JsonValue]:
+def _origin(format_name: str, path: Path, sha256: str, left_out: int = 0) -> dict[str, JsonValue]:
     """What stands for the recipe of a file that another program trained."""
-    return {"converted": {"format": format_name, "file": path.name, "sha256": sha256}}
+    about: dict[str, JsonValue] = {"format": format_name, "file": path.name, "sha256": sha256}
+    return {"converted": about | ({"text_encoder_tensors_left_out": left_out} if left_out else {})}
 
 
 def _sha256(*paths: Path) -> str:

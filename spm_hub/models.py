@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from spm_hub import snapshots
 from spm_hub.errors import AdapterFileError, ModelError, NetworkError, NotFoundError, UsageError, nearest
 from spm_hub.formats.container import read_header
 from spm_hub.single_file import inspection, loading
@@ -243,17 +244,15 @@ def _load_folder(wanted: ModelRef, dtype: torch.dtype | Literal["stored"] | None
     import torch
     from diffusers import DiffusionPipeline
 
-    half = dtype in (torch.float16, torch.bfloat16)
-    folder = wanted.folder or _download(wanted, variant="fp16" if half and wanted.fp16 else None)
+    half = dtype in (torch.float16, torch.bfloat16) and wanted.fp16
+    folder = wanted.folder or _download(wanted, half=half)
     precision = stored_dtype(folder) if dtype == "stored" else dtype or torch.float32
-    has_fp16 = half and any(folder.rglob("*.fp16.safetensors")) and wanted.fp16
-    variant = "fp16" if has_fp16 else _only_variant(folder)
     with _reading(wanted.text):
         pipe: DiffusionPipeline = DiffusionPipeline.from_pretrained(
             folder,
             torch_dtype=precision,
             use_safetensors=True,
-            variant=variant,
+            variant=snapshots.variant_of(snapshots.names_in(folder), half=half) or _only_variant(folder),
             local_files_only=True,
             **loading.without_checker(folder),
         )
@@ -264,7 +263,7 @@ def local_folder(wanted: ModelRef) -> Path | None:
     """The diffusers folder that `wanted` is loaded from, where that is known without a network."""
     if wanted.hub_id is None or wanted.folder is not None:
         return wanted.folder
-    return _cached(wanted.hub_id, wanted.revision, {"use_safetensors": True, "safety_checker": None})
+    return _cached(wanted.hub_id, wanted.revision)
 
 
 def identity_of(reference: str, pipe: DiffusionPipeline) -> tuple[str, str | None]:
@@ -383,7 +382,7 @@ def _configuration(wanted: ModelRef) -> Path:
     return loading.configuration(file, repositories)
 
 
-def _download(wanted: ModelRef, variant: str | None) -> Path:
+def _download(wanted: ModelRef, *, half: bool) -> Path:
     """The folder of a Hub repository in the cache, downloaded where it is not complete there.
 
     It is asked for by the revision as it was named, so that the cache knows it by that name when there is no network;
@@ -394,27 +393,40 @@ def _download(wanted: ModelRef, variant: str | None) -> Path:
     from spm_hub.network import is_commit, reaching, repository_info
 
     repo, revision = str(wanted.hub_id), wanted.revision
-    choice = {"use_safetensors": True, "variant": variant, "safety_checker": None}
-    if is_commit(revision) and (cached := _cached(repo, revision, choice)):
+    cached = _cached(repo, revision)
+    # Rounded weights are no others: where full precision is asked for and there may be some, the Hub is asked.
+    if is_commit(revision) and cached and (half or snapshots.has_full_precision(snapshots.names_in(cached))):
         return cached
     otherwise = "use --model sketchbook, which needs none"
     try:
-        repository_info(repo, revision, otherwise=otherwise)
+        info = repository_info(repo, revision, otherwise=otherwise)
     except NetworkError:
-        if cached := _cached(repo, revision, choice):
+        if cached:
             return cached
         raise
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    if pickles := snapshots.pickled(names):
+        raise ModelError(
+            f"{repo} has the weights of {', '.join(pickles)} as pickles only, which can run code and are never loaded",
+            mend="another revision of it that has safetensors: --model OWNER/NAME@REVISION",
+        )
+    variant = snapshots.variant_of(names, half=half)
     with reaching(repo, revision, otherwise=otherwise):
-        return Path(DiffusionPipeline.download(repo, revision=revision, **choice))
+        return Path(
+            DiffusionPipeline.download(
+                repo, revision=revision, use_safetensors=True, variant=variant, safety_checker=None
+            )
+        )
 
 
-def _cached(repo: str, revision: str | None, choice: dict[str, Any]) -> Path | None:
-    from diffusers import DiffusionPipeline
+def _cached(repo: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
 
     try:
-        return Path(DiffusionPipeline.download(repo, revision=revision, local_files_only=True, **choice))
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except (OSError, ValueError):
         return None
+    return folder if snapshots.is_whole(folder) else None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The Hugging Face Hub's client, asked patiently and answered in our own errors."""
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,15 @@ def repository_info(repo: str, revision: str | None, *, otherwise: str, files: b
         )
 
 
+@contextmanager
+def legible() -> Iterator[None]:
+    """Turns what the Hub's client raises over an answer cut short, altered or somebody else's into a TransportError."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise TransportError(f"its answer is not what the Hub writes: {type(error).__name__}: {error}"[:200]) from error
+
+
 def patiently(ask: Callable[[], T]) -> T:
     """`ask()`, again after a pause where the Hub was busy or a connection broke: four times in all.
 
@@ -46,7 +56,8 @@ def patiently(ask: Callable[[], T]) -> T:
     """
     for attempt in range(TRIES):
         try:
-            return ask()
+            with legible():
+                return ask()
         except (ConnectError, ConnectTimeout):
             raise
         except (TransportError, errors.HfHubHTTPError) as error:

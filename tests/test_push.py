@@ -20,7 +20,7 @@ import spm_hub
 from spm_hub import network
 from spm_hub.adapter import Adapter
 from spm_hub.cli import app
-from spm_hub.errors import HubError, NotFoundError, SpmHubError, UsageError
+from spm_hub.errors import HubError, NetworkError, NotFoundError, SpmHubError, UsageError
 from spm_hub.evaluation.pictures import Drawing, save, show
 from spm_hub.hub import card, remote
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME
@@ -216,6 +216,38 @@ def test_a_large_file_that_does_not_get_through(hub: LoopbackHub, release: Relea
     else:
         push(release)
         assert remote.download(REPO).load().name == "snoopy"
+
+
+@pytest.mark.parametrize("fault", [{"reset_after": 0}, {"reset_after": 30}, {"short_by": 20}])
+def test_a_commit_whose_answer_is_lost_is_not_taken_for_somebody_elses(
+    hub: LoopbackHub, release: Release, fault: dict[str, Any]
+) -> None:
+    """Asked again it finds another parent, which is its own work and nobody's race."""
+    hub.publish(REPO, {"README.md": b"before", "images/09-with.png": b"of an older eraser"})
+    hub.fail("POST .*/commit/", **fault)
+    made = push(release)
+    assert made.commit == hub.repositories[REPO].refs["main"]
+    assert hub.content(REPO).keys() == release.files.keys()
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_a_commit_that_came_between_is_still_a_race(hub: LoopbackHub, release: Release) -> None:
+    push(release)
+    hub.fail("POST .*/commit/", status=412, times=None)
+    other = Release(REPO, release.manifest, release.card, {**release.files, "README.md": b"mine"})
+    with pytest.raises(HubError, match="somebody has changed"):
+        push(other)
+    assert hub.content(REPO)["README.md"] == release.card.encode()
+
+
+@pytest.mark.parametrize("place", ["POST /api/repos/create", "/preupload/", "/commit/"])
+def test_an_answer_that_is_no_answer(place: str, hub: LoopbackHub, release: Release) -> None:
+    """What stands between us and the Hub answers everything with 200 and something of its own."""
+    hub.publish(REPO, {"README.md": b"before"})
+    hub.fail(place, status=200, times=None)
+    with pytest.raises(NetworkError, match="its answer is not what the Hub writes"):
+        push(release)
+    assert hub.content(REPO) == {"README.md": b"before"}
 
 
 def test_the_card(release: Release, eraser: Adapter) -> None:

@@ -313,3 +313,18 @@ def test_the_lock_file_is_json_for_people(hub: LoopbackHub, registry: Registry) 
     (registry.root / lockfile.LOCK_NAME).write_text(text.replace(COMMIT, "main"))
     with pytest.raises(SpmHubError, match=r"adapters\.snoopy\.commit"):
         lockfile.read(registry.root)
+
+
+@pytest.mark.parametrize("fault", [{"short_by": 40}, {"status": 200}], ids=["cut short", "somebody else's"])
+@pytest.mark.parametrize("times", [1, None])
+def test_an_answer_that_is_no_answer(
+    fault: dict[str, Any], times: int | None, hub: LoopbackHub, registry: Registry
+) -> None:
+    """JSON without its end, or of something between us and the Hub: asked again, and then a sentence."""
+    hub.fail("GET /api/models/", times=times, **fault)
+    if times is None:
+        with pytest.raises(NetworkError, match="its answer is not what the Hub writes"):
+            remote.pull(REPO, registry=registry)
+        assert registry.entries() == ()
+        hub.mend()
+    assert remote.pull(REPO, registry=registry).entry.load().name == "snoopy"

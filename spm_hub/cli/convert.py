@@ -15,6 +15,7 @@ from spm_hub.errors import UsageError
     "convert",
     Example("spmhub convert lora.safetensors --concept snoopy", "another program's file, into the registry"),
     Example("spmhub convert esd-nudity.safetensors --model sd-v1-4", "whole weights: what they are away from the base"),
+    Example("spmhub convert lora.safetensors --without-text-encoder", "what it has for the denoiser alone"),
     Example("spmhub convert snoopy --to diffusers --out snoopy-lora.safetensors", "for another program"),
     Example("spmhub convert esd-nudity --to kohya --svd-rank 8", "a dense eraser as a LoRA, its error stated"),
     panel="Share",
@@ -46,16 +47,20 @@ def convert(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="The base it was trained on: for whole weights, masks, and --to esd."),
+        typer.Option("--model", "-m", help="The base it was trained on: for whole weights, DoRA, masks, and --to esd."),
     ] = None,
+    without_text_encoder: Annotated[
+        bool,
+        typer.Option("--without-text-encoder", help="Leave out what it holds for text encoders, instead of refusing."),
+    ] = False,
     config: options.Config = None,
     registry: options.Registry = None,
     force: options.Force = False,
 ) -> None:
     """Convert an eraser from or to another program's format.
 
-    Reads SPM, kohya, LyCORIS, diffusers, PEFT, LECO, concept sliders, ESD, UCE, Concept Ablation and Minimalist files;
-    pickles (.pt, .ckpt, .bin) too, as tensors only. Exact unless --svd-rank is given.
+    Reads SPM, kohya, LyCORIS, diffusers, PEFT, LECO, concept sliders, cloneofsimo, ESD, UCE, Concept Ablation and
+    Minimalist files; pickles (.pt, .ckpt, .bin) too, as tensors only. Exact unless --svd-rank is given.
     """
     from spm_hub.hub.registry import registries, resolve
     from spm_hub.manifest import slug
@@ -79,7 +84,7 @@ def convert(
             out.say(f"reading {model} ...")
             pipe = load_pipeline(model, config=config)
             original = conversion.BaseModel(denoiser_of(pipe), *identity_of(model, pipe))
-        said = conversion.Description(said_name, concept, base)
+        said = conversion.Description(said_name, concept, base, without_text_encoder)
         path = Path(source).expanduser()
         if path.exists():
             with out.progress("reading") as move:

@@ -19,6 +19,10 @@ def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:
                 return LowRank(_floating(parts["down"]), _floating(parts["up"]))
             case ["alpha", "down", "up"]:
                 return _scaled(LowRank(_floating(parts["down"]), _floating(parts["up"])), parts["alpha"])
+            case ["down", "mid", "up"] | ["alpha", "down", "mid", "up"]:
+                down = lycoris.through(_floating(parts["mid"]), _floating(parts["down"])).float()
+                pair = LowRank(down, _floating(parts["up"]))
+                return _scaled(pair, parts["alpha"]) if "alpha" in parts else pair
             case ["delta"] | ["delta", "delta_bias"]:
                 bias = parts.get("delta_bias")
                 return Dense(_floating(parts["delta"]), None if bias is None else _floating(bias))

@@ -25,8 +25,18 @@ _PROCESSOR = re.compile(
 )
 # Since then: the pair belongs to the layer.
 _LAYER = re.compile(
-    _PREFIX + r"(?!base_model\.)(?P<module>[\w.]+?)\.(?:(?P<part>lora_A|lora_B|lora\.down|lora\.up)\.weight|alpha)"
+    _PREFIX + r"(?!base_model\.)(?P<module>[\w.]+?)\."
+    r"(?P<part>(?:lora_A|lora_B|lora\.down|lora\.up)\.weight|alpha|lora_magnitude_vector(?:\.weight)?)"
 )
+_PARTS: dict[str, Part] = {
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+    "alpha": "alpha",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
 
 
 def parse_key(key: str) -> Slot | None:
@@ -35,8 +45,7 @@ def parse_key(key: str) -> Slot | None:
         layer = "to_out.0" if match["layer"] == "to_out" else match["layer"]
         return Slot(f"{match['attention']}.{layer}", "down" if match["part"] == "down" else "up")
     if match := _LAYER.fullmatch(key):
-        part: Part = "alpha" if match["part"] is None else "down" if match["part"] in ("lora_A", "lora.down") else "up"
-        return Slot(match["module"], part)
+        return Slot(match["module"], _PARTS[match["part"]])
     return None
 
 

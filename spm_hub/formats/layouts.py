@@ -8,7 +8,18 @@ from typing import Never
 from torch import Tensor, tensor
 
 from spm_hub.errors import GET_AGAIN, AdapterFileError
-from spm_hub.formats import diffusers_lora, full_weights, kohya, lycoris, minimalist, peft, spm
+from spm_hub.formats import (
+    diffusers_lora,
+    dora,
+    full_weights,
+    kohya,
+    lycoris,
+    minimalist,
+    names,
+    peft,
+    spm,
+    text_encoder,
+)
 from spm_hub.formats.assembly import assemble
 from spm_hub.formats.parts import Format, Part, Slot
 from spm_hub.increments import Increment
@@ -27,21 +38,16 @@ FORMATS: tuple[Format, ...] = (
 # Recognised only to be refused in plain words.
 _REFUSED = {
     re.compile(
-        r"(unet|text_encoder):\d+:(up|down)"
-    ): "the cloneofsimo/lora format, which numbers its layers instead of naming them",
-    re.compile(
-        r"(lora_te\d?_|text_encoder(_\d)?\.|te\d?_).*"
-    ): "an increment of a text encoder; an eraser changes the denoiser only",
-    re.compile(
-        r".*\.(hada_t\d|lokr_t\d|lora_mid\.weight|dora_scale|oft_blocks|oft_diag|glora.*|a\d\.weight|w_norm|b_norm)"
-    ): "a LyCORIS layout other than LoRA, LoHa, LoKr (without tucker) and full",
-    re.compile(r".*\.lora_magnitude_vector(\.\w+)*"): "DoRA, whose change depends on the weight it is added to",
+        r".*\.(lokr_t1|oft_blocks|oft_diag|glora.*|[ab]\d\.weight|w_norm|b_norm)"
+    ): "a LyCORIS layout other than LoRA, LoHa, LoKr, DoRA and full",
     re.compile(r"(double|single)_blocks\.\d+\.processor\..*"): "XLabs' layout of FLUX.1",
 }
 # What an explicit conversion reads, because it needs more than the file.
 _CONVERTED = {
     re.compile(r"base_model\.model\..*"): "PEFT's, whose scale stands in another file",
-    re.compile(r".*\.(hada|lokr)_w\w+"): "a LyCORIS product, which is many times larger than its file",
+    re.compile(r"unet:\d+:(up|down)"): "cloneofsimo/lora's, which numbers its layers instead of naming them",
+    re.compile(r".*\.((hada|lokr)_[wt]\w+|lora_mid\.weight)"): "a LyCORIS product, which is larger than its file",
+    re.compile(r".*\.dora_scale"): "DoRA, whose change depends on the weight it is added to",
     re.compile(r"(?!.*lora).+\.(weight|bias)"): "a full tensor, which is an increment only beside its base",
 }
 
@@ -60,11 +66,17 @@ def format_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_increments(
-    path: Path, tensors: Mapping[str, Tensor], scaling: peft.Scaling | None = None, *, explicit: bool = False
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    scaling: peft.Scaling | None = None,
+    *,
+    explicit: bool = False,
+    base: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Increment]:
     """The increments of a file, by module path: dotted where the layout keeps the dots, else with . as _ (`spm.flat`).
 
     scaling: alpha of what the tensors give none, where it stands elsewhere.  explicit: the user asked for a conversion.
+    base: the denoiser's state dict, of which DoRA's changes are a function.
     Raises AdapterFileError for a key of no known layout, a module with missing parts, or nothing at all.
     """
     modules: dict[str, dict[Part, Tensor]] = {}
@@ -73,7 +85,8 @@ def read_increments(
         slot = _slot(FORMATS, key, explicit=explicit) or _slot(all_formats(), key, explicit=explicit)
         if slot is None:
             # Of a file's keys the telling one: a learnt token says less than a layer beside it.
-            telling = (each for each in tensors if any(pattern.fullmatch(each) for pattern in _REFUSED))
+            told = (text_encoder.KEY, *_REFUSED, *_CONVERTED)
+            telling = (each for pattern in told for each in tensors if pattern.fullmatch(each))
             _refuse(path, next(telling, key))
         parts = modules.setdefault(slot.module, {})
         if slot.part in parts:
@@ -81,11 +94,15 @@ def read_increments(
         parts[slot.part] = value
     if not modules:
         raise AdapterFileError(f"{path}: it holds no tensors", mend=GET_AGAIN)
+    magnitudes = _magnitudes(path, modules, scaling, base)
     for module, parts in modules.items():
         if scaling is not None and "down" in parts and "alpha" not in parts and parts["down"].dim():
             parts["alpha"] = tensor(scaling.alpha_of(module, len(parts["down"])))
     try:
-        return kohya.canonical({name: assemble(f"{path}: {name}", modules[name]) for name in sorted(modules)})
+        found = kohya.canonical({name: assemble(f"{path}: {name}", modules[name]) for name in sorted(modules)})
+        if explicit:
+            found = {name: names.shaped(name, increment) for name, increment in found.items()}
+        return found if base is None or not magnitudes else dora.applied(path, found, magnitudes, base)
     except AdapterFileError as error:
         known_by_path = error.message.startswith(str(path))
         raise error if known_by_path else AdapterFileError(f"{path}: {error.message}", mend=error.mend) from error
@@ -96,7 +113,28 @@ def _slot(formats: Iterable[Format], key: str, *, explicit: bool) -> Slot | None
     return next((slot for parse_key in parsers if (slot := parse_key(key)) is not None), None)
 
 
+def _magnitudes(
+    path: Path, modules: Mapping[str, dict[Part, Tensor]], scaling: peft.Scaling | None, base: object
+) -> dict[str, tuple[Part, Tensor]]:
+    """DoRA's part of each module, taken out of the others. Raises AdapterFileError where the base is not at hand."""
+    found = {
+        module: (part, parts.pop(part)) for module, parts in modules.items() for part in dora.PARTS if part in parts
+    }
+    if found and base is None:
+        raise AdapterFileError(
+            f"{path}: {next(iter(found))} is of DoRA, whose change depends on the weight it is added to",
+            mend=f"spmhub convert {path} --model M, the base that it was trained on",
+        )
+    if scaling is not None and scaling.decomposed and (missing := sorted(modules.keys() - found.keys())):
+        raise AdapterFileError(f"{path}: use_dora is True, but {missing[0]} has no lora_magnitude_vector")
+    return found
+
+
 def _refuse(path: Path, key: str) -> Never:
+    if text_encoder.KEY.fullmatch(key):
+        raise AdapterFileError(
+            f"{path}: {key!r} is of a text encoder, and an eraser changes the denoiser only", mend=text_encoder.LEFT_OUT
+        )
     for pattern, what in _REFUSED.items():
         if pattern.fullmatch(key):
             raise AdapterFileError(

@@ -1,7 +1,8 @@
 """LyCORIS files: `full` (.diff), and the products LoHa and LoKr, which become the dense increments that they stand for.
 
 Yeh et al., Navigating Text-to-Image Customization, ICLR 2024, arXiv 2309.14859: LoHa is (B1 A1) * (B2 A2), element by
-element; LoKr is the Kronecker product of C and B A. Both are scaled by alpha / rank.
+element; LoKr is the Kronecker product of C and B A. Both are scaled by alpha / rank. For a convolution B A may have a
+core (Tucker), a small convolution between the two; then each of them has a row for every rank.
 """
 
 import re
@@ -14,12 +15,14 @@ from spm_hub.errors import CompatibilityError
 from spm_hub.formats import kohya
 from spm_hub.formats.parts import Format, Part, Slot, Writer
 
-_LOHA: tuple[Part, ...] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-_LOKR: tuple[Part, ...] = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+_LOHA: tuple[Part, ...] = ("hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2")
+_LOKR: tuple[Part, ...] = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 _PARTS: dict[str, Part] = {
     **{part: part for part in (*_LOHA, *_LOKR)},
     "lora_down.weight": "down",
+    "lora_mid.weight": "mid",
     "lora_up.weight": "up",
+    "dora_scale": "dora_scale",
     "alpha": "alpha",
     "diff": "delta",
     "diff_b": "delta_bias",
@@ -48,13 +51,15 @@ def product(parts: Mapping[Part, Tensor], alpha: float | None) -> Tensor:
     wide = {part: tensor.double() for part, tensor in parts.items()}
     try:
         if "hada_w1_a" in wide:
-            _check_size(len(wide["hada_w1_a"]) * wide["hada_w1_b"].shape[1])
-            _check_size(len(wide["hada_w2_a"]) * wide["hada_w2_b"].shape[1])
-            delta = (wide["hada_w1_a"] @ wide["hada_w1_b"]) * (wide["hada_w2_a"] @ wide["hada_w2_b"])
+            first = _factor(None, wide["hada_w1_a"], wide["hada_w1_b"], wide.get("hada_t1"))
+            second = _factor(None, wide["hada_w2_a"], wide["hada_w2_b"], wide.get("hada_t2"))
+            if first.shape != second.shape:
+                raise CompatibilityError(f"{tuple(first.shape)} and {tuple(second.shape)} are the factors of no LoHa")
+            delta = first * second
             rank: int | None = len(wide["hada_w1_b"])
         else:
             first = _factor(wide.get("lokr_w1"), wide.get("lokr_w1_a"), wide.get("lokr_w1_b"))
-            second = _factor(wide.get("lokr_w2"), wide.get("lokr_w2_a"), wide.get("lokr_w2_b"))
+            second = _factor(wide.get("lokr_w2"), wide.get("lokr_w2_a"), wide.get("lokr_w2_b"), wide.get("lokr_t2"))
             _check_size(first.numel() * second.numel())
             delta = torch.kron(first.reshape(*first.shape, *[1] * (second.dim() - 2)), second)
             # Both written out: there is no rank to scale by, and the programs that write them scale by nothing.
@@ -67,14 +72,31 @@ def product(parts: Mapping[Part, Tensor], alpha: float | None) -> Tensor:
     return delta.float()
 
 
-def _factor(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
-    """One factor of a LoKr, whole or as a product of its own."""
+def through(core: Tensor, down: Tensor) -> Tensor:
+    """A product's core and what stands before it as one convolution: (r, s, kh, kw), (s, in) -> (r, in, kh, kw).
+
+    float64. Raises CompatibilityError where they do not fit, or stand for more numbers than any weight has.
+    """
+    down = down.flatten(1)
+    if core.dim() != 4 or core.shape[1] != len(down):
+        raise CompatibilityError(
+            f"{tuple(core.shape)} is no core of a convolution before which {tuple(down.shape)} stands"
+        )
+    _check_size(core[:, 0].numel() * down.shape[1])
+    return torch.einsum("rskl,si->rikl", core.double(), down.double())
+
+
+def _factor(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None = None) -> Tensor:
+    """One factor, whole or as a product of its own: (out, in), or (out, in, kh, kw) where it is one of convolutions."""
     if whole is not None:
         return whole
     if a is None or b is None:
         raise KeyError("lokr")
-    _check_size(len(a) * b.shape[1])
-    return a @ b
+    if core is None:
+        _check_size(len(a) * b.shape[1])
+        return a @ b
+    _check_size(a.shape[1] * b.shape[1] * core[0, 0].numel())
+    return torch.einsum("rikl,ro->oikl", through(core, b), a)
 
 
 def _check_size(entries: int) -> None:
@@ -84,7 +106,7 @@ def _check_size(entries: int) -> None:
 
 FORMAT = Format(
     "lycoris",
-    "LyCORIS: full (.diff) and LoRA are written, LoHa and LoKr read too; kohya's module names",
+    "LyCORIS: full (.diff) and LoRA are written, LoHa, LoKr and, with --model, DoRA read too; kohya's module names",
     parse_key,
     Writer(("low_rank", "dense"), kohya.write),
     explicit=True,

@@ -1,10 +1,10 @@
 """Module paths as diffusers has them: their dots put back, and the family that names and widths tell."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from spm_hub.formats.spm import flat
-from spm_hub.increments import Increment
+from spm_hub.increments import Dense, Increment
 
 # Names of diffusers' modules that have a _ of their own. What is not among them is a word between two dots.
 _WORDS = """
@@ -25,6 +25,22 @@ def dotted(name: str) -> str:
     return name if "." in name else ".".join(_WORD.findall(name))
 
 
+def shaped(name: str, increment: Increment) -> Increment:
+    """A change that its file keeps as a matrix, though it is of a convolution; of U-Nets those are 3x3 at these names.
+
+    LyCORIS lays a product's kernels out in a row when it has no core.
+    """
+    if not (isinstance(increment, Dense) and increment.delta.dim() == 2 and _CONVOLUTION.search(name)):
+        return increment
+    out, columns = increment.weight_shape
+    if columns % 9:
+        return increment
+    return Dense(increment.delta.reshape(out, columns // 9, 3, 3), increment.delta_bias)
+
+
+_CONVOLUTION = re.compile(r"(^|[._])(conv1|conv2|(down|up)samplers[._]0[._]conv|conv_in|conv_out)$")
+
+
 def family_of(increments: Mapping[str, Increment]) -> str | None:
     """The model family by names and widths alone, as other programs' headers are absent as often as wrong.
 
@@ -37,7 +53,9 @@ def family_of(increments: Mapping[str, Increment]) -> str | None:
         return _family_of_transformer(shapes)
     if not any(name.startswith(("down_blocks_", "mid_block_", "up_blocks_")) for name in shapes):
         return None
-    return _family_of_unet(shapes)
+    # A product of LyCORIS' is a matrix even where its weight is a 1x1 convolution.
+    telling = {flat(module) for module, one in increments.items() if one.kind != "dense" or len(one.weight_shape) == 4}
+    return _family_of_unet(shapes, telling)
 
 
 def _family_of_transformer(shapes: Mapping[str, tuple[int, ...] | None]) -> str | None:
@@ -52,7 +70,8 @@ def _family_of_transformer(shapes: Mapping[str, tuple[int, ...] | None]) -> str 
     return "sd3" if inputs else None
 
 
-def _family_of_unet(shapes: Mapping[str, tuple[int, ...] | None]) -> str | None:
+def _family_of_unet(shapes: Mapping[str, tuple[int, ...] | None], telling: Set[str]) -> str | None:
+    """`telling` are the modules whose shape is their weight's own, kernel and all."""
     widths = {
         shape[1] for name, shape in shapes.items() if shape is not None and name.endswith(("attn2_to_k", "attn2_to_v"))
     }
@@ -61,7 +80,8 @@ def _family_of_unet(shapes: Mapping[str, tuple[int, ...] | None]) -> str | None:
     # Only SDXL has several transformer blocks in a row, and attention in its first up block but not in its first down.
     if any(re.search(r"_transformer_blocks_[1-9]", name) or name.startswith("up_blocks_0_att") for name in shapes):
         return "sdxl"
-    kernels = {len(shape) for name, shape in shapes.items() if shape and name.endswith(("_proj_in", "_proj_out"))}
+    ends = [name for name in shapes if name in telling and name.endswith(("_proj_in", "_proj_out"))]
+    kernels = {len(shape) for name in ends if (shape := shapes[name])}
     first = any(name.startswith(("down_blocks_0_attentions", "up_blocks_3_attentions")) for name in shapes)
     if 4 in kernels:
         return "sd1"

@@ -11,9 +11,10 @@ from spm_hub.increments import Increment
 from spm_hub.manifest import Manifest
 
 Part = Literal[
-    "down", "up", "alpha", "delta", "delta_bias", "keep_out", "keep_in",
-    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b",
-    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
+    "down", "mid", "up", "alpha", "delta", "delta_bias", "keep_out", "keep_in",
+    "hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2",
+    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+    "dora_scale", "magnitude",
 ]  # fmt: skip
 
 

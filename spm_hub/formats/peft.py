@@ -15,7 +15,7 @@ from spm_hub.errors import AdapterFileError, NotFoundError
 from spm_hub.formats import spm
 from spm_hub.formats.container import encode
 from spm_hub.formats.names import dotted
-from spm_hub.formats.parts import Files, Format, Slot, Writer
+from spm_hub.formats.parts import Files, Format, Part, Slot, Writer
 from spm_hub.increments import Increment, LowRank
 from spm_hub.manifest import Manifest
 
@@ -25,10 +25,12 @@ CONFIG_UNFOLDS = 20
 """Times the length of its text that a LoraConfig takes in memory, at most."""
 
 _KEY = re.compile(
-    r"base_model\.model\.(?:unet\.|transformer\.)?(?P<module>[\w.]+?)\.lora_(?P<part>[AB])(?:\.\w+)??\.weight"
+    r"base_model\.model\.(?:unet\.|transformer\.)?(?P<module>[\w.]+?)\."
+    r"(?:lora_(?P<part>[AB])(?:\.\w+)??\.weight|lora_magnitude_vector(?:\.\w+)?(?:\.weight)?)"
 )
+_PARTS: dict[str | None, Part] = {"A": "down", "B": "up", None: "magnitude"}
 # What changes the product beyond its scale, and what it has to be for the file to say all.
-_PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None}
+_PLAIN = {"fan_in_fan_out": False, "bias": "none", "modules_to_save": None}
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Scaling:
     alpha: float
     alpha_pattern: Mapping[str, float]
     rank_stabilised: bool = False
+    decomposed: bool = False
+    """Whether it is DoRA, whose tensors then have magnitudes."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], source: object) -> "Scaling":
@@ -52,7 +56,7 @@ class Scaling:
                 re.compile(key)
         except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
             raise AdapterFileError(f"{source}: it has no readable lora_alpha or alpha_pattern: {error!r}") from error
-        return cls(alpha, pattern, bool(config.get("use_rslora")))
+        return cls(alpha, pattern, bool(config.get("use_rslora")), bool(config.get("use_dora")))
 
     def alpha_of(self, module: str, rank: int) -> float:
         """What kohya would call this module's alpha: the product is scaled by it over the rank."""
@@ -65,7 +69,7 @@ class Scaling:
 def parse_key(key: str) -> Slot | None:
     """The slot of a key of PEFT's; its scale is not in the file."""
     match = _KEY.fullmatch(key)
-    return None if match is None else Slot(match["module"], "down" if match["part"] == "A" else "up")
+    return None if match is None else Slot(match["module"], _PARTS[match["part"]])
 
 
 def read_scaling(weights: Path) -> Scaling:

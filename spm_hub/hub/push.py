@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 
-from httpx2 import HTTPError
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from httpx2 import HTTPError, TransportError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
 from spm_hub.errors import HubError, UsageError
 from spm_hub.formats.container import MANIFEST_KEY, read_header
@@ -14,7 +15,7 @@ from spm_hub.hub import signing
 from spm_hub.hub.card import Pair, picture_names, render
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.manifest import Manifest
-from spm_hub.network import patiently, reaching
+from spm_hub.network import legible, patiently, reaching
 
 CARD_NAME = "README.md"
 
@@ -108,7 +109,30 @@ def push(release: Release, *, private: bool = False, revision: str | None = None
             return _commit(api, release, stale, revision=revision, pull_request=pull_request, parent=before.sha)
 
         # Asked twice, it would open a second pull request; on a branch the parent commit keeps it from that.
-        return commit() if pull_request else patiently(commit)
+        if pull_request:
+            with legible():
+                return commit()
+        try:
+            return patiently(commit)
+        except errors.HfHubHTTPError as error:
+            # The first attempt may have been heard, and only the answer lost.
+            if error.response.status_code == 412 and (made := _already_there(api, release, revision, stale)):
+                return made
+            raise
+
+
+def _already_there(api: HfApi, release: Release, revision: str | None, stale: Sequence[str]) -> Pushed | None:
+    """The newest commit, if its files are the release's; others that the repository has besides are not asked about."""
+    now = patiently(lambda: api.model_info(release.repo, revision=revision, files_metadata=True))
+    held = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in now.siblings or ()}
+    for path, content in release.files.items():
+        whole = content.read_bytes() if isinstance(content, Path) else content
+        git = hashlib.sha1(b"blob %d\0" % len(whole) + whole).hexdigest()
+        if held.get(path) not in (git, hashlib.sha256(whole).hexdigest()):
+            return None
+    if now.sha is None or held.keys() & set(stale):
+        return None
+    return Pushed(now.sha, f"{api.endpoint}/{release.repo}/commit/{now.sha}", None)
 
 
 def _commit(
@@ -126,9 +150,11 @@ def _commit(
             parent_commit=parent,
         )
     except ValueError as error:
-        if isinstance(error, HTTPError):
+        if isinstance(error, HTTPError | JSONDecodeError | UnicodeDecodeError):
             raise
-        raise HubError(f"the Hub refuses the model card of {release.repo}: {error}") from error
+        if CARD_NAME in str(error):  # the client names what it found wrong with the card
+            raise HubError(f"the Hub refuses the model card of {release.repo}: {error}") from error
+        raise TransportError(f"its answer is not what the Hub writes: {error}") from error
     except RuntimeError as error:
         # The client wraps what befalls the upload of a large file.
         if isinstance(error.__cause__, HTTPError | OSError):

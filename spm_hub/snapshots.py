@@ -1,0 +1,73 @@
+"""A diffusers repository by the names of its files: which precision to read, what is missing, what is a pickle."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_NOT_LOADED = frozenset({"safety_checker"})
+FP16 = "fp16"
+
+
+def variant_of(names: Iterable[str], *, half: bool) -> str | None:
+    """The variant to load: half precision where that is wanted and there, or where there is nothing else."""
+    whole, halves = _folders(names)
+    return FP16 if halves and (half or not halves <= whole) else None
+
+
+def has_full_precision(names: Iterable[str]) -> bool:
+    """Whether every model's weights are there in more than half precision."""
+    whole, halves = _folders(names)
+    return halves <= whole
+
+
+def pickled(names: Iterable[str]) -> list[str]:
+    """The folders of models whose weights are there as pickles only."""
+    names = list(names)
+    whole, halves = _folders(names)
+    folders = {PurePosixPath(name).parent.as_posix() for name in names if name.endswith(_PICKLES)}
+    return sorted(folders - whole - halves - _NOT_LOADED - {"."})
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names of a folder's files, as a repository lists them."""
+    return [path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file()]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder of the Hub's cache holds a whole pipeline, and not what a download that broke off has left."""
+    # The client's own mark of a file that has not come to its end.
+    if any((folder.parent.parent / "blobs").glob("*.incomplete")):
+        return False
+    try:
+        index = json.loads((folder / "model_index.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    parts = [
+        folder / name
+        for name, kind in index.items()
+        if isinstance(kind, list) and kind and kind[0] is not None and name not in _NOT_LOADED
+    ]
+    return all(map(_is_whole_part, parts))
+
+
+def _is_whole_part(part: Path) -> bool:
+    names = {path.name for path in part.glob("*")} if part.is_dir() else set()
+    weights = {name for name in names if name.endswith(".safetensors")}
+    # Tokenizers and schedulers have neither; a model has both, and of several files all.
+    if not names or ("config.json" in names) != bool(weights):
+        return False
+    try:
+        indices = [json.loads((part / name).read_bytes()) for name in names if name.endswith(".safetensors.index.json")]
+        needed = {shard for index in indices for shard in index["weight_map"].values()}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return False
+    return needed <= weights
+
+
+def _folders(names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Where weights are in full precision, and where in half."""
+    weights = [PurePosixPath(name) for name in names if name.endswith(".safetensors")]
+    weights = [path for path in weights if len(path.parts) == 2 and path.parts[0] not in _NOT_LOADED]
+    halves = {path.parts[0] for path in weights if f".{FP16}" in path.name}
+    return {path.parts[0] for path in weights if f".{FP16}" not in path.name}, halves
