@@ -280,20 +280,27 @@ def test_a_picture_within_a_picture(pipe):
     assert torch.equal(draw(pipe), draw(pico_pipeline()))
 
 
-def test_rows_of_a_batch_differ_from_single_calls_by_no_more_than_the_bare_models(pipe):
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_rows_of_a_batch_differ_from_single_calls_by_rounding_alone(pipe, dtype, bound):
+    """In float64, whose rounding is 2^-29 of float32's, so is the difference: no row feels another."""
     prompts = ["snoopy", "a photo of a dog", "mickey by van gogh", "a church"]
+    pipe.to(dtype)
+
+    def noise(seeds):
+        return torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     def apart():
-        together = draw(pipe, prompts)
-        singles = (
-            pipe(prompt, generator=torch.Generator().manual_seed(seed), num_inference_steps=2, output_type="latent")
-            for seed, prompt in enumerate(prompts)
-        )
-        return max(float((row - one.images[0]).abs().max()) for row, one in zip(together, singles, strict=True))
+        rows = range(len(prompts))
+        given = {"num_inference_steps": 2, "output_type": "latent"}
+        together = pipe(prompts, latents=noise(rows).to(dtype), **given).images
+        singles = (pipe(prompts[row], latents=noise([row]).to(dtype), **given).images[0] for row in rows)
+        return max(float((row - one).abs().max()) for row, one in zip(together, singles, strict=True))
 
     bare = apart()
     with attach(pipe, erasers_for(pipe)):
-        assert apart() <= max(1e-5, 1.5 * bare)
+        # The pico model has random weights: bare, it amplifies float32's rounding to nearly 1e-5 by itself.
+        assert apart() <= max(bound, 2 * bare)
+    assert bare <= bound
 
 
 # --- offloading ---
