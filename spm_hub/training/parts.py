@@ -208,7 +208,7 @@ class Anchoring(Part):
         "null keeps it as it is",
     )
     alpha: float = Field(
-        default=-4.0,
+        default=-2.0,
         description="P(anchor) ~ (1 - |cos(anchor, target)|)^alpha. The paper's is 1, which prefers what is far; a "
         "negative one prefers what is near, where the gate lets the eraser act and it does the most harm",
     )
