@@ -421,9 +421,13 @@ def _download(wanted: ModelRef, *, half: bool) -> Path:
 
 def _cached(repo: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError
 
     try:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except IncompleteSnapshotError as error:
+        # The client misses whatever the repository has beside: the other precision, the safety checker.
+        folder = Path(error.snapshot_path)
     except (OSError, ValueError):
         return None
     return folder if snapshots.is_whole(folder) else None

@@ -142,7 +142,7 @@ def test_no_network_is_said_at_once(tmp_path: Path) -> None:
     code = (
         "import time; from spm_hub.errors import NetworkError; from spm_hub.models import _download, parse_reference\n"
         "from diffusers import DiffusionPipeline; from huggingface_hub import HfApi; start = time.monotonic()\n"
-        "try: _download(parse_reference('sd-v1-4'), None)\n"
+        "try: _download(parse_reference('sd-v1-4'), half=False)\n"
         "except NetworkError as error: print(time.monotonic() - start, error)"
     )
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
@@ -177,7 +177,7 @@ def test_a_downloaded_repository_is_known_by_its_name_without_a_network(folder: 
         "from huggingface_hub import constants; from spm_hub.models import _download, parse_reference\n"
         "for offline in (False, True):\n"
         "    constants.HF_HUB_OFFLINE = offline\n"
-        "    for reference in ('some/pico', 'some/pico@main'): print(_download(parse_reference(reference), None).name)"
+        "    for text in ('some/pico', 'some/pico@main'): print(_download(parse_reference(text), half=False).name)"
     )
     with LoopbackHub() as hub:
         files = (file for file in folder.rglob("*") if file.is_file())

@@ -69,10 +69,13 @@ def test_ctrl_c_in_the_middle_of_a_step_of_the_optimiser(
             signal.raise_signal(signal.SIGINT)
         return done
 
+    # A shell's background jobs begin with the signal ignored, and so do tests run in one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patched:
         patched.setattr(torch.optim.AdamW, "step", interrupted)
         with pytest.raises(TrainingInterruptedError, match="stopped at step"):
             train(recipe, pipe=pico_pipeline(text_width=64), checkpoint_dir=tmp_path)
+    signal.signal(signal.SIGINT, before)
     assert len(calls) in (3, 4), "the second of two erasers is finished too"
     resumed = train(recipe, pipe=pico_pipeline(text_width=64), checkpoint_dir=tmp_path, resume=True)
     resumed.save(tmp_path / "resumed.safetensors")
