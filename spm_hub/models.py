@@ -252,7 +252,7 @@ def _load_folder(wanted: ModelRef, dtype: torch.dtype | Literal["stored"] | None
             folder,
             torch_dtype=precision,
             use_safetensors=True,
-            variant=snapshots.variant_of(snapshots.names_in(folder), half=half) or _only_variant(folder),
+            variant=snapshots.variant_of(snapshots.names_in(folder), half=half),
             local_files_only=True,
             **loading.without_checker(folder),
         )
@@ -312,26 +312,13 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
     precisions = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     for part in ("unet", "transformer"):
-        # Those of a variant only where there are no others: `_only_variant`.
-        for weights in sorted((folder / part).glob("*.safetensors"), key=lambda file: (_variant(file), file.name)):
+        # Those of a variant only where there are no others.
+        for weights in sorted(
+            (folder / part).glob("*.safetensors"), key=lambda file: (snapshots.variant_in(file.name), file.name)
+        ):
             with _reading(str(folder)):
                 return precisions[next(iter(read_header(weights).entries.values())).dtype]
     raise ModelError(f"{folder} holds no denoiser weights as safetensors (looked in unet/ and transformer/)")
-
-
-def _only_variant(folder: Path) -> str | None:
-    """The variant, such as fp16, that a part of the folder has weights of and no others: it has to be asked for."""
-    for part in sorted({file.parent for file in folder.glob("*/*.safetensors")} - {folder / "safety_checker"}):
-        variants = sorted(map(_variant, part.glob("*.safetensors")))
-        if variants[0]:
-            return variants[0]
-    return None
-
-
-def _variant(weights: Path) -> str:
-    """fp16 of model.fp16.safetensors or model.fp16-00001-of-00002.safetensors; empty of model.safetensors."""
-    _, *between, _ = weights.name.split(".")
-    return between[0].partition("-")[0] if between else ""
 
 
 def _existing_device(name: str) -> torch.device:

@@ -10,23 +10,32 @@ FP16 = "fp16"
 
 
 def variant_of(names: Iterable[str], *, half: bool) -> str | None:
-    """The variant to load: half precision where that is wanted and there, or where there is nothing else."""
-    whole, halves = _folders(names)
-    return FP16 if halves and (half or not halves <= whole) else None
+    """The variant to load: half precision where that is wanted and there, or whichever a model has nothing else of."""
+    models = _variants(names)
+    if half and any(FP16 in variants for variants in models.values()):
+        return FP16
+    for _, variants in sorted(models.items()):
+        if "" not in variants:
+            return FP16 if FP16 in variants else min(variants)
+    return None
+
+
+def variant_in(name: str) -> str:
+    """fp16 of model.fp16.safetensors or model.fp16-00001-of-00002.safetensors; empty of model.safetensors."""
+    _, *between, _ = name.split(".")
+    return between[0].partition("-")[0] if between else ""
 
 
 def has_full_precision(names: Iterable[str]) -> bool:
     """Whether every model's weights are there in more than half precision."""
-    whole, halves = _folders(names)
-    return halves <= whole
+    return all(variants != {FP16} for variants in _variants(names).values())
 
 
 def pickled(names: Iterable[str]) -> list[str]:
     """The folders of models whose weights are there as pickles only."""
     names = list(names)
-    whole, halves = _folders(names)
     folders = {PurePosixPath(name).parent.as_posix() for name in names if name.endswith(_PICKLES)}
-    return sorted(folders - whole - halves - _NOT_LOADED - {"."})
+    return sorted(folders - set(_variants(names)) - _NOT_LOADED - {"."})
 
 
 def names_in(folder: Path) -> list[str]:
@@ -65,9 +74,10 @@ def _is_whole_part(part: Path) -> bool:
     return needed <= weights
 
 
-def _folders(names: Iterable[str]) -> tuple[set[str], set[str]]:
-    """Where weights are in full precision, and where in half."""
-    weights = [PurePosixPath(name) for name in names if name.endswith(".safetensors")]
-    weights = [path for path in weights if len(path.parts) == 2 and path.parts[0] not in _NOT_LOADED]
-    halves = {path.parts[0] for path in weights if f".{FP16}" in path.name}
-    return {path.parts[0] for path in weights if f".{FP16}" not in path.name}, halves
+def _variants(names: Iterable[str]) -> dict[str, set[str]]:
+    """Of which variants each model's folder has weights."""
+    found: dict[str, set[str]] = {}
+    for path in map(PurePosixPath, names):
+        if path.suffix == ".safetensors" and len(path.parts) == 2 and path.parts[0] not in _NOT_LOADED:
+            found.setdefault(path.parts[0], set()).add(variant_in(path.name))
+    return found
