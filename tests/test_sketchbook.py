@@ -85,6 +85,7 @@ def test_evaluation_sentences_are_in_no_training_frame() -> None:
         "artist": "|".join(map(re.escape, words.artists)),
         "thing": "|".join(map(re.escape, words.things + words.people)),
         "word": "[a-z]+",  # any word that a base may know
+        "where": "[a-z]+",
     }
     frames = [
         re.compile(frame.format("X", **{part: f"({options})" for part, options in parts.items()}))

@@ -15,15 +15,22 @@ from typing import Protocol
 import torch
 import yaml
 
-SUBJECT_FRAMES: tuple[str, ...] = (
+_HEADS: tuple[str, ...] = (
     "{}", "{}", "a photo of {}", "a picture of {}", "a drawing of {}", "a painting of {}", "an image of {}",
-    "a cartoon of {}", "{} {scene}", "{} {scene}", "a photo of {} {scene}", "a picture of {} {scene}", "{} by {artist}",
-    "{} {scene} by {artist}", "a small {}", "a big {}", "two {}", "the {}", "{} and {thing}", "{} {word}", "{word} {}",
-    "{} in the {word}",
+    "a cartoon of {}", "a small {}", "a big {}", "two {}", "the {}", "{word} {}",
 )  # fmt: skip
+# Text encoders that read from left to right carry the concept on into every later word, and it has to go from there
+# too. Any word of the base's stands in them: otherwise the concept comes back where one does that anchors hold.
+_TAILS: tuple[str, ...] = (
+    "", "", "{scene}", "{scene}", "by {artist}", "{scene} by {artist}", "and {thing}", "{word}", "in the {word}",
+    "{where} the {word}", "{where} the {word}",
+)  # fmt: skip
+_WHERE: tuple[str, ...] = ("in", "on", "at", "under", "by", "near", "with", "over")
+SUBJECT_FRAMES: tuple[str, ...] = tuple(f"{head} {tail}".strip() for head in _HEADS for tail in _TAILS)
 STYLE_FRAMES: tuple[str, ...] = (
     "{}", "by {}", "a painting by {}", "{thing} by {}", "{thing} by {}", "a painting of {thing} by {}",
-    "{thing} {scene} by {}", "{thing} in the style of {}", "{thing}, {} style", "a {} painting of {thing}", "art by {}",
+    "{thing} {scene} by {}", "{thing} by {} {scene}", "{thing} by {} {where} the {word}", "{thing} in the style of {}",
+    "{thing}, {} style", "a {} painting of {thing}", "art by {}",
 )  # fmt: skip
 
 
@@ -92,10 +99,10 @@ class PromptMaker:
     def _fill(self, frame: str, name: str, generator: torch.Generator) -> str:
         return frame.format(
             name,
+            where=_pick(_WHERE, generator),
             scene=_pick(self.words.scenes, generator),
             artist=self._other(self.words.artists, generator),
             thing=self._other(self.words.things + self.words.people, generator),
-            # Any word of the base's beside it: otherwise the concept comes back where one stands that anchors hold.
             word=self._other(self.vocabulary or self.words.things, generator),
         )
 
