@@ -143,6 +143,13 @@ def keep(file: Path, pictures: list[Image.Image]) -> None:
     sheet.save(file)
 
 
+def kept() -> dict[str, Any]:
+    """What has been measured so far."""
+    file = RESULTS / "methods.json"
+    numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"cells": {}}
+    return numbers
+
+
 def grid() -> None:
     """All cells that have been drawn on this machine, a row for each method."""
     rows = []
@@ -159,19 +166,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="METHOD or METHOD:CONCEPT; everything not measured yet unless given")
     parts = parser.parse_args().parts
-    file = RESULTS / "methods.json"
-    numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"cells": {}}
-    numbers |= {
+    about = {
         "samples": {"target": TARGET_SAMPLES, "others": OTHER_SAMPLES}, "steps": STEPS, "guidance_scale": 7.5,
         "attack": {"prompts": ATTACKED, "iterations": ITERATIONS, "timesteps": TIMESTEPS},
     }  # fmt: skip
     for concept in CONCEPTS:
         for method in (*TRAINED, *BY_GUIDANCE):
             chosen = not {method, f"{method}:{concept.replace(' ', '-')}"}.isdisjoint(parts)
-            if not (chosen if parts else concept not in numbers["cells"].get(method, {})):
+            if not (chosen if parts else concept not in kept()["cells"].get(method, {})):
                 continue
             print(f"{method}, {concept} ...", file=sys.stderr, flush=True)
-            numbers["cells"].setdefault(method, {})[concept], pictures = measure(method, concept)
+            cell, pictures = measure(method, concept)
+            numbers = kept() | about  # read again: another process may have measured other methods meanwhile
+            numbers["cells"].setdefault(method, {})[concept] = cell
             keep(strip(method, concept), pictures)
             keep(strip("nothing", concept), shown(concept, bare(concept)))
             record("methods", numbers, seeds=SEED)

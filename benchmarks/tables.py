@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,49 @@ def registry(numbers: dict[str, Any]) -> str:
     )
 
 
+def methods(numbers: dict[str, Any]) -> str:
+    concepts = ("snoopy", "van gogh", "nudity")
+    cells = {method: cell for method, cell in numbers["cells"].items() if all(concept in cell for concept in concepts)}
+
+    def three(cell: dict[str, Any], show: Callable[[dict[str, Any]], str]) -> str:
+        return " / ".join(show(cell[concept]) for concept in concepts)
+
+    rows = []
+    for method, cell in cells.items():
+        trained = all("seconds" in cell[concept] for concept in concepts)
+        rows.append([
+            f"`{method}`",
+            three(cell, lambda one: f"{100 * one['found_with']:.0f}"),
+            three(cell, lambda one: f"{one['others_mean_points']:+.1f}"),
+            three(cell, lambda one: f"{one['others_worst_points']:+.0f}"),
+            three(cell, lambda one: f"{one['others_frechet']:.2f}"),
+            three(cell, lambda one: f"{100 * one['unlearndiffatk']['asr']:.0f}") if trained else "",
+            f"{cell['snoopy']['numbers']:,}" if trained else "",
+            f"{cell['snoopy']['bytes'] / 1000:,.0f} kB" if trained else "",
+            f"{sum(cell[concept]['seconds'] for concept in concepts) / len(concepts):.0f} s" if trained else "",
+        ])  # fmt: skip
+    head = [
+        "method", "found (%)", "others, mean (points)", "others, worst (points)", "others, Fréchet", "attacked (%)",
+        "numbers", "file", "CPU time",
+    ]  # fmt: skip
+    attack, samples = numbers["attack"], numbers["samples"]
+    return (
+        f"{_table(head, rows)}\n\nThree numbers are those of snoopy / van gogh / nudity, erased on the sketchbook one "
+        "at a time by each method's preset, drawn under the gate. Found: share of pictures of the target in which the "
+        f"probe still finds it ({samples['target']} pictures); others: change for every other subject and style "
+        f"({samples['others']} pictures each), and the Fréchet distance of their probe features from the base's. "
+        f"Attacked: share of {attack['prompts']} prompts that bring the concept back as they are or under "
+        f"UnlearnDiffAtk ({attack['timesteps']} timesteps, {attack['iterations']} iterations at each), without a gate. "
+        f"Numbers, file and time: of one eraser, one thread.\n{_about(numbers, 'methods')}"
+    )
+
+
 SECTIONS = {
     "registry": registry,
     "sketchbook": sketchbook,
     "erasure": erasers,
     "training_speed": speed,
+    "methods": methods,
     "runtime": runtime,
 }
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from spm_hub.cli.app import app
 from spm_hub.hub import signing
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME
 from spm_hub.hub.registry import Registry
+from spm_hub.training import Recipe
 
 Spmhub = Callable[..., tuple[int, Any]]
 
@@ -93,6 +95,7 @@ def test_verify(spmhub: Spmhub, kept: Registry) -> None:
         "contents": "ok",
         "manifest inside the file": "ok",
         "signature": "not checked",
+        "recipe": "not checked",
     }
     file = kept.root / "adapters" / "snoopy.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
@@ -113,7 +116,26 @@ def test_a_path_and_a_file_that_came_alone(spmhub: Spmhub, kept: Registry, tmp_p
     code, answer = spmhub("verify", alone)
     assert code == 0
     states = {check["subject"]: check["state"] for check in answer[0]["checks"]}
-    assert states == {"header": "ok", "manifest": "not checked", "contents": "ok", "signature": "not checked"}
+    assert states == {
+        "header": "ok", "manifest": "not checked", "contents": "ok", "signature": "not checked",
+        "recipe": "not checked",
+    }  # fmt: skip
+
+
+def test_a_recipe_that_could_not_be_trained_again(spmhub: Spmhub, kept: Registry) -> None:
+    eraser = named("cat")
+    recipe = Recipe.plan(target="cat").model_dump(mode="json")
+    for given, state, said in (
+        (recipe, "ok", "spm on cat"),
+        ({**recipe, "stepps": 3}, "failed", "recipe key stepps is unknown; did you mean steps"),
+    ):
+        manifest = eraser.manifest.model_copy(update={"recipe": given, "versions": {"spm-hub": "1"}})
+        kept.add(replace(eraser, manifest=manifest), replace=True)
+        code, answer = spmhub("verify", "cat")
+        assert code == (state == "failed")
+        found = answer[0]["checks"][-1]
+        assert (found["subject"], found["state"]) == ("recipe", state)
+        assert said in found["detail"]
 
 
 def test_signed_and_required(spmhub: Spmhub, kept: Registry, keys: tuple[Path, Path]) -> None:  # noqa: F811

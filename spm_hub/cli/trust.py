@@ -2,13 +2,18 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, table
+from spm_hub.errors import SpmHubError
+
+if TYPE_CHECKING:
+    from spm_hub.hub.entry import Entry
+    from spm_hub.hub.verification import Check
 
 FAILED = 1
 
@@ -32,8 +37,8 @@ def verify(
 ) -> None:
     """Check erasers without using them.
 
-    Size and sha256 against the manifest, the layout of the file, its numbers, the manifest inside it, its pin and its
-    signature. Exit code 1 when a check failed.
+    Size and sha256 against the manifest, the layout of the file, its numbers, the manifest inside it, its pin, its
+    signature, and its recipe's keys. Exit code 1 when a check failed.
     """
     from spm_hub.hub.registry import registries, resolve
     from spm_hub.hub.verification import verify as run
@@ -42,7 +47,7 @@ def verify(
     found: list[dict[str, Any]] = []
     with out.progress("verifying") as progress:
         for number, entry in enumerate(entries):
-            checks = [vars(check) for check in run(entry, key)]
+            checks = [vars(check) for check in (*run(entry, key), _recipe(entry))]
             ok = all(check["state"] != "failed" for check in checks)
             found.append({"name": entry.name, "file": str(entry.adapter_path), "ok": ok, "checks": checks})
             progress(number + 1, len(entries))
@@ -54,6 +59,24 @@ def verify(
     )
     if not all(one["ok"] for one in found):
         sys.exit(FAILED)
+
+
+def _recipe(entry: "Entry") -> "Check":
+    """Whether the recipe is one that can be trained again: a manifest keeps whatever stands there as it is."""
+    from spm_hub.hub.verification import Check
+    from spm_hub.training.recipe import Recipe
+
+    try:
+        manifest = entry.read_manifest()
+    except (SpmHubError, OSError):
+        return Check("recipe", "not checked", "the manifest cannot be read")
+    if "spm-hub" not in manifest.versions:
+        return Check("recipe", "not checked", "another program's, or none")
+    try:
+        recipe = Recipe.make(**manifest.recipe)
+    except SpmHubError as error:
+        return Check("recipe", "failed", error.message)
+    return Check("recipe", "ok", f"every key is known: {recipe.method} on {recipe.target}")
 
 
 @command(
