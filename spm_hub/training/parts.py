@@ -202,7 +202,7 @@ class Anchoring(Part):
 
     weight: float = Field(default=40.0, ge=0, description="lambda; where it begins when there is a `reach`; 0: none")
     reach: float | None = Field(
-        default=1.0,
+        default=0.9,
         gt=0,
         description="lambda is steered so that the concept's predictions end this share of the way to the surrogate's; "
         "null keeps it as it is",
