@@ -282,8 +282,11 @@ def identity_of(reference: str, pipe: DiffusionPipeline) -> tuple[str, str | Non
     return wanted.public_name, folder.name if is_snapshot else None
 
 
-def whence(reference: str, pipe: DiffusionPipeline) -> str:
-    """Where the files of `pipe` are from, which `reference` was loaded as, and where they lie, for a person."""
+def whence(reference: str, pipe: DiffusionPipeline, *, fetched: bool = False) -> str:
+    """Where the files of `pipe` are from, which `reference` was loaded as, and where they lie, for a person.
+
+    fetched: whether they were not there before.
+    """
     wanted = parse_reference(reference)
     if wanted.file is not None:
         return str(wanted.file.path)
@@ -291,7 +294,8 @@ def whence(reference: str, pipe: DiffusionPipeline) -> str:
     _, revision = identity_of(reference, pipe)
     if wanted.hub_id is None or revision is None:
         return f"part of this package, {folder}" if reference in ALIASES else folder
-    return f"{wanted.hub_id}@{revision[:12]}, kept in {folder}"
+    how = "downloaded just now to" if fetched else "kept in"
+    return f"{wanted.hub_id}@{revision[:12]}, {how} {folder}"
 
 
 def is_available(alias: Alias) -> bool:

@@ -76,7 +76,7 @@ def test_downloaded_once_pinned_and_again_with_the_hub_switched_off(
         assert any(".fp16." in line for line in fetched) == (dtype == "bfloat16")
         # Which file came from where.
         commits = {name: hub.repositories[f"{owner}/{name}"].refs["main"] for name in ("nudity", "snoopy")}
-        assert f"model: {BASE.hub_id}@{str(BASE.revision)[:12]}" in first.stderr
+        assert f"model: {BASE.hub_id}@{str(BASE.revision)[:12]}, downloaded just now to {tmp_path}" in first.stderr
         for name, commit in commits.items():
             assert f"{name}: {owner}/{name}@{commit[:12]}, downloaded just now to {tmp_path}" in first.stderr
         lock = json.loads((tmp_path / "data" / "spm-hub" / "spmhub-lock.json").read_text())
@@ -91,6 +91,7 @@ def test_downloaded_once_pinned_and_again_with_the_hub_switched_off(
     third = spmhub(hub, tmp_path, *command, "--out", "off", **more)
     assert third.returncode == 0, third.stderr
     assert f"snoopy: {owner}/snoopy@{commits['snoopy'][:12]}, kept in {tmp_path}" in third.stderr
+    assert f"model: {BASE.hub_id}@{str(BASE.revision)[:12]}, kept in {tmp_path}" in third.stderr
 
     pictures = [
         np.asarray(Image.open(tmp_path / "work" / json.loads(done.stdout)["files"]["with"][0]))
