@@ -218,7 +218,7 @@ class Anchoring(Part):
         "surrogate: the concept's sentences with the surrogate in its place (Concept Ablation's prior)",
     )
     prompts: tuple[NonBlank, ...] = ()
-    per_target: int = Field(default=2, ge=0, description="anchors for each target row of a batch")
+    per_target: int = Field(default=3, ge=0, description="anchors for each target row of a batch")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

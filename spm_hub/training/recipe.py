@@ -75,7 +75,7 @@ class Recipe(Part):
     stop: EarlyStop = EarlyStop()
     closed_form: ClosedForm = ClosedForm()
     masks: Masks = Masks()
-    steps: int = Field(default=320, ge=1)
+    steps: int = Field(default=300, ge=1)
     batch_size: int = Field(default=8, ge=1)
     templates: bool = Field(
         default=True, description="train on the concept in many sentences, not on its bare name alone"
