@@ -126,7 +126,7 @@ def test_the_noise_of_a_batch_is_what_its_latents_began_as(source: str) -> None:
     groups = [int(made.chunk(index).times.max()) for index in (0, 1)] if source == "trajectory" else []
     first = max(groups, default=int(base.scheduler(8).timesteps[0]))
     seen = 0
-    for step in range(12):
+    for step in range(36):
         batch = made.batch(step % plan.steps if source == "trajectory" else step)
         for row, time in enumerate(batch.times.tolist()):
             if time >= first:

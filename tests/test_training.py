@@ -151,7 +151,8 @@ def test_injection_changes_nothing_before_training_and_nothing_after_removal() -
 
 def test_training_lowers_the_erase_loss_and_the_anchor_holds() -> None:
     losses: list[dict[str, float]] = []
-    plan = recipe(steps=40, batch_size=8)
+    # The pico encoder reads twelve tokens: most sentences end before they come to the concept.
+    plan = recipe(steps=40, batch_size=8, templates=False)
     adapter = train(plan, pipe=pico_pipeline(), progress=lambda step, total, info: losses.append(dict(info)))
     first, last = losses[:5], losses[-5:]
     assert sum(x["erase"] for x in last) < 0.9 * sum(x["erase"] for x in first)
