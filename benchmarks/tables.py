@@ -131,6 +131,38 @@ def runtime(numbers: dict[str, Any]) -> str:
     )
 
 
+def full_size(numbers: dict[str, Any]) -> str:
+    names = {
+        "sd1": "SD1.5, 512x512, float16",
+        "sdxl": "SDXL, 1024x1024, float16",
+        "flux": "FLUX.1-schnell, 1024x1024, bfloat16",
+    }
+    held_by = {"ours": "spm-hub", "hooks": "a hook for each eraser"}
+    rows, latencies, left = [], [], []
+    for model, found in numbers["models"].items():
+        short = names[model].split(",")[0]
+        for one in found["steps"]:
+            rows.append([
+                names[model], str(one["prompts"]), held_by.get(one["method"], one["method"]), f"{one['erasers']:,}",
+                f"{one['bare_milliseconds_per_step']:.0f} ms", f"{one['ratio']:.2f}x",
+                f"{one['memory_added_megabytes']:,.0f} MB",
+            ])  # fmt: skip
+        for one in found["latency"]:
+            latencies.append(
+                f"{one['erasers']:,} erasers on {short}: attach {one['attach']:.2g} s, fold {one['fold']:.2g} s, fold for "
+                f"other gammas {one['fold_for_other_gammas']:.2g} s, recover all {one['recover_all']:.2g} s, weights "
+                f"then bit-identical ({'yes' if one['weights_bit_identical'] else 'no'})"
+            )
+        if "incomplete" in found:
+            left.append(f"{short} was {found['incomplete']}")
+    head = ["denoiser", "prompts", "held by", "erasers", "bare step", "with erasers", "memory added"]
+    incomplete = f"The run is incomplete: {'; '.join(left)}.\n" if left else ""
+    return (
+        f"{_table(head, rows)}\n\nWhole denoisers with random weights on one {numbers['gpu']}. "
+        f"{'; '.join(latencies)}. {incomplete}{_about(numbers, 'full_size')}"
+    )
+
+
 def registry(numbers: dict[str, Any]) -> str:
     return (
         f"{numbers['processes']} processes pulled, installed, replaced, removed, listed and loaded the same "
@@ -184,6 +216,7 @@ SECTIONS = {
     "training_speed": speed,
     "methods": methods,
     "runtime": runtime,
+    "full_size": full_size,
 }
 
 

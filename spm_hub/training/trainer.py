@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from .peft_kinds import PeftInjection
 from .prompts import PromptMaker, Words, vocabulary_words
 from .protection import Space, space_left
 from .recipe import Recipe
+from .repeatable import repeatable, without_repeatable_kernel
 from .run import Run
 from .selection import selected
 from .separability import members, protects
@@ -150,6 +152,30 @@ def train_together(
     on_step: Callable[[int, Trainable], bool] | None = None,
 ) -> tuple[Adapter, ...]:
     """As `train`, all erasers of the run: that of the recipe's own target, then those of `together`."""
+    options = (revision, progress, checkpoint_dir, checkpoint_every, resume, start, on_step)
+    try:
+        with repeatable():
+            return _trained(recipe, pipe, *options)
+    except RuntimeError as error:
+        if not without_repeatable_kernel(error):
+            raise
+        warnings.warn(
+            f"this model cannot be trained to the same bits twice on this GPU: {error}", UserWarning, stacklevel=2
+        )
+    return _trained(recipe, pipe, *options)
+
+
+def _trained(
+    recipe: Recipe,
+    pipe: DiffusionPipeline,
+    revision: str | None,
+    progress: Progress | None,
+    checkpoint_dir: Path | None,
+    checkpoint_every: int,
+    resume: bool,
+    start: Adapter | None,
+    on_step: Callable[[int, Trainable], bool] | None,
+) -> tuple[Adapter, ...]:
     recipe = started(recipe, start)
     base = BaseModel(pipe, recipe.resolution)
     base.denoiser.requires_grad_(False)

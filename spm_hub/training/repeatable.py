@@ -1,0 +1,45 @@
+"""The same seed gives the same bits on a GPU too, whose kernels otherwise add up in whatever order they finish."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside, an operation on a GPU either gives the same bits every time or raises, see `without_repeatable_kernel`.
+
+    Nothing changes for who computes on a CPU, where they are the same in any case.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = (
+        torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory,
+    )  # fmt: skip
+    workspace = os.environ.get(_CUBLAS)
+    # Not warn_only: memory-efficient attention adds up its gradients in order only if it is told so in earnest.
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    os.environ.setdefault(_CUBLAS, ":4096:8")
+    try:
+        yield
+    finally:
+        enabled, warn_only, torch.backends.cudnn.benchmark, filled = before
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        if workspace is None:
+            os.environ.pop(_CUBLAS, None)
+
+
+def without_repeatable_kernel(error: RuntimeError) -> bool:
+    """Whether this is what torch raises where an operation of the model has no kernel that repeats itself."""
+    return "deterministic" in str(error)
