@@ -149,9 +149,9 @@ def full_size(numbers: dict[str, Any]) -> str:
             ])  # fmt: skip
         for one in found["latency"]:
             latencies.append(
-                f"{one['erasers']:,} erasers on {short}: attach {one['attach']:.2g} s, fold {one['fold']:.2g} s, fold for "
-                f"other gammas {one['fold_for_other_gammas']:.2g} s, recover all {one['recover_all']:.2g} s, weights "
-                f"then bit-identical ({'yes' if one['weights_bit_identical'] else 'no'})"
+                f"{one['erasers']:,} erasers on {short}: attach {one['attach']:.2g} s, fold {one['fold']:.2g} s, fold "
+                f"for other gammas {one['fold_for_other_gammas']:.2g} s, recover all {one['recover_all']:.2g} s, "
+                f"weights then bit-identical ({'yes' if one['weights_bit_identical'] else 'no'})"
             )
         if "incomplete" in found:
             left.append(f"{short} was {found['incomplete']}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_FILLING: Any = torch.utils.deterministic
 
 
 @contextmanager
@@ -22,19 +24,19 @@ def repeatable() -> Iterator[None]:
         return
     before = (
         torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory,
+        torch.backends.cudnn.benchmark, _FILLING.fill_uninitialized_memory,
     )  # fmt: skip
     workspace = os.environ.get(_CUBLAS)
     # Not warn_only: memory-efficient attention adds up its gradients in order only if it is told so in earnest.
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    _FILLING.fill_uninitialized_memory = False
     os.environ.setdefault(_CUBLAS, ":4096:8")
     try:
         yield
     finally:
         enabled, warn_only, torch.backends.cudnn.benchmark, filled = before
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        _FILLING.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         if workspace is None:
             os.environ.pop(_CUBLAS, None)
