@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,10 +225,14 @@ BODY_FAULTS: dict[str, tuple[dict[str, Any], str | None]] = {
     "reset at every 20 kB": ({"reset_after": 20_000}, None),
     "reset at once, always": ({"reset_after": 0}, "cannot be reached"),
     "short once": ({"short_by": 7, "times": 1}, None),
-    "short for good": ({"short_by": 7}, "bytes came|cannot be reached|altered"),
+    "short for good": ({"short_by": 7}, "bytes were announced, then|bad Content-Length"),
     "longer than announced": ({"short_by": -7, "times": 1}, None),
     "corrupt once": ({"corrupt": True, "times": 1}, None),
     "corrupt for good": ({"corrupt": True}, "altered on their way"),
+}
+HEAD_FAULTS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "announced too short, once": ({"short_by": 7, "times": 1}, None),
+    "announced too long, once": ({"short_by": -7, "times": 1}, None),
 }
 PLACES = {"asking": "GET /api/models/", "a file's head": "HEAD .*/resolve/"}
 CASES = [(where, pattern, fault) for where, pattern in PLACES.items() for fault in FAULTS] + [
@@ -235,13 +240,14 @@ CASES = [(where, pattern, fault) for where, pattern in PLACES.items() for fault 
     for name in (WEIGHTS_NAME, MANIFEST_NAME)
     for fault in (*FAULTS, *BODY_FAULTS)
 ]
+CASES += [("a file's head", rf"HEAD .*/resolve/\w+/{re.escape(WEIGHTS_NAME)}", fault) for fault in HEAD_FAULTS]
 
 
 @pytest.mark.parametrize(("where", "pattern", "fault"), CASES, ids=[f"{case[0]}: {case[2]}" for case in CASES])
 def test_every_fault_ends_well_or_in_one_clear_error(
     where: str, pattern: str, fault: str, hub: LoopbackHub, registry: Registry, tmp_path: Path
 ) -> None:
-    given, message = {**FAULTS, **BODY_FAULTS}[fault]
+    given, message = {**FAULTS, **BODY_FAULTS, **HEAD_FAULTS}[fault]
     hub.fail(pattern, **{"times": None, **given})
     if message is None:
         assert remote.pull(REPO, registry=registry).entry.load().name == "snoopy"
@@ -256,6 +262,39 @@ def test_every_fault_ends_well_or_in_one_clear_error(
     assert remote.pull(REPO, registry=registry).entry.load().name == "snoopy"
     assert not [name for name in cached(tmp_path) if name.endswith("incomplete")]
     assert [entry.name for entry in registry.entries()] == ["snoopy"]
+
+
+@pytest.mark.parametrize("hub", ["regular"], indirect=True)
+@pytest.mark.parametrize("short_by", [7, -7])
+def test_a_size_that_stays_wrong(short_by: int, hub: LoopbackHub, registry: Registry, tmp_path: Path) -> None:
+    hub.fail(f"HEAD .*/{WEIGHTS_NAME}", short_by=short_by, times=None)
+    with pytest.raises(HubError, match=r"bytes were announced, then \d+|more than the \d+ that it may have"):
+        remote.pull(REPO, registry=registry)
+    assert registry.entries() == ()
+    assert not [name for name in cached(tmp_path) if name.endswith("incomplete")]
+
+
+PASSING = ("429 once", "500 once", "reset once", "short once", "longer than announced", "corrupt once")
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_fault_at_any_request_of_a_pull(fault: str, hub: LoopbackHub, tmp_path: Path) -> None:
+    """The first request, the second, ...: none of them is one that a pull does not survive."""
+    given, _ = {**FAULTS, **BODY_FAULTS}[fault]
+    at = 0
+    while True:
+        for folder in ("hf", "registry"):
+            shutil.rmtree(tmp_path / folder, ignore_errors=True)
+        hub.requests.clear()
+        hub.fail(".", **{**given, "times": 1, "skip": at})
+        registry = Registry(tmp_path / "registry")
+        assert remote.pull(REPO, registry=registry).entry.load().name == "snoopy", f"at request {at}"
+        assert not [name for name in cached(tmp_path) if name.endswith("incomplete")]
+        hub.mend()
+        if at >= len(hub.requests):
+            break
+        at += 1
+    assert at >= 5
 
 
 def test_a_file_that_is_not_the_manifests(hub: LoopbackHub, registry: Registry, tmp_path: Path) -> None:

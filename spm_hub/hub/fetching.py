@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from filelock import FileLock
@@ -21,7 +21,7 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.file_download import HfFileMetadata, repo_folder_name
 
 # Documented as public, though not re-exported by name.
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
@@ -52,11 +52,13 @@ def fetch(
     if isinstance(cached, str):
         return Path(cached)
     url = hf_hub_url(repo, name, revision=commit)
-    about = patiently(lambda: get_hf_file_metadata(url, timeout=SECONDS_TO_REACH_THE_HUB))
+    about = _asked(url)
+    if _too_large(about.size, largest):
+        about = _asked(url)
+    if _too_large(about.size, largest):
+        raise HubError(f"{repo}: {name} has {about.size} bytes, more than the {largest} that it may have")
     if about.etag is None or not _ETAG.fullmatch(about.etag):
         raise HubError(f"{repo}: the Hub gives no hash of {name} (its ETag is {about.etag!r})", mend=_LATER)
-    if largest is not None and about.size is not None and about.size > largest:
-        raise HubError(f"{repo}: {name} has {about.size} bytes, more than the {largest} that it may have")
     folder = repo_folder_name(repo_id=repo, repo_type="model")
     blob = Path(constants.HF_HUB_CACHE) / folder / "blobs" / about.etag
     lock = Path(constants.HF_HUB_CACHE) / ".locks" / folder / f"{about.etag}.lock"
@@ -66,12 +68,16 @@ def fetch(
         if not blob.exists():
             partial = blob.with_name(f"{about.etag}.spmhub.incomplete")
             for attempt in range(2):
-                _download(url, partial, about.size, largest, progress)
-                wrong = _mismatch(partial, about.etag, sha256)
+                size = about.size if attempt == 0 else _asked(url).size
+                try:
+                    _download(url, partial, size, largest, progress)
+                    wrong = _mismatch(partial, about.etag, sha256)
+                except _OtherSizeError as error:
+                    wrong = str(error)
                 if wrong is None:
                     break
-                partial.unlink()
-                # Once more from the beginning: the bytes may have been altered on their way.
+                partial.unlink(missing_ok=True)
+                # Once more from the beginning: the bytes, or the answer before them, may have been altered on the way.
                 if attempt:
                     raise HubError(f"{repo}: {name} of commit {commit} was not kept: {wrong}", mend=_LATER)
             os.replace(partial, blob)
@@ -80,6 +86,18 @@ def fetch(
 
 
 _LATER = "run it again; if it stays so, tell its author"
+
+
+class _OtherSizeError(Exception):
+    """What comes is not as long as was announced before."""
+
+
+def _too_large(size: int | None, largest: int | None) -> bool:
+    return size is not None and largest is not None and size > largest
+
+
+def _asked(url: str) -> HfFileMetadata:
+    return patiently(lambda: get_hf_file_metadata(url, timeout=SECONDS_TO_REACH_THE_HUB))
 
 
 def _download(url: str, partial: Path, size: int | None, largest: int | None, progress: Progress | None) -> None:
@@ -93,7 +111,7 @@ def _download(url: str, partial: Path, size: int | None, largest: int | None, pr
         if have == size:
             return
         try:
-            _stream(url, partial, have, size if size is not None else largest, progress)
+            _stream(url, partial, have, size, largest, progress)
             if size is None or partial.stat().st_size >= size:
                 return
             broken: Exception = TransportError(f"{partial.stat().st_size} of {size} bytes came")
@@ -109,22 +127,38 @@ def _download(url: str, partial: Path, size: int | None, largest: int | None, pr
         time.sleep(pause)
 
 
-def _stream(url: str, partial: Path, have: int, limit: int | None, progress: Progress | None) -> None:
+def _stream(
+    url: str, partial: Path, have: int, size: int | None, largest: int | None, progress: Progress | None
+) -> None:
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+        if response.status_code == 416:
+            raise _OtherSizeError(f"{size} bytes were announced, and there are none from byte {have} on")
         hf_raise_for_status(response)
+        coming = _length(response.status_code, response.headers)
+        if coming is not None and size is not None and coming != size:
+            raise _OtherSizeError(f"{size} bytes were announced, then {coming}")
+        limit = size if size is not None else largest
         # 200 to a range means the whole file from its beginning.
         with open(partial, "ab" if response.status_code == 206 else "wb") as file:
             # As it comes, and not in blocks of a size: what has come is kept when the rest does not.
             for block in response.iter_bytes():
                 file.write(block)
                 if limit is not None and file.tell() > limit:
-                    raise HubError(f"{url}: more than the announced {limit} bytes came", mend=_LATER)
+                    raise _OtherSizeError(f"more than the announced {limit} bytes came")
                 if progress is not None:
                     progress(file.tell(), limit or file.tell())
+
+
+def _length(status: int, headers: Mapping[str, str]) -> int | None:
+    """Of the whole file, by what an answer to a GET says; None where it does not, or says it of a packed body."""
+    if headers.get("Content-Encoding", "identity") != "identity":
+        return None
+    said = headers.get("Content-Range", "").rpartition("/")[2] if status == 206 else headers.get("Content-Length", "")
+    return int(said) if said.isdecimal() else None
 
 
 def _mismatch(file: Path, etag: str, sha256: str | None) -> str | None:
