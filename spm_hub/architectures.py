@@ -125,7 +125,8 @@ def targets(denoiser: nn.Module, family: Family | None = None) -> dict[str, nn.M
     SPM (arXiv 2312.16145, section 3.1): every Linear and Conv2d inside each `Transformer2DModel`, proj_in and proj_out
     included; never a resnet, a sampler or the text encoder. On Stable Diffusion 1.x these are 192 modules. In a
     transformer the same, in every block; never embeddings, norms or modulations, nor depthwise convolutions (Sana),
-    which no product of two thin matrices can change channel by channel.
+    which no product of two thin matrices can change channel by channel, nor what an attention processor brings along
+    (IP-Adapter's own keys and values), which is not the checkpoint's.
     """
     family = family_of(denoiser) if family is None else family
     body = body_of(denoiser)
@@ -142,7 +143,7 @@ def targets(denoiser: nn.Module, family: Family | None = None) -> dict[str, nn.M
     return {
         path: module
         for path, module in found.items()
-        if not _MODULATION.fullmatch(path) and getattr(module, "groups", 1) == 1
+        if not _MODULATION.fullmatch(path) and ".processor." not in path and getattr(module, "groups", 1) == 1
     }
 
 

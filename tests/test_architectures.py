@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from pico import pico_eraser, pico_pipeline, pico_unet, target_modules
 from torch import nn
 
@@ -146,3 +147,14 @@ def test_peft_layers_keep_their_base_modules_paths():
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"]))
     assert targets(unet).keys() == targets(bare).keys()
     assert all(type(module) in (nn.Linear, nn.Conv2d) for module in targets(unet).values())
+
+
+def test_what_an_ip_adapter_brings_along_is_no_target():
+    unet = pico_unet()
+    before = fingerprint_of(unet)
+    for path, module in list(unet.named_modules()):
+        if path.endswith("attn2"):
+            module.set_processor(IPAdapterAttnProcessor2_0(module.inner_dim, module.cross_attention_dim))
+    assert any(path.endswith("to_k_ip.0") for path, _ in unet.named_modules())
+    assert targets(unet).keys() == target_modules(pico_unet()).keys()
+    assert fingerprint_of(unet) == before
