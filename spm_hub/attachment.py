@@ -1,6 +1,5 @@
 """Erasers on a pipeline: attach, add, strengthen, recover, detach; what each row of a batch gets is planned here."""
 
-import shlex
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -14,11 +13,12 @@ from torch import nn
 from spm_hub.adapter import Adapter
 from spm_hub.architectures import body_of, denoiser_of, family_of, resolve_modules, weight_of
 from spm_hub.calls import HELD, Call, can_encode, encode, hold, release, tokens_of
-from spm_hub.errors import NotFoundError, UsageError, nearest
+from spm_hub.errors import UsageError
 from spm_hub.formats.stored import StoredIncrements
 from spm_hub.gate import ConstantGate, Prompts
 from spm_hub.gating import Gating
 from spm_hub.layers import Layers, foldable, kept_bytes, offloaded_in_groups
+from spm_hub.naming import known, namesakes
 from spm_hub.options import Eraser, GateChoice, Mode, Options, Rows, finite
 
 
@@ -90,7 +90,7 @@ class Attachment:
             erasers[adapter.name] = self._fitting(adapter, erasers)
         if isinstance(options.strength, Mapping):
             for name in options.strength:
-                _known(name, erasers)
+                known(name, erasers)
         self._install(erasers)
         hold(pipe, self._denoiser, self)
 
@@ -140,7 +140,7 @@ class Attachment:
         """Take one eraser away: the pipeline is, bit for bit, as if only the others had ever been attached."""
         with self._lock:
             self._alive()
-            _known(name, self._erasers)
+            known(name, self._erasers)
             with self._writing():
                 self._layers.uninstall(name)
             del self._erasers[name]
@@ -331,7 +331,7 @@ class Attachment:
 
     def _fitting(self, adapter: Adapter, beside: Mapping[str, Eraser]) -> Eraser:
         if (other := beside.get(adapter.name)) is not None:
-            raise _namesakes(other.adapter, adapter)
+            raise namesakes(other.adapter, adapter)
         return self._options.eraser(adapter, resolve_modules(adapter, self._denoiser))
 
     def _install(self, erasers: Mapping[str, Eraser]) -> None:
@@ -398,12 +398,12 @@ class Strength(MutableMapping[str, float]):
         attachment = self._attachment
         with attachment._lock:
             attachment._alive()
-            _known(name, attachment._erasers)
+            known(name, attachment._erasers)
             attachment._erasers[name].strength = float(value)
             attachment._seen = None
 
     def __delitem__(self, name: str) -> None:
-        _known(name, self._attachment._erasers)
+        known(name, self._attachment._erasers)
         self[name] = self._attachment._erasers[name].adapter.manifest.gate.strength
 
     def __iter__(self) -> Iterator[str]:
@@ -414,52 +414,3 @@ class Strength(MutableMapping[str, float]):
 
     def __repr__(self) -> str:
         return f"Strength({dict(self)})"
-
-
-def check_names(adapters: Sequence[Adapter], strength: Iterable[str] = ()) -> None:
-    """What `attach` would refuse whatever the pipeline, for whoever has yet to load one.
-
-    Raises UsageError for an adapter twice and for two of one name, NotFoundError for a strength of none of them.
-    """
-    by_name: dict[str, Adapter] = {}
-    for adapter in adapters:
-        if adapter.name in by_name:
-            raise _namesakes(by_name[adapter.name], adapter)
-        by_name[adapter.name] = adapter
-    for name in strength:
-        _known(name, by_name)
-
-
-def _namesakes(one: Adapter, other: Adapter) -> UsageError:
-    if _same(one, other):
-        return UsageError(f"adapter {other.name} ({other.source}) is attached twice", mend="name it once")
-    in_file = other.source.endswith(".safetensors")
-    return UsageError(
-        f"two adapters are named {other.name}: {one.source} and {other.source}",
-        mend=f"spmhub convert {shlex.quote(other.source)} --name {other.name}-2, and attach that one"
-        if in_file
-        else "give one of them another name in its manifest",
-    )
-
-
-def _same(one: Adapter, other: Adapter) -> bool:
-    """Whether two adapters hold the same increments."""
-    if one is other:
-        return True
-    mine, theirs = (
-        {(path, part): tensor for path, inc in adapter.increments.items() for part, tensor in inc.tensors().items()}
-        for adapter in (one, other)
-    )
-    return mine.keys() == theirs.keys() and all(
-        tensor.dtype == theirs[key].dtype and torch.equal(tensor, theirs[key]) for key, tensor in mine.items()
-    )
-
-
-def _known(name: str, names: Iterable[str]) -> None:
-    names = tuple(names)
-    if name not in names:
-        meant = nearest(name, names)
-        raise NotFoundError(
-            f"no eraser {name!r} is attached; attached are: {', '.join(names) or 'none'}",
-            mend=f"{meant[0]!r}" if meant else None,
-        )

@@ -16,7 +16,7 @@ LEVELS = (
     ("increments", "manifest"),
     ("formats",),
     ("adapter",),
-    ("architectures", "reduction"),
+    ("architectures", "naming", "reduction"),
     ("branching", "concepts"),
     ("gate", "layers"),
     ("calls",),

@@ -64,8 +64,8 @@ def apply(
     with out.progress("downloading erasers") as progress:
         entries = [resolve(reference, registry, progress=progress) for reference in wanted]
     with silence_libraries():
-        from spm_hub.attachment import check_names
         from spm_hub.evaluation.pictures import Drawing, check_prompts, read_prompts, save, show
+        from spm_hub.naming import check_names
 
         # What can be said at once is not said after a model was downloaded.
         texts = read_prompts(prompts) if prompts is not None else prompt or []

@@ -41,9 +41,9 @@ def bake(
         out.say(source.remark)
     entries = [resolve(reference, registry) for reference in options.names(adapters)]
     with silence_libraries():
-        from spm_hub.attachment import check_names
         from spm_hub.baking import bake as run
         from spm_hub.baking import check_place
+        from spm_hub.naming import check_names
 
         erasers = [entry.load() for entry in entries]
         check_names(erasers, strengths or ())
