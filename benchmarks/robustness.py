@@ -1,13 +1,13 @@
-"""Does R.A.C.E. on a rank-1 SPM withstand UnlearnDiffAtk better than the plain SPM, and what does it cost the others?
+"""Does R.A.C.E. withstand UnlearnDiffAtk better than what it begins from, and what does it cost the others?
 
-    python benchmarks/robustness.py                   # snoopy, on the sketchbook
-    python benchmarks/robustness.py snoopy mickey     # others' numbers stay as they were
+    python benchmarks/robustness.py                          # everything not measured yet; hours on two cores
+    python benchmarks/robustness.py snoopy:spm "snoopy:race-spm, bare name"        # these, again
 
-For each concept a plain SPM and one with R.A.C.E.'s adversary are trained, the same recipe otherwise, and attacked with
-the same prompts, seeds and budget: once as our defaults train, on many sentences, and once on the bare name alone, as
-the papers do, which leaves the plain SPM more to be attacked. UnlearnDiffAtk's prompts all name the concept, whatever
-it puts before them, so that facilitated transport gives them gamma 1 (`gamma_least`, measured): one attack stands for
-both gates. The other subjects and styles are counted under each gate.
+For each concept SPM and ESD are trained, each also with R.A.C.E.'s adversary, as their presets say; SPM besides on the
+bare name alone, as the papers train it, which leaves it more to be attacked than our many sentences do. All meet the
+same prompts, seeds and budget. UnlearnDiffAtk's prompts all name the concept, whatever it puts before them, so that
+facilitated transport gives them gamma 1 (`gamma_least`, measured): one attack stands for both gates. The other subjects
+and styles are counted under each gate.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from spm_hub.models import load_pipeline
 from spm_hub.training import Recipe, train
 
 SEED, STEPS, GUIDANCE = 2024, 12, 7.5
-PROMPTS, SAMPLES = 10, 10
+CONCEPTS = ("snoopy", "van gogh", "nudity")
+PROMPTS, SAMPLES = 20, 10
 ATTACK = attacks.UnlearnDiffAtk(tokens=3, iterations=20, timesteps=50)
 TRAININGS = {
     "spm": ("spm", ()), "race-spm": ("race-spm", ()),
     "spm, bare name": ("spm", ("templates=false",)), "race-spm, bare name": ("race-spm", ("templates=false",)),
+    "esd-x": ("esd-x", ()), "race": ("race", ()),
 }  # fmt: skip
 GATES = ("transport", "always")
 
@@ -58,47 +60,55 @@ def others(before: list[Row], after: list[Row], concept: str) -> dict[str, Any]:
     }
 
 
-def measure(concept: str, bare: list[Row]) -> dict[str, Any]:
-    """The erasers of one concept: attacked, and seen by their neighbours."""
+def measure(concept: str, training: str, bare: list[Row]) -> dict[str, Any]:
+    """One eraser: attacked, and seen by its neighbours."""
     pipe = load_pipeline("sketchbook")
-    found: dict[str, Any] = {}
-    for training, (method, sets) in TRAININGS.items():
-        began = time.monotonic()
-        plan = Recipe.plan(target=concept, method=method, sets=sets)
-        eraser: Adapter = train(plan, pipe=pipe, progress=tell(f"{concept}: training {training}"))
-        entry: dict[str, Any] = {"recipe": plan.to_yaml(), "seconds": round(time.monotonic() - began)}
-        about = eraser.manifest.concept
-        cases = sentences(about, PROMPTS, SEED)
-        with attach(pipe, [eraser], gate="transport") as erasers:
-            entry["gamma_least"] = min(erasers.gates(case.prompt)[eraser.name] for case in cases)
-        report = attacks.run(
-            pipe, [eraser], cases, probe_judge(about), ATTACK, gate="always", seed=SEED,
-            drawing=attacks.Drawing(steps=STEPS, guidance=GUIDANCE, at_once=50),
-            progress=tell(f"{concept}: attacking {training}"),
-        )  # fmt: skip
-        entry |= report.as_dict()
-        for gate in GATES:
-            with attach(pipe, [eraser], gate=gate):
-                table = detection_table(
-                    pipe, samples=SAMPLES, seed=SEED, steps=STEPS, progress=tell(f"{concept}: counting with {training}")
-                )
-            entry[f"others_under_{gate}"] = others(bare, table, concept)
-        found[training] = entry
-    return found
+    method, sets = TRAININGS[training]
+    began = time.monotonic()
+    plan = Recipe.plan(target=concept, method=method, sets=sets)
+    eraser: Adapter = train(plan, pipe=pipe, progress=tell(f"{concept}: training {training}"))
+    entry: dict[str, Any] = {"recipe": plan.to_yaml(), "seconds": round(time.monotonic() - began)}
+    about = eraser.manifest.concept
+    cases = sentences(about, PROMPTS, SEED)
+    with attach(pipe, [eraser], gate="transport") as erasers:
+        entry["gamma_least"] = min(erasers.gates(case.prompt)[eraser.name] for case in cases)
+    report = attacks.run(
+        pipe, [eraser], cases, probe_judge(about), ATTACK, gate="always", seed=SEED,
+        drawing=attacks.Drawing(steps=STEPS, guidance=GUIDANCE, at_once=50),
+        progress=tell(f"{concept}: attacking {training}"),
+    )  # fmt: skip
+    entry |= report.as_dict()
+    for gate in GATES:
+        with attach(pipe, [eraser], gate=gate):
+            table = detection_table(
+                pipe, samples=SAMPLES, seed=SEED, steps=STEPS, progress=tell(f"{concept}: counting with {training}")
+            )
+        entry[f"others_under_{gate}"] = others(bare, table, concept)
+    return entry
+
+
+def kept() -> dict[str, Any]:
+    """What has been measured so far."""
+    file = RESULTS / "robustness.json"
+    numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"concepts": {}}
+    return numbers
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("concepts", nargs="*", default=["snoopy"])
-    file = RESULTS / "robustness.json"
-    numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"concepts": {}}
-    numbers |= {
-        "attack": {"name": "unlearndiff", **vars(ATTACK)}, "prompts": PROMPTS, "samples_per_name": SAMPLES,
-        "steps": STEPS, "guidance_scale": GUIDANCE,
-    }  # fmt: skip
+    parser.add_argument("parts", nargs="*", help="CONCEPT:TRAINING; everything not measured yet unless given")
+    every = [f"{concept}:{training}" for concept in CONCEPTS for training in TRAININGS]
+    there = kept()["concepts"]
+    missing = [part for part in every if part.split(":")[1] not in there.get(part.split(":")[0], {})]
     bare_table = detection_table(
         load_pipeline("sketchbook"), samples=SAMPLES, seed=SEED, steps=STEPS, progress=tell("counting without erasers")
     )
-    for concept in parser.parse_args().concepts:
-        numbers["concepts"][concept] = measure(concept, bare_table)
+    for part in parser.parse_args().parts or missing:
+        concept, training = part.split(":")
+        found = measure(concept, training, bare_table)
+        numbers = kept() | {  # read again: another process may have measured others meanwhile
+            "attack": {"name": "unlearndiff", **vars(ATTACK)}, "prompts": PROMPTS, "samples_per_name": SAMPLES,
+            "steps": STEPS, "guidance_scale": GUIDANCE,
+        }  # fmt: skip
+        numbers["concepts"].setdefault(concept, {})[training] = found
         record("robustness", numbers, seeds=SEED)
