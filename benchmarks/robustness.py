@@ -30,7 +30,7 @@ from spm_hub.training import Recipe, train
 SEED, STEPS, GUIDANCE = 2024, 12, 7.5
 CONCEPTS = ("snoopy", "van gogh", "nudity")
 PROMPTS, SAMPLES = 20, 10
-ATTACK = attacks.UnlearnDiffAtk(tokens=3, iterations=20, timesteps=50)
+ATTACK = attacks.UnlearnDiffAtk(tokens=3, iterations=20, timesteps=10)
 TRAININGS = {
     "spm": ("spm", ()), "race-spm": ("race-spm", ()),
     "spm, bare name": ("spm", ("templates=false",)), "race-spm, bare name": ("race-spm", ("templates=false",)),

@@ -316,5 +316,5 @@ def test_a_model_that_does_not_predict_noise_needs_another_goal() -> None:
     pipe = pico_pipeline()
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
     with pytest.raises(RecipeError, match="this one predicts v_prediction"):
-        train(recipe(), pipe=pipe)
+        train(recipe(adversary={"goal": "noise"}), pipe=pipe)
     train(recipe(steps=2, adversary={"goal": "concept", "steps": 1}), pipe=pipe)

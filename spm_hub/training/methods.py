@@ -38,7 +38,8 @@ _SEPME: dict[str, Any] = {
 METHODS: dict[str, dict[str, Any]] = {
     "spm": {},
     "race": {**_ESD, "increment": {"kind": "dense", "modules": "esd-x"}, "adversary": _RACE},
-    "race-spm": {"adversary": _RACE},
+    # Aimed at what the base predicts of the concept: the noise that a trajectory began with is only near to that.
+    "race-spm": {"adversary": {**_RACE, "epsilon": 0.3, "goal": "concept"}},
     **{
         name: {**_ESD, "increment": {"kind": "dense", "modules": name}}
         for name in ("esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn")
