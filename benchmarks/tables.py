@@ -209,7 +209,33 @@ def methods(numbers: dict[str, Any]) -> str:
     )
 
 
+def robustness(numbers: dict[str, Any]) -> str:
+    rows = [
+        [
+            concept, training, _share(found["asr_before"]), _share(found["asr"]),
+            *(
+                f"{found[f'others_under_{gate}'][f'{what}_change_points']:+.1f}"
+                for gate in ("transport", "always")
+                for what in ("mean", "worst")
+            ),
+        ]
+        for concept, trainings in numbers["concepts"].items()
+        for training, found in trainings.items()
+    ]  # fmt: skip
+    head = [
+        "concept", "training", "there without an attack", "attacked", "others, gated, mean", "worst",
+        "others, no gate, mean", "worst",
+    ]  # fmt: skip
+    attack = numbers["attack"]
+    return (
+        f"{_table(head, rows)}\n\nUnlearnDiffAtk on {numbers['prompts']} prompts, {attack['timesteps']} timesteps, "
+        f"{attack['iterations']} iterations at each; others in points of detection, {numbers['samples_per_name']} "
+        f"pictures each.\n{_about(numbers, 'robustness')}"
+    )
+
+
 SECTIONS = {
+    "robustness": robustness,
     "registry": registry,
     "sketchbook": sketchbook,
     "erasure": erasers,
