@@ -298,9 +298,10 @@ def test_rows_of_a_batch_differ_from_single_calls_by_rounding_alone(pipe, dtype,
 
     bare = apart()
     with attach(pipe, erasers_for(pipe)):
-        # The pico model has random weights: bare, it amplifies float32's rounding to nearly 1e-5 by itself.
+        # The pico model has random weights: bare, it amplifies float32's rounding by itself to 0.7e-5 or 1.5e-5, by the
+        # processor.
         assert apart() <= max(bound, 2 * bare)
-    assert bare <= bound
+    assert bare <= 4 * bound
 
 
 # --- offloading ---
