@@ -291,17 +291,15 @@ def test_rows_of_a_batch_differ_from_single_calls_by_rounding_alone(pipe, dtype,
 
     def apart():
         rows = range(len(prompts))
-        given = {"num_inference_steps": 2, "output_type": "latent"}
+        # Guided rows too, but a random network's rounding is not blown up as by the pipeline's own 7.5.
+        given = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 2.0}
         together = pipe(prompts, latents=noise(rows).to(dtype), **given).images
         singles = (pipe(prompts[row], latents=noise([row]).to(dtype), **given).images[0] for row in rows)
         return max(float((row - one).abs().max()) for row, one in zip(together, singles, strict=True))
 
-    bare = apart()
+    assert apart() <= bound
     with attach(pipe, erasers_for(pipe)):
-        # The pico model has random weights: bare, it amplifies float32's rounding by itself to 0.7e-5 or 1.5e-5, by the
-        # processor.
-        assert apart() <= max(bound, 2 * bare)
-    assert bare <= 4 * bound
+        assert apart() <= bound
 
 
 # --- offloading ---
