@@ -14,7 +14,6 @@ the best of three.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
@@ -26,17 +25,16 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from record import RESULTS, record
-from runtime import PROMPTS, hold_hooks, hold_peft
+from runtime import PROMPTS, draw, eraser, hold_hooks, hold_peft
 from runtime import pipeline as small_around
 from torch import Tensor
 from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from spm_hub import attach
-from spm_hub.adapter import Adapter, increment_info
+from spm_hub.adapter import Adapter
 from spm_hub.architectures import denoiser_of, family_of, targets, weight_of
 from spm_hub.attachment import Attachment
-from spm_hub.increments import LowRank
-from spm_hub.manifest import Base, Concept, Manifest
+from spm_hub.increments import Increment, LowRank
 
 FILE = RESULTS / "full_size.json"
 SIDES = {"sd1": 512, "sdxl": 1024, "flux": 1024}
@@ -95,32 +93,12 @@ def erasers(pipe: Any, count: int) -> list[Adapter]:
 
     made = []
     for number in range(count):
-        pairs = {}
+        pairs: dict[str, Increment] = {}
         for path, module in modules.items():
             out, *rest = weight_of(module).shape
             pairs[path] = LowRank(cut(1, *rest), cut(out, 1, *[1] * (len(rest) - 1)))
-        manifest = Manifest(
-            name=f"thing-{number:05d}", concept=Concept(target=f"thing {number}"), increment=increment_info(pairs),
-            base=Base(family=family, id="random", fingerprint=""), recipe={},
-        )  # fmt: skip
-        made.append(Adapter(manifest, pairs))
+        made.append(eraser(number, family, pairs))
     return made
-
-
-def draw(pipe: Any, prompts: list[str], side: int, steps: int) -> list[float]:
-    """Seconds of each step but the first, which may also fold."""
-    stamps: list[float] = []
-
-    def stamp(pipe: Any, step: int, time_: Any, values: dict[str, Any]) -> dict[str, Any]:
-        torch.cuda.synchronize()
-        stamps.append(time.perf_counter())
-        return {}
-
-    pipe(
-        prompts, num_inference_steps=steps, height=side, width=side, output_type="latent",
-        generator=torch.Generator().manual_seed(0), callback_on_step_end=stamp,
-    )  # fmt: skip
-    return [after - before for before, after in itertools.pairwise(stamps)]
 
 
 def compared(
@@ -131,13 +109,13 @@ def compared(
     bare: list[float] = []
     given: list[float] = []
     peaks = []
-    draw(pipe, prompts, SIDES[model], 2)
+    draw(pipe, prompts, SIDES[model], 2, torch.cuda.synchronize)
     for _ in range(rounds):
         for held, seconds in ((False, bare), (True, given)):
             torch.cuda.reset_peak_memory_stats()
             if held:
                 on()
-            seconds += draw(pipe, prompts, SIDES[model], steps)
+            seconds += draw(pipe, prompts, SIDES[model], steps, torch.cuda.synchronize)
             peaks.append(torch.cuda.max_memory_allocated())
             if held:
                 off()

@@ -47,7 +47,7 @@ from spm_hub.concepts import Concept as GateConcept
 from spm_hub.concepts import Concepts, Shelf
 from spm_hub.gate import Prompts, TransportGate
 from spm_hub.hub.registry import Registry
-from spm_hub.increments import LowRank
+from spm_hub.increments import Increment, LowRank
 from spm_hub.manifest import Base, Concept, Manifest
 from spm_hub.models import WEIGHTS, load_pipeline
 
@@ -132,29 +132,37 @@ def erasers(pipe: Any, count: int, dtype: torch.dtype = torch.float32) -> list[A
     made = []
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
-        pairs = {}
+        pairs: dict[str, Increment] = {}
         for path, module in modules.items():
             out, *rest = weight_of(module).shape
             down = torch.randn((1, *rest), generator=generator) * 0.02
             up = torch.randn((out, 1, *[1] * (len(rest) - 1)), generator=generator) * 0.02
             pairs[path] = LowRank(down, up).to(dtype=dtype)
-        manifest = Manifest(
-            name=f"thing-{number:05d}", concept=Concept(target=f"thing {number}"), increment=increment_info(pairs),
-            base=Base(family=family, id="random", fingerprint=""), recipe={},
-        )  # fmt: skip
-        made.append(Adapter(manifest, pairs))
+        made.append(eraser(number, family, pairs))
     return made
+
+
+def eraser(number: int, family: str, pairs: dict[str, Increment]) -> Adapter:
+    """These increments as the eraser of `thing NUMBER`."""
+    manifest = Manifest(
+        name=f"thing-{number:05d}", concept=Concept(target=f"thing {number}"), increment=increment_info(pairs),
+        base=Base(family=family, id="random", fingerprint=""), recipe={},
+    )  # fmt: skip
+    return Adapter(manifest, pairs)
 
 
 def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def draw(pipe: Any, prompts: list[str], side: int, steps: int) -> list[float]:
-    """Seconds of each step but the first, which may also fold."""
+def draw(
+    pipe: Any, prompts: list[str], side: int, steps: int, finished: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Seconds of each step but the first, which may also fold; `finished` waits for a device beside the CPU."""
     stamps: list[float] = []
 
     def stamp(pipe: Any, step: int, time_: Any, values: dict[str, Any]) -> dict[str, Any]:
+        finished()
         stamps.append(time.perf_counter())
         return {}
 

@@ -6,6 +6,7 @@ Skipped on a machine without one.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,17 +190,20 @@ def test_threads_never_mix_two_states_within_a_picture() -> None:
 
     def come_and_go() -> None:
         for _ in range(8):
-            for one in held[1:]:
-                erasers.add(one)
-            for one in held[1:]:
-                erasers.recover(one.name)
+            # Both come as one, and go as one: a picture between the two would be a third state.
+            with erasers._lock:
+                for one in held[1:]:
+                    erasers.add(one)
+            time.sleep(0.05)
+            with erasers._lock:
+                for one in held[1:]:
+                    erasers.recover(one.name)
+            time.sleep(0.05)
 
     threads = [threading.Thread(target=work) for work in (picture, picture)]
     for thread in threads:
         thread.start()
-    # Both of the others come and go as one: a picture between the two would be a third state.
-    with erasers._lock:
-        come_and_go()
+    come_and_go()
     for thread in threads:
         thread.join()
     erasers.detach()
