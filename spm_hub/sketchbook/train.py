@@ -1,8 +1,11 @@
 """Trains the embedded base model from nothing: `python -m spm_hub.sketchbook.train --out DIR`.
 
-Stages, each saved and skipped when already there: drawings, tokenizer, CLIP (contrastive), autoencoder, denoiser
-`base` in two cycles, `chalk`, a second checkpoint fine-tuned from it to another look, and the probe. The denoisers'
-stages also checkpoint inside, so that a killed run goes on where it was.
+Stages, each saved and skipped when already there: drawings, tokenizer, CLIP (contrastive), probe, autoencoder, denoiser
+`base`, and `chalk`, a second checkpoint fine-tuned from it to another look. The denoisers' stages also checkpoint
+inside, so that a killed run goes on where it was. `seconds.json` keeps how long each stage took.
+
+The defaults keep to two hours on two slow cores. The committed weights had more of the same: `--clip-steps 1500
+--vae-steps 3000 --base-steps 3600 --refine-steps 2400`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,15 @@ class Reporter:
         self.mean = loss if self.mean == 0.0 else 0.98 * self.mean + 0.02 * loss
         if step % self.every == 0 or step == self.total:
             _say(self.stage, step - self.first, self.total - self.first, self.mean, self.begun)
+
+
+@contextmanager
+def timed(out: Path, stage: str) -> Iterator[None]:
+    """Notes the stage's seconds in `seconds.json`; of a stage that was killed and resumed, those of its last run."""
+    begun, file = time.monotonic(), out / "seconds.json"
+    yield
+    seconds = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**seconds, stage: round(time.monotonic() - begun, 1)}, indent=1))
 
 
 def make_drawings(out: Path, count: int, look: str, seed: int) -> dict[str, Any]:
@@ -311,12 +324,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for stages and results")
     parser.add_argument("--drawings", type=int, default=40000)
-    parser.add_argument("--clip-steps", type=int, default=1500)
-    parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--clip-steps", type=int, default=1000)
+    parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--decoder-steps", type=int, default=300)
     parser.add_argument("--probe-steps", type=int, default=2400)
-    parser.add_argument("--base-steps", type=int, default=3600)
-    parser.add_argument("--refine-steps", type=int, default=2400)
+    parser.add_argument("--base-steps", type=int, default=3200)
+    parser.add_argument("--refine-steps", type=int, default=0, help="of a second, gentler cycle for `base`")
     parser.add_argument("--chalk-steps", type=int, default=450)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -328,19 +341,19 @@ def main() -> None:
         torch.manual_seed(options.seed + stage)  # diffusers and transformers initialise from the global generator
         return torch.Generator().manual_seed(options.seed + stage)
 
-    begun = time.monotonic()
-    ink = make_drawings(out, options.drawings, "ink", options.seed)
-    chalk = make_drawings(out, options.drawings // 4, "chalk", options.seed + 1)
-    print(f"drawings ready after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    with timed(out, "drawings"):
+        ink = make_drawings(out, options.drawings, "ink", options.seed)
+        chalk = make_drawings(out, options.drawings // 4, "chalk", options.seed + 1)
     captions, both = ink["captions"] + chalk["captions"], torch.cat([ink["pictures"], chalk["pictures"]])
 
     if not (out / "clip").exists():
-        generator = dice(1)
-        tokenizer = make_tokenizer(captions)
-        clip = make_clip(tokenizer)
-        train_clip(clip, tokens_of(tokenizer, captions), both, options.clip_steps, generator)
-        tokenizer.save_pretrained(out / "clip")
-        clip.save_pretrained(out / "clip")
+        with timed(out, "clip"):
+            generator = dice(1)
+            tokenizer = make_tokenizer(captions)
+            clip = make_clip(tokenizer)
+            train_clip(clip, tokens_of(tokenizer, captions), both, options.clip_steps, generator)
+            tokenizer.save_pretrained(out / "clip")
+            clip.save_pretrained(out / "clip")
     tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
     clip = CLIPModel.from_pretrained(out / "clip").eval().requires_grad_(False)
     text_encoder = CLIPTextModel(clip.config.text_config)
@@ -348,25 +361,28 @@ def main() -> None:
     text_encoder.eval().requires_grad_(False)
 
     if not (out / "probe").exists():
-        probe = train_probe(
-            both, torch.cat([ink["targets"], chalk["targets"]]), steps=options.probe_steps, generator=dice(2),
-            report=Reporter("probe", options.probe_steps),
-        )  # fmt: skip
-        probe.model.save_pretrained(out / "probe")
+        with timed(out, "probe"):
+            probe = train_probe(
+                both, torch.cat([ink["targets"], chalk["targets"]]), steps=options.probe_steps, generator=dice(2),
+                report=Reporter("probe", options.probe_steps),
+            )  # fmt: skip
+            probe.model.save_pretrained(out / "probe")
 
     if not (out / "vae").exists():
-        generator = dice(3)
-        vae = make_vae()
-        train_vae(vae, both, options.vae_steps, generator)
-        vae.register_to_config(scaling_factor=float(1 / encode(vae, both[:2000]).std()))
-        vae.save_pretrained(out / "vae")
+        with timed(out, "autoencoder"):
+            generator = dice(3)
+            vae = make_vae()
+            train_vae(vae, both, options.vae_steps, generator)
+            vae.register_to_config(scaling_factor=float(1 / encode(vae, both[:2000]).std()))
+            vae.save_pretrained(out / "vae")
     empty = tokens_of(tokenizer, [""])[0]
 
     for stage, look, data in ((14, "base", ink), (15, "chalk", chalk)):
         if not (out / f"vae-{look}").exists():
-            vae = AutoencoderKL.from_pretrained(out / "vae")
-            train_decoder(vae, clip, data["pictures"], options.decoder_steps, dice(stage))
-            vae.save_pretrained(out / f"vae-{look}")
+            with timed(out, f"decoder {look}"):
+                vae = AutoencoderKL.from_pretrained(out / "vae")
+                train_decoder(vae, clip, data["pictures"], options.decoder_steps, dice(stage))
+                vae.save_pretrained(out / f"vae-{look}")
 
     for stage, name, start, look, data, steps, lr in (
         (4, "drafted", None, "base", ink, options.base_steps, 1.2e-3),
@@ -376,14 +392,16 @@ def main() -> None:
     ):
         vae = AutoencoderKL.from_pretrained(out / f"vae-{look}").eval()
         if not (out / f"unet-{name}").exists():
-            dice(stage)
-            unet = make_unet() if start is None else UNet2DConditionModel.from_pretrained(out / f"unet-{start}")
-            latents = encode(vae, data["pictures"]) * vae.config.scaling_factor
-            train_unet(
-                unet, text_encoder, tokens_of(tokenizer, data["captions"]), empty, latents,
-                stage=name, steps=steps, lr=lr, checkpoint=out / f"{name}.pt", seed=options.seed + stage,
-            )  # fmt: skip
-            unet.save_pretrained(out / f"unet-{name}")
+            with timed(out, f"denoiser {name}"):
+                dice(stage)
+                unet = make_unet() if start is None else UNet2DConditionModel.from_pretrained(out / f"unet-{start}")
+                if steps:
+                    latents = encode(vae, data["pictures"]) * vae.config.scaling_factor
+                    train_unet(
+                        unet, text_encoder, tokens_of(tokenizer, data["captions"]), empty, latents,
+                        stage=name, steps=steps, lr=lr, checkpoint=out / f"{name}.pt", seed=options.seed + stage,
+                    )  # fmt: skip
+                unet.save_pretrained(out / f"unet-{name}")
         if name == look:
             unet = UNet2DConditionModel.from_pretrained(out / f"unet-{name}").eval()
             save_pipeline(out / name, tokenizer, text_encoder, vae, unet)
