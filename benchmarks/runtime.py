@@ -12,6 +12,7 @@ and the one with erasers in turn; what is compared are the medians of the two.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -407,27 +408,32 @@ def start_up() -> dict[str, float]:
 
 
 def plot(cases: list[dict[str, Any]], path: Path) -> None:
-    """Step time over the bare model's, by number of erasers."""
+    """Step time over the bare model's, by number of erasers: one panel for one prompt, one for a mixed batch."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = sorted({(one["model"], one["prompts"]) for one in cases})
-    figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained")
-    for axis, (model, prompts) in zip(axes[0], kinds, strict=True):
-        for method in METHODS:
-            line = sorted(
-                (one["erasers"], one["ratio"])
-                for one in cases
-                if (one["model"], one["prompts"], one["method"]) == (model, prompts, method)
-            )
-            if line:
-                axis.plot(*zip(*line, strict=True), marker="o", label=method)
-        axis.set(xscale="log", yscale="log", xlabel="erasers", title=f"{model}, {prompts} prompt{'s' * (prompts > 1)}")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, prompts in zip(axes, (1, MIXED), strict=True):
+        for colour, method in enumerate(METHODS):
+            for model, style in (("sd1", {"marker": "o"}), ("sdxl", {"marker": "D", "fillstyle": "none"})):
+                line = sorted(
+                    (one["erasers"], one["ratio"])
+                    for one in cases
+                    if (one["model"], one["prompts"], one["method"]) == (model, prompts, method)
+                )
+                if line:
+                    label = f"{'spm-hub' if method == 'ours' else method}{', SDXL' if model == 'sdxl' else ''}"
+                    axis.plot(*zip(*line, strict=True), color=f"C{colour}", label=label, **style)
         axis.axhline(1.0, color="grey", linewidth=0.8)
-    axes[0][0].set_ylabel("step time / bare step time")
-    axes[0][0].legend()
+        axis.set(xscale="log", yscale="log", xlim=(0.8, 1300), xlabel="erasers")
+        axis.set_title("one prompt" if prompts == 1 else f"a mixed batch of {prompts}")
+        axis.set_xticks((1, 5, 20, 100, 1000), ("1", "5", "20", "100", "1,000"))
+        axis.set_yticks((1, 1.5, 2, 3, 4), ("1x", "1.5x", "2x", "3x", "4x"))
+        axis.minorticks_off()
+    axes[0].set_ylabel("step time over the bare model's")
+    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize="small", ncols=2, loc="upper left")
     figure.savefig(path, dpi=110)
 
 
@@ -466,6 +472,8 @@ if __name__ == "__main__":
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; everything unless given")
     parser.add_argument("--only", nargs="*", default=[], help="step times for these numbers of erasers")
     options = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:  # known before half an hour of measuring, not after it
+        parser.error("the plot needs matplotlib: pip install -c constraints.txt -e '.[eval]'")
     file = RESULTS / "runtime.json"
     numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"steps": []}
     for part in options.parts or parts:
