@@ -42,6 +42,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from spm_hub import attach
 from spm_hub.adapter import Adapter, increment_info
+from spm_hub.aliases import WEIGHTS
 from spm_hub.architectures import family_of, targets, weight_of
 from spm_hub.attachment import Attachment
 from spm_hub.concepts import Concept as GateConcept
@@ -50,7 +51,7 @@ from spm_hub.gate import Prompts, TransportGate
 from spm_hub.hub.registry import Registry
 from spm_hub.increments import Increment, LowRank
 from spm_hub.manifest import Base, Concept, Manifest
-from spm_hub.models import WEIGHTS, load_pipeline
+from spm_hub.models import load_pipeline
 
 METHODS = ("ours", "peft", "diffusers", "hooks")
 MIXED = 8

@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from record import RESULTS, record
 
+from spm_hub.aliases import ALIASES
 from spm_hub.evaluation.sketchbook import Case, detection_table, noun, paint, probe
-from spm_hub.models import ALIASES, load_pipeline
+from spm_hub.models import load_pipeline
 from spm_hub.sketchbook.figures import SUBJECTS
-from spm_hub.sketchbook.probe import STYLE_CLASSES, SUBJECT_CLASSES, labels
+from spm_hub.sketchbook.probe import STYLE_CLASSES, SUBJECT_CLASSES, Probe, labels
 from spm_hub.sketchbook.world import STYLE_NAMES, drawings
 
 FILE = RESULTS / "sketchbook.json"
@@ -32,10 +33,10 @@ STEPS = {"sketchbook": 12, "sketchbook-chalk": 25}
 MODELS = ("sketchbook", "sketchbook-chalk")
 
 
-def probe_accuracy(look: str) -> dict[str, float]:
+def probe_accuracy(look: str, judge: Probe) -> dict[str, float]:
     """Share of held-out drawings whose subject and style the probe names."""
     rows = drawings(2000, torch.Generator().manual_seed(HELD_OUT_SEED), look)
-    readings = probe().read([picture for _, picture, _ in rows])
+    readings = judge.read([picture for _, picture, _ in rows])
     right = [
         (SUBJECT_CLASSES.index(seen.subject) == subject, STYLE_CLASSES.index(seen.style) == style)
         for seen, (subject, style) in zip(readings, (labels(drawing) for drawing, _, _ in rows), strict=True)
@@ -43,18 +44,21 @@ def probe_accuracy(look: str) -> dict[str, float]:
     return {"subject": sum(s for s, _ in right) / len(right), "style": sum(t for _, t in right) / len(right)}
 
 
-def samples(model: str) -> dict[str, object]:
-    """What the probe sees in the checkpoint's own pictures; benchmarks/erasure.py compares erasers with `detected`."""
+def samples(model: str, folder: Path, steps: int) -> dict[str, object]:
+    """What the committed probe sees in a checkpoint's own pictures.
+
+    benchmarks/erasure.py compares erasers with `detected`.
+    """
     pipe = load_pipeline(model)
 
     def tell(done: int, total: int) -> None:
         print(f"\r{model} {done}/{total}  ", end="", file=sys.stderr, flush=True)
 
-    rows = detection_table(pipe, samples=SAMPLES, seed=SEED, steps=STEPS[model], progress=tell)
+    rows = detection_table(pipe, samples=SAMPLES, seed=SEED, steps=steps, progress=tell)
     kinds = {kind: [row for row in rows if row.kind == kind] for kind in ("subject", "style")}
     begun = time.perf_counter()
     pipe(["a dog"] * 4, num_inference_steps=25, guidance_scale=7.5)
-    files = [file for file in Path(str(ALIASES[model].embedded)).rglob("*") if file.is_file()]
+    files = [file for file in folder.rglob("*") if file.is_file()]
     return {
         **{f"{kind}_mean": sum(row.detected for row in part) / len(part) for kind, part in kinds.items()},
         **{f"{kind}_worst": min((row.detected, row.name) for row in part) for kind, part in kinds.items()},
@@ -82,11 +86,14 @@ if __name__ == "__main__":
     models = sys.argv[1:] or list(MODELS)
     earlier = json.loads(FILE.read_text())["checkpoints"] if FILE.exists() else {}
     numbers = {
-        "probe_on_held_out_drawings": {look: probe_accuracy(look) for look in ("ink", "chalk")},
+        "probe_on_held_out_drawings": {look: probe_accuracy(look, probe()) for look in ("ink", "chalk")},
         "samples_per_name": SAMPLES,
         "guidance_scale": 7.5,
         "steps": STEPS,
-        "checkpoints": {**earlier, **{model: samples(model) for model in models}},
+        "checkpoints": {
+            **earlier,
+            **{model: samples(model, Path(str(ALIASES[model].embedded)), STEPS[model]) for model in models},
+        },
     }
     record("sketchbook", numbers, seeds={"held_out": HELD_OUT_SEED, "samples": SEED})
     for model in models:

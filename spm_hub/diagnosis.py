@@ -16,10 +16,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from spm_hub.aliases import ALIASES
 from spm_hub.architectures import FAMILIES, Family
 from spm_hub.formats.layouts import FORMATS
 from spm_hub.formats.parts import Format
-from spm_hub.models import ALIASES, is_available
+from spm_hub.models import is_available
 from spm_hub.plugins import Kind, examine
 from spm_hub.training.methods import METHODS, Method
 

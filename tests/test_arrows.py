@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "spm_hub"
 # A room imports only rooms further down.
 LEVELS = (
     ("errors",),
-    ("atomic", "network", "plugins", "snapshots", "untrusted"),
+    ("aliases", "atomic", "network", "plugins", "snapshots", "untrusted"),
     ("increments", "manifest"),
     ("formats",),
     ("adapter",),

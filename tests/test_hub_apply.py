@@ -15,9 +15,9 @@ from PIL import Image
 
 import spm_hub
 from spm_hub.adapter import Adapter
+from spm_hub.aliases import ALIASES
 from spm_hub.hub.push import prepare
 from spm_hub.hub.registry import Registry
-from spm_hub.models import ALIASES
 
 PROMPT = "snoopy on the beach"
 COMMAND = ["apply", "--model", "dreamshaper-8", "--adapters", "nudity,snoopy", "--prompt", PROMPT]

@@ -14,8 +14,9 @@ from loopback import LoopbackHub
 from pico import pico_pipeline
 
 from spm_hub import models
+from spm_hub.aliases import ALIASES, Alias
 from spm_hub.errors import ModelError, NotFoundError, SpmHubError, UsageError
-from spm_hub.models import ALIASES, identity_of, load_pipeline, parse_reference, stored_dtype
+from spm_hub.models import identity_of, load_pipeline, parse_reference, stored_dtype
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -101,7 +102,7 @@ def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
 
 
 def test_an_embedded_model_that_was_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = models.Alias("sketchbook", "sd1", "", embedded=tmp_path / "none")
+    lost = Alias("sketchbook", "sd1", "", embedded=tmp_path / "none")
     monkeypatch.setattr(models, "ALIASES", {"sketchbook": lost})
     assert not models.is_available(lost)
     with pytest.raises(ModelError, match="not in this installation"):

@@ -12,9 +12,10 @@ from diffusers import StableDiffusionPipeline
 from pico import pico_pipeline
 
 from spm_hub import attach
+from spm_hub.aliases import ALIASES
 from spm_hub.evaluation.sketchbook import Row, cases, count, detection_table, evaluations, paint, probe
 from spm_hub.hub.registry import Registry
-from spm_hub.models import ALIASES, load_pipeline
+from spm_hub.models import load_pipeline
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.looks import BACKGROUNDS, Dice
 from spm_hub.sketchbook.probe import STYLE_CLASSES, SUBJECT_CLASSES, labels

@@ -13,8 +13,9 @@ from loopback import LoopbackHub
 from pico import pico_pipeline
 
 from spm_hub import network
+from spm_hub.aliases import ALIASES
 from spm_hub.errors import HubNotFoundError, ModelError
-from spm_hub.models import ALIASES, load_pipeline
+from spm_hub.models import load_pipeline
 
 BASE = ALIASES["dreamshaper-8"]
 UNET = "unet/diffusion_pytorch_model"

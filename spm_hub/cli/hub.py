@@ -83,9 +83,10 @@ def push(
 
 def _drawn(out: Output, entry: "Entry", prompts: list[str] | None, folder: Path, device: str) -> "tuple[Pair, ...]":
     """Pairs that the eraser's own base draws now; none, with a word why, where it is not on this machine."""
+    from spm_hub.aliases import ALIASES, Alias
     from spm_hub.evaluation.pictures import Drawing, save, show
     from spm_hub.hub.card import hub_id, read_pairs
-    from spm_hub.models import ALIASES, Alias, is_available, load_pipeline
+    from spm_hub.models import is_available, load_pipeline
 
     adapter = entry.load()
     concept, base = adapter.manifest.concept, adapter.manifest.base

@@ -11,7 +11,8 @@ from spm_hub.cli.output import Output, silence_libraries, table
 @command("models", Example("spmhub models", "the short names of base models"), panel="Look")
 def models(out: Output) -> None:
     """List the short names of base models; folders, single files and Hub ids work as well."""
-    from spm_hub.models import ALIASES, is_available
+    from spm_hub.aliases import ALIASES
+    from spm_hub.models import is_available
 
     found = [
         {

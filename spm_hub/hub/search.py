@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from huggingface_hub import HfApi, ModelInfo
 
+from spm_hub.aliases import ALIASES
 from spm_hub.hub.card import ERASES, METHOD, hub_id
-from spm_hub.models import ALIASES
 from spm_hub.network import patiently, reaching
 
 _BASE = "base_model:adapter:"
