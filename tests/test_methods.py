@@ -263,6 +263,12 @@ def test_the_last_subject_token_of_a_text_too_long_is_inside_the_window() -> Non
         ({"method": "esd-x", "objective": {"name": "spm", "convention": "paper"}}, "has the objective 'esd'"),
         ({"objective": {"convention": "rewrite"}}, "belongs to objective 'esd'"),
         ({"erase_from": "a dog"}, "templates has to be false"),
+        ({"method": "sdd", "erase_from": "a dog", "templates": False}, "erase_from 'a dog' needs what the frozen base"),
+        (
+            {"method": "esd-x", "anchoring": {"weight": 40}, "x_t": {"source": "student"}},
+            "anchoring.weight is 40, but anchoring.per_target 0",
+        ),
+        ({"increment": {"kind": "dense", "rank": 8}}, "kind 'dense' has no rank"),
         ({"method": "esd-x", "increment": {"modules": "esd-y"}}, "increment.modules: unknown.*esd-"),
     ],
 )
@@ -277,7 +283,8 @@ def test_every_method_survives_yaml_with_every_part_changed(method: str, tmp_pat
     if method == "minimalist":
         changes += ["masks.groups=[linear]", "masks.beta=0.5", "templates=false", "steps=9"]
     elif method != "uce":
-        changes += ["increment.kind=low_rank", "increment.rank=1", "anchoring.weight=40", "templates=false", "steps=9"]
+        changes += ["increment.kind=low_rank", "increment.rank=1", "anchoring.weight=40", "anchoring.per_target=1"]
+        changes += ["templates=false", "steps=9"]
     plan = Recipe.make(target="snoopy", method=method).with_set(*changes)
     (tmp_path / "recipe.yaml").write_text(plan.to_yaml())
     assert Recipe.plan(tmp_path / "recipe.yaml") == plan
@@ -304,7 +311,10 @@ SETTINGS: dict[str, dict[str, object]] = {
     "esd-x-strict-sd1": {"objective.eta": 2, "x_t.guidance": (3,), "steps": 200, "optimiser.lr": 5e-5},
     "esd-u-sdxl": {"objective.eta": 1, "x_t.guidance": (2,), "steps": 200, "optimiser.lr": 1e-5},
     "esd-x-sdxl": {"objective.eta": 1, "x_t.guidance": (2,), "steps": 200, "optimiser.lr": 2e-4},
-    "esd-x-flux": {"objective.eta": 1, "x_t.steps": 28, "steps": 1400, "optimiser.lr": 1e-4, "resolution": 512},
+    "esd-x-flux": {
+        "objective.eta": 1, "x_t.told": 1, "x_t.guidance": (3.5,), "x_t.steps": 28, "steps": 1400,
+        "optimiser.lr": 1e-4, "resolution": 512,
+    },
     "race-regularised-sd1": {"adversary.hold": 0.1, "adversary.steps": 10, "adversary.epsilon": 0.1, "steps": 1000},
     "race-sd1": {"adversary.hold": 0, "adversary.steps": 10, "adversary.epsilon": 0.1, "optimiser.lr": 1e-5},
     "sepme-sd1": {"increment.beta": 1e-4, "regulariser.l1": 1e-6, "stop.below": 1e-4, "optimiser.lr": 0.1},

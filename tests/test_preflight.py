@@ -67,9 +67,22 @@ def test_what_a_models_outline_rules_out_is_refused_without_its_weights_and_with
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "flux-schnell", "pixart"])
 def test_what_can_be_trained_passes(outlines: Callable[[str], Path], family: str) -> None:
-    for method in ("spm", "esd-x", "minimalist", "sdd", "uce"):
+    for method in ("spm", "esd-x", "minimalist", "sdd", *(("uce",) if family in ("sd1", "sdxl") else ())):
         check_before_loading(Recipe.make(target="snoopy", method=method), outlines(family))
     check_before_loading(Recipe.make(target="snoopy"), None)
+
+
+@pytest.mark.parametrize(("family", "before"), [("flux-schnell", True), ("sd3", True), ("pixart", False)])
+def test_uce_is_refused_where_keys_and_values_do_not_read_the_text_encoders_own_states(
+    outlines: Callable[[str], Path], family: str, before: bool
+) -> None:
+    """At pico size the widths are equal, so that only looking at what the modules are given can tell."""
+    plan = Recipe.make(target="snoopy", method="uce")
+    if before:
+        with pytest.raises(RecipeError, match="method 'uce' edits what modules make of the text"):
+            check_before_loading(plan, outlines(family))
+    with pytest.raises(RecipeError, match="method 'uce' edits what modules make of the text"):
+        train(plan, pipe=family_pipeline(family))
 
 
 def test_a_damaged_configuration_is_left_to_whoever_loads_the_model(tmp_path: Path) -> None:

@@ -24,7 +24,14 @@ from spm_hub.training.objectives.esd import ESD
 from spm_hub.training.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.selection import selected
 from spm_hub.training.starting import begin_with, tensors_sha256
-from spm_hub.training.trajectories import Batch, StudentSource, TrajectorySource, generator_for, trained_prompt
+from spm_hub.training.trajectories import (
+    Batch,
+    StudentSource,
+    TrajectorySource,
+    denoised,
+    generator_for,
+    trained_prompt,
+)
 
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 3, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}
 
@@ -75,7 +82,7 @@ def test_the_inner_loop_is_projected_sign_descent_in_float64(steps: int) -> None
 @pytest.mark.parametrize("goal", ["noise", "concept"])
 @pytest.mark.parametrize("unit", ["absolute", "rms"])
 def test_the_adversary_lowers_what_it_aims_at_within_its_reach(goal: str, unit: str) -> None:
-    plan = recipe(adversary={"steps": 10, "epsilon": 0.3, "goal": goal, "unit": unit})
+    plan = recipe(adversary={"steps": 10, "epsilon": 0.3, "goal": goal, "unit": unit}, batch_size=12)
     base, batch = batch_of(plan)
     injection = Injection(base.denoiser, 1, generator_for(0, 2, 0))
     begin_with(injection, pico_eraser(pico_pipeline().unet))
@@ -85,7 +92,10 @@ def test_the_adversary_lowers_what_it_aims_at_within_its_reach(goal: str, unit: 
     assert ((moved - clean).abs().amax(dim=(1, 2)) <= 0.3 * scale * (1 + 1e-6)).all()
     assert (moved.amax(dim=(1, 2)) <= clean.amax(dim=(1, 2))).all()
     assert (moved.amin(dim=(1, 2)) >= clean.amin(dim=(1, 2))).all()
-    aim = batch.noise if goal == "noise" else batch.concept
+    assert goal == "concept" or 0 < batch.led.sum() < 12
+    aim = batch.concept
+    if goal == "noise":
+        aim = torch.stack([n if led else c for n, c, led in zip(batch.noise, aim, batch.led.tolist(), strict=True)])
     random = clean + 0.3 * scale.view(-1, 1, 1) * (torch.rand(clean.shape, generator=generator_for(9, 1, 1)) * 2 - 1)
 
     def away(states: torch.Tensor) -> float:
@@ -98,6 +108,20 @@ def test_the_adversary_lowers_what_it_aims_at_within_its_reach(goal: str, unit: 
     for name in ("latents", "times", "concept", "neutral", "anchor_latents", "anchor_predictions"):
         assert getattr(harmed, name) is getattr(batch, name)
     assert harmed.anchor_states is batch.anchor_states
+
+
+def test_the_noise_is_the_goal_only_where_the_concept_has_led_from_it() -> None:
+    """Drawn again from the same noise under the concept, a trajectory ends where it did, or another led it."""
+    plan = recipe(x_t={"steps": 6, "trajectories": 4, "chunks": 1, "guidance": [1.5]})
+    base, maker, anchors = room(plan)
+    chunk = TrajectorySource(base, plan, maker, anchors).chunk(0)
+    guidance = torch.full((4,), 1.5)
+    empty, asked = base.encode([""])[0].expand(4), base.encode(chunk.prompts[:4])
+    steps = len(chunk.owner) // 4
+    with torch.no_grad():
+        again = denoised(base, base.scheduler(steps), steps - 1, chunk.noise, empty, asked, guidance)
+    same = [torch.allclose(one, other, atol=1e-4) for one, other in zip(again, chunk.latents[-4:], strict=True)]
+    assert same == chunk.led.tolist() == [True, False, True, False]
 
 
 def test_the_outer_loss_asks_the_harmed_states_for_the_clean_target() -> None:

@@ -83,8 +83,9 @@ def pico_stub(at_concept, at_empty, concept, empty):
 
     base.predict = predict
     latents = torch.zeros(size, 4, 8, 8)
+    led = torch.ones(size, dtype=torch.bool)
     return base, Batch(
-        latents, torch.zeros(size), latents, ("snoopy",) * size, told, blank, torch.from_numpy(concept),
+        latents, torch.zeros(size), latents, led, ("snoopy",) * size, told, blank, torch.from_numpy(concept),
         torch.from_numpy(empty), latents[:0], torch.zeros(0), told[:0], torch.zeros(0, 4, 8, 8),
     )  # fmt: skip
 

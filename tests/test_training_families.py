@@ -18,9 +18,11 @@ import spm_hub
 from spm_hub.architectures import denoiser_of, family_of, targets
 from spm_hub.errors import ModelError
 from spm_hub.training import Recipe, train
+from spm_hub.training.anchors import AnchorSource
 from spm_hub.training.base import BaseModel
 from spm_hub.training.conditioning import Conditioning
-from spm_hub.training.prompts import vocabulary_words
+from spm_hub.training.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.trajectories import Chunk, TrajectorySource
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +102,28 @@ def test_distilled_guidance_is_told_and_never_pushed_further() -> None:
     assert apart(same, low) <= 1e-5
     assert apart(high, low) > 1e-3
     assert apart(highest, high) > 1e-3
+
+
+def test_the_losses_may_hear_another_guidance_than_leads_the_trajectories() -> None:
+    def run(**x_t: Any) -> tuple[BaseModel, Chunk]:
+        given = {"steps": 4, "trajectories": 2, "chunks": 1, "guidance": [3.5], **x_t}
+        plan = recipe(x_t=given, anchoring={"per_target": 2}, erase_from="a dog")
+        base = BaseModel(family_pipeline("flux-dev"), resolution=16)
+        maker = PromptMaker(("snoopy",), "other", Words.load(), vocabulary_words(base.pipe.tokenizer))
+        return base, TrajectorySource(base, plan, maker, AnchorSource(base, plan.anchoring, "snoopy", maker)).chunk(0)
+
+    _, plain = run()
+    base, told = run(told=1.0)
+    torch.testing.assert_close(told.latents, plain.latents, rtol=0, atol=1e-5)
+    for chunk, heard in ((plain, 3.5), (told, 1.0)):
+        assert chunk.target_states.others["guidance"].unique().tolist() == [heard]
+        assert chunk.anchor_states.others["guidance"].unique().tolist() == [heard]
+        with torch.no_grad():
+            expected = base.predict(chunk.latents, chunk.times, chunk.target_states)
+            held = base.predict(chunk.latents, chunk.times, chunk.anchor_states[:, 1])
+        torch.testing.assert_close(chunk.concept, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(chunk.anchors[:, 1], held, rtol=0, atol=1e-5)
+    assert apart(told.concept, plain.concept) > 1e-3
 
 
 def test_a_step_distilled_model_is_trained_where_it_draws() -> None:

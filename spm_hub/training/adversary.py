@@ -66,9 +66,11 @@ class Attacker:
         """The batch with e(c) + delta* in the place of e(c) in its target rows; the targets stay those of e(c).
 
         delta* = argmin over |delta|_inf <= epsilon of || n - eps(x_t, e(c) + delta, t) ||^2 at the one timestep of each
-        row, n being the initial noise, or with goal "concept" what the base predicts for the concept.
+        row, n being the initial noise, or with goal "concept" what the base predicts for the concept. Where something
+        else than the concept has led from the noise to x_t, the noise is no picture of it, and the goal is the latter.
         """
-        goal = batch.noise if self._recipe.goal == "noise" else batch.concept
+        led = batch.led.view(-1, *[1] * (batch.noise.dim() - 1)) & (self._recipe.goal == "noise")
+        goal = torch.where(led, batch.noise, batch.concept)
 
         def harm(states: Tensor) -> Tensor:
             told = replace(batch.states, states=states)

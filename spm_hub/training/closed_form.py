@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spm_hub.architectures import shape_of, weight_of
+from spm_hub.architectures import weight_of
 from spm_hub.errors import RecipeError
 from spm_hub.increments import LowRank
 
 from .base import BaseModel
 from .objectives.uce import edit
 from .prompts import PromptMaker, Words, vocabulary_words
+from .protection import strangers
 from .recipe import Recipe
 from .tokens import concept_positions, last_position, window
 from .trajectories import generator_for
@@ -37,13 +38,10 @@ def solved(recipe: Recipe, base: BaseModel, modules: Mapping[str, nn.Module]) ->
         maker = _maker(base, (*names, *others), recipe.kind)
         generator = generator_for(recipe.seed, 6, 0)
         kept.append(_held(recipe, base, ["", *(maker.anchor(generator) for _ in range(chosen.held))]))
-    for path, module in modules.items():
-        if shape_of(module)[1] != edited.shape[1] or not weight_of(module).is_floating_point():
-            raise RecipeError(
-                f"method 'uce' cannot edit {path}: it takes {shape_of(module)[1]} numbers as "
-                f"{weight_of(module).dtype}, the text encoder gives {edited.shape[1]}",
-                mend="--method esd-x",
-            )
+    if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
+        raise RecipeError(f"method 'uce' cannot edit {path}: it is quantised", mend="--method esd-x")
+    if others := strangers(base, modules, recipe.target):
+        raise not_editable(others, len(modules))
     weights = {path: weight_of(module) for path, module in modules.items()}
     found = edit(weights, edited, goals, torch.cat([edited[:0], *kept]), chosen.ridge, chosen.rank)
     return {path: increment.to(device="cpu") for path, increment in found.items()}
@@ -86,3 +84,12 @@ def _held(recipe: Recipe, base: BaseModel, prompts: Sequence[str]) -> Tensor:
 
 def _maker(base: BaseModel, names: tuple[str, ...], kind: str) -> PromptMaker:
     return PromptMaker(names, kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
+
+
+def not_editable(paths: Sequence[str], whole: int) -> RecipeError:
+    """For these of `whole` modules, which do not read the text states alone."""
+    return RecipeError(
+        f"method 'uce' edits what modules make of the text encoder's states: {paths[0]} ({len(paths)} of {whole} "
+        "modules) reads something else",
+        mend="--method esd-x, or a model with cross-attention (SD 1, SD 2, SDXL)",
+    )

@@ -153,6 +153,12 @@ class IncrementRecipe(Part):
     beta: float = Field(default=1e-4, gt=0, description="of null_space: how far one unit of w reaches")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="of the saved file")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.rank != 1 and self.kind in ("dense", "mask", "null_space"):
+            raise ValueError(f"kind {self.kind!r} has no rank (got {self.rank}); 'low_rank' has, and PEFT's kinds have")
+        return self
+
     @classmethod
     def named(cls, text: str) -> dict[str, Any]:
         """Keys of a recipe's `increment` out of "spm", "lora:4" (a rank), "dense", "null-space". Raises UsageError."""
@@ -185,6 +191,12 @@ class XtSource(Part):
         default=(0.0, 1.0, 3.0, 7.5),
         min_length=1,
         description="guidance scales a trajectory is driven with, one drawn for each; the student uses the first",
+    )
+    told: float | None = Field(
+        default=None,
+        ge=1,
+        description="guidance that a model which is told its own (FLUX.1 dev) hears in the losses; unless given, the "
+        "one that x_t is drawn under",
     )
     driver: Literal["concept", "surrogate"] = Field(
         default="concept",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .adversary import check_goal
+from .closed_form import not_editable
 from .masks import neurons
 from .objectives.fmn import cross_attentions
 from .peft_kinds import check_kind
@@ -44,8 +45,11 @@ def check_before_loading(recipe: Recipe, folder: Path | None) -> None:
                 check_kind(kind, path, module)
     if recipe.objective.name == "fmn":
         cross_attentions(denoiser)
-    if protects(recipe) and (joint := [path for path in modules if "attn2" not in path]):
-        raise not_separable(joint, len(modules))
+    if joint := [path for path in modules if "attn2" not in path]:
+        if protects(recipe):
+            raise not_separable(joint, len(modules))
+        if recipe.objective.name == "uce":
+            raise not_editable(joint, len(modules))
 
 
 def _outline(folder: Path) -> nn.Module | None:

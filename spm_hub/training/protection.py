@@ -201,10 +201,8 @@ def _spanned(triangle: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _check_modules(base: BaseModel, modules: Mapping[str, nn.Module], prompt: str) -> None:
-    """Raises RecipeError for modules that read anything but the text states, or whose weights are quantised."""
-    if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
-        raise RecipeError(f"{path} is quantised: what its increments leave alone cannot be measured there")
+def strangers(base: BaseModel, modules: Mapping[str, nn.Module], prompt: str) -> list[str]:
+    """Paths of those modules that read anything but the text encoder's states of a prompt, or are never asked."""
     told = base.encode([prompt])
     given: dict[str, Tensor] = {}
     hooks = [
@@ -218,8 +216,14 @@ def _check_modules(base: BaseModel, modules: Mapping[str, nn.Module], prompt: st
     finally:
         for hook in hooks:
             hook.remove()
-    others = [path for path in modules if path not in given or not torch.equal(given[path], told.states)]
-    if others:
+    return [path for path in modules if path not in given or not torch.equal(given[path], told.states)]
+
+
+def _check_modules(base: BaseModel, modules: Mapping[str, nn.Module], prompt: str) -> None:
+    """Raises RecipeError for modules that read anything but the text states, or whose weights are quantised."""
+    if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
+        raise RecipeError(f"{path} is quantised: what its increments leave alone cannot be measured there")
+    if others := strangers(base, modules, prompt):
         raise not_separable(others, len(modules))
 
 

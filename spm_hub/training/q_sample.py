@@ -37,6 +37,7 @@ class QSampleSource:
         """The index-th group of pictures: their prompts, and their latents (count, *latent_shape)."""
         if self._drawn is None or self._drawn[0] != index:
             base, recipe, source = self._base, self._recipe, self._recipe.x_t
+            base.forget()  # a resumed run encodes these prompts in one batch, as the undisturbed one has to
             generator = generator_for(recipe.seed, 0, index)
             count = source.trajectories
             prompts = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(count))

@@ -157,6 +157,16 @@ class Recipe(Part):
                     raise ValueError(
                         f"{what} goes with increment.kind 'low_rank' or 'dense', not with {self.increment.kind!r}"
                     )
+        if self.erase_from is not None and self.objective.teacher == "student":
+            raise ValueError(
+                f"erase_from {self.erase_from!r} needs what the frozen base predicts, and objective.teacher is "
+                "'student', the model being erased: method 'esd-x' has it, or objective.teacher 'base'"
+            )
+        if self.anchoring.weight > 0 and self.anchoring.per_target == 0 and self.x_t.source != "trajectory":
+            raise ValueError(
+                f"anchoring.weight is {self.anchoring.weight:g}, but anchoring.per_target 0: with x_t.source "
+                f"{self.x_t.source!r} nothing would be held; set anchoring.per_target to 1 or more"
+            )
         if self.objective.name == "ca" and not self.surrogate:
             raise ValueError(
                 "method 'ca' makes the concept into an anchor concept, which surrogate has to name: "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .anchors import AnchorSource
 from .base import BaseModel
-from .conditioning import Conditioning
+from .conditioning import GUIDANCE, Conditioning
 from .injection import Trainable
 from .prompts import PromptMaker
 from .recipe import Recipe
@@ -26,15 +26,17 @@ from .recipe import Recipe
 class Batch:
     """Rows to train on.
 
-    Target rows: latents (b, *latent_shape), times (b,), the unit noise in them, as latents, the prompts trained on and
-    what the denoiser is told of them and of the surrogate (b rows each), and the frozen base's predictions for what is
-    trained on and for the same without the concept: the surrogate's, or `less_concept`'s.
+    Target rows: latents (b, *latent_shape), times (b,), the unit noise in them, as latents, whether the concept has led
+    from that noise there (b,), the prompts trained on and what the denoiser is told of them and of the surrogate (b
+    rows each), and the frozen base's predictions for what is trained on and for the same without the concept: the
+    surrogate's, or `less_concept`'s.
     Anchor rows: the same, with the one prediction to keep.
     """
 
     latents: Tensor
     times: Tensor
     noise: Tensor
+    led: Tensor
     prompts: tuple[str, ...]
     states: Conditioning
     neutral_states: Conditioning
@@ -50,8 +52,8 @@ class Batch:
 class Chunk:
     """A group of trajectories, all steps of all flattened to n rows.
 
-    latents (n, *latent_shape), times (n,), owner (n,): the trajectory; noise (k, *latent_shape) that each began with;
-    prompts (n), target_states (n rows), neutral_states (n), empty_states (k);
+    latents (n, *latent_shape), times (n,), owner (n,): the trajectory; noise (k, *latent_shape) that each began with,
+    led (k,): whether by the concept; prompts (n), target_states (n rows), neutral_states (n), empty_states (k);
     anchor_states (n, a); concept, neutral, empty as latents; anchors (n, a, *latent_shape).
     """
 
@@ -59,6 +61,7 @@ class Chunk:
     times: Tensor
     owner: Tensor
     noise: Tensor
+    led: Tensor
     prompts: tuple[str, ...]
     target_states: Conditioning
     neutral_states: Conditioning
@@ -103,8 +106,12 @@ class TrajectorySource:
         guidance = torch.tensor(source.guidance)[picks]
         by_anchor = (torch.arange(count) % 2 == 1) & (recipe.anchoring.weight > 0)
         guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)
-        empty_states = empty.expand(count).under(guidance)
-        driving = driving.under(guidance)
+        # What a model that is told its guidance hears in the losses need not be what leads its trajectories.
+        told = guidance if source.told is None else torch.full_like(guidance, source.told)
+        apart = source.told is not None and GUIDANCE in empty.others
+        leader = torch.where(by_anchor, torch.arange(count) + count, torch.arange(count)).to(base.device)
+        empty_states = empty.expand(count).under(told)
+        driving = driving.under(told)
         # Another number of steps each time, so that together the trajectories visit all timesteps.
         most = base.steps(source.steps)
         steps = most - int(torch.randint(1 + most // 4, (), generator=generator))
@@ -113,7 +120,7 @@ class TrajectorySource:
         latents = noise * initial_sigma(scheduler)
         fixed = [empty_states]
         if recipe.erase_from is not None:
-            fixed.append(base.encode([recipe.target])[0].expand(count).under(guidance))
+            fixed.append(base.encode([recipe.target])[0].expand(count).under(told))
         prompts: list[str] = []
         target_states: list[Conditioning] = []
         neutral_states: list[Conditioning] = []
@@ -124,15 +131,17 @@ class TrajectorySource:
         for time in scheduler.timesteps:
             # The anchors beside the driving one change at every step: thousands of texts are held, at the cost of few.
             base.forget()
-            others = [self._anchors.draw(count, generator).under(guidance) for _ in range(per - 1)]
+            others = [self._anchors.draw(count, generator).under(told) for _ in range(per - 1)]
             said = [
                 trained_prompt(recipe, self._maker, generator) if freely else given
                 for given, freely in zip(first, by_anchor.tolist(), strict=True)
             ]
-            asked = base.encode(said).under(guidance)
-            without = base.encode(neutral_prompts(recipe, self._maker, said)).under(guidance)
+            asked = base.encode(said).under(told)
+            without = base.encode(neutral_prompts(recipe, self._maker, said)).under(told)
             leading = [asked] if recipe.surrogate == "" else [asked, without]
-            states = Conditioning.cat([*leading, *fixed, driving, *others])
+            ahead = asked if source.driver == "concept" else without
+            alone = [Conditioning.cat([ahead, driving])[leader].under(guidance)] if apart else []
+            states = Conditioning.cat([*leading, *fixed, *alone, driving, *others])
             prompts += said
             target_states.append(asked)
             neutral_states.append(without)
@@ -147,6 +156,8 @@ class TrajectorySource:
             kept = torch.stack(parts[-per:], dim=1)
             anchored = by_anchor.to(base.device).view(-1, *[1] * (concept.dim() - 1))
             driver = torch.where(anchored, kept[:, 0], concept if source.driver == "concept" else surrogate)
+            if apart:
+                driver = parts[-per - 1]
             latents = scheduler.step(base.guide(empty, driver, guidance), time, latents).prev_sample
             for key, value in zip(rows, (model_input, time.expand(count), concept, neutral, empty, kept), strict=True):
                 rows[key].append(value)
@@ -155,8 +166,9 @@ class TrajectorySource:
         by_row = Conditioning.cat(anchor_states).map(
             lambda part: part.unflatten(0, (steps, per, count)).transpose(1, 2).flatten(0, 1)
         )
+        led = ~by_anchor.to(base.device) & (guidance > 0) & (source.driver == "concept")
         return Chunk(
-            owner=owner, noise=noise, prompts=tuple(prompts), target_states=Conditioning.cat(target_states),
+            owner=owner, noise=noise, led=led, prompts=tuple(prompts), target_states=Conditioning.cat(target_states),
             neutral_states=Conditioning.cat(neutral_states), anchor_states=by_row, empty_states=empty_states, **flat,
         )  # fmt: skip
 
@@ -193,8 +205,10 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
             continue
         rows = torch.randint(len(chunk), (size,), generator=generator).to(chunk.latents.device)
         owner = chunk.owner[rows]
-        of_row = chunk.latents[rows], chunk.times[rows], chunk.noise[owner], chunk.concept[rows], chunk.neutral[rows]
-        targets.append(of_row)
+        targets.append((
+            chunk.latents[rows], chunk.times[rows], chunk.noise[owner], chunk.led[owner], chunk.concept[rows],
+            chunk.neutral[rows],
+        ))  # fmt: skip
         prompts += [chunk.prompts[row] for row in rows.tolist()]
         target_states.append(chunk.target_states[rows])
         neutral_states.append(chunk.neutral_states[rows])
@@ -206,10 +220,10 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
         some = rows[: max(1, size // 4) if held else 0]
         anchors.append((chunk.latents[some], chunk.times[some], chunk.empty[some]))
         anchor_states.append(chunk.empty_states[chunk.owner[some]])
-    latents, times, noise, concept, neutral = (torch.cat(parts) for parts in zip(*targets, strict=True))
+    latents, times, noise, led, concept, neutral = (torch.cat(parts) for parts in zip(*targets, strict=True))
     anchor_latents, anchor_times, kept = (torch.cat(parts) for parts in zip(*anchors, strict=True))
     return Batch(
-        latents, times, noise, tuple(prompts), Conditioning.cat(target_states), Conditioning.cat(neutral_states),
+        latents, times, noise, led, tuple(prompts), Conditioning.cat(target_states), Conditioning.cat(neutral_states),
         concept, neutral,
         anchor_latents, anchor_times, Conditioning.cat(anchor_states), kept,
     )  # fmt: skip
@@ -322,6 +336,10 @@ def taught(
 ) -> Batch:
     """A batch at these latents (n, *latent_shape) and times (n,): freshly drawn anchors, the base asked for all."""
     size, per = len(latents), recipe.anchoring.per_target if recipe.anchoring.weight > 0 else 0
+    led = (guidance > 0) & (recipe.x_t.driver == "concept")
+    if recipe.x_t.told is not None:
+        guidance = torch.full_like(guidance, recipe.x_t.told)
+    neutral_states = neutral_states.under(guidance)
     states = base.encode(prompts).under(guidance)
     anchor_states = anchors.draw(size * per, generator) if per else states[:0]
     anchor_states = anchor_states.under(guidance.repeat_interleave(per))
@@ -338,6 +356,6 @@ def taught(
     if rest:
         neutral = less_concept(concept, rest[0], neutral)
     return Batch(
-        latents, times, noise, prompts, states, neutral_states, concept, neutral,
+        latents, times, noise, led, prompts, states, neutral_states, concept, neutral,
         anchor_latents, anchor_times, anchor_states, kept,
     )  # fmt: skip
