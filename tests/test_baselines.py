@@ -85,6 +85,10 @@ def test_paired_surrogates_stand_in_the_concepts_sentences() -> None:
     subject = PromptMaker(("snoopy", "snoopy dog"), "character", words, ())
     assert subject.without("a photo of snoopy in the rain", "cat") == "a photo of cat in the rain"
     assert subject.without("two snoopy dog by picasso", "cat") == "two cat by picasso"
+    sign = PromptMaker(("yahoo!", "c++"), "other", words, ())
+    assert sign.without("a poster of Yahoo! in town", "a site") == "a poster of a site in town"
+    assert sign.without("a book on c++", "java") == "a book on java"
+    assert sign.without("yahoo!s", "a site") == "yahoo!s"
     style = PromptMaker(("van gogh",), "style", words, ())
     for text, bare in (("van gogh", "painting"), ("by van gogh", "painting"), ("a dog by van gogh", "a dog")):
         assert style.without(text, "painting") == bare
@@ -93,6 +97,12 @@ def test_paired_surrogates_stand_in_the_concepts_sentences() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         assert "gogh" not in style.without(style.target(generator), "painting")
+
+
+def test_a_name_without_letters_is_told_in_a_sentence() -> None:
+    maker = PromptMaker(("☭",), "other", Words.load(), ())
+    assert maker.mentions_concept("a flag with ☭ on it")
+    assert not maker.mentions_concept("a flag with + on it")
 
 
 def test_trajectories_may_be_driven_by_the_surrogate_whose_sentences_anchor() -> None:

@@ -111,7 +111,7 @@ class PromptMaker:
         words = set(re.findall(r"\w+", text.lower()))
         for name in self.names:
             own = set(re.findall(r"\w+", name.lower())) - {"a", "an", "the", "of"}
-            if own and len(own & words) >= len(own) / 2:
+            if (own and len(own & words) >= len(own) / 2) or (not own and name.lower() in text.lower()):
                 return True
         return False
 
@@ -135,7 +135,7 @@ class PromptMaker:
         A style goes together with its "by", and its name alone becomes the surrogate: "a dog by van gogh" is a dog.
         """
         names = "|".join(re.escape(name) for name in sorted(self.names, key=len, reverse=True))
-        concept = rf"\b({names})\b"
+        concept = rf"(?<!\w)({names})(?!\w)"  # \b would ask for a letter at the end of "yahoo!"
         if self.kind == "style":
             concept = rf"(,|\bin the style of|\bby)?\s*{concept}(\s+style\b)?"
         put = "" if self.kind == "style" else surrogate
