@@ -20,10 +20,10 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -39,8 +39,9 @@ from spm_hub.errors import (
     UsageError,
     nearest,
 )
-from spm_hub.formats.container import encode, read_header, read_tensors
+from spm_hub.formats.container import empty_like, encode, read_header, read_tensors
 from spm_hub.layers import effective
+from spm_hub.manifest import NAME
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -48,13 +49,17 @@ if TYPE_CHECKING:
 PROVENANCE = "spmhub.json"
 ORIGINALS = "spmhub/originals.safetensors"
 
+# What a stranger's record names is written to: one folder inside the checkpoint, and files that erasers may have.
+_Folder = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w{0,63}$")]
+_Name = Annotated[str, StringConstraints(pattern=NAME)]
+
 
 class Baked(BaseModel):
     """One eraser in a baked checkpoint; `sha256` is of its file in `spmhub/erasers/`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    name: str
+    name: _Name
     strength: float
     sha256: str
 
@@ -67,7 +72,7 @@ class Provenance(BaseModel):
     schema_version: Literal[1] = 1
     base: str
     family: str
-    denoiser: str
+    denoiser: _Folder
     erasers: tuple[Baked, ...]
 
 
@@ -184,6 +189,7 @@ class _Weights:
     """The tensors of one model folder, sharded or not, read and overwritten in place by their key."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._file_of = {
             key: file for file in sorted(folder.glob("*.safetensors")) for key in read_header(file).entries
         }
@@ -200,17 +206,29 @@ class _Weights:
         return found
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite the bytes of these tensors; dtype and shape, hence the layout of the file, stay as they are."""
+        """Overwrite the bytes of these tensors; dtype and shape, hence the layout of the file, stay as they are.
+
+        Raises ModelError for tensors that are not of the folder's own dtypes and shapes.
+        """
         for path, keys in self._by_file(tensors).items():
             header = read_header(path)
             with path.open("r+b") as file:
                 for key in keys:
+                    tensor, held = tensors[key], empty_like(header.entries[key])
+                    if (tensor.dtype, tensor.shape) != (held.dtype, held.shape):
+                        raise ModelError(
+                            f"{path}: {key} is {held.dtype} of {tuple(held.shape)}, what is to stand there is "
+                            f"{tensor.dtype} of {tuple(tensor.shape)}",
+                            mend="bake the checkpoint again",
+                        )
                     file.seek(8 + header.size + header.entries[key].start)
-                    file.write(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
     def _by_file(self, keys: Iterable[str]) -> dict[Path, list[str]]:
         files: dict[Path, list[str]] = {}
         for key in keys:
+            if key not in self:
+                raise ModelError(f"{self._folder} has no weight {key}", mend="bake the checkpoint again")
             files.setdefault(self._file_of[key], []).append(key)
         return files
 
@@ -301,8 +319,10 @@ def _write_provenance(folder: Path, provenance: Provenance) -> None:
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` that takes its place, as a whole, when the block ends without an error."""
+    # The folder itself and not a link to it; "." has no name before that.
+    out = out.resolve()
     token = secrets.token_hex(4)
-    stage, old = (out.with_name(f".{out.name}.{token}.{what}") for what in ("tmp", "old"))
+    stage, old = (out.parent / f".{out.name}.{token}.{what}" for what in ("tmp", "old"))
     try:
         stage.mkdir(parents=True)
         yield stage

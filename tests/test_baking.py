@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from pico import pico_eraser, pico_pipeline
 from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
 
 from spm_hub.attachment import attach
 from spm_hub.baking import ORIGINALS, PROVENANCE, bake, read_provenance, recover
@@ -161,6 +162,53 @@ def test_an_altered_bake_is_refused_and_left_alone(tmp_path: Path) -> None:
     (out / PROVENANCE).write_text(json.dumps({**said, "extra": 1}))
     with pytest.raises(ModelError, match="extra"):
         recover(out, "snoopy")
+
+
+@pytest.mark.parametrize("denoiser", ["{outside}", "../other/unet", "unet/..", ""])
+def test_a_record_that_names_another_models_folder_overwrites_nothing(tmp_path: Path, denoiser: str) -> None:
+    pipe = pico_pipeline()
+    pipe.save_pretrained(tmp_path / "other")
+    bake(pipe, [pico_eraser(pipe.unet)], tmp_path / "out")
+    said = json.loads((tmp_path / "out" / PROVENANCE).read_text())
+    said["denoiser"] = denoiser.format(outside=tmp_path / "other" / "unet")
+    (tmp_path / "out" / PROVENANCE).write_text(json.dumps(said))
+    before = digest(tmp_path)
+    with pytest.raises(ModelError, match="denoiser"):
+        recover(tmp_path / "out", "snoopy")
+    assert digest(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "says"),
+    [
+        ("conv_in.weight", torch.zeros(16, 4, 3, 3, dtype=torch.float64), "float32 of .*float64 of"),
+        ("conv_in.weight", torch.zeros(16, 4, 3, 4), r"\(16, 4, 3, 3\), .*\(16, 4, 3, 4\)"),
+        ("nowhere.weight", torch.zeros(1), "has no weight nowhere"),
+    ],
+)
+def test_originals_of_another_model_are_not_written(tmp_path: Path, key: str, tensor: torch.Tensor, says: str) -> None:
+    pipe = pico_pipeline()
+    out = tmp_path / "out"
+    bake(pipe, [pico_eraser(pipe.unet)], out)
+    save_tensors({**load_tensors(out / ORIGINALS), key: tensor}, out / ORIGINALS)
+    before = digest(out)
+    with pytest.raises(ModelError, match=says):
+        recover(out, "snoopy")
+    assert digest(out) == before
+
+
+def test_the_folder_itself_is_replaced_by_whatever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pico_pipeline()
+    erasers = [pico_eraser(pipe.unet, name, seed) for seed, name in enumerate(("snoopy", "mickey"))]
+    bake(pipe, erasers, tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    recover(tmp_path / "link", "snoopy")
+    assert (tmp_path / "link").is_symlink()
+    assert [one.name for one in read_provenance(tmp_path / "out").erasers] == ["mickey"]
+    monkeypatch.chdir(tmp_path / "out")
+    recover(Path(), "mickey")
+    assert not (tmp_path / "out" / PROVENANCE).exists()
+    assert hidden(tmp_path) == []
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
