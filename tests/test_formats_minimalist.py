@@ -18,8 +18,8 @@ from torch import Tensor
 import spm_hub
 from spm_hub.adapter import Adapter, increment_info, load_file
 from spm_hub.architectures import check
-from spm_hub.errors import AdapterFileError
-from spm_hub.formats.minimalist import read_masks
+from spm_hub.errors import AdapterFileError, NotFoundError
+from spm_hub.formats.minimalist import mask_files, read_masks
 from spm_hub.increments import Mask
 from spm_hub.manifest import Base, Concept, Manifest
 
@@ -112,7 +112,7 @@ class Trap:
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
-    with pytest.raises(AdapterFileError, match="cannot be read without running code"):
+    with pytest.raises(AdapterFileError, match="holds more than tensors, or is damaged, and was not loaded"):
         read_masks(saved(tmp_path, ff=[Trap(tmp_path / "sprung")]))
     assert not (tmp_path / "sprung").exists()
 
@@ -124,9 +124,10 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
         ({"ff": []}, "no list of logits"),
         ({"ff": [torch.zeros(2, 3)]}, "no list of logits"),
         ({"ff": [torch.tensor([1, 2])]}, "no list of logits"),
-        ({"ff": [torch.tensor([1.0, float("nan")])]}, "no list of logits"),
+        ({"ff": [torch.tensor([1.0, float("nan")])]}, "0 holds numbers that are NaN or infinite"),
         ({"ff": [torch.zeros(0), torch.zeros(0)]}, "no list of logits"),
         ({"gates": [torch.zeros(3)]}, "name ends in attn, ff, norm"),
+        ({"diff": [torch.zeros(3)]}, "name ends in attn, ff, norm"),
         ({"ff": rows(3, 128, 0)}, "numbers of blocks.*3 rows of ff"),
         ({"ff": rows(4, 128, 0), "norm": rows(1, 192, 0)}, "numbers of blocks.*4 rows of ff, 1 rows of norm"),
         ({"ff": rows(2, 128, 0), "norm": rows(1, 96, 0)}, r"different widths: \[16.0, 32.0\] channels"),
@@ -137,6 +138,13 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
 def test_what_is_no_set_of_masks_is_refused(groups: dict[str, object], words: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=words):
         read_masks(saved(tmp_path, **groups))
+
+
+def test_only_a_last_word_makes_a_mask_file(tmp_path: Path) -> None:
+    named = {name: tmp_path / f"{name}.pt" for name in ("ff", "flux_ff", "run-1.norm", "my-attn")}
+    for path in (*named.values(), *(tmp_path / f"{name}.pt" for name in ("diff", "groupnorm", "ff_old", "xattn"))):
+        path.touch()
+    assert mask_files(tmp_path) == sorted(named.values())
 
 
 def test_a_damaged_file_is_a_plain_error(tmp_path: Path) -> None:
@@ -152,7 +160,7 @@ def test_a_damaged_file_is_a_plain_error(tmp_path: Path) -> None:
         path.write_bytes(image)
         with pytest.raises(AdapterFileError):
             read_masks([path])
-    with pytest.raises(AdapterFileError, match="no such file"):
+    with pytest.raises(NotFoundError, match="no such file"):
         read_masks([tmp_path / "norm.pt"])
     path.write_bytes(whole)
     with pytest.raises(AdapterFileError, match="each once"):

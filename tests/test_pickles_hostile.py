@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spm_hub.errors import AdapterFileError
-from spm_hub.formats import pickles
+from spm_hub.formats import minimalist, pickles
 
 
 def with_pickle(path: Path, pickled: bytes) -> Path:
@@ -31,6 +31,9 @@ def test_memory_is_not_made_of_a_number(made: bytes, tmp_path: Path) -> None:
     tracemalloc.start()
     with pytest.raises(AdapterFileError, match="not loaded"):
         pickles.read(path)
+    # Under this name it was once read as another format's, past all checks.
+    with pytest.raises(AdapterFileError, match="not loaded"):
+        minimalist.read_masks([path.rename(tmp_path / "ff.pt")])
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
 

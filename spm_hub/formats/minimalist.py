@@ -9,16 +9,18 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from spm_hub.errors import AdapterFileError
+from spm_hub.formats import pickles
 from spm_hub.formats.parts import Format
 from spm_hub.increments import Mask, acting, spread
 
 FORMAT = Format("minimalist", "Minimalist's masks for FLUX.1: attn.pt, ff.pt and norm.pt; a folder, or one of them")
 
 _GROUPS = ("attn", "ff", "norm")
+# The whole name or its last word: diff.pt is no mask of ff.
+_ENDS = re.compile(rf"(?:^|[-_.])({'|'.join(_GROUPS)})$")
 _DOUBLE, _SINGLE, _HEAD = 19, 38, 128  # of FLUX.1: blocks of either kind, and how wide a head is
 _FF, _NORM = 4, 6  # neurons, outputs, for each channel
 
@@ -26,7 +28,7 @@ _FF, _NORM = 4, 6  # neurons, outputs, for each channel
 def mask_files(path: Path) -> list[Path]:
     """The mask files that `path` is, or that lie in the folder that it is."""
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
-    return [file for file in files if file.suffix == ".pt" and re.search(r"(attn|ff|norm)$", file.stem)]
+    return [file for file in files if file.suffix == ".pt" and _ENDS.search(file.stem)]
 
 
 def read_masks(paths: Sequence[Path]) -> dict[str, Mask]:
@@ -34,16 +36,17 @@ def read_masks(paths: Sequence[Path]) -> dict[str, Mask]:
 
     Their names end in attn, ff or norm, which is the only thing that tells what is in them. Modules that lose nothing
     are left out (`increments.acting`). A reduced FLUX is known by its ff or norm file.
-    Raises AdapterFileError for a file that is no list of logits, or files that do not belong together.
+    Raises AdapterFileError for a file that is no list of logits, or files that do not belong together, and what
+    `pickles.read` does.
     """
     logits: dict[str, list[Tensor]] = {}
     for path in paths:
-        found = re.search(r"(attn|ff|norm)$", path.stem)
-        if found is None or found[0] in logits:
+        found = _ENDS.search(path.stem)
+        if found is None or found[1] in logits:
             raise AdapterFileError(
                 f"{path}: a mask file's name ends in {', '.join(_GROUPS)}, each once", mend="rename it as it was saved"
             )
-        logits[found[0]] = _read(path)
+        logits[found[1]] = _read(path)
     what = ", ".join(str(path) for path in paths)
     if not logits:
         raise AdapterFileError("no mask files were named", mend="name the files attn.pt, ff.pt and norm.pt")
@@ -69,25 +72,14 @@ def read_masks(paths: Sequence[Path]) -> dict[str, Mask]:
 
 
 def _read(path: Path) -> list[Tensor]:
-    try:
-        logits = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise AdapterFileError(f"{path}: no such file", mend="check the path") from None
-    except Exception as error:  # a damaged pickle makes torch stumble over errors of any kind
-        reason = str(error).strip().splitlines()
-        raise AdapterFileError(
-            f"{path} cannot be read without running code in it: {reason[0] if reason else type(error).__name__}",
-            mend="fetch the file again",
-        ) from None
+    logits = pickles.read(path)
     if not isinstance(logits, list) or not logits or not all(_is_row(row) for row in logits):
-        raise AdapterFileError(f"{path} is no list of logits (rows of finite numbers)", mend="fetch the file again")
+        raise AdapterFileError(f"{path} is no list of logits (rows of numbers)", mend="fetch the file again")
     return [row.detach() for row in logits]
 
 
 def _is_row(row: object) -> bool:
-    if not isinstance(row, Tensor) or row.dim() != 1 or len(row) == 0:
-        return False
-    return row.is_floating_point() and bool(torch.isfinite(row).all())
+    return isinstance(row, Tensor) and row.dim() == 1 and len(row) > 0 and row.is_floating_point()
 
 
 def _channels(what: str, logits: Mapping[str, list[Tensor]]) -> int | None:
