@@ -22,7 +22,7 @@ from spm_hub.adapter import Adapter
 from spm_hub.cli import app
 from spm_hub.errors import HubError, NetworkError, NotFoundError, SpmHubError, UsageError
 from spm_hub.evaluation.pictures import Drawing, save, show
-from spm_hub.hub import card, remote
+from spm_hub.hub import card, remote, signing
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME
 from spm_hub.hub.push import Release, prepare, push
 from spm_hub.hub.registry import Registry
@@ -139,6 +139,12 @@ def test_pushing_again_replaces_what_was_pushed(hub: LoopbackHub, registry: Regi
     push(prepare(registry.get("snoopy"), REPO, pairs(1), tmp_path))
     assert len(hub.content(REPO)) == 6  # .gitattributes, weights, manifest, card and two pictures
     assert len(hub.repositories[REPO].commits) <= commits + 1
+    # Of another kind, and no longer signed: the old file and its signature would be taken for the new one's.
+    registry.add(pico_eraser(pico_pipeline().unet, kind="dense"), replace=True)
+    hub.publish(REPO, {**hub.content(REPO), signing.SIGNATURE_NAME: b"sigstore", "notes.safetensors": b"of a person"})
+    push(prepare(registry.get("snoopy"), REPO, (), tmp_path))
+    card_and_more = {".gitattributes", MANIFEST_NAME, "README.md", "notes.safetensors"}
+    assert set(hub.content(REPO)) == {"snoopy-dense.safetensors", *card_and_more}
 
 
 def test_private_branch_and_pull_request(hub: LoopbackHub, release: Release) -> None:

@@ -1,6 +1,7 @@
 """An eraser as a repository of the Hub: its files and model card, shown or uploaded in one commit."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json import JSONDecodeError
@@ -18,6 +19,11 @@ from spm_hub.manifest import Manifest
 from spm_hub.network import legible, patiently, reaching
 
 CARD_NAME = "README.md"
+
+# What an earlier push may have put there: for another kind of loader, signed, with more pictures.
+_OURS = re.compile(
+    rf"images/.*|{re.escape(signing.SIGNATURE_NAME)}|{re.escape(WEIGHTS_NAME)}|[^/]+-(dense|mask)\.safetensors"
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def push(release: Release, *, private: bool = False, revision: str | None = None
         stale = [
             sibling.rfilename
             for sibling in before.siblings or ()
-            if sibling.rfilename.startswith("images/") and sibling.rfilename not in release.files
+            if _OURS.fullmatch(sibling.rfilename) and sibling.rfilename not in release.files
         ]
 
         def commit() -> Pushed:
