@@ -1,6 +1,7 @@
 """An eraser: a manifest and the increments it speaks of, loaded from and saved to one safetensors file."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import reduce
@@ -22,6 +23,9 @@ from spm_hub.manifest import Base, Concept, IncrementInfo, Manifest, slug
 
 UNKNOWN_FAMILY = "unknown"
 """Of a file that no header and no tensor tells the base of."""
+
+# What decides on which prompts and models an eraser acts, and how; into the rest, people write (author, licence).
+_DECISIVE = ("concept", "increment", "base", "gate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +112,15 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
 
     lazy: read the header only, and the increments, with all checks of their numbers and hashes, when they are first
     needed (`formats.stored`). A file of another program gets a manifest made from its header, name and tensors.
-    Raises AdapterFileError (truncated, altered, not finite, unknown layout), ManifestError, NotFoundError.
+    Raises AdapterFileError (truncated, altered, not finite, unknown layout), NotFoundError, and ManifestError: not
+    valid, of other tensors, or one beside the file that contradicts the one inside.
     """
     path = Path(path)
     sidecar = None if manifest_path is None else Manifest.read(Path(manifest_path))
+    if sidecar is not None and sidecar.increment.sha256 is None:
+        raise AdapterFileError(
+            f"{manifest_path} tells {path} from no other file: its increment.sha256 is None", mend=GET_AGAIN
+        )
     if sidecar is not None and path.is_file() and sidecar.increment.bytes not in (None, size := path.stat().st_size):
         raise AdapterFileError(
             f"{path} is not the file that {manifest_path} describes: increment.bytes is {sidecar.increment.bytes}, "
@@ -120,7 +129,7 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
         )
     if lazy:
         header = read_header(path)
-        manifest = sidecar or _embedded_manifest(path, header)
+        manifest = _manifest_of(path, header, sidecar)
         stored = StoredIncrements(
             path, header, None if sidecar is None else sidecar.increment.sha256,
             () if manifest is None else manifest.increment.modules,
@@ -134,7 +143,7 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
             mend=GET_AGAIN,
         )
     increments = read_increments(path, tensors, scaling_in(header.metadata, path))
-    manifest = sidecar or _embedded_manifest(path, header) or _manifest_of_foreign(path, header, increments)
+    manifest = _manifest_of(path, header, sidecar) or _manifest_of_foreign(path, header, increments)
     return Adapter(manifest, with_dots(increments, manifest.increment.modules), str(path))
 
 
@@ -153,9 +162,36 @@ def increment_info(increments: Mapping[str, Increment]) -> IncrementInfo:
     )
 
 
-def _embedded_manifest(path: Path, header: Header) -> Manifest | None:
+def disagreement(
+    beside: Manifest, embedded: str, path: Path, keys: Iterable[str] = tuple(Manifest.model_fields)
+) -> str | None:
+    """What the manifest inside the file at `path` says otherwise than the one beside it, of `keys`; None for nothing.
+
+    A copy may be kept under another name, and what is learnt of a file once it is written does not stand in it.
+    Raises ManifestError where the one inside is none.
+    """
+    if embedded == beside.to_embedded_json():
+        return None
+    inside = Manifest.from_json(embedded, source=f"{path} ({MANIFEST_KEY})")
+    theirs, ours = (json.loads(one.to_embedded_json()) for one in (inside, beside))
+    differing = [key for key in keys if key != "name" and theirs.get(key) != ours.get(key)]
+    if not differing:
+        return None
+    said, but = (str([one[key] for key in differing])[:200] for one in (theirs, ours))
+    return f"{', '.join(differing)}: {said} inside, {but} beside"
+
+
+def _manifest_of(path: Path, header: Header, beside: Manifest | None) -> Manifest | None:
+    """The manifest beside a file, where there is one, or else that inside it."""
     embedded = header.metadata.get(MANIFEST_KEY)
-    return None if embedded is None else Manifest.from_json(embedded, source=f"{path} ({MANIFEST_KEY})")
+    if embedded is None:
+        return beside
+    if beside is None:
+        # Where a file was pulled from is known to whoever pulled it, and never to the file.
+        return Manifest.from_json(embedded, source=f"{path} ({MANIFEST_KEY})").model_copy(update={"origin": None})
+    if said := disagreement(beside, embedded, path, _DECISIVE):
+        raise ManifestError(f"{path}: its manifests contradict each other in {said}", mend=GET_AGAIN)
+    return beside
 
 
 def _manifest_of_foreign(path: Path, header: Header, increments: Mapping[str, Increment]) -> Manifest:

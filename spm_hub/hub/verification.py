@@ -74,16 +74,11 @@ def _contents(entry: Entry) -> str:
 
 
 def _agree(beside: Manifest, embedded: str, path: Path) -> str:
-    inside = Manifest.from_json(embedded, source=f"{path} ({MANIFEST_KEY})")
-    if inside.to_embedded_json() == beside.to_embedded_json():
-        return "says the same as the one beside"
-    ours, theirs = beside.model_dump(mode="json"), inside.model_dump(mode="json")
-    differing = [key for key in ours if key not in ("increment", "evaluation", "created", "origin")]
-    differing = [key for key in differing if ours[key] != theirs[key]] or ["increment"]
-    raise SpmHubError(
-        f"{', '.join(differing)}: {str([theirs[key] for key in differing])[:200]} inside, "
-        f"{str([ours[key] for key in differing])[:200]} beside"
-    )
+    from spm_hub.adapter import disagreement
+
+    if said := disagreement(beside, embedded, path):
+        raise SpmHubError(said)
+    return "says the same as the one beside"
 
 
 def _signature(entry: Entry, key: Path | None) -> Check:
