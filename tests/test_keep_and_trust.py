@@ -181,6 +181,12 @@ def test_pull_under_a_required_signature(
             assert there.entries() == ()
         assert spmhub("pull", "someone/signed", *given)[0] == 0
         assert spmhub("verify", "snoopy", "--registry", there.root, "--key", public)[0] == 0
+        # Under another name the signature would not hold; without one, what the manifest inside says is the same.
+        code, answer = spmhub("pull", "someone/signed", *given, "--name", "beagle")
+        assert (code, "is signed under the name 'snoopy'" in answer["error"]["message"]) == (2, True)
+        assert [entry.name for entry in there.entries()] == ["snoopy"]
+        assert spmhub("pull", "someone/bare", "--registry", there.root, "--name", "beagle")[0] == 0
+        assert spmhub("verify", "beagle", "--registry", there.root)[0] == 0
         # What came without being asked for a signature is refused when one is asked for.
         assert spmhub("pull", "someone/bare", "--registry", there.root, "--force")[0] == 0
         assert spmhub("pull", "someone/bare", *given)[0] == 1

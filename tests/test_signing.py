@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_registry import named
@@ -14,6 +15,7 @@ from spm_hub.hub.archive import export, import_
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.hub.registry import Registry
 from spm_hub.hub.verification import verify
+from spm_hub.manifest import Manifest
 
 pytest.importorskip("model_signing.signing", reason="the extra sign is not installed")
 
@@ -91,11 +93,39 @@ def test_an_altered_file_is_named(registry: Registry, keys: tuple[Path, Path]) -
     assert str(entry.adapter_path) not in str(caught.value)
     assert check_of(entry, "manifest inside the file") == (
         "failed",
-        "gate: [{'kind': 'transport', 'strength': 1.0, 'rows': 'both', 'protected': []}] inside, "
-        "[{'kind': 'transport', 'strength': 0.0, 'rows': 'both', 'protected': []}] beside",
+        "gate: [{'kind': 'transport', 'protected': [], 'rows': 'both', 'strength': 1.0}] inside, "
+        "[{'kind': 'transport', 'protected': [], 'rows': 'both', 'strength': 0.0}] beside",
     )
     entry.manifest_path.write_text(manifest)
     assert registry.get("snoopy").load(signed_by=keys[1]).name == "snoopy"
+
+
+def test_a_manifest_replaced_while_it_is_checked(
+    registry: Registry, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = registry.get("snoopy").manifest_path
+    assert path is not None
+    honest, check = path.read_text(), signing.check
+
+    def replaced(*given: Any) -> Manifest:
+        path.write_text(honest)
+        signed = check(*given)
+        path.write_text(honest.replace('"author": ""', '"author": "somebody"'))
+        return signed
+
+    monkeypatch.setattr(signing, "check", replaced)
+    for lazy in (False, True):
+        with pytest.raises(SignatureError, match="was replaced while it was checked"):
+            registry.get("snoopy").load(signed_by=keys[1], lazy=lazy)
+
+
+def test_the_first_signature_is_made_where_one_is_required(
+    registry: Registry, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.add(named("mickey"))
+    monkeypatch.setenv(signing.KEY_VARIABLE, str(keys[1]))
+    registry.sign("mickey", keys[0])
+    assert registry.get("mickey").load().name == "mickey"
 
 
 def test_another_key_and_damaged_signatures(registry: Registry, keys: tuple[Path, Path], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from spm_hub.adapter import load_file
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError
 from spm_hub.hub import lockfile, storage
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
-from spm_hub.hub.registry import Registry, pin_of
+from spm_hub.hub.registry import Registry
 from spm_hub.hub.remote import pull
 
 TESTS = Path(__file__).resolve().parent
@@ -262,7 +262,7 @@ def assert_valid(root: Path) -> None:
     pinned = {}
     for entry in kept.entries():
         assert entry.load().name == entry.name
-        if pin := pin_of(entry.read_manifest()):
+        if pin := lockfile.pin_of(entry.read_manifest()):
             pinned[entry.name] = pin
     assert lockfile.read(root) == pinned
     assert len(files_of(root)) - (root / lockfile.LOCK_NAME).exists() == 2 * len(kept.entries())

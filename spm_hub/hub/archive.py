@@ -17,13 +17,13 @@ from typing import BinaryIO, Literal, Never
 
 from spm_hub.atomic import write_atomic
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError
-from spm_hub.hub import storage
+from spm_hub.hub import signing, storage
 from spm_hub.hub.entry import Entry
 from spm_hub.hub.registry import Registry
 from spm_hub.manifest import MAX_BYTES, NAME
 
 _BLOCK = 512
-_LARGEST = {storage.MANIFESTS: MAX_BYTES, storage.SIGNATURES: MAX_BYTES, storage.ADAPTERS: 64 * 2**30}
+_LARGEST = {storage.MANIFESTS: MAX_BYTES, storage.SIGNATURES: MAX_BYTES, storage.ADAPTERS: storage.MAX_BYTES}
 _KINDS = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -63,6 +63,7 @@ def export(entries: Sequence[Entry], to: Path, *, replace: bool = False) -> tupl
 def import_(source: Path, registry: Registry, *, replace: bool = False) -> tuple[Moved, ...]:
     """Install every eraser of a folder or tar file that `export` made; all are verified before the first is installed.
 
+    Where one says that it was pulled from is kept as its claim: the lock file does not name it (`Registry.install`).
     Raises AdapterFileError for an archive that is damaged or holds anything but erasers, RegistryError where the
     registry holds another eraser of a name and `replace` is not set, and whatever is wrong with one of the erasers.
     """
@@ -84,7 +85,7 @@ def _install(entries: Iterable[Entry], registry: Registry, *, replace: bool) -> 
     for entry in entries:
         manifest = entry.load().manifest
         held = registry.find(manifest.name)
-        if held is not None and held.read_manifest().increment.sha256 == manifest.increment.sha256:
+        if held is not None and not replace and held.holds(manifest) and _signature(held) == _signature(entry):
             plan.append((entry, "unchanged"))
             continue
         registry.check_room_for(manifest.name, replace=replace)
@@ -93,6 +94,10 @@ def _install(entries: Iterable[Entry], registry: Registry, *, replace: bool) -> 
         Moved(entry if state == "unchanged" else _keep(entry, registry, replace=replace), state)
         for entry, state in plan
     )
+
+
+def _signature(entry: Entry) -> bytes | None:
+    return None if entry.signature_path is None else signing.read(entry.signature_path)
 
 
 def _keep(entry: Entry, registry: Registry, *, replace: bool) -> Entry:

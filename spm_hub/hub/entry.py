@@ -1,12 +1,13 @@
 """One adapter where it lies: its file, the manifest and the signature that belong to it, and how they are read."""
 
+import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spm_hub.errors import ManifestError, SpmHubError
-from spm_hub.hub import signing, storage
+from spm_hub.errors import ManifestError, SignatureError, SpmHubError
+from spm_hub.hub import lockfile, signing, storage
 from spm_hub.manifest import Manifest, Origin
 
 if TYPE_CHECKING:
@@ -31,12 +32,36 @@ class Entry:
     fetched: bool = False
 
     def whence(self) -> str:
-        """Where the file is from and where it lies, for a person."""
-        origin = self.origin or self.read_manifest().origin
+        """Where the file is from and where it lies, for a person; what nobody here has pulled only claims to be."""
+        how = "downloaded just now to" if self.fetched else "kept in"
+        origin = self.origin or self.pin
+        if origin is None:
+            origin, how = self.read_manifest().origin, "as its manifest claims; kept in"
         if origin is None:
             return str(self.adapter_path)
-        how = "downloaded just now to" if self.fetched else "kept in"
         return f"{origin.repo}@{origin.commit[:12]}, {how} {self.adapter_path}"
+
+    @property
+    def pin(self) -> lockfile.Pin | None:
+        """The commit of the Hub that its registry pulled it from; None unless lock file and manifest both say so."""
+        if self.adapter_path.parent.name != storage.ADAPTERS:
+            return None
+        try:
+            pin = lockfile.read(self.adapter_path.parent.parent).get(self.name)
+            return pin if pin is not None and pin == lockfile.pin_of(self.read_manifest()) else None
+        except SpmHubError:
+            return None
+
+    def holds(self, manifest: Manifest) -> bool:
+        """Whether this is, to the last byte of its file, the adapter of that manifest; numbers measured may differ."""
+        try:
+            mine = self.read_manifest()
+            with open(self.adapter_path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except (SpmHubError, OSError):
+            return False
+        known = digest == mine.increment.sha256 == manifest.increment.sha256
+        return known and mine.to_embedded_json() == manifest.to_embedded_json()
 
     def read_manifest(self) -> Manifest:
         """The manifest, from beside the file or from inside it, without reading tensors.
@@ -49,7 +74,8 @@ class Entry:
             return self._checked(Manifest.read(self.manifest_path))
         embedded = read_header(self.adapter_path).metadata.get(MANIFEST_KEY)
         if embedded is not None:
-            return Manifest.from_json(embedded, source=self.adapter_path)
+            inside = Manifest.from_json(embedded, source=self.adapter_path)
+            return inside.model_copy(update={"origin": None})  # as load_file does
         return self.load().manifest
 
     @property
@@ -70,21 +96,26 @@ class Entry:
         key = signed_by or signing.required_key()
         root = self.adapter_path.parent.parent
         if not storage.is_shared(root):
-            return self._load(key, lazy=lazy)
+            return self.load_now(key, lazy=lazy)
         if not lazy:
             with suppress(SpmHubError):
-                return self._load(key, lazy=False)
+                return self.load_now(key)
         # What is wrong may have been read between two renames; what is wrong while nobody writes, is. And a lazy
         # reader, who does not read as far as the hash that would tell him, has to wait for the writers every time.
         with storage.writing(root):
-            return self._load(key, lazy=lazy)
+            return self.load_now(key, lazy=lazy)
 
-    def _load(self, key: Path | None, *, lazy: bool) -> "Adapter":
+    def load_now(self, key: Path | None = None, *, lazy: bool = False) -> "Adapter":
+        """As `load` does, for the registry's one writer; unless `key` is given, signed or not."""
         from spm_hub.adapter import load_file
 
+        signed = None
         if key is not None:
-            signing.check(self.adapter_path, self.manifest_path, self.signature_path, key)
+            signed = signing.check(self.adapter_path, self.manifest_path, self.signature_path, key)
         adapter = load_file(self.adapter_path, self.manifest_path, lazy=lazy)
+        # The manifest names the sha256 of the file, which is checked when it is read: one manifest, one adapter.
+        if signed is not None and adapter.manifest != signed:
+            raise SignatureError(f"{self.manifest_path} was replaced while it was checked", mend="run it again")
         self._checked(adapter.manifest)
         return adapter
 

@@ -46,8 +46,11 @@ def fetch(
     """The file `name` of a commit, from the cache or else downloaded into it.
 
     `sha256` and `largest` (bytes) are what it has to be, and may be at most. `progress` is told bytes done and in all.
-    Only verified bytes enter the cache. Raises HubError for any others, and what the Hub's client raises.
+    Only verified bytes enter the cache. Raises HubError for any others and for what is no name of a file, and what the
+    Hub's client raises.
     """
+    if not all(part.strip(".") for part in name.split("/")):
+        raise HubError(f"{repo}: {name[:200]!r} is no name of a file in a repository", mend="tell its author")
     cached = try_to_load_from_cache(repo, name, revision=commit)
     if isinstance(cached, str):
         return Path(cached)

@@ -6,13 +6,14 @@ the same files (`spmhub pull` without a name).
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from spm_hub import untrusted
 from spm_hub.atomic import write_atomic
 from spm_hub.errors import RegistryError
-from spm_hub.manifest import Origin, Sha256
+from spm_hub.manifest import NAME, UNFOLDS, Manifest, Origin, Sha256
 
 LOCK_NAME = "spmhub-lock.json"
 
@@ -27,14 +28,25 @@ class _LockFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
-    adapters: dict[str, Pin] = Field(default={}, description="by the eraser's name in this registry")
+    adapters: dict[Annotated[str, StringConstraints(pattern=NAME)], Pin] = Field(
+        default={}, description="by the eraser's name in this registry"
+    )
+
+
+def pin_of(manifest: Manifest) -> Pin | None:
+    """What the lock file would say of an adapter, by its manifest; None for one that was made here."""
+    if manifest.origin is None or manifest.increment.sha256 is None:
+        return None
+    return Pin(**manifest.origin.model_dump(), sha256=manifest.increment.sha256)
 
 
 def read(root: Path) -> Mapping[str, Pin]:
     """The pins of the registry at `root`, by name; none where it has no lock file. Raises RegistryError."""
     path = root / LOCK_NAME
     try:
-        return _LockFile.model_validate_json(path.read_bytes(), strict=True).adapters
+        text = path.read_bytes()
+        untrusted.parse(text, unfolds=UNFOLDS)
+        return _LockFile.model_validate_json(text, strict=True).adapters
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -42,10 +54,9 @@ def read(root: Path) -> Mapping[str, Pin]:
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"])) or "(whole file)"
-        raise RegistryError(
-            f"{path} is damaged: {key}: {problem['msg']}",
-            mend=f"rm {path}; each pulled eraser's manifest still says where it is from",
-        ) from error
+        raise _damaged(path, f"{key}: {problem['msg']}") from error
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
 
 
 def record(root: Path, name: str, pin: Pin | None) -> None:
@@ -61,3 +72,9 @@ def record(root: Path, name: str, pin: Pin | None) -> None:
         pins[name] = pin
     text = _LockFile(adapters=dict(sorted(pins.items()))).model_dump_json(indent=2)
     write_atomic(root / LOCK_NAME, text.encode() + b"\n")
+
+
+def _damaged(path: Path, what: str) -> RegistryError:
+    return RegistryError(
+        f"{path} is damaged: {what}", mend=f"rm {path}; each pulled eraser's manifest still says where it is from"
+    )

@@ -75,22 +75,24 @@ class Registry:
         return entry_of(path) if path.is_file() else None
 
     def add(self, adapter: "Adapter", *, replace: bool = False) -> Entry:
-        """Keep an adapter under its name: file and manifest, both or neither.
+        """Keep an adapter under its name, as one that was made here: file and manifest, both or neither.
 
         Raises RegistryError when the folder cannot be written, or holds that name already and `replace` is not set.
         """
         image, manifest = adapter.encoded(f"{adapter.name}{_SUFFIX}")
-        return self._put(image.write_to, manifest, replace=replace)
+        return self._put(image.write_to, manifest.model_copy(update={"origin": None}), replace=replace)
 
     def install(self, source: Entry, manifest: Manifest | None = None, *, replace: bool = False) -> Entry:
         """Keep a copy, bit for bit, of an adapter that lies elsewhere with its manifest; everything is verified first.
 
-        `manifest` is to stand beside it instead of its own; it says another name, or where the adapter is from.
+        `manifest` is to stand beside it instead of its own, and says where the adapter was pulled from just now: the
+        lock file believes that, and no manifest that came with a file.
         Raises ManifestError where there is none, AdapterFileError, and RegistryError as `add` does.
         """
         loaded = source.load().manifest
         if source.manifest_path is None and manifest is None:
             raise ManifestError(f"{source.adapter_path} has no manifest beside it, so nothing to be verified against")
+        pin = None if manifest is None else lockfile.pin_of(manifest)
         manifest = manifest or loaded
         info = manifest.increment.model_copy(update={"file": f"{manifest.name}{_SUFFIX}"})
 
@@ -104,23 +106,31 @@ class Registry:
                 raise AdapterFileError(f"{source.adapter_path} was altered while it was copied")
 
         signature = None if source.signature_path is None else signing.read(source.signature_path)
-        return self._put(copy, manifest.model_copy(update={"increment": info}), signature, replace=replace)
+        return self._put(copy, manifest.model_copy(update={"increment": info}), signature, pin, replace=replace)
 
-    def _put(self, adapter: Content, manifest: Manifest, signature: bytes | None = None, *, replace: bool) -> Entry:
-        self.check_room_for(manifest.name, replace=replace, origin=manifest.origin)
+    def _put(
+        self,
+        adapter: Content,
+        manifest: Manifest,
+        signature: bytes | None = None,
+        pin: lockfile.Pin | None = None,
+        *,
+        replace: bool,
+    ) -> Entry:
+        self.check_room_for(manifest.name, replace=replace, origin=pin)
         parts = {storage.ADAPTERS: adapter, storage.MANIFESTS: manifest.to_json().encode()}
         if signature is not None:
             parts[storage.SIGNATURES] = signature
         with storage.writing(self.root):
-            entry = self.check_room_for(manifest.name, replace=replace, origin=manifest.origin)
+            entry = self.check_room_for(manifest.name, replace=replace, origin=pin)
             storage.change(self.root, manifest.name, parts)
-            lockfile.record(self.root, manifest.name, pin_of(manifest))
+            lockfile.record(self.root, manifest.name, pin)
         return entry
 
     def check_room_for(self, name: str, *, replace: bool = False, origin: Origin | None = None) -> Entry:
         """The entry that an adapter of that name would become; asked before a training and not after it.
 
-        One that is from the same repository of the Hub as `origin` may be replaced by another commit of it.
+        One that was pulled from the same repository of the Hub as `origin` may be replaced by another commit of it.
 
         Raises UsageError for what is no name, RegistryError as `add` does.
         """
@@ -165,17 +175,17 @@ class Registry:
         return updated
 
     def sign(self, name: str, key: Path) -> Path:
-        """Sign an adapter and its manifest with a private key; returns where the signature is kept.
+        """Sign an adapter and its manifest, signed or not, with a private key; returns where the signature is kept.
 
         Raises NotFoundError, ManifestError where it has no manifest, and as `signing.sign` does.
         """
         entry = self.find(name)
         if entry is None:
             raise self._missing(name)
-        entry.load()
         with storage.writing(self.root):
             if entry.manifest_path is None:
                 raise ManifestError(f"{entry.adapter_path} has no manifest beside it, so nothing that could be signed")
+            entry.load_now()
             signature = storage.place(self.root, storage.SIGNATURES, name)
             write_atomic(signature, signing.sign(entry.adapter_path, entry.manifest_path, key))
         return signature
@@ -202,13 +212,6 @@ class Registry:
 
     def _missing(self, name: str) -> NotFoundError:
         return _unknown(name, [known.name for known in self.entries()], f"in {self.root}")
-
-
-def pin_of(manifest: Manifest) -> lockfile.Pin | None:
-    """What the lock file says of an adapter; None for one that was made here."""
-    if manifest.origin is None or manifest.increment.sha256 is None:
-        return None
-    return lockfile.Pin(**manifest.origin.model_dump(), sha256=manifest.increment.sha256)
 
 
 def user_registry() -> Registry:
@@ -268,7 +271,10 @@ def resolve(
         pinned = _pinned(match["repo"], match["revision"], known)
         return pinned or download(match["repo"], match["revision"], progress=progress)
     hit, names = None, []
-    for place in known:
+    if re.fullmatch(NAME, reference):
+        # A name in a later registry goes before a concept in an earlier one, which its manifest may call anything.
+        hit = next((found for place in known if (found := place.find(reference))), None)
+    for place in known if hit is None else ():
         try:
             hit = place.get(reference)
             break
@@ -287,21 +293,25 @@ def load(reference: str, registry: Path | None = None, *, lazy: bool = False) ->
 
 
 def _same_repository(held: Entry, origin: Origin | None) -> bool:
+    """Whether manifest and lock file both say so; the latter may name another commit, as version control brings it."""
     if origin is None:
         return False
+    pin = lockfile.read(held.adapter_path.parent.parent).get(held.name)
     try:
         before = held.read_manifest().origin
     except SpmHubError:
         return False
-    return before is not None and before.repo == origin.repo
+    return pin is not None and before is not None and before.repo == pin.repo == origin.repo
 
 
 def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> Entry | None:
-    """The entry that was pulled from there before, if any registry still holds it."""
+    """The entry that was pulled from there before, if any registry still holds it, and as its lock file names it."""
     for place in known:
         for name, pin in lockfile.read(place.root).items():
-            if pin.repo == repo and revision in (pin.revision, pin.commit) and (entry := place.find(name)):
-                return entry
+            if pin.repo == repo and revision in (pin.revision, pin.commit):
+                entry = place.find(name)
+                if entry is not None and entry.pin == pin:
+                    return entry
     return None
 
 
@@ -311,16 +321,19 @@ def _from_owner(
     """A name that no registry knows, pulled from the Hub. Raises NotFoundError, HubError for one that is closed."""
     from spm_hub.hub import remote
 
-    where = ", ".join(str(place.root) for place in registries(registry))
+    known, whose = registries(registry), remote.owner()
+    # Its manifest may have another name than its repository: then that is how it is held.
+    if whose is not None and (held := _pinned(f"{whose}/{slug(reference)}", None, known)):
+        return held
+    where = ", ".join(str(place.root) for place in known)
     asked = registry is not None or REGISTRY_VARIABLE in os.environ
     try:
-        found = remote.by_name(slug(reference), registries(registry)[0] if asked else user_registry(), progress)
+        found = remote.by_name(slug(reference), known[0] if asked else user_registry(), progress)
     except NetworkError as error:
         raise _unknown(reference, names, f"in {where}, and {error.message}") from error
     if found is None:
-        owner = remote.owner()
         raise _unknown(
-            reference, names, f"in {where}" + (f", nor on the Hub as {owner}/{slug(reference)}" if owner else "")
+            reference, names, f"in {where}" + (f", nor on the Hub as {whose}/{slug(reference)}" if whose else "")
         )
     return found
 

@@ -12,10 +12,10 @@ from huggingface_hub import ModelInfo, constants, errors, hf_hub_download
 
 from spm_hub.atomic import write_atomic
 from spm_hub.errors import HubError, HubNotFoundError, NetworkError, NotFoundError, SpmHubError, UsageError
-from spm_hub.hub import lockfile, signing
+from spm_hub.hub import lockfile, signing, storage
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.hub.fetching import Progress, fetch
-from spm_hub.hub.registry import Registry, pin_of
+from spm_hub.hub.registry import Registry
 from spm_hub.manifest import Manifest, Origin, slug
 from spm_hub.network import is_commit, reaching, repository_info
 
@@ -66,16 +66,18 @@ def download(repo: str, revision: str | None = None, *, progress: Progress | Non
         stated = None if manifest is None else manifest.increment
         if stated is not None:
             _compare_sizes(repo, info, weights, stated.bytes)
+        # Before the weights: what has those is taken from the cache as it is, and must not be without its signature.
+        if signing.SIGNATURE_NAME in names:
+            fetch(repo, signing.SIGNATURE_NAME, commit, largest=signing.MAX_BYTES)
+        said = None if stated is None else stated.bytes
         path = fetch(
             repo,
             weights,
             commit,
             sha256=None if stated is None else stated.sha256,
-            largest=None if stated is None else stated.bytes,
+            largest=storage.MAX_BYTES if said is None else min(said, storage.MAX_BYTES),
             progress=progress,
         )
-        if signing.SIGNATURE_NAME in names:
-            fetch(repo, signing.SIGNATURE_NAME, commit, largest=signing.MAX_BYTES)
     _remember(repo, revision, commit)
     return Entry(repo, path, manifest_path, Origin(repo=repo, commit=commit, revision=_named(revision)), fetched=is_new)
 
@@ -102,13 +104,19 @@ def pull(
     """Keep the adapter of a repository in `registry`, pinned to its commit there and in the registry's lock file.
 
     `name` it is to have there, unless its own. One that was pulled from the same repository before is replaced by the
-    commit that is asked for now; any other of that name only where `replace`. `pin` is the commit and the file that it
-    has to be, whatever `revision` names now.
-    Raises what `download` and `Registry.install` do; the registry then holds what it held before.
+    commit that is asked for now; any other of that name only where `replace`, which also puts anew what is there
+    already. `pin` is the commit and the file that it has to be, whatever `revision` names now.
+    Raises UsageError for another name than the one that is signed, and what `download` and `Registry.install` do; the
+    registry then holds what it held before.
     """
     entry = download(repo, revision if pin is None else pin.commit, progress=progress)
     origin = Origin(repo=repo, commit=_commit_of(entry), revision=_named(revision))
     manifest = _with_file(entry, repo)
+    if name not in (None, manifest.name) and entry.signature_path is not None:
+        raise UsageError(
+            f"{repo} is signed under the name {manifest.name!r}: kept as {name!r}, its signature would not hold",
+            mend=f"leave --name out; beside another {manifest.name}: spmhub pull {repo} --registry DIR",
+        )
     manifest = manifest.model_copy(update={"origin": origin, "name": name or manifest.name})
     if pin is not None and manifest.increment.sha256 != pin.sha256:
         raise HubError(
@@ -117,16 +125,16 @@ def pull(
             mend="tell its author; commits do not change by themselves",
         )
     held = registry.find(manifest.name)
-    if held is not None and lockfile.read(registry.root).get(manifest.name) == pin_of(manifest):
+    if held is not None and not replace and held.pin == lockfile.pin_of(manifest) and held.holds(manifest):
         return Pulled(held, origin, "unchanged")
     kept = registry.install(entry, manifest, replace=replace)
     return Pulled(dataclasses.replace(kept, fetched=entry.fetched), origin, "new" if held is None else "updated")
 
 
 def restore(registry: Registry, *, progress: Progress | None = None) -> Iterator[Pulled]:
-    """Pull every eraser again that the lock file names and the registry has not, at its pinned commit."""
+    """Pull every eraser again, at its pinned commit, whose file in the registry is not the one the lock file names."""
     for name, pin in lockfile.read(registry.root).items():
-        if registry.find(name) is None:
+        if not _is_held(registry, name, pin):
             yield pull(pin.repo, pin.revision, registry=registry, name=name, pin=pin, progress=progress)
 
 
@@ -152,6 +160,9 @@ def ages(registry: Registry) -> Iterator[Age]:
     Raises NetworkError; a repository that is gone or closed is a remark.
     """
     for name, pin in lockfile.read(registry.root).items():
+        if not _is_held(registry, name, pin):
+            yield Age(name, pin, None, f"the registry has not the file that {lockfile.LOCK_NAME} names: spmhub pull")
+            continue
         if is_commit(pin.revision):
             yield Age(name, pin, None)
             continue
@@ -160,6 +171,11 @@ def ages(registry: Registry) -> Iterator[Age]:
             yield Age(name, pin, info.sha)
         except HubError as error:
             yield Age(name, pin, None, error.message)
+
+
+def _is_held(registry: Registry, name: str, pin: lockfile.Pin) -> bool:
+    held = registry.find(name)
+    return held is not None and held.pin == pin
 
 
 def by_name(name: str, registry: Registry, progress: Progress | None = None) -> Entry | None:

@@ -58,17 +58,18 @@ def read(signature: Path) -> bytes:
     return content
 
 
-def check(adapter: Path, manifest: Path | None, signature: Path | None, key: Path) -> None:
-    """Raise SignatureError unless the holder of the public `key` (PEM) has signed both files as they are now.
+def check(adapter: Path, manifest: Path | None, signature: Path | None, key: Path) -> Manifest:
+    """The manifest, as it was read, if the holder of the public `key` (PEM) has signed it and the file.
 
-    It names the one that was altered. Raises UsageError and the others as `sign` does.
+    Raises SignatureError that names the one that was altered, UsageError and the others as `sign` does.
     """
     verifying = _library("verifying")
     config = _with_key(key, "public", lambda: verifying.Config().use_elliptic_key_verifier(public_key=key))
     if signature is None or manifest is None:
         raise SignatureError(f"{adapter} is not signed, and a signature by the holder of {key} is required")
     content = read(signature)
-    with _as_signed(adapter, Manifest.read(manifest)) as folder:
+    described = Manifest.read(manifest)
+    with _as_signed(adapter, described) as folder:
         try:
             config.verify(folder, _written(folder.with_name(SIGNATURE_NAME), content))
         except Exception as error:  # whatever a hostile signature makes the library say
@@ -83,6 +84,7 @@ def check(adapter: Path, manifest: Path | None, signature: Path | None, key: Pat
                 f"{signature} was not made with the key of {key} ({said or type(error).__name__:.200})",
                 mend="--key with the public key of whoever signed it",
             ) from error
+    return described
 
 
 def _written(path: Path, content: bytes) -> Path:

@@ -19,6 +19,10 @@ from spm_hub.manifest import NAME, Manifest
 ADAPTERS, MANIFESTS, SIGNATURES = "adapters", "manifests", "signatures"
 # In the order in which they come and, backwards, go: what has an adapter file is listed, so that one comes last.
 SUFFIXES = {SIGNATURES: ".sig", MANIFESTS: ".json", ADAPTERS: ".safetensors"}
+
+MAX_BYTES = 64 * 2**30
+"""Of an adapter file: FLUX, twelve billion parameters changed in float32, has 48."""
+
 STATE = ".spmhub"
 """Folder of the lock and the journal inside a registry."""
 
@@ -46,6 +50,11 @@ def writing(root: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(root / STATE / "lock", timeout=SECONDS_TO_WAIT, poll_interval=0.01)
+    if (root / STATE).is_symlink():
+        # A stranger's registry could have its lock and journal written, and deleted, anywhere.
+        raise RegistryError(
+            f"the registry {root} is not written to: {root / STATE} is a symbolic link", mend=f"rm {root / STATE}"
+        )
     try:
         (root / STATE).mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -68,7 +77,7 @@ def writing(root: Path) -> Iterator[None]:
 
 def is_shared(root: Path) -> bool:
     """Whether another process may be writing there: somebody has, and so may this one."""
-    return os.access(root / STATE, os.W_OK)
+    return os.access(root / STATE, os.W_OK) and not (root / STATE).is_symlink()
 
 
 def change(root: Path, name: str, parts: Mapping[str, Content]) -> None:
@@ -99,8 +108,10 @@ def leftovers(root: Path) -> Iterator[Leftover]:
     """Files that belong to no eraser: a killed writer's, and manifests and signatures whose adapter file is gone.
 
     Only inside `writing`, where every temporary file is a dead writer's. What other programs keep in folders of these
-    names is not listed.
+    names is not listed, and nothing where one of them is a link to elsewhere.
     """
+    if _has_links(root):
+        return
     found = [path for folder in (STATE, *SUFFIXES) for path in (root / folder).glob(".*.tmp")]
     found = [path for path in found if _TEMPORARY.fullmatch(path.name)]
     for folder, is_ours in ((MANIFESTS, _is_manifest), (SIGNATURES, _is_signature)):
@@ -109,7 +120,7 @@ def leftovers(root: Path) -> Iterator[Leftover]:
             for path in (root / folder).glob(f"*{SUFFIXES[folder]}")
             if path.stem not in RESERVED and not place(root, ADAPTERS, path.stem).exists() and is_ours(path)
         ]
-    return (Leftover(path, path.lstat().st_size) for path in sorted(found))
+    yield from (Leftover(path, path.lstat().st_size) for path in sorted(found))
 
 
 def delete(path: Path) -> None:
@@ -119,6 +130,14 @@ def delete(path: Path) -> None:
     except OSError as error:
         raise RegistryError(f"cannot remove {path}: {error.strerror}", mend=f"chmod u+w {path.parent}") from error
     sync_folder(path.parent)
+
+
+def _has_links(root: Path) -> bool:
+    """Whether files of the registry lie elsewhere: they are read, but what nobody asks for is not done to them.
+
+    A stranger may have made the link, so that a journal of his would delete the files of whoever uses his registry.
+    """
+    return any((root / folder).is_symlink() for folder in SUFFIXES)
 
 
 def _is_manifest(path: Path) -> bool:
@@ -158,9 +177,13 @@ def _recover(root: Path) -> None:
         left = json.loads(journal.read_bytes())
         name, coming = left["name"], left["coming"]
         # A registry may be a stranger's folder: its journal names files of that registry or is no journal.
-        if re.fullmatch(NAME, name) and all(
-            folder in SUFFIXES and _TEMPORARY.fullmatch(file) and file.startswith(f".{name}{SUFFIXES[folder]}.")
-            for folder, file in coming.items()
+        if (
+            not _has_links(root)
+            and re.fullmatch(NAME, name)
+            and all(
+                folder in SUFFIXES and _TEMPORARY.fullmatch(file) and file.startswith(f".{name}{SUFFIXES[folder]}.")
+                for folder, file in coming.items()
+            )
         ):
             _finish(root, name, coming)
     journal.unlink(missing_ok=True)
