@@ -31,14 +31,16 @@ def attach(
     """Attach erasers to a diffusers pipeline, until `detach()` or the end of a `with` block.
 
     `adapters` holds Adapters and references (a path, a name in a registry, or owner/name[@revision] on the Hugging Face
-    Hub), one or many; `options` are those of `spm_hub.attachment.attach`: gate, strength, rows, mode ...
+    Hub), one or many; `options` are those of `spm_hub.attachment.attach`: gate, strength, rows, mode ... Under an
+    increment_budget references are loaded lazily, as it is about those.
     Raises SpmHubError, in which case the pipeline is as it was.
     """
     from spm_hub import attachment
     from spm_hub.adapter import Adapter
 
     several = [adapters] if isinstance(adapters, str | Path | Adapter) else adapters
-    loaded = [adapter if isinstance(adapter, Adapter) else load(adapter, registry=registry) for adapter in several]
+    lazy = options.get("increment_budget") is not None
+    loaded = [one if isinstance(one, Adapter) else load(one, registry=registry, lazy=lazy) for one in several]
     return attachment.attach(pipe, loaded, **options)
 
 
@@ -103,19 +105,21 @@ def train(
 ) -> "Adapter":
     """Train an eraser of `concept`, or of the concept of a whole Recipe, and return it; nothing is written.
 
-    `model`, `method` and `overrides` are keys of the recipe, over its defaults (the sketchbook, SPM) or over the
-    given one; `config` is for a `model` that is a single file, as in `spm_hub.models.parse_reference`.
+    `model`, `method` and `overrides` are keys of the recipe, over its defaults (the sketchbook, SPM, what is known of
+    the concept) or over the given one, part by part; `config` is for a `model` that is a single file, as in
+    `spm_hub.models.parse_reference`.
     Raises UsageError for a blank concept, RecipeError for an unknown key or an impossible value.
     """
     from spm_hub import training
     from spm_hub.models import identity_of, load_pipeline, local_folder, parse_reference
+    from spm_hub.training.methods import merged
     from spm_hub.training.recipe import Recipe
 
     if isinstance(concept, str) and not concept.strip():
         raise UsageError("the concept is empty", mend='name what to erase, for instance: spm_hub.train("van gogh")')
     given: dict[str, Any] = {"target": concept} if isinstance(concept, str) else concept.model_dump(mode="json")
     chosen = {key: value for key, value in (("model", model), ("method", method)) if value is not None}
-    recipe = Recipe.make(**{**given, **chosen, **overrides})
+    recipe = Recipe.plan(**merged(given, {**chosen, **overrides}))
     start = None if recipe.start_from is None else load(recipe.start_from)
     from spm_hub.training.preflight import check_before_loading  # brings torch along: not for a recipe refused above
 

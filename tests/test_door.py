@@ -4,36 +4,42 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from pico import pico_pipeline
 
 import spm_hub
-from spm_hub.adapter import increment_info
+from spm_hub.adapter import Adapter, increment_info
+from spm_hub.cli.app import app
 from spm_hub.errors import RecipeError, UsageError
+from spm_hub.formats.stored import StoredIncrements
 from spm_hub.hub.registry import Registry
 from spm_hub.increments import Increment, LowRank
 from spm_hub.manifest import Base, Concept
+from spm_hub.training import preflight
+from spm_hub.training.recipe import Recipe
 
 MODULE = "mid_block.attentions.0.proj_in"
+
+
+def random_eraser(pipe: StableDiffusionPipeline, name: str, seed: int) -> Adapter:
+    weight = pipe.unet.get_submodule(MODULE).weight
+    random = torch.Generator().manual_seed(seed)
+    down = torch.randn(1, *weight.shape[1:], generator=random)
+    increments: dict[str, Increment] = {MODULE: LowRank(down, torch.randn(weight.shape[0], 1, 1, 1, generator=random))}
+    manifest = spm_hub.Manifest(
+        name=name,
+        concept=Concept(target=name),
+        increment=increment_info(increments),
+        base=Base(family="sd1", id="pico", fingerprint=""),
+        recipe={},
+    )
+    return spm_hub.Adapter(manifest, increments)
 
 
 def test_names_paths_and_adapters_are_attached_alike(tmp_path: Path) -> None:
     pipe = pico_pipeline()
     weight = pipe.unet.get_submodule(MODULE).weight
-    random = torch.Generator().manual_seed(0)
-    adapters = []
-    for name in ("snoopy", "mickey", "nudity"):
-        down = torch.randn(1, *weight.shape[1:], generator=random)
-        increments: dict[str, Increment] = {
-            MODULE: LowRank(down, torch.randn(weight.shape[0], 1, 1, 1, generator=random))
-        }
-        manifest = spm_hub.Manifest(
-            name=name,
-            concept=Concept(target=name),
-            increment=increment_info(increments),
-            base=Base(family="sd1", id="pico", fingerprint=""),
-            recipe={},
-        )
-        adapters.append(spm_hub.Adapter(manifest, increments))
+    adapters = [random_eraser(pipe, name, seed) for seed, name in enumerate(("snoopy", "mickey", "nudity"))]
     Registry(tmp_path).add(adapters[0])
     adapters[1].save(tmp_path / "alone.safetensors")
     before = weight.clone()
@@ -45,6 +51,37 @@ def test_names_paths_and_adapters_are_attached_alike(tmp_path: Path) -> None:
     assert torch.equal(pipe.unet.get_submodule(MODULE).weight, before)
     with spm_hub.attach(pipe, "snoopy", registry=tmp_path) as erasers:
         assert list(erasers.names) == ["snoopy"]
+
+
+def test_under_a_budget_references_are_read_when_a_prompt_needs_them(tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    for seed, name in enumerate(("snoopy", "mickey")):
+        Registry(tmp_path).add(random_eraser(pipe, name, seed))
+    with spm_hub.attach(pipe, ["snoopy", "mickey"], registry=tmp_path, increment_budget=1, gate="always") as erasers:
+        stored = [eraser.adapter.increments for eraser in erasers._erasers.values()]
+        pipe("a dog", num_inference_steps=1, output_type="latent")
+        assert [one.nbytes for one in stored if isinstance(one, StoredIncrements)] == [0, 0]
+
+
+def test_both_doors_train_by_the_same_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Recipe] = []
+
+    def stop(recipe: Recipe, folder: object) -> None:
+        seen.append(recipe)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(preflight, "check_before_loading", stop)
+    Registry(tmp_path)
+    with pytest.raises(UsageError, match="far enough"):
+        spm_hub.train("nudity", steps=7, optimiser={"lr": 0.5})
+    with pytest.raises(SystemExit):
+        app(["train", "nudity", "--set=steps=7", "--set=optimiser.lr=0.5", "--registry", str(tmp_path)])
+    assert seen[0] == seen[1]
+    assert (seen[0].kind, seen[0].aliases) == ("nsfw", ("nude", "naked"))
+    whole = seen[0].with_set("optimiser.warmup=3")
+    with pytest.raises(UsageError, match="far enough"):
+        spm_hub.train(whole, optimiser={"lr": 0.25})
+    assert seen[2] == whole.with_set("optimiser.lr=0.25"), "of a part only what was given changes"
 
 
 @pytest.mark.parametrize("concept", ["", "  "])
