@@ -3,7 +3,7 @@
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from spm_hub.adapter import Adapter
 from spm_hub.architectures import body_of, denoiser_of, family_of, resolve_modules, weight_of
-from spm_hub.calls import HELD, Call, can_encode, encode, hold, release, tokens_of
+from spm_hub.calls import HELD, hold, release, tokens_of
 from spm_hub.errors import UsageError
 from spm_hub.formats.stored import StoredIncrements
 from spm_hub.gate import ConstantGate, Prompts
@@ -20,6 +20,7 @@ from spm_hub.gating import Gating
 from spm_hub.layers import Layers, foldable, kept_bytes, offloaded_in_groups
 from spm_hub.naming import known, namesakes
 from spm_hub.options import Eraser, GateChoice, Mode, Options, Rows, finite
+from spm_hub.prompting import Call, CannotEncodeError, encode
 
 
 def attach(
@@ -82,7 +83,7 @@ class Attachment:
         self._attached = True
         # What is in effect, what it was derived for, where originals go: None when that has to be found anew.
         self._plan: tuple[bool, dict[str, list[float]]] | None = None
-        self._seen: tuple[Call | None, int | None, bool] | None = None
+        self._seen: tuple[Call | None, int | None, tuple[bool, ...]] | None = None
         self._budgeted: tuple[torch.device | None, bool] | None = None
         self._last_used: dict[str, StoredIncrements] = {}
         erasers: dict[str, Eraser] = {}
@@ -107,7 +108,7 @@ class Attachment:
     def gates(self, prompt: str, /) -> dict[str, float]:
         """Gamma of every eraser for a prompt, before its strength: why a picture is as it is.
 
-        What `threshold` and `top_k` leave out is 0.
+        What `threshold` and `top_k` leave out is 0. Raises UsageError where the pipeline cannot encode a text.
         """
         with self._lock:
             self._alive()
@@ -126,7 +127,8 @@ class Attachment:
         with self.picture():
             self._alive()
             call = self._calls[-1]
-            call.prompts = prompts
+            # Whoever calls the denoiser may give it anything: these prompts are what it counts as.
+            call.prompts, call.plain = prompts, False
             call.gammas = self._gating.ask(prompts, call.settings, self._erasers)
             yield
 
@@ -193,14 +195,9 @@ class Attachment:
         """Learn the prompts of the call in progress, if any."""
         if not self._calls:
             return
-        call = self._calls[-1]
-        call.learn(self._pipe, bound, result)
-        if call.prompts is not None and not self._always_on(self.names):
-            if call.prompts.texts is None:
-                self._warn_once("only prompt_embeds are known: erasers are gated by the embeddings, not by the words")
-            if can_encode(self._pipe):
-                # Now, as the text encoder may be offloaded before the denoiser is called.
-                call.gammas = self._gating.ask(call.prompts, call.settings, self._erasers)
+        self._calls[-1].learn(self._pipe, bound, result)
+        # Now, as the text encoder may be offloaded before the denoiser is called.
+        self._ask(self._calls[-1])
 
     @contextmanager
     def denoising(self, rows: int | None, states: Any) -> Iterator[None]:
@@ -227,14 +224,13 @@ class Attachment:
     def _put_in_effect(self, rows: int | None, states: Any) -> None:
         """Fold or branch what the rows of this batch are due; nothing to do when that is in effect already."""
         call = self._calls[-1] if self._calls else None
-        spared = [name for name, eraser in self._erasers.items() if eraser.rows == "conditional"]
-        # Negative prompts in a call of the denoiser of their own.
-        apart = bool(spared) and call is not None and call.unconditional(states)
-        if self._seen == (call, rows, apart):
+        if call is not None and call.hear(rows, states):
+            self._seen = None
+        sparing = call is not None and any(eraser.rows == "conditional" for eraser in self._erasers.values())
+        spared = call.unconditional if call is not None and sparing else ()
+        if self._seen == (call, rows, spared):
             return
         factors = self._factors(call, rows)
-        if apart:
-            factors |= {name: [0.0] * len(factors[name]) for name in spared}
         shared = all(len(set(due)) == 1 for due in factors.values())
         if self._budgeted is None:
             self._budgeted = self._keeping()
@@ -247,7 +243,7 @@ class Attachment:
                 mend='mode="auto", or one prompt a call',
             )
         folds = shared and can_fold and self._options.mode != "branch"
-        if spared and call is not None and call.negatives and rows == call.block:
+        if sparing and call is not None and call.negatives and rows == call.block:
             # Every step has both calls: to fold, and bare the weights again, would cost more than to branch.
             folds = folds and self._options.mode == "fold"
         plan = folds, factors if not folds else {name: due[:1] for name, due in factors.items()}
@@ -260,7 +256,7 @@ class Attachment:
                     self._layers.branch(factors)
             self._plan = plan
             self._note_use(name for name, due in factors.items() if any(due))
-        self._seen = call, rows, apart
+        self._seen = call, rows, spared
 
     def _note_use(self, names: Iterable[str]) -> None:
         """Remember who was used last, and drop what is beyond the budget of those used longest ago."""
@@ -283,29 +279,32 @@ class Attachment:
         fully_on = {name: [eraser.strength] for name, eraser in self._erasers.items()}
         if call is None:
             return fully_on
-        missing = [name for name in self.names if name not in call.gammas]
-        unheard = bool(missing) and not self._always_on(missing) and not can_encode(self._pipe)
-        if call.prompts is None or unheard:
+        self._ask(call)
+        if call.prompts is None or not self._erasers.keys() <= call.gammas.keys():
             self._warn_once("the prompts of this call, or the text encoder, are unknown: every eraser is fully on")
             return fully_on
         if rows is None or rows % call.block:
             self._warn_once(f"{rows} rows do not come from {call.block} prompts and pictures: every eraser is fully on")
             return fully_on
-        if missing:
-            call.gammas = self._gating.ask(call.prompts, call.settings, self._erasers)
         gammas = self._gating.selected({name: call.gammas[name] for name in self._erasers})
         factors = {}
         for name, eraser in self._erasers.items():
             block = [gamma * eraser.strength for gamma in gammas[name] for _ in range(call.images)]
             blocks = [block] * (rows // call.block)
-            if eraser.rows == "conditional" and call.guided and len(blocks) == 2:
-                # Under classifier-free guidance diffusers puts the unconditional rows first.
-                blocks[0] = [0.0] * call.block
+            for index, unconditional in enumerate(call.unconditional):
+                if unconditional and eraser.rows == "conditional":
+                    blocks[index] = [0.0] * call.block
             factors[name] = [factor for each in blocks for factor in each]
         return factors
 
-    def _always_on(self, names: Iterable[str]) -> bool:
-        return all(isinstance(self._erasers[name].gate, ConstantGate) for name in names)
+    def _ask(self, call: Call) -> None:
+        """Have the gates' answers for the prompts of this call, unless these or the text encoders are not there."""
+        if call.prompts is None or self._erasers.keys() <= call.gammas.keys():
+            return
+        if call.prompts.texts is None and not all(isinstance(one.gate, ConstantGate) for one in self._erasers.values()):
+            self._warn_once("only prompt_embeds are known: erasers are gated by the embeddings, not by the words")
+        with suppress(CannotEncodeError):
+            call.gammas = self._gating.ask(call.prompts, call.settings, self._erasers)
 
     def _keeping(self) -> tuple[torch.device | None, bool]:
         """Where folding keeps originals (None: beside the weights), and whether it may fold at all.

@@ -2,13 +2,11 @@
 
 import functools
 import inspect
-import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, NoReturn, Protocol
 
@@ -18,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spm_hub.architectures import body_of, changeable
 from spm_hub.errors import UsageError
-from spm_hub.gate import Prompts, token_sets
+from spm_hub.gate import token_sets
 
 HELD = "_spm_hub_attachment"
 """The key in `__dict__` of a pipeline and of its denoiser under which their attachment is found."""
@@ -29,17 +27,10 @@ _GUARDED = "_spm_hub_guarded"
 _WAITING = "_spm_hub_waiting"
 """The key in a pipeline's `__dict__` while `hold` waits for pictures that began before."""
 
-Scalar = str | int | float
-Settings = tuple[tuple[str, Scalar | tuple[Scalar, ...]], ...]
-"""Arguments that change what the text encoder gives: clip_skip, lora_scale, max_sequence_length and the like.
+PLACES = ("", "_2", "_3", "_4")
+"""What follows the names of a pipeline's text encoders and of their tokenizers."""
 
-FLUX.2 takes the layers that it reads the text from, Sana the sentences of an instruction before it: tuples here.
-"""
-
-_OTHER_PROMPT = re.compile(r"prompt_\d")
 _FUSED = "fused query, key and value projections are weights of their own, which no eraser was trained on"
-
-_NOT_SETTINGS = {"self", "prompt", "guidance", "device"}
 
 
 class Holder(Protocol):
@@ -276,128 +267,24 @@ def _bare_first(base: Any, name: str, *, moving: bool = False) -> Any:
     return bare_first
 
 
-@dataclass(eq=False)
-class Call:
-    """What is known of one call of a pipeline: nothing until it has encoded its prompts.
-
-    images: pictures for each prompt.  guided: whether unconditional rows precede the prompts' own.
-    negatives: what was encoded beside the prompts: states that some pipelines (FLUX, Qwen-Image) give the denoiser in a
-    call of their own.  gammas: by eraser, one for each prompt.
-    """
-
-    prompts: Prompts | None = None
-    settings: Settings = ()
-    images: int = 1
-    guided: bool = False
-    negatives: list[Tensor] = field(default_factory=list)
-    gammas: dict[str, list[float]] = field(default_factory=dict)
-
-    def learn(self, pipe: Any, bound: Mapping[str, Any], result: Any) -> None:
-        """Note the prompts from the first `encode_prompt` of this call; later ones encode negative prompts."""
-        states, *others = result if isinstance(result, tuple | list) and result else [result]
-        if not isinstance(states, Tensor) or states.dim() != 3:
-            return
-        if self.prompts is not None:
-            self.negatives.append(states)
-            return
-        images = int(bound.get("num_images_per_prompt") or bound.get("num_videos_per_prompt") or 1)
-        texts = tokens = None
-        if bound.get("prompt") is not None:
-            texts = _as_texts(bound["prompt"])
-            if len(texts) * images != len(states):
-                return
-            tokens = tokens_of(pipe, texts)
-            for other in (_as_texts(value) for key, value in bound.items() if _OTHER_PROMPT.fullmatch(key) and value):
-                # What another encoder is told is as much of the prompt: of FLUX it is what the denoiser attends to.
-                each = other * len(texts) if len(other) == 1 else other
-                tokens = tuple(map(frozenset.union, tokens, tokens_of(pipe, each)))
-                texts = tuple(one if one == two else f"{one}\n{two}" for one, two in zip(texts, each, strict=True))
-        self.images, self.guided = images, bool(bound.get("do_classifier_free_guidance"))
-        self.settings = tuple(
-            (key, tuple(value) if isinstance(value, list) else value)
-            for key, value in sorted(bound.items())
-            if _is_setting(value) and not _NOT_SETTINGS.intersection(key.split("_"))
-        )
-        self.negatives = [one for one in others if isinstance(one, Tensor) and one.shape[2:] == states.shape[2:]]
-        self.prompts = Prompts(texts, tokens, states[::images].detach())
-
-    @property
-    def block(self) -> int:
-        """Rows of the denoiser's batch for all prompts once: prompts in order, the pictures of each side by side."""
-        return 0 if self.prompts is None else len(self.prompts.states) * self.images
-
-    def unconditional(self, states: Any) -> bool:
-        """Whether the denoiser is given the states of the negative prompts, and not those of the prompts beside them.
-
-        States that are neither count as the prompts': an eraser is never silently off.
-        """
-        if self.prompts is None or not isinstance(states, Tensor) or len(states) != self.block:
-            return False
-        at = states.data_ptr()
-        if at in {each.data_ptr() for each in (self.prompts.states, *self.negatives)}:
-            # The very tensor, which tells even a negative prompt that is the prompt itself.
-            return at != self.prompts.states.data_ptr()
-        own = self.prompts.states.to(states).repeat_interleave(self.images, dim=0)
-        return any(_equal(states, each.to(states)) for each in self.negatives) and not _equal(states, own)
-
-
-def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Tensor:
-    """The states of `text` as the class `base` of this pipeline encodes it: (1, tokens, d_text).
-
-    Always one text at a time: what a text encoder gives for a row may depend on the rows beside it in the last bit.
-    """
-    parameters = inspect.signature(base.encode_prompt).parameters
-    optional = {
-        "device": getattr(pipe, "_execution_device", None),
-        "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": False,
-    }
-    # SD3 wants its other encoders' prompts named; None stands for the same prompt.
-    others = {
-        name: None for name, one in parameters.items() if _OTHER_PROMPT.fullmatch(name) and one.default is one.empty
-    }
-    given = {name: value for name, value in {**optional, **dict(settings)}.items() if name in parameters}
-    with torch.no_grad():
-        result = base.encode_prompt(pipe, prompt=text, **others, **given)
-    states = result[0] if isinstance(result, tuple | list) else result
-    if not isinstance(states, Tensor):
-        raise UsageError(f"{base.__name__}.encode_prompt gave {type(states).__name__}, not text-encoder states")
-    return states[:1]
-
-
-def _as_texts(prompt: str | Sequence[str]) -> tuple[str, ...]:
-    return (prompt,) if isinstance(prompt, str) else tuple(prompt)
-
-
-def _is_setting(value: object) -> bool:
-    return isinstance(value, Scalar) or (
-        isinstance(value, list | tuple) and all(isinstance(one, Scalar) for one in value)
-    )
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
-
-
-def can_encode(pipe: Any) -> bool:
-    """Whether the pipeline holds a text encoder and its tokenizer."""
-    return _tokenizer(pipe) is not None and getattr(pipe, "text_encoder", None) is not None
-
-
 def tokens_of(pipe: Any, texts: Sequence[str]) -> tuple[frozenset[int], ...]:
-    """T(.) of each text, as this pipeline would cut it, the tokens of textual inversions included."""
-    tokenizer = _tokenizer(pipe)
-    if tokenizer is None:
-        return tuple(frozenset() for _ in texts)
+    """T(.) of each text, as this pipeline would cut it, the tokens of textual inversions included.
+
+    Of every tokenizer whose encoder is there, each in its own window: what FLUX's CLIP reads no more, its T5 does.
+    """
     convert = getattr(pipe, "maybe_convert_prompt", None)
-    return token_sets(tokenizer, texts if convert is None else convert(list(texts), tokenizer))
-
-
-def _tokenizer(pipe: Any) -> Any:
-    tokenizers = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
-    tokenizer = next((tokenizer for tokenizer in tokenizers if tokenizer is not None), None)
-    # FLUX.2 has a processor of pictures and texts in its place, which holds the tokenizer.
-    return getattr(tokenizer, "tokenizer", tokenizer)
+    found = [frozenset[int]() for _ in texts]
+    for place, suffix in enumerate(PLACES):
+        tokenizer = getattr(pipe, f"tokenizer{suffix}", None)
+        # FLUX.2 has a processor of pictures and texts in its place, which holds the tokenizer.
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        if tokenizer is None or getattr(pipe, f"text_encoder{suffix}", tokenizer) is None:
+            continue
+        if place and type(tokenizer).__name__ == "ByT5Tokenizer":
+            continue  # HunyuanImage's second one cuts into bytes, which any longer text shares with any name.
+        given = texts if convert is None else convert(list(texts), tokenizer)
+        found = list(map(frozenset.union, found, token_sets(tokenizer, given, place)))
+    return tuple(found)
 
 
 def _batch_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

@@ -2,7 +2,7 @@
 
 import tempfile
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+WAY = 2**32
+"""Beyond every token's id: a text that is cut in several ways has the ids of the n-th way in its T(.) plus n * WAY."""
+
 
 class Concept:
     """What one eraser listens to: all names of its concept.
 
-    names: the target, then its aliases.  tokens: T(c) of each, the ids of its tokens without special ones.  shape: of
-    the states of a name, (tokens, d_text).
+    names: the target, then its aliases.  tokens: T(c) of each, as `gate.token_sets` has it.  shape: of the states of a
+    name, (tokens, d_text).
     states: (names, tokens, d_text), e(c) of each; on a `shelf` they are given back to 2^-24 of their length.
     """
 
@@ -73,9 +76,10 @@ class Concepts:
         return pad_sequence([states for concept in self.each for states in concept.states], batch_first=True)
 
     @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """|T(c)| of every name."""
-        return tuple(len(tokens) for concept in self.each for tokens in concept.tokens)
+    def sizes(self) -> Counter[tuple[int, int]]:
+        """|T(c)| by name and by the way it is cut in."""
+        every = enumerate(tokens for concept in self.each for tokens in concept.tokens)
+        return Counter((name, token // WAY) for name, tokens in every for token in tokens)
 
     def greatest(self, per_name: Tensor) -> Tensor:
         """The greatest over the names of each concept: (prompts, names) to (prompts, concepts)."""
@@ -87,7 +91,7 @@ class Concepts:
 
     @cached_property
     def holders(self) -> dict[int, list[int]]:
-        """For every token id the names that contain it."""
+        """For every token the names that contain it."""
         index: dict[int, list[int]] = defaultdict(list)
         for name, tokens in enumerate(tokens for concept in self.each for tokens in concept.tokens):
             for token in tokens:

@@ -3,20 +3,20 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from spm_hub.concepts import Concepts, fixed_point
+from spm_hub.concepts import WAY, Concepts, fixed_point
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """The prompts of one call.
 
-    texts: as given, None where only embeddings were.  tokens: for each its token ids without special ones, T(p), None
-    with `texts`.  states: (prompts, tokens, d_text), the text-encoder states that the denoiser is given, e(p).
+    texts: as given, None where only embeddings were.  tokens: T(p) of each, as `token_sets` has it, None with `texts`.
+    states: (prompts, tokens, d_text), the text-encoder states that the denoiser is given, e(p).
     """
 
     texts: tuple[str, ...] | None
@@ -46,8 +46,9 @@ class ConstantGate:
 class TransportGate:
     """gamma(p, c) = max(cos(e(p), e(c)), |T(p) & T(c)| / |T(c)|), the greatest over the names of a concept.
 
-    The cosine is that of the flattened states (Eq. 10), T are sets of token ids without special ones (Eq. 11). Prompts
-    that are known by their embeddings alone count as sharing no token.
+    The cosine is that of the flattened states (Eq. 10), T are sets of token ids without special ones (Eq. 11), and of
+    the ways to cut a text the one counts in which they share most. Prompts that are known by their embeddings alone
+    count as sharing no token.
     """
 
     def gammas(self, prompts: Prompts, concepts: Concepts) -> Tensor:
@@ -79,18 +80,38 @@ def similarity(states: Tensor, concepts: Concepts) -> Tensor:
 
 
 def overlap(prompts: Prompts, concepts: Concepts) -> Tensor:
-    """The share of each name's tokens that the prompt contains, (prompts, names), float64; 0 for unknown texts."""
-    shares = torch.zeros(len(prompts.states), len(concepts.sizes), dtype=torch.float64)
+    """The share of each name's tokens that the prompt contains, (prompts, names), float64; 0 for unknown texts.
+
+    The greatest over the ways that both are cut in.
+    """
+    shares = torch.zeros(len(prompts.states), len(concepts.owners), dtype=torch.float64)
     for row, tokens in enumerate(prompts.tokens or ()):
-        hits = Counter(name for token in tokens for name in concepts.holders.get(token, ()))
-        for name, count in hits.items():
-            shares[row, name] = count / concepts.sizes[name]
+        hits = Counter((name, token // WAY) for token in tokens for name in concepts.holders.get(token, ()))
+        greatest: dict[int, float] = {}
+        for (name, way), count in hits.items():
+            greatest[name] = max(greatest.get(name, 0.0), count / concepts.sizes[name, way])
+        found = torch.tensor(list(greatest.values()), dtype=torch.float64)
+        shares[row, torch.tensor(list(greatest), dtype=torch.long)] = found
     return shares
 
 
-def token_sets(tokenizer: object, texts: Sequence[str]) -> tuple[frozenset[int], ...]:
-    """T(.) of each text: the ids that the text encoder is given, without special ones."""
-    assert callable(tokenizer)
-    special = set(getattr(tokenizer, "all_special_ids", ()))
-    ids = tokenizer(list(texts), truncation=True).input_ids
-    return tuple(frozenset(row) - special for row in ids)
+def token_sets(tokenizer: Any, texts: Sequence[str], place: int = 0) -> tuple[frozenset[int], ...]:
+    """T(.) of each text: the ids that the text encoder is given, without special ones and bare spaces.
+
+    CLIP's tokenizer knows neither capitals nor a word's place. To one that does, "snoopy", "a snoopy" and "Snoopy" may
+    share nothing, whatever the pipeline itself makes of capitals: there T(.) also has the ids of the text in small
+    letters after a space, as of another way (`WAY`) to cut it. place: of the tokenizer among those of its pipeline.
+    """
+    special = set(tokenizer.all_special_ids)
+
+    def ids(texts: Sequence[str]) -> list[frozenset[int]]:
+        return [frozenset(row) - special for row in tokenizer(list(texts), truncation=True).input_ids]
+
+    one, other = ids(["A b", " a b"])
+    ways = [ids(texts)] if one == other else [ids(texts), ids([f" {text.lower()}" for text in texts])]
+    # SentencePiece may cut a space off the word after it, and every text has that.
+    blank = {token for sets in ways for token in set[int]().union(*sets) if not tokenizer.decode([token]).strip()}
+    return tuple(
+        frozenset(token + (2 * place + way) * WAY for way, tokens in enumerate(each) for token in tokens - blank)
+        for each in zip(*ways, strict=True)
+    )

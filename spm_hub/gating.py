@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from spm_hub.calls import Settings, encode, tokens_of
+from spm_hub.calls import tokens_of
 from spm_hub.concepts import Concept, Concepts, Shelf
 from spm_hub.errors import UsageError
 from spm_hub.gate import ConstantGate, Gate, Prompts
 from spm_hub.options import Eraser, Options
+from spm_hub.prompting import Settings, encode, encoders_stamp
 
 Gammas = dict[str, list[float]]
 """By eraser: one for each prompt."""
@@ -28,13 +29,25 @@ class Gating:
         self._shelves: dict[int, Shelf] = {}
         self._groups: dict[Settings, list[tuple[Gate, tuple[str, ...], Concepts | None]]] = {}
         self._empty: dict[Settings, int] = {}
+        self._stamp: tuple[object, ...] = ()
 
     def forget(self) -> None:
         """Other erasers than before: whom to ask together has to be found anew."""
         self._groups.clear()
 
     def ask(self, prompts: Prompts, settings: Settings, erasers: Mapping[str, Eraser]) -> Gammas:
-        """The gamma of each of these prompts for every eraser. Raises UsageError where a gate gives no such thing."""
+        """The gamma of each of these prompts for every eraser.
+
+        Raises UsageError where a gate gives no such thing, CannotEncodeError.
+        """
+        stamp = encoders_stamp(self._pipe)
+        if stamp != self._stamp:
+            # What other text encoders made of the concepts is nothing to compare with.
+            self._stamp = stamp
+            self._groups.clear()
+            self._empty.clear()
+            for eraser in erasers.values():
+                eraser.concepts.clear()
         if settings not in self._groups:
             self._groups[settings] = list(self._grouped(settings, erasers))
         found: Gammas = {}

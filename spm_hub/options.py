@@ -9,11 +9,11 @@ from typing import Literal, get_args
 from torch import nn
 
 from spm_hub.adapter import Adapter
-from spm_hub.calls import Settings
 from spm_hub.concepts import Concept
 from spm_hub.errors import UsageError
 from spm_hub.gate import ConstantGate, Gate, TransportGate
 from spm_hub.increments import Increment
+from spm_hub.prompting import Settings
 
 Rows = Literal["both", "conditional"]
 Mode = Literal["auto", "fold", "branch"]

@@ -170,6 +170,22 @@ def test_rows_of_a_batch_are_their_own_where_layers_see_a_part_of_it(pipe):
             assert agrees(together[row], other(prompt, generator=noise[row], **options).images[0])
 
 
+def test_of_three_blocks_of_rows_the_unconditional_one_is_told_by_its_states(pipe):
+    """Perturbed attention guidance: the negative prompts' rows, the prompts', and the prompts' again."""
+    path = "down_blocks.0.attentions.0.proj_in"
+    seen = []
+    module = pipe.unet.get_submodule(path)
+    module.register_forward_hook(lambda layer, args, output: seen.append((args[0], output)))
+    weight, bias = module.weight.clone(), module.bias
+    other = StableDiffusionPAGPipeline(**parts(pipe), pag_applied_layers=["mid"])
+    with attach(other, [pico_eraser(pipe.unet, paths=[path])], rows="conditional"):
+        draw(other, ["snoopy", "a dog"], pag_scale=2.0)
+    x, output = seen[0]
+    assert len(x) == 6
+    moved = (output - torch.nn.functional.conv2d(x, weight, bias)).flatten(1).abs().amax(dim=1)
+    assert moved[:2].max() <= 1e-5 < 1e-3 < moved[2:].min()
+
+
 def controlled_by_guess(pipe):
     return controlled(pipe, guess_mode=True)
 

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import pico_tokenizer
+from pico_families import pico_qwen_tokenizer, pico_t5
 
-from spm_hub.concepts import Concept, Concepts, Shelf, fixed_point
+from spm_hub.concepts import WAY, Concept, Concepts, Shelf, fixed_point
 from spm_hub.gate import ConstantGate, Gate, Prompts, TransportGate, overlap, similarity, token_sets
 
 
@@ -144,6 +145,25 @@ def test_token_sets_leave_special_ids_out_and_end_with_the_window():
     dog, dogs, empty, long = token_sets(tokenizer, ["dog", "Dog DOG dog", "", "dog " * 30 + "snoopy"])
     assert dog == dogs == long == {tokenizer.convert_tokens_to_ids("dog</w>")}
     assert empty == frozenset()
+
+
+@pytest.mark.parametrize("text", ["snoopy", "a photo of snoopy", "A photo of SNOOPY", "Snoopy by van gogh"])
+def test_a_name_is_heard_in_any_place_and_in_capitals_whatever_the_tokenizer(text):
+    for tokenizer in (pico_tokenizer(), pico_t5()[1], pico_qwen_tokenizer()):
+        name, other, prompt = token_sets(tokenizer, ["snoopy", "church", text])
+        concept = Concept(("snoopy", "church"), (name, other), states_of(0, 2, 5, 7))
+        prompts = Prompts((text,), (prompt,), states_of(1, 1, 5, 7))
+        assert overlap(prompts, Concepts((concept,))).tolist() == [[1.0, 0.0]]
+
+
+def test_clip_cuts_a_text_in_one_way_and_another_tokenizer_beside_it_in_ways_of_its_own():
+    assert all(token < WAY for token in frozenset().union(*token_sets(pico_tokenizer(), ["Snoopy", "a dog"])))
+    (first,), (second,) = (token_sets(pico_tokenizer(), ["snoopy"], place) for place in (0, 1))
+    assert not first & second
+    concepts = Concepts((Concept(("snoopy",), (first | second | {2 * WAY + 1},), states_of(0, 1, 5, 7)),))
+    # One of two tokens in the second tokenizer's way, all in the first's: they are not added up.
+    assert overlap(Prompts(("?",), (second,), states_of(1, 1, 5, 7)), concepts).item() == 0.5
+    assert overlap(Prompts(("?",), (first | second,), states_of(1, 1, 5, 7)), concepts).item() == 1
 
 
 def shelved(concept, shelf):

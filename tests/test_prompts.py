@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from pico_families import family_pipeline
+from peft import LoraConfig
+from pico import TEXT_WIDTH, pico_pipeline
+from pico_families import family_pipeline, unet
 from test_families import apart, draw, eraser
 from torch import Tensor
 
 import spm_hub
 from spm_hub.architectures import denoiser_of
 from spm_hub.concepts import Concepts
+from spm_hub.errors import UsageError
 from spm_hub.gate import Prompts, TransportGate, similarity
 
 PROMPTS = ["snoopy", "a dog on the beach", "mickey mouse", ""]
@@ -62,11 +66,11 @@ class Heard:
     """What a denoiser was called with and gave."""
 
     def __init__(self, pipe: Any) -> None:
-        self.calls: list[tuple[dict[str, Any], Tensor]] = []
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
         denoiser_of(pipe).register_forward_hook(self, with_kwargs=True)
 
-    def __call__(self, module: Any, args: tuple[()], kwargs: dict[str, Any], output: tuple[Tensor]) -> None:
-        self.calls.append((kwargs, output[0]))
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor]) -> None:
+        self.calls.append((args, kwargs, output[0]))
 
 
 @pytest.mark.parametrize("mode", ["auto", "fold", "branch"])
@@ -81,7 +85,7 @@ def test_negative_prompts_in_a_call_of_their_own_are_spared_where_that_was_asked
             heard = Heard(pipe)
             draw(pipe, prompts, **options)
         assert len(heard.calls) == 4
-        for step, (kwargs, output) in enumerate(heard.calls):
+        for step, (_, kwargs, output) in enumerate(heard.calls):
             with torch.no_grad():
                 bare = denoiser_of(twin)(**kwargs)[0]
             negative = step % 2 == 1
@@ -132,3 +136,110 @@ def test_a_processor_in_place_of_a_tokenizer_and_settings_of_several_numbers() -
     assert apart(together, torch.cat(single)) <= 1e-5
     assert float(similarity(gate.asked[0].states, gate.concepts[0])[0, 0]) == pytest.approx(1, abs=1e-6)
     assert gate.said[0][1, 1] == 1 > gate.said[0][0, 1]
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "sd3"])
+def test_a_word_that_only_the_longer_of_two_encoders_reads(name: str) -> None:
+    pipe: Any = family_pipeline(name)
+    with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)]) as erasers:
+        long = "red " * 12 + "snoopy"
+        assert erasers.gates(long)["snoopy"] == 1
+        assert erasers.gates("red " * 13)["snoopy"] < 1
+        if name == "sd3":
+            pipe.text_encoder_3 = None
+            assert erasers.gates(long)["snoopy"] < 1, "nobody reads it now"
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "pixart"])
+def test_a_name_in_the_middle_of_a_sentence_and_in_capitals(name: str) -> None:
+    pipe: Any = family_pipeline(name)
+    with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)]) as erasers:
+        for prompt in ("a photo of snoopy", "a photo of SNOOPY", "snoopy on the beach"):
+            assert erasers.gates(prompt)["snoopy"] == 1
+        assert erasers.gates("a photo of the church")["snoopy"] < 1
+
+
+@pytest.mark.parametrize("ready", [False, True], ids=["encoded in the callback", "encoded before"])
+@pytest.mark.parametrize("name", ["sd1", "flux-dev"])
+def test_prompts_that_are_replaced_in_the_middle_of_a_picture(name: str, ready: bool) -> None:
+    pipe, twin = family_pipeline(name), family_pipeline(name)
+    options: dict[str, Any] = {"max_sequence_length": 16} if name == "flux-dev" else {}
+
+    def encoded(words: str) -> Tensor:
+        with torch.no_grad():
+            if name == "sd1":
+                return torch.cat(pipe.encode_prompt(words, "cpu", 1, True)[::-1])
+            states: Tensor = pipe.encode_prompt(words, **options)[0]
+            return states
+
+    dog, snoopy = encoded("a dog"), encoded("snoopy")
+
+    def put(pipeline: Any, step: int, time: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The second step's, and back again."""
+        return {"prompt_embeds": dog if step else snoopy if ready else encoded("a photo of snoopy")}
+
+    # The dog is far enough to be spared, by this threshold.
+    with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)], rows="conditional", threshold=0.999):
+        heard = Heard(pipe)
+        draw(
+            pipe, ["a dog"], num_inference_steps=3, callback_on_step_end=put,
+            callback_on_step_end_tensor_inputs=["prompt_embeds"], **options,
+        )  # fmt: skip
+    assert len(heard.calls) == 3
+    for (args, kwargs, output), erased in zip(heard.calls, (False, True, False), strict=True):
+        with torch.no_grad():
+            bare = denoiser_of(twin)(*args, **kwargs)[0]
+        assert (apart(output[-1:], bare[-1:]) > 1e-2) == erased
+        if name == "sd1":
+            assert apart(output[:1], bare[:1]) <= 1e-5, "the unconditional row is spared"
+
+
+def test_text_encoders_are_enough_where_the_pipeline_can_encode_with_them() -> None:
+    pipe: Any = family_pipeline("sdxl")
+    narrow = unet(
+        cross_attention_dim=TEXT_WIDTH, transformer_layers_per_block=(1, 2), addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+    )  # fmt: skip
+    pipe.register_modules(unet=narrow.requires_grad_(False), text_encoder=None, tokenizer=None)
+    gate = Listening()
+    with warnings.catch_warnings(), spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)], gate=gate):
+        warnings.simplefilter("error", UserWarning)
+        draw(pipe, ["a photo of snoopy"])
+    assert gate.said[0].item() == 1
+
+
+def test_a_pipeline_that_cannot_encode_is_fully_on_and_says_so() -> None:
+    pipe, twin = family_pipeline("flux-dev"), family_pipeline("flux-dev")
+    with torch.no_grad():
+        embeds, pooled, _ = pipe.encode_prompt("a dog", max_sequence_length=16)
+    pipe.register_modules(text_encoder_2=None, tokenizer_2=None)
+    with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)]) as erasers:
+        with pytest.warns(UserWarning, match="fully on"):
+            drawn = pipe(
+                prompt_embeds=embeds, pooled_prompt_embeds=pooled, generator=torch.Generator().manual_seed(7),
+                height=16, width=16, guidance_scale=2.0, num_inference_steps=2, output_type="latent",
+            ).images  # fmt: skip
+        with pytest.raises(UsageError, match="cannot encode 'a dog'"):
+            erasers.gates("a dog")
+    with spm_hub.attach(twin, [eraser(twin, "snoopy", 1)], gate="always"):
+        assert torch.equal(drawn, draw(twin, ["a dog"]))
+
+
+@pytest.mark.parametrize("change", ["replaced", "written", "lora"])
+def test_concepts_are_encoded_again_by_other_text_encoders(change: str) -> None:
+    pipe: Any = family_pipeline("sd1")
+    other = pico_pipeline(seed=3)
+    with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)]) as erasers:
+        erasers.gates("snoopy")
+        if change == "replaced":
+            pipe.text_encoder = other.text_encoder
+        elif change == "written":
+            pipe.text_encoder.load_state_dict(other.text_encoder.state_dict())
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                config = LoraConfig(r=2, lora_alpha=40, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+                pipe.text_encoder.add_adapter(config)
+        found = erasers.gates("a dog")
+    with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)]) as fresh:
+        assert fresh.gates("a dog") == found
