@@ -186,6 +186,7 @@ class _Site:
         self._kept: Tensor | None = None
         self._kept_bias: Tensor | None = None
         self._written: Tensor | None = None
+        self._written_bias: Tensor | None = None
         self._folded: tuple[tuple[str, float], ...] | None = ()
         self._stack: Stack | None = None
 
@@ -222,7 +223,7 @@ class _Site:
         new = _effective_bias(original, parts)
         if new is not original:
             self._kept_bias = original
-        bias.data = new
+        bias.data = self._written_bias = new
 
     def branch(self, names: list[str], gammas: Tensor, read: _Reader) -> None:
         self.bare()
@@ -246,8 +247,8 @@ class _Site:
             self._kept = self._written = None
         bias = bias_of(self.module)
         if bias is not None and self._kept_bias is not None:
-            _put_back(bias, self._kept_bias, bias.data)
-            self._kept_bias = None
+            _put_back(bias, self._kept_bias, self._written_bias)
+        self._kept_bias = self._written_bias = None
         self._folded = ()
 
 

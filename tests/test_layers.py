@@ -294,6 +294,18 @@ def test_an_eraser_that_comes_under_the_name_of_another_leaves_nothing_of_it():
     torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["low_rank", "dense", "mask_out"])
+def test_a_module_that_is_cast_by_itself_is_bare_in_what_it_was_cast_to(kind):
+    module = make_module("linear")
+    original = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    layers = installed(module, {"e": make_increment(kind, module, 1)})
+    layers.fold({"e": 0.5})
+    module.double()
+    layers.bare()
+    assert all(torch.equal(tensor, original[key].double()) for key, tensor in module.state_dict().items())
+    assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float64}
+
+
 def test_a_module_that_is_cast_by_itself_stays_as_it_was_cast():
     module = make_module("linear")
     increment = make_increment("low_rank", module, 1)
