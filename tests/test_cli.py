@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from PIL import Image
 from rich.cells import cell_len
 
 from spm_hub.cli.app import EXAMPLES, app
-from spm_hub.cli.output import LONG, Output, guarded, size, table
+from spm_hub.cli.output import LONG, Output, guarded, silence_libraries, size, table
 from spm_hub.errors import RegistryError
 from spm_hub.hub import registry as registries
 from spm_hub.hub.registry import Registry
@@ -253,6 +254,7 @@ WRONG = [
     (["apply", "-m", "{model}", "-a", "snoopy", "-p", " "], 2, "prompt 1 is empty"),
     (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--num", "0"], 2, "at least 1"),
     (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--seed", "-1"], 2, "at least 0"),
+    (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--steps", "1001"], 2, "num_inference_steps 1001"),
     (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--gate", "open"], 2, "transport"),
     (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--gate", "nan"], 2, "transport"),
     (["apply", "-m", "{model}", "-a", "snoopy", "-p", "x", "--strength", "snoopy"], 2, "NAME=NUMBER"),
@@ -293,6 +295,9 @@ NEEDS_NO_MODEL = [
     (["apply", "-a", "snoopy", "-p", "x", "--gate", "transprot"], "--gate transport"),
     (["apply", "-a", "snoopy", "-p", "x", "--strength", "snopy=1"], "snoopy"),
     (["apply", "-a", "snoopy", "-p", "x", "--steps", "0"], "steps = 1"),
+    (["apply", "-a", "snoopy", "-p", "x", "--seed", str(2**64)], "seed = 0"),
+    (["apply", "-a", "snoopy", "-p", "x", "--seed", str(2**64 - 1), "--num", "2"], "seed = 0"),
+    (["apply", "-a", "snoopy", "-p", "x", "--guidance", "nan"], "guidance = 7.5"),
     (["bake", "-a", "snoopy,{namesake}", "--out", "out"], "spmhub convert {namesake} --name snoopy-2"),
     (["bake", "-a", "snoopy", "--out", "{registry}"], "--force"),
     (["train", "church", "--set", "objektive.eta=1"], "spmhub show NAME"),
@@ -412,6 +417,41 @@ def test_several_concepts_go_on_with_the_one_that_was_interrupted(
     assert church.adapter_path.stat() == before, "not trained again"
     assert spmhub(*arguments, "--resume", "--set=steps=3").code == 1, "another recipe's eraser is in the way"
     assert church.adapter_path.stat() == before
+
+
+def test_runs_on_bases_of_one_name_leave_each_other_alone(
+    spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spm_hub.training import run
+
+    other = tmp_path / "other" / model.name
+    pico_pipeline(seed=1).save_pretrained(other)
+    step = run.Run.step
+
+    def interrupted(self: run.Run, number: int) -> dict[str, float]:
+        if number == 1:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    arguments = ("train", "church", *PICO_TRAINING, "-m")
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Run, "step", interrupted)
+        assert [spmhub(*arguments, base).code for base in (model, other)] == [130, 130]
+    assert len(list((tmp_path / "cache").rglob("training.safetensors"))) == 2
+    anew = spmhub(*arguments, model, "--resume", "--name", "another")
+    assert "nothing to resume" in anew.err
+    assert "nothing to resume" not in spmhub(*arguments, other, "--resume").err
+    assert not [key for key, value in registry.get("church").read_manifest().versions.items() if not value]
+    done = spmhub(*arguments, model, "--resume")
+    assert (done.code, "--force" in done.err) == (1, True), "the same recipe's, on other weights"
+    assert "erased by this very recipe already" in spmhub(*arguments, other, "--resume").err
+
+
+def test_what_we_warn_of_ourselves_is_a_line_and_what_libraries_do_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with silence_libraries():
+        warnings.warn("spm_hub: this model cannot be trained to the same bits twice", UserWarning, stacklevel=1)
+        warnings.warn("something is deprecated", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: this model cannot be trained to the same bits twice\n"
 
 
 def test_a_full_registry_does_not_cost_the_training(

@@ -243,6 +243,28 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
         train(recipe(seed=5), pipe=pico_pipeline(), checkpoint_dir=tmp_path, resume=True)
 
 
+@pytest.mark.parametrize(("seed", "dtype", "key"), [(1, "float32", "weights"), (0, "float64", "dtype")])
+def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path, seed: int, dtype: str, key: str) -> None:
+    def stop(step: int, total: int, info: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SpmHubError):
+        train(recipe(), pipe=pico_pipeline(), progress=stop, checkpoint_dir=tmp_path)
+    other = pico_pipeline(seed, dtype=getattr(torch, dtype))
+    with pytest.raises(RecipeError, match=f"belongs to another base: its base-{key} is"):
+        train(recipe(), pipe=other, checkpoint_dir=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("values", [{}, {"method": "esd-x"}, {"method": "minimalist", "steps": 1}])
+def test_training_leaves_the_denoiser_as_trainable_as_it_was(values: dict[str, object]) -> None:
+    pipe = pico_pipeline()
+    pipe.unet.conv_in.requires_grad_(True)
+    before = {name: parameter.requires_grad for name, parameter in pipe.unet.named_parameters()}
+    plan = Recipe.make(target="snoopy", batch_size=2, **{"steps": 1, **values})
+    train(plan, pipe=pipe)
+    assert {name: parameter.requires_grad for name, parameter in pipe.unet.named_parameters()} == before
+
+
 def test_a_damaged_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "training.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     with pytest.raises(SpmHubError, match="cannot be read"):

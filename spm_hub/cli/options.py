@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from pathlib import Path
@@ -117,11 +118,15 @@ def precision(name: str) -> torch.dtype:
     return found
 
 
-def run_folder(name: str) -> Path:
-    """Where the state of a training run is kept unless --checkpoint-dir says otherwise."""
+def run_folder(name: str, *what: str) -> Path:
+    """Where the state of a training run is kept unless --checkpoint-dir says otherwise.
+
+    A folder for each recipe and base that `what` tells of: runs of one name side by side leave each other alone.
+    """
     import platformdirs
 
-    return platformdirs.user_cache_path("spm-hub", appauthor=False) / "runs" / name
+    run = f"{name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
+    return platformdirs.user_cache_path("spm-hub", appauthor=False) / "runs" / run
 
 
 def _number(text: str) -> float | None:

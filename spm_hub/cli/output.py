@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 10.0
+WARNING = "spm_hub: "
+"""What our own warnings begin with."""
+
 LONG = 100
 """Rows: rich takes longer to lay out more of them than it takes to read a registry, and nobody reads them boxed."""
 
@@ -93,7 +97,10 @@ def guarded(out: Output) -> Iterator[None]:
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Keep the libraries' own bars and remarks off stderr; what they have to say of importance they raise."""
+    """Keep the libraries' own bars and remarks off stderr; what they have to say of importance they raise.
+
+    What we warn of ourselves is a line there.
+    """
     import warnings
 
     from diffusers.utils import logging as diffusers_logging
@@ -105,7 +112,13 @@ def silence_libraries() -> Iterator[None]:
     silence_hub()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", message=re.escape(WARNING))
+        warnings.showwarning = _show
         yield
+
+
+def _show(message: Warning | str, *_: Any, **__: Any) -> None:
+    sys.stderr.write(f"warning: {str(message).removeprefix(WARNING)}\n")
 
 
 def silence_hub() -> None:

@@ -1,7 +1,7 @@
 """spmhub train: make an eraser."""
 
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,12 +127,15 @@ def train(
         base, revision = identity_of(plans[0].model, pipe)
 
         from spm_hub.training.starting import started as begun
+        from spm_hub.training.trainer import Checkpoint, base_stamp, train_together
+
+        stamp = base_stamp(pipe)
     entries: list[Entry] = []
     for plan in plans:
         start = None if plan.start_from is None else started[plan.start_from].load()
         whole = begun(plan.model_copy(update={"model": base}), start)
         names = [member.slug for member in sorted(members(whole), key=lambda member: member.target != plan.target)]
-        kept = [member.slug for member in members(whole) if resume and not force and _made_by(member, kept_in)]
+        kept = [m.slug for m in members(whole) if resume and not force and _made_by(m, kept_in, base=stamp)]
         for named in names:
             kept_in.check_room_for(named, replace=force or named in kept)
         what = ", ".join(repr(one) for one in (plan.target, *(other.target for other in plan.together)))
@@ -141,27 +144,27 @@ def train(
             entries += map(kept_in.get, names)
             continue
         out.say(f"erasing {what} from {plan.model} with {plan.method} ...")
-        folder = checkpoint_dir or options.run_folder(plan.slug)
+        folder = checkpoint_dir or options.run_folder(plan.slug, whole.model_dump_json(), *stamp.values())
         if checkpoint_dir is not None and len(plans) > 1:
             folder = checkpoint_dir / plan.slug
-        with silence_libraries():
-            from spm_hub.training.trainer import Checkpoint, train_together
-
-            with out.progress("training") as progress:
-                adapters = train_together(
-                    whole,
-                    pipe=pipe,
-                    revision=revision,
-                    progress=progress,
-                    checkpoint_dir=folder,
-                    resume=resume,
-                    start=start,
-                )
+        checkpoint = Checkpoint(folder, stamp)
+        if resume and not checkpoint.path.exists():
+            out.say(f"nothing to resume: {folder} has no run of this recipe on this base; this one begins anew")
+        with silence_libraries(), out.progress("training") as progress:
+            adapters = train_together(
+                whole,
+                pipe=pipe,
+                revision=revision,
+                progress=progress,
+                checkpoint_dir=folder,
+                resume=resume,
+                start=start,
+            )
         for adapter in adapters:
             try:
                 entries.append(kept_in.add(adapter, replace=force or adapter.name in kept))
             except RegistryError as error:
-                if not Checkpoint(folder).path.exists():
+                if not checkpoint.path.exists():
                     raise
                 raise RegistryError(
                     f"{error.message}; what was trained is not lost, it is in {folder}",
@@ -172,7 +175,7 @@ def train(
             for one in adapter.manifest.evaluation:
                 if one.protocol == "conversion":
                     out.say(f"{adapter.name}: {one.metric.replace('_', ' ')} in its conversion: {one.value:.1e}")
-        Checkpoint(folder).remove()
+        checkpoint.remove()
     sizes = [entry.adapter_path.stat().st_size for entry in entries]
     made = [
         {"name": entry.name, "adapter": entry.adapter_path, "manifest": entry.manifest_path, "bytes": n_bytes}
@@ -188,15 +191,22 @@ def train(
     out.say("try: " + shlex.join(["spmhub", "apply", *source, *listed, "--prompt", plans[0].target, "--compare"]))
 
 
-def _made_by(recipe: "Recipe", registry: "Registry", apart_from: Collection[str] = ()) -> bool:
-    """Whether the registry's eraser of that name was trained by exactly this recipe, some keys of it left aside."""
+def _made_by(
+    recipe: "Recipe", registry: "Registry", apart_from: Collection[str] = (), base: Mapping[str, str] | None = None
+) -> bool:
+    """Whether the registry's eraser of that name was trained by exactly this recipe, some keys of it left aside.
+
+    base: on the model that `base_stamp` says this of, unless that is not known yet.
+    """
     entry = registry.find(recipe.slug)
     try:
-        found = {} if entry is None else entry.read_manifest().recipe
+        manifest = None if entry is None else entry.read_manifest()
     except SpmHubError:
         return False  # whatever it is, it stands in the way
+    if manifest is None or not manifest.recipe or not (base or {}).items() <= manifest.versions.items():
+        return False
     wanted = recipe.model_dump(mode="json")
-    return bool(found) and all(found.get(key) == value for key, value in wanted.items() if key not in apart_from)
+    return all(manifest.recipe.get(key) == value for key, value in wanted.items() if key not in apart_from)
 
 
 def _plans(file: Path | None, sets: Sequence[str], concepts: Sequence[str], given: dict[str, Any]) -> "list[Recipe]":

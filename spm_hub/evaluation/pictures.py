@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 WITHOUT, WITH = "without", "with"
 METADATA_KEY = "spmhub"
+SEEDS = 2**64
+"""torch takes as many."""
 
 Progress = Callable[[int, int], None]
 
@@ -47,6 +50,12 @@ class Drawing:
         for name, value, least in (("seed", self.seed, 0), ("number", self.number, 1), ("steps", self.steps, 1)):
             if value is not None and value < least:
                 raise UsageError(f"{name} must be at least {least}, got {value}", mend=f"{name} = {least}")
+        if self.seed + self.number > SEEDS:
+            raise UsageError(
+                f"seed must be at most 2^64 - number = {SEEDS - self.number}, got {self.seed}", mend="seed = 0"
+            )
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise UsageError(f"guidance must be a finite number, got {self.guidance}", mend="guidance = 7.5")
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,10 @@ def check_prompts(prompts: Sequence[str]) -> None:
 def draw(
     pipe: DiffusionPipeline, prompt: str, drawing: Drawing, progress: Progress | None = None
 ) -> tuple[Image.Image, ...]:
-    """`drawing.number` pictures of one prompt; `progress` is told each denoising step of this call and their total."""
+    """`drawing.number` pictures of one prompt; `progress` is told each denoising step of this call and their total.
+
+    Raises UsageError for what the pipeline refuses: more steps than its scheduler has, for instance.
+    """
     given = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
     generators = [torch.Generator("cpu").manual_seed(drawing.seed + index) for index in range(drawing.number)]
 
@@ -111,13 +123,21 @@ def draw(
             progress(step + 1, pipeline.num_timesteps)
         return kept
 
-    made = pipe(
-        prompt,
-        num_images_per_prompt=drawing.number,
-        generator=generators,
-        callback_on_step_end=stepped,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    chosen = {name: value for name, value in given.items() if value is not None}
+    try:
+        made = pipe(
+            prompt,
+            num_images_per_prompt=drawing.number,
+            generator=generators,
+            callback_on_step_end=stepped,
+            **chosen,
+        )
+    except ValueError as error:
+        asked = ", ".join(f"{name} {value}" for name, value in chosen.items()) or "its own settings"
+        raise UsageError(
+            f"{type(pipe).__name__} refuses {prompt!r} with {asked}: {str(error).strip()}",
+            mend="leave --steps and --guidance to the pipeline" if chosen else None,
+        ) from error
     return tuple(made.images)
 
 

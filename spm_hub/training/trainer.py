@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -20,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from spm_hub.adapter import Adapter, increment_info
-from spm_hub.architectures import family_of, fingerprint_of
+from spm_hub.architectures import denoiser_of, family_of, fingerprint_of
 from spm_hub.atomic import write_atomic
 from spm_hub.errors import RecipeError, RegistryError, SpmHubError
 from spm_hub.increments import Increment
@@ -44,6 +45,7 @@ from .together import Together
 
 Progress = Callable[[int, int, dict[str, float]], None]
 _CHECKPOINT = "training.safetensors"
+_SAMPLED = 16  # numbers of a parameter, or a few more
 CONVERSION = "conversion"
 """The protocol by which a manifest tells how exactly what PEFT trained was turned into increments."""
 
@@ -60,16 +62,20 @@ class TrainingDivergedError(SpmHubError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run stands on disk. Its random state is its step: every draw is seeded by (seed, step)."""
+    """Where a run stands on disk. Its random state is its step: every draw is seeded by (seed, step).
+
+    base: what `base_stamp` says of the model that it trains on.
+    """
 
     folder: Path
+    base: Mapping[str, str]
 
     @property
     def path(self) -> Path:
         return self.folder / _CHECKPOINT
 
     def write(self, recipe: Recipe, step: int, tensors: dict[str, Tensor]) -> None:
-        metadata = {"recipe": recipe.model_dump_json(), "step": str(step)}
+        metadata = {"recipe": recipe.model_dump_json(), "step": str(step), **self.base}
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         write_atomic(self.path, save(contiguous, metadata))
 
@@ -86,7 +92,7 @@ class Checkpoint:
             ) from error
 
     def read(self, recipe: Recipe) -> tuple[int, dict[str, Tensor]]:
-        """The step reached and the tensors. Raises RecipeError when it belongs to another recipe."""
+        """The step reached and the tensors. Raises RecipeError when it belongs to another recipe or another base."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -100,10 +106,32 @@ class Checkpoint:
                 f"the checkpoint {self.path} belongs to another recipe",
                 mend="resume with the recipe it was started with, or train again without --resume",
             )
+        for key, value in self.base.items():
+            if (then := metadata.get(key, "unknown")) != value:
+                raise RecipeError(
+                    f"the checkpoint {self.path} belongs to another base: its {key} is {then}, that of this one is "
+                    f"{value}",
+                    mend="resume with the --model and --dtype it was started with, or train again without --resume",
+                )
         return int(metadata["step"]), tensors
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def base_stamp(pipe: DiffusionPipeline) -> dict[str, str]:
+    """What tells a base from another one of its name: its precision, and a hash of some numbers of every parameter."""
+    whole = hashlib.sha256()
+    for part, module in sorted(pipe.components.items()):
+        for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
+            whole.update(f"{part} {name} {tuple(parameter.shape)}\n".encode())
+            # Quantised by a subclass, or left on the disk, weights are not there to be read; norms and biases are.
+            if type(parameter.data) is Tensor and not parameter.is_meta:
+                flat = parameter.detach().flatten()
+                some = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
+                whole.update(some.view(torch.uint8).numpy().tobytes())
+    precision = str(next(denoiser_of(pipe).parameters()).dtype).removeprefix("torch.")
+    return {"base-dtype": precision, "base-weights": whole.hexdigest()[:16]}
 
 
 def versions() -> dict[str, str]:
@@ -153,16 +181,23 @@ def train_together(
 ) -> tuple[Adapter, ...]:
     """As `train`, all erasers of the run: that of the recipe's own target, then those of `together`."""
     options = (revision, progress, checkpoint_dir, checkpoint_every, resume, start, on_step)
+    trainable = [name for name, parameter in denoiser_of(pipe).named_parameters() if parameter.requires_grad]
     try:
-        with repeatable():
-            return _trained(recipe, pipe, *options)
-    except RuntimeError as error:
-        if not without_repeatable_kernel(error):
-            raise
-        warnings.warn(
-            f"this model cannot be trained to the same bits twice on this GPU: {error}", UserWarning, stacklevel=2
-        )
-    return _trained(recipe, pipe, *options)
+        try:
+            with repeatable():
+                return _trained(recipe, pipe, *options)
+        except RuntimeError as error:
+            if not without_repeatable_kernel(error):
+                raise
+            warnings.warn(
+                f"spm_hub: this model cannot be trained to the same bits twice on this GPU: {error}",
+                UserWarning,
+                stacklevel=2,
+            )
+        return _trained(recipe, pipe, *options)
+    finally:
+        for name in trainable:
+            denoiser_of(pipe).get_parameter(name).requires_grad_(True)
 
 
 def _trained(
@@ -186,7 +221,7 @@ def _trained(
             _adapter(member, base, solved(member, base, modules), revision, modules, _space(member, base, modules))
             for member in (shares[name] for name in _wanted(recipe))
         )
-    checkpoint = Checkpoint(checkpoint_dir) if checkpoint_dir is not None else None
+    checkpoint = Checkpoint(checkpoint_dir, base_stamp(pipe)) if checkpoint_dir is not None else None
     if checkpoint is not None:
         checkpoint.check_room()
     runs: dict[str, Run | MinimalistRun] = {}
@@ -319,6 +354,6 @@ def _manifest(recipe: Recipe, base: BaseModel, increments: Mapping[str, Incremen
             fingerprint=fingerprint_of(base.denoiser),
         ),
         recipe=recipe.model_dump(mode="json"),
-        versions=versions(),
+        versions={**versions(), **base_stamp(base.pipe)},
         gate=GateDefaults(strength=recipe.strength),
     )  # fmt: skip
