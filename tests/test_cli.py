@@ -537,3 +537,17 @@ def test_help_is_quick_and_imports_no_torch() -> None:
 )
 def test_sizes(n_bytes: int, text: str) -> None:
     assert size(int(n_bytes)) == text
+
+
+def test_what_a_stranger_wrote_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "snoopy\x1b[2J\x1b]0;mine\x07\u202egpj.exe\r"
+    out = Output()
+    for human in (table(["a", "b"], [[evil, 1]]), table(["a"], [[evil]] * (LONG + 1)), evil):
+        out.data(None, human)
+    out.say(evil)
+    out.fail(RegistryError(evil))
+    Output(quiet=True).data(None, "", brief=[evil])
+    said = capsys.readouterr()
+    for text in (said.out, said.err):
+        assert not set(text) & set("\x1b\x07\u202e\r")
+        assert "snoopy\\x1b[2J" in text

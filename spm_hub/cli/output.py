@@ -21,6 +21,8 @@ SECONDS_BETWEEN_LINES = 10.0
 WARNING = "spm_hub: "
 """What our own warnings begin with."""
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
 LONG = 100
 """Rows: rich takes longer to lay out more of them than it takes to read a registry, and nobody reads them boxed."""
 
@@ -43,9 +45,9 @@ class Output:
         if self.json:
             sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
         elif self.quiet:
-            sys.stdout.writelines(f"{line}\n" for line in brief)
+            sys.stdout.writelines(f"{visible(line)}\n" for line in brief)
         elif isinstance(human, str):
-            sys.stdout.write(human + "\n")
+            sys.stdout.write(visible(human) + "\n")
         else:
             _console(sys.stdout).print(human)
         sys.stdout.flush()
@@ -53,14 +55,14 @@ class Output:
     def say(self, text: str) -> None:
         """A remark for a person, to stderr; silent with -q."""
         if not self.quiet:
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(visible(text) + "\n")
 
     def fail(self, error: SpmHubError) -> None:
         """An error: prose on stderr and, with --json, an object on stdout, so that stdout always parses."""
         if self.json:
             described = {"type": type(error).__name__, "message": error.message, "try": error.mend}
             sys.stdout.write(json.dumps({"error": described}, indent=2, ensure_ascii=False) + "\n")
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(visible(f"error: {error}\n"))
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress]:
@@ -118,7 +120,7 @@ def silence_libraries() -> Iterator[None]:
 
 
 def _show(message: Warning | str, *_: Any, **__: Any) -> None:
-    sys.stderr.write(f"warning: {str(message).removeprefix(WARNING)}\n")
+    sys.stderr.write(visible(f"warning: {str(message).removeprefix(WARNING)}\n"))
 
 
 def silence_hub() -> None:
@@ -130,11 +132,19 @@ def silence_hub() -> None:
     hub_logging.set_verbosity(ERROR)
 
 
+def visible(text: str) -> str:
+    """The text with what would move a terminal's cursor, colour it or turn its order round spelt out.
+
+    What a stranger wrote into a manifest is shown, and does nothing.
+    """
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def plain(text: str) -> RenderableType:
     """Text that is shown as it is, square brackets and all."""
     from rich.text import Text
 
-    return Text(text)
+    return Text(visible(text))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> RenderableType:
@@ -177,7 +187,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else visible(str(value))
 
 
 def _console(stream: Any) -> Any:

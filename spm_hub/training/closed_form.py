@@ -34,8 +34,8 @@ def solved(recipe: Recipe, base: BaseModel, modules: Mapping[str, nn.Module]) ->
     if chosen.preserve:
         kept.append(_held(recipe, base, chosen.preserve))
     if chosen.held:
-        others = (name for one in recipe.together for name in (one.target, *one.aliases))
-        maker = _maker(base, (*names, *others), recipe.kind)
+        company = (name for one in recipe.together for name in (one.target, *one.aliases))
+        maker = _maker(base, (*names, *company), recipe.kind)
         generator = generator_for(recipe.seed, 6, 0)
         kept.append(_held(recipe, base, ["", *(maker.anchor(generator) for _ in range(chosen.held))]))
     if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
