@@ -496,7 +496,7 @@ def test_ctrl_c_before_the_first_step_saves_nothing(tmp_path: Path, monkeypatch:
     ("values", "words"),
     [
         ({"increment": {"kind": "dense"}}, "switches neurons off.*'mask'.*method 'spm' or 'esd-x'"),
-        ({"increment": {"rank": 4}}, "increment is of kind 'mask'"),
+        ({"increment": {"rank": 4}}, "kind .mask. has no rank .got 4."),
         ({"increment": {"dtype": "float16"}}, "increment is of kind 'mask'"),
         ({"method": "spm", "increment": {"kind": "mask"}}, "kind 'mask' belongs to method 'minimalist', not to 'spm'"),
         ({"method": "uce", "increment": {"kind": "mask"}}, "'uce' gives an exact low_rank"),
