@@ -98,6 +98,12 @@ def denoiser_of(pipe: object) -> nn.Module:
     )
 
 
+def beside_denoiser(pipe: object) -> list[str]:
+    """Names of further denoisers that a pipeline draws with, as Wan 2.2 does its last steps: no eraser reaches them."""
+    names = [f"{name}_2" for name in sorted({family.denoiser for family in all_families()})]
+    return [name for name in names if isinstance(getattr(pipe, name, None), nn.Module)]
+
+
 def family_of(pipe: object) -> Family:
     """The family of a pipeline or of its denoiser. Raises CompatibilityError for one that is not known."""
     denoiser = body_of(denoiser_of(pipe))

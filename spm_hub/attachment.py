@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spm_hub.adapter import Adapter
-from spm_hub.architectures import body_of, denoiser_of, family_of, resolve_modules, weight_of
+from spm_hub.architectures import beside_denoiser, body_of, denoiser_of, family_of, resolve_modules, weight_of
 from spm_hub.calls import HELD, hold, release, tokens_of
 from spm_hub.errors import UsageError
 from spm_hub.formats.stored import StoredIncrements
@@ -94,6 +94,8 @@ class Attachment:
                 known(name, erasers)
         self._install(erasers)
         hold(pipe, self._denoiser, self)
+        for name in beside_denoiser(pipe):
+            self._warn_once(f"{name}, with which {type(pipe).__name__} draws some of its steps, stays as it is")
 
     @property
     def names(self) -> tuple[str, ...]:

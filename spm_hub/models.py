@@ -164,6 +164,12 @@ def local_folder(wanted: ModelRef) -> Path | None:
     return _cached(wanted.hub_id, wanted.revision)
 
 
+def local_files(wanted: ModelRef) -> frozenset[str]:
+    """The files of that folder; a later download of another precision adds to them."""
+    folder = local_folder(wanted)
+    return frozenset(str(path) for path in folder.rglob("*") if path.is_file()) if folder else frozenset()
+
+
 def identity_of(reference: str, pipe: DiffusionPipeline) -> tuple[str, str | None]:
     """The name and the revision under which a manifest records the base `pipe`, which `reference` was loaded as.
 
@@ -183,7 +189,7 @@ def identity_of(reference: str, pipe: DiffusionPipeline) -> tuple[str, str | Non
 def whence(reference: str, pipe: DiffusionPipeline, *, fetched: bool = False) -> str:
     """Where the files of `pipe` are from, which `reference` was loaded as, and where they lie, for a person.
 
-    fetched: whether they were not there before.
+    fetched: whether some of them were not there before.
     """
     wanted = parse_reference(reference)
     if wanted.file is not None:

@@ -377,3 +377,9 @@ def test_folding_offloaded_weights_is_refused(pipe):
     one_by_one(other := pico_pipeline(), None)
     with pytest.raises(UsageError, match="not in memory"):
         attach(other, erasers_for(pipe), mode="fold")
+
+
+def test_a_second_denoiser_is_not_passed_over_in_silence(pipe):
+    pipe.unet_2 = pico_pipeline().unet
+    with pytest.warns(UserWarning, match="unet_2, with which StableDiffusionPipeline draws"):
+        attach(pipe, erasers_for(pipe)).detach()

@@ -15,7 +15,7 @@ from pico import pico_pipeline
 from spm_hub import network
 from spm_hub.aliases import ALIASES
 from spm_hub.errors import HubNotFoundError, ModelError
-from spm_hub.models import load_pipeline
+from spm_hub.models import load_pipeline, local_files, parse_reference
 
 BASE = ALIASES["dreamshaper-8"]
 UNET = "unet/diffusion_pytorch_model"
@@ -68,9 +68,13 @@ def test_half_precision_that_is_cached_does_not_pass_for_full(
     hub: LoopbackHub, files: dict[str, dict[str, bytes]]
 ) -> None:
     publish(hub, {**files["full"], **files["fp16"]})
+    base = parse_reference(BASE.name)
+    assert not local_files(base)
     load_pipeline(BASE.name, dtype=torch.bfloat16)
     assert not any(f"{UNET}.safetensors" in line for line in hub.requests)
+    half = local_files(base)
     assert torch.equal(weight(load_pipeline(BASE.name)), weight(pico_pipeline()))
+    assert {Path(name).name for name in local_files(base) - half} > {f"{Path(UNET).name}.safetensors"}
     hub.requests.clear()
     load_pipeline(BASE.name)
     load_pipeline(BASE.name, dtype=torch.bfloat16)

@@ -51,7 +51,7 @@ def apply(
     Prints how strongly each eraser acted on each prompt.
     """
     from spm_hub.hub.registry import resolve
-    from spm_hub.models import load_pipeline, local_folder, parse_reference, whence
+    from spm_hub.models import load_pipeline, local_files, parse_reference, whence
 
     if prompt and prompts:
         raise UsageError("--prompt and --prompts are both given", mend="put all prompts into the file")
@@ -73,8 +73,9 @@ def apply(
         drawing = Drawing(seed=seed, number=num, steps=steps, guidance=guidance)
         erasers = [entry.load() for entry in entries]
         check_names(erasers, strengths or ())
-        fetched = base.file is None and local_folder(base) is None
+        held = local_files(base)
         pipe = load_pipeline(model, config=config, dtype=options.precision(dtype), device=device)
+        fetched = local_files(base) != held
         sources = {"model": whence(model, pipe, fetched=fetched), **{entry.name: entry.whence() for entry in entries}}
         for what, place in sources.items():
             out.say(f"{what}: {place}")
