@@ -320,6 +320,9 @@ SETTINGS: dict[str, dict[str, object]] = {
     "sepme-sd1": {"increment.beta": 1e-4, "regulariser.l1": 1e-6, "stop.below": 1e-4, "optimiser.lr": 0.1},
     "sepme-v1-sd1": {"regulariser.l1": 3e-5, "stop.below": 0, "optimiser.lr": 1e-2, "steps": 1000},
     "minimalist-flux": {"optimiser.lr": 0.5, "x_t.steps": 5, "masks.prompts": 40, "masks.beta": 0.1, "masks.init": 3},
+    "minimalist-sdxl-turbo": {
+        "optimiser.lr": 0.5, "x_t.steps": 2, "masks.prompts": 20, "masks.beta": 0, "steps": 20 * 2 * 8 // 4,
+    },
     "minimalist-nudity-flux": {"masks.beta": 1e-3, "masks.accumulate": 4},
     "uce": {"closed_form.ridge": 0.5, "closed_form.tokens": "last"},
     "fmn-sd1": {"steps": 35},
