@@ -141,10 +141,15 @@ def test_pushing_again_replaces_what_was_pushed(hub: LoopbackHub, registry: Regi
     assert len(hub.repositories[REPO].commits) <= commits + 1
     # Of another kind, and no longer signed: the old file and its signature would be taken for the new one's.
     registry.add(pico_eraser(pico_pipeline().unet, kind="dense"), replace=True)
-    hub.publish(REPO, {**hub.content(REPO), signing.SIGNATURE_NAME: b"sigstore", "notes.safetensors": b"of a person"})
+    others = {"notes.safetensors": b"of a person", "mickey-dense.safetensors": b"of another eraser"}
+    hub.publish(REPO, {**hub.content(REPO), signing.SIGNATURE_NAME: b"sigstore", **others})
     push(prepare(registry.get("snoopy"), REPO, (), tmp_path))
-    card_and_more = {".gitattributes", MANIFEST_NAME, "README.md", "notes.safetensors"}
+    card_and_more = {".gitattributes", MANIFEST_NAME, "README.md", *others}
     assert set(hub.content(REPO)) == {"snoopy-dense.safetensors", *card_and_more}
+    # What was there before any eraser is whoever's it is.
+    hub.publish("someone/loras", {WEIGHTS_NAME: b"a style"})
+    push(prepare(registry.get("snoopy"), "someone/loras", (), tmp_path))
+    assert hub.content("someone/loras")[WEIGHTS_NAME] == b"a style"
 
 
 def test_private_branch_and_pull_request(hub: LoopbackHub, release: Release) -> None:

@@ -1,7 +1,6 @@
 """An eraser as a repository of the Hub: its files and model card, shown or uploaded in one commit."""
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json import JSONDecodeError
@@ -19,11 +18,6 @@ from spm_hub.manifest import Manifest
 from spm_hub.network import legible, patiently, reaching
 
 CARD_NAME = "README.md"
-
-# What an earlier push may have put there: for another kind of loader, signed, with more pictures.
-_OURS = re.compile(
-    rf"images/.*|{re.escape(signing.SIGNATURE_NAME)}|{re.escape(WEIGHTS_NAME)}|[^/]+-(dense|mask)\.safetensors"
-)
 
 
 @dataclass(frozen=True)
@@ -105,11 +99,7 @@ def push(release: Release, *, private: bool = False, revision: str | None = None
             raise HubError(
                 f"{repo} exists and is public", mend=f"make it private first: {api.endpoint}/{repo}/settings"
             )
-        stale = [
-            sibling.rfilename
-            for sibling in before.siblings or ()
-            if _OURS.fullmatch(sibling.rfilename) and sibling.rfilename not in release.files
-        ]
+        stale = _stale(release, [sibling.rfilename for sibling in before.siblings or ()])
 
         def commit() -> Pushed:
             return _commit(api, release, stale, revision=revision, pull_request=pull_request, parent=before.sha)
@@ -139,6 +129,15 @@ def _already_there(api: HfApi, release: Release, revision: str | None, stale: Se
     if now.sha is None or held.keys() & set(stale):
         return None
     return Pushed(now.sha, f"{api.endpoint}/{release.repo}/commit/{now.sha}", None)
+
+
+def _stale(release: Release, there: Sequence[str]) -> list[str]:
+    """What an earlier push of this eraser has put there and this one does not: pictures, a signature, another kind."""
+    names = {WEIGHTS_NAME, signing.SIGNATURE_NAME}
+    names |= {f"{release.manifest.name}-{kind}.safetensors" for kind in ("dense", "mask")}
+    # Without a manifest it is no eraser's repository yet, and such files are somebody's own.
+    ours = names if MANIFEST_NAME in there else set()
+    return [name for name in there if (name in ours or name.startswith("images/")) and name not in release.files]
 
 
 def _commit(
