@@ -73,11 +73,12 @@ def make_drawings(out: Path, count: int, look: str, seed: int) -> dict[str, Any]
 
     file, text = out / f"drawings-{look}-{seed}.safetensors", out / f"captions-{look}-{seed}.txt"
     if not file.exists():
-        rows = drawings(count, torch.Generator().manual_seed(seed), look)
-        pictures = torch.from_numpy(np.stack([np.asarray(picture) for _, picture, _ in rows])).permute(0, 3, 1, 2)
-        text.write_text("\n".join(caption for _, _, caption in rows))
-        targets = torch.tensor([labels(drawing) for drawing, _, _ in rows])
-        save_file({"pictures": pictures.contiguous(), "targets": targets}, file)
+        with timed(out, f"drawings {look}"):
+            rows = drawings(count, torch.Generator().manual_seed(seed), look)
+            pictures = torch.from_numpy(np.stack([np.asarray(picture) for _, picture, _ in rows])).permute(0, 3, 1, 2)
+            text.write_text("\n".join(caption for _, _, caption in rows))
+            targets = torch.tensor([labels(drawing) for drawing, _, _ in rows])
+            save_file({"pictures": pictures.contiguous(), "targets": targets}, file)
     return {**load_file(file), "captions": text.read_text().split("\n")}
 
 
@@ -247,9 +248,8 @@ def main() -> None:
         torch.manual_seed(options.seed + stage)  # diffusers and transformers initialise from the global generator
         return torch.Generator().manual_seed(options.seed + stage)
 
-    with timed(out, "drawings"):
-        ink = make_drawings(out, options.drawings, "ink", options.seed)
-        chalk = make_drawings(out, options.drawings // 4, "chalk", options.seed + 1)
+    ink = make_drawings(out, options.drawings, "ink", options.seed)
+    chalk = make_drawings(out, options.drawings // 4, "chalk", options.seed + 1)
     captions, both = ink["captions"] + chalk["captions"], torch.cat([ink["pictures"], chalk["pictures"]])
 
     if not (out / "clip").exists():
