@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from spm_hub import attacks
 from spm_hub.attachment import attach
 from spm_hub.attacks.noising import Noising
+from spm_hub.attacks.p4d import Frame
 from spm_hub.attacks.unlearndiff import onto_simplex
 from spm_hub.attacks.victim import Victim
 from spm_hub.cli import app
@@ -269,6 +270,30 @@ def test_p4d_imitates_the_base_by_a_prompt_of_its_own() -> None:
     assert same()
 
 
+def test_p4d_k_leaves_the_sentence_and_moves_the_tokens_in_between() -> None:
+    victim = Victim(pico_pipeline())
+    cases = [attacks.Case("a photo of snoopy dog", 0), attacks.Case("snoopy", 1)]
+    pictures = torch.randn(2, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
+    attack = attacks.P4D(every=2, iterations=1, tries=3, timesteps=2)
+    random = torch.Generator().manual_seed(0)
+    own = {victim.words(token[None])[0] for token in victim.searchable()}
+    for tried in attack.rounds(victim, list(cases), pictures, random, lambda: None):
+        words = tried[cases[0]].split()
+        assert [word for place, word in enumerate(words) if place not in (2, 5)] == cases[0].prompt.split()
+        assert {words[2], words[5]} <= own
+        assert tried[cases[1]].split()[0] == "snoopy"
+        assert len(tried[cases[1]].split()) == 2
+    # Where the frame says that a token stands, it stands for the text encoder, and beyond its window nothing does.
+    frame = Frame.of(victim, cases[0].prompt, 2)
+    text = frame.filled(["church", "cat"])
+    ids = victim.tokenizer(text, add_special_tokens=False).input_ids
+    assert [victim.tokenizer.decode([ids[place]]).strip() for place in frame.places] == ["church", "cat"]
+    shift = torch.zeros(1, 2, victim.table.shape[1])
+    shift[0, 0] = victim.table[victim.tokenizer("dog", add_special_tokens=False).input_ids[0]] - victim.table[ids[2]]
+    moved = victim.encode([text], shift, torch.tensor([[frame.places[0], 2**31]])).states
+    torch.testing.assert_close(moved, victim.encode([frame.filled(["dog", "cat"])]).states, rtol=1e-5, atol=1e-5)
+
+
 class Planted:
     """An attack that tries one prompt, and is found out where a case that has succeeded is attacked again."""
 
@@ -370,7 +395,12 @@ def test_the_command_attacks_a_registered_eraser(tmp_path: Path, monkeypatch: py
     assert (said["cases"], said["asr_before"], said["asr"], said["tokens"]) == (2, 0.0, 0.0, 3)
     other = CliRunner().invoke(app, [*given, "--with", "p4d", "--tokens", "5", "--steps", "2", "--json"])
     assert json.loads(other.stdout)["attack"] == "p4d"
-    for wrong, words in ((["--with", "unlearndif"], "unknown attack"), (["--model", "sd-v1-4"], "no built-in judge")):
+    for wrong, words in (
+        (["--with", "unlearndif"], "unknown attack"),
+        (["--model", "sd-v1-4"], "no built-in judge"),
+        (["--every", "3"], "--with unlearndiff was given"),
+        (["--every", "3", "--with", "p4d", "--tokens", "4"], "--tokens 4 was given"),
+    ):
         refused = CliRunner().invoke(app, [*given, *wrong])
         assert refused.exit_code == 2
         assert words in refused.output
@@ -382,6 +412,7 @@ def test_the_command_attacks_a_registered_eraser(tmp_path: Path, monkeypatch: py
         ((), {"tokens": 3, "iterations": 40, "timesteps": 50}),
         (("--with", "p4d"), {"tokens": 16, "iterations": 60, "tries": 50}),
         (("--with", "p4d", "--iterations", "7", "--tokens", "4"), {"tokens": 4, "iterations": 7}),
+        (("--with", "p4d", "--every", "3"), {"every": 3, "iterations": 60}),
     ],
 )
 def test_each_attack_has_its_own_papers_settings(

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -133,10 +132,13 @@ class Victim:
         read = self.tokenizer(texts, add_special_tokens=False).input_ids
         return torch.tensor([token for token, again in zip(ids, read, strict=True) if again == [token]])
 
+    def words(self, tokens: Tensor) -> list[str]:
+        """These tokens (k,) as a person would type them."""
+        return [self.tokenizer.decode([token]).strip() for token in tokens.tolist()]
+
     def write(self, tokens: Tensor, prompts: Sequence[str]) -> list[str]:
         """Prompts with these tokens before them: tokens (n, k), n prompts."""
-        words = [" ".join(self.tokenizer.decode([token]).strip() for token in row) for row in tokens.tolist()]
-        return [f"{before} {prompt}".strip() for before, prompt in zip(words, prompts, strict=True)]
+        return [" ".join([*self.words(row), prompt]).strip() for row, prompt in zip(tokens, prompts, strict=True)]
 
     @cached_property
     def table(self) -> Tensor:
@@ -144,13 +146,14 @@ class Victim:
         tables = [encoder.get_input_embeddings().weight.detach() for encoder in self._encoders]
         return torch.cat([table[: len(self.tokenizer)].float() for table in tables], dim=1)
 
-    def encode(self, prompts: Sequence[str], shift: Tensor | None = None) -> Conditioning:
+    def encode(self, prompts: Sequence[str], shift: Tensor | None = None, places: Tensor | None = None) -> Conditioning:
         """What the denoiser is told of prompts, with gradients where they are on.
 
-        shift: (n, k, d), added to what the encoders read for the first k tokens of each prompt. At zero it changes
-        nothing, and its gradient says where these tokens should go.
+        shift: (n, k, d), added to what the encoders read for k tokens of each prompt: those at `places` (n, k) among
+        its own, those beyond the window left out, or unless given the first. At zero it changes nothing, and its
+        gradient says where these tokens should go.
         """
-        with self._shifted(shift):
+        with self._shifted(shift, places):
             result = self.pipe.encode_prompt(
                 prompt=list(prompts),
                 device=self.base.device,
@@ -163,17 +166,19 @@ class Victim:
         return replace(like, states=parts[0], pooled=None if like.pooled is None else pooled)
 
     @contextmanager
-    def _shifted(self, shift: Tensor | None) -> Iterator[None]:
+    def _shifted(self, shift: Tensor | None, places: Tensor | None) -> Iterator[None]:
         tables = [encoder.get_input_embeddings() for encoder in self._encoders]
         first = 1 if self.tokenizer.bos_token_id is not None else 0
         hooks = []
         if shift is not None:
+            at = first + (torch.arange(shift.shape[1]) if places is None else places).to(shift.device)
             shares = shift.split([table.weight.shape[1] for table in tables], dim=-1)
             for table, share in zip(tables, shares, strict=True):
 
                 def add(module: Any, args: Any, output: Tensor, share: Tensor = share) -> Tensor:
-                    after = output.shape[1] - first - share.shape[1]
-                    return output + F.pad(share, (0, 0, first, after)).to(output.dtype)
+                    window = torch.arange(output.shape[1], device=share.device)
+                    taken = (window[:, None] == at[..., None, :]).to(share)  # (n, window, k) or (window, k)
+                    return output + (taken @ share).to(output.dtype)
 
                 hooks.append(table.register_forward_hook(add))
         try:

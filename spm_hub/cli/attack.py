@@ -19,6 +19,7 @@ ATTACKS = ("unlearndiff", "p4d")
     Example("spmhub attack snoopy --with unlearndiff", "ten prompts, the paper's settings, on the embedded model"),
     Example("spmhub attack snoopy --prompts 4 --tries 5 --iterations 20", "a first look, in a minute"),
     Example("spmhub attack snoopy --with p4d --gate always", "a whole prompt of its own, no gate in its way"),
+    Example("spmhub attack snoopy --with p4d --every 3", "the same sentences, with tokens in between"),
     Example(
         "spmhub attack nudity --model sd-v1-4 --device cuda --prompts prompts.txt --judge my.judges:nude",
         "another base, with your own prompts and judge",
@@ -46,6 +47,14 @@ def attack(
     tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Adversarial tokens. Unless given the papers': 5 for nudity, else 3; p4d 16."),
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="p4d: leave the sentences as they are, with a token after every so many words (the paper's P4D-K: 3).",
+            show_default=False,
+        ),
     ] = None,
     iterations: Annotated[
         int | None,
@@ -78,6 +87,9 @@ def attack(
         raise UsageError(
             f"unknown attack {with_!r}; known: {', '.join(ATTACKS)}", mend=f"--with {(*close, *ATTACKS)[0]}"
         )
+    if every is not None and (with_ != "p4d" or tokens is not None):
+        given = f"--tokens {tokens}" if with_ == "p4d" else f"--with {with_}"
+        raise UsageError(f"--every {every} says where p4d puts its tokens, but {given} was given", mend="--with p4d")
     entry, acting, strengths = resolve(name, registry), options.gate(gate), options.strengths(strength)
     embedded = parse_reference(model, config=config).text.partition("@")[0].startswith("sketchbook")
     if judge is None and not embedded:
@@ -98,7 +110,7 @@ def attack(
             cases = [attacks.Case(text, seed + row) for row, text in enumerate(read_prompts(Path(prompts)))]
         method: attacks.P4D | attacks.UnlearnDiffAtk
         if with_ == "p4d":
-            method = attacks.P4D(tokens=tokens or 16, iterations=iterations or 60, tries=tries)
+            method = attacks.P4D(tokens or 16, every, iterations=iterations or 60, tries=tries)
         else:
             k = tokens or (5 if concept.kind == "nsfw" else 3)
             method = attacks.UnlearnDiffAtk(tokens=k, iterations=iterations or 40, timesteps=tries)
