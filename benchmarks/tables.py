@@ -56,6 +56,25 @@ def sketchbook(numbers: dict[str, Any]) -> str:
     )
 
 
+def sketchbook_training(numbers: dict[str, Any]) -> str:
+    stages = [f"{stage} {seconds / 60:.0f}" for stage, seconds in numbers["seconds"].items() if seconds >= 30]
+    if "denoiser chalk" not in numbers["seconds"]:
+        stages.append("denoiser chalk left out")
+    still = numbers["seconds_held_still"] / 60
+    apart = f" and {still:.0f} for which it was held still while other work ran" if still else ""
+    probe = numbers["its_probe_on_held_out_drawings"]["ink"]
+    seen = "; ".join(
+        f"subjects {_share(found['subject_mean'])}, styles {_share(found['style_mean'])} (`{name}`)"
+        for name, found in numbers["checkpoints"].items()
+    )
+    return (
+        f"Trained anew by its defaults: {numbers['minutes']:.0f} minutes{apart}; of both, by stages: "
+        f"{', '.join(stages)}. In its samples the committed probe names {seen}; the probe of this training names "
+        f"{_share(probe['subject'])} of held-out subjects and {_share(probe['style'])} of styles. The committed "
+        f"weights had longer trainings, as the script says.\n{_about(numbers, 'sketchbook_training')}"
+    )
+
+
 def erasers(numbers: dict[str, Any]) -> str:
     def row(label: str, found: dict[str, Any]) -> list[str]:
         erased = found["erased"].values()
@@ -238,6 +257,7 @@ SECTIONS = {
     "robustness": robustness,
     "registry": registry,
     "sketchbook": sketchbook,
+    "sketchbook_training": sketchbook_training,
     "erasure": erasers,
     "training_speed": speed,
     "methods": methods,
