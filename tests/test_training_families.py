@@ -16,7 +16,7 @@ from test_families import apart, draw
 
 import spm_hub
 from spm_hub.architectures import denoiser_of, family_of, targets
-from spm_hub.errors import ModelError
+from spm_hub.errors import ModelError, RecipeError
 from spm_hub.training import Recipe, train
 from spm_hub.training.anchors import AnchorSource
 from spm_hub.training.base import BaseModel
@@ -124,6 +124,13 @@ def test_the_losses_may_hear_another_guidance_than_leads_the_trajectories() -> N
         torch.testing.assert_close(chunk.concept, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(chunk.anchors[:, 1], held, rtol=0, atol=1e-5)
     assert apart(told.concept, plain.concept) > 1e-3
+
+
+def test_a_guidance_that_nothing_would_hear_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"x_t.told: 1 is for models that are told(.|\n)*UNet2DConditionModel is not"):
+        train(recipe(steps=1, x_t={"steps": 2, "told": 1.0}), pipe=family_pipeline("sd1"))
+    with pytest.raises(RecipeError, match="draws whole pictures"):
+        Recipe.make(target="snoopy", method="minimalist", x_t={"told": 1.0})
 
 
 def test_a_step_distilled_model_is_trained_where_it_draws() -> None:

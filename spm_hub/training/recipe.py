@@ -183,7 +183,7 @@ class Recipe(Part):
                 raise ValueError("method 'fmn' has no prediction to steer by: anchoring.reach has to be null with it")
 
     def _check_masks(self) -> None:
-        unused = {"trajectories", "chunks", "source", "driver"}
+        unused = {"trajectories", "chunks", "source", "driver", "told"}
         if self.increment != IncrementRecipe(kind="mask"):
             raise ValueError(
                 f"method {self.method!r} switches neurons off: its increment is of kind 'mask'; "

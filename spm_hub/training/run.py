@@ -15,6 +15,7 @@ from .adversary import Attacker, drift
 from .anchors import AnchorSource
 from .averaging import MovingAverage
 from .base import BaseModel
+from .conditioning import GUIDANCE
 from .dense import DenseInjection
 from .injection import Injection
 from .interrupts import uninterrupted
@@ -99,6 +100,13 @@ class Run:
         return PeftInjection(self.base.denoiser, recipe.increment.kind, recipe.increment.rank, generator, modules)
 
     def _sourced(self, maker: PromptMaker, anchors: AnchorSource) -> StudentSource | QSampleSource | TrajectorySource:
+        told = self.recipe.x_t.told
+        if told is not None and GUIDANCE not in self.base.encode([""]).others:
+            raise RecipeError(
+                f"recipe key x_t.told: {told:g} is for models that are told their guidance (FLUX.1 dev), and "
+                f"{type(self.base.denoiser).__name__} is not",
+                mend="leave x_t.told out",
+            )
         match self.recipe.x_t.source:
             case "student":
                 return StudentSource(self.base, self.recipe, maker, anchors, self.injection)
