@@ -55,8 +55,8 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            help="spm, esd-x, esd-x-strict, esd-u, esd-all, esd-selfattn, ca, sdd, fmn, race, race-spm, sepme, "
-            "uce or minimalist. Unless given: spm."
+            help="spm, esd-x, esd-x-strict, esd-x-strict-text, esd-u, esd-all, esd-selfattn, ca, sdd, fmn, race, "
+            "race-spm, sepme, uce, minimalist, or a plug-in's. Unless given: spm."
         ),
     ] = None,
     increment: Annotated[
@@ -96,7 +96,8 @@ def train(
     force: options.Force = False,
 ) -> None:
     """Train an eraser for each CONCEPT and keep it in the registry."""
-    from spm_hub.hub.registry import Registry, registries, resolve
+    from spm_hub.hub.registry import Registry, registries
+    from spm_hub.hub.resolving import resolve
     from spm_hub.models import identity_of, load_pipeline, local_folder, parse_reference
     from spm_hub.training.parts import IncrementRecipe
     from spm_hub.training.separability import members

@@ -42,6 +42,13 @@ _WITHOUT_ETA = {
     "fmn": ": it turns attention away, without a target; objectives 'spm' and 'esd' have one",
 }
 
+# Of those to which `paired` means nothing: why.
+_UNPAIRED = {
+    "uce": "always edits the concept's states into those of the same sentence with the surrogate in it",
+    "minimalist": "draws the same sentence with and without the concept in any case",
+    "fmn": "asks for no surrogate's prediction",
+}
+
 
 class Objective(Part):
     """What the erased prediction is pulled to: a file in `objectives/`."""
@@ -80,6 +87,8 @@ class Objective(Part):
             raise ValueError(f"{self.name!r} has no eta (got {self.eta}){_WITHOUT_ETA[self.name]}")
         if self.teacher == "student" and self.name not in ("ca", "sdd"):
             raise ValueError(f"teacher 'student' belongs to objectives 'ca' and 'sdd', not {self.name!r}")
+        if self.paired and self.name in _UNPAIRED:
+            raise ValueError(f"paired is true, but {self.name!r} {_UNPAIRED[self.name]}: leave it out")
         if self.tokens != "concept" and self.name != "fmn":
             raise ValueError(f"tokens {self.tokens!r} belongs to objective 'fmn', not {self.name!r}")
         return self
@@ -202,8 +211,10 @@ class XtSource(Part):
         default="concept",
         description="whose pictures the latents are on their way to; with anchors, half of them an anchor's",
     )
-    trajectories: int = Field(default=24, ge=1, description="run side by side; of q_sample, the number of pictures")
-    chunks: int = Field(default=4, ge=1, description="groups of trajectories over the whole training")
+    trajectories: int = Field(
+        default=24, ge=1, description="run side by side; of q_sample, the number of pictures; of student, none"
+    )
+    chunks: int = Field(default=4, ge=1, description="groups of trajectories over the whole training; of student, none")
 
 
 _STEEPEST = 100.0  # powers beyond it leave float64
@@ -221,8 +232,9 @@ class Anchoring(Part):
     )
     alpha: float = Field(
         default=-2.0,
-        description="P(anchor) ~ (1 - |cos(anchor, target)|)^alpha. The paper's is 1, which prefers what is far; a "
-        "negative one prefers what is near, where the gate lets the eraser act and it does the most harm",
+        description="of text and given: P(anchor) ~ (1 - |cos(anchor, target)|)^alpha. The paper's is 1, which "
+        "prefers what is far; a negative one prefers what is near, where the gate lets the eraser act and it does the "
+        "most harm",
     )
     source: Literal["text", "gaussian", "given", "surrogate"] = Field(
         default="text",
@@ -314,6 +326,15 @@ class EarlyStop(Part):
     )
     memory: float = Field(default=0.9, ge=0, lt=1, description="of the running mean, per step")
     after: int = Field(default=10, ge=0, description="steps that are made in any case")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.below is None and self != EarlyStop.model_construct(below=None):
+            raise ValueError(
+                f"memory {self.memory:g} and after {self.after} say how to stop, and below is null, which never does: "
+                "set below, or leave them out"
+            )
+        return self
 
 
 class Companion(Part):

@@ -19,6 +19,7 @@ from spm_hub.errors import RecipeError, UsageError
 from spm_hub.manifest import slug
 
 from .concepts import anchor_concept, known
+from .idle import check_idle
 from .methods import known_methods, merged, objective_of, preset_of
 from .parts import (
     PEFT_KINDS,
@@ -162,11 +163,6 @@ class Recipe(Part):
                 f"erase_from {self.erase_from!r} needs what the frozen base predicts, and objective.teacher is "
                 "'student', the model being erased: method 'esd-x' has it, or objective.teacher 'base'"
             )
-        if self.anchoring.weight > 0 and self.anchoring.per_target == 0 and self.x_t.source != "trajectory":
-            raise ValueError(
-                f"anchoring.weight is {self.anchoring.weight:g}, but anchoring.per_target 0: with x_t.source "
-                f"{self.x_t.source!r} nothing would be held; set anchoring.per_target to 1 or more"
-            )
         if self.objective.name == "ca" and not self.surrogate:
             raise ValueError(
                 "method 'ca' makes the concept into an anchor concept, which surrogate has to name: "
@@ -181,6 +177,7 @@ class Recipe(Part):
                 )
             if self.anchoring.weight and self.anchoring.reach is not None:
                 raise ValueError("method 'fmn' has no prediction to steer by: anchoring.reach has to be null with it")
+        check_idle(self)
 
     def _check_masks(self) -> None:
         unused = {"trajectories", "chunks", "source", "driver", "told"}
