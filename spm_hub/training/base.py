@@ -55,14 +55,18 @@ class BaseModel:
         self._raw = self._learn_raw()
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """What the denoiser is told of n prompts, as the pipeline itself encodes them."""
+    def encode(self, prompts: Sequence[str], *, literally: bool = False) -> Conditioning:
+        """What the denoiser is told of n prompts, as the pipeline itself encodes them.
+
+        literally: the empty one too, in whose place some pipelines (SDXL) tell it zeros under guidance.
+        """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
         for start in range(0, len(missing), _ENCODED_AT_ONCE):
             part = missing[start : start + _ENCODED_AT_ONCE]
             rows = self._call.conditioning(self._called(part, 2)[0])
             self._prompts.update({prompt: rows[row : row + 1] for row, prompt in enumerate(part)})
-        return Conditioning.cat([self._encoded(prompt) for prompt in prompts])
+        told = self._prompts.__getitem__ if literally else self._encoded
+        return Conditioning.cat([told(prompt) for prompt in prompts])
 
     def _encoded(self, prompt: str) -> Conditioning:
         told = self._prompts[prompt]

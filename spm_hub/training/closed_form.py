@@ -63,7 +63,7 @@ def _pair(recipe: Recipe, base: BaseModel, name: str, text: str, without: str) -
     That is the same of `without`, from its surrogate on, or where it has none, from the token before the gap.
     """
     tokenizer = base.pipe.tokenizer
-    old, new = base.encode([text, without]).states
+    old, new = base.encode([text, without], literally=True).states
     same = [one == other for one, other in zip(window(tokenizer, text), window(tokenizer, without), strict=False)]
     gap = same.index(False) if False in same else len(same)
     first = concept_positions(tokenizer, text, [name])[-1:] or (last_position(tokenizer, text),)
@@ -74,9 +74,10 @@ def _pair(recipe: Recipe, base: BaseModel, name: str, text: str, without: str) -
 
 def _held(recipe: Recipe, base: BaseModel, prompts: Sequence[str]) -> Tensor:
     """The states (n, d_text) by which prompts are held: their last tokens', or where all are edited, all."""
+    # Zeros, which SDXL is told in place of no prompt, would make of a concept nothing at all, and hold nothing.
+    states = base.encode(prompts, literally=True).states
     if recipe.closed_form.tokens == "onwards":
-        return base.encode(prompts).states.flatten(0, 1)
-    states = base.encode(prompts).states
+        return states.flatten(0, 1)
     return torch.stack(
         [row[last_position(base.pipe.tokenizer, text)] for row, text in zip(states, prompts, strict=True)]
     )

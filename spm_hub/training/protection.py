@@ -25,7 +25,6 @@ from .separability import held_exactly, members
 
 PROTOCOL = "protected-prompts"
 _NOISE = 1e-7  # of the largest singular value: below is float32's rounding of states that are the same
-_TINY = torch.finfo(torch.float64).tiny
 _LEFT = 1e-4  # of the target's states, outside of what is protected: less cannot be changed without huge weights
 
 
@@ -80,8 +79,7 @@ class Space:
             weight = weight_of(modules[path]).detach().cpu()
             change, whole = increment.delta_for(weight).double(), weight.double()
             # One prompt at a time: hundreds of them, multiplied out at once, would fill the memory.
-            # SDXL's empty prompt is all zeros, of which no weight makes anything: it moves by 0 of nothing.
-            now = [torch.linalg.norm(e @ change.T) / torch.linalg.norm(e @ whole.T).clamp_min(_TINY) for e in states]
+            now = [torch.linalg.norm(e @ change.T) / torch.linalg.norm(e @ whole.T) for e in states]
             moved = torch.maximum(moved, torch.stack(now))
         most = int(moved[:-1].argmax())
 
@@ -178,8 +176,11 @@ def _too_many_directions(width: int, taken: int, wanted: int) -> RecipeError:
 
 
 def _states(base: BaseModel, prompts: Sequence[str]) -> Tensor:
-    """(n, tokens, d_text), float64, on the CPU: what the denoiser is given, and exactly that."""
-    return base.encode(prompts).states.double().cpu()
+    """(n, tokens, d_text), float64, on the CPU: what the denoiser is given, and exactly that.
+
+    Of the empty prompt too where guidance puts zeros in its place: those no weight makes anything of.
+    """
+    return base.encode(prompts, literally=True).states.double().cpu()
 
 
 def _outside(states: Tensor, span: Tensor) -> float:
