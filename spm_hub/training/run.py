@@ -154,12 +154,11 @@ class Run:
             now = self.injection.state()
             self.held = self.held or {key: value.detach().clone() for key, value in now.items()}
             total = total + self.recipe.adversary.hold * drift(now, self.held)
-        # Relative losses mean the same on any base, whatever the scale of its predictions; AdamW does not mind.
         if self.distance is None:
             if not losses.distance.any():
                 raise nothing_to_erase(self.recipe)
             self.distance = losses.distance
-        return total / self.distance
+        return total / self.distance if self.objective.relative else total
 
     def differentiate(self, total: Tensor) -> None:
         """The gradients of `total`, for `update`."""

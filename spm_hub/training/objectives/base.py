@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class Objective(ABC):
     """Predictions of the frozen base: `concept`, of the prompt that is trained on, and `neutral`, of the same without
     the concept. All tensors (n, *latent_shape).
     """
+
+    relative: ClassVar[bool] = True
+    """Whether its loss is minimised as a share of `distance`, so that one rate fits every base."""
 
     @property
     @abstractmethod

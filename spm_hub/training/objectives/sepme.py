@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class SepME(Objective):
     The product is element-wise, without a root, a cosine or guidance. It is 0 where the concept's own direction is
     gone, and falls below without a bound: whoever minimises it stops.
     """
+
+    # At the paper's beta gradients lie below Adam's epsilon: as shares of anything, they would make other steps.
+    relative: ClassVar[bool] = False
 
     @property
     def push(self) -> float:
