@@ -341,7 +341,11 @@ def taught(
         guidance = torch.full_like(guidance, recipe.x_t.told)
     neutral_states = neutral_states.under(guidance)
     states = base.encode(prompts).under(guidance)
-    anchor_states = anchors.draw(size * per, generator) if per else states[:0]
+    if recipe.anchoring.source == "surrogate" and per:
+        # Concept Ablation's prior: the picture's own sentence, with the surrogate in the concept's place.
+        anchor_states = neutral_states[torch.arange(size).repeat_interleave(per).to(base.device)]
+    else:
+        anchor_states = anchors.draw(size * per, generator) if per else states[:0]
     anchor_states = anchor_states.under(guidance.repeat_interleave(per))
     anchor_latents, anchor_times = latents.repeat_interleave(per, dim=0), times.repeat_interleave(per)
     teacher = [states, neutral_states]
