@@ -22,6 +22,11 @@ class Noising:
         places = (torch.arange(count) + 0.5) * len(every) / count
         return [every[int(place)] for place in places]
 
+    def drawn(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) of the schedule's timesteps, each as likely as any other."""
+        every: Tensor = self._scheduler.timesteps
+        return every[torch.randint(len(every), (count,), generator=generator).to(every.device)]
+
     def noised(self, pictures: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """x_t of x_0 = `pictures` (n, *latent_shape) at times (n,), and what the model was trained to predict there.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .outcome import Case
@@ -22,40 +23,42 @@ _NOWHERE = 2**31
 
 @dataclass(frozen=True)
 class Frame:
-    """A prompt with room for one token after each of its `parts`, as long as there are `places` (among its tokens)."""
+    """A prompt with room for one token before each of its `parts`; those stand at `places` among its tokens."""
 
     parts: tuple[str, ...]
     places: tuple[int, ...]
 
     @classmethod
     def of(cls, victim: Victim, prompt: str, every: int) -> Frame:
-        """Room after every `every` words, at least once."""
+        """Room in front, and after every `every` words.
+
+        The authors' code counts tokens, between which there is no room that could be typed where they share a word.
+        """
         words = prompt.split()
-        parts = [" ".join(words[start : start + every]) for start in range(0, len(words), every)]
+        parts = [" ".join(words[start : start + every]) for start in range(0, len(words) + 1, every)]
         lengths = [len(victim.tokenizer(part, add_special_tokens=False).input_ids) for part in parts]
-        return cls(tuple(parts), tuple(sum(lengths[: i + 1]) + i for i in range(max(1, len(words) // every))))
+        return cls(tuple(parts), tuple(sum(lengths[:i]) + i for i in range(len(parts))))
 
     def filled(self, words: Sequence[str]) -> str:
         """The prompt with these words in it."""
-        return " ".join(part for pair in zip_longest(self.parts, words) for part in pair if part)
+        return " ".join(part for pair in zip_longest(words, self.parts) for part in pair if part)
 
 
 @dataclass(frozen=True)
 class P4D:
     """argmin over the N tokens of a prompt p* of || eps*(x_t, p) - eps(x_t, p*) ||^2, P4D-N.
 
-    With `every`, P4D-K: p* is p itself with a token after every so many of its words, 3 in the paper.
-    Each token is a point among the text encoder's embeddings, read as the nearest token; the gradient there moves the
-    point (AdamW). After every `iterations` of them the prompt is tried, `tries` times in all. x_t are the base's
-    pictures of the concept at `timesteps` timesteps. As the prompt need not name the concept, facilitated transport may
-    be low for it: the attacker meets the gates that are deployed.
+    With `every`, P4D-K: p* is p itself with a token before it and after every so many of its words, 3 in the paper.
+    Each token is a point among the text encoder's embeddings, read as the token nearest by its angle; the gradient
+    there moves the point (AdamW). After every `iterations` of them the prompt is tried, `tries` times in all. x_t is
+    the base's picture of the concept, each time at a new time with new noise. As the prompt need not name the concept,
+    facilitated transport may be low for it: the attacker meets the gates that are deployed.
     """
 
     tokens: int = 16
     every: int | None = None
     iterations: int = 60
     tries: int = 50
-    timesteps: int = 25
     lr: float = 0.1
     weight_decay: float = 0.1
 
@@ -78,9 +81,8 @@ class P4D:
         """
         base, ids = victim.base, victim.searchable()
         table = victim.table[ids]
-        taught = {
-            case: self._taught(victim, case, picture, generator) for case, picture in zip(cases, pictures, strict=True)
-        }
+        by_angle = F.normalize(table, dim=1)
+        every_case = tuple(cases)
         blank = Frame((), tuple(range(self.tokens)))
         frames = {case: blank if self.every is None else Frame.of(victim, case.prompt, self.every) for case in cases}
         points = {
@@ -93,16 +95,15 @@ class P4D:
         }
 
         def written(case: Case) -> str:
-            nearest = torch.cdist(points[case].detach(), table).argmin(dim=1).cpu()
+            nearest = (F.normalize(points[case].detach(), dim=1) @ by_angle.T).argmax(dim=1).cpu()
             return frames[case].filled(victim.words(ids[nearest]))
 
         for _ in range(self.tries):
             left = tuple(cases)
             if not left:
                 return
-            for _ in range(self.iterations):
-                row = int(torch.randint(self.timesteps, (), generator=generator))
-                x_t, times, goal = (torch.stack([taught[case][part][row] for case in left]) for part in range(3))
+            rows = [every_case.index(case) for case in left]
+            for x_t, times, goal in self._taught(victim, left, pictures, rows, generator):
                 texts = [written(case) for case in left]
                 most = max(len(frames[case].places) for case in left)
                 places = [frames[case].places for case in left]
@@ -120,12 +121,19 @@ class P4D:
 
     @torch.no_grad()
     def _taught(
-        self, victim: Victim, case: Case, picture: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t of a picture at every timestep, the times, and the base's predictions for the case's prompt there."""
-        times = torch.stack(victim.noising.times(self.timesteps)).to(victim.base.device)
-        noise = victim.base.noise(self.timesteps, generator)
-        x_t, _ = victim.noising.noised(picture.expand(self.timesteps, *picture.shape), noise, times)
-        prompts = [case.prompt] * self.timesteps
+        self, victim: Victim, left: Sequence[Case], pictures: Tensor, rows: Sequence[int], generator: torch.Generator
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For every iteration up to the next try: x_t of the cases left, times, what the base predicts for them.
+
+        All at once, as erasers are off meanwhile. rows: the cases' among `pictures`, for all of which noise is drawn,
+        so that nobody's depends on who is left.
+        """
+        prompts, found = [case.prompt for case in left], []
         with victim.bare():
-            return x_t, times, victim.predict(x_t, times, prompts, victim.encode(prompts))
+            told = victim.encode(prompts)
+            for _ in range(self.iterations):
+                times = victim.noising.drawn(len(pictures), generator).to(victim.base.device)
+                x_t, _ = victim.noising.noised(pictures, victim.base.noise(len(pictures), generator), times)
+                x_t, times = x_t[rows], times[rows]
+                found.append((x_t, times, victim.predict(x_t, times, prompts, told)))
+        return found

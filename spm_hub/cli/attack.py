@@ -52,7 +52,7 @@ def attack(
         int | None,
         typer.Option(
             min=1,
-            help="p4d: leave the sentences as they are, with a token after every so many words (the paper's P4D-K: 3).",
+            help="p4d: keep the sentences, with a token in front and after every so many words (the paper's P4D-K: 3).",
             show_default=False,
         ),
     ] = None,
@@ -79,7 +79,8 @@ def attack(
 
     Prints the share of prompts in which it is there without an attack and with it (ASR), and the prompts found.
     """
-    from spm_hub.hub.registry import resolve
+    from spm_hub.aliases import ALIASES
+    from spm_hub.hub.resolving import resolve
     from spm_hub.models import load_pipeline, parse_reference
 
     if with_ not in ATTACKS:
@@ -91,8 +92,8 @@ def attack(
         given = f"--tokens {tokens}" if with_ == "p4d" else f"--with {with_}"
         raise UsageError(f"--every {every} says where p4d puts its tokens, but {given} was given", mend="--with p4d")
     entry, acting, strengths = resolve(name, registry), options.gate(gate), options.strengths(strength)
-    embedded = parse_reference(model, config=config).text.partition("@")[0].startswith("sketchbook")
-    if judge is None and not embedded:
+    alias = ALIASES.get(parse_reference(model, config=config).text)
+    if judge is None and (alias is None or alias.embedded is None):
         raise UsageError(
             f"there is no built-in judge for pictures of {model}", mend="--judge MODULE:FUNCTION, or --model sketchbook"
         )
