@@ -66,7 +66,8 @@ class SafetyGuidance:
 
 
 LEVELS: dict[str, SafetyGuidance] = {
-    "weak": SafetyGuidance(scale=20, threshold=0.0, warmup=15 / 50, momentum=0.0, memory=0.0),
+    # diffusers' own weak one has 20.
+    "weak": SafetyGuidance(scale=200, threshold=0.0, warmup=15 / 50, momentum=0.0, memory=0.0),
     "medium": SafetyGuidance(scale=1000, threshold=0.01, warmup=10 / 50, momentum=0.3, memory=0.4),
     "strong": SafetyGuidance(scale=2000, threshold=0.025, warmup=7 / 50, momentum=0.5, memory=0.7),
     "max": SafetyGuidance(scale=5000, threshold=1.0, warmup=0.0, momentum=0.5, memory=0.7),
