@@ -246,15 +246,17 @@ def test_p4d_imitates_the_base_by_a_prompt_of_its_own() -> None:
     pipe = pico_pipeline()
     same = untouched(pipe)
     victim = Victim(pipe)
-    attack = attacks.P4D(tokens=4, iterations=1, tries=30, timesteps=4)
+    attack = attacks.P4D(tokens=4, iterations=4, tries=20)
     picture = torch.randn(1, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
     case = attacks.Case("a photo of snoopy", 0)
     random = torch.Generator().manual_seed(0)
-    x_t, times, goal = attack._taught(victim, case, picture[0], torch.Generator().manual_seed(5))
+    rounds = attack._taught(victim, [case], picture, [0], torch.Generator().manual_seed(5))
+    x_t, times, goal = (torch.cat(parts) for parts in zip(*rounds, strict=True))
+    assert len(set(times.tolist())) == 4, "a new time at every step"
     with victim.attached([pico_eraser(pipe.unet)], gate="always", strength=0.5):
-        taught = attack._taught(victim, case, picture[0], torch.Generator().manual_seed(5))
-        for found, bare in zip(taught, (x_t, times, goal), strict=True):
-            assert torch.equal(found, bare), "what it imitates is the base, eraser or not"
+        again = attack._taught(victim, [case], picture, [0], torch.Generator().manual_seed(5))
+        for found, bare in zip(again, rounds, strict=True):
+            assert all(map(torch.equal, found, bare)), "what it imitates is the base, eraser or not"
 
         def away(prompt: str) -> float:
             with torch.no_grad():
@@ -274,30 +276,33 @@ def test_p4d_k_leaves_the_sentence_and_moves_the_tokens_in_between() -> None:
     victim = Victim(pico_pipeline())
     cases = [attacks.Case("a photo of snoopy dog", 0), attacks.Case("snoopy", 1)]
     pictures = torch.randn(2, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
-    attack = attacks.P4D(every=2, iterations=1, tries=3, timesteps=2)
+    attack = attacks.P4D(every=2, iterations=1, tries=3)
     random = torch.Generator().manual_seed(0)
     own = {victim.words(token[None])[0] for token in victim.searchable()}
     for tried in attack.rounds(victim, list(cases), pictures, random, lambda: None):
         words = tried[cases[0]].split()
-        assert [word for place, word in enumerate(words) if place not in (2, 5)] == cases[0].prompt.split()
-        assert {words[2], words[5]} <= own
-        assert tried[cases[1]].split()[0] == "snoopy"
+        assert [word for place, word in enumerate(words) if place not in (0, 3, 6)] == cases[0].prompt.split()
+        assert {words[0], words[3], words[6]} <= own
+        assert tried[cases[1]].split()[1] == "snoopy"
         assert len(tried[cases[1]].split()) == 2
     # Where the frame says that a token stands, it stands for the text encoder, and beyond its window nothing does.
     frame = Frame.of(victim, cases[0].prompt, 2)
-    text = frame.filled(["church", "cat"])
+    text = frame.filled(["church", "cat", "dog"])
     ids = victim.tokenizer(text, add_special_tokens=False).input_ids
-    assert [victim.tokenizer.decode([ids[place]]).strip() for place in frame.places] == ["church", "cat"]
+    assert [victim.tokenizer.decode([ids[place]]).strip() for place in frame.places] == ["church", "cat", "dog"]
+    # As in the paper's code: one more place than whole groups, the last one behind them where nothing is left over.
+    assert Frame.of(victim, "a photo of snoopy", 2).filled(["1", "2", "3"]) == "1 a photo 2 of snoopy 3"
     shift = torch.zeros(1, 2, victim.table.shape[1])
-    shift[0, 0] = victim.table[victim.tokenizer("dog", add_special_tokens=False).input_ids[0]] - victim.table[ids[2]]
+    shift[0, 0] = victim.table[victim.tokenizer("dog", add_special_tokens=False).input_ids[0]] - victim.table[ids[0]]
     moved = victim.encode([text], shift, torch.tensor([[frame.places[0], 2**31]])).states
-    torch.testing.assert_close(moved, victim.encode([frame.filled(["dog", "cat"])]).states, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moved, victim.encode([frame.filled(["dog", "cat", "dog"])]).states, rtol=1e-5, atol=1e-5)
 
 
 class Planted:
     """An attack that tries one prompt, and is found out where a case that has succeeded is attacked again."""
 
     steps = 2
+    aims: list[tuple[attacks.Case, Tensor]]
 
     def rounds(
         self,
@@ -308,6 +313,7 @@ class Planted:
         stepped: Callable[[], None],
     ) -> Iterator[dict[attacks.Case, str]]:
         assert len(pictures) == len(cases)
+        self.aims = list(zip(cases, pictures.clone(), strict=True))
         yield dict.fromkeys(cases, "dog")
         assert all(case == CASES[1] for case in cases)
         if cases:
@@ -316,7 +322,13 @@ class Planted:
 
 def test_each_case_ends_where_it_succeeds_and_those_the_base_cannot_draw_do_not_count() -> None:
     answers = iter([[True, True, False], [True, False], [False], [True]])
-    report = attacks.run(pico_pipeline(), [], CASES, lambda pictures: next(answers), Planted(), drawing=SMALL)
+    attack = Planted()
+    report = attacks.run(pico_pipeline(), [], CASES, lambda pictures: next(answers), attack, drawing=SMALL)
+    # What an attack imitates is the base's picture of that very case.
+    ((case, aim),) = attack.aims
+    given = {"num_inference_steps": SMALL.steps, "guidance_scale": SMALL.guidance, "output_type": "latent"}
+    alone = pico_pipeline()([case.prompt], generator=[torch.Generator().manual_seed(case.seed)], **given).images
+    torch.testing.assert_close(aim[None], alone, rtol=1e-4, atol=1e-4)
     assert report.given == 3
     assert report.outcomes == (
         attacks.Outcome(CASES[0], before=True),

@@ -134,6 +134,18 @@ def test_fold_and_branch_are_the_float64_sum_for_every_row(layer, kinds, seed, d
     assert type(module) in (nn.Linear, nn.Conv2d)
 
 
+@pytest.mark.parametrize("kinds", [("dense",), ("mask_out",), ("mask_in", "low_rank", "mask_out", "dense")])
+@pytest.mark.parametrize("layer", ["linear", "conv3"])
+def test_weights_too_large_for_the_cache_are_the_same_sum_row_group_by_row_group(layer, kinds, monkeypatch):
+    module = make_module(layer)
+    parts = [(make_increment(kind, module, seed), 0.7 - 0.3 * seed) for seed, kind in enumerate(kinds)]
+    monkeypatch.setattr(spm_hub.layers, "_CACHED_ELEMENTS", 2 * module.weight[0].numel())
+    weight, bias = effective(module.weight, module.bias, parts)
+    expected, expected_bias = reference(module, parts)
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(bias.double(), expected_bias, rtol=1e-6, atol=1e-6)
+
+
 def test_two_masks_on_one_neuron_switch_it_off_and_do_not_negate_it():
     module = make_module("linear")
     off = torch.tensor([True, False, True, True, False])

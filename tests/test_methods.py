@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from pico import pico_pipeline
+from pico_families import family_pipeline
 from torch import nn
 
 from spm_hub.attachment import attach
+from spm_hub.cli.train import train as train_command
 from spm_hub.errors import RecipeError, UsageError
 from spm_hub.increments import Dense, LowRank
 from spm_hub.training import Recipe, train
@@ -250,6 +253,24 @@ def test_the_last_subject_token_of_a_text_too_long_is_inside_the_window() -> Non
     assert found == [0, 1, tokenizer.model_max_length - 2]
 
 
+def test_uce_puts_the_encoded_empty_prompt_in_a_concepts_place_on_sdxl_too() -> None:
+    """Guidance tells SDXL zeros in place of no prompt; of zeros, keys and values would be nothing at all."""
+    pipe = family_pipeline("sdxl")
+    adapter = train(Recipe.make(target="snoopy", method="uce", closed_form=PAPER), pipe=pipe)
+
+    def encoded(prompt: str) -> np.ndarray:
+        with torch.no_grad():
+            return pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)[0][0].double().numpy()
+
+    c, goal = encoded("snoopy")[last_position(pipe.tokenizer, "snoopy")], encoded("")[0]
+    for path, increment in adapter.increments.items():
+        w = pipe.unet.get_submodule(path).weight.detach().double().numpy()
+        left = 0.5 * w + np.outer(w @ goal, c)
+        expected = left @ np.linalg.inv(0.5 * np.eye(w.shape[1]) + np.outer(c, c)) - w
+        found = increment.delta_for(pipe.unet.get_submodule(path).weight).double().numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -268,6 +289,17 @@ def test_the_last_subject_token_of_a_text_too_long_is_inside_the_window() -> Non
             {"method": "esd-x", "anchoring": {"weight": 40}, "x_t": {"source": "student"}},
             "anchoring.weight is 40, but anchoring.per_target 0",
         ),
+        ({"method": "esd-x", "anchoring": {"weight": 40}}, "anchoring.weight is 40, but anchoring.per_target 0"),
+        (
+            {"method": "esd-x", "anchoring": {"source": "given", "prompts": ["a cat"]}},
+            "anchoring.prompts is .'a cat',., but anchoring.weight 0: nothing would be held",
+        ),
+        ({"method": "sdd", "anchoring": {"alpha": 1}}, "anchoring.alpha is 1.0, but anchoring.weight 0"),
+        ({"method": "fmn", "surrogate": "a dog"}, "nobody would ask for surrogate 'a dog'"),
+        ({"method": "fmn", "objective": {"paired": True}, "surrogate": "dog"}, "paired is true, but 'fmn' asks for no"),
+        ({"method": "uce", "objective": {"paired": True}, "surrogate": "dog"}, "paired is true, but 'uce' always"),
+        ({"increment": {"beta": 0.1}}, "beta 0.1 belongs to kind 'null_space'"),
+        ({"stop": {"after": 3}}, "after 3 say how to stop, and below is null"),
         ({"increment": {"kind": "dense", "rank": 8}}, "kind 'dense' has no rank"),
         ({"method": "esd-x", "increment": {"modules": "esd-y"}}, "increment.modules: unknown.*esd-"),
     ],
@@ -277,9 +309,19 @@ def test_impossible_combinations_are_refused_with_the_reason(values: dict[str, o
         Recipe.make(target="snoopy", **values)
 
 
+def test_the_command_names_every_method() -> None:
+    told = inspect.signature(train_command).parameters["method"].annotation.__metadata__[0].help
+    assert set(told.split(". ")[0].replace(", or a plug-in's", "").split(", ")) == set(METHODS)
+
+
+def test_a_recipes_anchoring_may_be_switched_off_by_its_weight_alone() -> None:
+    path = next(path for path in RECIPES if path.stem == "spm-sd1")
+    assert Recipe.plan(path, sets=("anchoring.weight=0",), target="church").anchoring.per_target == 4
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_survives_yaml_with_every_part_changed(method: str, tmp_path: Path) -> None:
-    changes = ["surrogate=dog"]
+    changes = [] if method == "fmn" else ["surrogate=dog"]
     if method == "minimalist":
         changes += ["masks.groups=[linear]", "masks.beta=0.5", "templates=false", "steps=9"]
     elif method != "uce":
@@ -321,7 +363,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "sepme-v1-sd1": {"regulariser.l1": 3e-5, "stop.below": 0, "optimiser.lr": 1e-2, "steps": 1000},
     "minimalist-flux": {"optimiser.lr": 0.5, "x_t.steps": 5, "masks.prompts": 40, "masks.beta": 0.1, "masks.init": 3},
     "minimalist-sdxl-turbo": {
-        "optimiser.lr": 0.5, "x_t.steps": 2, "masks.prompts": 20, "masks.beta": 0, "steps": 20 * 2 * 8 // 4,
+        "optimiser.lr": 0.2, "optimiser.warmup": 0, "x_t.steps": 2, "masks.prompts": 20, "masks.beta": 0,
+        "steps": 20 * 2 * 8 // 4,
     },
     "minimalist-nudity-flux": {"masks.beta": 1e-3, "masks.accumulate": 4},
     "uce": {"closed_form.ridge": 0.5, "closed_form.tokens": "last"},

@@ -168,7 +168,7 @@ def test_q_samples_come_from_the_bases_pictures_at_all_times_and_carry_its_predi
 @pytest.mark.parametrize("method", ["spm", "esd-x"])
 def test_other_objectives_train_on_q_samples_too(method: str) -> None:
     plan = Recipe.make(
-        target="snoopy", method=method, steps=3, batch_size=2, anchoring={"per_target": 1},
+        target="snoopy", method=method, steps=3, batch_size=2, anchoring={"weight": 40, "per_target": 1},
         x_t={"source": "q_sample", "steps": 3, "trajectories": 2, "chunks": 1},
     )  # fmt: skip
     pipe = pico_pipeline()
@@ -260,14 +260,21 @@ def test_protected_prompts_keep_their_cross_attention_under_every_increment(valu
     assert adapter.manifest.gate.protected == ("", *held)
 
 
-def test_the_empty_prompt_of_sdxl_is_protected_by_being_nothing() -> None:
+def test_the_empty_prompt_of_sdxl_is_protected_as_its_encoders_have_it() -> None:
+    """Guidance puts zeros in its place, which every weight leaves alone; a negative prompt of "" is encoded."""
     pipe = family_pipeline("sdxl")
     assert pipe.config.force_zeros_for_empty_prompt
     adapter = train(recipe(steps=2, protection={"prompts": ["a dog"]}).with_set("optimiser.lr=10"), pipe=pipe)
     protected, target = adapter.manifest.evaluation
-    assert protected.subject == repr("a dog")
     assert protected.value < 1e-5 < 1e-3 < target.value
     assert adapter.manifest.gate.protected == ("", "a dog")
+    with torch.no_grad():
+        empty = pipe.encode_prompt("", device="cpu", do_classifier_free_guidance=False)[0][0].double()
+    assert empty.norm() > 1
+    for path, increment in adapter.increments.items():
+        weight = pipe.unet.get_submodule(path).weight.detach().double()
+        moved = torch.linalg.norm(empty @ increment.delta_for(weight).double().T)
+        assert moved < 1e-5 * torch.linalg.norm(empty @ weight.T)
 
 
 def test_the_null_space_is_numpys_and_the_measured_move_is_its_definition() -> None:
@@ -308,7 +315,7 @@ def test_at_the_width_of_stable_diffusion_the_null_space_has_the_rank_of_the_pap
         for prompt in ("", *plan.protection.prompts, "snoopy", "one more")
     }
     real = base.encode
-    base.encode = lambda prompts: real([""] * len(prompts)).map(
+    base.encode = lambda prompts, literally=False: real([""] * len(prompts)).map(
         lambda part: torch.stack([known[prompt] for prompt in prompts])
     )
     modules = selected(base.denoiser, "esd-x-strict")
