@@ -49,9 +49,9 @@ def load(reference: str | Path, *, registry: Path | None = None, lazy: bool = Fa
 
     lazy: read only the header now, and the increments, with all checks, when a prompt first needs them.
     """
-    from spm_hub.hub import registry as registries
+    from spm_hub.hub import resolving
 
-    return registries.load(str(reference), registry, lazy=lazy)
+    return resolving.load(str(reference), registry, lazy=lazy)
 
 
 def pull(
@@ -86,7 +86,7 @@ def push(
 
     from spm_hub.hub import push as pushing
     from spm_hub.hub.card import read_pairs
-    from spm_hub.hub.registry import resolve
+    from spm_hub.hub.resolving import resolve
 
     with tempfile.TemporaryDirectory() as staging:
         pairs = () if pictures is None else read_pairs(pictures)

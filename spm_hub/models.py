@@ -13,6 +13,7 @@ from spm_hub import snapshots
 from spm_hub.aliases import ALIASES, Alias
 from spm_hub.errors import AdapterFileError, ModelError, NetworkError, NotFoundError, UsageError, nearest
 from spm_hub.formats.container import read_header
+from spm_hub.hashing import sha256_of
 from spm_hub.single_file import inspection, loading
 from spm_hub.single_file.loading import INDEX
 
@@ -180,7 +181,7 @@ def identity_of(reference: str, pipe: DiffusionPipeline) -> tuple[str, str | Non
 
     wanted = parse_reference(reference)
     if wanted.file is not None:
-        return wanted.public_name, f"sha256:{inspection.sha256_of(wanted.file.path)}"
+        return wanted.public_name, f"sha256:{sha256_of(wanted.file.path)}"
     folder = Path(str(pipe.config.get("_name_or_path", "")))
     is_snapshot = folder.parent.name == "snapshots" and is_commit(folder.name)
     return wanted.public_name, folder.name if is_snapshot else None

@@ -4,14 +4,15 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_registry import named
-from test_storage import files_of
+from test_registry import files_of, named
+from test_storage import killed_after
 
-from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, SpmHubError
+from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, SpmHubError, UsageError
 from spm_hub.hub import storage
 from spm_hub.hub.archive import export, import_
 from spm_hub.hub.registry import Registry
@@ -76,6 +77,47 @@ def test_all_or_none(kept: Registry, empty: Registry, tmp_path: Path) -> None:
     states = {one.entry.name: one.state for one in import_(tmp_path / "carried.tar", empty, replace=True)}
     assert states == {"mickey": "new", "snoopy": "replaced"}
     assert files_of(empty.root) == files_of(kept.root)
+
+
+# The renames of an import: the journal, then manifest and adapter of each of the two.
+@pytest.mark.parametrize("renames", range(5))
+def test_an_import_that_is_killed_ends_in_all_or_none(
+    renames: int, kept: Registry, empty: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(kept.entries(), tmp_path / "carried.tar")
+    killed_after(renames, monkeypatch, lambda: import_(tmp_path / "carried.tar", empty))
+    empty.gc()
+    assert files_of(empty.root) == (files_of(kept.root) if renames else {})
+
+
+def test_an_import_that_another_writer_forestalls_installs_nothing(
+    kept: Registry, empty: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(kept.entries(), tmp_path / "carried.tar")
+    writing = storage.writing
+
+    @contextmanager
+    def after_another(root: Path) -> Iterator[None]:
+        monkeypatch.setattr(storage, "writing", writing)
+        Registry(root).add(named("snoopy", seed=5))
+        with writing(root):
+            yield
+
+    monkeypatch.setattr(storage, "writing", after_another)
+    with pytest.raises(RegistryError, match="already holds an eraser named 'snoopy'"):
+        import_(tmp_path / "carried.tar", empty)
+    assert [entry.name for entry in empty.entries()] == ["snoopy"]
+
+
+def test_two_erasers_of_one_name_are_not_made_one(kept: Registry, tmp_path: Path) -> None:
+    other = Registry(tmp_path / "other")
+    other.add(named("snoopy", seed=5))
+    both = [kept.get("snoopy"), other.get("snoopy")]
+    for replace in (False, True):
+        for to in ("carried", "carried.tar"):
+            with pytest.raises(UsageError, match=r"one name: .*kept.*other"):
+                export(both, tmp_path / to, replace=replace)
+            assert not (tmp_path / to).exists()
 
 
 def test_a_foreign_file_is_exported_as_ours(kept: Registry, empty: Registry, tmp_path: Path) -> None:

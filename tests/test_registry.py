@@ -2,6 +2,9 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,21 @@ from spm_hub import atomic
 from spm_hub.adapter import Adapter
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, UsageError
 from spm_hub.hub import registry as registries
-from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME
-from spm_hub.hub.registry import Registry, resolve
-from spm_hub.manifest import Concept
+from spm_hub.hub import remote, storage
+from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.hub.registry import Registry
+from spm_hub.hub.resolving import resolve
+from spm_hub.manifest import Concept, Evaluation
 
 
 def named(name: str, *, concept: str | None = None, aliases: tuple[str, ...] = (), seed: int = 0) -> Adapter:
     return snoopy(seed, name=name, concept=Concept(target=concept or name, aliases=aliases))
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """What the registry holds, less its lock and journal."""
+    found = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if not name.startswith(storage.STATE)}
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +212,82 @@ def test_files_renamed_by_hand(registry: Registry) -> None:
         registry.get("beagle").load()
     with pytest.raises(ManifestError, match="name is 'snoopy'"):
         registry.get("beagle").read_manifest()
+
+
+@dataclass(frozen=True)
+class Restless(Entry):
+    """An adapter whose file somebody replaces as soon as it has been verified."""
+
+    def load(self, **options: Any) -> Adapter:
+        found = super().load(**options)
+        named(found.name, seed=9).save(self.adapter_path)
+        return found
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_source_that_is_replaced_while_it_is_copied(together: bool, registry: Registry, tmp_path: Path) -> None:
+    source = Restless("someone/mickey", tmp_path / WEIGHTS_NAME, tmp_path / MANIFEST_NAME)
+    named("mickey").save(source.adapter_path, source.manifest_path)
+    before = files_of(registry.root)
+    with pytest.raises(AdapterFileError, match="altered while it was copied"):
+        registry.install_all([source]) if together else registry.install(source)
+    assert files_of(registry.root) == before
+
+
+def test_a_writer_that_comes_second_does_not_overwrite_the_first(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was room when the second one looked, and none any more when it was its turn to write."""
+    writing, first = storage.writing, named("mickey", seed=1)
+
+    @contextmanager
+    def after_the_first(root: Path) -> Iterator[None]:
+        monkeypatch.setattr(storage, "writing", writing)
+        Registry(root).add(first)
+        with writing(root):
+            yield
+
+    monkeypatch.setattr(storage, "writing", after_the_first)
+    with pytest.raises(RegistryError, match="already holds an eraser named 'mickey'"):
+        registry.add(named("mickey", seed=2))
+    kept, (expected, _) = registry.get("mickey"), first.encoded("mickey.safetensors")
+    assert kept.load().manifest.increment.sha256 == expected.sha256
+
+
+def test_an_evaluation_is_recorded_beside_the_file(registry: Registry) -> None:
+    def measured(value: float, **changes: Any) -> Evaluation:
+        about = {"protocol": "p", "base": "b", "subject": "dog", "metric": "detected", "samples": 50, "seed": 1}
+        return Evaluation(**{**about, "value": value, **changes})
+
+    entry = registry.get("snoopy")
+    before = entry.adapter_path.read_bytes()
+    other = measured(0.25, base="another")
+    registry.record_evaluation("snoopy", [measured(0.5), measured(0.75, subject="cat"), other])
+    written = registry.record_evaluation("snoopy", [measured(1.0)])
+    # The protocol was run again on that base: all its numbers are the new ones, those of other bases stay.
+    assert written.evaluation == (other, measured(1.0))
+    assert entry.adapter_path.read_bytes() == before
+    assert entry.load().manifest == entry.read_manifest() == written
+    (registry.root / "manifests" / "van-gogh.json").unlink()
+    with pytest.raises(RegistryError, match="no manifest beside it"):
+        registry.record_evaluation("van-gogh", [other])
+    with pytest.raises(NotFoundError, match="snopy"):
+        registry.record_evaluation("snopy", [other])
+
+
+def test_an_empty_variable_names_no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is looked into nor, by a bare name that is pulled, written to: then that is the user's own."""
+    Registry(Path.cwd()).add(named("snoopy"))
+    monkeypatch.setenv(registries.REGISTRY_VARIABLE, "")
+    pulled_into = []
+    monkeypatch.setattr(remote, "by_name", lambda name, registry, progress: pulled_into.append(registry))
+    with pytest.raises(NotFoundError, match="mickey"):
+        resolve("mickey")
+    assert pulled_into == [registries.user_registry()]
+    monkeypatch.setenv(registries.REGISTRY_VARIABLE, str(Path.cwd()))
+    with pytest.raises(NotFoundError, match="mickey"):
+        resolve("mickey")
+    assert pulled_into[1:] == [Registry(Path.cwd())]
 
 
 def test_a_swapped_file_is_found(registry: Registry) -> None:

@@ -1,5 +1,6 @@
 """Adapters from the Hub: downloaded, pulled and named by a bare name; and what they leave behind when it fails."""
 
+import hashlib
 import json
 import os
 import re
@@ -21,9 +22,10 @@ from spm_hub.adapter import Adapter, increment_info
 from spm_hub.errors import AdapterFileError, HubError, ManifestError, NetworkError, NotFoundError, SpmHubError
 from spm_hub.hub import lockfile, remote
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME
-from spm_hub.hub.registry import Registry, resolve
+from spm_hub.hub.registry import Registry
+from spm_hub.hub.resolving import resolve
 from spm_hub.increments import Increment, LowRank
-from spm_hub.manifest import Base, Concept, Manifest
+from spm_hub.manifest import MAX_BYTES, Base, Concept, Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "someone/whole"
@@ -168,6 +170,24 @@ def test_a_newer_commit(hub: LoopbackHub, registry: Registry, tmp_path: Path) ->
     ages = {age.name: age for age in remote.ages(registry)}
     assert ages["snoopy"].state == "unknown"
     assert "there is no someone/whole" in str(ages["snoopy"].remark)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_lock_file_brings_back_its_own_commit_and_not_the_newest(
+    cached: bool, hub: LoopbackHub, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote.pull(REPO, registry=registry)
+    first, pin = hub.content(REPO)[WEIGHTS_NAME], lockfile.read(registry.root)["snoopy"]
+    newer = hub.publish(REPO, repository(tmp_path / "new", eraser(seed=7)))
+    assert (newer, hub.content(REPO)[WEIGHTS_NAME]) != (COMMIT, first)
+    registry.get("snoopy").adapter_path.unlink()
+    if not cached:
+        hub.adopt(monkeypatch, tmp_path / "another machine")
+    assert [one.origin.commit for one in remote.restore(registry)] == [COMMIT]
+    kept = registry.get("snoopy")
+    assert hashlib.sha256(kept.adapter_path.read_bytes()).hexdigest() == pin.sha256 == hashlib.sha256(first).hexdigest()
+    assert kept.pin == pin
+    assert lockfile.read(registry.root) == {"snoopy": pin}
 
 
 def test_an_eraser_of_that_name_from_elsewhere_is_not_replaced(hub: LoopbackHub, registry: Registry) -> None:
@@ -315,7 +335,7 @@ def test_a_file_that_is_not_the_manifests(hub: LoopbackHub, registry: Registry, 
     hub.publish("someone/alone", {WEIGHTS_NAME: files[WEIGHTS_NAME][:-1] + b"?"})
     with pytest.raises(AdapterFileError):
         remote.pull("someone/alone", registry=registry)
-    hub.publish("someone/huge", {**files, MANIFEST_NAME: b" " * (remote.MAX_MANIFEST_BYTES + 1)})
+    hub.publish("someone/huge", {**files, MANIFEST_NAME: b" " * (MAX_BYTES + 1)})
     with pytest.raises(HubError, match="more than the"):
         remote.pull("someone/huge", registry=registry)
     assert registry.entries() == ()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from loopback import LoopbackHub
 from test_adapter import snoopy
-from test_registry import named
+from test_registry import files_of, named
 
 from spm_hub import atomic
 from spm_hub.adapter import load_file
@@ -39,11 +39,6 @@ def registry(tmp_path: Path) -> Registry:
     kept = Registry(tmp_path / "registry")
     kept.add(named("snoopy"))
     return kept
-
-
-def files_of(root: Path) -> dict[str, bytes]:
-    found = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if not name.startswith(storage.STATE)}
 
 
 def killed_after(renames: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
@@ -88,15 +83,42 @@ def test_a_writer_killed_while_adding_leaves_all_or_nothing(
     assert len(files_of(registry.root)) == 2 * len(names)
 
 
+# The journal, then manifest and adapter of each of the three; Ctrl-C comes before one of these renames.
+@pytest.mark.parametrize("renames", range(7))
+def test_ctrl_c_while_several_come_leaves_all_or_none(
+    renames: int, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Registry(tmp_path / "other")
+    for name in ("snoopy", "mickey", "pikachu"):
+        other.add(named(name, seed=1))
+    before, after = files_of(registry.root), files_of(other.root)
+    replace, left = os.replace, iter(range(renames))
+
+    def interrupted(source: Path, target: Path) -> None:
+        if next(left, None) is None:
+            monkeypatch.setattr(atomic.os, "replace", replace)
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(atomic.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        registry.install_all(other.entries(), replace=True)
+    assert files_of(registry.root) == (after if renames else before)
+    assert registry.gc() == ()
+    assert not (registry.root / storage.STATE / "journal.json").exists()
+
+
 def test_a_strangers_journal_moves_nothing_elsewhere(registry: Registry, tmp_path: Path) -> None:
     outside = tmp_path / "precious.json"
     outside.write_text("precious")
     journal = registry.root / storage.STATE / "journal.json"
     hostile = [
-        {"name": "../../precious", "coming": {}},
-        {"name": "snoopy", "coming": {"../..": ".snoopy.12345678.tmp"}},
-        {"name": "snoopy", "coming": {"manifests": "../../precious.json"}},
-        {"name": 7, "coming": []},
+        {"../../precious": {}},
+        {"snoopy": {"../..": ".snoopy.12345678.tmp"}},
+        {"snoopy": {"manifests": "../../precious.json"}},
+        {"snoopy": {}, "../../precious": {}},
+        {"snoopy": []},
+        {"name": "snoopy", "coming": {}},
         [],
     ]
     before = files_of(registry.root)

@@ -19,7 +19,8 @@ from spm_hub.formats.container import MANIFEST_KEY, encode
 from spm_hub.hub import fetching, lockfile, remote, signing, storage
 from spm_hub.hub.archive import export, import_
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry, entry_of
-from spm_hub.hub.registry import Registry, resolve
+from spm_hub.hub.registry import Registry
+from spm_hub.hub.resolving import resolve
 from spm_hub.manifest import GateDefaults, Manifest, Origin
 
 ORIGIN = Origin(repo=REPO, commit=COMMIT)
@@ -227,7 +228,7 @@ def strange(tmp_path: Path) -> Registry:
     (made.root / storage.STATE).mkdir(parents=True)
     (made.root / storage.ADAPTERS).symlink_to(owned.root / storage.ADAPTERS)
     (made.root / storage.MANIFESTS).symlink_to(owned.root / storage.MANIFESTS)
-    (made.root / storage.STATE / "journal.json").write_text(json.dumps({"name": "snoopy", "coming": {}}))
+    (made.root / storage.STATE / "journal.json").write_text(json.dumps({"snoopy": {}}))
     return made
 
 

@@ -50,7 +50,7 @@ def apply(
 
     Prints how strongly each eraser acted on each prompt.
     """
-    from spm_hub.hub.registry import resolve
+    from spm_hub.hub.resolving import resolve
     from spm_hub.models import load_pipeline, local_files, parse_reference, whence
 
     if prompt and prompts:

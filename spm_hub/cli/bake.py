@@ -32,7 +32,7 @@ def bake(
     For programs that know nothing of erasers: it erases at gamma 1, whatever the prompt. It keeps the precision of
     the base, and what is needed to take an eraser out again: see spmhub recover.
     """
-    from spm_hub.hub.registry import resolve
+    from spm_hub.hub.resolving import resolve
     from spm_hub.models import load_pipeline, parse_reference
 
     strengths = options.strengths(strength)

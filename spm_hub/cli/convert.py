@@ -62,7 +62,8 @@ def convert(
     Reads SPM, kohya, LyCORIS, diffusers, PEFT, LECO, concept sliders, cloneofsimo, ESD, UCE, Concept Ablation and
     Minimalist files; pickles (.pt, .ckpt, .bin) too, as tensors only. Exact unless --svd-rank is given.
     """
-    from spm_hub.hub.registry import registries, resolve
+    from spm_hub.hub.registry import registries
+    from spm_hub.hub.resolving import resolve
     from spm_hub.manifest import slug
 
     if config is not None and model is None:

@@ -51,7 +51,7 @@ def push(
 
     Logs in as `hf auth login` or HF_TOKEN says.
     """
-    from spm_hub.hub.registry import resolve
+    from spm_hub.hub.resolving import resolve
 
     if no_pictures and (pictures is not None or prompt):
         raise UsageError("--no-pictures and pictures are both asked for")

@@ -81,7 +81,7 @@ def export_(
 ) -> None:
     """Copy erasers, verified, into a folder or a tar file."""
     from spm_hub.hub.archive import export
-    from spm_hub.hub.registry import resolve
+    from spm_hub.hub.resolving import resolve
 
     _show(out, export([resolve(name, registry) for name in names], to, replace=force), to)
 
@@ -100,7 +100,7 @@ def import_(
 ) -> None:
     """Install the erasers of an exported folder or tar file.
 
-    All are verified before the first one is installed.
+    All are verified before, and all are installed or none.
     """
     from spm_hub.hub.archive import import_ as run
     from spm_hub.hub.registry import Registry, registries

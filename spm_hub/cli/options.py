@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from spm_hub.environment import KEY_VARIABLE, REGISTRY_VARIABLE
 from spm_hub.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ Registry = Annotated[
     Path | None,
     typer.Option(
         "--registry",
-        envvar="SPMHUB_REGISTRY",
+        envvar=REGISTRY_VARIABLE,
         help="Registry folder. Unless given: the working folder if it is one, else your own.",
         show_default=False,
     ),
@@ -59,7 +60,7 @@ RequireSignature = Annotated[
     typer.Option(
         "--require-signature",
         metavar="KEY",
-        envvar="SPMHUB_REQUIRE_SIGNATURE",
+        envvar=KEY_VARIABLE,
         help="Public key (PEM): refuse what its holder has not signed.",
         show_default=False,
     ),
@@ -104,8 +105,6 @@ def gate(text: str | None) -> str | float | None:
 
 def require_signature(key: Path | None) -> None:
     """Have everything that is loaded from now on checked against this public key, as the variable would."""
-    from spm_hub.hub.signing import KEY_VARIABLE
-
     if key is not None:
         os.environ[KEY_VARIABLE] = str(key)
 

@@ -79,7 +79,7 @@ def show(out: Output, name: Name, *, registry: options.Registry = None) -> None:
     import yaml
     from rich.console import Group
 
-    from spm_hub.hub.registry import resolve
+    from spm_hub.hub.resolving import resolve
 
     entry = resolve(name, registry)
     manifest = entry.read_manifest()
@@ -118,7 +118,7 @@ def check(
 
     Exit code 1 with the first module that does not fit, and both shapes.
     """
-    from spm_hub.hub.registry import resolve
+    from spm_hub.hub.resolving import resolve
     from spm_hub.models import load_pipeline, parse_reference
 
     parse_reference(model, config=config)

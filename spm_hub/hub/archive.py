@@ -23,7 +23,7 @@ from spm_hub.hub.registry import Registry
 from spm_hub.manifest import MAX_BYTES, NAME
 
 _BLOCK = 512
-_LARGEST = {storage.MANIFESTS: MAX_BYTES, storage.SIGNATURES: MAX_BYTES, storage.ADAPTERS: storage.MAX_BYTES}
+_LARGEST = {storage.MANIFESTS: MAX_BYTES, storage.SIGNATURES: signing.MAX_BYTES, storage.ADAPTERS: storage.MAX_BYTES}
 _KINDS = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -44,7 +44,7 @@ class Moved:
 
 
 def export(entries: Sequence[Entry], to: Path, *, replace: bool = False) -> tuple[Moved, ...]:
-    """Copy verified erasers into the folder `to`, or into a tar file where `to` ends with .tar.
+    """Copy verified erasers into the folder `to`, or into a tar file where `to` ends with .tar: all of them or none.
 
     Raises RegistryError where `to` holds such a file or one of the names and `replace` is not set, and whatever is
     wrong with one of the erasers, before anything is written.
@@ -61,7 +61,7 @@ def export(entries: Sequence[Entry], to: Path, *, replace: bool = False) -> tupl
 
 
 def import_(source: Path, registry: Registry, *, replace: bool = False) -> tuple[Moved, ...]:
-    """Install every eraser of a folder or tar file that `export` made; all are verified before the first is installed.
+    """Install every eraser of a folder or tar file that `export` made, or none of them; all are verified before.
 
     Where one says that it was pulled from is kept as its claim: the lock file does not name it (`Registry.install`).
     Raises AdapterFileError for an archive that is damaged or holds anything but erasers, RegistryError where the
@@ -90,21 +90,13 @@ def _install(entries: Iterable[Entry], registry: Registry, *, replace: bool) -> 
             continue
         registry.check_room_for(manifest.name, replace=replace)
         plan.append((entry, "new" if held is None else "replaced"))
-    return tuple(
-        Moved(entry if state == "unchanged" else _keep(entry, registry, replace=replace), state)
-        for entry, state in plan
-    )
+    changing = [entry for entry, state in plan if state != "unchanged"]
+    kept = iter(registry.install_all(changing, replace=replace) if changing else ())
+    return tuple(Moved(entry if state == "unchanged" else next(kept), state) for entry, state in plan)
 
 
 def _signature(entry: Entry) -> bytes | None:
     return None if entry.signature_path is None else signing.read(entry.signature_path)
-
-
-def _keep(entry: Entry, registry: Registry, *, replace: bool) -> Entry:
-    """A file of another program has no manifest to be checked by at the other end until it is written as ours."""
-    if entry.manifest_path is None:
-        return registry.add(entry.load(), replace=replace)
-    return registry.install(entry, replace=replace)
 
 
 def _entries_of(source: Path, folder: Path) -> tuple[Entry, ...]:

@@ -1,12 +1,12 @@
 """One adapter where it lies: its file, the manifest and the signature that belong to it, and how they are read."""
 
-import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spm_hub.errors import ManifestError, SignatureError, SpmHubError
+from spm_hub.hashing import sha256_of
 from spm_hub.hub import lockfile, signing, storage
 from spm_hub.manifest import Manifest, Origin
 
@@ -56,8 +56,7 @@ class Entry:
         """Whether this is, to the last byte of its file, the adapter of that manifest; numbers measured may differ."""
         try:
             mine = self.read_manifest()
-            with open(self.adapter_path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256_of(self.adapter_path)
         except (SpmHubError, OSError):
             return False
         known = digest == mine.increment.sha256 == manifest.increment.sha256

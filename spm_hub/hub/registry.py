@@ -1,13 +1,13 @@
 """A registry is a folder with adapters/<name>.safetensors and manifests/<name>.json; several are asked in order.
 
-Listing and resolving read no tensors and import no torch.
+Listing reads no tensors and imports no torch.
 """
 
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, BinaryIO
 import platformdirs
 
 from spm_hub.atomic import Content, write_atomic
+from spm_hub.environment import REGISTRY_VARIABLE
 from spm_hub.errors import (
     AdapterFileError,
     ManifestError,
-    NetworkError,
     NotFoundError,
     RegistryError,
     SpmHubError,
@@ -26,17 +26,29 @@ from spm_hub.errors import (
     nearest,
 )
 from spm_hub.hub import lockfile, signing, storage
-from spm_hub.hub.entry import WEIGHTS_NAME, Entry, entry_of
+from spm_hub.hub.entry import Entry, entry_of
 from spm_hub.manifest import NAME, Evaluation, Manifest, Origin, slug
 
 if TYPE_CHECKING:
     from spm_hub.adapter import Adapter
 
-REGISTRY_VARIABLE = "SPMHUB_REGISTRY"
-"""Environment variable that names a registry where no --registry is given."""
-
 _SUFFIX = storage.SUFFIXES[storage.ADAPTERS]
 HUB_REFERENCE = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """An adapter on its way into a registry, with what will lie and stand beside it."""
+
+    manifest: Manifest
+    adapter: Content
+    signature: bytes | None = None
+    pin: lockfile.Pin | None = None
+
+    def parts(self) -> dict[str, Content]:
+        """By the folders that they go to."""
+        parts = {storage.ADAPTERS: self.adapter, storage.MANIFESTS: self.manifest.to_json().encode()}
+        return parts if self.signature is None else {**parts, storage.SIGNATURES: self.signature}
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class Registry:
                 return entry
         found = [entry for entry in entries if _erases(entry, reference)]
         if len(found) > 1:
-            raise _ambiguous(reference, (f"{entry.name} ({entry.adapter_path})" for entry in found))
+            raise ambiguous(reference, (f"{entry.name} ({entry.adapter_path})" for entry in found))
         if not found:
             raise self._missing(reference)
         return found[0]
@@ -79,8 +91,7 @@ class Registry:
 
         Raises RegistryError when the folder cannot be written, or holds that name already and `replace` is not set.
         """
-        image, manifest = adapter.encoded(f"{adapter.name}{_SUFFIX}")
-        return self._put(image.write_to, manifest.model_copy(update={"origin": None}), replace=replace)
+        return self._put([_made_here(adapter)], replace=replace)[0]
 
     def install(self, source: Entry, manifest: Manifest | None = None, *, replace: bool = False) -> Entry:
         """Keep a copy, bit for bit, of an adapter that lies elsewhere with its manifest; everything is verified first.
@@ -89,43 +100,33 @@ class Registry:
         lock file believes that, and no manifest that came with a file.
         Raises ManifestError where there is none, AdapterFileError, and RegistryError as `add` does.
         """
-        loaded = source.load().manifest
-        if source.manifest_path is None and manifest is None:
-            raise ManifestError(f"{source.adapter_path} has no manifest beside it, so nothing to be verified against")
-        pin = None if manifest is None else lockfile.pin_of(manifest)
-        manifest = manifest or loaded
-        info = manifest.increment.model_copy(update={"file": f"{manifest.name}{_SUFFIX}"})
+        return self._put([_copied(source, manifest)], replace=replace)[0]
 
-        def copy(file: BinaryIO) -> None:
-            digest = hashlib.sha256()
-            with open(source.adapter_path, "rb") as original:
-                while block := original.read(2**20):
-                    digest.update(block)
-                    file.write(block)
-            if digest.hexdigest() != info.sha256:
-                raise AdapterFileError(f"{source.adapter_path} was altered while it was copied")
+    def install_all(self, sources: Sequence[Entry], *, replace: bool = False) -> tuple[Entry, ...]:
+        """Keep copies of several adapters, as `install` does of one, and all of them or none.
 
-        signature = None if source.signature_path is None else signing.read(source.signature_path)
-        return self._put(copy, manifest.model_copy(update={"increment": info}), signature, pin, replace=replace)
+        A file of another program, which has no manifest to be verified against at the next place, is written as ours.
+        Raises UsageError for two of one name, and what `install` does.
+        """
+        coming = [_made_here(one.load()) if one.manifest_path is None else _copied(one) for one in sources]
+        names = [one.manifest.name for one in coming]
+        if twice := [f"{one.adapter_path}" for one, name in zip(sources, names, strict=True) if names.count(name) > 1]:
+            raise UsageError(
+                f"these have one name: {', '.join(twice)}", mend="name one of them, or keep the others elsewhere"
+            )
+        return self._put(coming, replace=replace)
 
-    def _put(
-        self,
-        adapter: Content,
-        manifest: Manifest,
-        signature: bytes | None = None,
-        pin: lockfile.Pin | None = None,
-        *,
-        replace: bool,
-    ) -> Entry:
-        self.check_room_for(manifest.name, replace=replace, origin=pin)
-        parts = {storage.ADAPTERS: adapter, storage.MANIFESTS: manifest.to_json().encode()}
-        if signature is not None:
-            parts[storage.SIGNATURES] = signature
+    def _put(self, coming: Sequence[_Coming], *, replace: bool) -> tuple[Entry, ...]:
+        def check_room() -> tuple[Entry, ...]:
+            return tuple(self.check_room_for(one.manifest.name, replace=replace, origin=one.pin) for one in coming)
+
+        check_room()
         with storage.writing(self.root):
-            entry = self.check_room_for(manifest.name, replace=replace, origin=pin)
-            storage.change(self.root, manifest.name, parts)
-            lockfile.record(self.root, manifest.name, pin)
-        return entry
+            entries = check_room()
+            storage.change(self.root, {one.manifest.name: one.parts() for one in coming})
+            for one in coming:
+                lockfile.record(self.root, one.manifest.name, one.pin)
+        return entries
 
     def check_room_for(self, name: str, *, replace: bool = False, origin: Origin | None = None) -> Entry:
         """The entry that an adapter of that name would become; asked before a training and not after it.
@@ -197,7 +198,7 @@ class Registry:
         with storage.writing(self.root):
             if not storage.place(self.root, storage.ADAPTERS, name).exists():
                 raise self._missing(name)
-            storage.change(self.root, name, {})
+            storage.change(self.root, {name: {}})
             lockfile.record(self.root, name, None)
 
     def gc(self, *, dry_run: bool = False) -> tuple[storage.Leftover, ...]:
@@ -211,12 +212,17 @@ class Registry:
         return found
 
     def _missing(self, name: str) -> NotFoundError:
-        return _unknown(name, [known.name for known in self.entries()], f"in {self.root}")
+        return unknown(name, [known.name for known in self.entries()], f"in {self.root}")
 
 
 def user_registry() -> Registry:
     """The user's own, in the platform's data folder."""
     return Registry(platformdirs.user_data_path("spm-hub", appauthor=False))
+
+
+def asked_for(registry: Path | None = None) -> Path | None:
+    """The registry that a user names: `registry`, or else SPMHUB_REGISTRY where that is not empty."""
+    return registry or (Path(named) if (named := os.environ.get(REGISTRY_VARIABLE)) else None)
 
 
 def registries(registry: Path | None = None) -> tuple[Registry, ...]:
@@ -228,8 +234,7 @@ def registries(registry: Path | None = None) -> tuple[Registry, ...]:
     here = Path.cwd()
     if (here / storage.ADAPTERS).is_dir() and (here / storage.MANIFESTS).is_dir():
         roots.insert(0, here)
-    asked = registry or (Path(named) if (named := os.environ.get(REGISTRY_VARIABLE)) else None)
-    if asked is not None:
+    if (asked := asked_for(registry)) is not None:
         if not asked.is_dir():
             raise RegistryError(f"the registry {asked} does not exist", mend=f"mkdir -p {asked / storage.ADAPTERS}")
         roots.insert(0, asked)
@@ -244,52 +249,34 @@ def holding(name: str, registry: Path | None = None) -> Registry:
         names += [entry.name for entry in place.entries()]
         if name in names:
             return place
-    raise _unknown(name, names, "in " + ", ".join(str(place.root) for place in known))
+    raise unknown(name, names, "in " + ", ".join(str(place.root) for place in known))
 
 
-def resolve(
-    reference: str, registry: Path | None = None, *, progress: Callable[[int, int], None] | None = None
-) -> Entry:
-    """Find what a reference names: a path, a name or concept in a registry, or owner/name[@revision] on the Hub.
-
-    A name that no registry knows is pulled from the Hub, where `remote.owner` keeps it, into `registry` or the user's
-    own. What is on the Hub and was pulled before is taken from the registry, at the commit it is pinned to there.
-    `progress` is told the bytes of a download.
-    Raises UsageError when it could be several things, NotFoundError with the nearest names when it is none,
-    NetworkError when the Hub is needed and cannot be reached.
-    """
-    if not reference.strip():
-        raise UsageError("the reference to an adapter is empty", mend="spmhub list")
-    path = Path(reference).expanduser()
-    looks_like_path = path.suffix == _SUFFIX or path.is_absolute() or reference.startswith(("./", "../", "~"))
-    if looks_like_path or ("/" in reference and path.exists()):
-        return _entry_at(path)
-    known = registries(registry)
-    if match := HUB_REFERENCE.fullmatch(reference):
-        from spm_hub.hub.remote import download
-
-        pinned = _pinned(match["repo"], match["revision"], known)
-        return pinned or download(match["repo"], match["revision"], progress=progress)
-    hit, names = None, []
-    if re.fullmatch(NAME, reference):
-        # A name in a later registry goes before a concept in an earlier one, which its manifest may call anything.
-        hit = next((found for place in known if (found := place.find(reference))), None)
-    for place in known if hit is None else ():
-        try:
-            hit = place.get(reference)
-            break
-        except NotFoundError:
-            names += [entry.name for entry in place.entries()]
-    if path.is_file() or (path / WEIGHTS_NAME).is_file():
-        if hit is not None:
-            raise _ambiguous(reference, [f"./{reference} (a file here)", f"{hit.adapter_path} (in a registry)"])
-        return _entry_at(path)
-    return hit or _from_owner(reference, registry, names, progress)
+def _made_here(adapter: "Adapter") -> _Coming:
+    image, manifest = adapter.encoded(f"{adapter.name}{_SUFFIX}")
+    return _Coming(manifest.model_copy(update={"origin": None}), image.write_to)
 
 
-def load(reference: str, registry: Path | None = None, *, lazy: bool = False) -> "Adapter":
-    """The adapter that a reference names; see `resolve`, and `adapter.load_file` for `lazy`."""
-    return resolve(reference, registry).load(lazy=lazy)
+def _copied(source: Entry, manifest: Manifest | None = None) -> _Coming:
+    """A verified copy of what lies elsewhere; see `Registry.install`."""
+    loaded = source.load().manifest
+    if source.manifest_path is None and manifest is None:
+        raise ManifestError(f"{source.adapter_path} has no manifest beside it, so nothing to be verified against")
+    pin = None if manifest is None else lockfile.pin_of(manifest)
+    manifest = manifest or loaded
+    info = manifest.increment.model_copy(update={"file": f"{manifest.name}{_SUFFIX}"})
+
+    def copy(file: BinaryIO) -> None:
+        digest = hashlib.sha256()
+        with open(source.adapter_path, "rb") as original:
+            while block := original.read(2**20):
+                digest.update(block)
+                file.write(block)
+        if digest.hexdigest() != info.sha256:
+            raise AdapterFileError(f"{source.adapter_path} was altered while it was copied")
+
+    signature = None if source.signature_path is None else signing.read(source.signature_path)
+    return _Coming(manifest.model_copy(update={"increment": info}), copy, signature, pin)
 
 
 def _same_repository(held: Entry, origin: Origin | None) -> bool:
@@ -304,55 +291,6 @@ def _same_repository(held: Entry, origin: Origin | None) -> bool:
     return pin is not None and before is not None and before.repo == pin.repo == origin.repo
 
 
-def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> Entry | None:
-    """The entry that was pulled from there before, if any registry still holds it, and as its lock file names it."""
-    for place in known:
-        for name, pin in lockfile.read(place.root).items():
-            if pin.repo == repo and revision in (pin.revision, pin.commit):
-                entry = place.find(name)
-                if entry is not None and entry.pin == pin:
-                    return entry
-    return None
-
-
-def _from_owner(
-    reference: str, registry: Path | None, names: list[str], progress: Callable[[int, int], None] | None
-) -> Entry:
-    """A name that no registry knows, pulled from the Hub. Raises NotFoundError, HubError for one that is closed."""
-    from spm_hub.hub import remote
-
-    known, whose = registries(registry), remote.owner()
-    # Its manifest may have another name than its repository: then that is how it is held.
-    if whose is not None and (held := _pinned(f"{whose}/{slug(reference)}", None, known)):
-        return held
-    where = ", ".join(str(place.root) for place in known)
-    asked = registry is not None or REGISTRY_VARIABLE in os.environ
-    try:
-        found = remote.by_name(slug(reference), known[0] if asked else user_registry(), progress)
-    except NetworkError as error:
-        raise _unknown(reference, names, f"in {where}, and {error.message}") from error
-    if found is None:
-        raise _unknown(
-            reference, names, f"in {where}" + (f", nor on the Hub as {whose}/{slug(reference)}" if whose else "")
-        )
-    return found
-
-
-def _entry_at(path: Path) -> Entry:
-    """The entry of a path: an adapter file, or a folder laid out as a repository of the Hub."""
-    if path.is_dir():
-        files = [path / WEIGHTS_NAME] if (path / WEIGHTS_NAME).is_file() else sorted(path.glob(f"*{_SUFFIX}"))
-        if len(files) > 1:
-            raise _ambiguous(str(path), map(str, files))
-        if not files:
-            raise NotFoundError(f"{path}: there is no {_SUFFIX} file in this folder", mend="spmhub list")
-        return entry_of(files[0])
-    if not path.exists():
-        siblings = [str(file) for file in path.parent.glob(f"*{_SUFFIX}")]
-        raise _unknown(str(path), siblings, "on this disk")
-    return entry_of(path)
-
-
 def _erases(entry: Entry, concept: str) -> bool:
     try:
         manifest = entry.read_manifest()
@@ -364,12 +302,14 @@ def _erases(entry: Entry, concept: str) -> bool:
     return concept.casefold() in (name.casefold() for name in names)
 
 
-def _ambiguous(reference: str, candidates: Iterable[str]) -> UsageError:
+def ambiguous(reference: str, candidates: Iterable[str]) -> UsageError:
+    """The error for a reference that means several adapters, which it lists."""
     listed = "".join(f"\n  {candidate}" for candidate in candidates)
     return UsageError(f"{reference!r} could be any of:{listed}", mend="name one of these")
 
 
-def _unknown(reference: str, names: Iterable[str], where: str) -> NotFoundError:
+def unknown(reference: str, names: Iterable[str], where: str) -> NotFoundError:
+    """The error for a reference that means none, with those of `names` that are nearest to it."""
     meant = nearest(reference, names)
     hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
     return NotFoundError(f"no eraser {reference!r} {where}{hint}", mend="spmhub list")

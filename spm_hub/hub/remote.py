@@ -1,7 +1,6 @@
 """Adapters from the Hugging Face Hub: fetched at one commit, verified, and kept in a registry."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,20 +10,17 @@ from typing import Literal
 from huggingface_hub import ModelInfo, constants, errors, hf_hub_download
 
 from spm_hub.atomic import write_atomic
+from spm_hub.environment import OWNER_VARIABLE
 from spm_hub.errors import HubError, HubNotFoundError, NetworkError, NotFoundError, SpmHubError, UsageError
+from spm_hub.hashing import sha256_of
 from spm_hub.hub import lockfile, signing, storage
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.hub.fetching import Progress, fetch
 from spm_hub.hub.registry import Registry
-from spm_hub.manifest import Manifest, Origin, slug
+from spm_hub.manifest import MAX_BYTES, Manifest, Origin, slug
 from spm_hub.network import is_commit, reaching, repository_info
 
-OWNER_VARIABLE = "SPMHUB_OWNER"
-"""Environment variable: whose repositories a bare name means that no registry knows; empty for nobody's."""
 DEFAULT_OWNER = "spm-hub"
-
-MAX_MANIFEST_BYTES = 16 * 2**20
-"""Far above any manifest (SDXL at all layers with a long evaluation: 0.2 MB)."""
 
 _SUFFIX = ".safetensors"
 
@@ -60,7 +56,7 @@ def download(repo: str, revision: str | None = None, *, progress: Progress | Non
     with reaching(repo, revision, otherwise=otherwise):
         manifest_path, manifest = None, None
         if MANIFEST_NAME in names:
-            manifest_path = fetch(repo, MANIFEST_NAME, commit, largest=MAX_MANIFEST_BYTES)
+            manifest_path = fetch(repo, MANIFEST_NAME, commit, largest=MAX_BYTES)
             manifest = Manifest.read(manifest_path)
         weights = _choose(repo, names, manifest)
         stated = None if manifest is None else manifest.increment
@@ -203,9 +199,8 @@ def _with_file(entry: Entry, repo: str) -> Manifest:
     manifest = entry.load().manifest
     if entry.manifest_path is not None:
         return manifest
-    with open(entry.adapter_path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    about = {"file": entry.adapter_path.name, "bytes": entry.adapter_path.stat().st_size, "sha256": digest}
+    path = entry.adapter_path
+    about = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     info = manifest.increment.model_copy(update=about)
     # A file of another program is called pytorch_lora_weights; what it is, its repository says.
     generic = manifest.name == slug(Path(WEIGHTS_NAME).stem)

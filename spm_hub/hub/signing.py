@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from spm_hub.environment import KEY_VARIABLE
 from spm_hub.errors import NotFoundError, RegistryError, SignatureError, UsageError
 from spm_hub.manifest import Manifest
 
 SIGNATURE_NAME = "model.sig"
 """The signature in a repository of the Hub, as model-signing itself names it."""
 
-KEY_VARIABLE = "SPMHUB_REQUIRE_SIGNATURE"
-"""Environment variable: a public key; no eraser is then used that its holder has not signed."""
-
 MAX_BYTES = 2**20
+"""Of a signature; ours have 2 kB."""
+
 _FILES = ("pytorch_lora_weights.safetensors", "manifest.json")
 _MAKE_KEYS = (
     "openssl ecparam -name prime256v1 -genkey -noout -out key.pem && openssl ec -in key.pem -pubout -out key.pub"

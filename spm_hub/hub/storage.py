@@ -1,7 +1,7 @@
 """A registry's folder as several processes share it: written under one lock, and whole or not at all whoever is killed.
 
-An eraser is one file in each of `SUFFIXES`' folders. They cannot be renamed in one step, so a change is written down
-first (the journal); whoever holds the lock next finishes what its writer was killed over.
+An eraser is one file in each of `SUFFIXES`' folders. They cannot be renamed in one step, nor can several erasers, so a
+change is written down first (the journal); whoever holds the lock next finishes what its writer was killed over.
 """
 
 import json
@@ -80,18 +80,31 @@ def is_shared(root: Path) -> bool:
     return os.access(root / STATE, os.W_OK) and not (root / STATE).is_symlink()
 
 
-def change(root: Path, name: str, parts: Mapping[str, Content]) -> None:
-    """Give the eraser `name` these parts, by folder, and no other; none at all removes it. Only inside `writing`.
+def change(root: Path, erasers: Mapping[str, Mapping[str, Content]]) -> None:
+    """Give each of these erasers the parts named here, by folder, and no other; none at all removes it.
 
-    Raises RegistryError; what was there is untouched unless the system refuses between two renames.
+    All of them or none. Only inside `writing`. Raises RegistryError; what was there is untouched unless the system
+    refuses between two renames.
     """
-    contents = {place(root, folder, name): parts[folder] for folder in SUFFIXES if folder in parts}
+    contents = {
+        place(root, folder, name): parts[folder]
+        for name, parts in erasers.items()
+        for folder in SUFFIXES
+        if folder in parts
+    }
     with staged(contents) as temporaries:
-        coming = {path.parent.name: temporary.name for path, temporary in temporaries.items()}
+        coming = {
+            name: {folder: temporaries[place(root, folder, name)].name for folder in SUFFIXES if folder in parts}
+            for name, parts in erasers.items()
+        }
         journal = root / STATE / _JOURNAL
-        write_atomic(journal, json.dumps({"name": name, "coming": coming}).encode())
+        write_atomic(journal, json.dumps(coming).encode())
         try:
-            _finish(root, name, coming)
+            _finish(root, coming)
+        except KeyboardInterrupt:
+            # The temporary files go with this block, so nobody could finish it later.
+            _finish(root, coming)
+            raise
         finally:
             journal.unlink(missing_ok=True)
 
@@ -154,18 +167,27 @@ def _is_signature(path: Path) -> bool:
     return False
 
 
-def _finish(root: Path, name: str, coming: Mapping[str, str]) -> None:
+def _finish(root: Path, coming: Mapping[str, Mapping[str, str]]) -> None:
     """The renames and deletions of a change, as far as they have not happened yet."""
-    rename(
-        {
-            place(root, folder, name): root / folder / coming[folder]
-            for folder in SUFFIXES
-            if folder in coming and (root / folder / coming[folder]).exists()
-        }
+    for name, parts in coming.items():
+        rename(
+            {
+                place(root, folder, name): root / folder / parts[folder]
+                for folder in SUFFIXES
+                if folder in parts and (root / folder / parts[folder]).exists()
+            }
+        )
+        for folder in reversed(SUFFIXES):
+            if folder not in parts:
+                delete(place(root, folder, name))
+
+
+def _is_change(name: str, parts: Mapping[str, str]) -> bool:
+    """Whether these are temporary files of the eraser `name`, as `change` makes them."""
+    return re.fullmatch(NAME, name) is not None and all(
+        folder in SUFFIXES and _TEMPORARY.fullmatch(file) and file.startswith(f".{name}{SUFFIXES[folder]}.")
+        for folder, file in parts.items()
     )
-    for folder in reversed(SUFFIXES):
-        if folder not in coming:
-            delete(place(root, folder, name))
 
 
 def _recover(root: Path) -> None:
@@ -173,17 +195,9 @@ def _recover(root: Path) -> None:
     journal = root / STATE / _JOURNAL
     if not journal.is_file():
         return
-    with suppress(RegistryError, OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        left = json.loads(journal.read_bytes())
-        name, coming = left["name"], left["coming"]
+    with suppress(RegistryError, OSError, ValueError, AttributeError, TypeError, RecursionError):
+        coming = json.loads(journal.read_bytes())
         # A registry may be a stranger's folder: its journal names files of that registry or is no journal.
-        if (
-            not _has_links(root)
-            and re.fullmatch(NAME, name)
-            and all(
-                folder in SUFFIXES and _TEMPORARY.fullmatch(file) and file.startswith(f".{name}{SUFFIXES[folder]}.")
-                for folder, file in coming.items()
-            )
-        ):
-            _finish(root, name, coming)
+        if not _has_links(root) and all(_is_change(name, parts) for name, parts in coming.items()):
+            _finish(root, coming)
     journal.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """Everything that can be checked of an eraser without a model, check by check, whether or not an earlier one failed."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Literal
 
 from spm_hub.errors import SpmHubError
 from spm_hub.formats.container import MANIFEST_KEY, Header, read_header
+from spm_hub.hashing import sha256_of
 from spm_hub.hub import lockfile, signing, storage
 from spm_hub.hub.entry import Entry
 from spm_hub.manifest import Manifest
@@ -48,14 +48,14 @@ def _checks(entry: Entry, key: Path | None) -> Iterator[Check]:
     else:
         yield _check("manifest", read_the_manifest)
         yield _check("size", lambda: _same("increment.bytes", _read(manifest).increment.bytes, path.stat().st_size))
-        yield _check("sha256", lambda: _same("increment.sha256", _read(manifest).increment.sha256, _sha256(path)))
+        yield _check("sha256", lambda: _same("increment.sha256", _read(manifest).increment.sha256, sha256_of(path)))
     yield _check("contents", lambda: _contents(entry))
     if beside is not None and header is not None and MANIFEST_KEY in header.metadata:
         embedded = header.metadata[MANIFEST_KEY]
         yield _check("manifest inside the file", lambda: _agree(_read(manifest), embedded, path))
     pin = lockfile.read(path.parent.parent).get(entry.name) if path.parent.name == storage.ADAPTERS else None
     if pin is not None:
-        yield _check("pin", lambda: _same("sha256 in the lock file", pin.sha256, _sha256(path)))
+        yield _check("pin", lambda: _same("sha256 in the lock file", pin.sha256, sha256_of(path)))
     yield _signature(entry, key)
 
 
@@ -103,8 +103,3 @@ def _read(manifest: Manifest | None) -> Manifest:
     if manifest is None:
         raise SpmHubError("the manifest could not be read")
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -185,12 +184,6 @@ def missing_file(path: Path) -> NotFoundError:
     close = nearest(path.name, [file.name for file in path.parent.iterdir()]) if path.parent.is_dir() else ()
     hint = f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
     return NotFoundError(f"there is no file {path}{hint}", mend="check the path")
-
-
-def sha256_of(path: Path) -> str:
-    """Of the whole file: what sites that share checkpoints show of it, and look it up by."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text_width(entries: Mapping[str, Entry]) -> int:
