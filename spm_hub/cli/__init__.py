@@ -2,7 +2,7 @@
 
 # Each of these registers its commands, which `spmhub --help` shows in this order.
 # isort: off
-from spm_hub.cli import train, demo, apply, bake, attack, registry, keep, trust, hub, convert, models  # noqa: F401
+from spm_hub.cli import train, demo, apply, bake, evaluate, attack, registry, keep, trust, hub, convert, models  # noqa: F401
 
 # isort: on
 from spm_hub.cli.app import app

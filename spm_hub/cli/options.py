@@ -16,6 +16,8 @@ from spm_hub.errors import UsageError, nearest
 if TYPE_CHECKING:
     import torch
 
+    from spm_hub.models import ModelRef
+
 Registry = Annotated[
     Path | None,
     typer.Option(
@@ -43,7 +45,12 @@ Config = Annotated[
     ),
 ]
 Adapters = Annotated[
-    str, typer.Option("--adapters", "-a", help="Erasers, separated by commas: names, files, or owner/name on the Hub.")
+    list[str],
+    typer.Option(
+        "--adapters",
+        "-a",
+        help="Erasers, separated by commas: names, files, or owner/name on the Hub; repeatable.",
+    ),
 ]
 Strength = Annotated[
     list[str] | None,
@@ -65,16 +72,46 @@ RequireSignature = Annotated[
         show_default=False,
     ),
 ]
+Gate = Annotated[
+    str | None,
+    typer.Option(
+        "--gate",
+        help="transport (by prompt), always, or a number. Unless given: as each eraser asks.",
+        show_default=False,
+    ),
+]
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        metavar="MODULE:FUNCTION",
+        help="Says of pictures whether they show the concept; also from the working folder. Unless given: the "
+        "sketchbook's probe.",
+        show_default=False,
+    ),
+]
 GATES = ("transport", "always")
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 
 
-def names(text: str) -> list[str]:
-    """The references in "a,b". Raises UsageError where one is empty or there is none."""
-    found = [name.strip() for name in text.split(",")]
+def names(texts: list[str]) -> list[str]:
+    """The references in ["a,b", "c"]. Raises UsageError where one is empty or there is none."""
+    found = [name.strip() for text in texts for name in text.split(",")]
     if not all(found):
-        raise UsageError(f"--adapters {text!r} has an empty name", mend="spmhub list")
+        raise UsageError(f"--adapters {','.join(texts)!r} has an empty name", mend="spmhub list")
     return found
+
+
+def check_judge(judge: str | None, model: ModelRef) -> None:
+    """Raises UsageError for pictures of a model that nobody here can judge."""
+    from spm_hub.aliases import ALIASES
+
+    alias = ALIASES.get(model.text)
+    if judge is None and (alias is None or alias.embedded is None):
+        raise UsageError(
+            f"there is no built-in judge for pictures of {model.public_name}",
+            mend="--judge MODULE:FUNCTION, or --model sketchbook",
+        )
 
 
 def strengths(texts: list[str] | None) -> dict[str, float] | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 from PIL import Image
 
@@ -13,7 +16,8 @@ from spm_hub.manifest import Concept
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.world import STYLE_NAMES
 
-from .sketchbook import STYLE_TEMPLATES, SUBJECT_TEMPLATES, cases, probe
+from .sketchbook import STYLE_TEMPLATES, SUBJECT_TEMPLATES, Row, cases, count, probe
+from .sketchbook import Case as Wanted
 
 _THINGS = ("a dog", "a church", "a tree", "a car", "a cat")
 
@@ -40,16 +44,52 @@ def probe_judge(concept: Concept) -> Judge:
 
 
 def imported_judge(reference: str) -> Judge:
-    """The judge at "package.module:function". Raises UsageError where there is none."""
+    """The judge at "package.module:function", in the working folder too. Raises UsageError where there is none."""
     module, colon, name = reference.partition(":")
+    # A command, other than `python -m`, does not look for modules where it is called.
+    sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name) if module and colon and name else None
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"--judge {reference}: {error}", mend="--judge PACKAGE.MODULE:FUNCTION") from None
+    finally:
+        sys.path.pop()
     if not callable(found):
         raise UsageError(f"--judge {reference!r} is not PACKAGE.MODULE:FUNCTION", mend="--judge my.judges:nude")
     judge: Judge = found
     return judge
+
+
+def table_of(
+    concepts: Sequence[Concept], judge: str | None, samples: int, seed: int
+) -> tuple[list[Wanted], Callable[[Sequence[Image.Image]], list[Row]]]:
+    """The pictures by which erasers of `concepts` are judged, and what makes their table of them.
+
+    Everything that the sketchbook's probe knows, with `samples` pictures each; or where `judge` ("package.module:
+    function") is given, the concepts alone. Raises NotFoundError for what the probe was never shown, UsageError where
+    there is no such judge.
+    """
+    if judge is None:
+        for concept in concepts:
+            probe_judge(concept)
+        wanted = cases(samples=samples, seed=seed)
+        return wanted, lambda pictures: count(wanted, pictures)
+    sees = imported_judge(judge)
+    kinds: list[Literal["subject", "style"]] = ["style" if one.kind == "style" else "subject" for one in concepts]
+    asked = [
+        Wanted(kind, concept.target, case.prompt, case.seed)
+        for kind, concept in zip(kinds, concepts, strict=True)
+        for case in sentences(concept, samples, seed)
+    ]
+
+    def judged(pictures: Sequence[Image.Image]) -> list[Row]:
+        seen = sees(pictures)
+        return [
+            Row(kind, concept.target, sum(map(bool, seen[at * samples : (at + 1) * samples])) / samples, samples)
+            for at, (kind, concept) in enumerate(zip(kinds, concepts, strict=True))
+        ]
+
+    return asked, judged
 
 
 def sentences(concept: Concept, count: int, seed: int) -> list[Case]:

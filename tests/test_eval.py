@@ -1,0 +1,119 @@
+"""spmhub eval: what is counted, what is refused, what is kept in a manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from spm_hub.calls import HELD
+from spm_hub.cli.app import app
+from spm_hub.evaluation.sketchbook import Case
+from spm_hub.hub.registry import Registry
+from spm_hub.sketchbook.figures import SUBJECTS
+from spm_hub.sketchbook.probe import Reading
+from spm_hub.sketchbook.world import STYLE_NAMES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Path:
+    for folder, suffix in (("adapters", "safetensors"), ("manifests", "json")):
+        (tmp_path / folder).mkdir()
+        for name in ("snoopy", "mickey"):
+            shutil.copy(ROOT / folder / f"{name}.{suffix}", tmp_path / folder)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that tell who asked for them: red for a pipeline with erasers, green by the name that was asked for."""
+    names = [*SUBJECTS, *STYLE_NAMES]
+
+    def paint(pipe: Any, wanted: Sequence[Case], *, steps: int, guidance_scale: float, progress: Any) -> list[Any]:
+        assert (steps, guidance_scale) == (3, 7.5)
+        return [Image.new("RGB", (8, 8), (255 * (HELD in vars(pipe)), names.index(case.name), 0)) for case in wanted]
+
+    def read(self: object, pictures: Sequence[Image.Image]) -> list[Reading]:
+        """Everything is what it was to be, but a cat with erasers every other time, and snoopy with erasers never."""
+        found = []
+        for at, picture in enumerate(pictures):
+            red, green, _ = np.asarray(picture)[0, 0].tolist()
+            name = names[green]
+            gone = red and (name == "snoopy" or (name == "cat" and at % 2))
+            found.append(Reading("tree", "none") if gone else Reading(name, name))
+        return found
+
+    monkeypatch.setattr("spm_hub.evaluation.sketchbook.paint", paint)
+    monkeypatch.setattr("spm_hub.sketchbook.probe.Probe.read", read)
+
+
+def run(*given: str) -> Any:
+    return CliRunner().invoke(app, ["eval", *given, "--steps", "3"])
+
+
+def test_the_table_tells_what_was_taken_away_and_what_else_went(registry: Path) -> None:
+    done = run("snoopy", "--registry", str(registry), "--samples", "4", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    first, second, *rest = told["rows"]
+    assert first == {
+        "kind": "subject", "name": "snoopy", "erased": True, "without": 1.0, "with": 0.0, "change_points": -100.0,
+    }  # fmt: skip
+    assert (second["name"], second["erased"], second["change_points"]) == ("cat", False, -50.0)
+    assert len(rest) == len(SUBJECTS) + len(STYLE_NAMES) - 2
+    assert not any(row["change_points"] or row["erased"] for row in rest)
+    assert told["others_worst_points"] == -50.0
+    assert told["others_mean_points"] == round(-50 / (len(rest) + 1), 2)
+
+
+def test_numbers_are_kept_where_they_are_asked_for_and_only_there(registry: Path) -> None:
+    def cats() -> list[tuple[float, float | None, int]]:
+        entries = Registry(registry).get("snoopy").read_manifest().evaluation
+        return [(one.value, one.reference, one.samples) for one in entries if one.subject == "cat"]
+
+    before = cats()
+    assert run("snoopy", "--registry", str(registry), "--samples", "2").exit_code == 0
+    assert cats() == before
+    assert run("snoopy", "--registry", str(registry), "--samples", "2", "--record").exit_code == 0
+    assert cats() == [(0.5, 1.0, 2)]
+
+
+def test_a_judge_from_the_working_folder_counts_the_concepts_alone(
+    registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (registry / "mine").mkdir()
+    (registry / "mine" / "judges.py").write_text(
+        "def green(pictures):\n    return [picture.getpixel((0, 0))[0] == 0 for picture in pictures]\n"
+    )
+    monkeypatch.chdir(registry)
+    done = run("snoopy", "mickey", "--judge", "mine.judges:green", "--samples", "3", "--json")
+    assert done.exit_code == 0, done.output
+    assert [(row["name"], row["without"], row["with"]) for row in json.loads(done.stdout)["rows"]] == [
+        ("snoopy", 1.0, 0.0), ("mickey", 1.0, 0.0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["snoopy", "mickey", "--record"], "--record is for one eraser, and 2 are named"),
+        (["snoopy", "--record", "--strength", "snoopy=2"], "would make other numbers of it"),
+        (["snoopy", "--model", "somebody/sd"], "there is no built-in judge for pictures of somebody/sd"),
+        (["snoopy", "--judge", "nowhere.at:all"], "nowhere"),
+        (["snoopy", "--judge", ".relative:name"], "relative"),
+        (["snopy"], "did you mean"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(registry: Path, given: list[str], words: str) -> None:
+    done = run(*given, "--registry", str(registry))
+    assert done.exit_code in (1, 2)
+    assert words in " ".join(done.stderr.split())
