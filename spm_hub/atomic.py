@@ -3,6 +3,7 @@
 import errno
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,14 @@ def _refused(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RegistryError(f"cannot write {path}: {error.strerror or error}", mend=_mend(error, path)) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder. Raises RegistryError where a file could not be written into it, before any work is done."""
+    with _refused(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def temporary_of(path: Path, token: str) -> Path:

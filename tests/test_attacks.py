@@ -443,3 +443,18 @@ def test_each_attack_has_its_own_papers_settings(
     done = CliRunner().invoke(app, ["attack", str(tmp_path / "snoopy.safetensors"), *given, "--json"])
     assert done.exit_code == 0, done.output
     assert {key: getattr(seen[0], key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("method", [attacks.UnlearnDiffAtk(tokens=50), attacks.P4D(tokens=50)])
+def test_tokens_that_no_encoder_reads_are_refused(method: attacks.UnlearnDiffAtk | attacks.P4D) -> None:
+    victim = Victim(pico_pipeline())
+    picture = torch.randn(1, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
+    rounds = method.rounds(victim, [attacks.Case("snoopy", 0)], picture, torch.Generator(), lambda: None)
+    with pytest.raises(UsageError, match="50 tokens before .* leave no room for it among the 12"):
+        next(rounds)
+
+
+@pytest.mark.parametrize("given", [{"steps": 0}, {"guidance": float("nan")}, {"at_once": 0}])
+def test_drawings_that_draw_nothing_are_refused(given: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=next(iter(given))):
+        attacks.Drawing(**given)  # type: ignore[arg-type]

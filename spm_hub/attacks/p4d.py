@@ -80,6 +80,8 @@ class P4D:
         pictures: (n, *latent_shape), of the concept, by the base, for each case as they are at first.
         """
         base, ids = victim.base, victim.searchable()
+        if self.every is None:
+            victim.check_room(self.tokens, [""])
         table = victim.table[ids]
         by_angle = F.normalize(table, dim=1)
         every_case = tuple(cases)

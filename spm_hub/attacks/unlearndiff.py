@@ -51,6 +51,7 @@ class UnlearnDiffAtk:
         pictures: (n, *latent_shape), of the concept, by the base, for each case as they are at first.
         """
         base = victim.base
+        victim.check_room(self.tokens, [case.prompt for case in cases])
         ids = victim.searchable()
         table = victim.table[ids]
         latents = dict(zip(cases, pictures, strict=True))

@@ -7,6 +7,7 @@ prompt, its adversarial tokens included. Gammas are constants to the gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +37,13 @@ class Drawing:
     steps: int | None = None
     guidance: float | None = None
     at_once: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("at_once", self.at_once)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}", mend=f"{name} = 10")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise UsageError(f"guidance must be a finite number, got {self.guidance}", mend="guidance = 7.5")
 
 
 def draw(
@@ -131,6 +139,22 @@ class Victim:
         texts = [self.tokenizer.decode([token]).strip() for token in ids]
         read = self.tokenizer(texts, add_special_tokens=False).input_ids
         return torch.tensor([token for token, again in zip(ids, read, strict=True) if again == [token]])
+
+    def check_room(self, tokens: int, prompts: Sequence[str]) -> None:
+        """Raises UsageError where `tokens` before a prompt would push what the text encoder reads of it out of sight.
+
+        Of a prompt that is too long by itself the end is not read in any case, and has no say.
+        """
+        window = self.tokenizer.model_max_length
+        for prompt in prompts:
+            taken = len(self.tokenizer(prompt).input_ids)
+            room = window - (taken if taken <= window else len(self.tokenizer("").input_ids))
+            if tokens > room:
+                raise UsageError(
+                    f"{tokens} tokens before {prompt!r} leave no room for it among the {window} that the text encoder "
+                    "reads: whatever such an attack finds says nothing of the eraser",
+                    mend=f"--tokens {room}" if room else "shorter prompts",
+                )
 
     def words(self, tokens: Tensor) -> list[str]:
         """These tokens (k,) as a person would type them."""

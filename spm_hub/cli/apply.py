@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from spm_hub.atomic import check_writable
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
@@ -37,9 +38,7 @@ def apply(
         bool, typer.Option("--compare", help="Also draw without the erasers, and a grid of both side by side.")
     ] = False,
     grid: Annotated[bool, typer.Option("--grid", help="Also draw all pictures as one labelled grid.")] = False,
-    gate: Annotated[
-        str | None, typer.Option(help="transport (by prompt), always, or a number. Unless given: as each eraser asks.")
-    ] = None,
+    gate: options.Gate = None,
     strength: options.Strength = None,
     registry: options.Registry = None,
     require_signature: options.RequireSignature = None,
@@ -71,6 +70,7 @@ def apply(
         texts = read_prompts(prompts) if prompts is not None else prompt or []
         check_prompts(texts)
         drawing = Drawing(seed=seed, number=num, steps=steps, guidance=guidance)
+        check_writable(to)
         erasers = [entry.load() for entry in entries]
         check_names(erasers, strengths or ())
         held = local_files(base)

@@ -36,14 +36,7 @@ def attack(
     prompts: Annotated[
         str, typer.Option(help="How many sentences of the concept, or a file with one prompt a line.")
     ] = "10",
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="Says of pictures whether they show the concept. Unless given: the sketchbook's probe.",
-            show_default=False,
-        ),
-    ] = None,
+    judge: options.Judge = None,
     tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Adversarial tokens. Unless given the papers': 5 for nudity, else 3; p4d 16."),
@@ -64,9 +57,7 @@ def attack(
         int,
         typer.Option(min=1, help="Prompts drawn and judged for each; unlearndiff goes by one timestep for each try."),
     ] = 50,
-    gate: Annotated[
-        str | None, typer.Option(help="transport (by prompt), always, or a number. Unless given: as the eraser asks.")
-    ] = None,
+    gate: options.Gate = None,
     strength: options.Strength = None,
     seed: Annotated[int, typer.Option(help="Seed of the pictures and of the attack.")] = 2024,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. Unless given: the pipeline's own.")] = None,
@@ -79,7 +70,6 @@ def attack(
 
     Prints the share of prompts in which it is there without an attack and with it (ASR), and the prompts found.
     """
-    from spm_hub.aliases import ALIASES
     from spm_hub.hub.resolving import resolve
     from spm_hub.models import load_pipeline, parse_reference
 
@@ -92,11 +82,9 @@ def attack(
         given = f"--tokens {tokens}" if with_ == "p4d" else f"--with {with_}"
         raise UsageError(f"--every {every} says where p4d puts its tokens, but {given} was given", mend="--with p4d")
     entry, acting, strengths = resolve(name, registry), options.gate(gate), options.strengths(strength)
-    alias = ALIASES.get(parse_reference(model, config=config).text)
-    if judge is None and (alias is None or alias.embedded is None):
-        raise UsageError(
-            f"there is no built-in judge for pictures of {model}", mend="--judge MODULE:FUNCTION, or --model sketchbook"
-        )
+    options.check_judge(judge, parse_reference(model, config=config))
+    if (count := _number(prompts)) is not None and count < 1:
+        raise UsageError(f"--prompts {prompts}: there is nothing to attack", mend="--prompts 10")
     with silence_libraries():
         from spm_hub import attacks
         from spm_hub.evaluation.judging import imported_judge, probe_judge, sentences
@@ -105,8 +93,8 @@ def attack(
         eraser = entry.load()
         concept = eraser.manifest.concept
         judged_by = probe_judge(concept) if judge is None else imported_judge(judge)
-        if prompts.isdecimal():
-            cases = sentences(concept, int(prompts), seed)
+        if count is not None:
+            cases = sentences(concept, count, seed)
         else:
             cases = [attacks.Case(text, seed + row) for row, text in enumerate(read_prompts(Path(prompts)))]
         method: attacks.P4D | attacks.UnlearnDiffAtk
@@ -141,3 +129,10 @@ def attack(
         ),
         brief=found,
     )  # fmt: skip
+
+
+def _number(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None

@@ -118,7 +118,10 @@ def draw(
     given = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
     generators = [torch.Generator("cpu").manual_seed(drawing.seed + index) for index in range(drawing.number)]
 
+    last: dict[str, torch.Tensor] = {}
+
     def stepped(pipeline: Any, step: int, _timestep: object, kept: dict[str, Any]) -> dict[str, Any]:
+        last.update({name: kept[name] for name in ("latents",) if name in kept})
         if progress is not None:
             progress(step + 1, pipeline.num_timesteps)
         return kept
@@ -138,6 +141,12 @@ def draw(
             f"{type(pipe).__name__} refuses {prompt!r} with {asked}: {str(error).strip()}",
             mend="leave --steps and --guidance to the pipeline" if chosen else None,
         ) from error
+    if not all(bool(latents.isfinite().all()) for latents in last.values()):
+        raise UsageError(
+            f"{type(pipe).__name__} drew {prompt!r} with numbers that left what floats can hold: the picture would be "
+            "black, and erased by nobody",
+            mend="smaller --strength, --gate and --guidance, or --dtype float32",
+        )
     return tuple(made.images)
 
 
