@@ -89,8 +89,9 @@ def push(
     from spm_hub.hub.resolving import resolve
 
     with tempfile.TemporaryDirectory() as staging:
-        pairs = () if pictures is None else read_pairs(pictures)
-        release = pushing.prepare(resolve(str(reference), registry), repo, pairs, Path(staging))
+        entry = resolve(str(reference), registry)
+        pairs = () if pictures is None else read_pairs(pictures, entry.read_manifest().name)
+        release = pushing.prepare(entry, repo, pairs, Path(staging))
         pushed = pushing.push(release, **options)
     return pushed.pull_request or pushed.url
 

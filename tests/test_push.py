@@ -322,16 +322,32 @@ def test_what_is_no_lora_goes_by_another_name(
 def test_pictures_are_read_from_what_apply_writes(tmp_path: Path, eraser: Adapter) -> None:
     drawing = Drawing(seed=1, steps=1)
     shown = show(pico_pipeline(), [eraser], ["snoopy", "a dog"], drawing)
-    save(shown, tmp_path, drawing, title="snoopy", grid=True, described={})
-    read = card.read_pairs(tmp_path)
+    save(shown, tmp_path, drawing, title="snoopy", grid=True, described={"adapters": ["snoopy"]})
+    # What shows another eraser, or this one among others, is no evidence of this one.
+    for number, others in enumerate((["mickey"], ["mickey", "snoopy"])):
+        save(shown[:1], tmp_path / "more", Drawing(seed=number), title="x", grid=False, described={"adapters": others})
+    with pytest.raises(NotFoundError, match=r"no pair .* of snoopy alone, but of mickey, of mickey and snoopy"):
+        card.read_pairs(tmp_path / "more", "snoopy")
+    save(shown[:1], tmp_path, Drawing(seed=7), title="x", grid=False, described={"adapters": ["mickey"]})
+    read = card.read_pairs(tmp_path, "snoopy")
     assert [pair.prompt for pair in read] == ["snoopy", "a dog"]
     assert read[0].gates["snoopy"] == pytest.approx(shown[0].gates["snoopy"])
     (tmp_path / "00-x-without.png").write_bytes(png(1))
     (tmp_path / "00-x-with.png").write_bytes(b"not a picture")
     with pytest.raises(UsageError, match="00-x-with"):
-        card.read_pairs(tmp_path)
+        card.read_pairs(tmp_path, "snoopy")
     with pytest.raises(NotFoundError, match="no pair"):
-        card.read_pairs(tmp_path / "none")
+        card.read_pairs(tmp_path / "none", "snoopy")
+
+
+@pytest.mark.parametrize("repo", ["nonsense", "not a repo", "a/b/c", "someone/spm-snoopy@main", ""])
+def test_a_repository_that_cannot_be_is_told_before_anything_is_drawn_or_uploaded(
+    repo: str, eraser: Adapter, tmp_path: Path
+) -> None:
+    kept = Registry(tmp_path)
+    kept.add(eraser)
+    with pytest.raises(UsageError, match="is not of the form owner/name"):
+        prepare(kept.get("snoopy"), repo, (), tmp_path)
 
 
 def test_searching(hub: LoopbackHub, registry: Registry, tmp_path: Path) -> None:

@@ -62,9 +62,10 @@ def push(
         from spm_hub.hub import push as pushing
         from spm_hub.hub.card import read_pairs
 
+        pushing.check_repo(repo)
         pairs: tuple[Pair, ...] = ()
         if pictures is not None:
-            pairs = read_pairs(pictures)
+            pairs = read_pairs(pictures, entry.read_manifest().name)
         elif not no_pictures:
             pairs = _drawn(out, entry, prompt, Path(staging) / "pictures", device)
         release = pushing.prepare(entry, repo, pairs, Path(staging))
@@ -72,7 +73,7 @@ def push(
         described: dict[str, Any] = {"repo": repo, "files": files, "card": release.card}
         if dry_run:
             _show(out, described)
-            out.say(f"nothing was uploaded; do it: spmhub push {name} {repo}")
+            out.say("nothing was uploaded; the same command without --dry-run does it")
             return
         out.say(f"uploading {len(files)} files to {repo} ...")
         made = pushing.push(release, private=private, revision=revision, pull_request=pr)
@@ -103,7 +104,7 @@ def _drawn(out: Output, entry: "Entry", prompts: list[str] | None, folder: Path,
     save(
         shown, folder, drawing, title=adapter.name, grid=False, described={"model": base.id, "adapters": [adapter.name]}
     )
-    return read_pairs(folder)
+    return read_pairs(folder, adapter.name)
 
 
 def _show(out: Output, described: dict[str, Any]) -> None:

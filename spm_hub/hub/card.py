@@ -36,24 +36,29 @@ class Pair:
     gates: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_pairs(folder: Path) -> tuple[Pair, ...]:
-    """The pairs among the PNG files of a folder, as `spmhub apply --compare` writes them: *-without.png, *-with.png.
+def read_pairs(folder: Path, eraser: str) -> tuple[Pair, ...]:
+    """The eraser's pairs among a folder's PNG files, as `spmhub apply --compare` writes: *-without.png, *-with.png.
 
-    The prompt stands inside the file, or else its name is the prompt.
+    The prompt stands inside the file, or else its name is the prompt. Those that say of themselves that others were
+    attached are no evidence of this one, and left out.
     Raises NotFoundError where there is no pair, UsageError for a file that is no PNG.
     """
-    pairs = []
+    pairs, others = [], set[str]()
     for path in sorted(folder.glob(f"*-{WITHOUT}.png")):
         partner = path.with_name(path.name.removesuffix(f"-{WITHOUT}.png") + f"-{WITH}.png")
         if partner.is_file():
             about = _read_about(partner)
+            if (attached := about.get("adapters", [eraser])) != [eraser]:
+                others.add(" and ".join(map(str, attached)))
+                continue
             prompt = about.get("prompt") or path.name.removesuffix(f"-{WITHOUT}.png").replace("-", " ")
             _read_about(path)
             pairs.append(Pair(str(prompt), path.read_bytes(), partner.read_bytes(), about.get("gates") or {}))
     if not pairs:
+        shown = f" of {eraser} alone, but of {', of '.join(sorted(others))}" if others else ""
         raise NotFoundError(
-            f"{folder} holds no pair of pictures NAME-without.png and NAME-with.png",
-            mend=f"spmhub apply --adapters NAME --prompt TEXT --compare --out {folder}",
+            f"{folder} holds no pair of pictures NAME-without.png and NAME-with.png{shown}",
+            mend=f"spmhub apply --adapters {eraser} --prompt TEXT --compare --out {folder}",
         )
     return tuple(pairs)
 

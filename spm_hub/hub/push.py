@@ -14,6 +14,7 @@ from spm_hub.formats.container import MANIFEST_KEY, read_header
 from spm_hub.hub import signing
 from spm_hub.hub.card import Pair, picture_names, render
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.hub.registry import HUB_REFERENCE
 from spm_hub.manifest import Manifest
 from spm_hub.network import legible, patiently, reaching
 
@@ -57,6 +58,7 @@ def prepare(entry: Entry, repo: str, pairs: Sequence[Pair], staging: Path) -> Re
     The adapter file is uploaded as it is, bit for bit, under the name that its kind of loader looks for.
     Raises AdapterFileError, ManifestError when it is not what its manifest says.
     """
+    check_repo(repo)
     adapter = entry.load()
     path, manifest = entry.adapter_path, adapter.manifest
     if MANIFEST_KEY not in read_header(path).metadata or manifest.increment.sha256 is None:
@@ -77,6 +79,13 @@ def prepare(entry: Entry, repo: str, pairs: Sequence[Pair], staging: Path) -> Re
     for index, pair in enumerate(pairs):
         files |= dict(zip(picture_names(index), (pair.without, pair.with_), strict=True))
     return Release(repo, manifest, card, files)
+
+
+def check_repo(repo: str) -> None:
+    """Raises UsageError for what is no owner/name."""
+    match = HUB_REFERENCE.fullmatch(repo)
+    if match is None or match["revision"] is not None:
+        raise UsageError(f"{repo!r} is not of the form owner/name", mend="spmhub push NAME OWNER/NAME")
 
 
 def push(release: Release, *, private: bool = False, revision: str | None = None, pull_request: bool = False) -> Pushed:
