@@ -3,7 +3,7 @@
 The public door. What is behind it is imported when first used: `import spm_hub` costs nothing and needs no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ def attach(
     pipe: Any,
     adapters: "str | Path | Adapter | Sequence[str | Path | Adapter]",
     *,
-    registry: Path | None = None,
+    registry: str | Path | None = None,
     **options: Any,
 ) -> "Attachment":
     """Attach erasers to a diffusers pipeline, until `detach()` or the end of a `with` block.
@@ -38,20 +38,22 @@ def attach(
     from spm_hub import attachment
     from spm_hub.adapter import Adapter
 
+    if isinstance(adapters, Mapping):
+        raise UsageError("adapters is a mapping: it has to name erasers alone", mend="attach(..., strength={...}) too")
     several = [adapters] if isinstance(adapters, str | Path | Adapter) else adapters
     lazy = options.get("increment_budget") is not None
     loaded = [one if isinstance(one, Adapter) else load(one, registry=registry, lazy=lazy) for one in several]
     return attachment.attach(pipe, loaded, **options)
 
 
-def load(reference: str | Path, *, registry: Path | None = None, lazy: bool = False) -> "Adapter":
+def load(reference: str | Path, *, registry: str | Path | None = None, lazy: bool = False) -> "Adapter":
     """The adapter behind a path, a name in a registry, or owner/name[@revision] on the Hugging Face Hub.
 
     lazy: read only the header now, and the increments, with all checks, when a prompt first needs them.
     """
     from spm_hub.hub import resolving
 
-    return resolving.load(str(reference), registry, lazy=lazy)
+    return resolving.load(str(reference), None if registry is None else Path(registry), lazy=lazy)
 
 
 def pull(
@@ -74,7 +76,12 @@ def pull(
 
 
 def push(
-    reference: str | Path, repo: str, *, pictures: Path | None = None, registry: Path | None = None, **options: Any
+    reference: str | Path,
+    repo: str,
+    *,
+    pictures: str | Path | None = None,
+    registry: str | Path | None = None,
+    **options: Any,
 ) -> str:
     """Share an eraser on the Hugging Face Hub with a model card; returns the address of the commit or pull request.
 
@@ -89,8 +96,8 @@ def push(
     from spm_hub.hub.resolving import resolve
 
     with tempfile.TemporaryDirectory() as staging:
-        entry = resolve(str(reference), registry)
-        pairs = () if pictures is None else read_pairs(pictures, entry.read_manifest().name)
+        entry = resolve(str(reference), None if registry is None else Path(registry))
+        pairs = () if pictures is None else read_pairs(Path(pictures), entry.read_manifest().name)
         release = pushing.prepare(entry, repo, pairs, Path(staging))
         pushed = pushing.push(release, **options)
     return pushed.pull_request or pushed.url
@@ -116,6 +123,11 @@ def train(
     from spm_hub.training.methods import merged
     from spm_hub.training.recipe import Recipe
 
+    if not isinstance(concept, str | Recipe):
+        raise UsageError(
+            f"train takes one concept or a Recipe, not {concept!r}",
+            mend="one call for each, or spmhub train CONCEPT CONCEPT ...",
+        )
     if isinstance(concept, str) and not concept.strip():
         raise UsageError("the concept is empty", mend='name what to erase, for instance: spm_hub.train("van gogh")')
     given: dict[str, Any] = {"target": concept} if isinstance(concept, str) else concept.model_dump(mode="json")

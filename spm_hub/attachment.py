@@ -4,6 +4,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,12 +14,12 @@ from torch import nn
 from spm_hub.adapter import Adapter
 from spm_hub.architectures import beside_denoiser, body_of, denoiser_of, family_of, resolve_modules, weight_of
 from spm_hub.calls import HELD, hold, release, tokens_of
-from spm_hub.errors import UsageError
+from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.formats.stored import StoredIncrements
 from spm_hub.gate import ConstantGate, Prompts
 from spm_hub.gating import Gating
 from spm_hub.layers import Layers, foldable, kept_bytes, offloaded_in_groups
-from spm_hub.naming import known, namesakes
+from spm_hub.naming import by_name, named, namesakes
 from spm_hub.options import Eraser, GateChoice, Mode, Options, Rows, finite
 from spm_hub.prompting import Call, CannotEncodeError, encode
 
@@ -68,6 +69,8 @@ class Attachment:
     def __init__(self, pipe: Any, adapters: Sequence[Adapter], options: Options) -> None:
         if isinstance(pipe, nn.Module):
             raise UsageError(f"attach takes a pipeline, not its {type(pipe).__name__}", mend="attach(pipe, ...)")
+        if isinstance(options.strength, Mapping):
+            options = replace(options, strength=by_name(options.strength, [adapter.name for adapter in adapters]))
         self._pipe, self._options = pipe, options
         self._denoiser = denoiser_of(pipe)
         family_of(pipe)
@@ -89,9 +92,6 @@ class Attachment:
         erasers: dict[str, Eraser] = {}
         for adapter in adapters:
             erasers[adapter.name] = self._fitting(adapter, erasers)
-        if isinstance(options.strength, Mapping):
-            for name in options.strength:
-                known(name, erasers)
         self._install(erasers)
         hold(pipe, self._denoiser, self)
         for name in beside_denoiser(pipe):
@@ -136,6 +136,8 @@ class Attachment:
 
     def add(self, adapter: Adapter, /) -> None:
         """Attach one more eraser, under the options of `attach`. Raises as `attach` does, and then changes nothing."""
+        if not isinstance(adapter, Adapter):
+            raise UsageError(f"add takes an Adapter, not {adapter!r}", mend=f"erasers.add(spm_hub.load({adapter!r}))")
         with self._lock:
             self._alive()
             self._install({adapter.name: self._fitting(adapter, self._erasers)})
@@ -144,7 +146,7 @@ class Attachment:
         """Take one eraser away: the pipeline is, bit for bit, as if only the others had ever been attached."""
         with self._lock:
             self._alive()
-            known(name, self._erasers)
+            name = named(name, self._erasers)
             with self._writing():
                 self._layers.uninstall(name)
             del self._erasers[name]
@@ -392,19 +394,21 @@ class Strength(MutableMapping[str, float]):
         self._attachment = attachment
 
     def __getitem__(self, name: str) -> float:
-        return self._attachment._erasers[name].strength
+        erasers = self._attachment._erasers
+        with suppress(NotFoundError):  # a mapping's own KeyError, which its other methods count on
+            name = named(name, erasers)
+        return erasers[name].strength
 
     def __setitem__(self, name: str, value: float) -> None:
         finite(f"strength[{name!r}]", value)
         attachment = self._attachment
         with attachment._lock:
             attachment._alive()
-            known(name, attachment._erasers)
-            attachment._erasers[name].strength = float(value)
+            attachment._erasers[named(name, attachment._erasers)].strength = float(value)
             attachment._seen = None
 
     def __delitem__(self, name: str) -> None:
-        known(name, self._attachment._erasers)
+        name = named(name, self._attachment._erasers)
         self[name] = self._attachment._erasers[name].adapter.manifest.gate.strength
 
     def __iter__(self) -> Iterator[str]:

@@ -1,12 +1,13 @@
 """Erasers side by side are told apart by name: what that forbids, before anything is attached."""
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from spm_hub.adapter import Adapter
 from spm_hub.errors import NotFoundError, UsageError, nearest
+from spm_hub.manifest import slug
 
 
 def check_names(adapters: Sequence[Adapter], strength: Iterable[str] = ()) -> None:
@@ -14,13 +15,13 @@ def check_names(adapters: Sequence[Adapter], strength: Iterable[str] = ()) -> No
 
     Raises UsageError for an adapter twice and for two of one name, NotFoundError for a strength of none of them.
     """
-    by_name: dict[str, Adapter] = {}
+    given: dict[str, Adapter] = {}
     for adapter in adapters:
-        if adapter.name in by_name:
-            raise namesakes(by_name[adapter.name], adapter)
-        by_name[adapter.name] = adapter
+        if adapter.name in given:
+            raise namesakes(given[adapter.name], adapter)
+        given[adapter.name] = adapter
     for name in strength:
-        known(name, by_name)
+        named(name, given)
 
 
 def namesakes(one: Adapter, other: Adapter) -> UsageError:
@@ -49,12 +50,28 @@ def _same(one: Adapter, other: Adapter) -> bool:
     )
 
 
-def known(name: str, names: Iterable[str]) -> None:
-    """Raises NotFoundError for a name that is none of those attached."""
+def named(name: str, names: Iterable[str]) -> str:
+    """Which of these erasers is meant: by its name, or by its concept as people write it ("van gogh").
+
+    Raises NotFoundError for none of them.
+    """
     names = tuple(names)
-    if name not in names:
-        meant = nearest(name, names)
-        raise NotFoundError(
-            f"no eraser {name!r} is attached; attached are: {', '.join(names) or 'none'}",
-            mend=f"{meant[0]!r}" if meant else None,
-        )
+    if name in names:
+        return name
+    if name.strip() and (written := slug(name)) in names:
+        return written
+    meant = nearest(name, names)
+    raise NotFoundError(
+        f"there is no eraser {name!r} among these: {', '.join(names) or 'none'}",
+        mend=f"{meant[0]!r}" if meant else None,
+    )
+
+
+def by_name(strength: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """Numbers by the names of these erasers. Raises NotFoundError for none of them, UsageError for one named twice."""
+    names, found = tuple(names), dict[str, float]()
+    for given, value in strength.items():
+        if (name := named(given, names)) in found:
+            raise UsageError(f"strength names {name!r} twice: {found[name]} and {value}")
+        found[name] = value
+    return found

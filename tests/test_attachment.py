@@ -486,7 +486,7 @@ def test_recover_puts_weights_back_at_once(pipe):
     assert not all(torch.equal(module.weight, weights[path]) for path, module in target_modules(pipe.unet).items())
     erasers.recover("snoopy")
     assert all(torch.equal(module.weight, weights[path]) for path, module in target_modules(pipe.unet).items())
-    with pytest.raises(NotFoundError, match="no eraser 'snoopy' is attached; attached are: none"):
+    with pytest.raises(NotFoundError, match="there is no eraser 'snoopy' among these: none"):
         erasers.recover("snoopy")
 
 

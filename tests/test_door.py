@@ -28,7 +28,7 @@ def random_eraser(pipe: StableDiffusionPipeline, name: str, seed: int) -> Adapte
     increments: dict[str, Increment] = {MODULE: LowRank(down, torch.randn(weight.shape[0], 1, 1, 1, generator=random))}
     manifest = spm_hub.Manifest(
         name=name,
-        concept=Concept(target=name),
+        concept=Concept(target=name.replace("-", " ")),
         increment=increment_info(increments),
         base=Base(family="sd1", id="pico", fingerprint=""),
         recipe={},
@@ -51,6 +51,39 @@ def test_names_paths_and_adapters_are_attached_alike(tmp_path: Path) -> None:
     assert torch.equal(pipe.unet.get_submodule(MODULE).weight, before)
     with spm_hub.attach(pipe, "snoopy", registry=tmp_path) as erasers:
         assert list(erasers.names) == ["snoopy"]
+
+
+def test_erasers_are_meant_by_their_concepts_too(tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    for seed, name in enumerate(("van-gogh", "mickey")):
+        Registry(tmp_path).add(random_eraser(pipe, name, seed))
+    folder = str(tmp_path)
+    assert spm_hub.load("van gogh", registry=folder).name == "van-gogh"
+    with spm_hub.attach(pipe, ["van gogh", "mickey"], registry=folder, strength={"Van Gogh": 0.5}) as erasers:
+        assert dict(erasers.strength) == {"van-gogh": 0.5, "mickey": 1.0}
+        erasers.strength["van gogh"] = 2.0
+        assert erasers.strength["van gogh"] == erasers.strength["van-gogh"] == 2.0
+        assert "monet" not in erasers.strength
+        assert erasers.strength.get("monet", 7.0) == 7.0
+        erasers.recover("van gogh")
+        assert erasers.names == ("mickey",)
+    with pytest.raises(UsageError, match=r"strength names 'van-gogh' twice: 1\.0 and 2\.0"):
+        spm_hub.attach(pipe, "van-gogh", registry=folder, strength={"van gogh": 1.0, "van-gogh": 2.0})
+
+
+def test_what_the_door_does_not_take_is_told_what_it_takes(tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    Registry(tmp_path).add(random_eraser(pipe, "snoopy", 0))
+    with pytest.raises(UsageError, match=r"adapters is a mapping") as caught:
+        spm_hub.attach(pipe, {"snoopy": 0.5}, registry=tmp_path)  # type: ignore[arg-type]
+    assert "strength={...}" in str(caught.value.mend)
+    with spm_hub.attach(pipe, [], registry=tmp_path) as erasers:
+        with pytest.raises(UsageError, match="add takes an Adapter, not 'snoopy'"):
+            erasers.add("snoopy")  # type: ignore[arg-type]
+        assert erasers.names == ()
+    for concept in (["snoopy"], None):
+        with pytest.raises(UsageError, match="one concept or a Recipe"):
+            spm_hub.train(concept)  # type: ignore[arg-type]
 
 
 def test_under_a_budget_references_are_read_when_a_prompt_needs_them(tmp_path: Path) -> None:
