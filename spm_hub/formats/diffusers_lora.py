@@ -50,20 +50,31 @@ def parse_key(key: str) -> Slot | None:
 
 
 def scaling_in(metadata: Mapping[str, str], source: object) -> Scaling | None:
-    """The scales in a header, None where it has none: alpha is then the rank. Raises AdapterFileError."""
+    """The scales in a header, None where it has none: alpha is then the rank.
+
+    A pipeline's `save_lora_weights` puts a component's name before every field, a model's `save_lora_adapter` none.
+    Raises AdapterFileError, also for a header that gives scales and not the denoiser's.
+    """
     text = metadata.get(METADATA_KEY)
     if text is None:
         return None
     try:
         packed = untrusted.parse(text.encode(), unfolds=CONFIG_UNFOLDS)
         found = [
-            {key.removeprefix(f"{component}."): value for key, value in packed.items() if key.startswith(component)}
-            for component in ("unet", "transformer")
+            {key.removeprefix(prefix): value for key, value in packed.items() if key.startswith(prefix)}
+            for prefix in ("unet.", "transformer.")
         ]
     except (ValueError, AttributeError) as error:
         raise AdapterFileError(f"{source}: {METADATA_KEY} in its header is not a JSON object") from error
-    config = next(filter(None, found), None)
-    return None if config is None else Scaling.of(config, source)
+    config = packed if "lora_alpha" in packed else next(filter(None, found), None)
+    if config is None:
+        told = sorted({str(key).partition(".")[0] for key in packed})
+        raise AdapterFileError(
+            f"{source}: {METADATA_KEY} in its header gives the scale of {', '.join(told)[:200] or 'nothing'}, and none "
+            "of the denoiser's (unet.lora_alpha or transformer.lora_alpha), so how strong that is is not known",
+            mend="save it again with diffusers' unet_lora_adapter_metadata or transformer_lora_adapter_metadata",
+        )
+    return Scaling.of(config, source)
 
 
 def write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
