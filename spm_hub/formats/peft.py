@@ -30,7 +30,22 @@ _KEY = re.compile(
 )
 _PARTS: dict[str | None, Part] = {"A": "down", "B": "up", None: "magnitude"}
 # What changes the product beyond its scale, and what it has to be for the file to say all.
-_PLAIN = {"fan_in_fan_out": False, "bias": "none", "modules_to_save": None}
+_PLAIN = {
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "lora_bias": False,
+    "modules_to_save": None,
+    "target_parameters": None,
+    "layer_replication": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+}
+# The other ways of PEFT to begin (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take what they begin with out of the base.
+_BASE_UNTOUCHED = (True, False, None, "true", "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -47,8 +62,17 @@ class Scaling:
     def of(cls, config: Mapping[str, Any], source: object) -> "Scaling":
         """From a LoraConfig's fields. Raises AdapterFileError for what is no plain LoRA."""
         for key, plain in _PLAIN.items():
-            if config.get(key, plain) not in (plain, [], ()):
-                raise AdapterFileError(f"{source}: {key} is {config[key]!r}, only {plain!r} is read")
+            value = config.get(key, plain)
+            if value != plain and (plain or value):
+                raise AdapterFileError(f"{source}: {key} is {str(value)[:120]!r}, only {plain!r} is read")
+        begun = config.get("init_lora_weights", True)
+        if (begun.lower() if isinstance(begun, str) else begun) not in _BASE_UNTOUCHED:
+            raise AdapterFileError(
+                f"{source}: init_lora_weights is {str(begun)[:120]!r}, which changes the base before training: the "
+                "file is what was added to that base, not to the one that everybody has",
+                mend="save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it; or "
+                "merge it, and: spmhub convert MERGED --model M, the base before",
+            )
         try:
             pattern = {str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
             alpha = float(config["lora_alpha"])
