@@ -1,6 +1,7 @@
 """From any format to an adapter, and from an adapter to any format."""
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ Progress = Callable[[int, int], None]
 
 # Other programs call every file this; what it erases is then said by the folder, if by anything.
 _NAMELESS = {"adapter_model", "pytorch_lora_weights", "diffusion_pytorch_model", "model"}
+# What scales tensors, where a training script puts it beside them, and each reads in its own way.
+_STRENGTHS = {"alpha", "lora_alpha", "network_alpha", "scale", "lora_scale", "multiplier"}
 # What training scripts put a denoiser's tensors into.
 _HOLDERS = {"state_dict", "unet", "transformer", "model"}
 _TEXT_ENCODERS = {"text_encoder", "text_encoder_2", "text_encoder_3"}
@@ -205,7 +208,14 @@ def _tensors_of(path: Path, content: Any, said: Description) -> dict[str, Tensor
     """The tensors of a pickled state dict, out of the dictionary that training scripts put around it."""
     if not isinstance(content, dict):
         raise AdapterFileError(f"{path} holds {type(content).__name__}, not tensors by name")
-    holding = {str(key): value for key, value in content.items() if _holds_tensors(value)}
+    named = {str(key): _as_tensor(str(key), value) for key, value in content.items()}
+    holding = {key: value for key, value in named.items() if _holds_tensors(value)}
+    if strength := sorted(key for key, value in named.items() if key in _STRENGTHS and isinstance(value, int | float)):
+        raise AdapterFileError(
+            f"{path}: it holds {strength[0]} = {named[strength[0]]} for all its modules, and what that scales is said "
+            "by the program that wrote it alone",
+            mend="ask its author for a safetensors file, or multiply the up matrices by what it stands for",
+        )
     if said.without_text_encoder:
         holding = {key: value for key, value in holding.items() if key not in _TEXT_ENCODERS}
     if holding.keys() <= _HOLDERS and len(holding) == 1:
@@ -217,9 +227,17 @@ def _tensors_of(path: Path, content: Any, said: Description) -> dict[str, Tensor
                 mend=text_encoder.LEFT_OUT if key in _TEXT_ENCODERS else None,
             )
     tensors = {key: value.detach() for key, value in holding.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise AdapterFileError(f"{path} holds {' and '.join(holding) or 'no tensors'}, not the tensors of one denoiser")
+    if not tensors or len(tensors) < len(holding):
+        beside = [*holding.keys() - tensors.keys(), *(["tensors"] if tensors else [])]
+        raise AdapterFileError(f"{path} holds {' and '.join(beside) or 'no tensors'}, not the tensors of one denoiser")
     return tensors
+
+
+def _as_tensor(key: str, value: Any) -> Any:
+    """A plain number under the name of a module's part as the tensor that it would be in any other file."""
+    if "." not in key or isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return torch.tensor(float(value) if abs(value) < 2**1000 else math.inf)
 
 
 def _holds_tensors(value: Any) -> bool:
