@@ -92,11 +92,13 @@ def read(
         metadata = header.metadata
         if MANIFEST_KEY in metadata:
             return described(load_file(path), said), spm.FORMAT.name
-    left_out = 0
+    left_out: Mapping[str, int] = {}
     if said.without_text_encoder:
         tensors, left_out = text_encoder.divided(tensors)
         if not tensors:
-            raise AdapterFileError(f"{path} holds nothing but parts of a text encoder ({left_out} tensors)")
+            count = sum(left_out.values())
+            raise AdapterFileError(f"{path} holds nothing but parts of a text encoder ({count} tensors)")
+    text_encoder.refuse(path, tensors)
     beside = None if base is None else base.tensors
     if any(peft.parse_key(key) for key in tensors):
         format_name = peft.FORMAT.name
@@ -328,10 +330,12 @@ def _family(
     return family
 
 
-def _origin(format_name: str, path: Path, sha256: str, left_out: int = 0) -> dict[str, JsonValue]:
+def _origin(
+    format_name: str, path: Path, sha256: str, left_out: Mapping[str, int] | None = None
+) -> dict[str, JsonValue]:
     """What stands for the recipe of a file that another program trained."""
     about: dict[str, JsonValue] = {"format": format_name, "file": path.name, "sha256": sha256}
-    return {"converted": about | ({"text_encoder_tensors_left_out": left_out} if left_out else {})}
+    return {"converted": about | {f"{part}_tensors_left_out": count for part, count in (left_out or {}).items()}}
 
 
 def _sha256(*paths: Path) -> str:

@@ -40,14 +40,17 @@ _KEY = re.compile(
 # Residual layers and their downsampler count as one row of input_blocks; all of Stable Diffusion has two such layers.
 _ROWS = 3
 _RESNET = {
+    "in_layers_0": "norm1",
     "in_layers_2": "conv1",
     "emb_layers_1": "time_emb_proj",
+    "out_layers_0": "norm2",
     "out_layers_3": "conv2",
     "skip_connection": "conv_shortcut",
 }
 _RESNET_BACK = {theirs: ours for ours, theirs in _RESNET.items()}
 _UNET_ENDS = {
     "input_blocks_0_0": "conv_in",
+    "out_0": "conv_norm_out",
     "out_2": "conv_out",
     "time_embed_0": "time_embedding_linear_1",
     "time_embed_2": "time_embedding_linear_2",

@@ -80,13 +80,14 @@ def read_increments(
     Raises AdapterFileError for a key of no known layout, a module with missing parts, or nothing at all.
     """
     modules: dict[str, dict[Part, Tensor]] = {}
+    # Before any layout is asked: some of them would take a text encoder's layer for one of a denoiser.
+    text_encoder.refuse(path, tensors)
     for key, value in tensors.items():
         # Plug-ins are imported for the first key that no format of our own knows.
         slot = _slot(FORMATS, key, explicit=explicit) or _slot(all_formats(), key, explicit=explicit)
         if slot is None:
             # Of a file's keys the telling one: a learnt token says less than a layer beside it.
-            told = (text_encoder.KEY, *_REFUSED, *_CONVERTED)
-            telling = (each for pattern in told for each in tensors if pattern.fullmatch(each))
+            telling = (each for pattern in (*_REFUSED, *_CONVERTED) for each in tensors if pattern.fullmatch(each))
             _refuse(path, next(telling, key))
         parts = modules.setdefault(slot.module, {})
         if slot.part in parts:
@@ -131,10 +132,6 @@ def _magnitudes(
 
 
 def _refuse(path: Path, key: str) -> Never:
-    if text_encoder.KEY.fullmatch(key):
-        raise AdapterFileError(
-            f"{path}: {key!r} is of a text encoder, and an eraser changes the denoiser only", mend=text_encoder.LEFT_OUT
-        )
     for pattern, what in _REFUSED.items():
         if pattern.fullmatch(key):
             raise AdapterFileError(
