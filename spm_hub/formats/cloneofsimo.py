@@ -44,10 +44,14 @@ def named(path: object, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
             _fits(shapes.get(f"unet:{number}:up"), shapes.get(f"unet:{number}:down"), out, width)
             for number, (_, out, width) in enumerate(order)
         ):
-            return {
-                f"unet.{order[int(match['number'])][0]}.lora.{match['part']}.weight" if match else key: tensors[key]
-                for key, match in ((key, numbered.get(key)) for key in tensors)
-            }
+            found: dict[str, Tensor] = {}
+            for key, value in tensors.items():
+                match = numbered.get(key)
+                name = f"unet.{order[int(match['number'])][0]}.lora.{match['part']}.weight" if match else key
+                if name in found:
+                    raise AdapterFileError(f"{path}: {name} is in it twice, {key!r} by its number and by its name")
+                found[name] = value
+            return found
     raise AdapterFileError(
         f"{path}: its {len(layers)} numbered layers have not the shapes of a U-Net of Stable Diffusion 1 or 2 (trained "
         "are its attention layers, GEGLU layers, or both), so which is which is not known",

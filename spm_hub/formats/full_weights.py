@@ -53,6 +53,7 @@ def read(
     """
     names = {flat(key): key for key in base}
     deltas: dict[str, dict[str, Tensor]] = {}
+    keys: dict[str, str] = {}
     for count, (key, tensor) in enumerate(tensors.items()):
         progress(count + 1, len(tensors))
         known = names.get(flat(_in_diffusers(key)))
@@ -60,6 +61,8 @@ def read(
             raise AdapterFileError(
                 f"{path}: the model has no tensor {key!r}", mend="--model M, the base that the file was trained on"
             )
+        if (other := keys.setdefault(known, key)) != key:
+            raise AdapterFileError(f"{path}: {known} is in it twice: {other!r} and {key!r}")
         original = base[known]
         if tensor.shape != original.shape and tensor.squeeze().shape != original.squeeze().shape:
             raise AdapterFileError(

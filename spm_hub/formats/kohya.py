@@ -99,16 +99,23 @@ def parse_key(key: str) -> Slot | None:
     return None if match is None else Slot(match["flat"] or match["dotted"], _PARTS[match["part"]])
 
 
-def canonical(increments: Mapping[str, Increment]) -> dict[str, Increment]:
+def canonical(increments: Mapping[str, Increment], keys: Mapping[str, str] | None = None) -> dict[str, Increment]:
     """The same increments under diffusers' names; names that are theirs already stay as they are.
 
-    Raises AdapterFileError for a fused module whose rows cannot be divided, or two names of one module.
+    keys: a key of the file for each name, which errors then call it by.
+    Raises AdapterFileError for a fused module whose rows cannot be divided, or two names of one module, whether they
+    differ in their dots or altogether.
     """
     found: dict[str, Increment] = {}
+    names: dict[str, str] = {}
     for name, increment in increments.items():
         for path, part in _in_diffusers(name, increment).items():
-            if path in found:
-                raise AdapterFileError(f"{path} has two increments, one of them under {name}")
+            if (other := names.setdefault(flat(path), name)) != name or path in found:
+                both = ((keys or {}).get(each, each) for each in (other, name))
+                raise AdapterFileError(
+                    f"{path} is in it twice: {' and '.join(map(repr, both))}",
+                    mend="ask its author which of the two it is, and leave the other out",
+                )
             found[path] = part
     return found
 

@@ -80,6 +80,7 @@ def read_increments(
     Raises AdapterFileError for a key of no known layout, a module with missing parts, or nothing at all.
     """
     modules: dict[str, dict[Part, Tensor]] = {}
+    keys: dict[tuple[str, Part], str] = {}
     # Before any layout is asked: some of them would take a text encoder's layer for one of a denoiser.
     text_encoder.refuse(path, tensors)
     for key, value in tensors.items():
@@ -91,8 +92,11 @@ def read_increments(
             _refuse(path, next(telling, key))
         parts = modules.setdefault(slot.module, {})
         if slot.part in parts:
-            raise AdapterFileError(f"{path}: {slot.module} has two tensors for {slot.part}, the second under {key!r}")
-        parts[slot.part] = value
+            raise AdapterFileError(
+                f"{path}: {slot.module} has two tensors for {slot.part}, {keys[slot.module, slot.part]!r} and {key!r}",
+                mend="ask its author which of the two it is, and leave the other out",
+            )
+        parts[slot.part], keys[slot.module, slot.part] = value, key
     if not modules:
         raise AdapterFileError(f"{path}: it holds no tensors", mend=GET_AGAIN)
     magnitudes = _magnitudes(path, modules, scaling, base)
@@ -100,7 +104,10 @@ def read_increments(
         if scaling is not None and "down" in parts and "alpha" not in parts and parts["down"].dim():
             parts["alpha"] = tensor(scaling.alpha_of(module, len(parts["down"])))
     try:
-        found = kohya.canonical({name: assemble(f"{path}: {name}", modules[name]) for name in sorted(modules)})
+        found = kohya.canonical(
+            {name: assemble(f"{path}: {name}", modules[name]) for name in sorted(modules)},
+            {name: key for (name, _), key in keys.items()},
+        )
         if explicit:
             found = {name: names.shaped(name, increment) for name, increment in found.items()}
         return found if base is None or not magnitudes else dora.applied(path, found, magnitudes, base)

@@ -22,7 +22,8 @@ _FAMILY_OF_TEXT_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 def dotted(name: str) -> str:
     """The inverse of `flat` for modules of SD1, SD2, SDXL, SD3 and FLUX.1; a path with dots is returned as it is."""
-    return name if "." in name else ".".join(_WORD.findall(name))
+    path = ".".join(_WORD.findall(name))
+    return path if "." not in name and flat(path) == name else name
 
 
 def shaped(name: str, increment: Increment) -> Increment:
