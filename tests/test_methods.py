@@ -298,6 +298,8 @@ def test_uce_puts_the_encoded_empty_prompt_in_a_concepts_place_on_sdxl_too() -> 
         ({"method": "fmn", "surrogate": "a dog"}, "nobody would ask for surrogate 'a dog'"),
         ({"method": "fmn", "objective": {"paired": True}, "surrogate": "dog"}, "paired is true, but 'fmn' asks for no"),
         ({"method": "uce", "objective": {"paired": True}, "surrogate": "dog"}, "paired is true, but 'uce' always"),
+        ({"name": ""}, "recipe key name: an eraser's name .* or leave it out"),
+        ({"name": "My snoopy"}, "for instance my-snoopy"),
         ({"increment": {"beta": 0.1}}, "beta 0.1 belongs to kind 'null_space'"),
         ({"stop": {"after": 3}}, "after 3 say how to stop, and below is null"),
         ({"increment": {"kind": "dense", "rank": 8}}, "kind 'dense' has no rank"),

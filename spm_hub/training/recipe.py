@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from spm_hub.errors import RecipeError, UsageError
-from spm_hub.manifest import slug
+from spm_hub.manifest import NAME, slug
 
 from .concepts import anchor_concept, known
 from .idle import check_idle
@@ -104,6 +104,14 @@ class Recipe(Part):
         if preset_of(method) is None:
             raise ValueError(f"unknown method{hint(method, known_methods())}")
         return method
+
+    @field_validator("name")
+    @classmethod
+    def _a_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(NAME, name):
+            instead = f", for instance {slug(name)}" if name.strip() else ", or leave it out"
+            raise ValueError(f"an eraser's name is of small letters, digits and hyphens, dots, underscores{instead}")
+        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
