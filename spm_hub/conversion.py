@@ -102,7 +102,8 @@ def read(
     beside = None if base is None else base.tensors
     if any(peft.parse_key(key) for key in tensors):
         format_name = peft.FORMAT.name
-        increments = layouts.read_increments(path, tensors, peft.read_scaling(path), explicit=True, base=beside)
+        scaling = scaling_in(metadata, path) or peft.read_scaling(path)
+        increments = layouts.read_increments(path, tensors, scaling, explicit=True, base=beside)
     elif cloneofsimo.matches(tensors):
         format_name = cloneofsimo.NAME
         increments = layouts.read_increments(path, cloneofsimo.named(path, tensors, metadata), explicit=True)
@@ -289,12 +290,14 @@ def _manifest(
     prompts = [prompt.strip() for prompt in metadata.get("prompts", "").split(",") if prompt.strip()]
     stem = path.parent.resolve().name if path.stem in _NAMELESS else path.stem
     target = said.concept or metadata.get("erase_concept", "").strip() or (prompts[0] if prompts else stem)
+    family = _family(path, metadata, increments, said, base)
+    names.check_roots(path, family, increments)
     return Manifest(
         name=said.name or slug(said.concept or stem),
         concept=Concept(target=target, aliases=tuple(prompt for prompt in prompts[1:] if not said.concept)),
         increment=increment_info(increments),
         base=Base(
-            family=_family(path, metadata, increments, said, base),
+            family=family,
             id=base.id if base else metadata.get("base_model_id", ""),
             revision=base.revision if base else None,
             fingerprint=architectures.fingerprint_of(base.denoiser) if base else "",

@@ -18,14 +18,15 @@ from spm_hub.manifest import Manifest
 METADATA_KEY = "lora_adapter_metadata"
 """Since 2025 diffusers keeps the LoraConfig here, and with it alpha, which the tensors do not state."""
 
-_PREFIX = r"(?:unet\.|transformer\.)?"
+# torch.compile puts a name of its own before what it wraps; PEFT's name is `peft`'s to read.
+_PREFIX = r"(?!(?:unet\.|transformer\.)?base_model\.)(?:unet\.|transformer\.)?(?:_orig_mod\.)?"
 # 2023: attention processors own the pair, and to_out means its first layer. Such files often carry no prefix at all.
 _PROCESSOR = re.compile(
     _PREFIX + r"(?P<attention>[\w.]+)\.processor\.(?P<layer>to_[qkv]|to_out)_lora\.(?P<part>down|up)\.weight"
 )
 # Since then: the pair belongs to the layer.
 _LAYER = re.compile(
-    _PREFIX + r"(?!base_model\.)(?P<module>[\w.]+?)\."
+    _PREFIX + r"(?P<module>[\w.]+?)\."
     r"(?P<part>(?:lora_A|lora_B|lora\.down|lora\.up)\.weight|alpha|lora_magnitude_vector(?:\.weight)?)"
 )
 _PARTS: dict[str, Part] = {

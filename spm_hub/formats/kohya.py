@@ -33,7 +33,7 @@ _PARTS: dict[str, Part] = {
 }
 # Beside lora_unet_, which `spm` reads: OneTrainer's prefix, and that of files made for the original code.
 _KEY = re.compile(
-    r"(?:lora_transformer_(?P<flat>\w+?)|diffusion_model\.(?P<dotted>[\w.]+?))"
+    r"(?:lora_transformer_(?P<flat>\w+?)|(?:model\.)?diffusion_model\.(?P<dotted>[\w.]+?))"
     rf"\.(?P<part>{'|'.join(re.escape(part) for part in _PARTS)})"
 )
 

@@ -44,7 +44,7 @@ _REFUSED = {
 }
 # What an explicit conversion reads, because it needs more than the file.
 _CONVERTED = {
-    re.compile(r"base_model\.model\..*"): "PEFT's, whose scale stands in another file",
+    re.compile(r"((unet|transformer)\.)?base_model\.model\..*"): "PEFT's, whose scale stands in another file",
     re.compile(r"unet:\d+:(up|down)"): "cloneofsimo/lora's, which numbers its layers instead of naming them",
     re.compile(r".*\.((hada|lokr)_[wt]\w+|lora_mid\.weight)"): "a LyCORIS product, which is larger than its file",
     re.compile(r".*\.dora_scale"): "DoRA, whose change depends on the weight it is added to",

@@ -1,8 +1,9 @@
 """Module paths as diffusers has them: their dots put back, and the family that names and widths tell."""
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 
+from spm_hub.errors import AdapterFileError
 from spm_hub.formats.spm import flat
 from spm_hub.increments import Dense, Increment
 
@@ -12,8 +13,20 @@ _WORDS = """
     linear_2 transformer_blocks single_transformer_blocks proj_in proj_out to_q to_k to_v to_out to_add_out add_q_proj
     add_k_proj add_v_proj ff_context norm1_context norm_out proj_mlp x_embedder context_embedder time_text_embed
     timestep_embedder text_embedder guidance_embedder pos_embed adaln_single caption_projection patch_embed
+    class_embedding
 """.split()
 _WORD = re.compile(rf"(?:{'|'.join(sorted(_WORDS, key=len, reverse=True))}|[^_]+)(?=_|$)")
+
+# What denoisers of a family are made of at the top, as far as increments change it.
+_UNET_ROOTS = (
+    "down_blocks mid_block up_blocks conv_in conv_out time_embedding add_embedding class_embedding encoder_hid_proj"
+).split()
+_DIT_ROOTS = "transformer_blocks context_embedder time_text_embed norm_out proj_out".split()
+_ROOTS = {
+    **dict.fromkeys(("sd1", "sd2", "sdxl"), _UNET_ROOTS),
+    "sd3": [*_DIT_ROOTS, "pos_embed"],
+    "flux": [*_DIT_ROOTS, "single_transformer_blocks", "x_embedder"],
+}
 
 _WIDTH_OF_FLUX = 3072
 _DOUBLE_BLOCKS_OF_FLUX = 19
@@ -40,6 +53,20 @@ def shaped(name: str, increment: Increment) -> Increment:
 
 
 _CONVOLUTION = re.compile(r"(^|[._])(conv1|conv2|(down|up)samplers[._]0[._]conv|conv_in|conv_out)$")
+def check_roots(source: object, family: str, modules: Iterable[str]) -> None:
+    """Raise AdapterFileError for a module that no model of this family has: its first name is none of theirs.
+
+    Nothing is asked of families that are not ours (`generic`, plug-ins').
+    """
+    roots = _ROOTS.get(family)
+    if roots is None:
+        return
+    for module in modules:
+        if not any(f"{flat(module)}_".startswith(f"{root}_") for root in roots):
+            raise AdapterFileError(
+                f"{source}: {module} is no module of {family} (they begin with {', '.join(roots)})",
+                mend=f"--base, if it is not for {family}; else ask its author for diffusers' or kohya's names",
+            )
 
 
 def family_of(increments: Mapping[str, Increment]) -> str | None:

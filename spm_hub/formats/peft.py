@@ -25,7 +25,7 @@ CONFIG_UNFOLDS = 20
 """Times the length of its text that a LoraConfig takes in memory, at most."""
 
 _KEY = re.compile(
-    r"base_model\.model\.(?:unet\.|transformer\.)?(?P<module>[\w.]+?)\."
+    r"(?:unet\.|transformer\.)?base_model\.model\.(?:unet\.|transformer\.)?(?P<module>[\w.]+?)\."
     r"(?:lora_(?P<part>[AB])(?:\.\w+)??\.weight|lora_magnitude_vector(?:\.\w+)?(?:\.weight)?)"
 )
 _PARTS: dict[str | None, Part] = {"A": "down", "B": "up", None: "magnitude"}

@@ -35,7 +35,8 @@ _KOHYA = re.compile(
     r"(?:\.(?P<part>lora_down\.weight|lora_up\.weight|alpha|diff|diff_b|keep_out|keep_in)|_(?P<flat>lora_(?:down|up)\.weight))"
 )
 _TRANSFORMER = re.compile(
-    r"transformer\.(?P<module>[\w.]+?)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha|diff|diff_b|keep_out|keep_in)"
+    r"transformer\.(?!base_model\.)(?:_orig_mod\.)?(?P<module>[\w.]+?)"
+    r"\.(?P<part>lora_A\.weight|lora_B\.weight|alpha|diff|diff_b|keep_out|keep_in)"
 )
 _PADDING = 8
 """How many times larger one rank for all may make a file; those of trainers differ by far less."""
