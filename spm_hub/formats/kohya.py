@@ -1,7 +1,8 @@
-"""kohya's files: module names of the original repositories, SDXL's sgm blocks and FLUX.1's fused projections.
+"""kohya's files: module names of the original repositories, SDXL's sgm blocks, fused projections of FLUX.1 and SD3.
 
-SD1 and SD2 are named as diffusers names them. Of SDXL and FLUX.1 kohya trains the original code, so that a module has
-another name and, in FLUX.1, one weight holds what diffusers keeps in several: its rows are split and joined exactly.
+SD1 and SD2 are named as diffusers names them. Of the others kohya trains the original code, so that a module has
+another name and, in FLUX.1 and SD3, one weight holds what diffusers keeps in several: its rows are split exactly, and
+FLUX.1's joined again.
 """
 
 import re
@@ -89,8 +90,37 @@ _FLUX_ENDS = {
     "final_layer_linear": "proj_out",
 }
 _FLUX_ENDS_BACK = {theirs: ours for ours, theirs in _FLUX_ENDS.items()}
-# The original's last modulation gives shift and scale, diffusers' scale and shift.
+# SD3, read only: `joint_blocks`, whose x_block is the picture's and context_block the text's.
+_JOINT: dict[str, tuple[str, ...]] = {
+    "x_block_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block_attn_proj": ("attn.to_out.0",),
+    "x_block_attn2_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block_attn2_proj": ("attn2.to_out.0",),
+    "x_block_mlp_fc1": ("ff.net.0.proj",),
+    "x_block_mlp_fc2": ("ff.net.2",),
+    "x_block_adaLN_modulation_1": ("norm1.linear",),
+    "context_block_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block_attn_proj": ("attn.to_add_out",),
+    "context_block_mlp_fc1": ("ff_context.net.0.proj",),
+    "context_block_mlp_fc2": ("ff_context.net.2",),
+    "context_block_adaLN_modulation_1": ("norm1_context.linear",),
+}
+_SD3_ENDS = {
+    "x_embedder_proj": "pos_embed.proj",
+    "t_embedder_mlp_0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder_mlp_2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder_mlp_0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder_mlp_2": "time_text_embed.text_embedder.linear_2",
+}
+_BLOCKS = {
+    "double_blocks": ("FLUX.1", "transformer_blocks", _DOUBLE),
+    "single_blocks": ("FLUX.1", "single_transformer_blocks", _SINGLE),
+    "joint_blocks": ("Stable Diffusion 3", "transformer_blocks", _JOINT),
+}
+# The original's last modulation gives shift and scale, diffusers' scale and shift; in SD3 the text's last one as well,
+# which has two outputs for each channel, not six.
 _SWAPPED, _SWAPPED_BACK = "final_layer_adaLN_modulation_1", "norm_out.linear"
+_LAST_OF_TEXT = "context_block_adaLN_modulation_1"
 
 
 def parse_key(key: str) -> Slot | None:
@@ -195,16 +225,18 @@ def _in_diffusers(name: str, increment: Increment) -> dict[str, Increment]:
     plain = flat(name)
     if (path := sgm_to_diffusers(plain)) is not None:
         return {path: increment}
-    if match := re.fullmatch(r"(double|single)_blocks_(\d+)_(.+)", plain):
-        paths = (_DOUBLE if match[1] == "double" else _SINGLE).get(match[3])
+    if match := re.fullmatch(r"((?:double|single|joint)_blocks)_(\d+)_(.+)", plain):
+        model, root, table = _BLOCKS[match[1]]
+        paths = table.get(match[3])
         if paths is None:
-            raise AdapterFileError(f"{name} is no module of FLUX.1")
-        root = f"{'single_' * (match[1] == 'single')}transformer_blocks.{match[2]}"
+            raise AdapterFileError(f"{name} is no module of {model}")
         parts = _split(name, increment, len(paths)) if len(paths) > 1 else [increment]
-        return {f"{root}.{path}": part for path, part in zip(paths, parts, strict=True)}
+        if match[3] == _LAST_OF_TEXT and (shape := increment.weight_shape) and shape[0] == 2 * shape[1]:
+            parts = [_halves_swapped(increment)]
+        return {f"{root}.{match[2]}.{path}": part for path, part in zip(paths, parts, strict=True)}
     if plain == _SWAPPED:
         return {_SWAPPED_BACK: _halves_swapped(increment)}
-    return {_FLUX_ENDS.get(plain, name): increment}
+    return {_FLUX_ENDS.get(plain) or _SD3_ENDS.get(plain) or name: increment}
 
 
 def _split(name: str, increment: Increment, count: int) -> list[Increment]:
@@ -244,10 +276,8 @@ def _flux_fused(paths: Mapping[str, Increment]) -> dict[str, Increment]:
 
 _FLUX_PLACES = {
     f"{root}.{{}}.{path}": (f"{blocks}_{{}}_{name}", place)
-    for root, blocks, table in (
-        ("transformer_blocks", "double_blocks", _DOUBLE),
-        ("single_transformer_blocks", "single_blocks", _SINGLE),
-    )
+    for blocks, (model, root, table) in _BLOCKS.items()
+    if model == "FLUX.1"
     for name, paths in table.items()
     for place, path in enumerate(paths)
 }
@@ -319,7 +349,7 @@ def _known(path: str, name: Name | None) -> Name:
 
 FORMAT = Format(
     "kohya",
-    "kohya's sd-scripts: sgm names for SDXL, fused qkv for FLUX.1",
+    "kohya's sd-scripts: sgm names for SDXL, fused qkv for FLUX.1; SD3's joint blocks are read",
     parse_key,
     Writer(("low_rank",), write),
 )
