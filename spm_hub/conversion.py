@@ -118,6 +118,7 @@ def read(
     if (method := metadata.get("train_method")) and format_name == full_weights.FORMAT.name:
         origin["method"] = method
     manifest = _manifest(path, metadata, increments, said, base, origin)
+    increments = {name: names.shaped(name, one, manifest.base.family) for name, one in increments.items()}
     return _placed(Adapter(manifest, increments, str(path)), base), format_name
 
 
@@ -358,7 +359,22 @@ def _placed(adapter: Adapter, base: BaseModel | None) -> Adapter:
 def _fitted(adapter: Adapter, base: BaseModel) -> Adapter:
     """The adapter under the base's own module paths. Raises CompatibilityError where it does not fit."""
     found = architectures.resolve_modules(adapter, base.denoiser)
-    return adapter.with_increments({path: adapter.increments[name] for path, (_, name) in found.items()})
+    return adapter.with_increments(
+        {
+            path: _shaped(adapter.increments[name], architectures.shape_of(module))
+            for path, (module, name) in found.items()
+        }
+    )
+
+
+def _shaped(increment: Increment, weight: tuple[int, ...]) -> Increment:
+    """The same change in its weight's own shape: a matrix may stand for a 1x1 convolution, or the other way round."""
+    if isinstance(increment, Mask) or increment.weight_shape == weight:
+        return increment
+    if isinstance(increment, Dense):
+        return Dense(increment.delta.reshape(weight), increment.delta_bias)
+    rank, kernel = increment.rank, [1] * (len(weight) - 2)
+    return LowRank(increment.down.reshape(rank, *weight[1:]), increment.up.reshape(weight[0], rank, *kernel))
 
 
 def _densified(increment: Increment, path: str, base: BaseModel) -> Increment:

@@ -39,20 +39,29 @@ def dotted(name: str) -> str:
     return path if "." not in name and flat(path) == name else name
 
 
-def shaped(name: str, increment: Increment) -> Increment:
-    """A change that its file keeps as a matrix, though it is of a convolution; of U-Nets those are 3x3 at these names.
+def shaped(name: str, increment: Increment, family: str | None = None) -> Increment:
+    """A change that its file keeps as a matrix, though it is of a convolution, with that one's kernel.
 
-    LyCORIS lays a product's kernels out in a row when it has no core.
+    LyCORIS lays a product's kernels out in a row when it has no core. In U-Nets names tell which layers are
+    convolutions, but for SD1's projections around attention, which are Linear layers in SD2 and SDXL.
     """
-    if not (isinstance(increment, Dense) and increment.delta.dim() == 2 and _CONVOLUTION.search(name)):
+    if not (isinstance(increment, Dense) and increment.delta.dim() == 2):
         return increment
     out, columns = increment.weight_shape
-    if columns % 9:
+    if _CONVOLUTION.search(name) and columns % 9 == 0:
+        kernel = (3, 3)
+    elif _SHORTCUT.search(name) or (family == "sd1" and _PROJECTION.search(name)):
+        kernel = (1, 1)
+    else:
         return increment
-    return Dense(increment.delta.reshape(out, columns // 9, 3, 3), increment.delta_bias)
+    return Dense(increment.delta.reshape(out, -1, *kernel), increment.delta_bias)
 
 
 _CONVOLUTION = re.compile(r"(^|[._])(conv1|conv2|(down|up)samplers[._]0[._]conv|conv_in|conv_out)$")
+_SHORTCUT = re.compile(r"(^|[._])resnets[._]\d+[._]conv_shortcut$")
+_PROJECTION = re.compile(r"(^|[._])attentions[._]\d+[._]proj_(in|out)$")
+
+
 def check_roots(source: object, family: str, modules: Iterable[str]) -> None:
     """Raise AdapterFileError for a module that no model of this family has: its first name is none of theirs.
 
