@@ -16,7 +16,7 @@ from spm_hub.formats import spm
 from spm_hub.formats.container import MANIFEST_KEY, Header, Image, encode, read_header, read_tensors
 from spm_hub.formats.diffusers_lora import scaling_in
 from spm_hub.formats.layouts import read_increments
-from spm_hub.formats.names import family_of
+from spm_hub.formats.names import check_roots, family_of
 from spm_hub.formats.stored import StoredIncrements, with_dots
 from spm_hub.increments import Increment, LowRank
 from spm_hub.manifest import Base, Concept, IncrementInfo, Manifest, slug
@@ -97,12 +97,14 @@ class Adapter:
                         f"{self.name}: {part} of {module} is not finite, nothing was written",
                         mend="train with a smaller learning rate",
                     )
-        image = encode(spm.to_tensors(self.increments), spm.header_metadata(self.manifest))
+        # From the numbers themselves: the manifest of a lazily loaded file knows less of them (`load_file`).
+        manifest = self.manifest.model_copy(update={"increment": increment_info(self.increments)})
+        image = encode(spm.to_tensors(self.increments), spm.header_metadata(manifest))
         about_file = {"file": file_name, "bytes": image.nbytes, "sha256": image.sha256}
-        return image, self.manifest.model_copy(
+        return image, manifest.model_copy(
             update={
-                "increment": self.manifest.increment.model_copy(update=about_file),
-                "created": self.manifest.created or datetime.now(UTC).replace(microsecond=0),
+                "increment": manifest.increment.model_copy(update=about_file),
+                "created": manifest.created or datetime.now(UTC).replace(microsecond=0),
             }
         )
 
@@ -111,7 +113,8 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
     """Load an adapter file, checked against `manifest_path` where one is given, and against the hashes in its header.
 
     lazy: read the header only, and the increments, with all checks of their numbers and hashes, when they are first
-    needed (`formats.stored`). A file of another program gets a manifest made from its header, name and tensors.
+    needed (`formats.stored`). A file of another program gets a manifest made from its header, name and tensors; where
+    its scales lead to a wider dtype than the tensors have, the manifest of a lazy one says that of the tensors.
     Raises AdapterFileError (truncated, altered, not finite, unknown layout), NotFoundError, and ManifestError: not
     valid, of other tensors, or one beside the file that contradicts the one inside.
     """
@@ -129,12 +132,13 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
         )
     if lazy:
         header = read_header(path)
-        manifest = _manifest_of(path, header, sidecar)
+        own = _manifest_of(path, header, sidecar)
+        known = own or sidecar
         stored = StoredIncrements(
             path, header, None if sidecar is None else sidecar.increment.sha256,
-            () if manifest is None else manifest.increment.modules,
+            () if known is None else known.increment.modules,
         )  # fmt: skip
-        return Adapter(manifest or _manifest_of_foreign(path, header, stored.outline), stored, str(path))
+        return Adapter(own or _manifest_of_foreign(path, header, stored.outline, sidecar), stored, str(path))
     header, tensors, sha256 = read_tensors(path)
     if sidecar is not None and sidecar.increment.sha256 != sha256:
         raise AdapterFileError(
@@ -143,7 +147,7 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
             mend=GET_AGAIN,
         )
     increments = read_increments(path, tensors, scaling_in(header.metadata, path))
-    manifest = _manifest_of(path, header, sidecar) or _manifest_of_foreign(path, header, increments)
+    manifest = _manifest_of(path, header, sidecar) or _manifest_of_foreign(path, header, increments, sidecar)
     return Adapter(manifest, with_dots(increments, manifest.increment.modules), str(path))
 
 
@@ -182,10 +186,10 @@ def disagreement(
 
 
 def _manifest_of(path: Path, header: Header, beside: Manifest | None) -> Manifest | None:
-    """The manifest beside a file, where there is one, or else that inside it."""
+    """Of a file with a manifest inside: that beside it, where there is one, or else that inside; None of others."""
     embedded = header.metadata.get(MANIFEST_KEY)
     if embedded is None:
-        return beside
+        return None
     if beside is None:
         # Where a file was pulled from is known to whoever pulled it, and never to the file.
         return Manifest.from_json(embedded, source=f"{path} ({MANIFEST_KEY})").model_copy(update={"origin": None})
@@ -194,8 +198,21 @@ def _manifest_of(path: Path, header: Header, beside: Manifest | None) -> Manifes
     return beside
 
 
-def _manifest_of_foreign(path: Path, header: Header, increments: Mapping[str, Increment]) -> Manifest:
-    """A manifest for a file that brings none: SPM's legacy `prompts` or the file's name say what it erases."""
+def _manifest_of_foreign(
+    path: Path, header: Header, increments: Mapping[str, Increment], beside: Manifest | None
+) -> Manifest:
+    """A manifest for a file that brings none: SPM's legacy `prompts` or the file's name say what it erases.
+
+    One beside it is right in all but the dtype, which is that of the increments as they were read, lazily or not.
+    """
+    try:
+        info = increment_info(increments)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{path}: {error.message}", mend=f"spmhub convert {path}") from error
+    if beside is not None:
+        return beside.model_copy(update={"increment": beside.increment.model_copy(update={"dtype": info.dtype})})
+    family = family_of(increments) or UNKNOWN_FAMILY
+    check_roots(path, family, increments)
     # SPM joins several targets with commas; they are names of one eraser, so the gate listens to each.
     prompts = [prompt.strip() for prompt in header.metadata.get("prompts", "").split(",") if prompt.strip()] or [
         path.stem
@@ -203,8 +220,8 @@ def _manifest_of_foreign(path: Path, header: Header, increments: Mapping[str, In
     return Manifest(
         name=slug(path.stem),
         concept=Concept(target=prompts[0], aliases=tuple(prompts[1:])),
-        increment=increment_info(increments),
-        base=Base(family=family_of(increments) or UNKNOWN_FAMILY, id="", fingerprint=""),
+        increment=info,
+        base=Base(family=family, id="", fingerprint=""),
         recipe={},
         licence=header.metadata.get("modelspec.license", "unknown"),
         author=header.metadata.get("modelspec.author", ""),

@@ -164,8 +164,8 @@ def write(
             f"{target.name} files hold whole weights, not what was added to them",
             mend=f"--model M, the base that {adapter.name} is for",
         )
-    if base is not None:
-        adapter = _fitted(adapter, base)
+    # Either way with a manifest of the numbers themselves: one that was loaded lazily knows less of them (`load_file`).
+    adapter = adapter.with_increments(dict(adapter.increments)) if base is None else _fitted(adapter, base)
     increments = dict(adapter.increments)
     kind = adapter.manifest.increment.kind
     if kind == "mask" and kind not in writer.kinds:

@@ -1,5 +1,6 @@
 """From the parts of a module to its increment, whatever file they came from."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -41,6 +42,27 @@ def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:
                 )
     except CompatibilityError as error:
         raise AdapterFileError(f"{module}: {error.message}", mend=GET_AGAIN) from error
+
+
+def of_one_kind(increments: Mapping[str, Increment]) -> dict[str, Increment]:
+    """The same changes, all of them dense where some are: an adapter is of one kind. Masks stay what they are.
+
+    Raises AdapterFileError as `dense` does.
+    """
+    if not any(isinstance(increment, Dense) for increment in increments.values()):
+        return dict(increments)
+    return {path: one if isinstance(one, Mask) else dense(path, one) for path, one in increments.items()}
+
+
+def dense(module: str, increment: LowRank | Dense) -> Dense:
+    """The change as a whole. Raises AdapterFileError for thin factors of more numbers than any weight has."""
+    if isinstance(increment, Dense):
+        return increment
+    try:
+        lycoris.check_size(math.prod(increment.weight_shape))
+    except CompatibilityError as error:
+        raise AdapterFileError(f"{module}: {error.message}", mend=GET_AGAIN) from error
+    return Dense(increment.delta_for(torch.empty(increment.weight_shape, device="meta")))
 
 
 def _floating(tensor: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ Liu et al., ICML 2024, arXiv 2402.09353, Eq. 5: W' = m (W + B A) / |W + B A|. Be
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from spm_hub.errors import AdapterFileError, CompatibilityError
+from spm_hub.formats.assembly import dense
 from spm_hub.formats.kohya import sgm_to_diffusers
 from spm_hub.formats.parts import Part
 from spm_hub.formats.spm import flat
@@ -39,8 +39,7 @@ def applied(
             )
         if given is None:
             # An adapter is of one kind, and those with a length of their own cannot be of low rank.
-            bias = increment.delta_bias if isinstance(increment, Dense) else None
-            found[path] = Dense(increment.delta_for(torch.empty(increment.weight_shape)), bias)
+            found[path] = dense(path, increment)
             continue
         name, part, magnitude = given
         weight = base[weights[flat(path)]]

@@ -20,7 +20,7 @@ from spm_hub.formats import (
     spm,
     text_encoder,
 )
-from spm_hub.formats.assembly import assemble
+from spm_hub.formats.assembly import assemble, of_one_kind
 from spm_hub.formats.parts import Format, Part, Slot
 from spm_hub.increments import Increment
 from spm_hub.plugins import plugins
@@ -109,7 +109,7 @@ def read_increments(
             {name: key for (name, _), key in keys.items()},
         )
         if explicit:
-            found = {name: names.shaped(name, increment) for name, increment in found.items()}
+            found = of_one_kind({name: names.shaped(name, increment) for name, increment in found.items()})
         return found if base is None or not magnitudes else dora.applied(path, found, magnitudes, base)
     except AdapterFileError as error:
         known_by_path = error.message.startswith(str(path))

@@ -60,7 +60,7 @@ def product(parts: Mapping[Part, Tensor], alpha: float | None) -> Tensor:
         else:
             first = _factor(wide.get("lokr_w1"), wide.get("lokr_w1_a"), wide.get("lokr_w1_b"))
             second = _factor(wide.get("lokr_w2"), wide.get("lokr_w2_a"), wide.get("lokr_w2_b"), wide.get("lokr_t2"))
-            _check_size(first.numel() * second.numel())
+            check_size(first.numel() * second.numel())
             delta = torch.kron(first.reshape(*first.shape, *[1] * (second.dim() - 2)), second)
             # Both written out: there is no rank to scale by, and the programs that write them scale by nothing.
             rank = next((len(wide[part]) for part in ("lokr_w2_b", "lokr_w1_b") if part in wide), None)
@@ -82,7 +82,7 @@ def through(core: Tensor, down: Tensor) -> Tensor:
         raise CompatibilityError(
             f"{tuple(core.shape)} is no core of a convolution before which {tuple(down.shape)} stands"
         )
-    _check_size(core[:, 0].numel() * down.shape[1])
+    check_size(core[:, 0].numel() * down.shape[1])
     return torch.einsum("rskl,si->rikl", core.double(), down.double())
 
 
@@ -93,13 +93,14 @@ def _factor(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tens
     if a is None or b is None:
         raise KeyError("lokr")
     if core is None:
-        _check_size(len(a) * b.shape[1])
+        check_size(len(a) * b.shape[1])
         return a @ b
-    _check_size(a.shape[1] * b.shape[1] * core[0, 0].numel())
+    check_size(a.shape[1] * b.shape[1] * core[0, 0].numel())
     return torch.einsum("rikl,ro->oikl", through(core, b), a)
 
 
-def _check_size(entries: int) -> None:
+def check_size(entries: int) -> None:
+    """Raise CompatibilityError where factors stand for more numbers than any weight has."""
     if entries > LARGEST_WEIGHT:
         raise CompatibilityError(f"its factors stand for {entries} numbers, no weight has more than {LARGEST_WEIGHT}")
 
