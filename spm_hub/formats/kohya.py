@@ -7,6 +7,7 @@ FLUX.1's joined again.
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -285,12 +286,13 @@ _FLUX_PLACES = {
 
 
 def _joined(name: str, members: Mapping[int, Increment], count: int) -> Increment:
-    """One increment of the fused weight; rows of members that are absent are zero.
+    """One increment of the fused weight, as precise as the most precise member; rows of those that are absent are zero.
 
     Low-rank members with one `down` keep their rank, others stand side by side: a rank that is their sum.
     """
-    given = list(members.values())
-    shape = given[0].weight_shape
+    dtype = reduce(torch.promote_types, (member.dtype for member in members.values()))
+    members = {place: member.to(dtype=dtype) for place, member in members.items()}
+    shape = next(iter(members.values())).weight_shape
     if shape is None:
         raise AdapterFileError(f"{name}: a mask of a fused module cannot be written", mend="--model M makes it dense")
     width = shape[1]

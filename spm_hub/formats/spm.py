@@ -115,7 +115,9 @@ def spelled(modules: Mapping[str, Increment], spelling: Spelling) -> dict[str, T
                 tensors[f"{module}.{spelling.down}"] = down
                 tensors[f"{module}.{spelling.up}"] = up
                 if spelling.alpha:
-                    tensors[f"{module}.alpha"] = torch.tensor(float(rank), dtype=up.dtype)
+                    alpha = torch.tensor(float(rank), dtype=up.dtype)
+                    # bfloat16 has no 257: the scale would not be 1.
+                    tensors[f"{module}.alpha"] = alpha if float(alpha) == rank else torch.tensor(float(rank))
             case Mask():
                 tensors[f"{module}.{'keep_out' if increment.dim == 0 else 'keep_in'}"] = increment.keep.to(torch.uint8)
             case _:
