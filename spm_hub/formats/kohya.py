@@ -56,8 +56,7 @@ _UNET_ENDS = {
     "out_2": "conv_out",
     "time_embed_0": "time_embedding_linear_1",
     "time_embed_2": "time_embedding_linear_2",
-    "label_emb_0_0": "add_embedding_linear_1",
-    "label_emb_0_2": "add_embedding_linear_2",
+    **{theirs: ours for ours, theirs in spm.SGM_ONLY.items()},
 }
 _UNET_ENDS_BACK = {theirs: ours for ours, theirs in _UNET_ENDS.items()}
 

@@ -41,6 +41,8 @@ _TRANSFORMER = re.compile(
 _PADDING = 8
 """How many times larger one rank for all may make a file; those of trainers differ by far less."""
 
+# The two of SDXL that diffusers' loader knows by the original code's names only: of its own it makes one and the same.
+SGM_ONLY = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}
 _UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 
 # family -> (modelspec architecture, kohya's base model version). A1111 takes any other non-empty header for SD1.
@@ -97,7 +99,8 @@ def is_unet(paths: Iterable[str]) -> bool:
 def to_tensors(increments: Mapping[str, Increment]) -> dict[str, Tensor]:
     """The tensors of a file in the layout that adapters are written in, by key."""
     if is_unet(increments):
-        return spelled({f"lora_unet_{flat(path)}": increment for path, increment in increments.items()}, KOHYA)
+        named = {SGM_ONLY.get(name := flat(path), name): increment for path, increment in increments.items()}
+        return spelled({f"lora_unet_{name}": increment for name, increment in named.items()}, KOHYA)
     return spelled({f"transformer.{path}": increment for path, increment in increments.items()}, PEFT)
 
 
