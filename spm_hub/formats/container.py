@@ -89,7 +89,7 @@ def read_tensors(path: Path, *, mapped: bool = False) -> tuple[Header, dict[str,
 
     mapped: leave the bytes to the operating system, which may drop them from memory and read them again; a file must
     then never be written in place (ours are replaced as a whole).
-    Verifies the hashes in the header, where there are any, and that every number is finite.
+    Verifies the hashes in the header, if it is one of ours, and that every number is finite.
     Raises AdapterFileError naming the offending key.
     """
 
@@ -296,21 +296,23 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], payload_bytes: int) 
 
 
 def _verify_hashes(path: Path, header: Header, payload: memoryview) -> None:
+    # Our own files always carry both; should a flipped bit have renamed one of the keys, the other still betrays it.
+    # In files of other programs modelspec's hash outlives the tensors that it was of: merging tools copy headers.
+    if MANIFEST_KEY not in header.metadata and HEADER_HASH_KEY not in header.metadata:
+        return
     stored = header.metadata.get(PAYLOAD_HASH_KEY, "").removeprefix("0x")
     if stored and stored != (actual := hashlib.sha256(payload).hexdigest()):
         _refuse(path, f"its tensors were altered: {PAYLOAD_HASH_KEY} is {stored}, their sha256 is {actual}")
-    # Our own files always carry both; should a flipped bit have renamed one of the keys, the other still betrays it.
-    if MANIFEST_KEY in header.metadata or HEADER_HASH_KEY in header.metadata:
-        described: dict[str, Any] = {"__metadata__": dict(header.metadata)}
-        for key, entry in header.entries.items():
-            described[key] = {
-                "dtype": entry.dtype,
-                "shape": list(entry.shape),
-                "data_offsets": [entry.start, entry.end],
-            }
-        stored, actual = header.metadata.get(HEADER_HASH_KEY, "absent"), _header_digest(described)
-        if stored != actual:
-            _refuse(path, f"its header was altered: {HEADER_HASH_KEY} is {stored}, its sha256 is {actual}")
+    described: dict[str, Any] = {"__metadata__": dict(header.metadata)}
+    for key, entry in header.entries.items():
+        described[key] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.start, entry.end],
+        }
+    stored, actual = header.metadata.get(HEADER_HASH_KEY, "absent"), _header_digest(described)
+    if stored != actual:
+        _refuse(path, f"its header was altered: {HEADER_HASH_KEY} is {stored}, its sha256 is {actual}")
 
 
 def _refuse(path: Path, what: str, mend: str = GET_AGAIN) -> Never:
