@@ -29,6 +29,7 @@ _ROOTS = {
 }
 
 _WIDTH_OF_FLUX = 3072
+_WIDTH_OF_SD35_MEDIUM = 1536
 _DOUBLE_BLOCKS_OF_FLUX = 19
 _FAMILY_OF_TEXT_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
@@ -97,8 +98,11 @@ def family_of(increments: Mapping[str, Increment]) -> str | None:
 
 def _family_of_transformer(shapes: Mapping[str, tuple[int, ...] | None]) -> str | None:
     """Double blocks alone: SD3 and FLUX.1 share their names, but not their width or number."""
-    foreign = re.compile(r"transformer_blocks_\d+_(attn2_to_[kv]|img_\w+|txt_\w+)")  # PixArt, Qwen-Image
-    if any(foreign.match(name) for name in shapes):
+    foreign = re.compile(r"transformer_blocks_\d+_(attn1_\w+|img_\w+|txt_\w+)")  # PixArt, Qwen-Image
+    second = re.compile(r"transformer_blocks_\d+_attn2_to_[kv]")
+    # What attends to the text is called attn2 in PixArt and its like; SD3.5 medium has a second self-attention there.
+    elsewhere = {shape[1] for name, shape in shapes.items() if shape and second.match(name)} - {_WIDTH_OF_SD35_MEDIUM}
+    if elsewhere or any(foreign.match(name) for name in shapes):
         return "generic"
     blocks = {int(match[1]) for name in shapes if (match := re.match(r"transformer_blocks_(\d+)_", name))}
     inputs = {shape[1] for shape in shapes.values() if shape is not None}
