@@ -49,7 +49,8 @@ class TechniqueConfig:
                 meant = nearest(key, known)
                 hint = f"; did you mean {' or '.join(meant)}?" if meant else f"; known: {', '.join(known)}"
                 raise UsageError(f"technique_config has the unknown key {key!r}{hint}")
-        config = cls(**given)
+        # `device: null` in a benchmark's YAML leaves the choice to the technique.
+        config = cls(**{key: value for key, value in given.items() if key != "device" or value})
         if not config.references:
             raise UsageError("technique_config names no concept", mend="technique_config: {erase_concept: nudity}")
         return config

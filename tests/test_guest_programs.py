@@ -56,6 +56,8 @@ def test_the_technique_draws_what_an_attachment_draws(given: dict[str, Any]) -> 
         expected = [alone(index) for index in range(2)]
     assert np.array_equal(drawn, np.stack(expected))
     assert not np.array_equal(drawn[0], bare[0])
+    unsaid = SpmHubTechnique(**{**given, "device": None})  # as a benchmark's YAML leaves it to the technique
+    assert unsaid.config.device == ("cuda" if torch.cuda.is_available() else "cpu")
     fewer = pictures(SpmHubTechnique(**given), prompts[:1], seed=3, num_inference_steps=1)
     assert not np.array_equal(fewer[0], drawn[0])
 
