@@ -12,7 +12,6 @@ the originals. Erasers act in the order of their names, so a baked folder does n
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -40,6 +39,7 @@ from spm_hub.errors import (
     nearest,
 )
 from spm_hub.formats.container import empty_like, encode, read_header, read_tensors
+from spm_hub.hashing import sha256_of
 from spm_hub.layers import effective
 from spm_hub.manifest import NAME
 
@@ -88,8 +88,9 @@ def bake(
     """Write `pipe` to the folder `out` with `adapters` folded in at gamma 1 times their strength.
 
     `pipe` is not changed. `strength` is one number, numbers by adapter name, or None for what each manifest asks for.
-    `base` is the reference that the provenance records. The sum is taken in float32 and rounded once to the pipeline's
-    own precision. The folder appears whole or not at all; an existing one is an error unless `replace`.
+    `base` is the reference that the provenance records. The sum is taken in float32 and rounded once to the denoiser's
+    own precision; every other part is written as `pipe` holds it. The folder appears whole or not at all; an existing
+    one is an error unless `replace`.
 
     Raises UsageError (no adapter, one twice, a strength for none of them), CompatibilityError (an adapter that does not
     fit), RegistryError (`out` exists or cannot be written).
@@ -290,14 +291,20 @@ def _eraser_file(folder: Path, name: str) -> Path:
 
 
 def _read_eraser(checkpoint: Path, baked: Baked) -> Adapter:
+    """Raises ModelError where the file is gone or not the one that was baked, be it a whole eraser of that name."""
     file = _eraser_file(checkpoint, baked.name)
-    adapter = load_file(file)
-    if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != baked.sha256:
+    try:
+        found = sha256_of(file)
+    except OSError as error:
         raise ModelError(
-            f"{file} is not the eraser that was baked: its sha256 is {found}, {PROVENANCE} says {baked.sha256}",
+            f"the eraser {baked.name} is lost: {file}: {error.strerror}", mend="bake the checkpoint again"
+        ) from error
+    if found != baked.sha256:
+        raise ModelError(
+            f"{file} was altered after it was baked: its sha256 is {found}, {PROVENANCE} says {baked.sha256}",
             mend="bake the checkpoint again",
         )
-    return adapter
+    return load_file(file)
 
 
 def _read_originals(checkpoint: Path, keys: Iterable[str]) -> dict[str, Tensor]:

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from spm_hub import snapshots
 from spm_hub.aliases import ALIASES, Alias
 from spm_hub.errors import AdapterFileError, ModelError, NetworkError, NotFoundError, UsageError, nearest
-from spm_hub.formats.container import read_header
 from spm_hub.hashing import sha256_of
 from spm_hub.single_file import inspection, loading
 from spm_hub.single_file.loading import INDEX
@@ -116,7 +116,8 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline that `reference` names, in evaluation mode; without a safety checker, which blanks what we compare.
 
-    `config` as in `parse_reference`. `dtype` None means float32, "stored" the precision of the denoiser's own file.
+    `config` as in `parse_reference`. `dtype` None means float32; "stored" is for what is written again and not drawn
+    with: every part of a folder in the precision of its own files, a single file in that of its denoiser.
     Only safetensors weights are read. What is downloaded, is downloaded once; what is cached needs no network.
 
     Raises NotFoundError (unknown alias, file, repository or revision), NetworkError (a download is needed and there is
@@ -145,13 +146,14 @@ def _load_folder(wanted: ModelRef, dtype: torch.dtype | Literal["stored"] | None
 
     half = dtype in (torch.float16, torch.bfloat16) and wanted.fp16
     folder = wanted.folder or _download(wanted, half=half)
-    precision = stored_dtype(folder) if dtype == "stored" else dtype or torch.float32
+    variant = snapshots.variant_of(snapshots.names_in(folder), half=half)
+    precision = stored_dtypes(folder, variant) if dtype == "stored" else dtype or torch.float32
     with _reading(wanted.text):
         pipe: DiffusionPipeline = DiffusionPipeline.from_pretrained(
             folder,
             torch_dtype=precision,
             use_safetensors=True,
-            variant=snapshots.variant_of(snapshots.names_in(folder), half=half),
+            variant=variant,
             local_files_only=True,
             **loading.without_checker(folder),
         )
@@ -212,21 +214,30 @@ def is_available(alias: Alias) -> bool:
     return isinstance(try_to_load_from_cache(str(alias.hub_id), INDEX, revision=alias.revision), str)
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The precision of a diffusers folder's denoiser, read from the header of its first safetensors file.
+def stored_dtypes(folder: Path, variant: str | None = None) -> dict[str, torch.dtype]:
+    """The precision of each part of a diffusers folder, from the headers of the files that it is loaded from.
 
-    Raises ModelError where there is no such file or it is cut short.
+    A part whose tensors differ is in the least precision that holds them all. "default", for parts whose files say
+    nothing, is the denoiser's. `variant`: which files are loaded, of the parts that have some of it.
+    Raises ModelError where no denoiser is there as safetensors, or a file is cut short.
     """
     import torch
+    from safetensors import safe_open
 
     precisions = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    for part in ("unet", "transformer"):
-        # Those of a variant only where there are no others.
-        for weights in sorted(
-            (folder / part).glob("*.safetensors"), key=lambda file: (snapshots.variant_in(file.name), file.name)
-        ):
-            with _reading(str(folder)):
-                return precisions[next(iter(read_header(weights).entries.values())).dtype]
+    found: dict[str, torch.dtype] = {}
+    for part in loading.components(folder):
+        files = list((folder / part).glob("*.safetensors"))
+        chosen = [file for file in files if snapshots.variant_in(file.name) == (variant or "")] or files
+        stored: set[str] = set()
+        for file in chosen:
+            with _reading(str(folder)), safe_open(file, framework="pt") as tensors:
+                stored |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 - no mapping
+        if known := [precisions[name] for name in sorted(stored & precisions.keys())]:
+            found[part] = reduce(torch.promote_types, known)
+    for denoiser in ("unet", "transformer"):
+        if denoiser in found:
+            return {**found, "default": found[denoiser]}
     raise ModelError(f"{folder} holds no denoiser weights as safetensors (looked in unet/ and transformer/)")
 
 

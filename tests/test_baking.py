@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from spm_hub.baking import ORIGINALS, PROVENANCE, bake, read_provenance, recover
 from spm_hub.errors import CompatibilityError, ModelError, NotFoundError, RegistryError, UsageError
 from spm_hub.increments import LowRank
 from spm_hub.manifest import GateDefaults
+from spm_hub.models import load_pipeline
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 
@@ -94,6 +96,68 @@ def test_recovering_equals_never_having_baked(tmp_path: Path, kind: str, dtype: 
     assert hidden(tmp_path) == []
 
 
+def test_the_remaining_erasers_keep_their_strengths(tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    erasers = [pico_eraser(pipe.unet, name, seed) for seed, name in enumerate(("snoopy", "mickey"))]
+    bake(pipe, erasers, tmp_path / "both", strength={"snoopy": 0.5, "mickey": 0.7})
+    bake(pipe, erasers[1:], tmp_path / "one", strength=0.7)
+    recover(tmp_path / "both", "snoopy")
+    assert digest(tmp_path / "both") == digest(tmp_path / "one")
+
+
+def test_a_denoiser_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pico_pipeline()
+    erasers = [pico_eraser(pipe.unet, name, seed, kind="dense") for seed, name in enumerate(("snoopy", "mickey"))]
+    bake(pipe, erasers, tmp_path / "whole")
+    # As diffusers itself does from ten gigabytes on.
+    monkeypatch.setattr(pipe, "save_pretrained", partial(pipe.save_pretrained, max_shard_size="20KB"))
+    pipe.save_pretrained(tmp_path / "base")
+    bake(pipe, erasers, tmp_path / "out")
+    bake(pipe, erasers[:1], tmp_path / "one")
+    shards = [load_tensors(file) for file in (tmp_path / "out" / "unet").glob("*.safetensors")]
+    assert len(shards) > 3
+    whole = load_tensors(tmp_path / "whole" / UNET)
+    found = {key: tensor for shard in shards for key, tensor in shard.items()}
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in found.items())
+    recover(tmp_path / "out", "mickey")
+    assert digest(tmp_path / "out") == digest(tmp_path / "one")
+    recover(tmp_path / "out", "snoopy")
+    assert digest(tmp_path / "out") == digest(tmp_path / "base")
+
+
+def test_parts_of_several_precisions_are_all_there_again_bit_for_bit(tmp_path: Path) -> None:
+    """A base whose denoiser alone is in half precision: neither baking nor recovering rounds its other parts."""
+    mixed = pico_pipeline()
+    mixed.unet.half()
+    mixed.text_encoder.bfloat16()
+    mixed.save_pretrained(tmp_path / "base")
+    pipe = load_pipeline(str(tmp_path / "base"), dtype="stored")
+    bake(
+        pipe, [pico_eraser(mixed.unet, name, seed) for seed, name in enumerate(("snoopy", "mickey"))], tmp_path / "out"
+    )
+
+    def parts() -> dict[str, dict[str, torch.Tensor]]:
+        return {
+            part: load_tensors(next((tmp_path / "out" / part).glob("*.safetensors")))
+            for part in ("unet", "vae", "text_encoder")
+        }
+
+    def same(part: str) -> bool:
+        expected = getattr(mixed, part).state_dict()
+        found = parts()[part]
+        return found.keys() == expected.keys() and all(
+            tensor.dtype is expected[key].dtype and torch.equal(tensor, expected[key]) for key, tensor in found.items()
+        )
+
+    assert [same(part) for part in ("unet", "vae", "text_encoder")] == [False, True, True]
+    assert {tensor.dtype for tensor in parts()["unet"].values()} == {torch.float16}
+    recover(tmp_path / "out", "snoopy")
+    assert [same(part) for part in ("unet", "vae", "text_encoder")] == [False, True, True]
+    recover(tmp_path / "out", "mickey")
+    assert [same(part) for part in ("unet", "vae", "text_encoder")] == [True, True, True]
+
+
 def test_erasers_of_different_modules_restore_what_only_one_of_them_changed(tmp_path: Path) -> None:
     pipe = pico_pipeline()
     paths = list(pico_eraser(pipe.unet).increments)
@@ -154,7 +218,18 @@ def test_an_altered_bake_is_refused_and_left_alone(tmp_path: Path) -> None:
         content[-1] ^= 1
         (out / file).write_bytes(content)
         before = digest(out)
-        with pytest.raises(Exception, match=says):
+        with pytest.raises(ModelError, match=says):
+            recover(out, "snoopy")
+        assert digest(out) == before
+    file = out / "spmhub/erasers/mickey.safetensors"
+    for spoil, says in (
+        (lambda: pico_eraser(pipe.unet, "mickey", 7).save(file), "altered after it was baked"),
+        (file.unlink, "mickey is lost"),
+    ):
+        bake(pipe, erasers, out, replace=True)
+        spoil()
+        before = digest(out)
+        with pytest.raises(ModelError, match=says):
             recover(out, "snoopy")
         assert digest(out) == before
     bake(pipe, erasers, out, replace=True)

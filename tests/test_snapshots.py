@@ -16,6 +16,7 @@ from spm_hub import network
 from spm_hub.aliases import ALIASES
 from spm_hub.errors import HubNotFoundError, ModelError
 from spm_hub.models import load_pipeline, local_files, parse_reference
+from spm_hub.snapshots import is_whole
 
 BASE = ALIASES["dreamshaper-8"]
 UNET = "unet/diffusion_pytorch_model"
@@ -90,6 +91,23 @@ def test_a_download_that_broke_off_is_finished_by_the_next(
         load_pipeline(BASE.name)
     hub.mend()
     assert torch.equal(weight(load_pipeline(BASE.name)), weight(pico_pipeline()))
+
+
+def test_a_model_of_which_one_file_is_missing_is_not_whole(tmp_path: Path) -> None:
+    # As the client lays its cache out: blobs beside snapshots.
+    folder = tmp_path / "snapshots" / "commit"
+    pico_pipeline().save_pretrained(folder, max_shard_size="40KB")
+    shards = sorted((folder / "unet").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert is_whole(folder)
+    content = shards[-1].read_bytes()
+    shards[-1].unlink()
+    assert not is_whole(folder)
+    shards[-1].write_bytes(content)
+    assert is_whole(folder)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "etag.incomplete").touch()
+    assert not is_whole(folder)
 
 
 def test_pickles_are_named_and_nothing_is_downloaded(hub: LoopbackHub, files: dict[str, dict[str, bytes]]) -> None:

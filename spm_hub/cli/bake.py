@@ -30,7 +30,7 @@ def bake(
     """Write a plain checkpoint with erasers folded in: a diffusers folder, also of a single file.
 
     For programs that know nothing of erasers: it erases at gamma 1, whatever the prompt. It keeps the precision of
-    the base, and what is needed to take an eraser out again: see spmhub recover.
+    each part of the base, and what is needed to take an eraser out again: see spmhub recover.
     """
     from spm_hub.hub.resolving import resolve
     from spm_hub.models import load_pipeline, parse_reference
