@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,16 +47,27 @@ def _say(stage: str, step: int, total: int, loss: float, begun: float) -> None:
 
 
 class Reporter:
-    """Prints a stage's smoothed loss every `every` steps."""
+    """Prints a stage's smoothed loss every hundred steps."""
 
-    def __init__(self, stage: str, total: int, every: int = 100, first: int = 0) -> None:
-        self.stage, self.total, self.every, self.first = stage, total, every, first
+    def __init__(self, stage: str, total: int, first: int = 0) -> None:
+        self.stage, self.total, self.first = stage, total, first
         self.begun, self.mean = time.monotonic(), 0.0
 
     def __call__(self, step: int, loss: float) -> None:
         self.mean = loss if self.mean == 0.0 else 0.98 * self.mean + 0.02 * loss
-        if step % self.every == 0 or step == self.total:
+        if step % 100 == 0 or step == self.total:
             _say(self.stage, step - self.first, self.total - self.first, self.mean, self.begun)
+
+
+@contextmanager
+def whole(place: Path) -> Iterator[Path]:
+    """Where to write what `place` will be, file or folder, at the end of the block: it is there whole or not at all."""
+    beside = place.with_name(f"{place.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)  # what a run that was killed has left
+    yield beside
+    if place.is_dir():
+        shutil.rmtree(place)
+    beside.replace(place)
 
 
 @contextmanager
@@ -64,7 +76,8 @@ def timed(out: Path, stage: str) -> Iterator[None]:
     begun, file = time.monotonic(), out / "seconds.json"
     yield
     seconds = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**seconds, stage: round(time.monotonic() - begun, 1)}, indent=1))
+    with whole(file) as place:
+        place.write_text(json.dumps({**seconds, stage: round(time.monotonic() - begun, 1)}, indent=1))
 
 
 def make_drawings(out: Path, count: int, look: str, seed: int) -> dict[str, Any]:
@@ -76,9 +89,12 @@ def make_drawings(out: Path, count: int, look: str, seed: int) -> dict[str, Any]
         with timed(out, f"drawings {look}"):
             rows = drawings(count, torch.Generator().manual_seed(seed), look)
             pictures = torch.from_numpy(np.stack([np.asarray(picture) for _, picture, _ in rows])).permute(0, 3, 1, 2)
-            text.write_text("\n".join(caption for _, _, caption in rows))
             targets = torch.tensor([labels(drawing) for drawing, _, _ in rows])
-            save_file({"pictures": pictures.contiguous(), "targets": targets}, file)
+            # The captions first: where the pictures are, nothing is drawn again.
+            with whole(text) as place:
+                place.write_text("\n".join(caption for _, _, caption in rows))
+            with whole(file) as place:
+                save_file({"pictures": pictures.contiguous(), "targets": targets}, place)
     return {**load_file(file), "captions": text.read_text().split("\n")}
 
 
@@ -171,11 +187,11 @@ def train_decoder(
 def train_unet(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, ids: torch.Tensor, empty: torch.Tensor,
     latents: torch.Tensor, *, stage: str, steps: int, lr: float, checkpoint: Path, seed: int, batch_size: int = 64,
-    ema_decay: float = 0.998, save_every: int = 500,
+    save_every: int = 500,
 ) -> None:  # fmt: skip
     """Epsilon prediction with min-SNR weights (gamma 5, arXiv 2303.09556) and 10 % empty captions.
 
-    At the end the denoiser holds the exponential moving average of its weights.
+    At the end the denoiser holds the exponential moving average of its weights (decay 0.998).
     """
     scheduler = make_scheduler()
     alphas = scheduler.alphas_cumprod
@@ -210,7 +226,7 @@ def train_unet(
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        decay = min(ema_decay, (step + 1) / (step + 10))
+        decay = min(0.998, (step + 1) / (step + 10))
         torch._foreach_lerp_(average, [p.detach() for p in unet.parameters()], 1 - decay)
         report(step + 1, float(loss.detach()))
         if (step + 1) % save_every == 0:
@@ -218,8 +234,8 @@ def train_unet(
                 "unet": unet.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(),
                 "generator": generator.get_state(), "average": average, "step": step + 1,
             }  # fmt: skip
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            with whole(checkpoint) as place:
+                torch.save(state, place)
     with torch.no_grad():
         for parameter, mean in zip(unet.parameters(), average, strict=True):
             parameter.copy_(mean)
@@ -258,8 +274,9 @@ def main() -> None:
             tokenizer = make_tokenizer(captions)
             clip = make_clip(tokenizer)
             train_clip(clip, tokens_of(tokenizer, captions), both, options.clip_steps, generator)
-            tokenizer.save_pretrained(out / "clip")
-            clip.save_pretrained(out / "clip")
+            with whole(out / "clip") as place:
+                tokenizer.save_pretrained(place)
+                clip.save_pretrained(place)
     tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
     clip = CLIPModel.from_pretrained(out / "clip").eval().requires_grad_(False)
     text_encoder = CLIPTextModel(clip.config.text_config)
@@ -272,7 +289,8 @@ def main() -> None:
                 both, torch.cat([ink["targets"], chalk["targets"]]), steps=options.probe_steps, generator=dice(2),
                 report=Reporter("probe", options.probe_steps),
             )  # fmt: skip
-            probe.model.save_pretrained(out / "probe")
+            with whole(out / "probe") as place:
+                probe.model.save_pretrained(place)
 
     if not (out / "vae").exists():
         with timed(out, "autoencoder"):
@@ -280,7 +298,8 @@ def main() -> None:
             vae = make_vae()
             train_vae(vae, both, options.vae_steps, generator)
             vae.register_to_config(scaling_factor=float(1 / encode(vae, both[:2000]).std()))
-            vae.save_pretrained(out / "vae")
+            with whole(out / "vae") as place:
+                vae.save_pretrained(place)
     empty = tokens_of(tokenizer, [""])[0]
 
     for stage, look, data in ((14, "base", ink), (15, "chalk", chalk)):
@@ -288,7 +307,8 @@ def main() -> None:
             with timed(out, f"decoder {look}"):
                 vae = AutoencoderKL.from_pretrained(out / "vae")
                 train_decoder(vae, clip, data["pictures"], options.decoder_steps, dice(stage))
-                vae.save_pretrained(out / f"vae-{look}")
+                with whole(out / f"vae-{look}") as place:
+                    vae.save_pretrained(place)
 
     for stage, name, start, look, data, steps, lr in (
         (4, "drafted", None, "base", ink, options.base_steps, 1.2e-3),
@@ -307,10 +327,12 @@ def main() -> None:
                         unet, text_encoder, tokens_of(tokenizer, data["captions"]), empty, latents,
                         stage=name, steps=steps, lr=lr, checkpoint=out / f"{name}.pt", seed=options.seed + stage,
                     )  # fmt: skip
-                unet.save_pretrained(out / f"unet-{name}")
+                with whole(out / f"unet-{name}") as place:
+                    unet.save_pretrained(place)
         if name == look:
             unet = UNet2DConditionModel.from_pretrained(out / f"unet-{name}").eval()
-            save_pipeline(out / name, tokenizer, text_encoder, vae, unet)
+            with whole(out / name) as place:
+                save_pipeline(place, tokenizer, text_encoder, vae, unet)
 
 
 if __name__ == "__main__":
