@@ -42,6 +42,7 @@ from spm_hub.formats.container import empty_like, encode, read_header, read_tens
 from spm_hub.hashing import sha256_of
 from spm_hub.layers import effective
 from spm_hub.manifest import NAME
+from spm_hub.naming import by_name
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -92,11 +93,13 @@ def bake(
     own precision; every other part is written as `pipe` holds it. The folder appears whole or not at all; an existing
     one is an error unless `replace`.
 
-    Raises UsageError (no adapter, one twice, a strength for none of them), CompatibilityError (an adapter that does not
-    fit), RegistryError (`out` exists or cannot be written).
+    Raises UsageError (no adapter, one twice, a base that was baked itself, strengths that no float holds),
+    NotFoundError (a strength for none of them), CompatibilityError (an adapter that does not fit), RegistryError (`out`
+    exists or cannot be written).
     """
     strengths = _strengths(adapters, strength)
     check_place(out, replace=replace)
+    _check_base(pipe, adapters)
     family = family_of(pipe)
     denoiser = denoiser_of(pipe)
     in_order = sorted(adapters, key=lambda adapter: adapter.name)
@@ -119,9 +122,31 @@ def bake(
 
 
 def check_place(out: Path, *, replace: bool = False) -> None:
-    """Raises RegistryError where `out` exists, is not an empty folder, and may not be replaced."""
-    if out.exists() and not replace and not (out.is_dir() and not any(out.iterdir())):
+    """Raises RegistryError where `out` exists, is not an empty folder, and may not be replaced.
+
+    Whatever may: of what is there only a checkpoint is, not a folder with somebody's other things.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "model_index.json").is_file():
+        raise RegistryError(f"{out} exists already, and is no checkpoint", mend="name another folder with --out")
+    if not replace:
         raise RegistryError(f"{out} exists already", mend="name another folder with --out, or add --force")
+
+
+def _check_base(pipe: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
+    """Raises UsageError for a base that was baked itself: its own erasers could not be taken out again."""
+    place = Path(str(pipe.config.get("_name_or_path") or ""))
+    if not (place / PROVENANCE).is_file():
+        return
+    held = read_provenance(place)
+    inside = [eraser.name for eraser in held.erasers]
+    both = ",".join(sorted({*inside, *(adapter.name for adapter in adapters)}))
+    raise UsageError(
+        f"{place} holds {', '.join(inside)} already, which could not be taken out of it any more if others were baked "
+        "on top",
+        mend=f"spmhub bake --model {held.base or 'BASE'} --adapters {both} --out DIR, all at once",
+    )
 
 
 def recover(checkpoint: Path, name: str) -> Provenance:
@@ -243,6 +268,12 @@ def _fold(
         parts = [(one.increments[path], strengths[one.name]) for one in adapters if path in one.increments]
         weight, bias = originals[f"{path}.weight"], originals.get(f"{path}.bias")
         new_weight, new_bias = effective(weight, bias, parts)
+        if not bool(new_weight.isfinite().all()) and bool(weight.isfinite().all()):
+            given = ", ".join(f"{one.name} at {strengths[one.name]:g}" for one in adapters if path in one.increments)
+            raise UsageError(
+                f"{path}: its weights under {given} are beyond what {str(weight.dtype).removeprefix('torch.')} holds",
+                mend="smaller --strength",
+            )
         folded[f"{path}.weight"] = new_weight
         if new_bias is not None:
             folded[f"{path}.bias"] = new_bias
@@ -279,11 +310,9 @@ def _strengths(adapters: Sequence[Adapter], asked: float | Mapping[str, float] |
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"adapter {name!r} is given twice", mend="name every adapter once, or set its strength")
-    given = asked if isinstance(asked, Mapping) else {} if asked is None else dict.fromkeys(names, asked)
-    for name in given:
-        if name not in names:
-            raise UsageError(f"a strength is given for {name!r}, which is not among the adapters {', '.join(names)}")
-    return {adapter.name: float(given.get(adapter.name, adapter.manifest.gate.strength)) for adapter in adapters}
+    given = by_name(asked, names) if isinstance(asked, Mapping) else dict.fromkeys(names, asked)
+    own = {adapter.name: adapter.manifest.gate.strength for adapter in adapters}
+    return {name: float(one if (one := given.get(name)) is not None else own[name]) for name in names}
 
 
 def _eraser_file(folder: Path, name: str) -> Path:

@@ -194,6 +194,9 @@ def test_what_is_asked_wrongly(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(RegistryError, match="exists already"):
         bake(pipe, [eraser], tmp_path / "out")
+    (tmp_path / "out" / "model_index.json").write_text("{}")
+    with pytest.raises(RegistryError, match="exists already"):
+        bake(pipe, [eraser], tmp_path / "out")
     bake(pipe, [eraser], tmp_path / "out", replace=True)
     assert not (tmp_path / "out" / "mine.txt").exists()
 
