@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from spm_hub import snapshots
 from spm_hub.aliases import ALIASES, Alias
-from spm_hub.errors import AdapterFileError, ModelError, NetworkError, NotFoundError, UsageError, nearest
+from spm_hub.errors import ModelError, NetworkError, NotFoundError, UsageError, nearest
 from spm_hub.hashing import sha256_of
 from spm_hub.single_file import inspection, loading
 from spm_hub.single_file.loading import INDEX
@@ -346,7 +346,7 @@ def _reading(reference: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, AdapterFileError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {reference!r} cannot be loaded: {_first_line(error)}", mend="spmhub doctor") from error
 
 

@@ -232,7 +232,12 @@ def test_models_and_doctor(spmhub: Spmhub, registry: Registry) -> None:
     assert findings["registry"]["status"] == "ok"
     assert findings["torch"]["status"] in ("ok", "warn")
     assert doctor.code == any(one["status"] == "fail" for one in findings.values())
-    assert all(one["mend"] for one in findings.values() if one["status"] == "fail")
+    (registry.root / "file").write_text("")
+    failing = spmhub("doctor", "--registry", registry.root / "file", "--json")
+    failed = {one["subject"]: one for one in json.loads(failing.out) if one["status"] == "fail"}
+    assert failing.code == 1
+    assert "file cannot be written" in failed["registry"]["detail"]
+    assert all(one["mend"] for one in failed.values())
 
 
 WRONG = [

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -85,7 +85,7 @@ def guarded(out: Output) -> Iterator[None]:
         out.fail(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted: nothing half-done was left behind\n")
+        sys.stderr.write("\ninterrupted\n")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Closing stderr keeps the interpreter from complaining at exit.
@@ -224,13 +224,13 @@ def _bar(label: str) -> Iterator[Progress]:
         yield move
 
 
-def _lines(label: str, clock: Callable[[], float] = time.monotonic) -> Progress:
-    said = clock()
+def _lines(label: str) -> Progress:
+    said = time.monotonic()
 
     def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
         nonlocal said
-        if clock() - said >= SECONDS_BETWEEN_LINES or step == total:
-            said = clock()
+        if time.monotonic() - said >= SECONDS_BETWEEN_LINES or step == total:
+            said = time.monotonic()
             sys.stderr.write(f"{label} {step}/{total}  {_figures(info)}".rstrip() + "\n")
 
     return move

@@ -83,9 +83,9 @@ def draw_grid(rows: Sequence[Row], columns: Sequence[str]) -> Image.Image:
     return sheet
 
 
-def enlarge(picture: Image.Image, smallest: int = SMALLEST) -> Image.Image:
-    """`picture` as RGB, enlarged by the least whole factor that makes its shorter side at least `smallest` pixels."""
-    factor = max(1, -(-smallest // min(picture.size)))
+def enlarge(picture: Image.Image) -> Image.Image:
+    """`picture` as RGB, enlarged by the least whole factor that makes its shorter side at least `SMALLEST` pixels."""
+    factor = max(1, -(-SMALLEST // min(picture.size)))
     rgb = picture.convert("RGB")
     return rgb if factor == 1 else rgb.resize((rgb.width * factor, rgb.height * factor), Image.Resampling.NEAREST)
 

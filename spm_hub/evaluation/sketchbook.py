@@ -32,6 +32,9 @@ STYLE_TEMPLATES: tuple[str, ...] = (
     "{thing} painted by {}", "{thing} as {} would paint it", "{}, {thing}", "{thing} at the beach painted by {}",
     "{thing} under the moon as {} would paint it",
 )  # fmt: skip
+BATCH_SIZE = 50
+"""Pictures that are drawn at once."""
+
 _PROPER = ("snoopy", "mickey", "spongebob", "pikachu")
 Progress = Callable[[int, int], None]
 
@@ -91,14 +94,13 @@ def paint(
     *,
     steps: int = 25,
     guidance_scale: float = 7.5,
-    batch_size: int = 50,
     progress: Progress | None = None,
 ) -> list[Image.Image]:
     """One picture for each case, in order."""
     pictures: list[Image.Image] = []
     pipe.set_progress_bar_config(disable=True)
-    for start in range(0, len(wanted), batch_size):
-        part = wanted[start : start + batch_size]
+    for start in range(0, len(wanted), BATCH_SIZE):
+        part = wanted[start : start + BATCH_SIZE]
         output = pipe(
             [case.prompt for case in part],
             num_inference_steps=steps,
@@ -117,9 +119,9 @@ def probe() -> Probe:
     return Probe.load(PROBE)
 
 
-def count(wanted: Sequence[Case], pictures: Sequence[Image.Image], judge: Probe | None = None) -> list[Row]:
+def count(wanted: Sequence[Case], pictures: Sequence[Image.Image]) -> list[Row]:
     """The share of right answers for each name, in the order in which names first appear."""
-    readings = (judge or probe()).read(pictures)
+    readings = probe().read(pictures)
     hits: dict[tuple[Literal["subject", "style"], str], list[bool]] = {}
     for case, reading in zip(wanted, readings, strict=True):
         seen = reading.subject if case.kind == "subject" else reading.style
@@ -134,18 +136,15 @@ def detection_table(
     *,
     samples: int = 50,
     seed: int = 2024,
-    guidance_scale: float = 7.5,
     steps: int = 25,
     progress: Progress | None = None,
-    judge: Probe | None = None,
 ) -> list[Row]:
     """How often the probe names each subject and each style in the pipeline's pictures of it.
 
     Erasers act as they are attached now. Rows stand in the order of `subjects`, then `styles`.
     """
     wanted = cases(subjects, styles, samples=samples, seed=seed)
-    pictures = paint(pipe, wanted, steps=steps, guidance_scale=guidance_scale, progress=progress)
-    return count(wanted, pictures, judge)
+    return count(wanted, paint(pipe, wanted, steps=steps, progress=progress))
 
 
 def evaluations(without: Sequence[Row], given: Sequence[Row], *, base: str, seed: int) -> tuple[Evaluation, ...]:

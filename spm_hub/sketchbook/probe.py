@@ -21,16 +21,16 @@ from .world import STYLE_NAMES, Drawing
 
 SUBJECT_CLASSES: tuple[str, ...] = (*SUBJECTS, "nothing")
 STYLE_CLASSES: tuple[str, ...] = (*STYLE_NAMES, "no style")
+BATCH_SIZE = 96
+"""Drawings in a step of training."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the probe sees in one picture, with its probability."""
+    """What the probe sees in one picture."""
 
     subject: str
-    subject_probability: float
     style: str
-    style_probability: float
 
 
 def to_batch(pictures: Sequence[Image.Image]) -> torch.Tensor:
@@ -70,12 +70,10 @@ class Probe:
         ])  # fmt: skip
 
     def read(self, pictures: Sequence[Image.Image]) -> list[Reading]:
-        subject_logits, style_logits = self.logits(pictures)
-        subject_p, subject_i = subject_logits.softmax(1).max(1)
-        style_p, style_i = style_logits.softmax(1).max(1)
+        subjects, styles = (logits.argmax(1).tolist() for logits in self.logits(pictures))
         return [
-            Reading(SUBJECT_CLASSES[int(si)], float(sp), STYLE_CLASSES[int(ti)], float(tp))
-            for sp, si, tp, ti in zip(subject_p, subject_i, style_p, style_i, strict=True)
+            Reading(SUBJECT_CLASSES[subject], STYLE_CLASSES[style])
+            for subject, style in zip(subjects, styles, strict=True)
         ]
 
 
@@ -105,7 +103,6 @@ def train_probe(
     steps: int,
     generator: torch.Generator,
     report: Callable[[int, float], None],
-    batch_size: int = 96,
 ) -> Probe:
     """Trains on `pictures` (n, 3, 64, 64) uint8 and `targets` (n, 2) class indices."""
     names = [f"subject:{name}" for name in SUBJECT_CLASSES] + [f"style:{name}" for name in STYLE_CLASSES]
@@ -122,7 +119,7 @@ def train_probe(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)
     model.train()
     for step in range(steps):
-        rows = torch.randint(len(pictures), (batch_size,), generator=generator)
+        rows = torch.randint(len(pictures), (BATCH_SIZE,), generator=generator)
         scores = model(_augment(pictures[rows].float() / 127.5 - 1.0, generator)).logits
         loss = F.cross_entropy(scores[:, : len(SUBJECT_CLASSES)], targets[rows, 0])
         loss = loss + F.cross_entropy(scores[:, len(SUBJECT_CLASSES) :], targets[rows, 1])
