@@ -69,10 +69,10 @@ def _refused(path: Path) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder. Raises RegistryError where a file could not be written into it, before any work is done."""
+    """Raises RegistryError where a file could not be written into the folder, or the folder not be made; makes none."""
     with _refused(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
             pass
 
 

@@ -304,7 +304,8 @@ NEEDS_NO_MODEL = [
     (["apply", "-a", "snoopy", "-p", "x", "--seed", str(2**64 - 1), "--num", "2"], "seed = 0"),
     (["apply", "-a", "snoopy", "-p", "x", "--guidance", "nan"], "guidance = 7.5"),
     (["bake", "-a", "snoopy,{namesake}", "--out", "out"], "spmhub convert {namesake} --name snoopy-2"),
-    (["bake", "-a", "snoopy", "--out", "{registry}"], "--force"),
+    (["bake", "-a", "snoopy", "--out", "{registry}"], "name another folder with --out"),
+    (["bake", "-a", "snoopy", "--out", "{registry}", "--force"], "name another folder with --out"),
     (["train", "church", "--set", "objektive.eta=1"], "spmhub show NAME"),
     (["train", "church", "--method", "smp"], "spmhub train --help"),
 ]

@@ -11,6 +11,7 @@ import pytest
 from loopback import LoopbackHub
 from test_registry import named
 from test_signing import keys  # noqa: F401 - a fixture
+from typer.testing import CliRunner
 
 from spm_hub.cli.app import app
 from spm_hub.hub import signing
@@ -190,3 +191,24 @@ def test_pull_under_a_required_signature(
         # What came without being asked for a signature is refused when one is asked for.
         assert spmhub("pull", "someone/bare", "--registry", there.root, "--force")[0] == 0
         assert spmhub("pull", "someone/bare", *given)[0] == 1
+
+
+def test_a_registry_that_is_asked_for_is_the_only_one_to_be_listed_and_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, asked = tmp_path / "here", tmp_path / "asked"
+    for place, names in ((here, ("snoopy", "mickey")), (asked, ("mickey",))):
+        for folder in ("adapters", "manifests"):
+            (place / folder).mkdir(parents=True)
+        for name in names:
+            Registry(place).add(named(name))
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("SPMHUB_REGISTRY", raising=False)
+    done = CliRunner().invoke(app, ["remove", "snoopy", "--registry", str(asked)])
+    assert done.exit_code != 0
+    assert "mickey" in done.stderr
+    assert [entry.name for entry in Registry(here).entries()] == ["mickey", "snoopy"]
+    listed = CliRunner().invoke(app, ["list", "--registry", str(asked), "--json"])
+    assert [(row["name"], row["registry"]) for row in json.loads(listed.stdout)] == [("mickey", str(asked))]
+    assert CliRunner().invoke(app, ["remove", "mickey"]).exit_code == 0
+    assert [entry.name for entry in Registry(asked).entries()] == ["mickey"]

@@ -208,13 +208,13 @@ def show_found(out: Output, found: "tuple[Found, ...]") -> None:
 @command("outdated", Example("spmhub outdated", "which pulled erasers have moved on at the Hub"), panel="Share")
 def outdated(out: Output, *, registry: options.Registry = None) -> None:
     """Compare the pulled erasers with what the Hub has now."""
-    from spm_hub.hub.registry import registries
+    from spm_hub.hub.registry import chosen
 
     silence_hub()
     from spm_hub.hub import remote
 
     rows = []
-    for place in registries(registry):
+    for place in chosen(registry):
         for age in remote.ages(place):
             row = {"name": age.name, "repo": age.pin.repo, "revision": age.pin.revision, "pinned": age.pin.commit}
             rows.append({**row, "newest": age.newest, "state": age.state, "registry": str(place.root)})

@@ -25,7 +25,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be delet
 def remove(out: Output, names: Names, *, registry: options.Registry = None, dry_run: DryRun = False) -> None:
     """Delete erasers from the registry.
 
-    Each from the registry where its name is found, as apply would find it. All names are looked up before any goes.
+    Each from the registry that is asked for, or unless one is, from where its name is found, as apply would find it.
+    All names are looked up before any goes.
     """
     from spm_hub.hub.registry import holding
 

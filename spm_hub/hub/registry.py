@@ -241,9 +241,18 @@ def registries(registry: Path | None = None) -> tuple[Registry, ...]:
     return tuple(map(Registry, roots))
 
 
-def holding(name: str, registry: Path | None = None) -> Registry:
-    """The first registry that holds an eraser of exactly that name. Raises NotFoundError with the nearest names."""
+def chosen(registry: Path | None = None) -> tuple[Registry, ...]:
+    """Where erasers are listed and changed: in the one that was asked for and nowhere else, or unless asked, in all.
+
+    Raises RegistryError when the one that was asked for does not exist.
+    """
     known = registries(registry)
+    return known if asked_for(registry) is None else known[:1]
+
+
+def holding(name: str, registry: Path | None = None) -> Registry:
+    """The first of `chosen` that holds an eraser of exactly that name. Raises NotFoundError with the nearest names."""
+    known = chosen(registry)
     names: list[str] = []
     for place in known:
         names += [entry.name for entry in place.entries()]
