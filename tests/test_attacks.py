@@ -450,7 +450,7 @@ def test_tokens_that_no_encoder_reads_are_refused(method: attacks.UnlearnDiffAtk
     victim = Victim(pico_pipeline())
     picture = torch.randn(1, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
     rounds = method.rounds(victim, [attacks.Case("snoopy", 0)], picture, torch.Generator(), lambda: None)
-    with pytest.raises(UsageError, match="50 tokens before .* leave no room for it among the 12"):
+    with pytest.raises(UsageError, match=r"50 tokens before .* leave no room for it among the 12"):
         next(rounds)
 
 

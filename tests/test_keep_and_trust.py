@@ -206,7 +206,7 @@ def test_a_registry_that_is_asked_for_is_the_only_one_to_be_listed_and_changed(
     monkeypatch.delenv("SPMHUB_REGISTRY", raising=False)
     done = CliRunner().invoke(app, ["remove", "snoopy", "--registry", str(asked)])
     assert done.exit_code != 0
-    assert "mickey" in done.stderr
+    assert f"no eraser 'snoopy' in {asked}" in done.stderr
     assert [entry.name for entry in Registry(here).entries()] == ["mickey", "snoopy"]
     listed = CliRunner().invoke(app, ["list", "--registry", str(asked), "--json"])
     assert [(row["name"], row["registry"]) for row in json.loads(listed.stdout)] == [("mickey", str(asked))]
