@@ -19,7 +19,7 @@ def demo(
     out: Output,
     *,
     to: Annotated[Path, typer.Option("--out", help="Folder for the eraser and the pictures.")] = Path("demo"),
-    samples: Annotated[int, typer.Option(help="Pictures of each subject that are looked at.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Pictures of each subject that are looked at.")] = 16,
 ) -> None:
     """Erase snoopy from the embedded model and show it.
 
@@ -34,13 +34,15 @@ def demo(
         from spm_hub.training import train
         from spm_hub.training.recipe import Recipe
 
+        kept_in, picture = Registry(to), to / "before-after.png"
+        # An eraser that no demo made is somebody's own.
+        kept_in.check_room_for(CONCEPT, replace=picture.exists())
         pipe = load_pipeline("sketchbook")
         with out.progress(f"erasing {CONCEPT}") as progress:
             eraser = train(Recipe.plan(None, (), target=CONCEPT), pipe=pipe, progress=progress)
-        entry = Registry(to).add(eraser, replace=True)
+        entry = kept_in.add(eraser, replace=True)
         with out.progress("drawing") as progress:
             shown = show(pipe, [eraser], PROMPTS, Drawing(seed=1, number=3), progress=progress)
-        picture = to / "before-after.png"
         write_png(picture, grid_of(shown, CONCEPT), {"model": "sketchbook", "adapters": [CONCEPT]})
 
         tables = []

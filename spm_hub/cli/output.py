@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,8 +23,15 @@ WARNING = "spm_hub: "
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
+_OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+"""How torch and its devices say so, in a RuntimeError."""
+
 LONG = 100
 """Rows: rich takes longer to lay out more of them than it takes to read a registry, and nobody reads them boxed."""
+
+
+class InterruptedByUserError(SpmHubError):
+    """Ctrl-C."""
 
 
 class Progress(Protocol):
@@ -61,7 +68,9 @@ class Output:
         """An error: prose on stderr and, with --json, an object on stdout, so that stdout always parses."""
         if self.json:
             described = {"type": type(error).__name__, "message": error.message, "try": error.mend}
-            sys.stdout.write(json.dumps({"error": described}, indent=2, ensure_ascii=False) + "\n")
+            with suppress(OSError):  # a full stdout may be the error itself
+                sys.stdout.write(json.dumps({"error": described}, indent=2, ensure_ascii=False) + "\n")
+                sys.stdout.flush()
         sys.stderr.write(visible(f"error: {error}\n"))
 
     @contextmanager
@@ -85,8 +94,20 @@ def guarded(out: Output) -> Iterator[None]:
         out.fail(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
+        sys.stderr.write("\n")
+        out.fail(InterruptedByUserError("interrupted"))
         sys.exit(INTERRUPTED)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        first = str(error).strip().partition("\n")[0]
+        out.fail(
+            SpmHubError(
+                "there is not enough memory" + (f": {first}" if first else ""),
+                mend="fewer pictures at once, --dtype float16, or another --device",
+            )
+        )
+        sys.exit(1)
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Closing stderr keeps the interpreter from complaining at exit.
         sys.stderr.close()

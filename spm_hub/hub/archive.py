@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Never
 
 from spm_hub.atomic import write_atomic
-from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError
+from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, UsageError
 from spm_hub.hub import signing, storage
 from spm_hub.hub.entry import Entry
 from spm_hub.hub.registry import Registry
 from spm_hub.manifest import MAX_BYTES, NAME
 
 _BLOCK = 512
+_OTHER_ARCHIVES = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".zip", ".7z")
 _LARGEST = {storage.MANIFESTS: MAX_BYTES, storage.SIGNATURES: signing.MAX_BYTES, storage.ADAPTERS: storage.MAX_BYTES}
 _KINDS = {
     b"1": "a hard link",
@@ -46,9 +47,15 @@ class Moved:
 def export(entries: Sequence[Entry], to: Path, *, replace: bool = False) -> tuple[Moved, ...]:
     """Copy verified erasers into the folder `to`, or into a tar file where `to` ends with .tar: all of them or none.
 
-    Raises RegistryError where `to` holds such a file or one of the names and `replace` is not set, and whatever is
-    wrong with one of the erasers, before anything is written.
+    Raises RegistryError where `to` holds such a file or one of the names and `replace` is not set, UsageError for an
+    archive of another kind, and whatever is wrong with one of the erasers, before anything is written.
     """
+    if any(to.name.endswith(ending) for ending in _OTHER_ARCHIVES):
+        raise UsageError(
+            f"{to} would be a folder of that name: what is packed is a plain .tar, as weights hardly get any smaller",
+            mend=f"--to {to.name.partition('.')[0]}.tar",
+        )
+    entries = tuple(dict.fromkeys(entries))
     if to.suffix != ".tar":
         return _install(entries, Registry(to), replace=replace)
     if to.exists() and not replace:

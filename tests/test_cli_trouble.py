@@ -1,0 +1,91 @@
+"""What a command says when the machine, and not its user, is at fault; and archives of other kinds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_registry import named
+from typer.testing import CliRunner
+
+from spm_hub.cli.app import app
+from spm_hub.cli.output import Output, guarded
+from spm_hub.hub.registry import Registry
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("std::bad_alloc"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore about it"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_a_sentence(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, guarded(Output(json=True)):
+        raise error
+    assert ended.value.code == 1
+    told = capsys.readouterr()
+    assert json.loads(told.out)["error"]["message"].startswith("there is not enough memory")
+    assert "--dtype float16" in told.err
+
+
+def test_our_own_mistakes_stay_tracebacks() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), guarded(Output()):
+        raise RuntimeError("shapes differ")
+
+
+def test_ctrl_c_is_an_error_for_machines_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, guarded(Output(json=True)):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert json.loads(capsys.readouterr().out)["error"]["message"] == "interrupted"
+
+
+def test_a_full_stdout_is_told_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Full:
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+        flush = write
+
+    monkeypatch.setattr("sys.stdout", Full())
+    with pytest.raises(SystemExit) as ended, guarded(Output(json=True)):
+        Output(json=True).data({}, "")
+    assert ended.value.code == 1
+    assert "No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["e.tar.gz", "e.tgz", "e.zip"])
+def test_another_kind_of_archive_is_no_folder_of_that_name(name: str, tmp_path: Path) -> None:
+    Registry(tmp_path / "registry").add(named("snoopy"))
+    given = ["export", "snoopy", "--registry", str(tmp_path / "registry"), "--to", str(tmp_path / name)]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 2
+    assert "--to e.tar" in done.stderr
+    assert not (tmp_path / name).exists()
+
+
+def test_an_eraser_named_twice_is_exported_once(tmp_path: Path) -> None:
+    Registry(tmp_path / "registry").add(named("snoopy"))
+    given = ["export", "snoopy", "snoopy", "--registry", str(tmp_path / "registry"), "--to", str(tmp_path / "e.tar")]
+    done = CliRunner().invoke(app, [*given, "--json"])
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)) == 1
+
+
+def test_a_demo_never_replaces_somebodys_own_eraser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(*_: Any, **__: Any) -> None:
+        pytest.fail("minutes of training before the refusal")
+
+    monkeypatch.setattr("spm_hub.training.trainer.train", trained)
+    Registry(tmp_path).add(named("snoopy"))
+    before = (tmp_path / "adapters" / "snoopy.safetensors").read_bytes()
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "snoopy" in done.stderr
+    assert (tmp_path / "adapters" / "snoopy.safetensors").read_bytes() == before
