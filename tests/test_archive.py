@@ -13,9 +13,10 @@ from test_registry import files_of, named
 from test_storage import killed_after
 
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, SpmHubError, UsageError
-from spm_hub.hub import storage
+from spm_hub.hub import signing, storage
 from spm_hub.hub.archive import export, import_
 from spm_hub.hub.registry import Registry
+from spm_hub.manifest import MAX_BYTES
 
 
 @pytest.fixture
@@ -175,7 +176,8 @@ def member(name: str, content: bytes = b"x", **changes: object) -> Callable[[tar
         (member("adapters/p.safetensors", b"", type=tarfile.FIFOTYPE), "pipe"),
         (member("adapters/s.safetensors", b"", type=tarfile.GNUTYPE_SPARSE), "sparse"),
         (member("adapters/" + "l" * 200 + ".safetensors"), "not read"),
-        (member("manifests/big.json", bytes(5 * 2**20)), "more than the"),
+        (member("manifests/big.json", bytes(MAX_BYTES + 1)), "more than the"),
+        (member("signatures/big.sig", bytes(signing.MAX_BYTES + 1)), "more than the"),
         (member("adapters/snoopy.safetensors"), "twice"),
     ],
 )
