@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from test_registry import named
 from typer.testing import CliRunner
 
+from spm_hub.cli import main
 from spm_hub.cli.app import app
 from spm_hub.cli.output import Output, guarded
 from spm_hub.hub.registry import Registry
@@ -89,3 +91,42 @@ def test_a_demo_never_replaces_somebodys_own_eraser(tmp_path: Path, monkeypatch:
     assert done.exit_code == 1
     assert "snoopy" in done.stderr
     assert (tmp_path / "adapters" / "snoopy.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        (["show", "--json"], 2, "Missing argument"),
+        (["list", "--jsn", "--json"], 2, "No such option: --jsn"),
+        (["apply", "--seed", "x", "--json"], 2, "--seed"),
+        (["nope", "--json"], 2, "No such command"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_an_error_for_machines_too(
+    line: list[str], code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["spmhub", *line])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    told = capsys.readouterr()
+    assert words in json.loads(told.out)["error"]["message"]
+    assert words in told.err
+
+
+def test_results_for_machines_come_through_the_same_door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Registry(tmp_path).add(named("snoopy"))
+    for line, code in ((["list"], 0), (["show", "snopy"], 2)):
+        monkeypatch.setattr("sys.argv", ["spmhub", *line, "--registry", str(tmp_path), "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code or 0) == code
+        assert json.loads(capsys.readouterr().out)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0
+    assert done.stdout == f"spmhub {version('spm-hub')}\n"

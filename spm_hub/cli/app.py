@@ -22,6 +22,24 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _told(asked: bool) -> None:
+    if asked:
+        from spm_hub import __version__
+
+        print(f"spmhub {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _spmhub(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_told, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Small, removable concept erasers for text-to-image models."""
+
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No prose and no progress; only names and paths.")]
 
