@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 from pico import pico_eraser, pico_pipeline
+from PIL import Image
 from typer.testing import CliRunner
 
 from spm_hub.atomic import check_writable
+from spm_hub.attachment import attach
 from spm_hub.cli.app import app
 from spm_hub.errors import RegistryError, UsageError
-from spm_hub.evaluation.pictures import Drawing, show
+from spm_hub.evaluation.pictures import Drawing, Shown, show
 
 
 def test_a_picture_of_numbers_that_overflow_is_an_error_and_not_black() -> None:
@@ -37,3 +39,40 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_drawn(
     done = CliRunner().invoke(app, ["apply", "-a", "snoopy", "-a", "mickey", "-p", "a dog", "--out", out])
     assert done.exit_code in (1, 2)
     assert "cannot write" in done.stderr
+
+
+def test_what_was_drawn_before_the_end_is_handed_out_at_once() -> None:
+    pipe = pico_pipeline()
+    seen: list[tuple[int, str, float]] = []
+
+    def each(index: int, shown: Shown) -> None:
+        (condition,) = shown.pictures
+        seen.append((index, condition, round(shown.gates["snoopy"], 6)))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        show(pipe, [pico_eraser(pipe.unet)], ["snoopy", "a dog"], Drawing(steps=1), each=each)
+    with attach(pipe, [pico_eraser(pipe.unet)]) as erasers:
+        gates = [round(erasers.gates(prompt)["snoopy"], 6) for prompt in ("snoopy", "a dog")]
+    assert seen == [(0, "without", gates[0]), (1, "without", gates[1]), (0, "with", gates[0])]
+
+
+def test_ctrl_c_leaves_the_pictures_that_were_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pico_pipeline()
+    pico_eraser(pipe.unet).save(tmp_path / "snoopy.safetensors")
+    monkeypatch.setattr("spm_hub.models.load_pipeline", lambda *_, **__: pipe)
+    drawn: list[str] = []
+
+    def draw(pipe: object, prompt: str, *_: object) -> tuple[Image.Image, ...]:
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(prompt)
+        return (Image.new("RGB", (8, 8)),)
+
+    monkeypatch.setattr("spm_hub.evaluation.pictures.draw", draw)
+    out = tmp_path / "pictures"
+    prompts = [word for prompt in ("a", "b", "c") for word in ("-p", prompt)]
+    done = CliRunner().invoke(app, ["apply", "-a", str(tmp_path / "snoopy.safetensors"), *prompts, "--out", str(out)])
+    assert done.exit_code == 130
+    assert sorted(path.name for path in out.iterdir()) == ["00-a-0-with.png", "01-b-0-with.png"]

@@ -1,7 +1,7 @@
 """spmhub apply: draw pictures with erasers attached."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,9 @@ from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
 from spm_hub.errors import UsageError
+
+if TYPE_CHECKING:
+    from spm_hub.evaluation.pictures import Shown
 
 
 @command(
@@ -63,7 +66,7 @@ def apply(
     with out.progress("downloading erasers") as progress:
         entries = [resolve(reference, registry, progress=progress) for reference in wanted]
     with silence_libraries():
-        from spm_hub.evaluation.pictures import Drawing, check_prompts, read_prompts, save, show
+        from spm_hub.evaluation.pictures import Drawing, check_prompts, read_prompts, save_grid, save_one, show
         from spm_hub.naming import check_names
 
         # What can be said at once is not said after a model was downloaded.
@@ -79,19 +82,22 @@ def apply(
         sources = {"model": whence(model, pipe, fetched=fetched), **{entry.name: entry.whence() for entry in entries}}
         for what, place in sources.items():
             out.say(f"{what}: {place}")
+        names = [eraser.name for eraser in erasers]
+        described = {"model": base.public_name, "adapters": names, "steps": steps, "guidance": guidance}
+        files: dict[str, list[Path]] = {}
+
+        def keep(index: int, one: "Shown") -> None:
+            # At once: whoever ends a long run early has what was drawn.
+            for condition, made in save_one(index, one, to, drawing, described).items():
+                files.setdefault(condition, []).extend(made)
+
         with out.progress("drawing") as progress:
             shown = show(
-                pipe, erasers, texts, drawing, gate=acting, strength=strengths, compare=compare, progress=progress
-            )
-    names = [eraser.name for eraser in erasers]
-    files = save(
-        shown,
-        to,
-        drawing,
-        title=", ".join(names),
-        grid=grid or compare,
-        described={"model": base.public_name, "adapters": names, "steps": steps, "guidance": guidance},
-    )
+                pipe, erasers, texts, drawing,
+                gate=acting, strength=strengths, compare=compare, progress=progress, each=keep,
+            )  # fmt: skip
+    if grid or compare:
+        files["grid"] = [save_grid(shown, to, ", ".join(names), described)]
     gates = [{"prompt": one.prompt, "gates": dict(one.gates)} for one in shown]
     paths = [str(path) for group in files.values() for path in group]
     out.data(

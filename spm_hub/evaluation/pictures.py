@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from spm_hub.atomic import write_atomic
-from spm_hub.attachment import attach
+from spm_hub.attachment import Attachment, attach
 from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.evaluation.grid import Row, draw_grid
 from spm_hub.manifest import slug
@@ -77,22 +77,34 @@ def show(
     strength: float | Mapping[str, float] | None = None,
     compare: bool = True,
     progress: Progress | None = None,
+    each: Callable[[int, Shown], None] = lambda index, shown: None,
 ) -> tuple[Shown, ...]:
     """Draw every prompt with `adapters` attached and, where `compare`, from the same noise without them.
 
     `gate` and `strength` are those of `attach`, None what each eraser's manifest asks for. `progress` is told the
-    denoising steps done and their total. The pipeline is left as it was.
+    denoising steps done and their total; `each` is given the number of a prompt and its pictures under one condition
+    as soon as they are drawn. The pipeline is left as it was.
     Raises UsageError when there is no prompt, or an empty one.
     """
     check_prompts(prompts)
     conditions = (WITHOUT, WITH) if compare else (WITH,)
     count = _Counter(len(conditions) * len(prompts), progress)
-    drawn: dict[str, list[tuple[Image.Image, ...]]] = {}
-    if compare:
-        drawn[WITHOUT] = [draw(pipe, prompt, drawing, count) for prompt in prompts]
-    with attach(pipe, adapters, gate=gate, strength=strength) as erasers:  # type: ignore[arg-type] # attach checks it
+    drawn: dict[str, list[tuple[Image.Image, ...]]] = {condition: [] for condition in conditions}
+
+    def attached() -> Attachment:
+        return attach(pipe, adapters, gate=gate, strength=strength)  # type: ignore[arg-type] # attach checks it
+
+    def draw_all(condition: str) -> None:
+        for index, prompt in enumerate(prompts):
+            drawn[condition].append(draw(pipe, prompt, drawing, count))
+            each(index, Shown(prompt, gates[index], {condition: drawn[condition][index]}))
+
+    with attached() as erasers:
         gates = [erasers.gates(prompt) for prompt in prompts]
-        drawn[WITH] = [draw(pipe, prompt, drawing, count) for prompt in prompts]
+    if compare:
+        draw_all(WITHOUT)
+    with attached():
+        draw_all(WITH)
     return tuple(
         Shown(prompt, gates[index], {condition: drawn[condition][index] for condition in conditions})
         for index, prompt in enumerate(prompts)
@@ -160,18 +172,33 @@ def save(
     """
     files: dict[str, list[Path]] = {}
     for index, one in enumerate(shown):
-        for condition, pictures in one.pictures.items():
-            for offset, picture in enumerate(pictures):
-                seed = drawing.seed + offset
-                path = out / f"{index:02d}-{slug(one.prompt)[:48]}-{seed}-{condition}.png"
-                about = {**described, "condition": condition, "prompt": one.prompt, "seed": seed, "gates": one.gates}
-                write_png(path, picture, about)
-                files.setdefault(condition, []).append(path)
+        for condition, paths in save_one(index, one, out, drawing, described).items():
+            files.setdefault(condition, []).extend(paths)
     if grid:
-        path = out / "grid.png"
-        write_png(path, grid_of(shown, title), dict(described))
-        files["grid"] = [path]
+        files["grid"] = [save_grid(shown, out, title, described)]
     return files
+
+
+def save_one(
+    index: int, one: Shown, out: Path, drawing: Drawing, described: Mapping[str, Any]
+) -> dict[str, list[Path]]:
+    """The pictures of prompt number `index` as `save` writes them."""
+    files: dict[str, list[Path]] = {}
+    for condition, pictures in one.pictures.items():
+        for offset, picture in enumerate(pictures):
+            seed = drawing.seed + offset
+            path = out / f"{index:02d}-{slug(one.prompt)[:48]}-{seed}-{condition}.png"
+            about = {**described, "condition": condition, "prompt": one.prompt, "seed": seed, "gates": one.gates}
+            write_png(path, picture, about)
+            files.setdefault(condition, []).append(path)
+    return files
+
+
+def save_grid(shown: Sequence[Shown], out: Path, title: str, described: Mapping[str, Any]) -> Path:
+    """`grid.png` as `save` writes it."""
+    path = out / "grid.png"
+    write_png(path, grid_of(shown, title), dict(described))
+    return path
 
 
 def grid_of(shown: Sequence[Shown], title: str) -> Image.Image:
