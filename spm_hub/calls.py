@@ -2,8 +2,6 @@
 
 import functools
 import inspect
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -15,6 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from spm_hub.architectures import body_of, changeable
+from spm_hub.begun import Begun
 from spm_hub.errors import UsageError
 from spm_hub.gate import token_sets
 
@@ -55,8 +54,8 @@ class Holder(Protocol):
 def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
     """Let `holder` know of every call of a pipeline and of its denoiser, whose classes become `Held` ones.
 
-    Waits for pictures that other threads are drawing with this denoiser: they end as they began. Raises UsageError,
-    and then nothing is held, where another holder came first or where erasers would have nothing to act on.
+    Waits for pictures that other threads are drawing: they end as they began. Raises UsageError, and then nothing is
+    held, where another holder came first or where erasers would have nothing to act on.
     """
     body = body_of(denoiser)
     if any(map(_is_fused, body.modules())):
@@ -68,8 +67,10 @@ def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
         try:
             pipe.__dict__[HELD] = denoiser.__dict__[HELD] = holder
             pipe.__dict__[_WAITING] = True
-            pipe.__class__ = _held_pipeline(pipe.__class__)
-            while _in_use(denoiser):
+            base = pipe.__class__
+            pipe.__class__ = _held_pipeline(base)
+            begun = Begun(base, denoiser, _unheld.__code__)
+            while not begun.over():
                 time.sleep(0.005)
             del pipe.__dict__[_WAITING]
             # Plain assignment would pass through torch.compile's wrapper to the module inside it.
@@ -104,30 +105,6 @@ def _is_fused(attention: Any) -> bool:
     return told and getattr(attention, "fused_projections", False)
 
 
-def _in_use(denoiser: Any) -> bool:
-    """Whether another thread is in a call of the denoiser, or in one of a pipeline that has it, other than at its door.
-
-    A pipeline that is not held leaves no other trace of its calls.
-    """
-    users = denoiser, body_of(denoiser)
-    for thread, top in sys._current_frames().items():
-        frame = None if thread == threading.get_ident() else top
-        while frame is not None:
-            code, user = frame.f_code, None
-            if code.co_name in ("__call__", "forward") and code.co_filename != __file__:
-                user = frame.f_locals.get("self")
-            elif code.co_name == "_unheld" and code.co_filename == __file__:
-                user = frame.f_locals.get("held")
-            elif code.co_name == "decorate_context":
-                # torch.no_grad around a pipeline's __call__: a picture that has begun and is not yet in there.
-                user = next(iter(frame.f_locals.get("args", ())), None)
-            parts = () if code.co_name == "forward" else getattr(user, "__dict__", {}).values()
-            if any(used is each for each in users for used in (user, *parts)):
-                return True
-            frame = frame.f_back
-    return False
-
-
 def _under(held: Any, enter: Callable[[Holder], AbstractContextManager[None]], run: Callable[[], Any]) -> Any:
     """What `run` gives, inside what `enter` opens with the holder: whoever that is by the time it lets us in."""
     while True:
@@ -141,7 +118,7 @@ def _under(held: Any, enter: Callable[[Holder], AbstractContextManager[None]], r
 
 
 def _unheld(held: Any, run: Callable[[], Any]) -> tuple[bool, Any]:
-    """Run unless somebody holds by now. `hold` sees this frame, and looks for it after it has said that it holds."""
+    """Run unless somebody holds by now. `Begun` looks for this frame after `hold` has said that it holds."""
     return (False, None) if held.__dict__.get(HELD) is not None else (True, run())
 
 

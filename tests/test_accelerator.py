@@ -287,7 +287,7 @@ def test_twice_and_resumed_is_the_identical_file(method: str, tmp_path: Path) ->
     "attack",
     [
         attacks.UnlearnDiffAtk(tokens=2, iterations=2, timesteps=2),
-        attacks.P4D(tokens=2, iterations=1, tries=2, timesteps=2),
+        attacks.P4D(tokens=2, iterations=1, tries=2),
     ],
     ids=["unlearndiff", "p4d"],
 )

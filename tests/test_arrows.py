@@ -18,7 +18,7 @@ LEVELS = (
     ("formats",),
     ("adapter",),
     ("architectures", "naming", "reduction"),
-    ("branching", "concepts"),
+    ("begun", "branching", "concepts"),
     ("gate", "layers"),
     ("calls",),
     ("prompting", "single_file"),

@@ -109,7 +109,22 @@ def test_recovering_and_adding_never_mix_two_states_in_one_picture(pipe, erasers
     assert same_weights(pipe)
 
 
-@pytest.mark.usefixtures("switching")
+@pytest.fixture
+def tokenizing_by_turns(pipe):
+    """A tokenizer keeps how it pads from one call to the next: two threads that draw by one bare pipeline of diffusers
+    may get each other's, with no eraser near. That is not what is looked for here.
+    """
+    turns = threading.Lock()
+
+    class ByTurns(type(pipe.tokenizer)):
+        def __call__(self, *args, **kwargs):
+            with turns:
+                return super().__call__(*args, **kwargs)
+
+    pipe.tokenizer.__class__ = ByTurns
+
+
+@pytest.mark.usefixtures("switching", "tokenizing_by_turns")
 def test_attaching_and_detaching_never_mix_two_states_in_one_picture(pipe, erasers):
     pictures, mixed = possible(erasers), []
 
@@ -145,6 +160,25 @@ def test_attach_waits_for_the_picture_that_a_bare_pipeline_is_drawing(pipe, eras
     assert torch.equal(picture, bare)
     assert order == [0, 1, 2, "attached"]
     assert not torch.equal(draw(pipe, "snoopy"), bare)
+
+
+def test_attach_waits_for_pictures_that_have_begun_and_for_none_that_begin_later(pipe, erasers):
+    """Whose they are cannot be told: those of another pipeline, which never stops drawing, must not be waited for."""
+    other, drawn, attached = pico_pipeline(), [], threading.Event()
+
+    def drawing():
+        while not attached.is_set():
+            drawn.append(draw(other, "snoopy"))
+
+    def attaching():
+        while len(drawn) < 2:
+            time.sleep(0.001)
+        for _ in range(3):
+            attach(pipe, list(erasers.values())).detach()
+        attached.set()
+
+    together(drawing, attaching)
+    assert all(torch.equal(picture, drawn[0]) for picture in drawn)
 
 
 def test_attach_waits_for_a_picture_that_has_hardly_begun(pipe, erasers):
