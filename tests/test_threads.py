@@ -1,5 +1,6 @@
 """Threads that attach, recover, detach and draw at once: every picture is one that a single state would have drawn."""
 
+import inspect
 import sys
 import threading
 import time
@@ -110,21 +111,22 @@ def test_recovering_and_adding_never_mix_two_states_in_one_picture(pipe, erasers
 
 
 @pytest.fixture
-def tokenizing_by_turns(pipe):
-    """A tokenizer keeps how it pads from one call to the next: two threads that draw by one bare pipeline of diffusers
-    may get each other's, with no eraser near. That is not what is looked for here.
+def encoding_by_turns(pipe):
+    """A tokenizer, for one, keeps how it pads from one call to the next: two threads that draw by one bare pipeline of
+    diffusers now and then get each other's, with no eraser near. That is not what is looked for here.
     """
     turns = threading.Lock()
 
-    class ByTurns(type(pipe.tokenizer)):
-        def __call__(self, *args, **kwargs):
+    class ByTurns(type(pipe)):
+        def encode_prompt(self, *args, **kwargs):
             with turns:
-                return super().__call__(*args, **kwargs)
+                return super().encode_prompt(*args, **kwargs)
 
-    pipe.tokenizer.__class__ = ByTurns
+    ByTurns.encode_prompt.__signature__ = inspect.signature(type(pipe).encode_prompt)
+    pipe.__class__ = ByTurns
 
 
-@pytest.mark.usefixtures("switching", "tokenizing_by_turns")
+@pytest.mark.usefixtures("switching", "encoding_by_turns")
 def test_attaching_and_detaching_never_mix_two_states_in_one_picture(pipe, erasers):
     pictures, mixed = possible(erasers), []
 
