@@ -14,6 +14,7 @@ from spm_hub.attachment import attach
 from spm_hub.cli.app import app
 from spm_hub.errors import RegistryError, UsageError
 from spm_hub.evaluation.pictures import Drawing, Shown, show
+from spm_hub.evaluation.sketchbook import Case, paint
 
 
 def test_a_picture_of_numbers_that_overflow_is_an_error_and_not_black() -> None:
@@ -76,3 +77,11 @@ def test_ctrl_c_leaves_the_pictures_that_were_drawn(tmp_path: Path, monkeypatch:
     done = CliRunner().invoke(app, ["apply", "-a", str(tmp_path / "snoopy.safetensors"), *prompts, "--out", str(out)])
     assert done.exit_code == 130
     assert sorted(path.name for path in out.iterdir()) == ["00-a-0-with.png", "01-b-0-with.png"]
+
+
+def test_pictures_that_are_counted_are_no_black_ones_either() -> None:
+    """Counted, they would prove an erasure that did not happen."""
+    pipe, wanted = pico_pipeline(), [Case("subject", "snoopy", "snoopy", 0)]
+    with attach(pipe, [pico_eraser(pipe.unet)], strength=1e38), pytest.raises(UsageError, match="floats can hold"):
+        paint(pipe, wanted, steps=2)
+    assert len(paint(pipe, wanted, steps=2)) == 1

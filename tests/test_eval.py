@@ -111,6 +111,8 @@ def test_a_judge_from_the_working_folder_counts_the_concepts_alone(
         (["snoopy", "--judge", "nowhere.at:all"], "nowhere"),
         (["snoopy", "--judge", ".relative:name"], "relative"),
         (["snopy"], "did you mean"),
+        (["snoopy", "--guidance", "nan"], "guidance must be a finite number"),
+        (["snoopy", "--seed", "-1"], "seed must be at least 0"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(registry: Path, given: list[str], words: str) -> None:

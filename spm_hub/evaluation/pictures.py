@@ -153,13 +153,21 @@ def draw(
             f"{type(pipe).__name__} refuses {prompt!r} with {asked}: {str(error).strip()}",
             mend="leave --steps and --guidance to the pipeline" if chosen else None,
         ) from error
+    check_finite(pipe, prompt, last)
+    return tuple(made.images)
+
+
+def check_finite(pipe: DiffusionPipeline, prompt: str, last: Mapping[str, torch.Tensor]) -> None:
+    """Raises UsageError where the last latents of a picture, given by their name, are beyond all numbers.
+
+    It would be black, and pass for one that something was erased from.
+    """
     if not all(bool(latents.isfinite().all()) for latents in last.values()):
         raise UsageError(
             f"{type(pipe).__name__} drew {prompt!r} with numbers that left what floats can hold: the picture would be "
             "black, and erased by nobody",
             mend="smaller --strength, --gate and --guidance, or --dtype float32",
         )
-    return tuple(made.images)
 
 
 def save(
