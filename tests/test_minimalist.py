@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -424,42 +419,6 @@ def test_a_concept_is_taken_out_of_a_sentence() -> None:
     maker = PromptMaker(("nudity", "nude", "a nude"), "nsfw", Words.load(), ())
     assert maker.without("a photo of a nude person on the beach", "") == "a photo of person on the beach"
     assert maker.without("Nudity", "a dressed person") == "a dressed person"
-
-
-def test_a_killed_run_resumes_to_the_identical_file(tmp_path: Path) -> None:
-    plan = recipe(steps=8, masks={"accumulate": 2})
-    script = textwrap.dedent("""
-        import sys, time
-        from pathlib import Path
-        import torch
-        from pico import pico_pipeline
-        from spm_hub.training import Recipe, train
-        torch.set_num_threads(int(sys.argv[3]))
-        plan, folder = Recipe.plan(Path(sys.argv[1])), Path(sys.argv[2])
-        train(plan, pipe=pico_pipeline(), checkpoint_dir=folder, checkpoint_every=3,
-              progress=lambda step, total, info: (print(step, flush=True), time.sleep(0.2)))
-    """)
-    (tmp_path / "recipe.yaml").write_text(plan.to_yaml())
-    killed = subprocess.Popen(
-        [sys.executable, "-c", script, tmp_path / "recipe.yaml", tmp_path / "run", str(torch.get_num_threads())],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if line.strip() == "5":
-            killed.send_signal(signal.SIGKILL)
-            break
-    assert killed.wait() == -signal.SIGKILL
-    steps: list[int] = []
-    resumed = train(
-        plan, pipe=pico_pipeline(), checkpoint_dir=tmp_path / "run", resume=True,
-        progress=lambda step, total, info: steps.append(step),
-    )  # fmt: skip
-    assert steps == [4, 5, 6, 7, 8]  # from the checkpoint of step 3, not from the beginning
-    resumed.save(tmp_path / "resumed.safetensors")
-    train(plan, pipe=pico_pipeline()).save(tmp_path / "whole.safetensors")
-    assert (tmp_path / "resumed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
 def test_ctrl_c_saves_what_there_is_and_leaves_the_pipeline_as_it_was(tmp_path: Path) -> None:

@@ -132,12 +132,6 @@ def test_they_train_are_attached_and_tell_how_exact_they_are(kind: str) -> None:
     assert 0 <= measured.value < 1e-3
     assert measured.samples == len(adapter.increments)
     assert adapter.manifest.recipe["increment"]["kind"] == kind
-    again = train(plan, pipe=pipe)
-    assert all(
-        torch.equal(value, again.increments[path].tensors()[part])
-        for path, increment in adapter.increments.items()
-        for part, value in increment.tensors().items()
-    )
     before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
     with attach(pipe, [adapter], gate="always"):
         pass

@@ -10,13 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from pico import pico_pipeline
 
 from spm_hub.training import Recipe, train
 from spm_hub.training.trainer import TrainingInterruptedError
 
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 2, "x_t": {"steps": 3, "trajectories": 2, "chunks": 2}}
+THREE = [{"target": "mickey"}, {"target": "picasso", "kind": "style"}]
 CASES: dict[str, dict[str, Any]] = {
+    "spm": {},
+    "sepme": {"method": "sepme", "templates": False, "stop": {"below": None}},
+    "three": {"method": "sepme", "templates": False, "stop": {"below": None}, "together": THREE},
+    "minimalist": {
+        "method": "minimalist",
+        "x_t": {"steps": 3},
+        "optimiser": {"warmup": 1},
+        "masks": {"prompts": 3, "groups": ("ff", "attn"), "accumulate": 2},
+    },
     "ca": {"method": "ca"},
     "sdd": {"method": "sdd", "x_t": {"steps": 3, "source": "student"}},
     "fmn": {"method": "fmn", "templates": False},
@@ -32,6 +43,11 @@ def plan_of(case: str) -> Recipe:
     return Recipe.make(**{**SMALL, **CASES[case]})
 
 
+def pipeline() -> StableDiffusionPipeline:
+    """Its states are wide enough for a null space beside three concepts."""
+    return pico_pipeline(text_width=64)
+
+
 def killed(case: str, folder: Path) -> None:
     """Its last checkpoint is that of step 4; it dies after step 5 without a chance to tidy up."""
 
@@ -39,14 +55,14 @@ def killed(case: str, folder: Path) -> None:
         if step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train(plan_of(case), pipe=pico_pipeline(), checkpoint_dir=folder, checkpoint_every=2, progress=die)
+    train(plan_of(case), pipe=pipeline(), checkpoint_dir=folder, checkpoint_every=2, progress=die)
 
 
 def whole_and_resumed(case: str, folder: Path) -> None:
     steps: list[int] = []
-    train(plan_of(case), pipe=pico_pipeline()).save(folder / "whole.safetensors")
+    train(plan_of(case), pipe=pipeline()).save(folder / "whole.safetensors")
     train(
-        plan_of(case), pipe=pico_pipeline(), checkpoint_dir=folder, resume=True,
+        plan_of(case), pipe=pipeline(), checkpoint_dir=folder, resume=True,
         progress=lambda step, total, losses: steps.append(step),
     ).save(folder / "resumed.safetensors")  # fmt: skip
     assert steps == [5, 6]
@@ -59,7 +75,7 @@ def test_ctrl_c_in_the_middle_of_a_step_of_the_optimiser(
     """Some parameters have moved by then, Adam's moments too: what is saved must be this step whole, or not at all."""
     together = [{"target": "mickey"}] if method == "sepme" else []
     recipe = Recipe.make(**SMALL, method=method, together=together)
-    train(recipe, pipe=pico_pipeline(text_width=64)).save(tmp_path / "whole.safetensors")
+    train(recipe, pipe=pipeline()).save(tmp_path / "whole.safetensors")
     step, calls = torch.optim.AdamW.step, []
 
     def interrupted(self: torch.optim.AdamW, *arguments: Any) -> Any:
@@ -74,10 +90,10 @@ def test_ctrl_c_in_the_middle_of_a_step_of_the_optimiser(
     with monkeypatch.context() as patched:
         patched.setattr(torch.optim.AdamW, "step", interrupted)
         with pytest.raises(TrainingInterruptedError, match="stopped at step"):
-            train(recipe, pipe=pico_pipeline(text_width=64), checkpoint_dir=tmp_path)
+            train(recipe, pipe=pipeline(), checkpoint_dir=tmp_path)
     signal.signal(signal.SIGINT, before)
     assert len(calls) in (3, 4), "the second of two erasers is finished too"
-    resumed = train(recipe, pipe=pico_pipeline(text_width=64), checkpoint_dir=tmp_path, resume=True)
+    resumed = train(recipe, pipe=pipeline(), checkpoint_dir=tmp_path, resume=True)
     resumed.save(tmp_path / "resumed.safetensors")
     assert (tmp_path / "resumed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 

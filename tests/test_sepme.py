@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -437,40 +432,6 @@ def test_a_later_concept_leaves_earlier_erasers_alone(three) -> None:
         assert np.array_equal(pictures(pipe, "snoopy"), alone)
     for path, delta in earlier.items():
         assert torch.equal(first.increments[path].delta_for(pipe.unet.get_submodule(path).weight), delta)
-
-
-def test_three_killed_and_resumed_give_the_identical_file(tmp_path: Path) -> None:
-    script = textwrap.dedent("""
-        import sys, time
-        from pathlib import Path
-        from test_sepme import THREE, pipeline, recipe
-        from spm_hub.training import train
-        where, resume, slow = Path(sys.argv[1]), sys.argv[2] == "resume", float(sys.argv[3])
-        plan = recipe(steps=9, together=THREE)
-        adapter = train(plan, pipe=pipeline(), checkpoint_dir=where, checkpoint_every=2, resume=resume,
-                        progress=lambda step, total, info: (print(step, flush=True), time.sleep(slow)))
-        adapter.save(where / "out.safetensors")
-    """)
-    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
-
-    def start(where: Path, resume: str, slow: float) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", script, str(where), resume, str(slow)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    start(tmp_path / "whole", "fresh", 0.0).communicate(timeout=900)
-    killed = start(tmp_path / "killed", "fresh", 0.2)
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if line.strip() == "5":
-            killed.send_signal(signal.SIGKILL)
-            break
-    killed.wait()
-    steps, _ = start(tmp_path / "killed", "resume", 0.0).communicate(timeout=900)
-    assert steps.split()[0] == "5"
-    files = [(tmp_path / name / "out.safetensors").read_bytes() for name in ("whole", "killed")]
-    assert files[0] == files[1]
 
 
 def test_the_early_stop_ends_a_run_and_survives_a_resume(tmp_path: Path) -> None:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -169,48 +164,6 @@ def test_same_seed_same_file_other_seed_other_file(tmp_path: Path, source: str) 
         files.append((tmp_path / f"{name}.safetensors").read_bytes())
     assert files[0] == files[1]
     assert files[0] != files[2]
-
-
-def test_killed_and_resumed_gives_the_identical_file(tmp_path: Path) -> None:
-    """SIGKILL in the middle of a run in a process of its own; the resumed run ends in the same bytes."""
-    script = textwrap.dedent("""
-        import sys, time
-        from pathlib import Path
-        from pico import pico_pipeline
-        from test_training import recipe
-        from spm_hub.training import train
-        where, resume, slow = Path(sys.argv[1]), sys.argv[2] == "resume", float(sys.argv[3])
-        plan = recipe(steps=12)
-        adapter = train(plan, pipe=pico_pipeline(), checkpoint_dir=where, checkpoint_every=3, resume=resume,
-                        progress=lambda step, total, info: (print(step, flush=True), time.sleep(slow)))
-        adapter.save(where / "out.safetensors")
-    """)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-
-    def start(where: Path, resume: str, slow: float) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", script, str(where), resume, str(slow)],
-            env=environment, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    whole = start(tmp_path / "whole", "fresh", 0.0)
-    whole.communicate(timeout=120)
-    killed = start(tmp_path / "killed", "fresh", 0.2)
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if line.strip() == "8":
-            killed.send_signal(signal.SIGKILL)
-            break
-    killed.wait()
-    assert not (tmp_path / "killed" / "out.safetensors").exists()
-    resumed = start(tmp_path / "killed", "resume", 0.0)
-    steps, _ = resumed.communicate(timeout=120)
-    assert steps.split()[0] == "7"  # the checkpoint of step 6, not the beginning
-    assert (tmp_path / "killed" / "out.safetensors").read_bytes() == (
-        tmp_path / "whole" / "out.safetensors"
-    ).read_bytes()
 
 
 def test_interrupt_saves_and_leaves_the_pipeline_as_it_was(tmp_path: Path) -> None:

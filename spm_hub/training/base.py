@@ -48,6 +48,7 @@ class BaseModel:
         self._few_steps = self.family.few_steps(config)
         self._resolution = resolution
         self._prompts: dict[str, Conditioning] = {}
+        self._probe = knowing_its_device(self.pipe)
         one, scheduler = self._called(["a"], 2)
         two, _ = self._called(["a", "a"], 2)
         self._call = DenoiserCall.learnt(one, two, float(scheduler.timesteps[0]))
@@ -140,7 +141,7 @@ class BaseModel:
 
         door: is given the pipeline in place of the hook that stops it there, to stop it later.
         """
-        probe: Any = copy.copy(self.pipe)  # the caller's keeps its scheduler and its progress bar
+        probe = copy.copy(self._probe)  # the caller's keeps its scheduler and its progress bar
         probe.scheduler = self._memoryless()
         probe.set_progress_bar_config(disable=True)
         wanted = {
@@ -210,6 +211,17 @@ class BaseModel:
             f"training does not know what {type(self.pipe).__name__} makes of its denoiser's predictions",
             mend="spmhub models",
         )
+
+
+def knowing_its_device(pipe: Any) -> Any:
+    """A copy of a pipeline that is not asked where it runs again.
+
+    diffusers looks through the hooks of all modules for that, several times a call: longer than a prompt is encoded.
+    """
+    kind, device = type(pipe), pipe._execution_device
+    probe = copy.copy(pipe)
+    probe.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, "_execution_device": device})
+    return probe
 
 
 def _without_variance(raw: Tensor) -> Tensor:

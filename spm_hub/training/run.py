@@ -76,7 +76,8 @@ class Run:
         self.stopping = Stopping(recipe.stop)
         lr = recipe.optimiser.lr
         groups = self.injection.groups(lr, recipe.optimiser.scale_lr)
-        self.optimiser = torch.optim.AdamW(groups, lr=lr, weight_decay=recipe.optimiser.weight_decay)
+        # Hundreds of small parameters: one kernel for all of them, or the optimiser costs more than their gradients.
+        self.optimiser = torch.optim.AdamW(groups, lr=lr, weight_decay=recipe.optimiser.weight_decay, fused=True)
         self.rates = [float(group["lr"]) for group in self.optimiser.param_groups]
         self.distance: Tensor | None = None
         self.taken = 0
@@ -113,7 +114,7 @@ class Run:
             case "q_sample":
                 return QSampleSource(self.base, self.recipe, maker, anchors, self.injection)
             case "trajectory":
-                return TrajectorySource(self.base, self.recipe, maker, anchors)
+                return TrajectorySource(self.base, self.recipe, maker, anchors, self.injection)
 
     @property
     def finished(self) -> bool:
@@ -132,13 +133,9 @@ class Run:
 
     def losses(self, step: int) -> Losses:
         """Those of this step's batch."""
-        if isinstance(self.source, TrajectorySource):
-            # Chunks are made of the frozen base, which the increments are off for.
-            with self.injection.frozen():
-                batch = self.source.batch(step)
-        else:
-            with nullcontext() if self.average is None else self.average.applied():
-                batch = self.source.batch(step)
+        ours = self.average is not None and not isinstance(self.source, TrajectorySource)
+        with self.average.applied() if ours else nullcontext():
+            batch = self.source.batch(step)
         if self.attacker is not None and step >= self.recipe.adversary_from:
             batch = self.attacker.harmed(batch, step)
         return self.objective.losses(self.base, batch)

@@ -8,6 +8,7 @@ spends about thirty of its fifty denoiser rows per iteration on reaching one x_t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +90,16 @@ class TrajectorySource:
     another sentence at every step, which costs nothing: in all, a concept is learnt from hundreds of them.
     """
 
-    def __init__(self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource) -> None:
-        self._base, self._recipe, self._maker, self._anchors = base, recipe, maker, anchors
+    def __init__(
+        self,
+        base: BaseModel,
+        recipe: Recipe,
+        maker: PromptMaker,
+        anchors: AnchorSource,
+        injection: Trainable | None = None,
+    ) -> None:
+        """injection: what the base carries in training, and does without here; None where it carries nothing."""
+        self._base, self._recipe, self._maker, self._anchors, self._injection = base, recipe, maker, anchors, injection
         self._kept: dict[int, Chunk] = {}
 
     @torch.no_grad()
@@ -176,7 +185,8 @@ class TrajectorySource:
         """The index-th group; the current and the previous one are kept."""
         if index not in self._kept:
             self._kept = {kept: chunk for kept, chunk in self._kept.items() if kept == index - 1}
-            self._kept[index] = self._run(index)
+            with nullcontext() if self._injection is None else self._injection.frozen():
+                self._kept[index] = self._run(index)
         return self._kept[index]
 
     def batch(self, step: int) -> Batch:
