@@ -45,11 +45,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
 
 
 def test_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained, looked_at, shipped = [], [], Registry(ROOT).get("snoopy").load()
+    planned, trained, looked_at, shipped = [], [], [], Registry(ROOT).get("snoopy").load()
     train, table = training.train, sketchbook.detection_table
     short = {"steps": 2, "batch_size": 2, "x_t": {"trajectories": 2, "steps": 2, "chunks": 1}}
 
     def trained_for_two_steps(recipe: Recipe, **given: Any) -> Adapter:
+        planned.append(recipe)
         trained.append(train(Recipe.make(target=recipe.target, **short), **given))
         return shipped  # in place of one that has hardly an effect
 
@@ -69,6 +70,8 @@ def test_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert done.exit_code == 0, done.stderr
     said = json.loads(done.stdout)
 
+    by_default = Recipe.make(target="snoopy")
+    assert planned[0].steps * planned[0].anchoring.per_target < by_default.steps * by_default.anchoring.per_target
     assert [(one.name, one.manifest.base.family) for one in trained] == [("snoopy", "sd1")]
     assert Path(said["adapter"]) == tmp_path / "demo" / "adapters" / "snoopy.safetensors"
     assert Registry(tmp_path / "demo").get("snoopy").load().manifest.concept.target == "snoopy"
