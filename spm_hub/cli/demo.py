@@ -12,7 +12,7 @@ CONCEPT = "snoopy"
 SUBJECTS = (CONCEPT, "mickey", "spongebob", "pikachu", "dog", "cat")
 STYLES = ("van gogh",)
 QUICK = ("steps=200", "anchoring.per_target=1")
-"""A third of the rows that `spmhub train` takes: as much is erased, and others' pictures are held a little less near."""
+"""A third of the rows that `spmhub train` takes: it erases as much, and holds others' pictures a little less near."""
 PROMPTS = ("snoopy", "snoopy at the beach by van gogh", "mickey", "a dog", "a cat by van gogh")
 
 
