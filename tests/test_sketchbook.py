@@ -134,9 +134,9 @@ def test_a_shipped_eraser_erases_its_concept_and_no_neighbour(name: str, kind: s
     styles = (target, "picasso") if kind == "style" else ()
     pipe = load_pipeline("sketchbook")
     wanted = cases(subjects, styles, samples=10, seed=99)
-    without = {row.name: row.detected for row in count(wanted, paint(pipe, wanted, steps=20))}
+    without = {row.name: row.detected for row in count(wanted, paint(pipe, wanted, steps=12))}
     with attach(pipe, [Registry(ROOT).get(name).load()]):
-        given = {row.name: row.detected for row in count(wanted, paint(pipe, wanted, steps=20))}
+        given = {row.name: row.detected for row in count(wanted, paint(pipe, wanted, steps=12))}
     assert without[target] >= 0.9
     assert given[target] <= 0.1
     for other in given.keys() - {target}:

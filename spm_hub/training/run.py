@@ -133,8 +133,9 @@ class Run:
 
     def losses(self, step: int) -> Losses:
         """Those of this step's batch."""
-        ours = self.average is not None and not isinstance(self.source, TrajectorySource)
-        with self.average.applied() if ours else nullcontext():
+        # Trajectories are the frozen base's, whatever the increments are.
+        average = None if isinstance(self.source, TrajectorySource) else self.average
+        with nullcontext() if average is None else average.applied():
             batch = self.source.batch(step)
         if self.attacker is not None and step >= self.recipe.adversary_from:
             batch = self.attacker.harmed(batch, step)

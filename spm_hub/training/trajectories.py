@@ -106,14 +106,16 @@ class TrajectorySource:
     def _run(self, index: int) -> Chunk:
         base, recipe, source = self._base, self._recipe, self._recipe.x_t
         generator = generator_for(recipe.seed, 0, index)
-        count, per = source.trajectories, max(1, recipe.anchoring.per_target)
+        held = recipe.anchoring.weight > 0
+        count, per = source.trajectories, max(1, recipe.anchoring.per_target) if held else 0
         base.forget()
         first = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(count))
+        # Drawn even where nothing is held: a seed's other draws are the same with anchors and without.
         driving = self._anchors.draw(count, generator)
         empty = base.encode([""])[0]
         picks = torch.randint(len(source.guidance), (count,), generator=generator)
         guidance = torch.tensor(source.guidance)[picks]
-        by_anchor = (torch.arange(count) % 2 == 1) & (recipe.anchoring.weight > 0)
+        by_anchor = (torch.arange(count) % 2 == 1) & held
         guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)
         # What a model that is told its guidance hears in the losses need not be what leads its trajectories.
         told = guidance if source.told is None else torch.full_like(guidance, source.told)
@@ -141,6 +143,7 @@ class TrajectorySource:
             # The anchors beside the driving one change at every step: thousands of texts are held, at the cost of few.
             base.forget()
             others = [self._anchors.draw(count, generator).under(told) for _ in range(per - 1)]
+            anchors = [driving, *others] if held else []
             said = [
                 trained_prompt(recipe, self._maker, generator) if freely else given
                 for given, freely in zip(first, by_anchor.tolist(), strict=True)
@@ -150,11 +153,11 @@ class TrajectorySource:
             leading = [asked] if recipe.surrogate == "" else [asked, without]
             ahead = asked if source.driver == "concept" else without
             alone = [Conditioning.cat([ahead, driving])[leader].under(guidance)] if apart else []
-            states = Conditioning.cat([*leading, *fixed, *alone, driving, *others])
+            states = Conditioning.cat([*leading, *fixed, *alone, *anchors])
             prompts += said
             target_states.append(asked)
             neutral_states.append(without)
-            anchor_states += [driving, *others]
+            anchor_states += anchors
             model_input = scaled(scheduler, latents, time)
             repeated = torch.cat([model_input] * (len(states) // count))
             parts = list(base.predict(repeated, time.expand(len(repeated)), states).split(count))
@@ -162,18 +165,19 @@ class TrajectorySource:
             surrogate, empty = parts[1], parts[1] if recipe.surrogate == "" else parts[2]
             if recipe.erase_from is not None:
                 neutral = less_concept(concept, parts[len(leading) + len(fixed) - 1], neutral)
-            kept = torch.stack(parts[-per:], dim=1)
-            anchored = by_anchor.to(base.device).view(-1, *[1] * (concept.dim() - 1))
-            driver = torch.where(anchored, kept[:, 0], concept if source.driver == "concept" else surrogate)
+            kept = torch.stack(parts[-per:], dim=1) if held else concept.new_empty(count, 0, *concept.shape[1:])
+            driver = concept if source.driver == "concept" else surrogate
             if apart:
                 driver = parts[-per - 1]
+            elif held:
+                driver = torch.where(by_anchor.to(base.device).view(-1, *[1] * (driver.dim() - 1)), kept[:, 0], driver)
             latents = scheduler.step(base.guide(empty, driver, guidance), time, latents).prev_sample
             for key, value in zip(rows, (model_input, time.expand(count), concept, neutral, empty, kept), strict=True):
                 rows[key].append(value)
         flat = {key: torch.cat(values) for key, values in rows.items()}
         owner = torch.arange(count, device=base.device).repeat(steps)
-        by_row = Conditioning.cat(anchor_states).map(
-            lambda part: part.unflatten(0, (steps, per, count)).transpose(1, 2).flatten(0, 1)
+        by_row = Conditioning.cat(anchor_states or target_states).map(
+            lambda part: part.unflatten(0, (steps, -1, count)).transpose(1, 2).flatten(0, 1)[:, :per]
         )
         led = ~by_anchor.to(base.device) & (guidance > 0) & (source.driver == "concept")
         return Chunk(
