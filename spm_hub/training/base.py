@@ -49,6 +49,7 @@ class BaseModel:
         self._resolution = resolution
         self._prompts: dict[str, Conditioning] = {}
         self._probe = knowing_its_device(self.pipe)
+        self._schedule = self._memoryless()
         one, scheduler = self._called(["a"], 2)
         two, _ = self._called(["a", "a"], 2)
         self._call = DenoiserCall.learnt(one, two, float(scheduler.timesteps[0]))
@@ -142,7 +143,7 @@ class BaseModel:
         door: is given the pipeline in place of the hook that stops it there, to stop it later.
         """
         probe = copy.copy(self._probe)  # the caller's keeps its scheduler and its progress bar
-        probe.scheduler = self._memoryless()
+        probe.scheduler = copy.deepcopy(self._schedule)
         probe.set_progress_bar_config(disable=True)
         wanted = {
             "prompt": list(prompts),
