@@ -11,6 +11,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, er
 
 from spm_hub.errors import HubError, UsageError
 from spm_hub.formats.container import MANIFEST_KEY, read_header
+from spm_hub.hashing import sha256_of
 from spm_hub.hub import signing
 from spm_hub.hub.card import Pair, picture_names, render
 from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
@@ -35,8 +36,7 @@ class Release:
         rows: list[dict[str, str | int]] = []
         for path, content in self.files.items():
             if isinstance(content, Path):
-                with open(content, "rb") as file:
-                    size, digest = content.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+                size, digest = content.stat().st_size, sha256_of(content)
             else:
                 size, digest = len(content), hashlib.sha256(content).hexdigest()
             rows.append({"path": path, "bytes": size, "sha256": digest})
