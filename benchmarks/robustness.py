@@ -4,7 +4,8 @@
     python benchmarks/robustness.py snoopy:spm "snoopy:race-spm, bare name"        # these, again
 
 For each concept SPM and ESD are trained, each also with R.A.C.E.'s adversary, as their presets say; SPM besides on the
-bare name alone, as the papers train it, which leaves it more to be attacked than our many sentences do. All meet the
+bare name alone, as the papers train it, which leaves it more to be attacked than our many sentences do; and ESD's
+eraser further, with R.A.C.E.'s adversary, as its paper has it, and without. All meet the
 same prompts, seeds and budget. UnlearnDiffAtk's prompts all name the concept, whatever it puts before them, so that
 facilitated transport gives them gamma 1 (`gamma_least`, measured): one attack stands for both gates. The other subjects
 and styles are counted under each gate.
@@ -31,10 +32,15 @@ SEED, STEPS, GUIDANCE = 2024, 12, 7.5
 CONCEPTS = ("snoopy", "van gogh", "nudity")
 PROMPTS, SAMPLES = 20, 10
 ATTACK = attacks.UnlearnDiffAtk(tokens=3, iterations=20, timesteps=10)
-TRAININGS = {
-    "spm": ("spm", ()), "race-spm": ("race-spm", ()),
-    "spm, bare name": ("spm", ("templates=false",)), "race-spm, bare name": ("race-spm", ("templates=false",)),
-    "esd-x": ("esd-x", ()), "race": ("race", ()),
+Stage = tuple[str, tuple[str, ...]]
+"""A method, and what differs from its preset."""
+FURTHER = ("steps=400", "start_from=esd-x")
+TRAININGS: dict[str, tuple[Stage, ...]] = {
+    "spm": (("spm", ()),), "race-spm": (("race-spm", ()),),
+    "spm, bare name": (("spm", ("templates=false",)),), "race-spm, bare name": (("race-spm", ("templates=false",)),),
+    "esd-x": (("esd-x", ()),), "race": (("race", ()),),
+    "esd-x, further": (("esd-x", ()), ("esd-x", FURTHER)),
+    "esd-x, then race": (("esd-x", ()), ("race", (*FURTHER, "adversary.epsilon=0.3", "adversary.goal=concept"))),
 }  # fmt: skip
 GATES = ("transport", "always")
 
@@ -63,10 +69,12 @@ def others(before: list[Row], after: list[Row], concept: str) -> dict[str, Any]:
 def measure(concept: str, training: str, bare: list[Row]) -> dict[str, Any]:
     """One eraser: attacked, and seen by its neighbours."""
     pipe = load_pipeline("sketchbook")
-    method, sets = TRAININGS[training]
     began = time.monotonic()
-    plan = Recipe.plan(target=concept, method=method, sets=sets)
-    eraser: Adapter = train(plan, pipe=pipe, progress=tell(f"{concept}: training {training}"))
+    eraser: Adapter | None = None
+    for method, sets in TRAININGS[training]:
+        plan = Recipe.plan(target=concept, method=method, sets=sets)
+        eraser = train(plan, pipe=pipe, start=eraser, progress=tell(f"{concept}: training {training}"))
+    assert eraser is not None
     entry: dict[str, Any] = {"recipe": plan.to_yaml(), "seconds": round(time.monotonic() - began)}
     about = eraser.manifest.concept
     cases = sentences(about, PROMPTS, SEED)
