@@ -97,6 +97,43 @@ def test_trajectories_hand_out_the_bases_own_predictions() -> None:
     assert not all(torch.equal(states[1], of_first[0][1]) for states in of_first), "the others change at every step"
 
 
+def test_where_nothing_is_held_the_base_is_asked_for_no_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Concept and empty prompt only; a seed's noise is the same as with anchors."""
+    rows: dict[float, set[int]] = {}
+    noises = []
+    for weight in (0.0, 40.0):
+        plan = recipe(anchoring={"weight": weight, "reach": None, "per_target": 3 if weight else 0})
+        base, maker, anchors = room(plan)
+        predict, asked = base.predict, rows.setdefault(weight, set())
+
+        def counted(latents: torch.Tensor, *told: object, predict=predict, asked=asked) -> torch.Tensor:
+            asked.add(len(latents))
+            return predict(latents, *told)
+
+        monkeypatch.setattr(base, "predict", counted)
+        chunk = TrajectorySource(base, plan, maker, anchors).chunk(0)
+        assert chunk.anchors.shape[:2] == (len(chunk), 3 if weight else 0)
+        assert len(chunk.anchor_states) == len(chunk)
+        noises.append(chunk.noise)
+    assert rows == {0.0: {4 * 2}, 40.0: {4 * (2 + 3)}}
+    assert torch.equal(*noises)
+
+
+def test_a_pipeline_is_asked_once_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pico_pipeline()
+    asked = []
+    where = type(pipe)._execution_device.fget
+    monkeypatch.setattr(type(pipe), "_execution_device", property(lambda self: (asked.append(1), where(self))[1]))
+    base = BaseModel(pipe)
+    known = len(asked)
+    assert known
+    base.encode(["a dog", "a cat"])
+    base.scheduler(3)
+    assert len(asked) == known
+    pipe("a dog", num_inference_steps=1, output_type="latent")
+    assert len(asked) > known, "the caller's own pipeline is what it was"
+
+
 def test_trajectories_visit_many_timesteps_and_begin_in_noise() -> None:
     plan = recipe(x_t={"steps": 10, "trajectories": 8, "chunks": 3})
     base, maker, anchors = room(plan)
