@@ -4,11 +4,11 @@
     python benchmarks/robustness.py snoopy:spm "snoopy:race-spm, bare name"        # these, again
 
 For each concept SPM and ESD are trained, each also with R.A.C.E.'s adversary, as their presets say; SPM besides on the
-bare name alone, as the papers train it, which leaves it more to be attacked than our many sentences do; and ESD's
-eraser further, with R.A.C.E.'s adversary, as its paper has it, and without. All meet the
-same prompts, seeds and budget. UnlearnDiffAtk's prompts all name the concept, whatever it puts before them, so that
-facilitated transport gives them gamma 1 (`gamma_least`, measured): one attack stands for both gates. The other subjects
-and styles are counted under each gate.
+bare name alone, as the papers train it, which leaves it more to be attacked than our many sentences do; and a finished
+ESD eraser is trained further, with R.A.C.E.'s adversary, as its paper has it, and without. All meet the same prompts,
+seeds and budget. UnlearnDiffAtk's prompts all name the concept, whatever it puts before them, so that facilitated
+transport gives them gamma 1 (`gamma_least`, measured): one attack stands for both gates. The other subjects and styles
+are counted under each gate.
 """
 
 from __future__ import annotations

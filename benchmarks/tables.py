@@ -247,7 +247,8 @@ def robustness(numbers: dict[str, Any]) -> str:
     ]  # fmt: skip
     attack = numbers["attack"]
     return (
-        f"{_table(head, rows)}\n\nUnlearnDiffAtk on {numbers['prompts']} prompts, {attack['timesteps']} timesteps, "
+        f"{_table(head, rows)}\n\nFurther, then race: 400 steps more, begun with the finished ESD eraser. "
+        f"UnlearnDiffAtk on {numbers['prompts']} prompts, {attack['timesteps']} timesteps, "
         f"{attack['iterations']} iterations at each; others in points of detection, {numbers['samples_per_name']} "
         f"pictures each.\n{_about(numbers, 'robustness')}"
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from pico import pico_eraser, pico_pipeline
+from pico_families import family_pipeline
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -15,6 +18,7 @@ from spm_hub.cli.app import app
 from spm_hub.errors import RegistryError, UsageError
 from spm_hub.evaluation.pictures import Drawing, Shown, show
 from spm_hub.evaluation.sketchbook import Case, paint
+from spm_hub.evaluation.watching import Watch
 
 
 def test_a_picture_of_numbers_that_overflow_is_an_error_and_not_black() -> None:
@@ -25,6 +29,26 @@ def test_a_picture_of_numbers_that_overflow_is_an_error_and_not_black() -> None:
     with pytest.raises(UsageError, match="'snoopy' with numbers that left what floats can hold"):
         show(pipe, [pico_eraser(pipe.unet)], ["snoopy"], drawing, strength={"snoopy": 1e38}, compare=False)
     show(pipe, [pico_eraser(pipe.unet)], ["snoopy"], drawing)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd3", "flux-schnell", "pixart"])
+def test_steps_are_told_and_overflow_is_found_in_every_family(family: str) -> None:
+    """PixArt's pipelines have an older callback than all others."""
+    pipe = family_pipeline(family)
+    # Its resolutions are 256 and more, unless they may be any.
+    small = {"use_resolution_binning": False} if family == "pixart" else {}
+    told: list[tuple[int, int]] = []
+    for held in (False, True):
+        with attach(pipe, []) if held else nullcontext():
+            told.clear()
+            watch = Watch(pipe, lambda step, total: told.append((step, total)))
+            drawn = pipe("snoopy", num_inference_steps=2, output_type="latent", **watch.options, **small).images
+            assert told == [(1, 2), (2, 2)]
+            assert torch.equal(watch.latents, drawn)
+    watch.check("snoopy")
+    watch.latents = watch.latents / 0.0
+    with pytest.raises(UsageError, match="'snoopy' with numbers that left what floats can hold"):
+        watch.check("snoopy")
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_drawn(

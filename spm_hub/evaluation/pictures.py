@@ -18,6 +18,7 @@ from spm_hub.atomic import write_atomic
 from spm_hub.attachment import Attachment, attach
 from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.evaluation.grid import Row, draw_grid
+from spm_hub.evaluation.watching import Watch
 from spm_hub.manifest import slug
 
 if TYPE_CHECKING:
@@ -130,21 +131,14 @@ def draw(
     given = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
     generators = [torch.Generator("cpu").manual_seed(drawing.seed + index) for index in range(drawing.number)]
 
-    last: dict[str, torch.Tensor] = {}
-
-    def stepped(pipeline: Any, step: int, _timestep: object, kept: dict[str, Any]) -> dict[str, Any]:
-        last.update({name: kept[name] for name in ("latents",) if name in kept})
-        if progress is not None:
-            progress(step + 1, pipeline.num_timesteps)
-        return kept
-
+    watch = Watch(pipe, progress)
     chosen = {name: value for name, value in given.items() if value is not None}
     try:
         made = pipe(
             prompt,
             num_images_per_prompt=drawing.number,
             generator=generators,
-            callback_on_step_end=stepped,
+            **watch.options,
             **chosen,
         )
     except ValueError as error:
@@ -153,21 +147,8 @@ def draw(
             f"{type(pipe).__name__} refuses {prompt!r} with {asked}: {str(error).strip()}",
             mend="leave --steps and --guidance to the pipeline" if chosen else None,
         ) from error
-    check_finite(pipe, prompt, last)
+    watch.check(prompt)
     return tuple(made.images)
-
-
-def check_finite(pipe: DiffusionPipeline, prompt: str, last: Mapping[str, torch.Tensor]) -> None:
-    """Raises UsageError where the last latents of a picture, given by their name, are beyond all numbers.
-
-    It would be black, and pass for one that something was erased from.
-    """
-    if not all(bool(latents.isfinite().all()) for latents in last.values()):
-        raise UsageError(
-            f"{type(pipe).__name__} drew {prompt!r} with numbers that left what floats can hold: the picture would be "
-            "black, and erased by nobody",
-            mend="smaller --strength, --gate and --guidance, or --dtype float32",
-        )
 
 
 def save(

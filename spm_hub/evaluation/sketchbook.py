@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from spm_hub.evaluation.pictures import check_finite
+from spm_hub.evaluation.watching import Watch
 from spm_hub.manifest import Evaluation
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.probe import Probe
@@ -102,22 +102,15 @@ def paint(
     pipe.set_progress_bar_config(disable=True)
     for start in range(0, len(wanted), BATCH_SIZE):
         part = wanted[start : start + BATCH_SIZE]
-        last: dict[str, torch.Tensor] = {}
-
-        def stepped(
-            _pipe: Any, _step: int, _time: object, kept: dict[str, Any], last: dict[str, torch.Tensor] = last
-        ) -> dict[str, Any]:
-            last["latents"] = kept["latents"]
-            return kept
-
+        watch = Watch(pipe)
         output = pipe(
             [case.prompt for case in part],
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(case.seed) for case in part],
-            callback_on_step_end=stepped,
+            **watch.options,
         )
-        check_finite(pipe, part[0].prompt, last)
+        watch.check(part[0].prompt)
         pictures.extend(output.images)
         if progress is not None:
             progress(len(pictures), len(wanted))

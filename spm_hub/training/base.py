@@ -48,7 +48,7 @@ class BaseModel:
         self._few_steps = self.family.few_steps(config)
         self._resolution = resolution
         self._prompts: dict[str, Conditioning] = {}
-        self._probe = knowing_its_device(self.pipe)
+        self._probe = _knowing_its_device(self.pipe)
         self._schedule = self._memoryless()
         one, scheduler = self._called(["a"], 2)
         two, _ = self._called(["a", "a"], 2)
@@ -214,7 +214,7 @@ class BaseModel:
         )
 
 
-def knowing_its_device(pipe: Any) -> Any:
+def _knowing_its_device(pipe: Any) -> Any:
     """A copy of a pipeline that is not asked where it runs again.
 
     diffusers looks through the hooks of all modules for that, several times a call: longer than a prompt is encoded.

@@ -110,7 +110,7 @@ class TrajectorySource:
         count, per = source.trajectories, max(1, recipe.anchoring.per_target) if held else 0
         base.forget()
         first = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(count))
-        # Drawn even where nothing is held: a seed's other draws are the same with anchors and without.
+        # Drawn even where nothing is held, so that the noise and the guidance of a seed do not depend on it.
         driving = self._anchors.draw(count, generator)
         empty = base.encode([""])[0]
         picks = torch.randint(len(source.guidance), (count,), generator=generator)
@@ -176,6 +176,7 @@ class TrajectorySource:
                 rows[key].append(value)
         flat = {key: torch.cat(values) for key, values in rows.items()}
         owner = torch.arange(count, device=base.device).repeat(steps)
+        # Without anchors, what targets are told stands in for them: none of it is taken, but it has the right shape.
         by_row = Conditioning.cat(anchor_states or target_states).map(
             lambda part: part.unflatten(0, (steps, -1, count)).transpose(1, 2).flatten(0, 1)[:, :per]
         )
