@@ -138,8 +138,9 @@ def runtime(numbers: dict[str, Any]) -> str:
     head = ["U-Net", "prompts", "held by", *(f"N = {count}" for count in counts)]
     return (
         f"{_table(head, rows)}\n\nStep time over the bare pipeline's with N rank-1 erasers on every target module: "
-        "exact U-Nets with random weights, 64x64 (SD1.5) and 128x128 (SDXL) pixels, float32, each pair in one process. "
-        "One prompt is folded, a mixed batch of 8 is branched; PEFT, diffusers and hooks have no gate, and one sum for "
+        "exact U-Nets with random weights, 64x64 (SD1.5) and 128x128 (SDXL) pixels, float32, each pair in one process; "
+        "the median where a case was run more than once. One prompt is folded, a mixed batch of 8 is branched; PEFT, "
+        "diffusers and hooks have no gate, and one sum for "
         f"the whole batch.\n\nOn SD1.5 with {fast['erasers']} erasers: attach {fast['attach']:.2g} s, fold "
         f"{fast['fold']:.2g} s, fold for other gammas {fast['fold_for_other_gammas']:.2g} s, recover all, bit-exactly, "
         f"{fast['recover_all']:.2g} s. Gates of one prompt after the text encoder: {asked}. "

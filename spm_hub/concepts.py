@@ -104,13 +104,15 @@ class Concepts:
 
         Rows of names that have more states are longer.
         """
-        if any(concept.shelved or concept.shape != self.each[0].shape for concept in self.each):
+        if self._matrix is None:
             yield from (concept.units for concept in self.each)
         else:
             yield self._matrix
 
     @cached_property
-    def _matrix(self) -> Tensor:
+    def _matrix(self) -> Tensor | None:
+        if any(concept.shelved or concept.shape != self.each[0].shape for concept in self.each):
+            return None
         return fixed_point(self.states)
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "spm_hub"
 # A room imports only rooms further down.
 LEVELS = (
     ("errors",),
-    ("aliases", "atomic", "environment", "hashing", "network", "plugins", "snapshots", "untrusted"),
+    ("aliases", "atomic", "environment", "hashing", "network", "plugins", "snapshots", "untrusted", "watching"),
     ("increments", "manifest"),
     ("formats",),
     ("adapter",),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from pico import pico_eraser, pico_pipeline
+from pico_families import family_pipeline
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
@@ -124,6 +125,38 @@ def test_what_the_attacker_sees_is_what_the_pipeline_draws_with() -> None:
             assert torch.equal(victim.predict(latents, first, prompts, told), predicted)
             fully_on = victim.base.predict(latents, first, told)
         assert not torch.equal(fully_on, predicted), "the gates of these prompts are not 1"
+
+
+def test_a_prompt_is_seen_with_its_own_mask() -> None:
+    """PixArt's denoiser is told which text states count; those of the empty prompt are fewer."""
+    pipe = family_pipeline("pixart")
+    prompts, seen = ["church dog a photo of cat", "dog"], []
+
+    def keep(module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: tuple[Tensor]) -> None:
+        seen.append((args[0], kwargs["encoder_attention_mask"], output[0]))
+
+    with torch.no_grad(), pipe.transformer.register_forward_hook(keep, with_kwargs=True):
+        pipe(prompts, num_inference_steps=2, guidance_scale=1.0, use_resolution_binning=False, output_type="latent")
+    latents, mask, predicted = seen[0]
+    victim = Victim(pipe)
+    told = victim.encode(prompts)
+    assert torch.equal(told.mask, mask)
+    assert mask[0].sum() > mask[1].sum()
+    with torch.no_grad():
+        raw = victim.predict(latents, pipe.scheduler.timesteps[0].expand(2), prompts, told)
+    torch.testing.assert_close(raw, predicted.chunk(2, dim=1)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "pixart"])
+def test_a_token_moved_onto_another_is_the_other(family: str) -> None:
+    """T5 reads its table of tokens through another module than the one it names."""
+    victim = Victim(family_pipeline(family))
+    one, other = (victim.tokenizer(word, add_special_tokens=False).input_ids for word in ("dog", "cat"))
+    move = (victim.table[other] - victim.table[one])[None]
+    with torch.no_grad():
+        moved, meant = victim.encode(["dog"], move), victim.encode(["cat"])
+    assert not torch.equal(victim.encode(["dog"]).states, meant.states)
+    torch.testing.assert_close(moved.states, meant.states, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["fold", "branch"])

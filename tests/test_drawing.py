@@ -18,7 +18,7 @@ from spm_hub.cli.app import app
 from spm_hub.errors import RegistryError, UsageError
 from spm_hub.evaluation.pictures import Drawing, Shown, show
 from spm_hub.evaluation.sketchbook import Case, paint
-from spm_hub.evaluation.watching import Watch
+from spm_hub.watching import Watch
 
 
 def test_a_picture_of_numbers_that_overflow_is_an_error_and_not_black() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from spm_hub.adapter import Adapter
 from spm_hub.attachment import Attachment, attach
@@ -25,6 +25,7 @@ from spm_hub.errors import ModelError, UsageError
 from spm_hub.gate import Prompts
 from spm_hub.training.base import BaseModel
 from spm_hub.training.conditioning import Conditioning
+from spm_hub.watching import Watch
 
 from .noising import Noising
 from .outcome import Case
@@ -58,22 +59,16 @@ def draw(
     latents: list[Tensor] = []
     for start in range(0, len(cases), drawing.at_once):
         part = cases[start : start + drawing.at_once]
-        last: dict[str, Tensor] = {}
-
-        def keep(
-            _pipe: Any, _step: int, _time: object, kept: dict[str, Any], last: dict[str, Tensor] = last
-        ) -> dict[str, Any]:
-            last["latents"] = kept["latents"]
-            return kept
-
+        watch = Watch(pipe)
         made = pipe(
             [case.prompt for case in part],
             generator=[torch.Generator().manual_seed(case.seed) for case in part],
-            callback_on_step_end=keep,
+            **watch.options,
             **{name: value for name, value in given.items() if value is not None},
         )
         pictures += made.images
-        latents.append(last["latents"].detach())
+        assert watch.latents is not None, "every pipeline that can be trained on tells its latents"
+        latents.append(watch.latents.detach())
         told(len(pictures))
     return pictures, torch.cat(latents)
 
@@ -185,9 +180,11 @@ class Victim:
                 do_classifier_free_guidance=False,
             )
         parts = result if isinstance(result, tuple | list) else (result,)
-        pooled = next((part for part in parts if isinstance(part, Tensor) and part.dim() == 2), None)
+        flat = next((part for part in parts if isinstance(part, Tensor) and part.dim() == 2), None)
         like = self._like.expand(len(prompts))
-        return replace(like, states=parts[0], pooled=None if like.pooled is None else pooled)
+        told = replace(like, states=parts[0], pooled=None if like.pooled is None else flat)
+        # A pipeline has either: a text's pooled state, or (PixArt) a mask of which of its states count.
+        return told if like.mask is None or flat is None else replace(told, mask=flat.to(like.mask))
 
     @contextmanager
     def _shifted(self, shift: Tensor | None, places: Tensor | None) -> Iterator[None]:
@@ -197,14 +194,16 @@ class Victim:
         if shift is not None:
             at = first + (torch.arange(shift.shape[1]) if places is None else places).to(shift.device)
             shares = shift.split([table.weight.shape[1] for table in tables], dim=-1)
-            for table, share in zip(tables, shares, strict=True):
+            for encoder, table, share in zip(self._encoders, tables, shares, strict=True):
 
                 def add(module: Any, args: Any, output: Tensor, share: Tensor = share) -> Tensor:
                     window = torch.arange(output.shape[1], device=share.device)
                     taken = (window[:, None] == at[..., None, :]).to(share)  # (n, window, k) or (window, k)
                     return output + (taken @ share).to(output.dtype)
 
-                hooks.append(table.register_forward_hook(add))
+                # T5 reads its table through another module than the one that it calls its own.
+                readers = [module for module in encoder.modules() if getattr(module, "weight", None) is table.weight]
+                hooks += [module.register_forward_hook(add) for module in readers if isinstance(module, nn.Embedding)]
         try:
             yield
         finally:

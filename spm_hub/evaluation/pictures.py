@@ -18,8 +18,8 @@ from spm_hub.atomic import write_atomic
 from spm_hub.attachment import Attachment, attach
 from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.evaluation.grid import Row, draw_grid
-from spm_hub.evaluation.watching import Watch
 from spm_hub.manifest import slug
+from spm_hub.watching import Watch
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

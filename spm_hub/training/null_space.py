@@ -14,7 +14,7 @@ from .dense import WeightInjection, zeros
 
 
 class NullSpaceInjection(WeightInjection):
-    """Weights w (out, k), zero at first, on the k directions S that no protected prompt has.
+    """Weights w (out, k), zero at first, on the k directions S that no protected prompt has (SRS-ME, Eq. 36).
 
     However far w is trained, the increment sends the states of every protected prompt to zero. Biases are left alone.
     """

@@ -30,7 +30,7 @@ _LEFT = 1e-4  # of the target's states, outside of what is protected: less canno
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """The directions that are left to an increment.
+    """The directions that are left to an increment (SRS-ME, SepME's authors' later text of it, Eq. 25).
 
     basis: S (k, d_text), float64, orthonormal rows.  exact: prompts whose states it sends to zero; held: all that are
     protected, with their states (n, tokens, d_text).  target: the concept's states (1, tokens, d_text).

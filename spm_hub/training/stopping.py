@@ -9,7 +9,10 @@ from .parts import EarlyStop
 
 
 class Stopping:
-    """L_mom <- memory L_mom + (1 - memory) L, beginning with the first L."""
+    """L_mom <- memory L_mom + (1 - memory) L, beginning with the first L.
+
+    Eq. 37 of SepME's authors' later text (SRS-ME).
+    """
 
     def __init__(self, recipe: EarlyStop) -> None:
         self._recipe = recipe

@@ -15,7 +15,7 @@ from .base import Objective
 
 @dataclass(frozen=True)
 class ESD(Objective):
-    """|| eps(x_t, c) - ( eps*(x_t, c0) - eta (eps*(x_t, c) - eps*(x_t, c0)) ) ||^2.
+    """Eq. 6 as a loss: || eps(x_t, c) - ( eps*(x_t, c0) - eta (eps*(x_t, c) - eps*(x_t, c0)) ) ||^2.
 
     convention: "paper" is that; the authors' "rewrite" of 2025 begins at eps*(x_t, c) instead of eps*(x_t, c0), so that
     its eta is the paper's plus 1.

@@ -1,7 +1,8 @@
 """SepME's loss: what the concept does to the prediction is made uncorrelated with what it did (G-CiRs).
 
 Zhao et al., Separable Multi-Concept Erasure from Diffusion Models, arXiv 2402.05947, section on concept-irrelevant
-representations.
+representations. Equations are numbered as in the authors' later text of it: Forget All That Should Be Forgotten:
+Separable, Recoverable, and Sustainable Multi-Concept Erasure from Diffusion Models (SRS-ME).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 class SepME(Objective):
     """L_cor(c) = mean( r_c(theta + dtheta) * r_c(theta) ), r_c(theta) = eps(x_t, c; theta) - eps(x_t, c0; theta).
 
-    The product is element-wise, without a root, a cosine or guidance. It is 0 where the concept's own direction is
-    gone, and falls below without a bound: whoever minimises it stops.
+    Eq. 28, and 27 for r_c. The product is element-wise, without a root, a cosine or guidance. It is 0 where the
+    concept's own direction is gone, and falls below without a bound: whoever minimises it stops.
     """
 
     # At the paper's beta gradients lie below Adam's epsilon: as shares of anything, they would make other steps.
@@ -64,6 +65,6 @@ def correlation(now: Tensor, before: Tensor) -> Tensor:
 
 
 def balance(losses: Sequence[Tensor]) -> Tensor:
-    """eta_i = max_k |L_cor(c_k)| / |L_cor(c_i)| of several concepts, (concepts,), without gradient."""
+    """Eq. 35: eta_i = max_k |L_cor(c_k)| / |L_cor(c_i)| of several concepts, (concepts,), without gradient."""
     sizes = torch.stack([loss.detach().abs() for loss in losses])
     return sizes.max() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
