@@ -3,7 +3,7 @@
 The public door. What is behind it is imported when first used: `import spm_hub` costs nothing and needs no torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,10 @@ def attach(
     if isinstance(adapters, Mapping):
         raise UsageError("adapters is a mapping: it has to name erasers alone", mend="attach(..., strength={...}) too")
     several = [adapters] if isinstance(adapters, str | Path | Adapter) else adapters
+    if not isinstance(several, Iterable) or not all(isinstance(one, str | Path | Adapter) for one in several):
+        raise UsageError(
+            f"adapters holds erasers: names, paths or Adapters, not {adapters!r}", mend='attach(pipe, ["snoopy"])'
+        )
     lazy = options.get("increment_budget") is not None
     loaded = [one if isinstance(one, Adapter) else load(one, registry=registry, lazy=lazy) for one in several]
     return attachment.attach(pipe, loaded, **options)

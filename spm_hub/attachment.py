@@ -21,7 +21,8 @@ from spm_hub.gating import Gating
 from spm_hub.layers import Layers, foldable, kept_bytes, offloaded_in_groups
 from spm_hub.naming import by_name, named, namesakes
 from spm_hub.options import Eraser, GateChoice, Mode, Options, Rows, finite
-from spm_hub.prompting import Call, CannotEncodeError, encode
+from spm_hub.prompting import Call, CannotEncodeError, encode, told
+from spm_hub.tuners import settle
 
 
 def attach(
@@ -54,7 +55,9 @@ def attach(
 
     A denoiser that is called without a known prompt runs with gamma 1. While attached, `state_dict`, `save_pretrained`,
     `load_state_dict` and `to` meet the checkpoint's own weights: erasers are never saved by accident (baking is the way
-    to save them in). Raises UsageError or CompatibilityError, and then the pipeline is as it was.
+    to save them in). Pictures that other threads are drawing are waited for: such a thread must not wait for this one.
+    Another pipeline around the same denoiser draws with the same erasers, fully on and without a lock of its own.
+    Raises UsageError or CompatibilityError, and then the pipeline is as it was.
     """
     options = Options(gate, strength, rows, mode, memory_budget, increment_budget, threshold, top_k)
     return Attachment(pipe, adapters, options)
@@ -107,16 +110,21 @@ class Attachment:
         """What multiplies each eraser's gamma, by name; changes act from the next call of the denoiser on."""
         return Strength(self)
 
-    def gates(self, prompt: str, /) -> dict[str, float]:
+    def gates(self, prompt: str, /, **options: Any) -> dict[str, float]:
         """Gamma of every eraser for a prompt, before its strength: why a picture is as it is.
 
-        What `threshold` and `top_k` leave out is 0. Raises UsageError where the pipeline cannot encode a text.
+        options: what a call is given that changes what its text encoder makes of a text (max_sequence_length,
+        clip_skip).  What `threshold` and `top_k` leave out is 0. Raises UsageError where the pipeline cannot encode a
+        text, or knows no such option.
         """
+        if not isinstance(prompt, str):
+            raise UsageError(f"gates takes one prompt, not {prompt!r}", mend="erasers.gates(prompt) for each of them")
+        settings = told(self._pipeline_class, options)
         with self._lock:
             self._alive()
-            states = encode(self._pipe, self._pipeline_class, prompt)
+            states = encode(self._pipe, self._pipeline_class, prompt, settings)
             prompts = Prompts((prompt,), tokens_of(self._pipe, [prompt]), states)
-            gammas = self._gating.selected(self._gating.ask(prompts, (), self._erasers))
+            gammas = self._gating.selected(self._gating.ask(prompts, settings, self._erasers))
             return {name: gammas[name][0] for name in self._erasers}
 
     @contextmanager
@@ -237,6 +245,8 @@ class Attachment:
         factors = self._factors(call, rows)
         shared = all(len(set(due)) == 1 for due in factors.values())
         if self._budgeted is None:
+            with self._writing():
+                settle(body_of(self._denoiser), self._bare)
             self._budgeted = self._keeping()
         keep_on, can_fold = self._budgeted
         if self._options.mode == "fold" and not shared:

@@ -40,6 +40,13 @@ class Begun:
             elif _hesitates(frame, within):
                 self._hesitating[id(frame)] = frame
 
+    def here(self) -> bool:
+        """Whether the thread that asks is in one of them."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and id(frame) not in self._running:
+            frame = frame.f_back
+        return frame is not None
+
     def over(self) -> bool:
         """Whether all of them have ended."""
         running: dict[int, FrameType] = {}

@@ -8,7 +8,7 @@ such a graph is given, so other factors need no other graph.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,14 @@ def _branched(base: Any) -> Any:
 class Stack:
     """The increments of several erasers on one module; tensors follow the module's input to its device and dtype.
 
+    read: gives the increment of an eraser, again where an input is wider than the one that the tensors were cast for.
     like: without elements, of the device and dtype where the tensors are.
     down: (sum of ranks, in[, kh, kw]), up: (out, sum of ranks[, 1, 1]), None without low-rank increments;
     owners: for each rank, each dense increment and each mask the index of its eraser in `names`.
     """
 
     names: list[str]
+    read: Callable[[str], Increment]
     like: Tensor
     down: Tensor | None
     up: Tensor | None
@@ -74,12 +76,22 @@ class Stack:
     masks: list[tuple[int, int, Tensor]]
 
     @classmethod
-    def of(cls, module: nn.Module, increments: Mapping[str, Increment]) -> "Stack":
+    def of(cls, module: nn.Module, names: list[str], read: Callable[[str], Increment]) -> "Stack":
+        weight = weight_of(module)
+        at_rest = weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2
+        like = torch.empty(0) if at_rest else torch.empty(0, dtype=weight.dtype, device=weight.device)
+        stack = cls(names, read, like, None, None, [], [], [])
+        stack._fill(module)
+        return stack
+
+    def _fill(self, module: nn.Module) -> None:
+        """The tensors, from the increments themselves, as they are beside `like`."""
         shape = shape_of(module)
         pairs: list[tuple[int, LowRank]] = []
         dense: list[tuple[int, Tensor, Tensor | None]] = []
         masks: list[tuple[int, int, Tensor]] = []
-        for owner, increment in enumerate(increments.values()):
+        for owner, name in enumerate(self.names):
+            increment = self.read(name)
             if isinstance(increment, Mask):
                 masks.append((owner, increment.dim, ~increment.keep))
             elif isinstance(increment, Dense):
@@ -95,17 +107,20 @@ class Stack:
             down = torch.cat([pair.down.to(wide).view(pair.rank, *shape[1:]) for _, pair in pairs])
             up = torch.cat([pair.up.to(wide).flatten(1) for _, pair in pairs], dim=1)
             up = up.view(*up.shape, *[1] * (len(shape) - 2))
-        rank_owners = [owner for owner, pair in pairs for _ in range(pair.rank)]
-        weight = weight_of(module)
-        at_rest = weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2
-        like = torch.empty(0) if at_rest else torch.empty(0, dtype=weight.dtype, device=weight.device)
-        stack = cls(list(increments), like, down, up, rank_owners, dense, masks)
-        stack.follow(like)
-        return stack
+        self.down, self.up, self.dense, self.masks = down, up, dense, masks
+        self.rank_owners = [owner for owner, pair in pairs for _ in range(pair.rank)]
+        self._cast(self.like)
 
-    def follow(self, like: Tensor) -> None:
+    def follow(self, module: nn.Module, like: Tensor) -> None:
         """Move to the device and dtype of `like`; a mask stays boolean."""
+        rounded = torch.promote_types(like.dtype, self.like.dtype) != self.like.dtype
         self.like = like.new_empty(0)
+        if rounded:
+            self._fill(module)
+        else:
+            self._cast(like)
+
+    def _cast(self, like: Tensor) -> None:
         if self.down is not None and self.up is not None:
             self.down, self.up = self.down.to(like), self.up.to(like)
         self.dense = [
@@ -119,6 +134,7 @@ class _Effect:
 
     def __init__(self, stack: Stack, gammas: Tensor) -> None:
         self._stack = stack
+        self._given = gammas
         self._gammas = gammas.to(stack.like)
         self._ranks = self._gammas[:, stack.rank_owners]
 
@@ -126,8 +142,9 @@ class _Effect:
         """The input without what masks switch off: the same as switching off columns of the weight."""
         if self._gammas.dtype != x.dtype or self._gammas.device != x.device:
             # An offloaded module is elsewhere while it rests, a quantised one says little about its input.
-            self._stack.follow(x)
-            self._gammas, self._ranks = self._gammas.to(x), self._ranks.to(x)
+            self._stack.follow(module, x)
+            self._gammas = self._given.to(x)
+            self._ranks = self._gammas[:, self._stack.rank_owners]
         scale = self._mask_scale(1, len(x))
         if scale is None:
             return x
@@ -195,6 +212,8 @@ def _plus_product(output: Tensor, inner: Tensor, up: Tensor) -> Tensor:
     output: (n, ..., out) of a Linear, (n, out, h, w) of a Conv2d; inner: the same with the ranks in place of out;
     up: (out, ranks[, 1, 1]).
     """
+    # Under autocast the module gives another dtype than it is given; what writes in place is not cast there.
+    inner, up = inner.to(output.dtype), up.to(output.dtype)
     if up.dim() == 4:
         if not (output.is_contiguous() and inner.is_contiguous()):
             return output + F.conv2d(inner, up)

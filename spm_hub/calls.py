@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -25,6 +26,10 @@ _GUARDED = "_spm_hub_guarded"
 
 _WAITING = "_spm_hub_waiting"
 """The key in a pipeline's `__dict__` while `hold` waits for pictures that began before."""
+
+_LOCK = threading.Lock()
+_AWAITED: list[Begun] = []
+"""What threads that attach are waiting for."""
 
 PLACES = ("", "_2", "_3", "_4")
 """What follows the names of a pipeline's text encoders and of their tokenizers."""
@@ -69,9 +74,7 @@ def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
             pipe.__dict__[_WAITING] = True
             base = pipe.__class__
             pipe.__class__ = _held_pipeline(base)
-            begun = Begun(base, denoiser, _unheld.__code__)
-            while not begun.over():
-                time.sleep(0.005)
+            _wait(Begun(base, denoiser, _unheld.__code__))
             del pipe.__dict__[_WAITING]
             # Plain assignment would pass through torch.compile's wrapper to the module inside it.
             object.__setattr__(denoiser, "__class__", _held_denoiser(denoiser.__class__))
@@ -82,6 +85,23 @@ def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
         except BaseException:
             release(pipe, denoiser)
             raise
+
+
+def _wait(begun: Begun) -> None:
+    """Until these calls have ended. Raises UsageError where another thread waits for a call that this one is in."""
+    with _LOCK:
+        if any(other.here() for other in _AWAITED):
+            raise UsageError(
+                "another thread attaches erasers in the midst of a picture too: each would wait for the other's",
+                mend="attach before the pictures begin",
+            )
+        _AWAITED.append(begun)
+    try:
+        while not begun.over():
+            time.sleep(0.005)
+    finally:
+        with _LOCK:
+            _AWAITED.remove(begun)
 
 
 def release(pipe: Any, denoiser: Any) -> None:

@@ -1,11 +1,13 @@
 """What erasers listen to: the names of their concepts, and what the text encoder makes of them."""
 
+import os
 import tempfile
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,14 +122,19 @@ class Shelf:
     """A nameless file in the temporary folder, where states lie that would take too much memory.
 
     77 x 768 numbers of SD1.5's encoder are 236 kB for each name, beside the 1.7 MB of a rank-1 eraser. The system keeps
-    in memory what it has room for; the file is gone with the process, whatever ends it. Not thread-safe by itself.
+    in memory what it has room for; the file is gone with the process, whatever ends it. A process that was forked from
+    another reads what lay there before, and writes into a file of its own. Not thread-safe by itself.
     """
 
     def __init__(self) -> None:
+        self._row = 0
+        self._begin()
+
+    def _begin(self) -> None:
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - as long as the shelf is there
         self._free: list[int] = []
         self._end = 0
-        self._row = 0
+        self._process = os.getpid()
         weakref.finalize(self, self._file.close)
 
     def put(self, states: Tensor) -> "Places":
@@ -135,7 +142,9 @@ class Shelf:
         units, lengths = fixed_point(states), states.detach().to("cpu", torch.float64).flatten(1).norm(dim=1)
         self._row = self._row or units.shape[1]
         assert units.shape[1] == self._row, "one shelf is for states of one size"
-        places = Places(self, [self._place() for _ in units], lengths.float())
+        if self._process != os.getpid():
+            self._begin()
+        places = Places(self, self._file, [self._place() for _ in units], lengths.float())
         for place, row in zip(places.at, units.float(), strict=True):
             self._file.seek(place)
             written = self._file.write(row.numpy().data)
@@ -143,17 +152,22 @@ class Shelf:
                 raise OSError(f"{written} of {row.nbytes} bytes were written to the temporary folder")
         return places
 
-    def get(self, at: list[int]) -> Tensor:
+    def get(self, file: Any, at: list[int]) -> Tensor:
         """(places, tokens * d_text), float32, which holds fixed point exactly."""
         rows = torch.empty(len(at), self._row)
         for place, row in zip(at, rows, strict=True):
-            self._file.seek(place)
-            self._file.readinto(row.numpy().data)
+            if hasattr(os, "preadv"):
+                # Forked processes share a file's position, and would read at each other's.
+                os.preadv(file.fileno(), [row.numpy().data], place)
+            else:
+                file.seek(place)
+                file.readinto(row.numpy().data)
         return rows
 
-    def give_back(self, at: list[int]) -> None:
+    def give_back(self, file: Any, at: list[int]) -> None:
         """Others may lie there from now on."""
-        self._free += at
+        if file is self._file and self._process == os.getpid():
+            self._free += at
 
     def _place(self) -> int:
         if self._free:
@@ -165,13 +179,13 @@ class Shelf:
 class Places:
     """Where on a shelf the names of one concept lie; given back to it when nobody needs them any more."""
 
-    def __init__(self, shelf: Shelf, at: list[int], lengths: Tensor) -> None:
-        self._shelf, self.at, self.lengths = shelf, at, lengths
-        weakref.finalize(self, shelf.give_back, at)
+    def __init__(self, shelf: Shelf, file: Any, at: list[int], lengths: Tensor) -> None:
+        self._shelf, self._file, self.at, self.lengths = shelf, file, at, lengths
+        weakref.finalize(self, shelf.give_back, file, at)
 
     def read(self) -> Tensor:
         """(names, tokens * d_text), float32, of unit length in fixed point."""
-        return self._shelf.get(self.at)
+        return self._shelf.get(self._file, self.at)
 
 
 def fixed_point(states: Tensor) -> Tensor:

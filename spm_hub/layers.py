@@ -230,7 +230,7 @@ class _Site:
         if not names:
             return
         if self._stack is None or self._stack.names != names:
-            self._stack = Stack.of(self.module, {name: read(name) for name in names})
+            self._stack = Stack.of(self.module, names, read)
         put_beside(self.module, self._stack, gammas)
         self._folded = None
 

@@ -58,6 +58,8 @@ def named(name: str, names: Iterable[str]) -> str:
     names = tuple(names)
     if name in names:
         return name
+    if not isinstance(name, str):
+        raise NotFoundError(f"{name!r} is no eraser's name; there are: {', '.join(names) or 'none'}")
     if name.strip() and (written := slug(name)) in names:
         return written
     meant = nearest(name, names)

@@ -81,11 +81,7 @@ class Call:
             self.others.append(prompts)
             return
         self.images, self.guided = images, bool(bound.get("do_classifier_free_guidance"))
-        self.settings = tuple(
-            (key, tuple(value) if isinstance(value, list) else value)
-            for key, value in sorted(bound.items())
-            if _is_setting(value) and not _NOT_SETTINGS.intersection(key.split("_"))
-        )
+        self.settings = _settings(bound)
         self.negatives = [one for one in beside if isinstance(one, Tensor) and one.shape[2:] == states.shape[2:]]
         self.prompts = prompts
 
@@ -144,6 +140,24 @@ class Call:
         return _equal(rows, own.to(rows).repeat_interleave(self.images, dim=0))
 
 
+def told(base: type[Any], options: Mapping[str, Any]) -> Settings:
+    """What a call of this class of pipelines with these options has its text encoder know beside the prompt.
+
+    Raises UsageError for an option that does not reach the encoder.
+    """
+    encoder = inspect.signature(base.encode_prompt).parameters if hasattr(base, "encode_prompt") else {}
+    call = inspect.signature(base.__call__).parameters
+    given = {name: call[name].default for name in encoder if name in call} | dict(options)
+    settings = _settings(given)
+    if idle := sorted(options.keys() - encoder.keys() | {name for name in options if name not in dict(settings)}):
+        known = ", ".join(sorted(name for name in encoder if name in call and _may_be_setting(name))) or "none"
+        raise UsageError(
+            f"{idle[0]}={options[idle[0]]!r} is nothing that {base.__name__} tells its text encoder beside the prompt",
+            mend=f"of these options: {known}",
+        )
+    return settings
+
+
 def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Tensor:
     """The states of `text` as the class `base` of this pipeline encodes it: (1, tokens, d_text).
 
@@ -176,18 +190,23 @@ def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Te
 
 
 def encoders_stamp(pipe: Any) -> tuple[object, ...]:
-    """Another one whenever a text may be encoded otherwise: encoders replaced, written to, or given LoRAs.
+    """Another one whenever a text may be encoded otherwise.
 
-    Moving them changes nothing: offloading does that for every picture.
+    That is: encoders replaced, cast, written to, given LoRAs or further tokens (textual inversion). Moving them changes
+    nothing: offloading does that for every picture.
     """
     found: list[object] = []
     for suffix in PLACES:
+        tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
+        found.append(len(tokenizer) if hasattr(tokenizer, "__len__") else None)
         encoder = getattr(pipe, f"text_encoder{suffix}", None)
         if not isinstance(encoder, nn.Module):
             found.append(encoder)
             continue
         found.append(weakref.ref(encoder))
-        found.append(sum(one._version for one in encoder.parameters() if not one.is_inference()))
+        parameters = list(encoder.parameters())
+        found.append(sum(one._version for one in parameters if not one.is_inference()))
+        found.append(frozenset((one.dtype, one.numel()) for one in parameters))
         layers: list[Any] = [module for module in encoder.modules() if "lora_A" in module._modules]
         found += [
             (*layer.active_adapters, *layer.merged_adapters, layer.disable_adapters, *layer.scaling.items())
@@ -198,6 +217,18 @@ def encoders_stamp(pipe: Any) -> tuple[object, ...]:
 
 def _as_texts(prompt: str | Sequence[str]) -> tuple[str, ...]:
     return (prompt,) if isinstance(prompt, str) else tuple(prompt)
+
+
+def _settings(arguments: Mapping[str, Any]) -> Settings:
+    return tuple(
+        (name, tuple(value) if isinstance(value, list) else value)
+        for name, value in sorted(arguments.items())
+        if _is_setting(value) and _may_be_setting(name)
+    )
+
+
+def _may_be_setting(name: str) -> bool:
+    return not _NOT_SETTINGS.intersection(name.split("_"))
 
 
 def _is_setting(value: object) -> bool:

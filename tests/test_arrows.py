@@ -19,7 +19,7 @@ LEVELS = (
     ("adapter",),
     ("architectures", "naming", "reduction"),
     ("begun", "branching", "concepts"),
-    ("gate", "layers"),
+    ("gate", "layers", "tuners"),
     ("calls",),
     ("prompting", "single_file"),
     ("options",),
