@@ -34,13 +34,19 @@ PROMPTS, SAMPLES = 20, 10
 ATTACK = attacks.UnlearnDiffAtk(tokens=3, iterations=20, timesteps=10)
 Stage = tuple[str, tuple[str, ...]]
 """A method, and what differs from its preset."""
-FURTHER = ("steps=400", "start_from=esd-x")
+FURTHER = ("steps=400",)
+REACHING = ("adversary.epsilon=0.3", "adversary.goal=concept")
 TRAININGS: dict[str, tuple[Stage, ...]] = {
     "spm": (("spm", ()),), "race-spm": (("race-spm", ()),),
     "spm, bare name": (("spm", ("templates=false",)),), "race-spm, bare name": (("race-spm", ("templates=false",)),),
     "esd-x": (("esd-x", ()),), "race": (("race", ()),),
-    "esd-x, further": (("esd-x", ()), ("esd-x", FURTHER)),
-    "esd-x, then race": (("esd-x", ()), ("race", (*FURTHER, "adversary.epsilon=0.3", "adversary.goal=concept"))),
+    "esd-x, further": (("esd-x", ()), ("esd-x", (*FURTHER, "start_from=esd-x"))),
+    "esd-x, then race": (("esd-x", ()), ("race", (*FURTHER, *REACHING, "start_from=esd-x"))),
+    # R.A.C.E.'s authors take these modules for nudity.
+    "esd-u, further": (("esd-u", ()), ("esd-u", (*FURTHER, "start_from=esd-u"))),
+    "esd-u, then race": (
+        ("esd-u", ()), ("race", (*FURTHER, *REACHING, "start_from=esd-u", "increment.modules=esd-u")),
+    ),
 }  # fmt: skip
 GATES = ("transport", "always")
 
