@@ -129,8 +129,10 @@ def test_concepts_erased_together_or_after_others_leave_those_alone(
 ) -> None:
     wide = tmp_path / "wide"  # enough for three prompts beside the concept
     pico_pipeline(text_width=64).save_pretrained(wide)
-    done = spmhub("train", "cat", "dog", "--method", "sepme", "--model", wide, "--json", *PICO_TRAINING)
+    options = ("--method", "sepme", "--set", "kind=style", "--model", wide, "--json")
+    done = spmhub("train", "cat", "dog", *options, *PICO_TRAINING)
     assert done.code == 0, done.err
+    assert {registry.get(name).read_manifest().concept.kind for name in ("cat", "dog")} == {"style"}
     assert [one["name"] for one in json.loads(done.out)] == ["cat", "dog"]
     assert done.err.count("keys and values move by at most") == 2
     assert registry.get("cat").read_manifest().gate.protected == ("", "dog")
@@ -155,6 +157,8 @@ def test_protection_that_cannot_be_given_is_refused_before_the_model_is_loaded(
         (("church", "--separable"), "--set increment.modules=esd-x-strict"),
         (("cat", "dog", "--name", "pets"), "leave --name out"),
         (("cat", "Cat"), "to be erased twice"),
+        (("cat", "dog", "--method", "uce", "--set", "together=[{target: red}]"), "together names 'red', beside the 2"),
+        (("cat", "--set", "target=dog"), "name every concept as an argument"),
         (("church", "--after", "snopy", "--method", "sepme"), "snoopy"),
     ):
         refused = spmhub("train", *arguments, "-m", model)

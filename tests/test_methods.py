@@ -304,11 +304,40 @@ def test_uce_puts_the_encoded_empty_prompt_in_a_concepts_place_on_sdxl_too() -> 
         ({"stop": {"after": 3}}, "after 3 say how to stop, and below is null"),
         ({"increment": {"kind": "dense", "rank": 8}}, "kind 'dense' has no rank"),
         ({"method": "esd-x", "increment": {"modules": "esd-y"}}, "increment.modules: unknown.*esd-"),
+        ({"method": "uce", "closed_form": {"preserve": ["Snoopy "]}}, "'snoopy' is both to be erased and to be held"),
+        ({"optimiser": {"cycles": 5}}, "optimiser.cycles 5 belongs to schedule 'cosine_restarts'"),
+        ({"anchoring": {"source": "gaussian", "alpha": 1.0}}, "anchoring.alpha 1 chooses among sentences"),
+        (
+            {
+                "method": "esd-x",
+                "erase_from": "a dog",
+                "templates": False,
+                "surrogate": "cat",
+                "objective": {"paired": True},
+            },
+            "erase_from 'a dog' has the empty prompt beside it",
+        ),
+        (
+            {"method": "race", "increment": {"kind": "loha", "rank": 4}, "start_from": "snoopy"},
+            "try --increment lora:4",
+        ),
+        ({"resolution": 13}, "resolution: Input should be a multiple of 8"),
     ],
 )
 def test_impossible_combinations_are_refused_with_the_reason(values: dict[str, object], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         Recipe.make(target="snoopy", **values)
+
+
+def test_beta_and_l1_are_those_of_the_increments_they_are_for() -> None:
+    """SepME's small beta, under the rates of other methods, trained and erased nothing."""
+    strict = {"kind": "null_space", "modules": "esd-x-strict"}
+    assert Recipe.make(target="snoopy", method="sepme").increment.beta == 1e-2
+    for method in ("race", "esd-x", "ca", "spm"):
+        assert Recipe.make(target="snoopy", method=method, increment=strict).increment.beta == 1.0
+        assert Recipe.make(target="snoopy", method=method, increment={**strict, "beta": 0.1}).increment.beta == 0.1
+    assert Recipe.make(target="snoopy", method="sepme", increment={"kind": "loha", "rank": 4}).regulariser.l1 == 0
+    assert Recipe.make(target="snoopy", method="sepme", increment={"kind": "dense"}).regulariser.l1 == 1e-6
 
 
 def test_the_command_names_every_method() -> None:

@@ -218,8 +218,13 @@ def cross_attention_of(unet: nn.Module, states: torch.Tensor) -> list[torch.Tens
         {"method": "esd-x-strict", "increment": {"kind": "low_rank", "rank": 3}, "protection": {"separable": True}},
         {"method": "spm", "increment": {"modules": "esd-x-strict"}, "protection": {"separable": True}},
         {"method": "uce", "protection": {"separable": True}},
+        {"method": "esd-x-strict", "increment": {"kind": "null_space"}},
+        *(
+            {"method": "esd-x-strict", "increment": {"kind": kind, "rank": 4}, "protection": {"separable": True}}
+            for kind in ("loha", "lokr", "vera", "dora")
+        ),
     ],
-    ids=["null_space", "dense", "low_rank", "spm", "uce"],
+    ids=["null_space", "dense", "low_rank", "spm", "uce", "esd in null_space", "loha", "lokr", "vera", "dora"],
 )
 def test_protected_prompts_keep_their_cross_attention_under_every_increment(values: dict[str, object]) -> None:
     held = ["mickey mouse", "a painting by van gogh"]
@@ -233,7 +238,7 @@ def test_protected_prompts_keep_their_cross_attention_under_every_increment(valu
         plan = plan.with_set("optimiser.lr=10")
     pipe = pipeline()
     adapter = train(plan, pipe=pipe)
-    if values.get("increment", {}).get("rank"):
+    if values.get("increment", {}).get("kind") == "low_rank":
         assert {increment.rank for increment in adapter.increments.values()} == {3}
     told = {prompt: torch.from_numpy(states_of(pipe, prompt)).float() for prompt in ["", *held, "snoopy", "a dog"]}
     with torch.no_grad():
@@ -248,7 +253,7 @@ def test_protected_prompts_keep_their_cross_attention_under_every_increment(valu
     }
     assert max(change[prompt] for prompt in ["", *held]) < 1e-5
     assert change["snoopy"] > 1e-3
-    protected, target = adapter.manifest.evaluation
+    *_, protected, target = adapter.manifest.evaluation
     assert {protected.protocol, target.protocol} == {PROTOCOL}
     assert protected.samples == 3
     assert protected.value < 1e-5 < 1e-3 < target.value
@@ -510,6 +515,13 @@ def test_stored_as_products_or_multiplied_out_whichever_is_smaller() -> None:
         ({"objective": {"eta": 2.0}}, "stop.below"),
         ({"method": "uce", "stop": {"below": 0.1}}, "no stop"),
         ({"method": "spm", "increment": {"kind": "null_space"}}, "null_space.*esd-x-strict"),
+        ({"increment": {"dtype": "bfloat16"}}, "'bfloat16' would round what sends protected prompts to zero.*float32"),
+        (
+            {"method": "uce", "increment": {"dtype": "float16"}, "protection": {"separable": True}},
+            "'float16' would round",
+        ),
+        ({"together": [{"target": "mickey", "foo": 1}]}, r"together\.0\.foo is unknown"),
+        ({"together": [{"target": "mickey", "alias": []}]}, "did you mean aliases"),
     ],
 )
 def test_impossible_protection_is_refused_before_any_model(values: dict[str, object], words: str) -> None:

@@ -278,7 +278,7 @@ def test_bad_recipes_name_the_key(changes: dict[str, object], words: str) -> Non
 
 
 def test_set_changes_one_key_and_refuses_unknown_ones() -> None:
-    changed = recipe().with_set("objective.eta=2.5", "x_t.source=student", "anchoring.alpha=0")
+    changed = recipe().with_set("objective.eta=2.5", "x_t.source=student", "x_t.guidance=[2.0]", "anchoring.alpha=0")
     assert (changed.objective.eta, changed.x_t.source, changed.anchoring.alpha) == (2.5, "student", 0.0)
     with pytest.raises(RecipeError, match="did you mean eta"):
         recipe().with_set("objective.etaa=2")
@@ -290,6 +290,33 @@ def test_recipe_survives_yaml(tmp_path: Path) -> None:
     plan = recipe(surrogate="dog", objective={"eta": 3}).with_set("anchoring.weight=0.5")
     (tmp_path / "recipe.yaml").write_text(plan.to_yaml())
     assert Recipe.plan(tmp_path / "recipe.yaml") == plan
+
+
+def test_a_files_names_are_its_own_targets(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "{target: nudity, aliases: [nude], kind: nsfw, surrogate: clothed, name: bare, steps: 7, objective: {eta: 3}}"
+    )
+    same, other = (Recipe.plan(tmp_path / "recipe.yaml", target=target) for target in ("Nudity", "van gogh"))
+    assert (same.aliases, same.kind, same.surrogate, same.name) == (("nude",), "nsfw", "clothed", "bare")
+    assert (other.aliases, other.kind, other.surrogate, other.name) == ((), "style", "", None)
+    assert same.steps == other.steps == 7
+    assert same.objective == other.objective
+
+
+@pytest.mark.parametrize("text", ["on: true", "1: 2"])
+def test_keys_that_yaml_takes_for_something_else_are_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"target: snoopy\n{text}\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml has the key (True|1), which YAML reads as (bool|int)"):
+        Recipe.plan(tmp_path / "recipe.yaml")
+
+
+def test_the_student_draws_under_one_guidance_and_unless_told_under_the_papers() -> None:
+    """Under the first of the trajectories', 0, it would draw nothing of the concept."""
+    assert Recipe.make(target="snoopy", x_t={"source": "student"}).x_t.guidance == (3.0,)
+    assert Recipe.make(target="snoopy", x_t={"source": "student", "guidance": [2.0]}).x_t.guidance == (2.0,)
+    assert Recipe.make(target="snoopy", method="fmn", x_t={"source": "student"}).x_t.guidance == (3.0,)
+    with pytest.raises(RecipeError, match="'student' draws under one guidance"):
+        Recipe.make(target="snoopy", x_t={"source": "student", "guidance": [0.0, 3.0]})
 
 
 def test_well_known_concepts_bring_their_names_and_a_user_may_differ() -> None:

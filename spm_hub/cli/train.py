@@ -217,6 +217,10 @@ def _plans(file: Path | None, sets: Sequence[str], concepts: Sequence[str], give
     from spm_hub.training.recipe import Recipe
     from spm_hub.training.separability import jointly
 
+    if concepts and any(one.partition("=")[0].strip() == "target" for one in sets):
+        raise UsageError(
+            f"--set target and {concepts[0]!r} both say what is to be erased", mend="name every concept as an argument"
+        )
     first = Recipe.plan(file, sets, **given, **({"target": concepts[0]} if concepts else {}))
     if len(concepts) < 2:
         return [first]
@@ -226,9 +230,16 @@ def _plans(file: Path | None, sets: Sequence[str], concepts: Sequence[str], give
         raise UsageError(f"aliases are one concept's, and there are {len(concepts)}", mend="train them one by one")
     if twice := next((one for one in concepts if [slug(each) for each in concepts].count(slug(one)) > 1), None):
         raise UsageError(f"{twice!r} is to be erased twice")
+    if first.together:
+        raise UsageError(
+            f"together names {first.together[0].target!r}, beside the {len(concepts)} concepts that are to be erased",
+            mend="name every concept as an argument, and leave together out",
+        )
     if not jointly(first):
         return [first, *(Recipe.plan(file, sets, **given, target=concept) for concept in concepts[1:])]
-    others = [{"target": concept, **known(concept)} for concept in concepts[1:]]
+    # A kind that the file or --set gives is that of all of them, as it is where they are trained one by one.
+    given_kind = {} if first.kind == known(first.target).get("kind", "other") else {"kind": first.kind}
+    others = [{"target": concept, **known(concept), **given_kind} for concept in concepts[1:]]
     return [Recipe.plan(file, sets, **given, target=concepts[0], together=others)]
 
 

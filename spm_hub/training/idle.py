@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .methods import preset_of
-from .parts import Anchoring, IncrementRecipe
+from .parts import Anchoring, IncrementRecipe, Optimiser
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -23,6 +23,22 @@ def check_idle(recipe: Recipe) -> None:
     if increment.kind != "null_space" and increment.beta not in usual:
         raise ValueError(
             f"increment.beta {increment.beta:g} belongs to kind 'null_space', not to {increment.kind!r}: leave it out"
+        )
+    if recipe.x_t.source == "student" and len(recipe.x_t.guidance) > 1:
+        raise ValueError(
+            f"x_t.source 'student' draws under one guidance, and {list(recipe.x_t.guidance)} are "
+            f"{len(recipe.x_t.guidance)}: set x_t.guidance to one, for instance [3.0]"
+        )
+    if recipe.optimiser.schedule != "cosine_restarts" and recipe.optimiser.cycles != Optimiser().cycles:
+        raise ValueError(
+            f"optimiser.cycles {recipe.optimiser.cycles} belongs to schedule 'cosine_restarts', not to "
+            f"{recipe.optimiser.schedule!r}: set optimiser.schedule too"
+        )
+    usual = Anchoring().alpha, preset.get("anchoring", {}).get("alpha")
+    if anchoring.source in ("gaussian", "surrogate") and anchoring.alpha not in usual:
+        raise ValueError(
+            f"anchoring.alpha {anchoring.alpha:g} chooses among sentences, and anchoring.source "
+            f"{anchoring.source!r} has none to choose from: leave it out"
         )
     held = preset.get("anchoring", {})
     # A weight of 0 that is asked for, in place of a method's own, is an ablation, and the rest may stay as it was.

@@ -159,7 +159,11 @@ class IncrementRecipe(Part):
     modules: Literal["targets", "esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn"] = (
         Field(default="targets", description="targets: SPM's, all of the attention blocks; the others: ESD's")
     )
-    beta: float = Field(default=1e-4, gt=0, description="of null_space: how far one unit of w reaches")
+    beta: float = Field(
+        default=1e-4,
+        gt=0,
+        description="of null_space: how far one unit of w reaches; 1 for methods that preset another kind",
+    )
     dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="of the saved file")
 
     @model_validator(mode="after")
@@ -358,7 +362,9 @@ class Protection(Part):
         default=None, ge=1, description="protect `prompts`, hundreds of them, by this many principal directions only"
     )
     separable: bool = Field(
-        default=False, description="project a low-rank or dense increment so that it leaves these prompts alone"
+        default=False,
+        description="project the increment so that it leaves these prompts alone: a low-rank or dense one at every "
+        "step, PEFT's kinds when they are saved",
     )
 
     @model_validator(mode="after")

@@ -13,10 +13,11 @@ from torch import nn
 from .adversary import check_goal
 from .closed_form import not_editable
 from .masks import neurons
-from .objectives.fmn import cross_attentions
+from .objectives.fmn import cross_attentions, masked
 from .peft_kinds import check_kind
 from .protection import check_room, not_separable
 from .recipe import Recipe
+from .run import check_told
 from .selection import selected
 from .separability import protects
 
@@ -43,9 +44,14 @@ def check_before_loading(recipe: Recipe, folder: Path | None) -> None:
         case "loha" | "lokr" | "vera" | "dora" as kind:
             for path, module in modules.items():
                 check_kind(kind, path, module)
+    check_told(recipe, denoiser, bool(getattr(denoiser.config, "guidance_embeds", False)))
+    # PixArt and Sana: what attention reads are states that a layer has changed, of which a mask says which count.
+    projects = getattr(denoiser, "caption_projection", None) is not None
     if recipe.objective.name == "fmn":
         cross_attentions(denoiser)
-    if joint := [path for path in modules if "attn2" not in path]:
+        if projects:
+            raise masked()
+    if joint := [path for path in modules if projects or "attn2" not in path]:
         if protects(recipe):
             raise not_separable(joint, len(modules))
         if recipe.objective.name == "uce":

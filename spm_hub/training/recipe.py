@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -41,6 +41,8 @@ from .parts import (
     hint,
 )
 from .separability import check_separable, folded
+
+_OF_TARGET = ("target", "aliases", "kind", "surrogate", "name")
 
 
 class Recipe(Part):
@@ -81,7 +83,9 @@ class Recipe(Part):
     templates: bool = Field(
         default=True, description="train on the concept in many sentences, not on its bare name alone"
     )
-    resolution: int | None = Field(default=None, ge=8, description="pixels; the model's own unless given")
+    resolution: int | None = Field(
+        default=None, ge=8, multiple_of=8, description="pixels; the model's own unless given"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31)
     strength: float = Field(
         default=1.0, description="gamma's factor when the eraser is attached (the paper doubles it for styles)"
@@ -96,7 +100,7 @@ class Recipe(Part):
             return values
         if preset.get("objective", {}).get("paired") and "surrogate" not in values:
             values = {**values, "surrogate": anchor_concept(str(values.get("target")), values.get("kind"))}
-        return merged(preset, values)
+        return merged(merged(preset, _implied(preset, values)), values)
 
     @field_validator("method")
     @classmethod
@@ -159,17 +163,22 @@ class Recipe(Part):
         if self.increment.kind in PEFT_KINDS:
             for what, given in (
                 ("start_from", self.start_from is not None),
-                ("protection.separable", self.protection.separable),
                 ("regulariser.l1", self.regulariser.l1 > 0),
             ):
                 if given:
                     raise ValueError(
-                        f"{what} goes with increment.kind 'low_rank' or 'dense', not with {self.increment.kind!r}"
+                        f"{what} goes with increment.kind 'low_rank' or 'dense', not with {self.increment.kind!r}: "
+                        f"try --increment lora:{min(self.increment.rank, 16)}"
                     )
         if self.erase_from is not None and self.objective.teacher == "student":
             raise ValueError(
                 f"erase_from {self.erase_from!r} needs what the frozen base predicts, and objective.teacher is "
                 "'student', the model being erased: method 'esd-x' has it, or objective.teacher 'base'"
+            )
+        if self.erase_from is not None and self.objective.paired:
+            raise ValueError(
+                f"erase_from {self.erase_from!r} has the empty prompt beside it, and objective.paired another "
+                "sentence: choose one of them"
             )
         if self.objective.name == "ca" and not self.surrogate:
             raise ValueError(
@@ -230,7 +239,7 @@ class Recipe(Part):
         names = [self.target, *self.aliases]
         for companion in self.together:
             names += [companion.target, *companion.aliases]
-        if clash := set(names).intersection(self.closed_form.preserve):
+        if clash := set(map(folded, names)).intersection(map(folded, self.closed_form.preserve)):
             raise ValueError(f"closed_form.preserve: {sorted(clash)[0]!r} is both to be erased and to be held")
         fields = Recipe.model_fields
         loops = (
@@ -265,11 +274,15 @@ class Recipe(Part):
     def plan(cls, path: Path | None = None, sets: Sequence[str] = (), **given: Any) -> Recipe:
         """What a user asks for: a file, then options over it, then `--set`.
 
-        Well-known concepts bring their kind and aliases along, unless the file or the options say otherwise.
+        Well-known concepts bring their kind and aliases along, unless the file or the options say otherwise. A file's
+        own aliases, kind, surrogate and name are its target's: of another target nothing is taken from them.
         Raises RecipeError for what the recipe cannot hold, UsageError for an empty concept.
         """
         values = _read(path) if path is not None else {}
-        values = merged(merged(values, given), _assigned(sets))
+        over = merged(given, _assigned(sets))
+        if {"target"} <= values.keys() & over.keys() and folded(str(values["target"])) != folded(str(over["target"])):
+            values = {key: value for key, value in values.items() if key not in _OF_TARGET}
+        values = merged(values, over)
         if not str(values.get("target") or "").strip():
             raise UsageError("the concept is empty: there is nothing to erase", mend='spmhub train "van gogh"')
         return cls.make(**{**known(str(values["target"])), **values})
@@ -317,6 +330,20 @@ class Recipe(Part):
                 return 0.5 * (1 + math.cos(math.pi * ((progress * self.optimiser.cycles) % 1.0)))
 
 
+def _implied(preset: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What the given parts make of a preset that was made for others."""
+    implied: dict[str, Any] = {}
+    increment, x_t = (part if isinstance(part := values.get(name), dict) else {} for name in ("increment", "x_t"))
+    if increment.get("kind") == "null_space" and preset.get("increment", {}).get("kind") != "null_space":
+        # SepME's small beta belongs to its great learning rate.
+        implied["increment"] = {"beta": 1.0}
+    if increment.get("kind") in PEFT_KINDS and preset.get("regulariser"):
+        implied["regulariser"] = {"l1": 0.0}
+    if x_t.get("source") == "student" and len(preset.get("x_t", {}).get("guidance", XtSource().guidance)) > 1:
+        implied["x_t"] = {"guidance": (3.0,)}
+    return implied
+
+
 def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
     """KEY=VALUE, with dots down into the parts, as nested dictionaries."""
     values: dict[str, Any] = {}
@@ -353,6 +380,11 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} holds {type(values).__name__}, not keys and values")
+    if odd := next((key for key in values if not isinstance(key, str)), None):
+        raise RecipeError(
+            f"the recipe {path} has the key {odd!r}, which YAML reads as {type(odd).__name__}, not as a name",
+            mend="see the recipe in `spmhub show NAME`",
+        )
     return values
 
 
@@ -368,6 +400,8 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
         said = problem["msg"].removeprefix("Value error, ")
         return f"recipe key {where}: {said} (got {str(problem['input'])[:80]!r})"
     for step in problem["loc"][:-1]:
-        annotation = model.model_fields[str(step)].annotation
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+        if not isinstance(step, int):
+            annotation = model.model_fields[str(step)].annotation
+            within = (annotation, *get_args(annotation))
+            model = next((one for one in within if isinstance(one, type) and issubclass(one, BaseModel)), model)
     return f"recipe key {where} is unknown{hint(str(problem['loc'][-1]), list(model.model_fields))}"

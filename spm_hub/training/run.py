@@ -44,6 +44,16 @@ def nothing_to_erase(recipe: Recipe) -> RecipeError:
     )
 
 
+def check_told(recipe: Recipe, denoiser: object, hears: bool) -> None:
+    """Raises RecipeError where the recipe tells a denoiser its guidance that does not hear of it."""
+    if recipe.x_t.told is not None and not hears:
+        raise RecipeError(
+            f"recipe key x_t.told: {recipe.x_t.told:g} is for models that are told their guidance (FLUX.1 dev), and "
+            f"{type(denoiser).__name__} is not",
+            mend="leave x_t.told out",
+        )
+
+
 class Run:
     """One eraser in the making: its increments, and all that training changes."""
 
@@ -101,13 +111,7 @@ class Run:
         return PeftInjection(self.base.denoiser, recipe.increment.kind, recipe.increment.rank, generator, modules)
 
     def _sourced(self, maker: PromptMaker, anchors: AnchorSource) -> StudentSource | QSampleSource | TrajectorySource:
-        told = self.recipe.x_t.told
-        if told is not None and GUIDANCE not in self.base.encode([""]).others:
-            raise RecipeError(
-                f"recipe key x_t.told: {told:g} is for models that are told their guidance (FLUX.1 dev), and "
-                f"{type(self.base.denoiser).__name__} is not",
-                mend="leave x_t.told out",
-            )
+        check_told(self.recipe, self.base.denoiser, GUIDANCE in self.base.encode([""]).others)
         match self.recipe.x_t.source:
             case "student":
                 return StudentSource(self.base, self.recipe, maker, anchors, self.injection)

@@ -66,6 +66,11 @@ def check_separable(recipe: Recipe) -> None:
             f"protection needs an increment that can give it, and kind {kind!r} alone cannot: try --method sepme, "
             "or --separable with --set increment.modules=esd-x-strict"
         )
+    if protects(recipe) and recipe.increment.dtype != "float32":
+        raise ValueError(
+            f"increment.dtype {recipe.increment.dtype!r} would round what sends protected prompts to zero: a "
+            "protecting increment has to be of 'float32'"
+        )
     names = [folded(recipe.target), *(folded(companion.target) for companion in recipe.together)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"together names {twice!r} twice")

@@ -339,7 +339,7 @@ def _adapter(
     if space is not None:
         gate = manifest.gate.model_copy(update={"protected": space.exact})
         moved = space.measured(increments, modules, recipe)
-        manifest = manifest.model_copy(update={"gate": gate, "evaluation": moved})
+        manifest = manifest.model_copy(update={"gate": gate, "evaluation": (*manifest.evaluation, *moved)})
     return Adapter(manifest, increments, f"trained on {recipe.model}")
 
 

@@ -45,7 +45,7 @@ class ForgetMeNot(Objective):
     def losses(self, base: BaseModel, batch: Batch) -> Losses:
         """Raises RecipeError for a denoiser without cross-attention, one whose prompts are masked, or too long ones."""
         if batch.states.mask is not None:
-            raise RecipeError("method 'fmn' knows no denoiser whose prompts are masked", mend="--method esd-x")
+            raise masked()
         chosen = torch.zeros(batch.states.shape[:2], dtype=torch.bool, device=batch.latents.device)
         for row, prompt in enumerate(batch.prompts):
             positions = concept_positions(base.pipe.tokenizer, prompt, self.names)
@@ -88,6 +88,11 @@ def cross_attentions(denoiser: nn.Module) -> list[nn.Module]:
             f"method 'fmn' needs cross-attention, which {type(denoiser).__name__} has none of", mend="--method esd-x"
         )
     return layers
+
+
+def masked() -> RecipeError:
+    """For a denoiser that is told which of the text states count."""
+    return RecipeError("method 'fmn' knows no denoiser whose prompts are masked", mend="--method esd-x")
 
 
 @contextmanager
