@@ -128,21 +128,20 @@ def test_a_forked_process_keeps_its_own_names(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gating, "_LONG", 0)
     pipe = pico_pipeline()
     with attach(pipe, [pico_eraser(pipe.unet), pico_eraser(pipe.unet, "mickey", seed=2)]) as erasers:
+
+        def in_a_child() -> None:
+            child = os.fork()
+            if not child:
+                erasers.add(pico_eraser(pipe.unet, "church", seed=3))
+                erasers.gates("a cat")
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+
         erasers.gates("a cat")
-        child = os.fork()
-        if not child:
-            erasers.add(pico_eraser(pipe.unet, "church", seed=3))
-            erasers.gates("a cat")
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
+        in_a_child()
         erasers.add(pico_eraser(pipe.unet, "dog", seed=4))
         found = erasers.gates("a cat")
-        child = os.fork()
-        if not child:
-            erasers.add(pico_eraser(pipe.unet, "church", seed=3))
-            erasers.gates("a cat")
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
+        in_a_child()
         erasers.recover("mickey")
         assert erasers.gates("a cat") == {name: gamma for name, gamma in found.items() if name != "mickey"}
     monkeypatch.undo()
