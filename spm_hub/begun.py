@@ -34,24 +34,23 @@ class Begun:
         self._codes = {door, *(code for function in inner if (code := getattr(function, "__code__", None)) is not None)}
         self._running: dict[int, FrameType] = {}
         self._hesitating: dict[int, FrameType] = {}
-        for frame, within in _frames_of_others():
+        self._thread, self._threads = threading.get_ident(), set[int]()
+        for thread, frame, within in _frames_of_others():
             if self._counts(frame):
                 self._running[id(frame)] = frame
+                self._threads.add(thread)
             elif _hesitates(frame, within):
                 self._hesitating[id(frame)] = frame
 
-    def here(self) -> bool:
-        """Whether the thread that asks is in one of them."""
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and id(frame) not in self._running:
-            frame = frame.f_back
-        return frame is not None
+    def crosses(self, other: "Begun") -> bool:
+        """Whether each is of a thread that is in a call which the other is about."""
+        return self._thread in other._threads and other._thread in self._threads
 
     def over(self) -> bool:
         """Whether all of them have ended."""
         running: dict[int, FrameType] = {}
         hesitating: dict[int, FrameType] = {}
-        for frame, within in _frames_of_others():
+        for _, frame, within in _frames_of_others():
             if id(frame) in self._running:
                 running[id(frame)] = frame
             elif id(frame) in self._hesitating:
@@ -74,13 +73,13 @@ class Begun:
         return isinstance(owner, type) and issubclass(owner, DiffusionPipeline)
 
 
-def _frames_of_others() -> Iterator[tuple[FrameType, FrameType | None]]:
-    """Every frame on the stacks of other threads, with the one that it has called."""
+def _frames_of_others() -> Iterator[tuple[int, FrameType, FrameType | None]]:
+    """Every frame on the stacks of other threads, which those are, and the one that it has called."""
     here = threading.get_ident()
     for thread, top in sys._current_frames().items():
         frame, within = (None if thread == here else top), None
         while frame is not None:
-            yield frame, within
+            yield thread, frame, within
             frame, within = frame.f_back, frame
 
 

@@ -88,9 +88,9 @@ def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
 
 
 def _wait(begun: Begun) -> None:
-    """Until these calls have ended. Raises UsageError where another thread waits for a call that this one is in."""
+    """Until these calls have ended. Raises UsageError where one of them waits here too, for one of this thread."""
     with _LOCK:
-        if any(other.here() for other in _AWAITED):
+        if any(begun.crosses(other) for other in _AWAITED):
             raise UsageError(
                 "another thread attaches erasers in the midst of a picture too: each would wait for the other's",
                 mend="attach before the pictures begin",

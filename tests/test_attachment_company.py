@@ -206,6 +206,31 @@ def test_two_threads_that_attach_in_the_midst_of_pictures_do_not_wait_for_each_o
     assert "another thread attaches erasers in the midst of a picture too" in sorted(met)[0]
 
 
+def test_who_attaches_in_the_midst_of_a_picture_does_not_wait_for_one_that_waits_for_it() -> None:
+    pipes = [pico_pipeline() for _ in range(3)]
+    waiting, met = threading.Event(), list[str]()
+
+    def outside() -> None:
+        waiting.set()
+        attach(pipes[1], [pico_eraser(pipes[1].unet)]).detach()
+        met.append("outside")
+
+    other = threading.Thread(target=outside, daemon=True)
+
+    def attaching(_pipe: Any, step: int, _time: object, kept: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            other.start()
+            waiting.wait(60)
+            other.join(1)
+            attach(pipes[2], [pico_eraser(pipes[2].unet)]).detach()
+            met.append("inside")
+        return kept
+
+    draw(pipes[0], callback_on_step_end=attaching)
+    other.join(60)
+    assert met == ["inside", "outside"]
+
+
 @pytest.mark.parametrize("given", [None, 5, [None]])
 def test_what_is_no_eraser_is_not_attached(given: Any) -> None:
     with pytest.raises(UsageError, match="adapters holds erasers"):
