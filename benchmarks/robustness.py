@@ -124,5 +124,6 @@ if __name__ == "__main__":
             "attack": {"name": "unlearndiff", **vars(ATTACK)}, "prompts": PROMPTS, "samples_per_name": SAMPLES,
             "steps": STEPS, "guidance_scale": GUIDANCE,
         }  # fmt: skip
-        numbers["concepts"].setdefault(concept, {})[training] = found
+        there = numbers["concepts"].get(concept, {}) | {training: found}
+        numbers["concepts"][concept] = {name: there[name] for name in TRAININGS if name in there}
         record("robustness", numbers, seeds=SEED)
