@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import TracebackType
@@ -14,13 +14,13 @@ from torch import nn
 from spm_hub.adapter import Adapter
 from spm_hub.architectures import beside_denoiser, body_of, denoiser_of, family_of, resolve_modules, weight_of
 from spm_hub.calls import HELD, hold, release, tokens_of
-from spm_hub.errors import NotFoundError, UsageError
+from spm_hub.errors import UsageError
 from spm_hub.formats.stored import StoredIncrements
 from spm_hub.gate import ConstantGate, Prompts
 from spm_hub.gating import Gating
 from spm_hub.layers import Layers, foldable, kept_bytes, offloaded_in_groups
 from spm_hub.naming import by_name, named, namesakes
-from spm_hub.options import Eraser, GateChoice, Mode, Options, Rows, finite
+from spm_hub.options import Eraser, GateChoice, Mode, Options, Rows, Strength
 from spm_hub.prompting import Call, CannotEncodeError, encode, told
 from spm_hub.tuners import settle
 
@@ -106,9 +106,9 @@ class Attachment:
         return tuple(self._erasers)
 
     @property
-    def strength(self) -> "Strength":
+    def strength(self) -> Strength:
         """What multiplies each eraser's gamma, by name; changes act from the next call of the denoiser on."""
-        return Strength(self)
+        return Strength(self._erasers, self._strengthen)
 
     def gates(self, prompt: str, /, **options: Any) -> dict[str, float]:
         """Gamma of every eraser for a prompt, before its strength: why a picture is as it is.
@@ -370,6 +370,12 @@ class Attachment:
             self._layers.bare()
         self._changed()
 
+    def _strengthen(self, name: str, value: float) -> None:
+        with self._lock:
+            self._alive()
+            self._erasers[named(name, self._erasers)].strength = value
+            self._seen = None
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Weights may be written: no graph, and originals that outlive an inference mode which the caller is in."""
@@ -395,37 +401,3 @@ class Attachment:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"spm_hub: {message}", UserWarning, stacklevel=2)
-
-
-class Strength(MutableMapping[str, float]):
-    """What multiplies the gamma of each attached eraser, by name. `del` gives back the manifest's own."""
-
-    def __init__(self, attachment: Attachment) -> None:
-        self._attachment = attachment
-
-    def __getitem__(self, name: str) -> float:
-        erasers = self._attachment._erasers
-        with suppress(NotFoundError):  # a mapping's own KeyError, which its other methods count on
-            name = named(name, erasers)
-        return erasers[name].strength
-
-    def __setitem__(self, name: str, value: float) -> None:
-        finite(f"strength[{name!r}]", value)
-        attachment = self._attachment
-        with attachment._lock:
-            attachment._alive()
-            attachment._erasers[named(name, attachment._erasers)].strength = float(value)
-            attachment._seen = None
-
-    def __delitem__(self, name: str) -> None:
-        name = named(name, self._attachment._erasers)
-        self[name] = self._attachment._erasers[name].adapter.manifest.gate.strength
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._attachment.names)
-
-    def __len__(self) -> int:
-        return len(self._attachment.names)
-
-    def __repr__(self) -> str:
-        return f"Strength({dict(self)})"

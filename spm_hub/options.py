@@ -1,7 +1,8 @@
 """What a caller may ask of an attachment, checked, and what that means for each eraser."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Literal, get_args
@@ -10,9 +11,10 @@ from torch import nn
 
 from spm_hub.adapter import Adapter
 from spm_hub.concepts import Concept
-from spm_hub.errors import UsageError
+from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.gate import ConstantGate, Gate, TransportGate
 from spm_hub.increments import Increment
+from spm_hub.naming import named
 from spm_hub.prompting import Settings
 
 Rows = Literal["both", "conditional"]
@@ -102,3 +104,33 @@ def _one_of(key: str, value: object, allowed: Sequence[object]) -> None:
         raise UsageError(
             f"{key} is {value!r}; it is one of {', '.join(map(repr, allowed))}", mend=f"{key} = {allowed[-1]!r}"
         )
+
+
+class Strength(MutableMapping[str, float]):
+    """What multiplies the gamma of each attached eraser, by name. `del` gives back the manifest's own."""
+
+    def __init__(self, erasers: Mapping[str, Eraser], write: Callable[[str, float], None]) -> None:
+        """write: takes a name and its new number into effect."""
+        self._erasers, self._write = erasers, write
+
+    def __getitem__(self, name: str) -> float:
+        with suppress(NotFoundError):  # a mapping's own KeyError, which its other methods count on
+            name = named(name, self._erasers)
+        return self._erasers[name].strength
+
+    def __setitem__(self, name: str, value: float) -> None:
+        finite(f"strength[{name!r}]", value)
+        self._write(name, float(value))
+
+    def __delitem__(self, name: str) -> None:
+        name = named(name, self._erasers)
+        self[name] = self._erasers[name].adapter.manifest.gate.strength
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._erasers)
+
+    def __len__(self) -> int:
+        return len(self._erasers)
+
+    def __repr__(self) -> str:
+        return f"Strength({dict(self)})"
