@@ -40,8 +40,9 @@ def attach(
 
     if isinstance(adapters, Mapping):
         raise UsageError("adapters is a mapping: it has to name erasers alone", mend="attach(..., strength={...}) too")
-    several = [adapters] if isinstance(adapters, str | Path | Adapter) else adapters
-    if not isinstance(several, Iterable) or not all(isinstance(one, str | Path | Adapter) for one in several):
+    given: Any = adapters
+    several = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not all(isinstance(one, str | Path | Adapter) for one in several):
         raise UsageError(
             f"adapters holds erasers: names, paths or Adapters, not {adapters!r}", mend='attach(pipe, ["snoopy"])'
         )

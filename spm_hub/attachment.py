@@ -246,7 +246,7 @@ class Attachment:
         shared = all(len(set(due)) == 1 for due in factors.values())
         if self._budgeted is None:
             with self._writing():
-                settle(body_of(self._denoiser), self._bare)
+                settle(body_of(self._denoiser), self._layers.modules, self._bare)
             self._budgeted = self._keeping()
         keep_on, can_fold = self._budgeted
         if self._options.mode == "fold" and not shared:

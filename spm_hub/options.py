@@ -127,7 +127,7 @@ class Strength(MutableMapping[str, float]):
         self[name] = self._erasers[name].adapter.manifest.gate.strength
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._erasers)
+        return iter(tuple(self._erasers))  # others may be added meanwhile
 
     def __len__(self) -> int:
         return len(self._erasers)

@@ -147,15 +147,13 @@ def told(base: type[Any], options: Mapping[str, Any]) -> Settings:
     """
     encoder = inspect.signature(base.encode_prompt).parameters if hasattr(base, "encode_prompt") else {}
     call = inspect.signature(base.__call__).parameters
-    given = {name: call[name].default for name in encoder if name in call} | dict(options)
-    settings = _settings(given)
-    if idle := sorted(options.keys() - encoder.keys() | {name for name in options if name not in dict(settings)}):
-        known = ", ".join(sorted(name for name in encoder if name in call and _may_be_setting(name))) or "none"
+    known = [name for name in encoder if name != "self" and _may_be_setting(name)]
+    if idle := next((name for name in options if name not in known), None):
         raise UsageError(
-            f"{idle[0]}={options[idle[0]]!r} is nothing that {base.__name__} tells its text encoder beside the prompt",
-            mend=f"of these options: {known}",
+            f"{idle}={options[idle]!r} is nothing that {base.__name__} tells its text encoder beside the prompt",
+            mend=f"of these options: {', '.join(known) or 'none'}",
         )
-    return settings
+    return _settings({name: call[name].default for name in encoder if name in call} | dict(options))
 
 
 def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Tensor:

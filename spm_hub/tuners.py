@@ -1,6 +1,6 @@
 """Other adapters on the same denoiser: PEFT's layers, each around a module that erasers may change."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -8,13 +8,13 @@ from torch import nn
 from spm_hub.errors import UsageError
 
 
-def settle(body: nn.Module, bare: Callable[[], None]) -> None:
+def settle(body: nn.Module, modules: Iterable[nn.Module], bare: Callable[[], None]) -> None:
     """To be called before erasers act: the weights become those that PEFT's layers would compute with.
 
     What is fused and then switched off, PEFT subtracts from the weight when the layer is next called: from one that
     erasers were folded into, and their originals would bring it back. It is made to do so now. A DoRA scales by the
-    norm of the weight that it finds, and a sum with it would not be one: raises UsageError. bare: puts the modules' own
-    weights back.
+    norm of the weight that it finds, and a sum with it would not be one: raises UsageError.
+    modules: those that erasers change.  bare: puts their own weights back.
     """
     if not getattr(body, "peft_config", None):
         return
@@ -25,7 +25,8 @@ def settle(body: nn.Module, bare: Callable[[], None]) -> None:
         bare()
         for layer in late:
             layer.unmerge()
-    for layer in layers:
+    changed = set(map(id, modules))
+    for layer in (layer for layer in layers if id(layer.get_base_layer()) in changed):
         scaling = set(getattr(layer, "lora_magnitude_vector", ())).intersection(layer.active_adapters)
         if scaling and not layer.merged and not layer.disable_adapters:
             raise UsageError(

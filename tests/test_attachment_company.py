@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from pico import pico_eraser, pico_pipeline, pico_unet
+from pico import pico_eraser, pico_pipeline, pico_unet, target_modules
 from pico_families import family_pipeline
 from torch import Tensor
 
@@ -102,6 +102,10 @@ def test_a_dora_has_to_be_fused_first() -> None:
     ):
         draw(pipe)
     assert torch.equal(draw(pipe), bare)
+    # Elsewhere it is nobody's business.
+    apart = [path for path, module in target_modules(pico_unet()).items() if "attn" not in path]
+    with attach(pipe, [pico_eraser(pico_unet(), paths=apart)]):
+        draw(pipe)
     pipe.unet.fuse_lora()
     with attach(pipe, [pico_eraser(pico_unet())], mode="fold"):
         folded = draw(pipe)
@@ -172,6 +176,8 @@ def test_gates_are_those_of_a_call_with_these_options(
         assert erasers.gates("a dog", **options) == {name: each[0] for name, each in seen[0].items()}
         if options:
             assert erasers.gates("a dog") != erasers.gates("a dog", **options)
+        if family == "sd1":
+            assert erasers.gates("a dog", clip_skip=None) == erasers.gates("a dog")
         with pytest.raises(UsageError, match="height=8 is nothing that"):
             erasers.gates("a dog", height=8)
         with pytest.raises(UsageError, match="takes one prompt"):
@@ -229,6 +235,12 @@ def test_who_attaches_in_the_midst_of_a_picture_does_not_wait_for_one_that_waits
     draw(pipes[0], callback_on_step_end=attaching)
     other.join(60)
     assert met == ["inside", "outside"]
+
+
+def test_erasers_may_come_one_after_the_other() -> None:
+    pipe = pico_pipeline()
+    with spm_hub.attach(pipe, (pico_eraser(pipe.unet, name) for name in ("snoopy", "mickey"))) as erasers:
+        assert erasers.names == tuple(erasers.strength) == ("snoopy", "mickey")
 
 
 @pytest.mark.parametrize("given", [None, 5, [None]])

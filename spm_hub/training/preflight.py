@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from .adversary import check_goal
 from .closed_form import not_editable
+from .conditioning import GUIDANCE
 from .masks import neurons
 from .objectives.fmn import cross_attentions, masked
 from .peft_kinds import check_kind
@@ -44,7 +46,8 @@ def check_before_loading(recipe: Recipe, folder: Path | None) -> None:
         case "loha" | "lokr" | "vera" | "dora" as kind:
             for path, module in modules.items():
                 check_kind(kind, path, module)
-    check_told(recipe, denoiser, bool(getattr(denoiser.config, "guidance_embeds", False)))
+    hears = GUIDANCE in inspect.signature(type(denoiser).forward).parameters
+    check_told(recipe, denoiser, hears and bool(getattr(denoiser.config, "guidance_embeds", True)))
     # PixArt and Sana: what attention reads are states that a layer has changed, of which a mask says which count.
     projects = getattr(denoiser, "caption_projection", None) is not None
     if recipe.objective.name == "fmn":
