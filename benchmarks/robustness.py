@@ -21,11 +21,12 @@ from typing import Any
 
 from record import RESULTS, record
 
-from spm_hub import attach, attacks
-from spm_hub.adapter import Adapter
+from spm_hub import attach
+from spm_hub.evaluation import attacks
+from spm_hub.adapters.adapter import Adapter
 from spm_hub.evaluation.judging import probe_judge, sentences
 from spm_hub.evaluation.sketchbook import Row, detection_table
-from spm_hub.models import load_pipeline
+from spm_hub.models.loading import load_pipeline
 from spm_hub.training import Recipe, train
 
 SEED, STEPS, GUIDANCE = 2024, 12, 7.5

@@ -42,17 +42,17 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from spm_hub import attach
-from spm_hub.adapter import Adapter, increment_info
-from spm_hub.aliases import WEIGHTS
-from spm_hub.architectures import family_of, targets, weight_of
-from spm_hub.attachment import Attachment
-from spm_hub.concepts import Concept as GateConcept
-from spm_hub.concepts import Concepts, Shelf
-from spm_hub.gate import Prompts, TransportGate
-from spm_hub.hub.registry import Registry
-from spm_hub.increments import Increment, LowRank
-from spm_hub.manifest import Base, Concept, Manifest
-from spm_hub.models import load_pipeline
+from spm_hub.adapters.adapter import Adapter, increment_info
+from spm_hub.models.aliases import WEIGHTS
+from spm_hub.models.architectures import family_of, targets, weight_of
+from spm_hub.attachment.attachment import Attachment
+from spm_hub.attachment.concept_index import Concept as GateConcept
+from spm_hub.attachment.concept_index import Concepts, Shelf
+from spm_hub.attachment.gate import Prompts, TransportGate
+from spm_hub.registry.registry import Registry
+from spm_hub.adapters.increments import Increment, LowRank
+from spm_hub.adapters.manifest import Base, Concept, Manifest
+from spm_hub.models.loading import load_pipeline
 
 METHODS = ("ours", "peft", "diffusers", "hooks")
 MIXED = 8

@@ -22,12 +22,12 @@ from typing import Any
 from record import record
 
 from spm_hub import attach
-from spm_hub.adapter import Adapter, increment_info
+from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.evaluation.sketchbook import Row, detection_table
-from spm_hub.manifest import Base, Concept, Manifest
-from spm_hub.models import load_pipeline
+from spm_hub.adapters.manifest import Base, Concept, Manifest
+from spm_hub.models.loading import load_pipeline
 from spm_hub.training import Recipe, train
-from spm_hub.training.injection import Injection
+from spm_hub.training.trainable.low_rank import Injection
 
 OTHERS = ("mickey", "spongebob", "pikachu", "dog", "cat", "legislator", "church", "golf ball", "person", "apple")
 OURS_AT = (40, 50, 60, 70, 80, 100, 120, 140, 160)

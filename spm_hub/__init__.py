@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from spm_hub.errors import UsageError
 
 if TYPE_CHECKING:
-    from spm_hub.adapter import Adapter
-    from spm_hub.attachment import Attachment
-    from spm_hub.manifest import Manifest
-    from spm_hub.training.recipe import Recipe
+    from spm_hub.adapters.adapter import Adapter
+    from spm_hub.attachment.attachment import Attachment
+    from spm_hub.adapters.manifest import Manifest
+    from spm_hub.training.recipe.recipe import Recipe
 
 __all__ = ["Adapter", "Manifest", "Recipe", "__version__", "attach", "load", "pull", "push", "train"]
 
-_ROOMS = {"Adapter": "spm_hub.adapter", "Manifest": "spm_hub.manifest", "Recipe": "spm_hub.training.recipe"}
+_ROOMS = {"Adapter": "spm_hub.adapters.adapter", "Manifest": "spm_hub.adapters.manifest", "Recipe": "spm_hub.training.recipe.recipe"}
 
 
 def attach(
@@ -31,12 +31,12 @@ def attach(
     """Attach erasers to a diffusers pipeline, until `detach()` or the end of a `with` block.
 
     `adapters` holds Adapters and references (a path, a name in a registry, or owner/name[@revision] on the Hugging Face
-    Hub), one or many; `options` are those of `spm_hub.attachment.attach`: gate, strength, rows, mode ... Under an
+    Hub), one or many; `options` are those of `spm_hub.attachment.attachment.attach`: gate, strength, rows, mode ... Under an
     increment_budget references are loaded lazily, as it is about those.
     Raises SpmHubError, in which case the pipeline is as it was.
     """
-    from spm_hub import attachment
-    from spm_hub.adapter import Adapter
+    from spm_hub.attachment import attachment
+    from spm_hub.adapters.adapter import Adapter
 
     if isinstance(adapters, Mapping):
         raise UsageError("adapters is a mapping: it has to name erasers alone", mend="attach(..., strength={...}) too")
@@ -56,7 +56,7 @@ def load(reference: str | Path, *, registry: str | Path | None = None, lazy: boo
 
     lazy: read only the header now, and the increments, with all checks, when a prompt first needs them.
     """
-    from spm_hub.hub import resolving
+    from spm_hub.hub import resolve as resolving
 
     return resolving.load(str(reference), None if registry is None else Path(registry), lazy=lazy)
 
@@ -69,8 +69,8 @@ def pull(
     `registry`: your own unless given. `name` it is to have there, unless its own; one from elsewhere is kept from being
     replaced unless `replace`. Raises UsageError for another form of reference, HubError, NetworkError, RegistryError.
     """
-    from spm_hub.hub import registry as registries
-    from spm_hub.hub import remote
+    from spm_hub.registry import registry as registries
+    from spm_hub.hub import pull as remote
 
     match = registries.HUB_REFERENCE.fullmatch(reference)
     if match is None:
@@ -98,7 +98,7 @@ def push(
 
     from spm_hub.hub import push as pushing
     from spm_hub.hub.card import read_pairs
-    from spm_hub.hub.resolving import resolve
+    from spm_hub.hub.resolve import resolve
 
     with tempfile.TemporaryDirectory() as staging:
         entry = resolve(str(reference), None if registry is None else Path(registry))
@@ -120,13 +120,13 @@ def train(
 
     `model`, `method` and `overrides` are keys of the recipe, over its defaults (the sketchbook, SPM, what is known of
     the concept) or over the given one, part by part; `config` is for a `model` that is a single file, as in
-    `spm_hub.models.parse_reference`.
+    `spm_hub.models.loading.parse_reference`.
     Raises UsageError for a blank concept, RecipeError for an unknown key or an impossible value.
     """
     from spm_hub import training
-    from spm_hub.models import identity_of, load_pipeline, local_folder, parse_reference
-    from spm_hub.training.methods import merged
-    from spm_hub.training.recipe import Recipe
+    from spm_hub.models.loading import identity_of, load_pipeline, local_folder, parse_reference
+    from spm_hub.training.recipe.presets import merged
+    from spm_hub.training.recipe.recipe import Recipe
 
     if not isinstance(concept, str | Recipe):
         raise UsageError(
@@ -139,7 +139,7 @@ def train(
     chosen = {key: value for key, value in (("model", model), ("method", method)) if value is not None}
     recipe = Recipe.plan(**merged(given, {**chosen, **overrides}))
     start = None if recipe.start_from is None else load(recipe.start_from)
-    from spm_hub.training.preflight import check_before_loading  # brings torch along: not for a recipe refused above
+    from spm_hub.training.preflight import check_before_loading
 
     check_before_loading(recipe, local_folder(parse_reference(recipe.model, config=config)))
     pipe = load_pipeline(recipe.model, config=config)

@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from spm_hub.adapter import Adapter, increment_info
-from spm_hub.increments import Dense, Increment, LowRank, Mask
-from spm_hub.manifest import Base, Concept, GateDefaults, Manifest, slug
+from spm_hub.adapters.adapter import Adapter, increment_info
+from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
+from spm_hub.adapters.manifest import Base, Concept, GateDefaults, Manifest, slug
 
 WORDS = (
     "a photo of the by on with and in painting snoopy mickey mouse spongebob pikachu dog cat church van gogh "

@@ -20,10 +20,10 @@ from test_families import apart, draw, eraser
 from torch import Tensor
 
 import spm_hub
-from spm_hub import attacks
-from spm_hub.architectures import denoiser_of
+from spm_hub.evaluation import attacks
+from spm_hub.models.architectures import denoiser_of
 from spm_hub.training import Recipe, train
-from spm_hub.training.methods import METHODS
+from spm_hub.training.recipe.presets import METHODS
 from spm_hub.training.trainer import TrainingInterruptedError
 
 DEVICE = "cuda"

@@ -19,12 +19,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spm_hub import atomic
-from spm_hub.adapter import Adapter, increment_info, load_file
+from spm_hub.io import atomic
+from spm_hub.adapters.adapter import Adapter, increment_info, load_file
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, SpmHubError
-from spm_hub.formats.container import MAX_HEADER_BYTES, read_header
-from spm_hub.increments import Dense, Increment, LowRank
-from spm_hub.manifest import Base, Concept, Manifest
+from spm_hub.io.safetensors_file import MAX_HEADER_BYTES, read_header
+from spm_hub.adapters.increments import Dense, Increment, LowRank
+from spm_hub.adapters.manifest import Base, Concept, Manifest
 
 PATH = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 

@@ -85,7 +85,7 @@ def running_imports() -> dict[str, set[str]]:
     for module, path in paths.items():
         found[module] = set()
         for name in imported_modules(path, types=False):
-            # from spm_hub.hub.registry import Registry: the longest part of it that is a module.
+            # from spm_hub.registry.registry import Registry: the longest part of it that is a module.
             while name and name not in paths:
                 name = name.rpartition(".")[0]
             found[module] |= {name} - {module, ""}
@@ -139,7 +139,7 @@ def test_the_check_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "hub").mkdir()
     inner = tmp_path / "hub" / "inner.py"
     inner.write_text(
-        "import torch\nfrom ..cli import app\ndef f():\n    import spm_hub.attachment\n    from . import other\n"
+        "import torch\nfrom ..cli import app\ndef f():\n    import spm_hub.attachment.attachment\n    from . import other\n"
         "    from spm_hub import load, gate\n"
     )
     assert imported_rooms(inner) == {"cli", "attachment", "hub", "gate", DOOR}
@@ -151,9 +151,9 @@ def test_the_check_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.Monke
     "statement",
     [
         "import spm_hub",
-        "import spm_hub.manifest, spm_hub.errors, spm_hub.atomic",
-        "import spm_hub.hub.resolving, spm_hub.hub.archive",
-        "from spm_hub.hub.registry import registries; [e.read_manifest() for r in registries() for e in r.entries()]",
+        "import spm_hub.adapters.manifest, spm_hub.errors, spm_hub.io.atomic",
+        "import spm_hub.hub.resolve, spm_hub.registry.archive",
+        "from spm_hub.registry.registry import registries; [e.read_manifest() for r in registries() for e in r.entries()]",
         "from spm_hub import Manifest, load, attach, train",
     ],
 )

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from pico import WINDOW, pico_eraser, pico_pipeline, pico_unet, target_modules
 from torch import nn
 
-from spm_hub.attachment import attach
+from spm_hub.attachment.attachment import attach
 from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError, UsageError
-from spm_hub.increments import Dense, Mask
-from spm_hub.manifest import GateDefaults
+from spm_hub.adapters.increments import Dense, Mask
+from spm_hub.adapters.manifest import GateDefaults
 
 TARGETS = ("snoopy", "mickey", "spongebob")
 
@@ -141,7 +141,7 @@ def test_every_row_gets_its_own_prompts_sum_of_products(pipe, rows):
 @pytest.mark.parametrize("shelved", [False, True])
 def test_gates_are_those_of_the_paper_and_hear_aliases(pipe, shelved, monkeypatch):
     if shelved:
-        monkeypatch.setattr("spm_hub.gating._LONG", 1)
+        monkeypatch.setattr("spm_hub.attachment.gate_evaluation._LONG", 1)
     adapters = [pico_eraser(pipe.unet, "snoopy", aliases=["beagle dog"]), pico_eraser(pipe.unet, "van gogh")]
     with attach(pipe, adapters) as erasers:
         for prompt in ("a dog on the beach", "snoopy by van gogh", "", "snoopy " * 30):
@@ -156,7 +156,7 @@ def test_gates_are_those_of_the_paper_and_hear_aliases(pipe, shelved, monkeypatc
 def test_without_a_temporary_folder_the_gates_stay_in_memory(pipe, monkeypatch):
     with attach(pipe, erasers_for(pipe, *TARGETS[:2])) as erasers:
         expected = erasers.gates("a dog on the beach")
-    monkeypatch.setattr("spm_hub.gating._LONG", 1)
+    monkeypatch.setattr("spm_hub.attachment.gate_evaluation._LONG", 1)
 
     def full(**options):
         raise OSError("no room")

@@ -13,7 +13,7 @@ from diffusers import (
 from peft import LoraConfig, get_peft_model_state_dict
 from pico import pico_eraser, pico_pipeline, target_modules
 
-from spm_hub.attachment import attach
+from spm_hub.attachment.attachment import attach
 from spm_hub.errors import UsageError
 
 

@@ -16,16 +16,16 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from spm_hub import attacks
-from spm_hub.attachment import attach
-from spm_hub.attacks.noising import Noising
-from spm_hub.attacks.p4d import Frame
-from spm_hub.attacks.unlearndiff import onto_simplex
-from spm_hub.attacks.victim import Victim
+from spm_hub.evaluation import attacks
+from spm_hub.attachment.attachment import attach
+from spm_hub.evaluation.attacks.noising import Noising
+from spm_hub.evaluation.attacks.p4d import Frame
+from spm_hub.evaluation.attacks.unlearndiff import onto_simplex
+from spm_hub.evaluation.attacks.victim import Victim
 from spm_hub.cli import app
 from spm_hub.errors import ModelError, NotFoundError, UsageError
 from spm_hub.evaluation.judging import imported_judge, probe_judge, sentences
-from spm_hub.manifest import Concept
+from spm_hub.adapters.manifest import Concept
 
 CASES = [attacks.Case("a photo of snoopy", 3), attacks.Case("snoopy", 4), attacks.Case("snoopy by van gogh", 5)]
 SMALL = attacks.Drawing(steps=2, guidance=3.0)
@@ -431,7 +431,7 @@ def test_judges_and_sentences() -> None:
 def test_the_command_attacks_a_registered_eraser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pico_pipeline()
     pico_eraser(pipe.unet).save(tmp_path / "snoopy.safetensors")
-    monkeypatch.setattr("spm_hub.models.load_pipeline", lambda model, **given: pipe)
+    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", lambda model, **given: pipe)
     monkeypatch.setattr("spm_hub.evaluation.judging.probe_judge", lambda concept: judge_by(lambda call: call == 1)[0])
     given = ["attack", str(tmp_path / "snoopy.safetensors"), "--prompts", "2", "--iterations", "1", "--tries", "1"]
     done = CliRunner().invoke(app, [*given, "--steps", "2", "--json"])
@@ -471,8 +471,8 @@ def test_each_attack_has_its_own_papers_settings(
         seen.append(method)
         return attacks.Report((attacks.Outcome(CASES[0], before=True),), 1)
 
-    monkeypatch.setattr("spm_hub.attacks.run", run, raising=False)
-    monkeypatch.setattr("spm_hub.models.load_pipeline", lambda model, **given: pipe)
+    monkeypatch.setattr("spm_hub.evaluation.attacks.run", run, raising=False)
+    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", lambda model, **given: pipe)
     done = CliRunner().invoke(app, ["attack", str(tmp_path / "snoopy.safetensors"), *given, "--json"])
     assert done.exit_code == 0, done.output
     assert {key: getattr(seen[0], key) for key in expected} == expected

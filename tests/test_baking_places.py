@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from pico import pico_eraser, pico_pipeline
 from typer.testing import CliRunner
 
-from spm_hub.baking import bake, read_provenance
+from spm_hub.adapters.baking import bake, read_provenance
 from spm_hub.cli.app import app
 from spm_hub.errors import RegistryError, UsageError
 

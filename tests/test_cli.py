@@ -20,8 +20,8 @@ from rich.cells import cell_len
 from spm_hub.cli.app import EXAMPLES, app
 from spm_hub.cli.output import LONG, Output, guarded, silence_libraries, size, table
 from spm_hub.errors import RegistryError
-from spm_hub.hub import registry as registries
-from spm_hub.hub.registry import Registry
+from spm_hub.registry import registry as registries
+from spm_hub.registry.registry import Registry
 
 PICO_TRAINING = [f"--set={key}=2" for key in ("steps", "batch_size", "x_t.trajectories", "x_t.steps")]
 PICO_TRAINING += ["--set=x_t.chunks=1"]
@@ -150,7 +150,7 @@ def test_concepts_erased_together_or_after_others_leave_those_alone(
 def test_protection_that_cannot_be_given_is_refused_before_the_model_is_loaded(
     spmhub: Spmhub, registry: Registry, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spm_hub.models.load_pipeline", None)
+    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", None)
     for arguments, words in (
         (("church", "--method", "sepme", "--protect", "dog"), "no null space is left for an increment; '' would fit"),
         (("church", "--protect", "dog"), "--method sepme, or --separable"),
@@ -322,7 +322,7 @@ def test_what_needs_no_model_is_said_before_one_is_loaded(
     def downloaded(*_: object, **__: object) -> None:
         raise AssertionError("gigabytes were downloaded before the mistake was found")
 
-    monkeypatch.setattr("spm_hub.models.load_pipeline", downloaded)
+    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", downloaded)
     namesake = tmp_path / "namesake.safetensors"
     pico_eraser(pico_pipeline().unet, "snoopy", 7).save(namesake)
     for key, place in {"{namesake}": str(namesake), "{registry}": str(registry.root)}.items():
@@ -382,7 +382,7 @@ def test_ctrl_c_and_a_reader_that_leaves(capsys: pytest.CaptureFixture[str]) -> 
 def test_ctrl_c_in_training_keeps_the_run(
     spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spm_hub.training import run
+    from spm_hub.training.loop import prediction_run as run
 
     arguments = ("train", "church", "-m", model, "--checkpoint-dir", tmp_path / "run", *PICO_TRAINING, "--set=steps=4")
     step = run.Run.step
@@ -406,7 +406,7 @@ def test_ctrl_c_in_training_keeps_the_run(
 def test_several_concepts_go_on_with_the_one_that_was_interrupted(
     spmhub: Spmhub, registry: Registry, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spm_hub.training import run
+    from spm_hub.training.loop import prediction_run as run
 
     arguments = ("train", "church", "dog", "-m", model, *PICO_TRAINING)
     step = run.Run.step
@@ -432,7 +432,7 @@ def test_several_concepts_go_on_with_the_one_that_was_interrupted(
 def test_runs_on_bases_of_one_name_leave_each_other_alone(
     spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spm_hub.training import run
+    from spm_hub.training.loop import prediction_run as run
 
     other = tmp_path / "other" / model.name
     pico_pipeline(seed=1).save_pretrained(other)
@@ -467,8 +467,8 @@ def test_what_we_warn_of_ourselves_is_a_line_and_what_libraries_do_is_not(capsys
 def test_a_full_registry_does_not_cost_the_training(
     spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spm_hub.hub import storage
-    from spm_hub.training import run
+    from spm_hub.registry import storage
+    from spm_hub.training.loop import prediction_run as run
 
     def full(*_: object) -> None:
         raise RegistryError("cannot write it: No space left on device")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file
 
 from spm_hub.cli.app import app
-from spm_hub.hub import registry as registries
-from spm_hub.hub.registry import Registry
+from spm_hub.registry import registry as registries
+from spm_hub.registry.registry import Registry
 
 Spmhub = Callable[..., tuple[int, str, str]]
 

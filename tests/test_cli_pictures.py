@@ -15,12 +15,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spm_hub import attach, training
-from spm_hub.adapter import Adapter
+from spm_hub.adapters.adapter import Adapter
 from spm_hub.cli import app, demo
 from spm_hub.evaluation import pictures, sketchbook
-from spm_hub.hub.registry import Registry
-from spm_hub.models import load_pipeline
-from spm_hub.training.recipe import Recipe
+from spm_hub.registry.registry import Registry
+from spm_hub.models.loading import load_pipeline
+from spm_hub.training.recipe.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "someone/spm-snoopy"

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from spm_hub.cli import main
 from spm_hub.cli.app import app
 from spm_hub.cli.output import Output, guarded
-from spm_hub.hub.registry import Registry
+from spm_hub.registry.registry import Registry
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,15 @@ from topologies import Bare, output_with, predict, random_eraser, topology
 from torch import Tensor, nn
 
 import spm_hub
-from spm_hub import conversion
-from spm_hub.adapter import Adapter, load_file
-from spm_hub.architectures import changeable, family_of
-from spm_hub.conversion import BaseModel, Description
+from spm_hub.adapters import conversion
+from spm_hub.adapters.adapter import Adapter, load_file
+from spm_hub.models.architectures import changeable, family_of
+from spm_hub.adapters.conversion import BaseModel, Description
 from spm_hub.errors import AdapterFileError, NotFoundError, UsageError
-from spm_hub.formats import kohya, names, spm
-from spm_hub.formats.container import MANIFEST_KEY, read_header
-from spm_hub.increments import Dense, LowRank, Mask
-from spm_hub.reduction import reduce
+from spm_hub.adapters.formats import kohya, module_names as names, spm
+from spm_hub.io.safetensors_file import MANIFEST_KEY, read_header
+from spm_hub.adapters.increments import Dense, LowRank, Mask
+from spm_hub.adapters.low_rank_approximation import reduce
 
 CONFORMANCE = Path(__file__).resolve().parents[2] / "shared" / "conformance"
 needs_conformance = pytest.mark.skipif(not CONFORMANCE.is_dir(), reason="no conformance files beside this checkout")
@@ -311,7 +311,7 @@ def test_the_real_lora_files_are_loaded_or_refused(tmp_path: Path) -> None:
             conversion.read(CONFORMANCE / "lora" / f"{name}.safetensors", NOBODY)
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)
-    spm_hub.architectures.check(adapter, unet)
+    spm_hub.adapters.compatibility.check(adapter, unet)
     for to in LOW_RANK:
         again = there_and_back(adapter, to, tmp_path)
         for path, increment in adapter.increments.items():

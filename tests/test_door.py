@@ -8,15 +8,15 @@ from diffusers import StableDiffusionPipeline
 from pico import pico_pipeline
 
 import spm_hub
-from spm_hub.adapter import Adapter, increment_info
+from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.cli.app import app
 from spm_hub.errors import RecipeError, UsageError
-from spm_hub.formats.stored import StoredIncrements
-from spm_hub.hub.registry import Registry
-from spm_hub.increments import Increment, LowRank
-from spm_hub.manifest import Base, Concept
+from spm_hub.adapters.formats.lazy import StoredIncrements
+from spm_hub.registry.registry import Registry
+from spm_hub.adapters.increments import Increment, LowRank
+from spm_hub.adapters.manifest import Base, Concept
 from spm_hub.training import preflight
-from spm_hub.training.recipe import Recipe
+from spm_hub.training.recipe.recipe import Recipe
 
 MODULE = "mid_block.attentions.0.proj_in"
 

@@ -12,13 +12,13 @@ from pico_families import family_pipeline
 from PIL import Image
 from typer.testing import CliRunner
 
-from spm_hub.atomic import check_writable
-from spm_hub.attachment import attach
+from spm_hub.io.atomic import check_writable
+from spm_hub.attachment.attachment import attach
 from spm_hub.cli.app import app
 from spm_hub.errors import RegistryError, UsageError
 from spm_hub.evaluation.pictures import Drawing, Shown, show
 from spm_hub.evaluation.sketchbook import Case, paint
-from spm_hub.watching import Watch
+from spm_hub.evaluation.step_callback import Watch
 
 
 def test_a_picture_of_numbers_that_overflow_is_an_error_and_not_black() -> None:
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_drawn(
         check_writable(tmp_path / "taken" / "pictures")
     check_writable(tmp_path / "new" / "pictures")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-    monkeypatch.setattr("spm_hub.models.load_pipeline", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", lambda *_, **__: pytest.fail("a model was loaded"))
     out = str(tmp_path / "taken" / "pictures")
     done = CliRunner().invoke(app, ["apply", "-a", "snoopy", "-a", "mickey", "-p", "a dog", "--out", out])
     assert done.exit_code in (1, 2)
@@ -86,7 +86,7 @@ def test_what_was_drawn_before_the_end_is_handed_out_at_once() -> None:
 def test_ctrl_c_leaves_the_pictures_that_were_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pico_pipeline()
     pico_eraser(pipe.unet).save(tmp_path / "snoopy.safetensors")
-    monkeypatch.setattr("spm_hub.models.load_pipeline", lambda *_, **__: pipe)
+    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", lambda *_, **__: pipe)
     drawn: list[str] = []
 
     def draw(pipe: object, prompt: str, *_: object) -> tuple[Image.Image, ...]:

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from spm_hub.calls import HELD
+from spm_hub.attachment.pipeline_hooks import HELD
 from spm_hub.cli.app import app
 from spm_hub.evaluation.sketchbook import Case
-from spm_hub.hub.registry import Registry
+from spm_hub.registry.registry import Registry
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.probe import Reading
 from spm_hub.sketchbook.world import STYLE_NAMES

@@ -16,8 +16,8 @@ from test_families import SD35_MEDIUM, SDXL, eraser
 from torch import Tensor, nn
 
 import spm_hub
-from spm_hub.adapter import Adapter
-from spm_hub.architectures import denoiser_of, family_of, targets
+from spm_hub.adapters.adapter import Adapter
+from spm_hub.models.architectures import denoiser_of, family_of, targets
 
 UNET: dict[str, Any] = {"layers_per_block": 1, "up_block_types": ("UpBlock2D",), "down_block_types": ("DownBlock2D",)}
 ATTENDING: dict[str, Any] = {

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from topologies import output_with, predict, random_eraser, topology
 from torch import Tensor, nn
 
-from spm_hub import conversion
-from spm_hub.adapter import load_file
-from spm_hub.conversion import BaseModel, Description
+from spm_hub.adapters import conversion
+from spm_hub.adapters.adapter import load_file
+from spm_hub.adapters.conversion import BaseModel, Description
 from spm_hub.errors import AdapterFileError, CompatibilityError, NotFoundError, SpmHubError, UsageError
-from spm_hub.formats import kohya, spm
+from spm_hub.adapters.formats import kohya, spm
 
 NOBODY = Description()
 

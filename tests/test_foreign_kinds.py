@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from topologies import output_with, predict, topology
 from torch import Tensor, nn
 
-from spm_hub import conversion
-from spm_hub.adapter import load_file
-from spm_hub.conversion import BaseModel, Description
+from spm_hub.adapters import conversion
+from spm_hub.adapters.adapter import load_file
+from spm_hub.adapters.conversion import BaseModel, Description
 from spm_hub.errors import AdapterFileError
-from spm_hub.formats.spm import flat
-from spm_hub.increments import Dense, LowRank
+from spm_hub.adapters.formats.module_names import flat
+from spm_hub.adapters.increments import Dense, LowRank
 
 CONFORMANCE = Path(__file__).resolve().parents[2] / "shared" / "conformance"
 needs_conformance = pytest.mark.skipif(not CONFORMANCE.is_dir(), reason="no conformance files beside this checkout")

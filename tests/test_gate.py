@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from pico import pico_tokenizer
 from pico_families import pico_qwen_tokenizer, pico_t5
 
-from spm_hub.concepts import WAY, Concept, Concepts, Shelf, fixed_point
-from spm_hub.gate import ConstantGate, Gate, Prompts, TransportGate, overlap, similarity, token_sets
+from spm_hub.attachment.concept_index import WAY, Concept, Concepts, Shelf, fixed_point
+from spm_hub.attachment.gate import ConstantGate, Gate, Prompts, TransportGate, overlap, similarity
+from spm_hub.attachment.text_encoding import token_sets
 
 
 def states_of(seed, *shape):

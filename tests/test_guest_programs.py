@@ -18,8 +18,8 @@ from pico import pico_eraser, pico_pipeline
 
 import spm_hub
 from spm_hub.errors import UsageError
-from spm_hub.eval_unlearn import SpmHubTechnique
-from spm_hub.hub.registry import Registry
+from spm_hub.evaluation.eval_unlearn import SpmHubTechnique
+from spm_hub.registry.registry import Registry
 
 PROJECT = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 POINTS = PROJECT["entry-points"]["eval_unlearn.techniques"]

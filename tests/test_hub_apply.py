@@ -14,10 +14,10 @@ from pico import pico_eraser, pico_pipeline
 from PIL import Image
 
 import spm_hub
-from spm_hub.adapter import Adapter
-from spm_hub.aliases import ALIASES
+from spm_hub.adapters.adapter import Adapter
+from spm_hub.models.aliases import ALIASES
 from spm_hub.hub.push import prepare
-from spm_hub.hub.registry import Registry
+from spm_hub.registry.registry import Registry
 
 PROMPT = "snoopy on the beach"
 COMMAND = ["apply", "--model", "dreamshaper-8", "--adapters", "nudity,snoopy", "--prompt", PROMPT]

@@ -14,9 +14,9 @@ from test_signing import keys  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 from spm_hub.cli.app import app
-from spm_hub.hub import signing
-from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME
-from spm_hub.hub.registry import Registry
+from spm_hub.registry import signing
+from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME
+from spm_hub.registry.registry import Registry
 from spm_hub.training import Recipe
 
 Spmhub = Callable[..., tuple[int, Any]]

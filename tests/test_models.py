@@ -13,10 +13,10 @@ import torch
 from loopback import LoopbackHub
 from pico import pico_pipeline
 
-from spm_hub import aliases, models
-from spm_hub.aliases import ALIASES, Alias
+from spm_hub.models import aliases, loading as models
+from spm_hub.models.aliases import ALIASES, Alias
 from spm_hub.errors import ModelError, NotFoundError, SpmHubError, UsageError
-from spm_hub.models import identity_of, load_pipeline, parse_reference, stored_dtypes
+from spm_hub.models.loading import identity_of, load_pipeline, parse_reference, stored_dtypes
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -159,7 +159,7 @@ def test_a_device_that_is_not_there(folder: Path) -> None:
 def test_no_network_is_said_at_once(tmp_path: Path) -> None:
     """In a process of its own, as the Hub's client reads its settings when imported; nothing listens on port 9."""
     code = (
-        "import time; from spm_hub.errors import NetworkError; from spm_hub.models import _download, parse_reference\n"
+        "import time; from spm_hub.errors import NetworkError; from spm_hub.models.loading import _download, parse_reference\n"
         "from diffusers import DiffusionPipeline; from huggingface_hub import HfApi; start = time.monotonic()\n"
         "try: _download(parse_reference('sd-v1-4'), half=False)\n"
         "except NetworkError as error: print(time.monotonic() - start, error)"
@@ -178,7 +178,7 @@ def test_a_cached_repository_needs_no_network(folder: Path, tmp_path: Path) -> N
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(COMMIT)
     code = (
-        "import sys; from spm_hub.models import identity_of, load_pipeline\n"
+        "import sys; from spm_hub.models.loading import identity_of, load_pipeline\n"
         "for reference in sys.argv[1:]: print(*identity_of(reference, load_pipeline(reference)))"
     )
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
@@ -193,7 +193,7 @@ def test_a_cached_repository_needs_no_network(folder: Path, tmp_path: Path) -> N
 
 def test_a_downloaded_repository_is_known_by_its_name_without_a_network(folder: Path, tmp_path: Path) -> None:
     code = (
-        "from huggingface_hub import constants; from spm_hub.models import _download, parse_reference\n"
+        "from huggingface_hub import constants; from spm_hub.models.loading import _download, parse_reference\n"
         "for offline in (False, True):\n"
         "    constants.HF_HUB_OFFLINE = offline\n"
         "    for text in ('some/pico', 'some/pico@main'): print(_download(parse_reference(text), half=False).name)"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from spm_hub.errors import AdapterFileError
-from spm_hub.formats import minimalist, pickles
+from spm_hub.adapters.formats import minimalist
+from spm_hub.io import pickles
 
 
 def with_pickle(path: Path, pickled: bytes) -> Path:

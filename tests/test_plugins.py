@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import spm_hub
-from spm_hub import conversion, plugins, training
-from spm_hub.adapter import load_file
-from spm_hub.architectures import family_of, targets
-from spm_hub.conversion import Description
+from spm_hub import plugins, training
+from spm_hub.adapters import conversion
+from spm_hub.adapters.adapter import load_file
+from spm_hub.models.architectures import family_of, targets
+from spm_hub.adapters.conversion import Description
 from spm_hub.errors import AdapterFileError, RecipeError
-from spm_hub.training.recipe import Recipe
+from spm_hub.training.recipe.recipe import Recipe
 
 GOOD = '''
 import torch

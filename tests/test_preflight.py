@@ -12,10 +12,10 @@ from pico import pico_pipeline
 from pico_families import family_pipeline
 
 import spm_hub
-from spm_hub.attacks.noising import Noising
+from spm_hub.evaluation.attacks.noising import Noising
 from spm_hub.errors import RecipeError
 from spm_hub.training import Recipe, train
-from spm_hub.training.base import BaseModel
+from spm_hub.training.base_model import BaseModel
 from spm_hub.training.preflight import check_before_loading
 from spm_hub.training.trainer import TrainingDivergedError
 
@@ -101,7 +101,7 @@ def test_a_damaged_configuration_is_left_to_whoever_loads_the_model(tmp_path: Pa
 
 
 def test_the_door_refuses_before_it_loads(outlines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spm_hub.models.load_pipeline", lambda *args, **given: pytest.fail("loaded"))
+    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", lambda *args, **given: pytest.fail("loaded"))
     with pytest.raises(RecipeError, match="PEFT has none"):
         spm_hub.train("snoopy", model=str(outlines("sd1")), increment={"kind": "vera", "rank": 4})
 

@@ -11,27 +11,21 @@ import torch
 from pico import pico_eraser, pico_pipeline
 
 import spm_hub
-from spm_hub.adapter import Adapter, increment_info
+from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.errors import RecipeError
-from spm_hub.increments import Dense, LowRank
+from spm_hub.adapters.increments import Dense, LowRank
 from spm_hub.training import Recipe, train
-from spm_hub.training.adversary import Attacker, drift, worst_states
-from spm_hub.training.anchors import AnchorSource
-from spm_hub.training.base import BaseModel
-from spm_hub.training.dense import DenseInjection
-from spm_hub.training.injection import Injection
+from spm_hub.training.data.adversary import Attacker, drift, worst_states
+from spm_hub.training.data.anchors import AnchorSource
+from spm_hub.training.base_model import BaseModel
+from spm_hub.training.trainable.dense import DenseInjection
+from spm_hub.training.trainable.low_rank import Injection
 from spm_hub.training.objectives.esd import ESD
-from spm_hub.training.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.selection import selected
-from spm_hub.training.starting import begin_with, tensors_sha256
-from spm_hub.training.trajectories import (
-    Batch,
-    StudentSource,
-    TrajectorySource,
-    denoised,
-    generator_for,
-    trained_prompt,
-)
+from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.trainable.module_selection import selected
+from spm_hub.training.trainable.warm_start import begin_with, tensors_sha256
+from spm_hub.training.data.batch import Batch
+from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, denoised, generator_for, trained_prompt
 
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 3, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}
 
@@ -312,8 +306,8 @@ def test_the_door_loads_what_a_recipe_starts_from(tmp_path: Path, monkeypatch: p
     pipe = pico_pipeline()
     start = pico_eraser(pipe.unet)
     start.save(tmp_path / "start.safetensors")
-    monkeypatch.setattr("spm_hub.models.load_pipeline", lambda model, config: pipe)
-    monkeypatch.setattr("spm_hub.models.identity_of", lambda model, loaded: (model, None))
+    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", lambda model, config: pipe)
+    monkeypatch.setattr("spm_hub.models.loading.identity_of", lambda model, loaded: (model, None))
     path = str(tmp_path / "start.safetensors")
     made = spm_hub.train("snoopy", method="race-spm", steps=1, start_from=path, x_t=SMALL["x_t"])
     assert made.manifest.recipe["start_sha256"] == tensors_sha256(start)

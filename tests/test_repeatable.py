@@ -9,7 +9,7 @@ import torch
 from pico import pico_pipeline
 
 from spm_hub.training import Recipe, train
-from spm_hub.training.run import Run
+from spm_hub.training.loop.prediction_run import Run
 
 SMALL = {"target": "snoopy", "steps": 3, "batch_size": 2, "x_t": {"steps": 3, "trajectories": 2, "chunks": 1}}
 

@@ -10,12 +10,12 @@ from test_registry import named
 
 import spm_hub
 from spm_hub.errors import NotFoundError, SignatureError, UsageError
-from spm_hub.hub import signing
-from spm_hub.hub.archive import export, import_
-from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
-from spm_hub.hub.registry import Registry
-from spm_hub.hub.verification import verify
-from spm_hub.manifest import Manifest
+from spm_hub.registry import signing
+from spm_hub.registry.archive import export, import_
+from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.registry.registry import Registry
+from spm_hub.registry.verification import verify
+from spm_hub.adapters.manifest import Manifest
 
 pytest.importorskip("model_signing.signing", reason="the extra sign is not installed")
 
@@ -188,7 +188,7 @@ def test_a_signature_goes_where_its_eraser_goes(registry: Registry, keys: tuple[
 def test_without_the_extra_the_command_that_installs_it_is_named(registry: Registry, keys: tuple[Path, Path]) -> None:
     code = (
         "import sys; sys.modules['model_signing'] = None\n"
-        "from pathlib import Path; from spm_hub.hub.registry import Registry\n"
+        "from pathlib import Path; from spm_hub.registry.registry import Registry\n"
         "Registry(Path(sys.argv[1])).get('snoopy').load(signed_by=Path(sys.argv[2]))"
     )
     done = subprocess.run(

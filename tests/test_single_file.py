@@ -24,10 +24,10 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from spm_hub import train
 from spm_hub.errors import ModelError, NotFoundError, UsageError
-from spm_hub.hub.registry import Registry
-from spm_hub.models import identity_of, load_pipeline, parse_reference
-from spm_hub.single_file.inspection import inspect
-from spm_hub.single_file.loading import CONFIGURATION
+from spm_hub.registry.registry import Registry
+from spm_hub.models.loading import identity_of, load_pipeline, parse_reference
+from spm_hub.models.single_file.inspection import inspect
+from spm_hub.models.single_file.loading import CONFIGURATION
 
 UNET = "model.diffusion_model."
 registry, spmhub = test_cli.registry, test_cli.spmhub

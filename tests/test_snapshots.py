@@ -12,11 +12,11 @@ from huggingface_hub import hf_api
 from loopback import LoopbackHub
 from pico import pico_pipeline
 
-from spm_hub import network
-from spm_hub.aliases import ALIASES
+from spm_hub.io import hub_client as network
+from spm_hub.models.aliases import ALIASES
 from spm_hub.errors import HubNotFoundError, ModelError
-from spm_hub.models import load_pipeline, local_files, parse_reference
-from spm_hub.snapshots import is_whole
+from spm_hub.models.loading import load_pipeline, local_files, parse_reference
+from spm_hub.models.snapshots import is_whole
 
 BASE = ALIASES["dreamshaper-8"]
 UNET = "unet/diffusion_pytorch_model"

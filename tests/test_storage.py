@@ -19,13 +19,13 @@ from loopback import LoopbackHub
 from test_adapter import snoopy
 from test_registry import files_of, named
 
-from spm_hub import atomic
-from spm_hub.adapter import load_file
+from spm_hub.io import atomic
+from spm_hub.adapters.adapter import load_file
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError
-from spm_hub.hub import lockfile, storage
-from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
-from spm_hub.hub.registry import Registry
-from spm_hub.hub.remote import pull
+from spm_hub.registry import lockfile, storage
+from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.registry.registry import Registry
+from spm_hub.hub.pull import pull
 
 TESTS = Path(__file__).resolve().parent
 

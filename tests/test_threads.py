@@ -9,7 +9,7 @@ import pytest
 import torch
 from pico import pico_eraser, pico_pipeline
 
-from spm_hub.attachment import attach
+from spm_hub.attachment.attachment import attach
 from spm_hub.errors import UsageError
 
 PROMPTS = ("snoopy", ["mickey", "a dog"], "a cat")

@@ -12,16 +12,17 @@ from test_registry import named
 from test_remote import COMMIT, REPO, eraser, hub, registry, repository  # noqa: F401 - fixtures
 from test_storage import files_of
 
-from spm_hub.adapter import Adapter, load_file
+from spm_hub.adapters.adapter import Adapter, load_file
 from spm_hub.errors import AdapterFileError, HubError, ManifestError, RegistryError, SpmHubError
-from spm_hub.formats import spm
-from spm_hub.formats.container import MANIFEST_KEY, encode
-from spm_hub.hub import fetching, lockfile, remote, signing, storage
-from spm_hub.hub.archive import export, import_
-from spm_hub.hub.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry, entry_of
-from spm_hub.hub.registry import Registry
-from spm_hub.hub.resolving import resolve
-from spm_hub.manifest import GateDefaults, Manifest, Origin
+from spm_hub.adapters.formats import spm
+from spm_hub.io.safetensors_file import MANIFEST_KEY, encode
+from spm_hub.hub import download as fetching, pull as remote
+from spm_hub.registry import lockfile, signing, storage
+from spm_hub.registry.archive import export, import_
+from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry, entry_of
+from spm_hub.registry.registry import Registry
+from spm_hub.hub.resolve import resolve
+from spm_hub.adapters.manifest import GateDefaults, Manifest, Origin
 
 ORIGIN = Origin(repo=REPO, commit=COMMIT)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spm_hub.atomic import check_writable
+from spm_hub.io.atomic import check_writable
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
@@ -52,8 +52,8 @@ def apply(
 
     Prints how strongly each eraser acted on each prompt.
     """
-    from spm_hub.hub.resolving import resolve
-    from spm_hub.models import load_pipeline, local_files, parse_reference, whence
+    from spm_hub.hub.resolve import resolve
+    from spm_hub.models.loading import load_pipeline, local_files, parse_reference, whence
 
     if prompt and prompts:
         raise UsageError("--prompt and --prompts are both given", mend="put all prompts into the file")
@@ -67,7 +67,7 @@ def apply(
         entries = [resolve(reference, registry, progress=progress) for reference in wanted]
     with silence_libraries():
         from spm_hub.evaluation.pictures import Drawing, check_prompts, read_prompts, save_grid, save_one, show
-        from spm_hub.naming import check_names
+        from spm_hub.adapters.lookup import check_names
 
         # What can be said at once is not said after a model was downloaded.
         texts = read_prompts(prompts) if prompts is not None else prompt or []

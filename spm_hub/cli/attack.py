@@ -70,8 +70,8 @@ def attack(
 
     Prints the share of prompts in which it is there without an attack and with it (ASR), and the prompts found.
     """
-    from spm_hub.hub.resolving import resolve
-    from spm_hub.models import load_pipeline, parse_reference
+    from spm_hub.hub.resolve import resolve
+    from spm_hub.models.loading import load_pipeline, parse_reference
 
     if with_ not in ATTACKS:
         close = nearest(with_, ATTACKS)
@@ -86,7 +86,7 @@ def attack(
     if (count := _number(prompts)) is not None and count < 1:
         raise UsageError(f"--prompts {prompts}: there is nothing to attack", mend="--prompts 10")
     with silence_libraries():
-        from spm_hub import attacks
+        from spm_hub.evaluation import attacks
         from spm_hub.evaluation.judging import imported_judge, probe_judge, sentences
         from spm_hub.evaluation.pictures import read_prompts
 

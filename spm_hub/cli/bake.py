@@ -32,8 +32,8 @@ def bake(
     For programs that know nothing of erasers: it erases at gamma 1, whatever the prompt. It keeps the precision of
     each part of the base, and what is needed to take an eraser out again: see spmhub recover.
     """
-    from spm_hub.hub.resolving import resolve
-    from spm_hub.models import load_pipeline, parse_reference
+    from spm_hub.hub.resolve import resolve
+    from spm_hub.models.loading import load_pipeline, parse_reference
 
     strengths = options.strengths(strength)
     source = parse_reference(model, config=config)
@@ -41,9 +41,9 @@ def bake(
         out.say(source.remark)
     entries = [resolve(reference, registry) for reference in options.names(adapters)]
     with silence_libraries():
-        from spm_hub.baking import bake as run
-        from spm_hub.baking import check_place
-        from spm_hub.naming import check_names
+        from spm_hub.adapters.baking import bake as run
+        from spm_hub.adapters.baking import check_place
+        from spm_hub.adapters.lookup import check_names
 
         erasers = [entry.load() for entry in entries]
         check_names(erasers, strengths or ())
@@ -74,7 +74,7 @@ def recover(
     The folder then equals a bake without it, bit for bit.
     """
     with silence_libraries():
-        from spm_hub.baking import recover as run
+        from spm_hub.adapters.baking import recover as run
 
         provenance = run(checkpoint, name)
     left = ", ".join(eraser.name for eraser in provenance.erasers)

@@ -29,13 +29,13 @@ def demo(
     Writes a grid of pictures with and without, and prints a table of what is detected in them.
     """
     with silence_libraries():
-        from spm_hub.attachment import attach
+        from spm_hub.attachment.attachment import attach
         from spm_hub.evaluation.pictures import Drawing, grid_of, show, write_png
         from spm_hub.evaluation.sketchbook import detection_table
-        from spm_hub.hub.registry import Registry
-        from spm_hub.models import load_pipeline
+        from spm_hub.registry.registry import Registry
+        from spm_hub.models.loading import load_pipeline
         from spm_hub.training import train
-        from spm_hub.training.recipe import Recipe
+        from spm_hub.training.recipe.recipe import Recipe
 
         kept_in, picture = Registry(to), to / "before-after.png"
         # An eraser that no demo made is somebody's own.

@@ -11,7 +11,7 @@ from spm_hub.cli.output import Output, silence_libraries, table
 from spm_hub.errors import RegistryError, UsageError
 
 if TYPE_CHECKING:
-    from spm_hub.hub.entry import Entry
+    from spm_hub.registry.entry import Entry
 
 
 @command(
@@ -52,8 +52,8 @@ def evaluate(
     The same sentences, on which no eraser was trained, from the same noise. On the sketchbook its probe looks for all
     that it knows; a judge of your own (--judge) for what was erased.
     """
-    from spm_hub.hub.resolving import resolve
-    from spm_hub.models import load_pipeline, parse_reference
+    from spm_hub.hub.resolve import resolve
+    from spm_hub.models.loading import load_pipeline, parse_reference
 
     acting, strengths = options.gate(gate), options.strengths(strength)
     options.require_signature(require_signature)
@@ -63,7 +63,7 @@ def evaluate(
     if record:
         _check_recordable(entries, asked=(judge, gate, strength))
     with silence_libraries():
-        from spm_hub.attachment import attach
+        from spm_hub.attachment.attachment import attach
         from spm_hub.evaluation import judging
         from spm_hub.evaluation.pictures import Drawing
         from spm_hub.evaluation.sketchbook import evaluations, paint
@@ -93,7 +93,7 @@ def evaluate(
     if others:
         summary = {"others_worst_points": min(others), "others_mean_points": round(sum(others) / len(others), 2)}
     if record:
-        from spm_hub.hub.registry import Registry
+        from spm_hub.registry.registry import Registry
 
         root = entries[0].adapter_path.parent.parent
         Registry(root).record_evaluation(entries[0].name, evaluations(without, given, base=base.public_name, seed=seed))
@@ -113,7 +113,7 @@ def evaluate(
 
 def _check_recordable(entries: list["Entry"], asked: tuple[object, ...]) -> None:
     """Raises UsageError, RegistryError where the numbers would not be those of one eraser as it is, in a registry."""
-    from spm_hub.hub import storage
+    from spm_hub.registry import storage
 
     if len(entries) > 1:
         raise UsageError(f"--record is for one eraser, and {len(entries)} are named", mend="one after the other")

@@ -14,7 +14,7 @@ from spm_hub.errors import UsageError
 
 if TYPE_CHECKING:
     from spm_hub.hub.card import Pair
-    from spm_hub.hub.entry import Entry
+    from spm_hub.registry.entry import Entry
     from spm_hub.hub.search import Found
 
 Repo = Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository on the Hub.")]
@@ -51,7 +51,7 @@ def push(
 
     Logs in as `hf auth login` or HF_TOKEN says.
     """
-    from spm_hub.hub.resolving import resolve
+    from spm_hub.hub.resolve import resolve
 
     if no_pictures and (pictures is not None or prompt):
         raise UsageError("--no-pictures and pictures are both asked for")
@@ -84,10 +84,10 @@ def push(
 
 def _drawn(out: Output, entry: "Entry", prompts: list[str] | None, folder: Path, device: str) -> "tuple[Pair, ...]":
     """Pairs that the eraser's own base draws now; none, with a word why, where it is not on this machine."""
-    from spm_hub.aliases import ALIASES, Alias
+    from spm_hub.models.aliases import ALIASES, Alias
     from spm_hub.evaluation.pictures import Drawing, save, show
     from spm_hub.hub.card import hub_id, read_pairs
-    from spm_hub.models import is_available, load_pipeline
+    from spm_hub.models.loading import is_available, load_pipeline
 
     adapter = entry.load()
     concept, base = adapter.manifest.concept, adapter.manifest.base
@@ -145,7 +145,7 @@ def pull(
     force: options.Force = False,
 ) -> None:
     """Keep an eraser of the Hub in the registry, pinned to its commit."""
-    from spm_hub.hub.registry import HUB_REFERENCE, Registry, registries
+    from spm_hub.registry.registry import HUB_REFERENCE, Registry, registries
 
     kept_in = Registry(registry) if registry is not None else registries()[0]
     match = None if repo is None else HUB_REFERENCE.fullmatch(repo)
@@ -155,7 +155,7 @@ def pull(
         raise UsageError("--name and --force are for one repository", mend="spmhub pull USER/REPO --name NAME")
     options.require_signature(require_signature)
     silence_hub()
-    from spm_hub.hub import remote
+    from spm_hub.hub import pull as remote
 
     with out.progress("downloading") as progress:
         if match is None:
@@ -208,10 +208,10 @@ def show_found(out: Output, found: "tuple[Found, ...]") -> None:
 @command("outdated", Example("spmhub outdated", "which pulled erasers have moved on at the Hub"), panel="Share")
 def outdated(out: Output, *, registry: options.Registry = None) -> None:
     """Compare the pulled erasers with what the Hub has now."""
-    from spm_hub.hub.registry import chosen
+    from spm_hub.registry.registry import chosen
 
     silence_hub()
-    from spm_hub.hub import remote
+    from spm_hub.hub import pull as remote
 
     rows = []
     for place in chosen(registry):

@@ -10,7 +10,7 @@ from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, size
 
 if TYPE_CHECKING:
-    from spm_hub.hub.archive import Moved
+    from spm_hub.registry.archive import Moved
 
 Names = Annotated[list[str], typer.Argument(help="Names in the registry.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")]
@@ -28,7 +28,7 @@ def remove(out: Output, names: Names, *, registry: options.Registry = None, dry_
     Each from the registry that is asked for, or unless one is, from where its name is found, as apply would find it.
     All names are looked up before any goes.
     """
-    from spm_hub.hub.registry import holding
+    from spm_hub.registry.registry import holding
 
     found = [(name, holding(name, registry)) for name in dict.fromkeys(names)]
     for name, place in () if dry_run else found:
@@ -49,7 +49,7 @@ def gc(out: Output, *, registry: options.Registry = None, dry_run: DryRun = Fals
 
     Temporary files of commands that were killed, and manifests whose adapter file is gone.
     """
-    from spm_hub.hub.registry import registries
+    from spm_hub.registry.registry import registries
 
     kept = registries(registry)[0]
     rows = kept.gc(dry_run=dry_run)
@@ -81,8 +81,8 @@ def export_(
     force: options.Force = False,
 ) -> None:
     """Copy erasers, verified, into a folder or a tar file."""
-    from spm_hub.hub.archive import export
-    from spm_hub.hub.resolving import resolve
+    from spm_hub.registry.archive import export
+    from spm_hub.hub.resolve import resolve
 
     _show(out, export([resolve(name, registry) for name in names], to, replace=force), to)
 
@@ -103,8 +103,8 @@ def import_(
 
     All are verified before, and all are installed or none.
     """
-    from spm_hub.hub.archive import import_ as run
-    from spm_hub.hub.registry import Registry, registries
+    from spm_hub.registry.archive import import_ as run
+    from spm_hub.registry.registry import Registry, registries
 
     kept = Registry(registry) if registry is not None else registries()[0]
     _show(out, run(source, kept, replace=force), kept.root)

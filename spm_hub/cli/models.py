@@ -11,8 +11,8 @@ from spm_hub.cli.output import Output, silence_libraries, table
 @command("models", Example("spmhub models", "the short names of base models"), panel="Look")
 def models(out: Output) -> None:
     """List the short names of base models; folders, single files and Hub ids work as well."""
-    from spm_hub.aliases import ALIASES
-    from spm_hub.models import is_available
+    from spm_hub.models.aliases import ALIASES
+    from spm_hub.models.loading import is_available
 
     found = [
         {
@@ -36,8 +36,8 @@ def doctor(out: Output, *, registry: options.Registry = None) -> None:
 
     Exit code 1 where something is in the way.
     """
-    from spm_hub.diagnosis import diagnose
-    from spm_hub.hub.registry import Registry, registries
+    from spm_hub.cli.diagnosis import diagnose
+    from spm_hub.registry.registry import Registry, registries
 
     with silence_libraries():
         findings = list(diagnose(Registry(registry).root if registry is not None else registries()[0].root))

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from spm_hub.environment import KEY_VARIABLE, REGISTRY_VARIABLE
+from spm_hub.io.environment import KEY_VARIABLE, REGISTRY_VARIABLE
 from spm_hub.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     import torch
 
-    from spm_hub.models import ModelRef
+    from spm_hub.models.loading import ModelRef
 
 Registry = Annotated[
     Path | None,
@@ -104,7 +104,7 @@ def names(texts: list[str]) -> list[str]:
 
 def check_judge(judge: str | None, model: ModelRef) -> None:
     """Raises UsageError for pictures of a model that nobody here can judge."""
-    from spm_hub.aliases import ALIASES
+    from spm_hub.models.aliases import ALIASES
 
     alias = ALIASES.get(model.text)
     if judge is None and (alias is None or alias.embedded is None):

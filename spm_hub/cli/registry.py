@@ -27,7 +27,7 @@ def list_(
     remote: Annotated[bool, typer.Option("--remote", help="Those on the Hub instead: see spmhub search.")] = False,
 ) -> None:
     """List the erasers that can be named."""
-    from spm_hub.hub.registry import chosen
+    from spm_hub.registry.registry import chosen
 
     if remote:
         from spm_hub.cli.hub import show_found
@@ -79,7 +79,7 @@ def show(out: Output, name: Name, *, registry: options.Registry = None) -> None:
     import yaml
     from rich.console import Group
 
-    from spm_hub.hub.resolving import resolve
+    from spm_hub.hub.resolve import resolve
 
     entry = resolve(name, registry)
     manifest = entry.read_manifest()
@@ -118,13 +118,13 @@ def check(
 
     Exit code 1 with the first module that does not fit, and both shapes.
     """
-    from spm_hub.hub.resolving import resolve
-    from spm_hub.models import load_pipeline, parse_reference
+    from spm_hub.hub.resolve import resolve
+    from spm_hub.models.loading import load_pipeline, parse_reference
 
     parse_reference(model, config=config)
     entry = resolve(name, registry)
     with silence_libraries():
-        from spm_hub import architectures
+        from spm_hub.models import architectures
 
         adapter = entry.load()
         pipe = load_pipeline(model, config=config)

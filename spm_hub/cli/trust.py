@@ -12,8 +12,8 @@ from spm_hub.cli.output import Output, table
 from spm_hub.errors import SpmHubError
 
 if TYPE_CHECKING:
-    from spm_hub.hub.entry import Entry
-    from spm_hub.hub.verification import Check
+    from spm_hub.registry.entry import Entry
+    from spm_hub.registry.verification import Check
 
 FAILED = 1
 
@@ -40,9 +40,9 @@ def verify(
     Size and sha256 against the manifest, the layout of the file, its numbers, the manifest inside it, its pin, its
     signature, and its recipe's keys. Exit code 1 when a check failed.
     """
-    from spm_hub.hub.registry import registries
-    from spm_hub.hub.resolving import resolve
-    from spm_hub.hub.verification import verify as run
+    from spm_hub.registry.registry import registries
+    from spm_hub.hub.resolve import resolve
+    from spm_hub.registry.verification import verify as run
 
     entries = [resolve(name, registry) for name in names] if names else registries(registry)[0].entries()
     found: list[dict[str, Any]] = []
@@ -64,8 +64,8 @@ def verify(
 
 def _recipe(entry: "Entry") -> "Check":
     """Whether the recipe is one that can be trained again: a manifest keeps whatever stands there as it is."""
-    from spm_hub.hub.verification import Check
-    from spm_hub.training.recipe import Recipe
+    from spm_hub.registry.verification import Check
+    from spm_hub.training.recipe.recipe import Recipe
 
     try:
         manifest = entry.read_manifest()
@@ -96,7 +96,7 @@ def sign(
 
     Needs the extra: pip install "spm-hub[sign]". The signature stays in the registry, and goes with a push.
     """
-    from spm_hub.hub.registry import holding
+    from spm_hub.registry.registry import holding
 
     places = [(name, holding(name, registry)) for name in names]
     signed = [{"name": name, "signature": str(place.sign(name, key))} for name, place in places]

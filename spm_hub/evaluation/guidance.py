@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from spm_hub.architectures import denoiser_of, family_of
+from spm_hub.models.architectures import denoiser_of, family_of
 from spm_hub.errors import UsageError, nearest
 
 

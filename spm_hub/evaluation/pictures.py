@@ -14,18 +14,18 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from spm_hub.atomic import write_atomic
-from spm_hub.attachment import Attachment, attach
+from spm_hub.io.atomic import write_atomic
+from spm_hub.attachment.attachment import Attachment, attach
 from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.evaluation.grid import Row, draw_grid
-from spm_hub.manifest import slug
-from spm_hub.watching import Watch
+from spm_hub.adapters.manifest import slug
+from spm_hub.evaluation.step_callback import Watch
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from spm_hub.adapter import Adapter
-    from spm_hub.gate import Gate
+    from spm_hub.adapters.adapter import Adapter
+    from spm_hub.attachment.gate import Gate
 
 WITHOUT, WITH = "without", "with"
 METADATA_KEY = "spmhub"

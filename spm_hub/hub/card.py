@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from spm_hub.aliases import ALIASES
+from spm_hub.models.aliases import ALIASES
 from spm_hub.errors import NotFoundError, UsageError
-from spm_hub.manifest import Evaluation, Manifest, slug
+from spm_hub.adapters.manifest import Evaluation, Manifest, slug
 
 ERASES, METHOD = "erases:", "method:"
 """Beginnings of two tags of ours, by which erasers are searched on the Hub."""
@@ -174,7 +174,7 @@ def _use(manifest: Manifest, repo: str, weights: str) -> str:
     source = hub_id(base) or "MODEL"
     loading = f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{source}")'
     if base in ALIASES and source == "MODEL":
-        loading = f'from spm_hub.models import load_pipeline\n\npipe = load_pipeline("{base}")'
+        loading = f'from spm_hub.models.loading import load_pipeline\n\npipe = load_pipeline("{base}")'
     target = manifest.concept.target
     ours = (
         f'```bash\npip install spm-hub\nspmhub apply --model {model} --adapters {repo} --prompt "{target}" --compare\n'

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from .figures import SUBJECTS
-from .world import STYLE_NAMES, Drawing
+from spm_hub.sketchbook.figures import SUBJECTS
+from spm_hub.sketchbook.world import STYLE_NAMES, Drawing
 
 SUBJECT_CLASSES: tuple[str, ...] = (*SUBJECTS, "nothing")
 STYLE_CLASSES: tuple[str, ...] = (*STYLE_NAMES, "no style")

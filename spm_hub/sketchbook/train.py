@@ -26,19 +26,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from .miniature import (
-    encode,
-    make_clip,
-    make_scheduler,
-    make_tokenizer,
-    make_unet,
-    make_vae,
-    save_pipeline,
-    scale,
-    tokens_of,
-)
-from .probe import labels, train_probe
-from .world import drawings
+from spm_hub.sketchbook.miniature import encode, make_clip, make_scheduler, make_tokenizer, make_unet, make_vae, save_pipeline, scale, tokens_of
+from spm_hub.sketchbook.probe import labels, train_probe
+from spm_hub.sketchbook.world import drawings
 
 
 def _say(stage: str, step: int, total: int, loss: float, begun: float) -> None:

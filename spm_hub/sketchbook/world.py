@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from .figures import FIGURES, SUBJECTS, Pen
-from .looks import BACKGROUNDS, LOOKS, STYLES, Dice, to_pixels
+from spm_hub.sketchbook.figures import FIGURES, SUBJECTS, Pen
+from spm_hub.sketchbook.looks import BACKGROUNDS, LOOKS, STYLES, Dice, to_pixels
 
 SIDE = 64  # pixels, of every picture
 _OVERSAMPLE = 3  # figures are drawn larger and averaged down: smooth edges carry more than steps do at this size

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
-    from .trainer import train
+    from spm_hub.training.recipe.recipe import Recipe
+    from spm_hub.training.trainer import train
 
 __all__ = ["Recipe", "train"]
 

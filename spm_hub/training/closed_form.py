@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spm_hub.architectures import weight_of
+from spm_hub.models.architectures import weight_of
 from spm_hub.errors import RecipeError
-from spm_hub.increments import LowRank
+from spm_hub.adapters.increments import LowRank
 
-from .base import BaseModel
-from .objectives.uce import edit
-from .prompts import PromptMaker, Words, vocabulary_words
-from .protection import strangers
-from .recipe import Recipe
-from .tokens import concept_positions, last_position, window
-from .trajectories import generator_for
+from spm_hub.training.base_model import BaseModel
+from spm_hub.training.objectives.uce import edit
+from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.protection import strangers
+from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.data.token_positions import concept_positions, last_position, window
+from spm_hub.training.data.trajectories import generator_for
 
 
 @torch.no_grad()

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spm_hub.architectures import weight_of
+from spm_hub.models.architectures import weight_of
 from spm_hub.errors import RecipeError
-from spm_hub.increments import Dense, Increment, LowRank
-from spm_hub.manifest import Evaluation
+from spm_hub.adapters.increments import Dense, Increment, LowRank
+from spm_hub.adapters.manifest import Evaluation
 
-from .base import BaseModel
-from .recipe import Recipe
-from .separability import held_exactly, members
+from spm_hub.training.base_model import BaseModel
+from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.recipe.protected_prompts import held_exactly, members
 
 PROTOCOL = "protected-prompts"
 _NOISE = 1e-7  # of the largest singular value: below is float32's rounding of states that are the same

@@ -20,28 +20,28 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from spm_hub.adapter import Adapter, increment_info
-from spm_hub.architectures import denoiser_of, family_of, fingerprint_of
-from spm_hub.atomic import write_atomic
+from spm_hub.adapters.adapter import Adapter, increment_info
+from spm_hub.models.architectures import denoiser_of, family_of, fingerprint_of
+from spm_hub.io.atomic import write_atomic
 from spm_hub.errors import RecipeError, RegistryError, SpmHubError
-from spm_hub.increments import Increment
-from spm_hub.manifest import Base, Concept, Evaluation, GateDefaults, Manifest
+from spm_hub.adapters.increments import Increment
+from spm_hub.adapters.manifest import Base, Concept, Evaluation, GateDefaults, Manifest
 
-from .base import BaseModel
-from .closed_form import solved
-from .injection import Trainable
-from .masks import MaskInjection
-from .minimalist import MinimalistRun
-from .peft_kinds import PeftInjection
-from .prompts import PromptMaker, Words, vocabulary_words
-from .protection import Space, space_left
-from .recipe import Recipe
-from .repeatable import repeatable, without_repeatable_kernel
-from .run import Run
-from .selection import selected
-from .separability import members, protects
-from .starting import started
-from .together import Together
+from spm_hub.training.base_model import BaseModel
+from spm_hub.training.closed_form import solved
+from spm_hub.training.trainable.low_rank import Trainable
+from spm_hub.training.trainable.mask import MaskInjection
+from spm_hub.training.loop.mask_run import MinimalistRun
+from spm_hub.training.trainable.peft import PeftInjection
+from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.protection import Space, space_left
+from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.loop.determinism import repeatable, without_repeatable_kernel
+from spm_hub.training.loop.prediction_run import Run
+from spm_hub.training.trainable.module_selection import selected
+from spm_hub.training.recipe.protected_prompts import members, protects
+from spm_hub.training.trainable.warm_start import started
+from spm_hub.training.loop.joint_run import Together
 
 Progress = Callable[[int, int, dict[str, float]], None]
 _CHECKPOINT = "training.safetensors"

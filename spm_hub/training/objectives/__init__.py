@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spm_hub.training.methods import plugged
-from spm_hub.training.recipe import Recipe
+from spm_hub.training.recipe.presets import plugged
+from spm_hub.training.recipe.recipe import Recipe
 
-from .base import Objective
-from .ca import ConceptAblation
-from .esd import ESD
-from .fmn import ForgetMeNot
-from .sdd import SDD
-from .sepme import SepME
-from .spm import SPM
+from spm_hub.training.objectives.base import Objective
+from spm_hub.training.objectives.ca import ConceptAblation
+from spm_hub.training.objectives.esd import ESD
+from spm_hub.training.objectives.fmn import ForgetMeNot
+from spm_hub.training.objectives.sdd import SDD
+from spm_hub.training.objectives.sepme import SepME
+from spm_hub.training.objectives.spm import SPM
 
 OWN: dict[str, Callable[[Recipe], Objective]] = {
     "spm": lambda recipe: SPM(recipe.objective.eta),

@@ -12,8 +12,8 @@ from torch import Tensor
 from spm_hub.training.conditioning import Conditioning
 
 if TYPE_CHECKING:
-    from spm_hub.training.base import BaseModel
-    from spm_hub.training.trajectories import Batch
+    from spm_hub.training.base_model import BaseModel
+    from spm_hub.training.data.batch import Batch
 
 
 @dataclass(frozen=True, eq=False)

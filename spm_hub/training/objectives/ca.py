@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .base import SelfDistillation
+from spm_hub.training.objectives.base import SelfDistillation
 
 
 @dataclass(frozen=True)

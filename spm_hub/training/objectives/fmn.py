@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from spm_hub.errors import RecipeError
-from spm_hub.training.tokens import concept_positions
+from spm_hub.training.data.token_positions import concept_positions
 
-from .base import Losses, Objective
+from spm_hub.training.objectives.base import Losses, Objective
 
 if TYPE_CHECKING:
-    from spm_hub.training.base import BaseModel
-    from spm_hub.training.trajectories import Batch
+    from spm_hub.training.base_model import BaseModel
+    from spm_hub.training.data.batch import Batch
 
 
 @dataclass(frozen=True)

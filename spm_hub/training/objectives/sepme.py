@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Losses, Objective
+from spm_hub.training.objectives.base import Losses, Objective
 
 if TYPE_CHECKING:
-    from spm_hub.training.base import BaseModel
-    from spm_hub.training.trajectories import Batch
+    from spm_hub.training.base_model import BaseModel
+    from spm_hub.training.data.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spm_hub.increments import LowRank
+from spm_hub.adapters.increments import LowRank
 
 
 def edit(

@@ -1,0 +1,1 @@
+"""What an eraser is, its arithmetic, and how it is stored in files."""

@@ -1,0 +1,399 @@
+"""Baking: a plain diffusers checkpoint with erasers folded in for good, from which each can still be recovered exactly.
+
+A baked folder is what `save_pretrained` writes, with the changed weights replaced, and beside it
+
+    spmhub.json                     which erasers, at which strengths
+    spmhub/erasers/NAME.safetensors the erasers themselves
+    spmhub/originals.safetensors    the base's own values of every changed weight
+
+Recovering never subtracts (that is inexact in every floating-point format): the remaining erasers are folded again into
+the originals. Erasers act in the order of their names, so a baked folder does not depend on the order they came in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from spm_hub.adapters.adapter import Adapter, increment_info, load_file
+from spm_hub.adapters.compatibility import resolve_modules
+from spm_hub.models.architectures import denoiser_of, family_of
+from spm_hub.io.atomic import write_atomic
+from spm_hub.errors import AdapterFileError, CompatibilityError, ModelError, NotFoundError, RegistryError, UsageError, nearest
+from spm_hub.io.safetensors_file import empty_like, encode, read_header, read_tensors
+from spm_hub.io.hashing import sha256_of
+from spm_hub.adapters.folding import effective
+from spm_hub.adapters.manifest import NAME
+from spm_hub.adapters.lookup import by_name
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+PROVENANCE = "spmhub.json"
+ORIGINALS = "spmhub/originals.safetensors"
+
+# What a stranger's record names is written to: one folder inside the checkpoint, and files that erasers may have.
+_Folder = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w{0,63}$")]
+_Name = Annotated[str, StringConstraints(pattern=NAME)]
+
+
+class Baked(BaseModel):
+    """One eraser in a baked checkpoint; `sha256` is of its file in `spmhub/erasers/`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: _Name
+    strength: float
+    sha256: str
+
+
+class Provenance(BaseModel):
+    """What was folded into which denoiser of which base; the content of `spmhub.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    base: str
+    family: str
+    denoiser: _Folder
+    erasers: tuple[Baked, ...]
+
+
+def bake(
+    pipe: DiffusionPipeline,
+    adapters: Sequence[Adapter],
+    out: Path,
+    *,
+    strength: float | Mapping[str, float] | None = None,
+    base: str = "",
+    replace: bool = False,
+) -> Provenance:
+    """Write `pipe` to the folder `out` with `adapters` folded in at gamma 1 times their strength.
+
+    `pipe` is not changed. `strength` is one number, numbers by adapter name, or None for what each manifest asks for.
+    `base` is the reference that the provenance records. The sum is taken in float32 and rounded once to the denoiser's
+    own precision; every other part is written as `pipe` holds it. The folder appears whole or not at all; an existing
+    one is an error unless `replace`.
+
+    Raises UsageError (no adapter, one twice, a base that was baked itself, strengths that no float holds),
+    NotFoundError (a strength for none of them), CompatibilityError (an adapter that does not fit), RegistryError (`out`
+    exists or cannot be written).
+    """
+    strengths = _strengths(adapters, strength)
+    check_place(out, replace=replace)
+    _check_base(pipe, adapters)
+    family = family_of(pipe)
+    denoiser = denoiser_of(pipe)
+    in_order = sorted(adapters, key=lambda adapter: adapter.name)
+    resolved = [_with_model_paths(adapter, resolve_modules(adapter, denoiser)) for adapter in in_order]
+
+    with _staged(out) as stage:
+        pipe.save_pretrained(stage, safe_serialization=True)
+        _forget_places(stage)
+        weights = _Weights(stage / family.denoiser)
+        originals = weights.read(_changed_keys(resolved, weights))
+        weights.write(_fold(originals, resolved, strengths))
+        baked = []
+        for adapter in resolved:
+            saved = adapter.save(_eraser_file(stage, adapter.name))
+            baked.append(Baked(name=adapter.name, strength=strengths[adapter.name], sha256=str(saved.increment.sha256)))
+        write_atomic(stage / ORIGINALS, encode(originals, {}).write_to)
+        provenance = Provenance(base=base, family=family.name, denoiser=family.denoiser, erasers=tuple(baked))
+        _write_provenance(stage, provenance)
+    return provenance
+
+
+def check_place(out: Path, *, replace: bool = False) -> None:
+    """Raises RegistryError where `out` exists, is not an empty folder, and may not be replaced.
+
+    Whatever may: of what is there only a checkpoint is, not a folder with somebody's other things.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "model_index.json").is_file():
+        raise RegistryError(f"{out} exists already, and is no checkpoint", mend="name another folder with --out")
+    if not replace:
+        raise RegistryError(f"{out} exists already", mend="name another folder with --out, or add --force")
+
+
+def _check_base(pipe: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
+    """Raises UsageError for a base that was baked itself: its own erasers could not be taken out again."""
+    place = Path(str(pipe.config.get("_name_or_path") or ""))
+    if not (place / PROVENANCE).is_file():
+        return
+    held = read_provenance(place)
+    inside = [eraser.name for eraser in held.erasers]
+    both = ",".join(sorted({*inside, *(adapter.name for adapter in adapters)}))
+    raise UsageError(
+        f"{place} holds {', '.join(inside)} already, which could not be taken out of it any more if others were baked "
+        "on top",
+        mend=f"spmhub bake --model {held.base or 'BASE'} --adapters {both} --out DIR, all at once",
+    )
+
+
+def recover(checkpoint: Path, name: str) -> Provenance:
+    """Take the eraser `name` out of a baked folder, which then equals, byte for byte, a bake without it.
+
+    With the last one the folder becomes the plain base again, without provenance. Needs no pipeline. The folder is
+    replaced as a whole, so that a failure leaves it as it was. Returns what is still in it.
+
+    Raises ModelError (not a baked folder, or it was altered), NotFoundError (no such eraser in it), RegistryError.
+    """
+    before = read_provenance(checkpoint)
+    names = [eraser.name for eraser in before.erasers]
+    if name not in names:
+        meant = nearest(name, names)
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else f"; it has {', '.join(names)}"
+        raise NotFoundError(
+            f"no eraser {name!r} is baked into {checkpoint}{hint}",
+            mend=f"spmhub recover {(*meant, *names, 'NAME')[0]} --checkpoint {checkpoint}",
+        )
+    kept = tuple(eraser for eraser in before.erasers if eraser.name != name)
+    remaining = [_read_eraser(checkpoint, eraser) for eraser in kept]
+    changed = _changed_keys(remaining, _Weights(checkpoint / before.denoiser))
+    originals = _read_originals(checkpoint, changed)
+    still = {key: originals[key] for key in changed}
+
+    with _staged(checkpoint) as stage:
+        _clone(checkpoint, stage, rewritten=(Path(before.denoiser), Path("spmhub"), Path(PROVENANCE)))
+        weights = _Weights(stage / before.denoiser)
+        weights.write({**originals, **_fold(still, remaining, {eraser.name: eraser.strength for eraser in kept})})
+        after = before.model_copy(update={"erasers": kept})
+        if kept:
+            _eraser_file(stage, name).unlink()
+            write_atomic(stage / ORIGINALS, encode(still, {}).write_to)
+            _write_provenance(stage, after)
+        else:
+            shutil.rmtree(stage / "spmhub")
+            (stage / PROVENANCE).unlink()
+    return after
+
+
+def read_provenance(checkpoint: Path) -> Provenance:
+    """What is baked into the folder `checkpoint`. Raises ModelError where nothing is, or its record cannot be read."""
+    file = checkpoint / PROVENANCE
+    try:
+        return Provenance.model_validate_json(file.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{checkpoint} is no baked checkpoint: it has no {PROVENANCE}",
+            mend=f"spmhub bake --model M --adapters NAME --out {checkpoint}",
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "(whole file)"
+        raise ModelError(f"{file}: {key}: {first['msg']}", mend="bake the checkpoint again") from error
+
+
+def _forget_places(folder: Path) -> None:
+    """Takes out of the configurations where diffusers had read them from on this machine."""
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        config = json.loads(file.read_bytes())
+        if config.pop("_name_or_path", None) is not None:
+            write_atomic(file, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+class _Weights:
+    """The tensors of one model folder, sharded or not, read and overwritten in place by their key."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file_of = {
+            key: file for file in sorted(folder.glob("*.safetensors")) for key in read_header(file).entries
+        }
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for file, its_keys in self._by_file(keys).items():
+            with safe_open(file, framework="pt") as tensors:
+                # Cloned, because these are views of the file that `write` changes.
+                found |= {key: tensors.get_tensor(key).clone() for key in its_keys}
+        return found
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the bytes of these tensors; dtype and shape, hence the layout of the file, stay as they are.
+
+        Raises ModelError for tensors that are not of the folder's own dtypes and shapes.
+        """
+        for path, keys in self._by_file(tensors).items():
+            header = read_header(path)
+            with path.open("r+b") as file:
+                for key in keys:
+                    tensor, held = tensors[key], empty_like(header.entries[key])
+                    if (tensor.dtype, tensor.shape) != (held.dtype, held.shape):
+                        raise ModelError(
+                            f"{path}: {key} is {held.dtype} of {tuple(held.shape)}, what is to stand there is "
+                            f"{tensor.dtype} of {tuple(tensor.shape)}",
+                            mend="bake the checkpoint again",
+                        )
+                    file.seek(8 + header.size + header.entries[key].start)
+                    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+    def _by_file(self, keys: Iterable[str]) -> dict[Path, list[str]]:
+        files: dict[Path, list[str]] = {}
+        for key in keys:
+            if key not in self:
+                raise ModelError(f"{self._folder} has no weight {key}", mend="bake the checkpoint again")
+            files.setdefault(self._file_of[key], []).append(key)
+        return files
+
+
+def _fold(
+    originals: Mapping[str, Tensor], adapters: Sequence[Adapter], strengths: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """The new value of every original under all `adapters` at gamma 1, as an attachment folds it into the module."""
+    folded = {}
+    for path in {key.rpartition(".")[0] for key in originals}:
+        parts = [(one.increments[path], strengths[one.name]) for one in adapters if path in one.increments]
+        weight, bias = originals[f"{path}.weight"], originals.get(f"{path}.bias")
+        new_weight, new_bias = effective(weight, bias, parts)
+        if not bool(new_weight.isfinite().all()) and bool(weight.isfinite().all()):
+            given = ", ".join(f"{one.name} at {strengths[one.name]:g}" for one in adapters if path in one.increments)
+            raise UsageError(
+                f"{path}: its weights under {given} are beyond what {str(weight.dtype).removeprefix('torch.')} holds",
+                mend="smaller --strength",
+            )
+        folded[f"{path}.weight"] = new_weight
+        if new_bias is not None:
+            folded[f"{path}.bias"] = new_bias
+    return folded
+
+
+def _changed_keys(adapters: Sequence[Adapter], weights: _Weights) -> list[str]:
+    """The keys of every weight and bias that one of `adapters` may change, sorted. Raises CompatibilityError."""
+    keys = set()
+    for adapter in adapters:
+        for path, increment in adapter.increments.items():
+            if f"{path}.weight" not in weights:
+                raise CompatibilityError(
+                    f"{path} is not saved under its own name: the pipeline carries other adapters (a LoRA?)",
+                    mend="pipe.unload_lora_weights() before baking",
+                )
+            keys.add(f"{path}.weight")
+            if increment.kind != "low_rank" and f"{path}.bias" in weights:
+                keys.add(f"{path}.bias")
+    return sorted(keys)
+
+
+def _with_model_paths(adapter: Adapter, modules: Mapping[str, tuple[object, str]]) -> Adapter:
+    """The adapter with its modules called as this model calls them; files of other programs write . as _."""
+    increments = {path: adapter.increments[name] for path, (_, name) in modules.items()}
+    manifest = adapter.manifest.model_copy(update={"increment": increment_info(increments)})
+    return Adapter(manifest, increments, adapter.source)
+
+
+def _strengths(adapters: Sequence[Adapter], asked: float | Mapping[str, float] | None) -> dict[str, float]:
+    names = [adapter.name for adapter in adapters]
+    if not names:
+        raise UsageError("no adapter is named: there is nothing to bake", mend="spmhub list")
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"adapter {name!r} is given twice", mend="name every adapter once, or set its strength")
+    given = by_name(asked, names) if isinstance(asked, Mapping) else dict.fromkeys(names, asked)
+    own = {adapter.name: adapter.manifest.gate.strength for adapter in adapters}
+    return {name: float(one if (one := given.get(name)) is not None else own[name]) for name in names}
+
+
+def _eraser_file(folder: Path, name: str) -> Path:
+    return folder / "spmhub" / "erasers" / f"{name}.safetensors"
+
+
+def _read_eraser(checkpoint: Path, baked: Baked) -> Adapter:
+    """Raises ModelError where the file is gone or not the one that was baked, be it a whole eraser of that name."""
+    file = _eraser_file(checkpoint, baked.name)
+    try:
+        found = sha256_of(file)
+    except OSError as error:
+        raise ModelError(
+            f"the eraser {baked.name} is lost: {file}: {error.strerror}", mend="bake the checkpoint again"
+        ) from error
+    if found != baked.sha256:
+        raise ModelError(
+            f"{file} was altered after it was baked: its sha256 is {found}, {PROVENANCE} says {baked.sha256}",
+            mend="bake the checkpoint again",
+        )
+    return load_file(file)
+
+
+def _read_originals(checkpoint: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    """The base's values of all changed weights. Raises ModelError where the file was altered or lacks one of `keys`."""
+    try:
+        _, originals, _ = read_tensors(checkpoint / ORIGINALS)
+    except (AdapterFileError, NotFoundError) as error:
+        raise ModelError(f"the originals are lost: {error.message}", mend="bake the checkpoint again") from error
+    if lost := sorted(set(keys) - set(originals)):
+        raise ModelError(f"{checkpoint / ORIGINALS} lacks {lost[0]}", mend="bake the checkpoint again")
+    return originals
+
+
+def _write_provenance(folder: Path, provenance: Provenance) -> None:
+    text = json.dumps(provenance.model_dump(mode="json"), indent=2) + "\n"
+    write_atomic(folder / PROVENANCE, text.encode())
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its place, as a whole, when the block ends without an error."""
+    # The folder itself and not a link to it; "." has no name before that.
+    out = out.resolve()
+    token = secrets.token_hex(4)
+    stage, old = (out.parent / f".{out.name}.{token}.{what}" for what in ("tmp", "old"))
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        _sync(stage)
+        try:
+            if out.exists():
+                out.rename(old)
+            stage.rename(out)
+        except BaseException:
+            if old.exists() and not out.exists():
+                old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RegistryError(
+            f"cannot write {out}: {reason}; nothing was changed", mend="free some space, or name another --out"
+        ) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+def _clone(source: Path, target: Path, rewritten: tuple[Path, ...]) -> None:
+    """Copy a folder; files outside `rewritten` become hard links where the disk has them, as they never change."""
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        copy = target / relative
+        if file.is_dir():
+            copy.mkdir(parents=True, exist_ok=True)
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not any(relative.is_relative_to(part) for part in rewritten):
+            try:
+                os.link(file, copy)
+                continue
+            except OSError:
+                pass  # another file system, or one without links: a copy does as well
+        shutil.copy2(file, copy)

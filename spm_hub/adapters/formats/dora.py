@@ -1,0 +1,73 @@
+"""DoRA: the length of every row of a changed weight is trained on its own, so that its change depends on the weight.
+
+Liu et al., ICML 2024, arXiv 2402.09353, Eq. 5: W' = m (W + B A) / |W + B A|. Beside its base it is a dense increment.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from spm_hub.errors import AdapterFileError, CompatibilityError
+from spm_hub.adapters.formats.assembly import dense
+from spm_hub.adapters.formats.kohya import sgm_to_diffusers
+from spm_hub.adapters.formats.format import Part
+from spm_hub.adapters.formats.module_names import flat
+from spm_hub.adapters.increments import Dense, Increment, Mask
+
+PARTS: tuple[Part, ...] = ("dora_scale", "magnitude")
+"""LyCORIS' spelling, for every output or every input as its shape tells; PEFT's, for every output."""
+
+
+def applied(
+    source: object,
+    increments: Mapping[str, Increment],
+    magnitudes: Mapping[str, tuple[Part, Tensor]],
+    base: Mapping[str, Tensor],
+) -> dict[str, Increment]:
+    """The increments with their magnitudes, which are named as in the file; the others as they are, but dense too.
+
+    base: the denoiser's state dict.  Raises AdapterFileError for a magnitude without its module in file or base.
+    """
+    weights = {flat(key.removesuffix(".weight")): key for key in base if key.endswith(".weight")}
+    lengths = {flat(sgm_to_diffusers(flat(name)) or name): (name, *given) for name, given in magnitudes.items()}
+    found: dict[str, Increment] = {}
+    for path, increment in increments.items():
+        given = lengths.pop(flat(path), None)
+        if isinstance(increment, Mask) or (given is not None and flat(path) not in weights):
+            raise AdapterFileError(
+                f"{source}: the model has no module {path}", mend="--model M, the base that the file was trained on"
+            )
+        if given is None:
+            # An adapter is of one kind, and those with a length of their own cannot be of low rank.
+            found[path] = dense(path, increment)
+            continue
+        name, part, magnitude = given
+        weight = base[weights[flat(path)]]
+        try:
+            increment.check_fits(path, weight)
+            found[path] = Dense(_change(weight, increment.delta_for(weight), magnitude, by_shape=part == "dora_scale"))
+        except CompatibilityError as error:
+            raise AdapterFileError(f"{source}: {name}: {error.message}", mend=error.mend) from error
+    if lengths:
+        name, part, _ = next(iter(lengths.values()))
+        raise AdapterFileError(
+            f"{source}: {name} has a {part}, but is one of several parts of a weight, or has no other"
+        )
+    return found
+
+
+def _change(weight: Tensor, delta: Tensor, magnitude: Tensor, *, by_shape: bool) -> Tensor:
+    before = weight.double()
+    moved = before + delta.double()
+    outputs, inputs = weight.shape[:2]
+    unit = [1] * (weight.dim() - 2)
+    if magnitude.numel() == outputs and not (by_shape and magnitude.shape[0] != outputs):
+        shape, others = (outputs, 1, *unit), [dim for dim in range(weight.dim()) if dim != 0]
+    elif by_shape and magnitude.numel() == inputs:
+        shape, others = (1, inputs, *unit), [dim for dim in range(weight.dim()) if dim != 1]
+    else:
+        raise CompatibilityError(f"{tuple(magnitude.shape)} lengths for a weight {tuple(weight.shape)}")
+    norms = moved.square().sum(others, keepdim=True).sqrt()
+    if not bool(norms.all()):
+        raise CompatibilityError("what is to be given a length is zero")
+    return (magnitude.double().reshape(shape) * moved / norms - before).float()

@@ -1,0 +1,134 @@
+"""Files of full fine-tuned tensors, under state-dict keys: ESD, UCE, Concept Ablation, or a whole denoiser.
+
+None of them says what it changed; the base that it was trained on does. An increment is the difference of the two, and
+a file is written by adding it back. ESD's authors mark theirs `erasing-esd-v2` in the header since 2025.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from spm_hub.errors import AdapterFileError, CompatibilityError
+from spm_hub.io.safetensors_file import encode
+from spm_hub.adapters.formats.kohya import sgm_to_diffusers
+from spm_hub.adapters.formats.module_names import dotted
+from spm_hub.adapters.formats.format import WHOLE, Files, Format, Writer
+from spm_hub.adapters.formats.module_names import flat
+from spm_hub.adapters.formats.spm import is_unet
+from spm_hub.adapters.increments import Dense, Increment, LowRank
+from spm_hub.adapters.manifest import Manifest
+
+ESD_FORMAT = "erasing-esd-v2"
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "module.")
+_KEY = re.compile(r"(?P<module>[\w.]+)\.(?P<kind>weight|bias)")
+_LORA = re.compile(r".*(lora|hada_|lokr_).*")
+_ESD_FAMILIES = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl", "flux": "flux"}
+
+
+def matches(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all keys are those of plain weights and biases."""
+    return bool(tensors) and all(_KEY.fullmatch(key) and not _LORA.fullmatch(key) for key in tensors)
+
+
+def method_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """What trained a file, as far as it tells: `esd` by its header, otherwise only that its tensors are full."""
+    return "esd" if metadata.get("format") == ESD_FORMAT else "full-weights"
+
+
+def read(
+    path: object,
+    tensors: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    changeable: frozenset[str],
+    progress: Callable[[int, int], None],
+) -> dict[str, Increment]:
+    """The increments by dotted path: what each tensor is away from the base's.
+
+    base: the denoiser's state dict.  changeable: the paths of its Linear and Conv2d layers.
+    The base is rounded to the file's precision first, which is what training began from; a tensor that equals it then
+    was not trained. Raises AdapterFileError for a tensor that the base does not have, or has in another shape, for a
+    changed one that no increment can hold, and when nothing differs.
+    """
+    names = {flat(key): key for key in base}
+    deltas: dict[str, dict[str, Tensor]] = {}
+    keys: dict[str, str] = {}
+    for count, (key, tensor) in enumerate(tensors.items()):
+        progress(count + 1, len(tensors))
+        known = names.get(flat(_in_diffusers(key)))
+        if known is None:
+            raise AdapterFileError(
+                f"{path}: the model has no tensor {key!r}", mend="--model M, the base that the file was trained on"
+            )
+        if (other := keys.setdefault(known, key)) != key:
+            raise AdapterFileError(f"{path}: {known} is in it twice: {other!r} and {key!r}")
+        original = base[known]
+        if tensor.shape != original.shape and tensor.squeeze().shape != original.squeeze().shape:
+            raise AdapterFileError(
+                f"{path}: {key} is {tuple(tensor.shape)}, the model's is {tuple(original.shape)}",
+                mend="--model M, the base that the file was trained on",
+            )
+        before = original.to(tensor.dtype).reshape(tensor.shape)
+        if torch.equal(tensor, before):
+            continue
+        module, _, kind = known.rpartition(".")
+        if module not in changeable or kind not in ("weight", "bias"):
+            raise AdapterFileError(f"{path}: {key} was trained too, and an increment changes Linear and Conv2d only")
+        delta = tensor.double() - before.double()
+        deltas.setdefault(module, {})[kind] = delta.reshape(original.shape).float()
+    if not deltas:
+        raise AdapterFileError(f"{path}: all its tensors are the model's own: nothing is erased")
+    return {
+        module: Dense(parts.get("weight", torch.zeros(base[f"{module}.weight"].shape)), parts.get("bias"))
+        for module, parts in deltas.items()
+    }
+
+
+def write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
+    """ESD's file: the base's tensors with the increments added, in the base's precision and under its header.
+
+    Raises CompatibilityError for a module that the base does not have.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, increment in increments.items():
+        path = dotted(name)
+        weight, bias = base.get(f"{path}.weight"), base.get(f"{path}.bias")
+        if weight is None:
+            raise CompatibilityError(f"the model has no module {path}", mend="--model M, the base of this eraser")
+        increment.check_fits(path, weight, bias)
+        delta = _product(increment) if isinstance(increment, LowRank) else increment.tensors()["delta"].double()
+        tensors[f"{path}.weight"] = (weight.double() + delta.reshape(weight.shape)).to(weight.dtype)
+        if isinstance(increment, Dense) and increment.delta_bias is not None and bias is not None:
+            tensors[f"{path}.bias"] = (bias.double() + increment.delta_bias.double()).to(bias.dtype)
+    family = manifest.base.family
+    metadata = {
+        "format": ESD_FORMAT,
+        "family": _ESD_FAMILIES.get(family, family),
+        "component": "unet" if is_unet(map(dotted, increments)) else "transformer",
+        "base_model_id": manifest.base.id,
+        "train_method": str(manifest.recipe.get("method", "spm-hub")),
+        "erase_concept": manifest.concept.target,
+        "erase_from": str(manifest.recipe.get("erase_from") or ""),
+    }
+    return {WHOLE: encode(tensors, metadata)}
+
+
+def _product(increment: LowRank) -> Tensor:
+    return increment.up.double().flatten(1) @ increment.down.double().flatten(1)
+
+
+def _in_diffusers(key: str) -> str:
+    """A state-dict key without its component's name, and by diffusers' name of the module."""
+    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
+    module, _, kind = key.removeprefix(prefix).rpartition(".")
+    return f"{sgm_to_diffusers(flat(module)) or module}.{kind}"
+
+
+FORMAT = Format(
+    "esd",
+    "ESD's full tensors (erasing-esd-v2); of UCE and Concept Ablation the like is read; needs --model",
+    None,
+    Writer(("low_rank", "dense"), write, needs_base=True),
+)

@@ -1,0 +1,87 @@
+"""Increments that stay in their file until one of them is needed: thousands of erasers cost what the active ones do."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+from spm_hub.errors import AdapterFileError
+from spm_hub.adapters.formats import spm
+from spm_hub.io.safetensors_file import Entry, Header, empty_like, read_tensors
+from spm_hub.adapters.formats.diffusers_lora import scaling_in
+from spm_hub.adapters.formats.reading import read_increments
+from spm_hub.adapters.increments import Increment
+
+_Layout = frozenset[tuple[str, str, tuple[int, ...]]]
+_ANY_FILE = "a file of this layout"
+
+
+class StoredIncrements(Mapping[str, Increment]):
+    """The increments of a file, by module path.
+
+    outline: the same without numbers, on the meta device; one object for all files of one layout.
+    The file is mapped into memory and checked whole (hashes, finite numbers) when one of them is first asked for.
+    `sha256` is what its manifest says of it, None where there is none; `modules` are the dotted paths that the manifest
+    knows. Reading raises AdapterFileError when the file was altered or replaced since.
+    """
+
+    def __init__(self, path: Path, header: Header, sha256: str | None, modules: tuple[str, ...]) -> None:
+        self._path, self._sha256, self._modules = path, sha256, modules
+        try:
+            self._layout, self.outline = _outline(_layout(header), modules)
+        except AdapterFileError as error:
+            # Behind the cache nobody knows whose header it is.
+            raise AdapterFileError(error.message.replace(_ANY_FILE, str(path), 1), mend=error.mend) from error
+        self._lock = threading.Lock()
+        self._read: Mapping[str, Increment] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are mapped into memory now."""
+        read = self._read
+        return 0 if read is None else sum(increment.nbytes for increment in read.values())
+
+    def release(self) -> None:
+        """Give the memory back; the next one that asks reads the file again."""
+        self._read = None
+
+    def __getitem__(self, module: str) -> Increment:
+        with self._lock:
+            if self._read is None:
+                self._read = self._all()
+            return self._read[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outline)
+
+    def __len__(self) -> int:
+        return len(self.outline)
+
+    def _all(self) -> Mapping[str, Increment]:
+        header, tensors, sha256 = read_tensors(self._path, mapped=True)
+        if _layout(header) != self._layout or self._sha256 not in (None, sha256):
+            raise AdapterFileError(
+                f"{self._path} was replaced after it was attached: its sha256 is {sha256}, expected was "
+                f"{self._sha256 or 'a file with other tensors'}",
+                mend="detach, and attach it again",
+            )
+        scaling = scaling_in(header.metadata, self._path)
+        return with_dots(read_increments(self._path, tensors, scaling), self._modules)
+
+
+def with_dots(increments: Mapping[str, Increment], modules: tuple[str, ...]) -> dict[str, Increment]:
+    """`increments` under the dotted paths of a manifest's `modules`, where a file keeps them with . as _ only."""
+    dotted = {spm.flat(module): module for module in modules}
+    return {dotted.get(spm.flat(name), name): increment for name, increment in increments.items()}
+
+
+def _layout(header: Header) -> _Layout:
+    return frozenset((key, entry.dtype, entry.shape) for key, entry in header.entries.items())
+
+
+# Files of one layout differ in their numbers only, so thousands of them share one outline.
+@lru_cache(maxsize=64)
+def _outline(layout: _Layout, modules: tuple[str, ...]) -> tuple[_Layout, Mapping[str, Increment]]:
+    tensors = {key: empty_like(Entry(dtype, shape, 0, 0)) for key, dtype, shape in sorted(layout)}
+    return layout, MappingProxyType(with_dots(read_increments(Path(_ANY_FILE), tensors), modules))

@@ -1,0 +1,215 @@
+"""What an adapter says about itself: which concept, trained how and on which base, how it is gated, how well it did."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, model_validator
+
+from spm_hub.io import untrusted_json as untrusted
+from spm_hub.errors import ManifestError, NotFoundError, RegistryError, UsageError, nearest
+
+NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+# What messages and tags quote whole is a word, or no longer than a name on a disk or on the Hub.
+Label = Annotated[str, StringConstraints(pattern=r"^\w[\w .:/+-]{0,63}$")]
+ModulePath = Annotated[str, StringConstraints(pattern=r"\S", max_length=untrusted.MAX_NAME_LENGTH)]
+NAME = r"^[a-z0-9][a-z0-9._-]{0,95}$"
+"""Pattern of an adapter's name, which is also that of its files."""
+
+
+MAX_BYTES = 4 * 2**20
+"""Far above any manifest (SDXL at all layers and a thousand measured numbers: 0.3 MB)."""
+
+UNFOLDS = 10
+"""Times the length of the text; ours take half of that."""
+
+MANY_MISTAKES = 1000
+"""Above this they are counted and not listed: the list would take more memory than the manifest."""
+
+
+class _Part(BaseModel):
+    """Strict and immutable: an unknown key is an error, a number is finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Concept(_Part):
+    """What is erased; `aliases` are its other names, to which the gate listens; `surrogate` is what it turns into."""
+
+    target: NonBlank
+    aliases: tuple[NonBlank, ...] = ()
+    surrogate: str = ""
+    kind: Literal["object", "character", "person", "style", "nsfw", "other"] = "other"
+
+
+class IncrementInfo(_Part):
+    """What is in the adapter file; `file`, `bytes` and `sha256` stand only in the manifest beside the file."""
+
+    kind: Literal["low_rank", "dense", "mask"]
+    rank: int | None = Field(default=None, ge=1, description="rank of every low-rank increment in the file")
+    dtype: Label
+    modules: tuple[ModulePath, ...] = Field(
+        min_length=1, description="paths of the changed modules inside the denoiser"
+    )
+    file: str | None = Field(default=None, pattern=r"^[^/\\]{1,255}$")
+    bytes: int | None = Field(default=None, ge=0)
+    sha256: Sha256 | None = Field(default=None, description="of the whole adapter file")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.rank is None) == (self.kind == "low_rank"):
+            raise ValueError(f"rank is {self.rank} for kind {self.kind}: low_rank has a rank, the others have none")
+        if len(set(self.modules)) != len(self.modules):
+            twice, _ = Counter(self.modules).most_common(1)[0]
+            raise ValueError(f"modules names {twice} twice")
+        return self
+
+
+class Base(_Part):
+    """The model the adapter was trained on; `id` and `fingerprint` are "" for a file whose program did not say."""
+
+    family: Label
+    id: str
+    revision: str | None = None
+    fingerprint: str = Field(
+        pattern=r"^([0-9a-f]{64})?$",
+        description='sha256 over sorted "path:out,in[,kh,kw]\\n" lines of the changed modules',
+    )
+
+
+class GateDefaults(_Part):
+    """How the adapter is gated unless the user says otherwise (facilitated transport, arXiv 2312.16145 Eq. 9-11)."""
+
+    kind: Literal["transport", "always"] = "transport"
+    strength: float = 1.0
+    rows: Literal["both", "conditional"] = "both"
+    protected: tuple[str, ...] = Field(
+        default=(), description="prompts that the increments have no effect on: gamma is 0 there, whatever the gate"
+    )
+
+
+class Origin(_Part):
+    """Where this copy was pulled from: a repository of the Hub at one commit; `revision` as it was asked for."""
+
+    repo: str = Field(pattern=r"^[\w][\w.-]{0,95}/[\w][\w.-]{0,95}$")
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$")
+    revision: Annotated[NonBlank, StringConstraints(max_length=255)] | None = None
+
+
+class Evaluation(_Part):
+    """One measured number; `reference` is the same number without the eraser."""
+
+    protocol: NonBlank
+    base: NonBlank
+    subject: NonBlank
+    metric: NonBlank
+    value: float
+    reference: float | None = None
+    samples: int = Field(ge=1)
+    seed: int
+
+
+class Manifest(_Part):
+    """Everything an adapter says about itself, version 1."""
+
+    schema_version: Literal[1] = 1
+    name: Annotated[str, StringConstraints(pattern=NAME)]
+    concept: Concept
+    increment: IncrementInfo
+    base: Base
+    recipe: dict[str, JsonValue] = Field(description="the whole recipe: training it again gives the identical file")
+    versions: dict[str, str] = {}
+    gate: GateDefaults = GateDefaults()
+    evaluation: tuple[Evaluation, ...] = ()
+    licence: str = "apache-2.0"
+    author: str = ""
+    created: datetime | None = None
+    origin: Origin | None = None
+
+    def to_json(self) -> str:
+        """The manifest as it stands beside its file: indented JSON that ends with a newline."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def to_embedded_json(self) -> str:
+        """The copy inside the adapter file's header: nothing of the clock, of the file itself, or learnt afterwards.
+
+        The same seed therefore gives the identical file, whenever it is trained and however it is evaluated.
+        """
+        omitted: dict[str, Any] = dict.fromkeys(("created", "evaluation", "origin"), True)
+        omitted["increment"] = {"file", "bytes", "sha256"}
+        return json.dumps(self.model_dump(mode="json", exclude=omitted), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: object = "manifest") -> "Manifest":
+        """Parse and check a manifest; `source` is named in errors. Raises ManifestError with the offending keys."""
+        try:
+            if len(text) > MAX_BYTES:
+                raise ValueError(f"it has {len(text)} bytes, no manifest needs more than {MAX_BYTES}")
+            untrusted.parse(text.encode() if isinstance(text, str) else text, unfolds=UNFOLDS)
+            return cls.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            if error.error_count() > MANY_MISTAKES:
+                raise _invalid(source, f"  {error.error_count()} mistakes") from error
+            # Unknown keys first: a misspelt key is also the reason why the right one is missing.
+            found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+            problems = "\n".join(f"  {_explain(cls, dict(problem))}" for problem in found[:5])
+            raise _invalid(source, problems) from error
+        except ValueError as error:
+            raise _invalid(source, f"  {error}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """The manifest in a file of its own. Raises ManifestError, NotFoundError, or RegistryError when unreadable."""
+        if path.exists() and not path.is_file():
+            raise ManifestError(f"{path}: it is not a file")
+        try:
+            with open(path, "rb") as file:
+                return cls.from_json(file.read(MAX_BYTES + 1), source=path)
+        except FileNotFoundError as error:
+            raise NotFoundError(f"{path}: no such manifest", mend="spmhub list") from error
+        except OSError as error:
+            raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {path}") from error
+
+    @classmethod
+    def json_schema(cls) -> str:
+        """JSON Schema of a manifest, as committed in manifests/schema.json."""
+        schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
+        return json.dumps(schema, indent=2) + "\n"
+
+
+def _invalid(source: object, problems: str) -> ManifestError:
+    return ManifestError(
+        f"{source} is not a valid manifest:\n{problems}",
+        mend="compare it with manifests/schema.json, or fetch the adapter again",
+    )
+
+
+def slug(text: str) -> str:
+    """A name for files made from a concept: "Van Gogh" -> "van-gogh". Raises UsageError when `text` is blank."""
+    if not text.strip():
+        raise UsageError("the concept is empty", mend='name what to erase, for instance: spmhub train "van gogh"')
+    ascii_text = unicodedata.normalize("NFKD", text.strip()).encode("ascii", "ignore").decode().lower()
+    name = re.sub(r"[^a-z0-9._]+", "-", ascii_text).strip("-._")[:96].rstrip("-._")
+    # A name in another script leaves nothing in ASCII: a digest keeps different concepts apart.
+    return name or "concept-" + hashlib.sha256(text.strip().encode()).hexdigest()[:8]
+
+
+def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
+    """One problem as "key: what is wrong"; for an unknown key, the known ones it resembles."""
+    location = problem["loc"]
+    key = ".".join(str(step)[:80] for step in location) or "(whole file)"
+    if problem["type"] != "extra_forbidden":
+        return f"{key}: {problem['msg']} (got {str(problem['input'])[:80]!r})"
+    for step in location[:-1]:
+        if isinstance(step, str) and step in model.model_fields:
+            annotation = model.model_fields[step].annotation
+            parts = [annotation, *getattr(annotation, "__args__", ())]
+            model = next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), model)
+    meant = nearest(str(location[-1])[:80], model.model_fields)
+    return f"{key}: unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else "")

@@ -1,0 +1,136 @@
+"""What a caller may ask of an attachment, checked, and what that means for each eraser."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Literal, get_args
+
+from torch import nn
+
+from spm_hub.adapters.adapter import Adapter
+from spm_hub.attachment.concept_index import Concept
+from spm_hub.errors import NotFoundError, UsageError
+from spm_hub.attachment.gate import ConstantGate, Gate, TransportGate
+from spm_hub.adapters.increments import Increment
+from spm_hub.adapters.lookup import named
+from spm_hub.attachment.text_encoding import Settings
+
+Rows = Literal["both", "conditional"]
+Mode = Literal["auto", "fold", "branch"]
+GateChoice = Literal["transport", "always"] | float | Gate
+
+_TRANSPORT = TransportGate()
+_ALWAYS = ConstantGate(1.0)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `attach`, checked."""
+
+    gate: GateChoice | None
+    strength: Mapping[str, float] | float | None
+    rows: Rows | None
+    mode: Mode
+    memory_budget: int | None
+    increment_budget: int | None
+    threshold: float | None
+    top_k: int | None
+
+    def __post_init__(self) -> None:
+        _one_of("rows", self.rows, (None, *get_args(Rows)))
+        _one_of("mode", self.mode, get_args(Mode))
+        for key in ("memory_budget", "increment_budget"):
+            _whole(key, getattr(self, key), 0, "a number of bytes, or None for no limit")
+        _whole("top_k", self.top_k, 1, "how many erasers may act on a prompt, or None for all")
+        if self.threshold is not None:
+            finite("threshold", self.threshold)
+        if isinstance(self.strength, Mapping):
+            for name, value in self.strength.items():
+                finite(f"strength[{name!r}]", value)
+        elif self.strength is not None:
+            finite("strength", self.strength)
+        if isinstance(self.gate, str):
+            _one_of("gate", self.gate, ("transport", "always"))
+        elif isinstance(self.gate, Real):
+            finite("gate", self.gate)
+        elif self.gate is not None and not isinstance(self.gate, Gate):
+            raise UsageError(f'gate is {self.gate!r}; it is "transport", "always", a number, or has a method gammas()')
+
+    def eraser(self, adapter: Adapter, modules: Mapping[str, tuple[nn.Module, str]]) -> "Eraser":
+        """An adapter on its modules (`architectures.resolve_modules`), under these options or else its manifest's."""
+        default = adapter.manifest.gate
+        gate = default.kind if self.gate is None else self.gate
+        if isinstance(gate, str):
+            gate = _TRANSPORT if gate == "transport" else _ALWAYS
+        elif not isinstance(gate, Gate):
+            gate = ConstantGate(float(gate))
+        given = self.strength.get(adapter.name) if isinstance(self.strength, Mapping) else self.strength
+        strength = default.strength if given is None else float(given)
+        increments = adapter.increments
+        if any(path != name for path, (_, name) in modules.items()):
+            increments = {path: increments[name] for path, (_, name) in modules.items()}
+        only = {path: module for path, (module, _) in modules.items()}
+        return Eraser(adapter, only, increments, gate, strength, self.rows or default.rows)
+
+
+@dataclass(eq=False)
+class Eraser:
+    """An adapter on this pipeline: the modules it changes and by what, by path, and how it is gated."""
+
+    adapter: Adapter
+    modules: Mapping[str, nn.Module]
+    increments: Mapping[str, Increment]
+    gate: Gate
+    strength: float
+    rows: Rows
+    concepts: dict[Settings, Concept] = field(default_factory=dict)
+
+
+def finite(key: str, value: object) -> None:
+    """Raise UsageError unless `value` is a finite number; `key` names it."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise UsageError(f"{key} is {value!r}; it has to be a finite number", mend=f"{key} = 1.0")
+
+
+def _whole(key: str, value: object, least: int, what: str) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise UsageError(f"{key} is {value!r}; it is {what}")
+
+
+def _one_of(key: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise UsageError(
+            f"{key} is {value!r}; it is one of {', '.join(map(repr, allowed))}", mend=f"{key} = {allowed[-1]!r}"
+        )
+
+
+class Strength(MutableMapping[str, float]):
+    """What multiplies the gamma of each attached eraser, by name. `del` gives back the manifest's own."""
+
+    def __init__(self, erasers: Mapping[str, Eraser], write: Callable[[str, float], None]) -> None:
+        """write: takes a name and its new number into effect."""
+        self._erasers, self._write = erasers, write
+
+    def __getitem__(self, name: str) -> float:
+        with suppress(NotFoundError):  # a mapping's own KeyError, which its other methods count on
+            name = named(name, self._erasers)
+        return self._erasers[name].strength
+
+    def __setitem__(self, name: str, value: float) -> None:
+        finite(f"strength[{name!r}]", value)
+        self._write(name, float(value))
+
+    def __delitem__(self, name: str) -> None:
+        name = named(name, self._erasers)
+        self[name] = self._erasers[name].adapter.manifest.gate.strength
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._erasers))  # others may be added meanwhile
+
+    def __len__(self) -> int:
+        return len(self._erasers)
+
+    def __repr__(self) -> str:
+        return f"Strength({dict(self)})"

@@ -1,0 +1,34 @@
+"""Attacks on erasers: can a prompt bring an erased concept back? Importing this room imports no torch.
+
+report = attacks.run(pipe, [eraser], cases, judge, attacks.UnlearnDiffAtk(), gate="transport")
+report.before, report.asr
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spm_hub.evaluation.attacks.outcome import Case, Judge, Outcome, Report
+    from spm_hub.evaluation.attacks.p4d import P4D
+    from spm_hub.evaluation.attacks.running import Attack, run
+    from spm_hub.evaluation.attacks.unlearndiff import UnlearnDiffAtk
+    from spm_hub.evaluation.attacks.victim import Drawing
+
+__all__ = ["P4D", "Attack", "Case", "Drawing", "Judge", "Outcome", "Report", "UnlearnDiffAtk", "run"]
+
+_ROOMS = {
+    **dict.fromkeys(("Case", "Judge", "Outcome", "Report"), ".outcome"),
+    **dict.fromkeys(("Attack", "run"), ".running"),
+    "Drawing": ".victim",
+    "P4D": ".p4d",
+    "UnlearnDiffAtk": ".unlearndiff",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ROOMS[name], __name__), name)

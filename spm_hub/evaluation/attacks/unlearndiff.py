@@ -1,0 +1,97 @@
+"""UnlearnDiffAtk: a few tokens before a prompt, found by the erased model's own denoising loss.
+
+Zhang et al., To Generate or Not? Safety-Driven Unlearned Diffusion Models Are Still Easy To Generate Unsafe Images ...
+For Now, ECCV 2024, arXiv 2310.11868.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spm_hub.evaluation.attacks.outcome import Case
+from spm_hub.evaluation.attacks.victim import Victim
+
+
+@dataclass(frozen=True)
+class UnlearnDiffAtk:
+    """argmin over adversarial tokens of || n - eps(x_t, [tokens, prompt]) ||^2, x_0 a picture of the concept.
+
+    Each of `tokens` tokens is a point on the simplex over the vocabulary. In every iteration a token is drawn from
+    each, the loss's gradient at the drawn ones (clamped to [-1, 1]) moves the points by Adam, and they are projected
+    back onto the simplex. After `iterations` at each of `timesteps` timesteps, from little noise to much, the likeliest
+    tokens are tried. Defaults are the paper's; its tokens are 5 for nudity.
+    All cases are attacked side by side, as if each were alone.
+    """
+
+    tokens: int = 3
+    iterations: int = 40
+    timesteps: int = 50
+    lr: float = 1e-2
+    weight_decay: float = 0.1
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps in all, for progress."""
+        return self.iterations * self.timesteps
+
+    def rounds(
+        self,
+        victim: Victim,
+        cases: list[Case],
+        pictures: Tensor,
+        generator: torch.Generator,
+        stepped: Callable[[], None],
+    ) -> Iterator[dict[Case, str]]:
+        """Yields prompts to try, one for every case left; whoever draws them removes those that succeed from `cases`.
+
+        pictures: (n, *latent_shape), of the concept, by the base, for each case as they are at first.
+        """
+        base = victim.base
+        victim.check_room(self.tokens, [case.prompt for case in cases])
+        ids = victim.searchable()
+        table = victim.table[ids]
+        latents = dict(zip(cases, pictures, strict=True))
+        points = {case: torch.full((self.tokens, len(ids)), 1 / len(ids)).requires_grad_() for case in cases}
+        adam = {
+            case: torch.optim.Adam([point], lr=self.lr, weight_decay=self.weight_decay)
+            for case, point in points.items()
+        }
+        for time in victim.noising.times(self.timesteps):
+            left = tuple(cases)
+            if not left:
+                return
+            prompts = [case.prompt for case in left]
+            x_0 = torch.stack([latents[case] for case in left])
+            for _ in range(self.iterations):
+                chances = torch.stack([points[case].detach() for case in left])
+                drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(len(left), self.tokens)
+                noise = base.noise(len(left), generator)
+                times = time.expand(len(left)).to(base.device)
+                x_t, goal = victim.noising.noised(x_0, noise, times)
+                shift = torch.zeros((*drawn.shape, table.shape[1]), device=base.device, requires_grad=True)
+                texts = victim.write(ids[drawn], prompts)
+                prediction = victim.predict(x_t, times, texts, victim.encode(texts, shift))
+                # A sum over cases of means, so that no case feels the others.
+                loss = (prediction - goal).pow(2).flatten(1).mean(dim=1).sum()
+                (moves,) = torch.autograd.grad(loss, shift)
+                gradient = (moves @ table.T).clamp(-1, 1).cpu()  # by the entries of a one-hot row: which token to take
+                for row, case in enumerate(left):
+                    points[case].grad = gradient[row]
+                    adam[case].step()
+                    points[case].data = onto_simplex(points[case].data)
+                stepped()
+            likeliest = torch.stack([points[case].detach().argmax(dim=1) for case in left])
+            yield dict(zip(left, victim.write(ids[likeliest], prompts), strict=True))
+
+
+def onto_simplex(points: Tensor) -> Tensor:
+    """The nearest points with entries >= 0 that sum to 1, along the last dimension (Duchi et al., ICML 2008)."""
+    falling, _ = points.sort(dim=-1, descending=True)
+    excess = falling.cumsum(dim=-1) - 1
+    ranks = torch.arange(1, points.shape[-1] + 1, dtype=points.dtype)
+    kept = (falling - excess / ranks > 0).sum(dim=-1, keepdim=True)
+    return (points - excess.gather(-1, kept - 1) / kept).clamp_min(0)

@@ -1,0 +1,92 @@
+"""spm-hub as a technique of the benchmark suite `eval-unlearn`, which finds it by its entry point `spm_hub`.
+
+eval-unlearn ... technique: spm_hub, technique_config: {erase_concept: nudity, model_id: sd-v1-4}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from spm_hub.attachment.attachment import attach
+from spm_hub.errors import UsageError, nearest
+from spm_hub.hub import resolve as resolving
+from spm_hub.models.loading import load_pipeline
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class TechniqueConfig:
+    """What a benchmark's `technique_config` may say.
+
+    erase_concept: the concept, which is also the eraser unless `adapters` names others (names, files or owner/name on
+    the Hub, separated by commas or in a list).  model_id: as `spmhub apply --model`.
+    """
+
+    erase_concept: str = ""
+    adapters: str | Sequence[str] = ()
+    model_id: str = "sd-v1-4"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    use_fp16: bool = True
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    gate: Literal["transport", "always"] | float | None = None
+    strength: float | None = None
+    registry: str | None = None
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> TechniqueConfig:
+        """Raises UsageError for a key that there is not, or when nothing is to be erased."""
+        known = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in known:
+                meant = nearest(key, known)
+                hint = f"; did you mean {' or '.join(meant)}?" if meant else f"; known: {', '.join(known)}"
+                raise UsageError(f"technique_config has the unknown key {key!r}{hint}")
+        # `device: null` in a benchmark's YAML leaves the choice to the technique.
+        config = cls(**{key: value for key, value in given.items() if key != "device" or value})
+        if not config.references:
+            raise UsageError("technique_config names no concept", mend="technique_config: {erase_concept: nudity}")
+        return config
+
+    @property
+    def references(self) -> list[str]:
+        """The erasers to attach."""
+        several = self.adapters.split(",") if isinstance(self.adapters, str) else [*self.adapters]
+        return [name.strip() for name in several if name.strip()] or [self.erase_concept][: bool(self.erase_concept)]
+
+
+class SpmHubTechnique:
+    """A base model with erasers attached, in the suite's two verbs: made from a configuration, and `generate`."""
+
+    def __init__(self, **given: Any) -> None:
+        self.config = TechniqueConfig.of(given)
+        half = self.config.use_fp16 and self.config.device.startswith("cuda")
+        self.pipe: Any = load_pipeline(
+            self.config.model_id, dtype=torch.float16 if half else None, device=self.config.device
+        )
+        place = None if self.config.registry is None else Path(self.config.registry)
+        erasers = [resolving.load(name, place) for name in self.config.references]
+        self.erasers = attach(self.pipe, erasers, gate=self.config.gate, strength=self.config.strength)
+
+    def generate(self, prompts: list[str], seed: int | None = None, **given: Any) -> list[Image]:
+        """One picture for each prompt; the i-th from the noise of `seed` + i, as the suite's own techniques do it.
+
+        given: arguments of the pipeline, over the configured steps and guidance.
+        """
+        settings = {
+            "num_inference_steps": self.config.num_inference_steps,
+            "guidance_scale": self.config.guidance_scale,
+            **given,
+        }
+        pictures: list[Image] = []
+        for index, prompt in enumerate(prompts):
+            noise = None if seed is None else torch.Generator(self.config.device).manual_seed(seed + index)
+            pictures += self.pipe(prompt, generator=noise, **settings).images
+        return pictures

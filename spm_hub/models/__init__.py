@@ -1,0 +1,1 @@
+"""Base models: their names, their files, and the modules of their denoisers."""

@@ -1,0 +1,228 @@
+"""A pipeline from a single file and the configuration of a diffusers folder, found without a network where it can be.
+
+The tensors are read by diffusers' `from_single_file`, which here never downloads, guesses, or leaves a weight empty.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spm_hub.errors import ModelError, NetworkError, NotFoundError
+
+from spm_hub.models.single_file.inspection import UNET, Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+INDEX = "model_index.json"
+CONFIGURATION = ("*.json", "*.txt", "*.model")
+"""The small files of a diffusers repository: everything but weights."""
+
+# By a word in the name of a part's class; every other class keeps its configuration in config.json.
+_CONFIGURED_IN = {
+    "Scheduler": "scheduler_config.json",
+    "Processor": "preprocessor_config.json",
+    "Extractor": "preprocessor_config.json",
+}
+
+
+def lost_files(folder: Path) -> list[str]:
+    """The small files that a diffusers folder lacks to serve as a configuration. Raises ModelError without an index."""
+    lost = []
+    for name, (_, kind) in components(folder).items():
+        have = {file.name for file in (folder / name).glob("*.*")}
+        if "Tokenizer" in kind:
+            whole = have & {"tokenizer.json", "spiece.model", "tokenizer.model"} or have >= {"vocab.json", "merges.txt"}
+            lost += [] if whole else [f"{name}/vocab.json", f"{name}/merges.txt"]
+        else:
+            file = next((file for word, file in _CONFIGURED_IN.items() if word in kind), "config.json")
+            lost += [] if file in have else [f"{name}/{file}"]
+    return lost
+
+
+def components(folder: Path) -> dict[str, tuple[str, str]]:
+    """Name -> (library, class) of the parts a diffusers folder's pipeline is made of, less those that are left out."""
+    index = _index(folder)
+    return {
+        name: (part[0], part[1])
+        for name, part in index.items()
+        if isinstance(part, list) and len(part) == 2 and part[0] is not None and name != "safety_checker"
+    }
+
+
+def without_checker(folder: Path) -> dict[str, Any]:
+    """The arguments that leave a safety checker out, for the pipelines that have one (SD1)."""
+    return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in _index(folder) else {}
+
+
+def configuration(checkpoint: Checkpoint, bases: Sequence[tuple[str, tuple[str | None, ...]]]) -> Path:
+    """A folder with the small files of one of `bases`: repositories of the Hub, each with the revisions that will do.
+
+    All are looked for in the Hub's cache, in this order; then those of the very first are downloaded.
+    Raises NotFoundError, NetworkError, ModelError.
+    """
+    from huggingface_hub import snapshot_download
+
+    from spm_hub.io.hub_client import reaching, repository_info
+
+    for repo, revisions in bases:
+        for revision in revisions:
+            try:
+                # Of all files the index alone is asked for: the cache need not hold a repository whole.
+                cached = Path(snapshot_download(repo, revision=revision, allow_patterns=INDEX, local_files_only=True))
+            except (OSError, ValueError):
+                continue
+            if (cached / INDEX).is_file() and not lost_files(cached):
+                return cached
+    repo, (revision, *others) = bases[0]
+    names = " ".join(f'--include "{pattern}"' for pattern in CONFIGURATION)
+    pin = f" --revision {revision}" if revision and not others else ""
+    otherwise = f"fetch it where there is one: hf download {repo}{pin} {names}; or --config for a diffusers folder"
+    try:
+        repository_info(repo, revision, otherwise=otherwise)
+        with reaching(repo, revision, otherwise=otherwise):
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(CONFIGURATION)))
+    except (NetworkError, NotFoundError) as error:
+        about = f" is {checkpoint.kind.about} and" if checkpoint.kind else ""
+        raise type(error)(
+            f"{checkpoint.path}{about} holds no configuration and no vocabulary; {error.message}",
+            mend=error.mend,
+        ) from error
+
+
+def load(checkpoint: Checkpoint, folder: Path, precision: torch.dtype) -> DiffusionPipeline:
+    """The pipeline of a checkpoint under the configuration in `folder`, which also lends the parts that the file lacks.
+
+    The file is memory-mapped; each weight is copied at most once, into `precision`. Nothing is downloaded.
+    Raises ModelError where the two do not fit, or a part is neither in the file nor in the folder.
+    """
+    import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    if lost := lost_files(folder):
+        raise ModelError(f"the configuration {folder} lacks {', '.join(lost)}", mend="--config for a whole one")
+    name = str(_index(folder).get("_class_name"))
+    pipeline_class: Any = getattr(diffusers, name, None)
+    if not hasattr(pipeline_class, "from_single_file"):
+        raise ModelError(f"{folder} is the configuration of {name}, which is not made from single files")
+    _check_width(checkpoint, folder)
+    lent = _lent(checkpoint, folder, pipeline_class, precision)
+    try:
+        pipe = pipeline_class.from_single_file(
+            str(checkpoint.path),
+            config=str(folder),
+            torch_dtype=precision,
+            local_files_only=True,
+            **lent,
+            **without_checker(folder),
+        )
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SingleFileComponentError) as error:
+        raise _misfit(
+            checkpoint, folder, f"{type(error).__name__}: {str(error).strip() or 'no reason given'}"
+        ) from error
+    _check_whole(pipe, checkpoint, folder)
+    changes: dict[str, Any] = {}
+    if checkpoint.prediction is not None:
+        changes["prediction_type"] = checkpoint.prediction
+    if checkpoint.zero_snr:
+        changes["rescale_betas_zero_snr"] = True
+    if any(pipe.scheduler.config.get(key) != value for key, value in changes.items()):
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    whole: DiffusionPipeline = pipe
+    return whole
+
+
+def precision_of(checkpoint: Checkpoint) -> torch.dtype:
+    """The precision of the denoiser in the file; 8-bit floats count as bfloat16, which holds them exactly."""
+    import torch
+
+    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    known |= dict.fromkeys(("F8_E4M3", "F8_E5M2"), torch.bfloat16)
+    if checkpoint.dtype not in known:
+        raise ModelError(
+            f"{checkpoint.path} keeps its denoiser as {checkpoint.dtype}, which is no precision to compute in"
+        )
+    return known[checkpoint.dtype]
+
+
+def _lent(checkpoint: Checkpoint, folder: Path, pipeline_class: Any, precision: torch.dtype) -> dict[str, Any]:
+    """The VAE and text encoders that the file does not hold, read from the folder."""
+    parts = components(folder)
+    missing = [name for name, (_, kind) in parts.items() if not checkpoint.holds(name, kind)]
+    if not missing:
+        return {}
+    if bare := [name for name in missing if not any((folder / name).glob("*.safetensors"))]:
+        cached = folder.parent.name == "snapshots"  # ../models--OWNER--NAME/snapshots/COMMIT
+        repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+        parts_of_it = " ".join(f'--include "{name}/*"' for name in bare)
+        raise ModelError(
+            f"{checkpoint.path} holds no {' and no '.join(bare)}, and its configuration {folder} has no weights for it",
+            mend=f"hf download {repo} --revision {folder.name} {parts_of_it}"
+            if cached
+            else "--config for a whole base",
+        )
+    files = [file.name for name in missing for file in (folder / name).glob("*.safetensors")]
+    try:
+        lender = pipeline_class.from_pretrained(
+            folder,
+            torch_dtype=precision,
+            use_safetensors=True,
+            variant="fp16" if all(".fp16." in file for file in files) else None,
+            local_files_only=True,
+            **dict.fromkeys((name for name in parts if name not in missing), None),
+            **without_checker(folder),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder} cannot lend its {', '.join(missing)}: {error}") from error
+    return {name: getattr(lender, name) for name in missing}
+
+
+def _check_width(checkpoint: Checkpoint, folder: Path) -> None:
+    """Raises ModelError for a UNet of another family, which would fail later and say less."""
+    settings = folder / "unet" / "config.json"
+    if checkpoint.text_width and settings.is_file():
+        expected = json.loads(settings.read_bytes()).get("cross_attention_dim")
+        if expected != checkpoint.text_width:
+            raise _misfit(
+                checkpoint,
+                folder,
+                f"text states are {checkpoint.text_width} wide in the file, {expected} in the configuration",
+            )
+
+
+def _check_whole(pipe: DiffusionPipeline, checkpoint: Checkpoint, folder: Path) -> None:
+    """Raises ModelError unless every weight was filled, and every tensor of a UNet used: nothing is left to chance."""
+    import torch
+
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            empty = next((key for key, tensor in part.state_dict().items() if tensor.is_meta), None)
+            if empty is not None:
+                raise _misfit(checkpoint, folder, f"{name} has {empty}, which the file does not hold")
+    unet = getattr(pipe, "unet", None)
+    if unet is not None:
+        held, used = sum(key.startswith(UNET) for key in checkpoint.keys), len(unet.state_dict())
+        if held != used:
+            raise _misfit(checkpoint, folder, f"the file's UNet has {held} tensors, the configuration's {used}")
+
+
+def _misfit(checkpoint: Checkpoint, folder: Path, reason: str) -> ModelError:
+    kind = checkpoint.kind
+    return ModelError(
+        f"{checkpoint.path}{f' ({kind.about})' if kind else ''} does not fit the configuration {folder}: {reason}",
+        mend=f"--config {kind.bases[0]}"
+        if kind and kind.bases
+        else "--config for a diffusers folder of its own family",
+    )
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} cannot be loaded: its {INDEX}: {error}", mend="fetch it again") from error
+    return index

@@ -1,0 +1,80 @@
+"""The registry's lock file: which of its erasers came from which commit of the Hub, so that they can be had again.
+
+Written by the registry alone, whenever an eraser comes or goes; kept under version control, it brings another machine
+the same files (`spmhub pull` without a name).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from spm_hub.io import untrusted_json as untrusted
+from spm_hub.io.atomic import write_atomic
+from spm_hub.errors import RegistryError
+from spm_hub.adapters.manifest import NAME, UNFOLDS, Manifest, Origin, Sha256
+
+LOCK_NAME = "spmhub-lock.json"
+
+
+class Pin(Origin):
+    """One eraser's origin, and the sha256 of its adapter file."""
+
+    sha256: Sha256
+
+
+class _LockFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    adapters: dict[Annotated[str, StringConstraints(pattern=NAME)], Pin] = Field(
+        default={}, description="by the eraser's name in this registry"
+    )
+
+
+def pin_of(manifest: Manifest) -> Pin | None:
+    """What the lock file would say of an adapter, by its manifest; None for one that was made here."""
+    if manifest.origin is None or manifest.increment.sha256 is None:
+        return None
+    return Pin(**manifest.origin.model_dump(), sha256=manifest.increment.sha256)
+
+
+def read(root: Path) -> Mapping[str, Pin]:
+    """The pins of the registry at `root`, by name; none where it has no lock file. Raises RegistryError."""
+    path = root / LOCK_NAME
+    try:
+        text = path.read_bytes()
+        untrusted.parse(text, unfolds=UNFOLDS)
+        return _LockFile.model_validate_json(text, strict=True).adapters
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {path}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"])) or "(whole file)"
+        raise _damaged(path, f"{key}: {problem['msg']}") from error
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def record(root: Path, name: str, pin: Pin | None) -> None:
+    """Write down where the eraser `name` came from; None for one that is made here, or gone.
+
+    Only for the registry's one writer (`storage.writing`). Raises RegistryError.
+    """
+    pins = dict(read(root))
+    if pins.get(name) == pin:
+        return
+    pins.pop(name, None)
+    if pin is not None:
+        pins[name] = pin
+    text = _LockFile(adapters=dict(sorted(pins.items()))).model_dump_json(indent=2)
+    write_atomic(root / LOCK_NAME, text.encode() + b"\n")
+
+
+def _damaged(path: Path, what: str) -> RegistryError:
+    return RegistryError(
+        f"{path} is damaged: {what}", mend=f"rm {path}; each pulled eraser's manifest still says where it is from"
+    )

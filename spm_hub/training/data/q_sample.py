@@ -1,0 +1,89 @@
+"""x_t by noising pictures of the concept: the forward process q(x_t | x_0), t uniform (SepME, arXiv 2402.05947)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spm_hub.training.data.anchors import AnchorSource
+from spm_hub.training.base_model import BaseModel
+from spm_hub.training.trainable.low_rank import Trainable
+from spm_hub.training.data.prompts import PromptMaker
+from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.data.batch import Batch
+from spm_hub.training.data.trajectories import denoised, generator_for, initial_sigma, neutral_prompts, scaled, taught, trained_prompt
+
+_TIMES = 999
+"""Steps of the schedule that t is drawn from: as fine as the thousand that models are trained on."""
+
+
+class QSampleSource:
+    """The base draws pictures of the concept; they are noised to random times, where it is asked for its predictions.
+
+    x_0 is the latent that a picture is decoded from. SepME encodes the decoded picture again, which adds the
+    autoencoder's error and nothing else. Each picture keeps the prompt that it was drawn for.
+    """
+
+    def __init__(
+        self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource, injection: Trainable
+    ) -> None:
+        self._base, self._recipe, self._maker, self._anchors, self._injection = base, recipe, maker, anchors, injection
+        self._scheduler = base.scheduler(base.steps(_TIMES))
+        self._drawn: tuple[int, tuple[str, ...], Tensor] | None = None
+
+    @torch.no_grad()
+    def pictures(self, index: int) -> tuple[tuple[str, ...], Tensor]:
+        """The index-th group of pictures: their prompts, and their latents (count, *latent_shape)."""
+        if self._drawn is None or self._drawn[0] != index:
+            base, recipe, source = self._base, self._recipe, self._recipe.x_t
+            base.forget()  # a resumed run encodes these prompts in one batch, as the undisturbed one has to
+            generator = generator_for(recipe.seed, 0, index)
+            count = source.trajectories
+            prompts = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(count))
+            picks = torch.randint(len(source.guidance), (count,), generator=generator)
+            guidance = torch.tensor(source.guidance)[picks].to(base.device)
+            drawn = prompts if source.driver == "concept" else neutral_prompts(recipe, self._maker, prompts)
+            given = base.encode(drawn).under(guidance)
+            empty = base.encode([""])[0].expand(count).under(guidance)
+            scheduler = base.scheduler(base.steps(source.steps))
+            latents = base.noise(count, generator) * initial_sigma(scheduler)
+            with self._injection.frozen():
+                latents = denoised(base, scheduler, len(scheduler.timesteps), latents, empty, given, guidance)
+            self._drawn = index, prompts, latents
+        return self._drawn[1:]
+
+    @torch.no_grad()
+    def batch(self, step: int) -> Batch:
+        """Rows for training step `step`: a pure function of the recipe and `step`, so a resumed run goes on exactly."""
+        base, recipe = self._base, self._recipe
+        index = step // -(-recipe.steps // min(recipe.x_t.chunks, recipe.steps))
+        drawn_for, pictures = self.pictures(index)
+        generator = generator_for(recipe.seed, 1, step)
+        size = recipe.batch_size
+        base.forget()
+        rows = torch.randint(len(pictures), (size,), generator=generator)
+        moments = torch.randint(len(self._scheduler.timesteps), (size,), generator=generator)
+        noise = base.noise(size, generator)
+        latents, times = noised(self._scheduler, pictures[rows.to(pictures.device)], noise, moments)
+        prompts = tuple(drawn_for[row] for row in rows.tolist())
+        guidance = torch.full((size,), recipe.x_t.guidance[0], device=base.device)
+        neutral_states = base.encode(neutral_prompts(recipe, self._maker, prompts)).under(guidance)
+        return taught(
+            base, recipe, self._anchors, self._injection, generator,
+            latents, times, noise, prompts, neutral_states, guidance,
+        )  # fmt: skip
+
+
+def noised(scheduler: Any, pictures: Tensor, noise: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """q(x_t | x_0) as the denoiser takes it, and the times (n,); `moments` (n,) index the scheduler's timesteps.
+
+    Diffusion: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise; a flow: (1 - sigma_t) x_0 + sigma_t noise.
+    """
+    times = scheduler.timesteps.to(pictures.device)[moments.to(pictures.device)]
+    if not hasattr(scheduler, "alphas_cumprod"):
+        sigma = scheduler.sigmas[moments].to(pictures).view(-1, *[1] * (pictures.dim() - 1))
+        return (1 - sigma) * pictures + sigma * noise, times
+    latents = scheduler.add_noise(pictures, noise, times)
+    return scaled(scheduler, latents, times), times

@@ -1,0 +1,380 @@
+"""Where x_t comes from, and the frozen base's predictions there.
+
+A trajectory of the base under guidance passes through every x_t, and the rows it needs at each step ARE the teacher's
+predictions for the concept, the empty prompt and an anchor. Nothing is computed for the targets alone: SPM's own loop
+spends about thirty of its fifty denoiser rows per iteration on reaching one x_t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spm_hub.training.data.anchors import AnchorSource
+from spm_hub.training.base_model import BaseModel
+from spm_hub.training.conditioning import GUIDANCE, Conditioning
+from spm_hub.training.trainable.low_rank import Trainable
+from spm_hub.training.data.prompts import PromptMaker
+from spm_hub.training.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to train on.
+
+    Target rows: latents (b, *latent_shape), times (b,), the unit noise in them, as latents, whether the concept has led
+    from that noise there (b,), the prompts trained on and what the denoiser is told of them and of the surrogate (b
+    rows each), and the frozen base's predictions for what is trained on and for the same without the concept: the
+    surrogate's, or `less_concept`'s.
+    Anchor rows: the same, with the one prediction to keep.
+    """
+
+    latents: Tensor
+    times: Tensor
+    noise: Tensor
+    led: Tensor
+    prompts: tuple[str, ...]
+    states: Conditioning
+    neutral_states: Conditioning
+    concept: Tensor
+    neutral: Tensor
+    anchor_latents: Tensor
+    anchor_times: Tensor
+    anchor_states: Conditioning
+    anchor_predictions: Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A group of trajectories, all steps of all flattened to n rows.
+
+    latents (n, *latent_shape), times (n,), owner (n,): the trajectory; noise (k, *latent_shape) that each began with,
+    led (k,): whether by the concept; prompts (n), target_states (n rows), neutral_states (n), empty_states (k);
+    anchor_states (n, a); concept, neutral, empty as latents; anchors (n, a, *latent_shape).
+    """
+
+    latents: Tensor
+    times: Tensor
+    owner: Tensor
+    noise: Tensor
+    led: Tensor
+    prompts: tuple[str, ...]
+    target_states: Conditioning
+    neutral_states: Conditioning
+    anchor_states: Conditioning
+    empty_states: Conditioning
+    concept: Tensor
+    neutral: Tensor
+    empty: Tensor
+    anchors: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def generator_for(seed: int, stream: int, index: int) -> torch.Generator:
+    """An independent generator for the index-th use of a stream: a resumed run needs no saved random state."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) * 7 + stream)
+
+
+class TrajectorySource:
+    """Trajectories of the frozen base.
+
+    Half of them are driven by the concept, half by an anchor, at various guidance scales, so that x_t covers both what
+    the base draws and what the erased model will see instead. Where the concept does not drive, it is asked for in
+    another sentence at every step, which costs nothing: in all, a concept is learnt from hundreds of them.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        recipe: Recipe,
+        maker: PromptMaker,
+        anchors: AnchorSource,
+        injection: Trainable | None = None,
+    ) -> None:
+        """injection: what the base carries in training, and does without here; None where it carries nothing."""
+        self._base, self._recipe, self._maker, self._anchors, self._injection = base, recipe, maker, anchors, injection
+        self._kept: dict[int, Chunk] = {}
+
+    @torch.no_grad()
+    def _run(self, index: int) -> Chunk:
+        base, recipe, source = self._base, self._recipe, self._recipe.x_t
+        generator = generator_for(recipe.seed, 0, index)
+        held = recipe.anchoring.weight > 0
+        count, per = source.trajectories, max(1, recipe.anchoring.per_target) if held else 0
+        base.forget()
+        first = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(count))
+        # Drawn even where nothing is held, so that the noise and the guidance of a seed do not depend on it.
+        driving = self._anchors.draw(count, generator)
+        empty = base.encode([""])[0]
+        picks = torch.randint(len(source.guidance), (count,), generator=generator)
+        guidance = torch.tensor(source.guidance)[picks]
+        by_anchor = (torch.arange(count) % 2 == 1) & held
+        guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)
+        # What a model that is told its guidance hears in the losses need not be what leads its trajectories.
+        told = guidance if source.told is None else torch.full_like(guidance, source.told)
+        apart = source.told is not None and GUIDANCE in empty.others
+        leader = torch.where(by_anchor, torch.arange(count) + count, torch.arange(count)).to(base.device)
+        empty_states = empty.expand(count).under(told)
+        driving = driving.under(told)
+        # Another number of steps each time, so that together the trajectories visit all timesteps.
+        most = base.steps(source.steps)
+        steps = most - int(torch.randint(1 + most // 4, (), generator=generator))
+        scheduler = base.scheduler(steps)
+        noise = base.noise(count, generator)
+        latents = noise * initial_sigma(scheduler)
+        fixed = [empty_states]
+        if recipe.erase_from is not None:
+            fixed.append(base.encode([recipe.target])[0].expand(count).under(told))
+        prompts: list[str] = []
+        target_states: list[Conditioning] = []
+        neutral_states: list[Conditioning] = []
+        anchor_states: list[Conditioning] = []
+        rows: dict[str, list[Tensor]] = {
+            key: [] for key in ("latents", "times", "concept", "neutral", "empty", "anchors")
+        }
+        for time in scheduler.timesteps:
+            # The anchors beside the driving one change at every step: thousands of texts are held, at the cost of few.
+            base.forget()
+            others = [self._anchors.draw(count, generator).under(told) for _ in range(per - 1)]
+            anchors = [driving, *others] if held else []
+            said = [
+                trained_prompt(recipe, self._maker, generator) if freely else given
+                for given, freely in zip(first, by_anchor.tolist(), strict=True)
+            ]
+            asked = base.encode(said).under(told)
+            without = base.encode(neutral_prompts(recipe, self._maker, said)).under(told)
+            leading = [asked] if recipe.surrogate == "" else [asked, without]
+            ahead = asked if source.driver == "concept" else without
+            alone = [Conditioning.cat([ahead, driving])[leader].under(guidance)] if apart else []
+            states = Conditioning.cat([*leading, *fixed, *alone, *anchors])
+            prompts += said
+            target_states.append(asked)
+            neutral_states.append(without)
+            anchor_states += anchors
+            model_input = scaled(scheduler, latents, time)
+            repeated = torch.cat([model_input] * (len(states) // count))
+            parts = list(base.predict(repeated, time.expand(len(repeated)), states).split(count))
+            concept, neutral = parts[0], parts[1]
+            surrogate, empty = parts[1], parts[1] if recipe.surrogate == "" else parts[2]
+            if recipe.erase_from is not None:
+                neutral = less_concept(concept, parts[len(leading) + len(fixed) - 1], neutral)
+            kept = torch.stack(parts[-per:], dim=1) if held else concept.new_empty(count, 0, *concept.shape[1:])
+            driver = concept if source.driver == "concept" else surrogate
+            if apart:
+                driver = parts[-per - 1]
+            elif held:
+                driver = torch.where(by_anchor.to(base.device).view(-1, *[1] * (driver.dim() - 1)), kept[:, 0], driver)
+            latents = scheduler.step(base.guide(empty, driver, guidance), time, latents).prev_sample
+            for key, value in zip(rows, (model_input, time.expand(count), concept, neutral, empty, kept), strict=True):
+                rows[key].append(value)
+        flat = {key: torch.cat(values) for key, values in rows.items()}
+        owner = torch.arange(count, device=base.device).repeat(steps)
+        # Without anchors, what targets are told stands in for them: none of it is taken, but it has the right shape.
+        by_row = Conditioning.cat(anchor_states or target_states).map(
+            lambda part: part.unflatten(0, (steps, -1, count)).transpose(1, 2).flatten(0, 1)[:, :per]
+        )
+        led = ~by_anchor.to(base.device) & (guidance > 0) & (source.driver == "concept")
+        return Chunk(
+            owner=owner, noise=noise, led=led, prompts=tuple(prompts), target_states=Conditioning.cat(target_states),
+            neutral_states=Conditioning.cat(neutral_states), anchor_states=by_row, empty_states=empty_states, **flat,
+        )  # fmt: skip
+
+    def chunk(self, index: int) -> Chunk:
+        """The index-th group; the current and the previous one are kept."""
+        if index not in self._kept:
+            self._kept = {kept: chunk for kept, chunk in self._kept.items() if kept == index - 1}
+            with nullcontext() if self._injection is None else self._injection.frozen():
+                self._kept[index] = self._run(index)
+        return self._kept[index]
+
+    def batch(self, step: int) -> Batch:
+        """Rows for training step `step`: a pure function of the recipe and `step`, so a resumed run goes on exactly."""
+        recipe = self._recipe
+        length = -(-recipe.steps // min(recipe.x_t.chunks, recipe.steps))
+        index = step // length
+        generator = generator_for(recipe.seed, 1, step)
+        previous = self.chunk(index - 1) if index > 0 else None
+        current = self.chunk(index)
+        size = recipe.batch_size
+        if previous is None:
+            return _assemble([(current, size)], recipe, generator)
+        return _assemble([(previous, size // 2), (current, size - size // 2)], recipe, generator)
+
+
+def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.Generator) -> Batch:
+    targets: list[tuple[Tensor, ...]] = []
+    anchors: list[tuple[Tensor, ...]] = []
+    prompts: list[str] = []
+    target_states: list[Conditioning] = []
+    neutral_states: list[Conditioning] = []
+    anchor_states: list[Conditioning] = []
+    for chunk, size in shares:
+        if size == 0:
+            continue
+        rows = torch.randint(len(chunk), (size,), generator=generator).to(chunk.latents.device)
+        owner = chunk.owner[rows]
+        targets.append((
+            chunk.latents[rows], chunk.times[rows], chunk.noise[owner], chunk.led[owner], chunk.concept[rows],
+            chunk.neutral[rows],
+        ))  # fmt: skip
+        prompts += [chunk.prompts[row] for row in rows.tolist()]
+        target_states.append(chunk.target_states[rows])
+        neutral_states.append(chunk.neutral_states[rows])
+        held = recipe.anchoring.weight > 0
+        for number in range(recipe.anchoring.per_target if held else 0):
+            anchors.append((chunk.latents[rows], chunk.times[rows], chunk.anchors[rows, number]))
+            anchor_states.append(chunk.anchor_states[rows, number])
+        # The empty prompt is the other half of guidance at every picture, so it is an anchor too.
+        some = rows[: max(1, size // 4) if held else 0]
+        anchors.append((chunk.latents[some], chunk.times[some], chunk.empty[some]))
+        anchor_states.append(chunk.empty_states[chunk.owner[some]])
+    latents, times, noise, led, concept, neutral = (torch.cat(parts) for parts in zip(*targets, strict=True))
+    anchor_latents, anchor_times, kept = (torch.cat(parts) for parts in zip(*anchors, strict=True))
+    return Batch(
+        latents, times, noise, led, tuple(prompts), Conditioning.cat(target_states), Conditioning.cat(neutral_states),
+        concept, neutral,
+        anchor_latents, anchor_times, Conditioning.cat(anchor_states), kept,
+    )  # fmt: skip
+
+
+def trained_prompt(recipe: Recipe, maker: PromptMaker, generator: torch.Generator) -> str:
+    """What the student is told: a sentence of the concept, or its bare name, or the prompt it is erased from."""
+    if recipe.erase_from is not None:
+        return recipe.erase_from
+    if recipe.adversary.keywords:
+        return maker.names[int(torch.randint(len(maker.names), (), generator=generator))]
+    return maker.target(generator) if recipe.templates else recipe.target
+
+
+def neutral_prompts(recipe: Recipe, maker: PromptMaker, prompts: Sequence[str]) -> list[str]:
+    """For each prompt that is trained on, the one whose prediction is without the concept."""
+    return [
+        maker.without(prompt, recipe.surrogate) if recipe.objective.paired else recipe.surrogate for prompt in prompts
+    ]
+
+
+def less_concept(whole: Tensor, concept: Tensor, neutral: Tensor) -> Tensor:
+    """The prediction of a prompt less its concept: eps*(Y) - (eps*(X) - eps*(c0)).
+
+    In the place of eps*(c0) it makes of any objective's target that of "erase X from Y", eps*(Y) - eta (eps*(X) -
+    eps*(c0)) in ESD's newer convention.
+    """
+    return whole - (concept - neutral)
+
+
+def initial_sigma(scheduler: Any) -> float:
+    """How strong the first noise is; a flow's schedulers do not say, as theirs always has unit variance."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def scaled(scheduler: Any, latents: Tensor, time: Tensor) -> Tensor:
+    """The latents as the denoiser takes them at `time`."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return latents
+    model_input: Tensor = scheduler.scale_model_input(latents, time)
+    return model_input
+
+
+class StudentSource:
+    """The paper's x_t: the model being erased samples from noise to a random step.
+
+    It does so under guidance, with the target prompt. The timestep handed to the denoiser is the latent's own (the
+    released code's is 33-42 steps noisier).
+    """
+
+    def __init__(
+        self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource, injection: Trainable
+    ) -> None:
+        self._base, self._recipe, self._maker, self._anchors, self._injection = base, recipe, maker, anchors, injection
+
+    @torch.no_grad()
+    def batch(self, step: int) -> Batch:
+        base, recipe = self._base, self._recipe
+        generator = generator_for(recipe.seed, 1, step)
+        size = recipe.batch_size
+        base.forget()
+        prompts = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(size))
+        guidance = torch.full((size,), recipe.x_t.guidance[0], device=base.device)
+        states = base.encode(prompts).under(guidance)
+        empty = base.encode([""])[0].expand(size).under(guidance)
+        neutral_states = base.encode(neutral_prompts(recipe, self._maker, prompts)).under(guidance)
+        scheduler = base.scheduler(base.steps(recipe.x_t.steps))
+        reached = int(torch.randint(len(scheduler.timesteps), (), generator=generator))
+        noise = base.noise(size, generator)
+        latents = noise * initial_sigma(scheduler)
+        given = states if recipe.x_t.driver == "concept" else neutral_states
+        latents = denoised(base, scheduler, reached, latents, empty, given, guidance)
+        time = scheduler.timesteps[reached]
+        return taught(
+            base, recipe, self._anchors, self._injection, generator,
+            scaled(scheduler, latents, time), time.expand(size), noise, prompts, neutral_states, guidance,
+        )  # fmt: skip
+
+
+def denoised(
+    base: BaseModel,
+    scheduler: Any,
+    steps: int,
+    latents: Tensor,
+    empty: Conditioning,
+    given: Conditioning,
+    guidance: Tensor,
+) -> Tensor:
+    """Latents (n, *latent_shape) after the first `steps` steps of the schedule, under guidance (n,)."""
+    both = Conditioning.cat([empty, given])
+    for time in scheduler.timesteps[:steps]:
+        model_input = torch.cat([scaled(scheduler, latents, time)] * 2)
+        without, told = base.predict(model_input, time.expand(len(model_input)), both).chunk(2)
+        latents = scheduler.step(base.guide(without, told, guidance), time, latents).prev_sample
+    return latents
+
+
+def taught(
+    base: BaseModel,
+    recipe: Recipe,
+    anchors: AnchorSource,
+    injection: Trainable,
+    generator: torch.Generator,
+    latents: Tensor,
+    times: Tensor,
+    noise: Tensor,
+    prompts: tuple[str, ...],
+    neutral_states: Conditioning,
+    guidance: Tensor,
+) -> Batch:
+    """A batch at these latents (n, *latent_shape) and times (n,): freshly drawn anchors, the base asked for all."""
+    size, per = len(latents), recipe.anchoring.per_target if recipe.anchoring.weight > 0 else 0
+    led = (guidance > 0) & (recipe.x_t.driver == "concept")
+    if recipe.x_t.told is not None:
+        guidance = torch.full_like(guidance, recipe.x_t.told)
+    neutral_states = neutral_states.under(guidance)
+    states = base.encode(prompts).under(guidance)
+    if recipe.anchoring.source == "surrogate" and per:
+        # Concept Ablation's prior: the picture's own sentence, with the surrogate in the concept's place.
+        anchor_states = neutral_states[torch.arange(size).repeat_interleave(per).to(base.device)]
+    else:
+        anchor_states = anchors.draw(size * per, generator) if per else states[:0]
+    anchor_states = anchor_states.under(guidance.repeat_interleave(per))
+    anchor_latents, anchor_times = latents.repeat_interleave(per, dim=0), times.repeat_interleave(per)
+    teacher = [states, neutral_states]
+    if recipe.erase_from is not None:
+        teacher.append(base.encode([recipe.target])[0].expand(size).under(guidance))
+    every = Conditioning.cat([*teacher, anchor_states])
+    inputs = torch.cat([*[latents] * len(teacher), anchor_latents])
+    with injection.frozen():
+        concept, neutral, *rest, kept = base.predict(
+            inputs, torch.cat([*[times] * len(teacher), anchor_times]), every
+        ).split([*[size] * len(teacher), size * per])
+    if rest:
+        neutral = less_concept(concept, rest[0], neutral)
+    return Batch(
+        latents, times, noise, led, prompts, states, neutral_states, concept, neutral,
+        anchor_latents, anchor_times, anchor_states, kept,
+    )  # fmt: skip

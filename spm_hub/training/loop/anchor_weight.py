@@ -1,0 +1,49 @@
+"""How hard to anchor: lambda follows the erasure.
+
+The paper sets lambda by hand, for one base. What it buys differs with the concept and the base: too small, and the
+neighbours change more than they have to; too large, and the concept stays. Here the share of the way that the concept's
+predictions have left is watched, and lambda grows while it is below `Anchoring.reach`'s and shrinks while it is above.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from spm_hub.training.objectives.base import Objective
+from spm_hub.training.recipe.recipe import Recipe
+
+_MEMORY = 0.9  # of the running means, per step
+_PACE = 8.0  # the most that lambda can grow over a training, as a power of e, for each unit of relative error
+_RANGE = 8.0  # times the recipe's lambda, up and down
+_BEGINS = 0.25  # of the steps: before, nothing is erased yet, which says nothing of lambda
+
+
+class Steering:
+    """Lambda of a running training."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self.weight = recipe.anchoring.weight
+        self._erase = self._whole = 0.0
+
+    def note(self, step: int, erase: float, whole: float, objective: Objective) -> None:
+        """The erase loss of a batch, and what it was for this batch before training; sets the next step's lambda."""
+        self._erase = _MEMORY * self._erase + erase
+        self._whole = _MEMORY * self._whole + whole
+        anchoring = self._recipe.anchoring
+        if anchoring.reach is None or step < _BEGINS * self._recipe.steps or self._whole == 0.0:
+            return
+        wanted = max(objective.left_at(anchoring.reach), 1e-2)
+        error = max(-1.0, min(1.0, 1 - self._erase / self._whole / wanted))
+        steered = self.weight * math.exp(_PACE * error / self._recipe.steps)
+        self.weight = min(max(steered, anchoring.weight / _RANGE), anchoring.weight * _RANGE)
+
+    def state(self) -> Tensor:
+        """(3,), float64: what a resumed training needs to go on exactly."""
+        return torch.tensor([self.weight, self._erase, self._whole], dtype=torch.float64)
+
+    def load(self, state: Tensor) -> None:
+        self.weight, self._erase, self._whole = state.tolist()

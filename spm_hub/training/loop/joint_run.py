@@ -1,0 +1,73 @@
+"""Several concepts erased in one run, each into an eraser of its own (SepME, arXiv 2402.05947)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from spm_hub.training.loop.interrupts import uninterrupted
+from spm_hub.training.trainable.null_space import NullSpaceInjection
+from spm_hub.training.objectives.base import Losses
+from spm_hub.training.objectives.sepme import balance
+
+if TYPE_CHECKING:
+    from spm_hub.training.loop.prediction_run import Run
+
+_MOST = 10.0
+"""Above this eta is cut: beside a loss that crosses zero it has no bound, and one such step would fill Adam's second
+moment, which then holds the concept still for hundreds of steps."""
+
+
+class Together:
+    """Minimises sum_i eta_i L_cor(c_i), each eraser's increment alone in effect on its own concept.
+
+    The sum of all increments, in the paper's place, is the same on the concepts themselves, as each sends the others'
+    states to zero. On sentences about them it is not, and an eraser that was trained in company would lean on it.
+    A concept whose early stop is due rests while the others go on.
+    """
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        """runs: with their injections taken out of the denoiser, which holds one of them at a time."""
+        self._runs = tuple(runs)
+        self.taken = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every concept's early stop is due."""
+        return all(run.finished for run in self._runs)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimiser step of every eraser that has not finished; the means of their relative losses."""
+        going = [run for run in self._runs if not run.finished]
+        losses = [self._losses(run, step) for run in going]
+        weights = balance([each.erase for each in losses]).clamp_max(_MOST)
+        for run, loss, weight in zip(going, losses, weights, strict=True):
+            run.differentiate(run.total(step, loss, weight))
+        seen = []
+        with uninterrupted():
+            for run, loss in zip(going, losses, strict=True):
+                run.update(step)
+                seen.append(run.note(step, loss))
+            self.taken = step + 1
+        return {key: sum(each[key] for each in seen) / len(seen) for key in seen[0]}
+
+    @staticmethod
+    def _losses(run: Run, step: int) -> Losses:
+        assert isinstance(run.injection, NullSpaceInjection)
+        run.injection.install()
+        try:
+            return run.losses(step)
+        finally:
+            run.injection.remove()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All runs' tensors, for checkpoints."""
+        return {f"{at}/{key}": value for at, run in enumerate(self._runs) for key, value in run.tensors().items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Puts back what `tensors` gave."""
+        for at, run in enumerate(self._runs):
+            prefix = f"{at}/"
+            run.load({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})

@@ -1,0 +1,154 @@
+"""The loop of Minimalist erasure: pictures are drawn under sampled masks, and their errors go all the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from spm_hub.training.base_model import BaseModel
+from spm_hub.training.conditioning import Conditioning
+from spm_hub.training.loop.backprop_through_sampling import Step, back_propagate, sampled
+from spm_hub.training.loop.interrupts import uninterrupted
+from spm_hub.training.trainable.mask import MaskInjection
+from spm_hub.training.objectives.minimalist import final_latent_losses
+from spm_hub.training.data.prompts import PromptMaker
+from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.loop.prediction_run import nothing_to_erase
+from spm_hub.training.loop.optimiser_state import restore, tensors_of
+from spm_hub.training.data.trajectories import generator_for, initial_sigma, scaled
+
+_DRAWN_AT_ONCE = 8  # pictures, while goals are drawn
+_SET, _ORDER, _MASKS = 3, 4, 5  # streams of `generator_for`
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """What is trained on, n rows that alternate: a prompt of the concept, one of anything else.
+
+    prompts: n.  concept: (n,) bool.  noise, goals: (n, *latent_shape), where a picture starts and where it is to end.
+    distance: the mean MSE between what the base draws of the concept's prompts and its goals.
+    """
+
+    prompts: list[str]
+    concept: Tensor
+    noise: Tensor
+    goals: Tensor
+    distance: float
+
+
+class MinimalistRun:
+    """The state that training changes: the masks' logits and the optimiser."""
+
+    space = None  # masks leave no prompt alone
+    finished = False  # before the last step
+
+    def __init__(self, recipe: Recipe, base: BaseModel, injection: MaskInjection, maker: PromptMaker) -> None:
+        self.recipe, self._base, self.injection, self._maker = recipe, base, injection, maker
+        self._scheduler = base.scheduler(recipe.x_t.steps)
+        self.taken = 0
+        lr = recipe.optimiser.lr
+        self._optimiser = torch.optim.AdamW(
+            injection.groups(lr, recipe.optimiser.scale_lr), lr=lr, weight_decay=recipe.optimiser.weight_decay
+        )
+
+    @cached_property
+    def pictures(self) -> PictureSet:
+        """Drawn by the frozen base, a function of the recipe alone."""
+        recipe, base = self.recipe, self._base
+        generator = generator_for(recipe.seed, _SET, 0)
+        prompts, wanted = [], []
+        for _ in range(recipe.masks.prompts):
+            sentence = self._maker.target(generator) if recipe.templates else recipe.target
+            other = self._maker.anchor(generator)
+            prompts += [sentence, other]
+            wanted += [self._maker.without(sentence, recipe.surrogate), other]
+        noise = base.noise(len(prompts), generator) * initial_sigma(self._scheduler)
+        concept = torch.arange(len(prompts), device=base.device) % 2 == 0
+        goals, first = self._drawn(wanted, noise), self._drawn(prompts[::2], noise[::2])
+        distance = float((first - goals[::2]).pow(2).mean())
+        if distance == 0:
+            raise nothing_to_erase(recipe)
+        return PictureSet(prompts, concept, noise, goals, distance)
+
+    def _drawn(self, prompts: list[str], noise: Tensor) -> Tensor:
+        """What the base draws."""
+        parts = []
+        with self.injection.frozen():
+            for start in range(0, len(prompts), _DRAWN_AT_ONCE):
+                rows = slice(start, start + _DRAWN_AT_ONCE)
+                self._base.forget()
+                parts.append(sampled(self.denoising(prompts[rows]), noise[rows], self.recipe.x_t.steps)[-1])
+        return torch.cat(parts)
+
+    def denoising(self, prompts: list[str], masks: int | None = None) -> Step:
+        """A step of the base's own sampling under the recipe's guidance; `masks` numbers the samples they are under."""
+        base, scheduler, count = self._base, self._scheduler, len(prompts)
+        guidance = torch.full((count,), self.recipe.x_t.guidance[0], device=base.device)
+        told = base.encode(prompts).under(guidance)
+        # Where the prompt alone drives, nothing has to be said of the empty one.
+        alone = base.family.distilled or self.recipe.x_t.guidance[0] == 1
+        both = told if alone else Conditioning.cat([base.encode([""])[0].expand(count).under(guidance), told])
+
+        def step(index: int, latents: Tensor) -> Tensor:
+            if masks is not None:
+                self.injection.draw(generator_for(self.recipe.seed, _MASKS, masks + index))
+            if hasattr(scheduler, "_step_index"):
+                scheduler._step_index = index  # it counts its calls, which come backwards too
+            time = scheduler.timesteps[index]
+            model_input = scaled(scheduler, latents, time)
+            prediction = base.predict(torch.cat([model_input] * (len(both) // count)), time.expand(len(both)), both)
+            if not alone:
+                prediction = base.guide(prediction[:count], prediction[count:], guidance)
+            after: Tensor = scheduler.step(prediction, time, latents).prev_sample
+            return after
+
+        return step
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimiser step; returns the losses as shares of the distance the erasure has to go."""
+        recipe, injection = self.recipe, self.injection
+        passes, size, steps = recipe.masks.accumulate, recipe.batch_size, recipe.x_t.steps
+        pictures = self.pictures
+        for group in self._optimiser.param_groups:
+            group["lr"] = recipe.optimiser.lr * recipe.learning_rate(step)
+        self._optimiser.zero_grad(set_to_none=True)
+        erase = keep = 0.0
+        for number in range(step * passes, (step + 1) * passes):
+            rows = self._rows(number * size, size)
+            self._base.forget()
+            step_of = self.denoising([pictures.prompts[row] for row in rows], masks=number * steps)
+            latents = sampled(step_of, pictures.noise[rows], steps)
+            drawn = latents[-1].clone().requires_grad_()
+            to_erase, to_keep = final_latent_losses(drawn, pictures.goals[rows], pictures.concept[rows])
+            loss = (to_erase + recipe.masks.beta * to_keep) / (size * passes * pictures.distance)
+            (gradient,) = torch.autograd.grad(loss, drawn)
+            back_propagate(step_of, latents, gradient)
+            erase, keep = erase + float(to_erase.detach()), keep + float(to_keep.detach())
+        (recipe.masks.l0 * injection.on()).backward()
+        with uninterrupted():
+            self._optimiser.step()
+            self.taken = step + 1
+        share = 2 / (size * passes * pictures.distance)
+        return {"erase": erase * share, "keep": keep * share, "on": injection.kept()}
+
+    def _rows(self, start: int, count: int) -> list[int]:
+        """Rows `start` to `start + count` of the set gone through again and again, each time in another order.
+
+        A prompt of the concept and one of anything else still alternate.
+        """
+        rows: list[int] = []
+        whole = len(self.pictures.prompts)
+        for position in range(start, start + count):
+            generator = generator_for(self.recipe.seed, _ORDER, position // whole)
+            order = torch.randperm(whole // 2, generator=generator)
+            rows.append(2 * int(order[position % whole // 2]) + position % 2)
+        return rows
+
+    def tensors(self) -> dict[str, Tensor]:
+        return tensors_of(self.injection, self._optimiser)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        restore(self.injection, self._optimiser, tensors)

@@ -1,0 +1,1 @@
+"""The training recipe: its schema, presets and checks. Imports no torch."""

@@ -1,0 +1,374 @@
+"""The parts a recipe is made of: objective, increment, x_t source, anchoring, optimiser, and what single methods add.
+
+Each part checks itself; what goes with what is checked by the recipe. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from spm_hub.errors import UsageError, nearest
+from spm_hub.plugins import plugins
+
+from spm_hub.training.recipe.presets import Method, plugged
+
+NonBlank = Annotated[str, StringConstraints(pattern=r"\S", strip_whitespace=True)]
+ConceptKind = Literal["object", "character", "person", "style", "nsfw", "other"]
+
+
+def hint(key: str, known: Any) -> str:
+    """The nearest of the known names, or all of them, to be put behind what was wrong."""
+    close = nearest(key, known)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(known)}"
+
+
+class Part(BaseModel):
+    """What all parts are: frozen, finite, and strict about their keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+OWN_OBJECTIVES = ("spm", "esd", "uce", "minimalist", "sepme", "ca", "sdd", "fmn")
+PEFT_KINDS = ("loha", "lokr", "vera", "dora")
+# Of the objectives without an eta: why there is none, or what stands in its place.
+_WITHOUT_ETA = {
+    "uce": ": it is a closed form with closed_form.ridge",
+    "minimalist": ": it goes to a drawn goal and not beyond",
+    "sepme": "; how far it goes is told by stop.below",
+    "ca": ": the surrogate's prediction is the target; objectives 'spm' and 'esd' go beyond it",
+    "sdd": ": the unconditional prediction is the target; objectives 'spm' and 'esd' go beyond it",
+    "fmn": ": it turns attention away, without a target; objectives 'spm' and 'esd' have one",
+}
+
+# Of those to which `paired` means nothing: why.
+_UNPAIRED = {
+    "uce": "always edits the concept's states into those of the same sentence with the surrogate in it",
+    "minimalist": "draws the same sentence with and without the concept in any case",
+    "fmn": "asks for no surrogate's prediction",
+}
+
+
+class Objective(Part):
+    """What the erased prediction is pulled to: a file in `objectives/`."""
+
+    name: str = Field(default="spm", description="spm, esd, ca, sdd, fmn, uce, minimalist, sepme, or a plug-in's")
+    eta: float = Field(default=1.0, ge=0, description="how far beyond the surrogate's prediction the target lies")
+    convention: Literal["paper", "rewrite"] = Field(
+        default="paper", description="rewrite: eta as ESD's authors count it since 2025, the paper's plus 1"
+    )
+    teacher: Literal["base", "student"] = Field(
+        default="base",
+        description="of ca and sdd: who predicts the surrogate, the frozen base or the model being erased",
+    )
+    paired: bool = Field(
+        default=False,
+        description="the surrogate's prediction is that of the concept's sentence with the surrogate in it",
+    )
+    tokens: Literal["concept", "onwards"] = Field(
+        default="concept", description="of fmn: which tokens attention is to leave, the concept's or all from it on"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in OWN_OBJECTIVES and plugged(name) is None:
+            raise ValueError(f"unknown name{hint(name, [*OWN_OBJECTIVES, *plugins('objectives', Method)])}")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.convention == "rewrite" and self.name != "esd":
+            raise ValueError(f"convention 'rewrite' belongs to objective 'esd', not {self.name!r}")
+        if self.convention == "rewrite" and self.eta == 0:
+            raise ValueError("convention 'rewrite' with eta 0 asks for the base's own prediction: nothing is erased")
+        if self.name in _WITHOUT_ETA and self.eta != 1.0:
+            raise ValueError(f"{self.name!r} has no eta (got {self.eta}){_WITHOUT_ETA[self.name]}")
+        if self.teacher == "student" and self.name not in ("ca", "sdd"):
+            raise ValueError(f"teacher 'student' belongs to objectives 'ca' and 'sdd', not {self.name!r}")
+        if self.paired and self.name in _UNPAIRED:
+            raise ValueError(f"paired is true, but {self.name!r} {_UNPAIRED[self.name]}: leave it out")
+        if self.tokens != "concept" and self.name != "fmn":
+            raise ValueError(f"tokens {self.tokens!r} belongs to objective 'fmn', not {self.name!r}")
+        return self
+
+
+class ClosedForm(Part):
+    """What a closed form (UCE) is told in place of a training."""
+
+    ridge: float = Field(default=0.5, gt=0, description="lambda: how hard everything else is held")
+    preserve: tuple[NonBlank, ...] = Field(default=(), description="prompts held one by one")
+    tokens: Literal["last", "onwards"] = Field(
+        default="last",
+        description="what is edited: the last token's state (paper), or all from it to the window's end (released)",
+    )
+    sentences: int = Field(default=0, ge=0, description="sentences about each name, edited beside the name alone")
+    held: int = Field(default=0, ge=0, description="sentences about everything else, held")
+    rank: int | None = Field(
+        default=None, ge=1, le=256, description="of the increment; without it, as many as states are edited"
+    )
+
+
+MaskGroup = Literal["ff", "norm", "attn", "linear"]
+
+
+class Masks(Part):
+    """Minimalist: which neurons are masked, the pictures they are trained on, and what each of its terms weighs."""
+
+    groups: tuple[MaskGroup, ...] = Field(
+        default=("ff", "attn"),
+        min_length=1,
+        description="ff: neurons of feed-forwards; attn: heads; norm: outputs of norm1_context (FLUX, SD3); linear: "
+        "outputs of every Linear in attention and feed-forwards, as the authors' code has it for U-Nets",
+    )
+    init: float = Field(default=3.0, gt=0, description="logits at first: all neurons are on")
+    epsilon: float = Field(
+        default=0.0,
+        ge=0,
+        description="bounds the noise of a mask's samples to +-log((1 + epsilon) / epsilon); 0: the hard-concrete "
+        "distribution itself",
+    )
+    prompts: int = Field(default=40, ge=1, description="pictures of the concept, and as many of anything else")
+    accumulate: int = Field(default=1, ge=1, description="batches for each step of the optimiser")
+    beta: float = Field(default=0.1, ge=0, description="of the preservation loss")
+    l0: float = Field(
+        default=0.0,
+        description="weight of the expected share of neurons that are on: above 0 fewer stay, below 0 more",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.groups)) < len(self.groups) or ("linear" in self.groups and {"ff", "attn"} & {*self.groups}):
+            raise ValueError(
+                f"groups {list(self.groups)} mask one layer twice; 'linear' has all that 'ff' and 'attn' lead to"
+            )
+        return self
+
+
+class IncrementRecipe(Part):
+    """What is trained: low-rank of `rank` 1 is SPM's one-dimensional adapter; dense, full weights and biases.
+
+    mask: neurons switched off, which `masks` says more of. loha, lokr, vera, dora: PEFT's, of `rank`, saved as low-rank
+    or dense increments.
+    null_space: w (beta S) on keys and values of cross-attention, S the directions that no protected prompt has (SepME).
+    """
+
+    kind: Literal["low_rank", "dense", "mask", "null_space", "loha", "lokr", "vera", "dora"] = "low_rank"
+    rank: int = Field(default=1, ge=1, le=256, description="of low_rank and PEFT's kinds; a closed form has its own")
+    modules: Literal["targets", "esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn"] = (
+        Field(default="targets", description="targets: SPM's, all of the attention blocks; the others: ESD's")
+    )
+    beta: float = Field(
+        default=1e-4,
+        gt=0,
+        description="of null_space: how far one unit of w reaches; 1 for methods that preset another kind",
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="of the saved file")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.rank != 1 and self.kind in ("dense", "mask", "null_space"):
+            raise ValueError(f"kind {self.kind!r} has no rank (got {self.rank}); 'low_rank' has, and PEFT's kinds have")
+        return self
+
+    @classmethod
+    def named(cls, text: str) -> dict[str, Any]:
+        """Keys of a recipe's `increment` out of "spm", "lora:4" (a rank), "dense", "null-space". Raises UsageError."""
+        kind, colon, rank = text.strip().lower().partition(":")
+        if kind == "lora" and rank.isdecimal():
+            return {"kind": "low_rank", "rank": int(rank)}
+        if kind in PEFT_KINDS and rank.isdecimal():
+            return {"kind": kind, "rank": int(rank)}
+        if kind == "null-space" and not colon:
+            return {"kind": "null_space", "modules": "esd-x-strict"}
+        if kind in ("dense", "mask") and not colon:
+            return {"kind": kind}
+        if kind == "spm" and not colon:
+            return {"kind": "low_rank", "rank": 1}
+        known = ("spm", "lora:RANK", *(f"{kind}:RANK" for kind in PEFT_KINDS), "dense", "mask", "null-space")
+        raise UsageError(f"unknown increment {text!r}{hint(kind, known)}", mend="--increment lora:4")
+
+
+class XtSource(Part):
+    """Where the noisy latents x_t come from.
+
+    trajectory: trajectories of the frozen base, whose predictions are the free targets.
+    student: the paper's own, sampled by the model being erased under `guidance` from noise to a random step.
+    q_sample: what the base draws of the concept under `guidance`, noised to a random time (SepME).
+    """
+
+    source: Literal["trajectory", "student", "q_sample"] = "trajectory"
+    steps: int = Field(default=16, ge=2, le=999, description="denoising steps of a trajectory")
+    guidance: tuple[float, ...] = Field(
+        default=(0.0, 1.0, 3.0, 7.5),
+        min_length=1,
+        description="guidance scales a trajectory is driven with, one drawn for each; the student uses the first",
+    )
+    told: float | None = Field(
+        default=None,
+        ge=1,
+        description="guidance that a model which is told its own (FLUX.1 dev) hears in the losses; unless given, the "
+        "one that x_t is drawn under",
+    )
+    driver: Literal["concept", "surrogate"] = Field(
+        default="concept",
+        description="whose pictures the latents are on their way to; with anchors, half of them an anchor's",
+    )
+    trajectories: int = Field(
+        default=24, ge=1, description="run side by side; of q_sample, the number of pictures; of student, none"
+    )
+    chunks: int = Field(default=4, ge=1, description="groups of trajectories over the whole training; of student, none")
+
+
+_STEEPEST = 100.0  # powers beyond it leave float64
+
+
+class Anchoring(Part):
+    """Latent anchoring (Eq. 7): what must stay, and how hard it is held."""
+
+    weight: float = Field(default=40.0, ge=0, description="lambda; where it begins when there is a `reach`; 0: none")
+    reach: float | None = Field(
+        default=0.9,
+        gt=0,
+        description="lambda is steered so that the concept's predictions end this share of the way to the surrogate's; "
+        "null keeps it as it is",
+    )
+    alpha: float = Field(
+        default=-2.0,
+        description="of text and given: P(anchor) ~ (1 - |cos(anchor, target)|)^alpha. The paper's is 1, which "
+        "prefers what is far; a negative one prefers what is near, where the gate lets the eraser act and it does the "
+        "most harm",
+    )
+    source: Literal["text", "gaussian", "given", "surrogate"] = Field(
+        default="text",
+        description="text: sentences about everything else; gaussian: the released code's; given: `prompts`; "
+        "surrogate: the concept's sentences with the surrogate in its place (Concept Ablation's prior)",
+    )
+    prompts: tuple[NonBlank, ...] = ()
+    per_target: int = Field(default=3, ge=0, description="anchors for each target row of a batch")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if abs(self.alpha) > _STEEPEST:
+            raise ValueError(
+                f"alpha {self.alpha:g} is beyond +-{_STEEPEST:g}: only the nearest, or the farthest, would be drawn"
+            )
+        if (self.source == "given") != bool(self.prompts):
+            raise ValueError(
+                f"source is {self.source!r} with {len(self.prompts)} prompts: prompts belong to source 'given'"
+            )
+        return self
+
+
+class Adversary(Part):
+    """R.A.C.E.'s inner loop (arXiv 2405.16341), beside any objective: the student is asked not the prompt's own text
+    states but those within reach of them that bring the concept back best.
+    """
+
+    steps: int = Field(default=0, ge=0, description="sign steps, each a quarter of epsilon; 0: no adversary")
+    epsilon: float = Field(default=0.1, gt=0, description="reach: the most that any number of the text states moves")
+    unit: Literal["absolute", "rms"] = Field(
+        default="absolute",
+        description="of epsilon: absolute, the paper's, for CLIP-L; rms: the states' own root mean square, which fits "
+        "any text encoder",
+    )
+    goal: Literal["noise", "concept"] = Field(
+        default="noise",
+        description="what it wants predicted: the initial noise, the paper's; or what the base predicts of the concept",
+    )
+    begins: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="share of the training before it, which erases as if there were none; unless given 0 with a "
+        "start_from, else half: it needs something erased to attack",
+    )
+    hold: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the sum of mean |p - p_start| over what is trained; the paper's is 0.1",
+    )
+    keywords: bool = Field(
+        default=False, description="train on the aliases as often as on the target, where templates are off"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.steps == 0 and self != Adversary.model_construct(steps=0):
+            raise ValueError("steps is 0, there is no adversary: it needs steps (10 in the paper) for its other keys")
+        return self
+
+
+class Optimiser(Part):
+    """AdamW over the increments."""
+
+    lr: float = Field(default=3e-3, gt=0)
+    schedule: Literal["cosine", "cosine_restarts", "constant"] = "cosine"
+    warmup: int = Field(default=20, ge=0)
+    cycles: int = Field(default=3, ge=1, description="of cosine_restarts")
+    weight_decay: float = Field(default=0.0, ge=0)
+    ema: float | None = Field(
+        default=None, ge=0, lt=1, description="decay of a moving average, which is saved and draws the student's x_t"
+    )
+    scale_lr: bool = Field(
+        default=True, description="lr of `down` proportional to 1 / fan-in, so that one lr fits every width"
+    )
+
+
+class Regulariser(Part):
+    """What any objective may add to its loss."""
+
+    l1: float = Field(default=0.0, ge=0, description="lambda of lambda * sum|dW| / (number of changed tensors) (SepME)")
+
+
+class EarlyStop(Part):
+    """When a training ends before its last step: SepME's momentum statistic of the erase loss."""
+
+    below: float | None = Field(
+        default=None, description="tau, in units of the loss: at or below it the concept is gone; null: never stops"
+    )
+    memory: float = Field(default=0.9, ge=0, lt=1, description="of the running mean, per step")
+    after: int = Field(default=10, ge=0, description="steps that are made in any case")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.below is None and self != EarlyStop.model_construct(below=None):
+            raise ValueError(
+                f"memory {self.memory:g} and after {self.after} say how to stop, and below is null, which never does: "
+                "set below, or leave them out"
+            )
+        return self
+
+
+class Companion(Part):
+    """Another concept that is erased in the same run, into an eraser of its own."""
+
+    target: NonBlank
+    aliases: tuple[NonBlank, ...] = ()
+    kind: ConceptKind = "other"
+
+
+class Protection(Part):
+    """Prompts on which the increment has no effect: keys and values send their text states to zero (SepME).
+
+    The empty prompt and the surrogate are among them whenever anything is. A guarantee holds for these prompts to the
+    letter, not for paraphrases.
+    """
+
+    prompts: tuple[NonBlank, ...] = ()
+    erased: tuple[NonBlank, ...] = Field(default=(), description="concepts of earlier erasers, protected exactly")
+    directions: int | None = Field(
+        default=None, ge=1, description="protect `prompts`, hundreds of them, by this many principal directions only"
+    )
+    separable: bool = Field(
+        default=False,
+        description="project the increment so that it leaves these prompts alone: a low-rank or dense one at every "
+        "step, PEFT's kinds when they are saved",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.directions is not None and not self.prompts:
+            raise ValueError("directions are those of protection.prompts, and there are none")
+        return self

@@ -1,0 +1,55 @@
+"""Which modules an increment is trained on, by the names the papers gave their choices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+from spm_hub.models.architectures import changeable, family_of, targets
+from spm_hub.errors import RecipeError
+
+_JOINT = ("flux", "sd3")  # one attention over picture and text: there is no attn1 and attn2 to tell apart
+
+
+def selected(denoiser: nn.Module, selection: str) -> dict[str, nn.Module]:
+    """The modules of a selection by dotted path: "targets" is SPM's, the others are ESD's (arXiv 2303.07345).
+
+    ESD's are told by their names, of all Linear and Conv2d (norms never): esd-x cross-attention, esd-x-strict its keys
+    and values, esd-u all but cross-attention, esd-all, esd-selfattn. In SDXL esd-u and esd-all leave embeddings and
+    what lies outside of the blocks alone. Where picture and text share their attention (FLUX, SD3), esd-x is all of
+    it; esd-x-strict is the picture's keys and values, as released, which leaves out those that only the text passes
+    through, and esd-x-strict-text has both.
+    Raises RecipeError where the denoiser has no such modules.
+    """
+    if selection == "targets":
+        return targets(denoiser)
+    family = family_of(denoiser).name
+    wanted = _rules(family)[selection]
+    found = {path: module for path, module in changeable(denoiser).items() if wanted(path)}
+    if not found:
+        raise RecipeError(
+            f"recipe key increment.modules: {type(denoiser).__name__} ({family}) has no modules of {selection!r}",
+            mend="--method esd-x or --set increment.modules=targets",
+        )
+    return found
+
+
+def _rules(family: str) -> dict[str, Callable[[str], bool]]:
+    joint = family in _JOINT
+    cross = "attn" if joint else "attn2"
+    picture = r"\.to_[kv]\b" if joint else r"attn2\.to_[kv]\b"
+    text = r"\.(to|add)_[kv](_proj)?\b" if joint else picture
+
+    def inside(path: str) -> bool:
+        return family not in ("sdxl", *_JOINT) or ("block" in path and "emb" not in path)
+
+    return {
+        "esd-x": lambda path: cross in path,
+        "esd-x-strict": lambda path: cross in path and bool(re.search(picture, path)),
+        "esd-x-strict-text": lambda path: cross in path and bool(re.search(text, path)),
+        "esd-u": lambda path: cross not in path and inside(path),
+        "esd-all": inside,
+        "esd-selfattn": lambda path: "attn1" in path,
+    }
