@@ -24,8 +24,8 @@ from sketchbook import SAMPLES, SEED, STEPS
 
 from spm_hub import attach
 from spm_hub.evaluation.sketchbook import Row, detection_table, evaluations
-from spm_hub.registry.registry import Registry
 from spm_hub.models.loading import load_pipeline
+from spm_hub.registry.registry import Registry
 
 ROOT = Path(__file__).parents[1]
 ERASERS = ("snoopy", "mickey", "spongebob", "nudity", "van-gogh")

@@ -32,9 +32,9 @@ from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from spm_hub import attach
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.models.architectures import denoiser_of, family_of, targets, weight_of
-from spm_hub.attachment.attachment import Attachment
 from spm_hub.adapters.increments import Increment, LowRank
+from spm_hub.attachment.attachment import Attachment
+from spm_hub.models.architectures import denoiser_of, family_of, targets, weight_of
 
 FILE = RESULTS / "full_size.json"
 SIDES = {"sd1": 512, "sdxl": 1024, "flux": 1024}

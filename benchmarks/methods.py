@@ -27,6 +27,7 @@ from PIL import Image
 from record import RESULTS, record
 
 from spm_hub import Adapter, attach
+from spm_hub.adapters.manifest import Concept
 from spm_hub.evaluation import attacks
 from spm_hub.evaluation.grid import Row as GridRow
 from spm_hub.evaluation.grid import draw_grid
@@ -34,7 +35,6 @@ from spm_hub.evaluation.guidance import negative_prompt, safe_latent_diffusion
 from spm_hub.evaluation.judging import probe_judge, sentences
 from spm_hub.evaluation.metrics import frechet_distance
 from spm_hub.evaluation.sketchbook import Case, cases, count, paint, probe
-from spm_hub.adapters.manifest import Concept
 from spm_hub.models.loading import load_pipeline
 from spm_hub.training.recipe.presets import METHODS
 from spm_hub.training.recipe.recipe import Recipe

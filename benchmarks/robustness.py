@@ -22,8 +22,8 @@ from typing import Any
 from record import RESULTS, record
 
 from spm_hub import attach
-from spm_hub.evaluation import attacks
 from spm_hub.adapters.adapter import Adapter
+from spm_hub.evaluation import attacks
 from spm_hub.evaluation.judging import probe_judge, sentences
 from spm_hub.evaluation.sketchbook import Row, detection_table
 from spm_hub.models.loading import load_pipeline

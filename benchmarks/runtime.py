@@ -43,16 +43,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from spm_hub import attach
 from spm_hub.adapters.adapter import Adapter, increment_info
-from spm_hub.models.aliases import WEIGHTS
-from spm_hub.models.architectures import family_of, targets, weight_of
+from spm_hub.adapters.increments import Increment, LowRank
+from spm_hub.adapters.manifest import Base, Concept, Manifest
 from spm_hub.attachment.attachment import Attachment
 from spm_hub.attachment.concept_index import Concept as GateConcept
 from spm_hub.attachment.concept_index import Concepts, Shelf
 from spm_hub.attachment.gate import Prompts, TransportGate
-from spm_hub.registry.registry import Registry
-from spm_hub.adapters.increments import Increment, LowRank
-from spm_hub.adapters.manifest import Base, Concept, Manifest
+from spm_hub.models.aliases import WEIGHTS
+from spm_hub.models.architectures import family_of, targets, weight_of
 from spm_hub.models.loading import load_pipeline
+from spm_hub.registry.registry import Registry
 
 METHODS = ("ours", "peft", "diffusers", "hooks")
 MIXED = 8

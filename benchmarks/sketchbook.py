@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from record import RESULTS, record
 
-from spm_hub.models.aliases import ALIASES
 from spm_hub.evaluation.sketchbook import Case, detection_table, noun, paint, probe
+from spm_hub.models.aliases import ALIASES
 from spm_hub.models.loading import load_pipeline
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.probe import STYLE_CLASSES, SUBJECT_CLASSES, Probe, labels

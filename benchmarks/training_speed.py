@@ -23,8 +23,8 @@ from record import record
 
 from spm_hub import attach
 from spm_hub.adapters.adapter import Adapter, increment_info
-from spm_hub.evaluation.sketchbook import Row, detection_table
 from spm_hub.adapters.manifest import Base, Concept, Manifest
+from spm_hub.evaluation.sketchbook import Row, detection_table
 from spm_hub.models.loading import load_pipeline
 from spm_hub.training import Recipe, train
 from spm_hub.training.trainable.low_rank import Injection

@@ -12,13 +12,17 @@ from spm_hub.errors import UsageError
 
 if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter
-    from spm_hub.attachment.attachment import Attachment
     from spm_hub.adapters.manifest import Manifest
+    from spm_hub.attachment.attachment import Attachment
     from spm_hub.training.recipe.recipe import Recipe
 
 __all__ = ["Adapter", "Manifest", "Recipe", "__version__", "attach", "load", "pull", "push", "train"]
 
-_ROOMS = {"Adapter": "spm_hub.adapters.adapter", "Manifest": "spm_hub.adapters.manifest", "Recipe": "spm_hub.training.recipe.recipe"}
+_ROOMS = {
+    "Adapter": "spm_hub.adapters.adapter",
+    "Manifest": "spm_hub.adapters.manifest",
+    "Recipe": "spm_hub.training.recipe.recipe",
+}
 
 
 def attach(
@@ -35,8 +39,8 @@ def attach(
     increment_budget references are loaded lazily, as it is about those.
     Raises SpmHubError, in which case the pipeline is as it was.
     """
-    from spm_hub.attachment import attachment
     from spm_hub.adapters.adapter import Adapter
+    from spm_hub.attachment import attachment
 
     if isinstance(adapters, Mapping):
         raise UsageError("adapters is a mapping: it has to name erasers alone", mend="attach(..., strength={...}) too")
@@ -69,8 +73,8 @@ def pull(
     `registry`: your own unless given. `name` it is to have there, unless its own; one from elsewhere is kept from being
     replaced unless `replace`. Raises UsageError for another form of reference, HubError, NetworkError, RegistryError.
     """
-    from spm_hub.registry import registry as registries
     from spm_hub.hub import pull as remote
+    from spm_hub.registry import registry as registries
 
     match = registries.HUB_REFERENCE.fullmatch(reference)
     if match is None:

@@ -28,15 +28,15 @@ from test_adapter import PATH, snoopy
 from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import Adapter, increment_info, load_file
 from spm_hub.adapters.conversion import Description
-from spm_hub.errors import SpmHubError
 from spm_hub.adapters.formats import reading as layouts
-from spm_hub.io.safetensors_file import HEADER_HASH_KEY, MANIFEST_KEY, PAYLOAD_HASH_KEY
 from spm_hub.adapters.formats.format import Format
-from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
-from spm_hub.registry.registry import Registry
-from spm_hub.hub.pull import pull
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.adapters.low_rank_approximation import reduce
+from spm_hub.errors import SpmHubError
+from spm_hub.hub.pull import pull
+from spm_hub.io.safetensors_file import HEADER_HASH_KEY, MANIFEST_KEY, PAYLOAD_HASH_KEY
+from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.registry.registry import Registry
 
 DTYPES = ["F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2", "BOOL", "U8", "I8", "U16", "I64", "U64", "F31", "", "f32"]
 INTEGERS = [0, 1, -1, 2, 7, 2**31, 2**32 - 1, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63)]

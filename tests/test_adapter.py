@@ -19,12 +19,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spm_hub.io import atomic
 from spm_hub.adapters.adapter import Adapter, increment_info, load_file
-from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, SpmHubError
-from spm_hub.io.safetensors_file import MAX_HEADER_BYTES, read_header
 from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.adapters.manifest import Base, Concept, Manifest
+from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, SpmHubError
+from spm_hub.io import atomic
+from spm_hub.io.safetensors_file import MAX_HEADER_BYTES, read_header
 
 PATH = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
@@ -339,7 +339,7 @@ def test_no_room_for_the_second_file_leaves_the_first_as_it_was(saved: tuple[Pat
 def test_a_limit_of_the_system_in_the_middle_of_saving(saved: tuple[Path, Path]) -> None:
     """The kernel itself refuses after the first bytes of a large file."""
     code = (
-        "import resource, signal, sys; from pathlib import Path; from spm_hub import atomic, errors\n"
+        "import resource, signal, sys; from pathlib import Path; from spm_hub import errors; from spm_hub.io import atomic\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
         "try: atomic.write_atomic(Path(sys.argv[1]), bytes(100_000))\n"

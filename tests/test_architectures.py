@@ -12,12 +12,12 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from pico import pico_eraser, pico_pipeline, pico_unet, target_modules
 from torch import nn
 
-from spm_hub.models import architectures
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.compatibility import check, resolve_modules
-from spm_hub.models.architectures import Family, denoiser_of, family_of, fingerprint, fingerprint_of, targets
-from spm_hub.errors import CompatibilityError
 from spm_hub.adapters.formats.module_names import flat
+from spm_hub.errors import CompatibilityError
+from spm_hub.models import architectures
+from spm_hub.models.architectures import Family, denoiser_of, family_of, fingerprint, fingerprint_of, targets
 
 CONFORMANCE = Path(__file__).resolve().parents[2] / "shared" / "conformance"
 

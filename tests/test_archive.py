@@ -12,11 +12,11 @@ import pytest
 from test_registry import files_of, named
 from test_storage import killed_after
 
+from spm_hub.adapters.manifest import MAX_BYTES
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, SpmHubError, UsageError
 from spm_hub.registry import signing, storage
 from spm_hub.registry.archive import export, import_
 from spm_hub.registry.registry import Registry
-from spm_hub.adapters.manifest import MAX_BYTES
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from pico import WINDOW, pico_eraser, pico_pipeline, pico_unet, target_modules
 from torch import nn
 
-from spm_hub.attachment.attachment import attach
-from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError, UsageError
 from spm_hub.adapters.increments import Dense, Mask
 from spm_hub.adapters.manifest import GateDefaults
+from spm_hub.attachment.attachment import attach
+from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError, UsageError
 
 TARGETS = ("snoopy", "mickey", "spongebob")
 

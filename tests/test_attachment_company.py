@@ -14,13 +14,13 @@ from pico_families import family_pipeline
 from torch import Tensor
 
 import spm_hub
-from spm_hub.attachment import gate_evaluation as gating
 from spm_hub.adapters.adapter import Adapter, increment_info
-from spm_hub.models.architectures import targets
-from spm_hub.attachment.attachment import attach
-from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.adapters.increments import LowRank
 from spm_hub.adapters.manifest import Base
+from spm_hub.attachment import gate_evaluation as gating
+from spm_hub.attachment.attachment import attach
+from spm_hub.errors import NotFoundError, UsageError
+from spm_hub.models.architectures import targets
 
 PROMPTS = ["snoopy", "a dog"]
 LORA = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_k", "to_v"], "init_lora_weights": False}

@@ -16,16 +16,16 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from spm_hub.evaluation import attacks
+from spm_hub.adapters.manifest import Concept
 from spm_hub.attachment.attachment import attach
+from spm_hub.cli import app
+from spm_hub.errors import ModelError, NotFoundError, UsageError
+from spm_hub.evaluation import attacks
 from spm_hub.evaluation.attacks.noising import Noising
 from spm_hub.evaluation.attacks.p4d import Frame
 from spm_hub.evaluation.attacks.unlearndiff import onto_simplex
 from spm_hub.evaluation.attacks.victim import Victim
-from spm_hub.cli import app
-from spm_hub.errors import ModelError, NotFoundError, UsageError
 from spm_hub.evaluation.judging import imported_judge, probe_judge, sentences
-from spm_hub.adapters.manifest import Concept
 
 CASES = [attacks.Case("a photo of snoopy", 3), attacks.Case("snoopy", 4), attacks.Case("snoopy by van gogh", 5)]
 SMALL = attacks.Drawing(steps=2, guidance=3.0)

@@ -14,11 +14,11 @@ from pico import pico_eraser, pico_pipeline
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
-from spm_hub.attachment.attachment import attach
 from spm_hub.adapters.baking import ORIGINALS, PROVENANCE, bake, read_provenance, recover
-from spm_hub.errors import CompatibilityError, ModelError, NotFoundError, RegistryError, UsageError
 from spm_hub.adapters.increments import LowRank
 from spm_hub.adapters.manifest import GateDefaults
+from spm_hub.attachment.attachment import attach
+from spm_hub.errors import CompatibilityError, ModelError, NotFoundError, RegistryError, UsageError
 from spm_hub.models.loading import load_pipeline
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"

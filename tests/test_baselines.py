@@ -11,22 +11,22 @@ from diffusers.models.attention_processor import AttnProcessor
 from pico import pico_pipeline
 from pico_families import family_pipeline
 
-from spm_hub.errors import RecipeError
 from spm_hub.adapters.increments import LowRank
+from spm_hub.errors import RecipeError
 from spm_hub.training import Recipe, train
-from spm_hub.training.data.anchors import AnchorSource
-from spm_hub.training.loop.moving_average import MovingAverage
 from spm_hub.training.base_model import BaseModel
-from spm_hub.training.trainable.dense import DenseInjection
+from spm_hub.training.data.anchors import AnchorSource
+from spm_hub.training.data.batch import Batch
+from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.data.token_positions import concept_positions, window
+from spm_hub.training.data.trajectories import StudentSource, TrajectorySource
+from spm_hub.training.loop.moving_average import MovingAverage
 from spm_hub.training.objectives import objective
 from spm_hub.training.objectives.fmn import attended, watched
 from spm_hub.training.objectives.uce import edit
-from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.trainable.dense import DenseInjection
 from spm_hub.training.trainable.module_selection import selected
-from spm_hub.training.data.token_positions import concept_positions, window
 from spm_hub.training.trainer import train_together
-from spm_hub.training.data.batch import Batch
-from spm_hub.training.data.trajectories import StudentSource, TrajectorySource
 
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 4, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}
 

@@ -18,8 +18,8 @@ from spm_hub import attach, training
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.cli import app, demo
 from spm_hub.evaluation import pictures, sketchbook
-from spm_hub.registry.registry import Registry
 from spm_hub.models.loading import load_pipeline
+from spm_hub.registry.registry import Registry
 from spm_hub.training.recipe.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,8 +8,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from pico import TEXT_WIDTH, pico_eraser, pico_pipeline, target_modules
 from torch._dynamo.utils import counters
 
-from spm_hub.models.architectures import body_of
 from spm_hub.attachment.attachment import attach
+from spm_hub.models.architectures import body_of
 
 PROMPTS = ("a dog", "snoopy", "mickey mouse", "a cat on the beach", "van gogh", "snoopy by picasso")
 

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 import spm_hub
 from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import Adapter, load_file
-from spm_hub.models.architectures import changeable, family_of
 from spm_hub.adapters.conversion import BaseModel, Description
-from spm_hub.errors import AdapterFileError, NotFoundError, UsageError
-from spm_hub.adapters.formats import kohya, module_names as names, spm
-from spm_hub.io.safetensors_file import MANIFEST_KEY, read_header
+from spm_hub.adapters.formats import kohya, spm
+from spm_hub.adapters.formats import module_names as names
 from spm_hub.adapters.increments import Dense, LowRank, Mask
 from spm_hub.adapters.low_rank_approximation import reduce
+from spm_hub.errors import AdapterFileError, NotFoundError, UsageError
+from spm_hub.io.safetensors_file import MANIFEST_KEY, read_header
+from spm_hub.models.architectures import changeable, family_of
 
 CONFORMANCE = Path(__file__).resolve().parents[2] / "shared" / "conformance"
 needs_conformance = pytest.mark.skipif(not CONFORMANCE.is_dir(), reason="no conformance files beside this checkout")

@@ -9,12 +9,12 @@ from pico import pico_pipeline
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter, increment_info
-from spm_hub.cli.app import app
-from spm_hub.errors import RecipeError, UsageError
 from spm_hub.adapters.formats.lazy import StoredIncrements
-from spm_hub.registry.registry import Registry
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import Base, Concept
+from spm_hub.cli.app import app
+from spm_hub.errors import RecipeError, UsageError
+from spm_hub.registry.registry import Registry
 from spm_hub.training import preflight
 from spm_hub.training.recipe.recipe import Recipe
 

@@ -12,13 +12,13 @@ from pico_families import family_pipeline
 from PIL import Image
 from typer.testing import CliRunner
 
-from spm_hub.io.atomic import check_writable
 from spm_hub.attachment.attachment import attach
 from spm_hub.cli.app import app
 from spm_hub.errors import RegistryError, UsageError
 from spm_hub.evaluation.pictures import Drawing, Shown, show
 from spm_hub.evaluation.sketchbook import Case, paint
 from spm_hub.evaluation.step_callback import Watch
+from spm_hub.io.atomic import check_writable
 
 
 def test_a_picture_of_numbers_that_overflow_is_an_error_and_not_black() -> None:

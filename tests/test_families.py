@@ -25,10 +25,10 @@ from torch import nn
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter, increment_info
-from spm_hub.models.aliases import ALIASES
-from spm_hub.models.architectures import FAMILIES, attention_blocks, changeable, denoiser_of, family_of, targets
 from spm_hub.adapters.increments import LowRank
 from spm_hub.adapters.manifest import Base, Concept, Manifest, slug
+from spm_hub.models.aliases import ALIASES
+from spm_hub.models.architectures import FAMILIES, attention_blocks, changeable, denoiser_of, family_of, targets
 
 SDXL: dict[str, Any] = {
     "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import load_file
 from spm_hub.adapters.conversion import BaseModel, Description
-from spm_hub.errors import AdapterFileError
 from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.increments import Dense, LowRank
+from spm_hub.errors import AdapterFileError
 
 CONFORMANCE = Path(__file__).resolve().parents[2] / "shared" / "conformance"
 needs_conformance = pytest.mark.skipif(not CONFORMANCE.is_dir(), reason="no conformance files beside this checkout")

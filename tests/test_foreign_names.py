@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import Adapter, increment_info, load_file
-from spm_hub.models.architectures import changeable, shape_of
 from spm_hub.adapters.conversion import BaseModel, Description
-from spm_hub.errors import AdapterFileError
 from spm_hub.adapters.formats import module_names as names
 from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.adapters.low_rank_approximation import reduce
+from spm_hub.errors import AdapterFileError
+from spm_hub.models.architectures import changeable, shape_of
 
 NOBODY, DENOISER_ONLY = Description(), Description(without_text_encoder=True)
 PATH = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"

@@ -18,8 +18,8 @@ from torch import Tensor
 from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import Adapter, increment_info, load_file
 from spm_hub.adapters.conversion import Description
-from spm_hub.errors import AdapterFileError
 from spm_hub.adapters.increments import Increment, LowRank
+from spm_hub.errors import AdapterFileError
 
 NOBODY, SD1 = Description(), Description(family="sd1")
 STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import load_file
 from spm_hub.adapters.conversion import BaseModel, Description
+from spm_hub.adapters.formats.module_names import flat
 from spm_hub.errors import AdapterFileError
 from spm_hub.io.safetensors_file import PAYLOAD_HASH_KEY
-from spm_hub.adapters.formats.module_names import flat
 
 NOBODY, DENOISER_ONLY = Description(), Description(without_text_encoder=True)
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"

@@ -18,10 +18,10 @@ from torch import Tensor
 import spm_hub
 from spm_hub.adapters.adapter import Adapter, increment_info, load_file
 from spm_hub.adapters.compatibility import check
-from spm_hub.errors import AdapterFileError, NotFoundError
 from spm_hub.adapters.formats.minimalist import mask_files, read_masks
 from spm_hub.adapters.increments import Mask
 from spm_hub.adapters.manifest import Base, Concept, Manifest
+from spm_hub.errors import AdapterFileError, NotFoundError
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "conformance"
 FILES = [OFFICIAL / f"minimalist_flux_{group}.pt" for group in ("attn", "ff", "norm")]

@@ -10,12 +10,12 @@ from pico import pico_pipeline
 from torch import Tensor, nn
 
 from spm_hub.adapters.adapter import Adapter, increment_info, load_file
-from spm_hub.errors import AdapterFileError
 from spm_hub.adapters.formats import diffusers_lora, spm
-from spm_hub.adapters.formats.reading import read_increments
 from spm_hub.adapters.formats.format import Slot
+from spm_hub.adapters.formats.reading import read_increments
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.adapters.manifest import Base, Concept, Manifest
+from spm_hub.errors import AdapterFileError
 
 CONFORMANCE = Path(__file__).resolve().parents[2] / "shared" / "conformance"
 needs_conformance = pytest.mark.skipif(

@@ -13,13 +13,13 @@ import torch
 from loopback import LoopbackHub
 from test_adapter import snoopy
 
-from spm_hub.io import untrusted_json as untrusted
 from spm_hub.adapters.adapter import Adapter, increment_info
-from spm_hub.errors import SpmHubError
-from spm_hub.registry.registry import Registry
 from spm_hub.adapters.increments import LowRank
-from spm_hub.adapters.manifest import Manifest
 from spm_hub.adapters.low_rank_approximation import reduce
+from spm_hub.adapters.manifest import Manifest
+from spm_hub.errors import SpmHubError
+from spm_hub.io import untrusted_json as untrusted
+from spm_hub.registry.registry import Registry
 
 CASES, AT_LEAST, SECONDS = 300, 60, 10.0
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.models.aliases import ALIASES
 from spm_hub.hub.push import prepare
+from spm_hub.models.aliases import ALIASES
 from spm_hub.registry.registry import Registry
 
 PROMPT = "snoopy on the beach"

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spm_hub.errors import CompatibilityError
-from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.adapters.folding import effective
+from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
+from spm_hub.errors import CompatibilityError
 
 SHAPES = st.sampled_from([(3, 5), (6, 4), (1, 1), (4, 3, 1, 1), (3, 2, 3, 3)])
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])

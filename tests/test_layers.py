@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import spm_hub.adapters.folding
 import spm_hub.attachment.layers
-from spm_hub.attachment.branch import take_away
-from spm_hub.adapters.increments import Dense, LowRank, Mask
 from spm_hub.adapters.folding import effective
+from spm_hub.adapters.increments import Dense, LowRank, Mask
+from spm_hub.attachment.branch import take_away
 from spm_hub.attachment.layers import Layers, foldable, kept_bytes
 
 KINDS = ("low_rank", "dense", "mask_out", "mask_in")
@@ -140,7 +141,7 @@ def test_fold_and_branch_are_the_float64_sum_for_every_row(layer, kinds, seed, d
 def test_weights_too_large_for_the_cache_are_the_same_sum_row_group_by_row_group(layer, kinds, monkeypatch):
     module = make_module(layer)
     parts = [(make_increment(kind, module, seed), 0.7 - 0.3 * seed) for seed, kind in enumerate(kinds)]
-    monkeypatch.setattr(spm_hub.attachment.layers, "_CACHED_ELEMENTS", 2 * module.weight[0].numel())
+    monkeypatch.setattr(spm_hub.adapters.folding, "_CACHED_ELEMENTS", 2 * module.weight[0].numel())
     weight, bias = effective(module.weight, module.bias, parts)
     expected, expected_bias = reference(module, parts)
     torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=1e-6)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from spm_hub.errors import ManifestError, NotFoundError, UsageError
 from spm_hub.adapters.manifest import Base, Concept, Evaluation, IncrementInfo, Manifest, slug
+from spm_hub.errors import ManifestError, NotFoundError, UsageError
 
 SCHEMA = Path(__file__).resolve().parents[1] / "manifests" / "schema.json"
 

@@ -14,22 +14,22 @@ from pico import pico_pipeline
 from pico_families import family_pipeline
 from torch import nn
 
+from spm_hub.adapters.increments import Dense, LowRank
 from spm_hub.attachment.attachment import attach
 from spm_hub.cli.train import train as train_command
 from spm_hub.errors import RecipeError, UsageError
-from spm_hub.adapters.increments import Dense, LowRank
 from spm_hub.training import Recipe, train
-from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.base_model import BaseModel
-from spm_hub.training.trainable.dense import DenseInjection
-from spm_hub.training.trainable.low_rank import Injection
-from spm_hub.training.recipe.presets import METHODS
-from spm_hub.training.objectives.esd import ESD
-from spm_hub.training.recipe.schema import IncrementRecipe
+from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.trainable.module_selection import selected
 from spm_hub.training.data.token_positions import last_position
 from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, generator_for
+from spm_hub.training.objectives.esd import ESD
+from spm_hub.training.recipe.presets import METHODS
+from spm_hub.training.recipe.schema import IncrementRecipe
+from spm_hub.training.trainable.dense import DenseInjection
+from spm_hub.training.trainable.low_rank import Injection
+from spm_hub.training.trainable.module_selection import selected
 
 KEYS = Path(__file__).resolve().parents[2] / "shared" / "conformance" / "esd_keys"
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "manifests" / "recipes").glob("*.yaml"))

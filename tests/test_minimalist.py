@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 import spm_hub
 from spm_hub.adapters.adapter import load_file
-from spm_hub.models.architectures import denoiser_of
-from spm_hub.errors import ModelError, RecipeError, SpmHubError
 from spm_hub.adapters.increments import Mask, spread
+from spm_hub.errors import ModelError, RecipeError, SpmHubError
+from spm_hub.models.architectures import denoiser_of
 from spm_hub.training import Recipe, train
 from spm_hub.training.base_model import BaseModel
+from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.loop.backprop_through_sampling import Step, back_propagate, sampled
-from spm_hub.training.trainable.mask import MaskInjection, expected_on, hard_concrete, neurons
 from spm_hub.training.loop.mask_run import MinimalistRun
 from spm_hub.training.objectives.minimalist import final_latent_losses
-from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.trainable.mask import MaskInjection, expected_on, hard_concrete, neurons
 
 SMALL: dict[str, Any] = {
     "target": "snoopy", "method": "minimalist", "steps": 6, "batch_size": 2, "x_t": {"steps": 3},

@@ -13,9 +13,10 @@ import torch
 from loopback import LoopbackHub
 from pico import pico_pipeline
 
-from spm_hub.models import aliases, loading as models
-from spm_hub.models.aliases import ALIASES, Alias
 from spm_hub.errors import ModelError, NotFoundError, SpmHubError, UsageError
+from spm_hub.models import aliases
+from spm_hub.models import loading as models
+from spm_hub.models.aliases import ALIASES, Alias
 from spm_hub.models.loading import identity_of, load_pipeline, parse_reference, stored_dtypes
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

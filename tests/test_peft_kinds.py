@@ -10,16 +10,16 @@ import torch
 from pico import pico_pipeline
 from test_quantised import packed
 
-from spm_hub.models.architectures import targets
+from spm_hub.adapters.increments import Dense, LowRank
 from spm_hub.attachment.attachment import attach
 from spm_hub.errors import ModelError, RecipeError
-from spm_hub.adapters.increments import Dense, LowRank
+from spm_hub.models.architectures import targets
 from spm_hub.training import Recipe, train
-from spm_hub.training.trainable.low_rank import Injection
-from spm_hub.training.recipe.schema import PEFT_KINDS
-from spm_hub.training.trainable.peft import PeftInjection
-from spm_hub.training.trainable.module_selection import selected
 from spm_hub.training.data.trajectories import generator_for
+from spm_hub.training.recipe.schema import PEFT_KINDS
+from spm_hub.training.trainable.low_rank import Injection
+from spm_hub.training.trainable.module_selection import selected
+from spm_hub.training.trainable.peft import PeftInjection
 
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 4, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}
 

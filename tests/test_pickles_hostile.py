@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from spm_hub.errors import AdapterFileError
 from spm_hub.adapters.formats import minimalist
+from spm_hub.errors import AdapterFileError
 from spm_hub.io import pickles
 
 

@@ -19,17 +19,17 @@ import spm_hub
 from spm_hub import plugins, training
 from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import load_file
-from spm_hub.models.architectures import family_of, targets
 from spm_hub.adapters.conversion import Description
 from spm_hub.errors import AdapterFileError, RecipeError
+from spm_hub.models.architectures import family_of, targets
 from spm_hub.training.recipe.recipe import Recipe
 
 GOOD = '''
 import torch
-from spm_hub.architectures import Family
-from spm_hub.formats.container import encode
-from spm_hub.formats.parts import WHOLE, Format, Slot, Writer
-from spm_hub.training.methods import Method
+from spm_hub.models.architectures import Family
+from spm_hub.io.safetensors_file import encode
+from spm_hub.adapters.formats.format import WHOLE, Format, Slot, Writer
+from spm_hub.training.recipe.presets import Method
 from spm_hub.training.objectives.spm import SPM
 
 

@@ -12,8 +12,8 @@ from pico import pico_pipeline
 from pico_families import family_pipeline
 
 import spm_hub
-from spm_hub.evaluation.attacks.noising import Noising
 from spm_hub.errors import RecipeError
+from spm_hub.evaluation.attacks.noising import Noising
 from spm_hub.training import Recipe, train
 from spm_hub.training.base_model import BaseModel
 from spm_hub.training.preflight import check_before_loading

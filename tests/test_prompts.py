@@ -15,10 +15,10 @@ from test_families import apart, draw, eraser
 from torch import Tensor
 
 import spm_hub
-from spm_hub.models.architectures import denoiser_of
 from spm_hub.attachment.concept_index import Concepts
-from spm_hub.errors import UsageError
 from spm_hub.attachment.gate import Prompts, TransportGate, similarity
+from spm_hub.errors import UsageError
+from spm_hub.models.architectures import denoiser_of
 
 PROMPTS = ["snoopy", "a dog on the beach", "mickey mouse", ""]
 

@@ -17,18 +17,19 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import spm_hub
-from spm_hub.io import hub_client as network
 from spm_hub.adapters.adapter import Adapter
+from spm_hub.adapters.manifest import Base, Evaluation
 from spm_hub.cli import app
 from spm_hub.errors import HubError, NetworkError, NotFoundError, SpmHubError, UsageError
 from spm_hub.evaluation.pictures import Drawing, save, show
-from spm_hub.hub import card, pull as remote
+from spm_hub.hub import card
+from spm_hub.hub import pull as remote
+from spm_hub.hub.push import Release, prepare, push
+from spm_hub.hub.search import search
+from spm_hub.io import hub_client as network
 from spm_hub.registry import signing
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME
-from spm_hub.hub.push import Release, prepare, push
 from spm_hub.registry.registry import Registry
-from spm_hub.hub.search import search
-from spm_hub.adapters.manifest import Base, Evaluation
 
 REPO = "someone/spm-snoopy"
 TOKEN = "hf_loopbackloopbackloopback"
@@ -356,7 +357,9 @@ def test_searching(hub: LoopbackHub, registry: Registry, tmp_path: Path) -> None
         hub.publish(repo, {"README.md": card.render(adapter.manifest, repo, WEIGHTS_NAME).encode()})
 
     eraser = registry.get("snoopy").load()
-    vincent = described(eraser, concept=spm_hub.adapters.manifest.Concept(target="van gogh", aliases=("Vincent van Gogh",)))
+    vincent = described(
+        eraser, concept=spm_hub.adapters.manifest.Concept(target="van gogh", aliases=("Vincent van Gogh",))
+    )
     published("one/spm-snoopy", eraser)
     published("two/nothing-in-the-name", described(vincent, recipe={"method": "esd-x"}))
     published("two/xl", described(eraser, base=Base(family="sdxl", id="sdxl", fingerprint="")))

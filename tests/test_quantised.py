@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from pico import pico_eraser, pico_pipeline
 from torch import nn
 
-from spm_hub.models.architectures import fingerprint_of
 from spm_hub.attachment.attachment import attach
 from spm_hub.errors import UsageError
+from spm_hub.models.architectures import fingerprint_of
 
 
 class Packed(nn.Linear):

@@ -12,20 +12,20 @@ from pico import pico_eraser, pico_pipeline
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter, increment_info
-from spm_hub.errors import RecipeError
 from spm_hub.adapters.increments import Dense, LowRank
+from spm_hub.errors import RecipeError
 from spm_hub.training import Recipe, train
+from spm_hub.training.base_model import BaseModel
 from spm_hub.training.data.adversary import Attacker, drift, worst_states
 from spm_hub.training.data.anchors import AnchorSource
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.data.batch import Batch
+from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, denoised, generator_for, trained_prompt
+from spm_hub.training.objectives.esd import ESD
 from spm_hub.training.trainable.dense import DenseInjection
 from spm_hub.training.trainable.low_rank import Injection
-from spm_hub.training.objectives.esd import ESD
-from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.trainable.module_selection import selected
 from spm_hub.training.trainable.warm_start import begin_with, tensors_sha256
-from spm_hub.training.data.batch import Batch
-from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, denoised, generator_for, trained_prompt
 
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 3, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}
 

@@ -12,16 +12,16 @@ import pytest
 from test_adapter import snoopy
 
 import spm_hub
-from spm_hub.io import atomic
 from spm_hub.adapters.adapter import Adapter
+from spm_hub.adapters.manifest import Concept, Evaluation
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, UsageError
-from spm_hub.registry import registry as registries
 from spm_hub.hub import pull as remote
+from spm_hub.hub.resolve import resolve
+from spm_hub.io import atomic
+from spm_hub.registry import registry as registries
 from spm_hub.registry import storage
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.registry.registry import Registry
-from spm_hub.hub.resolve import resolve
-from spm_hub.adapters.manifest import Concept, Evaluation
 
 
 def named(name: str, *, concept: str | None = None, aliases: tuple[str, ...] = (), seed: int = 0) -> Adapter:

@@ -17,16 +17,16 @@ import pytest
 import torch
 from loopback import LoopbackHub
 
-from spm_hub.io import hub_client as network
 from spm_hub.adapters.adapter import Adapter, increment_info
+from spm_hub.adapters.increments import Increment, LowRank
+from spm_hub.adapters.manifest import MAX_BYTES, Base, Concept, Manifest
 from spm_hub.errors import AdapterFileError, HubError, ManifestError, NetworkError, NotFoundError, SpmHubError
 from spm_hub.hub import pull as remote
+from spm_hub.hub.resolve import resolve
+from spm_hub.io import hub_client as network
 from spm_hub.registry import lockfile
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME
 from spm_hub.registry.registry import Registry
-from spm_hub.hub.resolve import resolve
-from spm_hub.adapters.increments import Increment, LowRank
-from spm_hub.adapters.manifest import MAX_BYTES, Base, Concept, Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "someone/whole"

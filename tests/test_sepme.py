@@ -12,25 +12,25 @@ from pico import TEXT_WIDTH, WINDOW, pico_pipeline
 from pico_families import family_pipeline
 from torch import nn
 
+from spm_hub.adapters.increments import Dense, LowRank
 from spm_hub.attachment.attachment import attach
 from spm_hub.errors import RecipeError
-from spm_hub.adapters.increments import Dense, LowRank
 from spm_hub.training import Recipe, train
-from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.base_model import BaseModel
-from spm_hub.training.trainable.low_rank import Injection
-from spm_hub.training.trainable.null_space import NullSpaceInjection
-from spm_hub.training.objectives.sepme import SepME, balance
-from spm_hub.training.recipe.schema import EarlyStop
-from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.protection import PROTOCOL, check_room, space_left
-from spm_hub.training.data.q_sample import QSampleSource, noised
-from spm_hub.training.trainable.module_selection import selected
-from spm_hub.training.recipe.protected_prompts import members
-from spm_hub.training.loop.early_stopping import Stopping
-from spm_hub.training.trainer import train_together
+from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
+from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.data.q_sample import QSampleSource, noised
 from spm_hub.training.data.trajectories import generator_for
+from spm_hub.training.loop.early_stopping import Stopping
+from spm_hub.training.objectives.sepme import SepME, balance
+from spm_hub.training.protection import PROTOCOL, check_room, space_left
+from spm_hub.training.recipe.protected_prompts import members
+from spm_hub.training.recipe.schema import EarlyStop
+from spm_hub.training.trainable.low_rank import Injection
+from spm_hub.training.trainable.module_selection import selected
+from spm_hub.training.trainable.null_space import NullSpaceInjection
+from spm_hub.training.trainer import train_together
 
 WIDTH = 64  # of text states: 12 tokens for the first prompt and 11 for each further one leave room for four
 SMALL = {

@@ -9,13 +9,13 @@ import pytest
 from test_registry import named
 
 import spm_hub
+from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import NotFoundError, SignatureError, UsageError
 from spm_hub.registry import signing
 from spm_hub.registry.archive import export, import_
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.registry.registry import Registry
 from spm_hub.registry.verification import verify
-from spm_hub.adapters.manifest import Manifest
 
 pytest.importorskip("model_signing.signing", reason="the extra sign is not installed")
 

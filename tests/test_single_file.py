@@ -24,10 +24,10 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from spm_hub import train
 from spm_hub.errors import ModelError, NotFoundError, UsageError
-from spm_hub.registry.registry import Registry
 from spm_hub.models.loading import identity_of, load_pipeline, parse_reference
 from spm_hub.models.single_file.inspection import inspect
 from spm_hub.models.single_file.loading import CONFIGURATION
+from spm_hub.registry.registry import Registry
 
 UNET = "model.diffusion_model."
 registry, spmhub = test_cli.registry, test_cli.spmhub
@@ -402,7 +402,7 @@ import sys
 from huggingface_hub import constants
 from spm_hub.errors import SpmHubError
 from spm_hub.models import load_pipeline
-from spm_hub.single_file import inspection
+from spm_hub.models.single_file import inspection
 inspection._UNETS = {(16, 4): inspection.Kind("pico", ("some/nothing", "some/pico")[int(sys.argv[2]):])}
 for offline in (False, True):
     constants.HF_HUB_OFFLINE = offline

@@ -12,21 +12,21 @@ from diffusers import StableDiffusionPipeline
 from pico import pico_pipeline
 
 from spm_hub import attach
-from spm_hub.models.aliases import ALIASES
 from spm_hub.evaluation.sketchbook import Row, cases, count, detection_table, evaluations, paint, probe
-from spm_hub.registry.registry import Registry
+from spm_hub.models.aliases import ALIASES
 from spm_hub.models.loading import load_pipeline
+from spm_hub.registry.registry import Registry
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.looks import BACKGROUNDS, Dice
 from spm_hub.sketchbook.probe import STYLE_CLASSES, SUBJECT_CLASSES, labels
 from spm_hub.sketchbook.train import Reporter, train_unet
 from spm_hub.sketchbook.world import STYLE_NAMES, Drawing, draw, drawings
-from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.base_model import BaseModel
 from spm_hub.training.conditioning import Conditioning
+from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import STYLE_FRAMES, SUBJECT_FRAMES, PromptMaker, Words, vocabulary_words
-from spm_hub.training.recipe.recipe import Recipe
 from spm_hub.training.data.trajectories import TrajectorySource
+from spm_hub.training.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("mickey", "nudity", "snoopy", "spongebob", "van-gogh")

@@ -12,9 +12,9 @@ from huggingface_hub import hf_api
 from loopback import LoopbackHub
 from pico import pico_pipeline
 
+from spm_hub.errors import HubNotFoundError, ModelError
 from spm_hub.io import hub_client as network
 from spm_hub.models.aliases import ALIASES
-from spm_hub.errors import HubNotFoundError, ModelError
 from spm_hub.models.loading import load_pipeline, local_files, parse_reference
 from spm_hub.models.snapshots import is_whole
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from spm_hub.training import Recipe
-from spm_hub.training.objectives.spm import SPM
 from spm_hub.training.loop.anchor_weight import Steering
+from spm_hub.training.objectives.spm import SPM
 
 STEPS = 100
 

@@ -19,13 +19,13 @@ from loopback import LoopbackHub
 from test_adapter import snoopy
 from test_registry import files_of, named
 
-from spm_hub.io import atomic
 from spm_hub.adapters.adapter import load_file
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError
+from spm_hub.hub.pull import pull
+from spm_hub.io import atomic
 from spm_hub.registry import lockfile, storage
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.registry.registry import Registry
-from spm_hub.hub.pull import pull
 
 TESTS = Path(__file__).resolve().parent
 
@@ -186,7 +186,7 @@ def test_what_is_not_what_its_manifest_says_is_not_installed(registry: Registry,
 def test_a_held_lock_is_waited_for_and_then_named(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "SECONDS_TO_WAIT", 0.2)
     code = (
-        "import sys, time; from pathlib import Path; from spm_hub.hub import storage\n"
+        "import sys, time; from pathlib import Path; from spm_hub.registry import storage\n"
         "with storage.writing(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, registry.root], cwd=TESTS.parent, stdout=subprocess.PIPE)

@@ -6,8 +6,8 @@ from pico import pico_eraser, pico_pipeline
 
 from spm_hub import attach
 from spm_hub.adapters.adapter import load_file
-from spm_hub.errors import AdapterFileError, UsageError
 from spm_hub.adapters.formats.lazy import StoredIncrements
+from spm_hub.errors import AdapterFileError, UsageError
 
 NAMES = ("mickey", "snoopy", "spongebob")
 

@@ -12,12 +12,12 @@ from pico import pico_pipeline
 
 from spm_hub.errors import RecipeError, SpmHubError
 from spm_hub.training import Recipe, train
-from spm_hub.training.data.anchors import AnchorSource, anchor_weights
 from spm_hub.training.base_model import BaseModel
-from spm_hub.training.trainable.low_rank import Injection
-from spm_hub.training.objectives.spm import SPM
+from spm_hub.training.data.anchors import AnchorSource, anchor_weights
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, generator_for
+from spm_hub.training.objectives.spm import SPM
+from spm_hub.training.trainable.low_rank import Injection
 
 
 def recipe(**values: object) -> Recipe:

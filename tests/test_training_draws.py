@@ -11,12 +11,12 @@ import torch
 from pico import pico_pipeline
 
 from spm_hub.training import Recipe
-from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.base_model import BaseModel
-from spm_hub.training.trainable.low_rank import Injection, Trainable
+from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.loop.prediction_run import Run
 from spm_hub.training.data.trajectories import StudentSource, generator_for
+from spm_hub.training.loop.prediction_run import Run
+from spm_hub.training.trainable.low_rank import Injection, Trainable
 
 SMALL: dict[str, Any] = {"target": "snoopy", "steps": 4, "batch_size": 3, "x_t": {"source": "student", "steps": 3}}
 

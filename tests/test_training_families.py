@@ -15,12 +15,12 @@ from pico_families import FAMILY_PIPELINES, family_pipeline, pico_t5
 from test_families import apart, draw
 
 import spm_hub
-from spm_hub.models.architectures import denoiser_of, family_of, targets
 from spm_hub.errors import ModelError, RecipeError
+from spm_hub.models.architectures import denoiser_of, family_of, targets
 from spm_hub.training import Recipe, train
-from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.base_model import BaseModel
 from spm_hub.training.conditioning import Conditioning
+from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.trajectories import Chunk, TrajectorySource
 

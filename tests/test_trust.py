@@ -13,16 +13,17 @@ from test_remote import COMMIT, REPO, eraser, hub, registry, repository  # noqa:
 from test_storage import files_of
 
 from spm_hub.adapters.adapter import Adapter, load_file
-from spm_hub.errors import AdapterFileError, HubError, ManifestError, RegistryError, SpmHubError
 from spm_hub.adapters.formats import spm
+from spm_hub.adapters.manifest import GateDefaults, Manifest, Origin
+from spm_hub.errors import AdapterFileError, HubError, ManifestError, RegistryError, SpmHubError
+from spm_hub.hub import download as fetching
+from spm_hub.hub import pull as remote
+from spm_hub.hub.resolve import resolve
 from spm_hub.io.safetensors_file import MANIFEST_KEY, encode
-from spm_hub.hub import download as fetching, pull as remote
 from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.archive import export, import_
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry, entry_of
 from spm_hub.registry.registry import Registry
-from spm_hub.hub.resolve import resolve
-from spm_hub.adapters.manifest import GateDefaults, Manifest, Origin
 
 ORIGIN = Origin(repo=REPO, commit=COMMIT)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter, increment_info
-from spm_hub.models.architectures import family_of, targets
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.adapters.manifest import Base, Concept, Manifest
+from spm_hub.models.architectures import family_of, targets
 
 TEXT = 24
 _SMALL: dict[str, Any] = {"sample_size": 8, "norm_num_groups": 4, "cross_attention_dim": TEXT, "attention_head_dim": 2}

@@ -10,16 +10,16 @@ from types import MappingProxyType
 
 import torch
 
-from spm_hub.io.atomic import Content, write_together
-from spm_hub.errors import GET_AGAIN, AdapterFileError, ManifestError
 from spm_hub.adapters.formats import spm
-from spm_hub.io.safetensors_file import MANIFEST_KEY, Header, Image, encode, read_header, read_tensors
 from spm_hub.adapters.formats.diffusers_lora import scaling_in
-from spm_hub.adapters.formats.reading import read_increments
-from spm_hub.adapters.formats.module_names import check_roots, family_of
 from spm_hub.adapters.formats.lazy import StoredIncrements, with_dots
+from spm_hub.adapters.formats.module_names import check_roots, family_of
+from spm_hub.adapters.formats.reading import read_increments
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import Base, Concept, IncrementInfo, Manifest, slug
+from spm_hub.errors import GET_AGAIN, AdapterFileError, ManifestError
+from spm_hub.io.atomic import Content, write_together
+from spm_hub.io.safetensors_file import MANIFEST_KEY, Header, Image, encode, read_header, read_tensors
 
 UNKNOWN_FAMILY = "unknown"
 """Of a file that no header and no tensor tells the base of."""

@@ -28,14 +28,22 @@ from torch import Tensor
 
 from spm_hub.adapters.adapter import Adapter, increment_info, load_file
 from spm_hub.adapters.compatibility import resolve_modules
-from spm_hub.models.architectures import denoiser_of, family_of
-from spm_hub.io.atomic import write_atomic
-from spm_hub.errors import AdapterFileError, CompatibilityError, ModelError, NotFoundError, RegistryError, UsageError, nearest
-from spm_hub.io.safetensors_file import empty_like, encode, read_header, read_tensors
-from spm_hub.io.hashing import sha256_of
 from spm_hub.adapters.folding import effective
-from spm_hub.adapters.manifest import NAME
 from spm_hub.adapters.lookup import by_name
+from spm_hub.adapters.manifest import NAME
+from spm_hub.errors import (
+    AdapterFileError,
+    CompatibilityError,
+    ModelError,
+    NotFoundError,
+    RegistryError,
+    UsageError,
+    nearest,
+)
+from spm_hub.io.atomic import write_atomic
+from spm_hub.io.hashing import sha256_of
+from spm_hub.io.safetensors_file import empty_like, encode, read_header, read_tensors
+from spm_hub.models.architectures import denoiser_of, family_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -13,17 +13,21 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from spm_hub.models import architectures
 from spm_hub.adapters.adapter import UNKNOWN_FAMILY, Adapter, increment_info, load_file
-from spm_hub.io.atomic import Content, write_together
-from spm_hub.errors import AdapterFileError, NotFoundError, UsageError, nearest
-from spm_hub.adapters.formats import cloneofsimo, full_weights, reading as layouts, minimalist, module_names as names, peft, spm, other_components as text_encoder
-from spm_hub.io import pickles
-from spm_hub.io.safetensors_file import MANIFEST_KEY, Image, read_tensors
+from spm_hub.adapters.compatibility import resolve_modules
+from spm_hub.adapters.formats import cloneofsimo, full_weights, minimalist, peft, spm
+from spm_hub.adapters.formats import module_names as names
+from spm_hub.adapters.formats import other_components as text_encoder
+from spm_hub.adapters.formats import reading as layouts
 from spm_hub.adapters.formats.diffusers_lora import scaling_in
 from spm_hub.adapters.formats.format import WHOLE, Format
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.adapters.manifest import Base, Concept, Manifest, slug
+from spm_hub.errors import AdapterFileError, NotFoundError, UsageError, nearest
+from spm_hub.io import pickles
+from spm_hub.io.atomic import Content, write_together
+from spm_hub.io.safetensors_file import MANIFEST_KEY, Image, read_tensors
+from spm_hub.models import architectures
 
 Progress = Callable[[int, int], None]
 
@@ -359,7 +363,7 @@ def _placed(adapter: Adapter, base: BaseModel | None) -> Adapter:
 
 def _fitted(adapter: Adapter, base: BaseModel) -> Adapter:
     """The adapter under the base's own module paths. Raises CompatibilityError where it does not fit."""
-    found = architectures.resolve_modules(adapter, base.denoiser)
+    found = resolve_modules(adapter, base.denoiser)
     return adapter.with_increments(
         {
             path: _shaped(adapter.increments[name], architectures.shape_of(module))

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.errors import NotFoundError, UsageError, nearest
 from spm_hub.adapters.manifest import slug
+from spm_hub.errors import NotFoundError, UsageError, nearest
 
 
 def check_names(adapters: Sequence[Adapter], strength: Iterable[str] = ()) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.errors import UsageError
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
+from spm_hub.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, model_validator
 
-from spm_hub.io import untrusted_json as untrusted
 from spm_hub.errors import ManifestError, NotFoundError, RegistryError, UsageError, nearest
+from spm_hub.io import untrusted_json as untrusted
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

@@ -13,19 +13,18 @@ from torch import nn
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.compatibility import resolve_modules
-from spm_hub.models.architectures import beside_denoiser, body_of, denoiser_of, family_of, weight_of
-from spm_hub.attachment.pipeline_hooks import HELD, hold, release
-from spm_hub.attachment.text_encoding import tokens_of
-from spm_hub.errors import UsageError
 from spm_hub.adapters.formats.lazy import StoredIncrements
+from spm_hub.adapters.lookup import by_name, named, namesakes
+from spm_hub.attachment.call import Call
 from spm_hub.attachment.gate import ConstantGate, Prompts
 from spm_hub.attachment.gate_evaluation import Gating
 from spm_hub.attachment.layers import Layers, foldable, kept_bytes, offloaded_in_groups
-from spm_hub.adapters.lookup import by_name, named, namesakes
 from spm_hub.attachment.options import Eraser, GateChoice, Mode, Options, Rows, Strength
-from spm_hub.attachment.call import Call
-from spm_hub.attachment.text_encoding import CannotEncodeError, encode, told
 from spm_hub.attachment.peft_layers import settle
+from spm_hub.attachment.pipeline_hooks import HELD, hold, release
+from spm_hub.attachment.text_encoding import CannotEncodeError, encode, tokens_of, told
+from spm_hub.errors import UsageError
+from spm_hub.models.architectures import beside_denoiser, body_of, denoiser_of, family_of, weight_of
 
 
 def attach(

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spm_hub.models.architectures import shape_of, weight_of
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
+from spm_hub.models.architectures import shape_of, weight_of
 
 _EFFECT = "_spm_hub_beside"
 

@@ -1,33 +1,14 @@
 """What a picture is asked for: its prompts, learnt from what is encoded and from what the denoiser is given."""
 
-import inspect
-import re
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spm_hub.attachment.text_encoding import PLACES, tokens_of
-from spm_hub.errors import UsageError
 from spm_hub.attachment.gate import Prompts
-
-Scalar = str | int | float
-Settings = tuple[tuple[str, Scalar | tuple[Scalar, ...]], ...]
-"""Arguments that change what the text encoder gives: clip_skip, lora_scale, max_sequence_length and the like.
-
-FLUX.2 takes the layers that it reads the text from, Sana the sentences of an instruction before it: tuples here.
-"""
-
-_OTHER_PROMPT = re.compile(r"prompt_\d")
-
-_NOT_SETTINGS = {"self", "prompt", "guidance", "device"}
-
-
-class CannotEncodeError(UsageError):
-    """The pipeline lacks a text encoder, or a tokenizer, that it needs to encode a text."""
+from spm_hub.attachment.text_encoding import _OTHER_PROMPT, Settings, _as_texts, _settings, tokens_of
 
 
 @dataclass(eq=False)
@@ -138,101 +119,6 @@ class Call:
         if own.data_ptr() == rows.data_ptr() and (len(own) * self.images, *own.shape[1:]) == rows.shape:
             return True  # the very tensor that was encoded
         return _equal(rows, own.to(rows).repeat_interleave(self.images, dim=0))
-
-
-def told(base: type[Any], options: Mapping[str, Any]) -> Settings:
-    """What a call of this class of pipelines with these options has its text encoder know beside the prompt.
-
-    Raises UsageError for an option that does not reach the encoder.
-    """
-    encoder = inspect.signature(base.encode_prompt).parameters if hasattr(base, "encode_prompt") else {}
-    call = inspect.signature(base.__call__).parameters
-    known = [name for name in encoder if name != "self" and _may_be_setting(name)]
-    if idle := next((name for name in options if name not in known), None):
-        raise UsageError(
-            f"{idle}={options[idle]!r} is nothing that {base.__name__} tells its text encoder beside the prompt",
-            mend=f"of these options: {', '.join(known) or 'none'}",
-        )
-    return _settings({name: call[name].default for name in encoder if name in call} | dict(options))
-
-
-def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Tensor:
-    """The states of `text` as the class `base` of this pipeline encodes it: (1, tokens, d_text).
-
-    Always one text at a time: what a text encoder gives for a row may depend on the rows beside it in the last bit.
-    Raises CannotEncodeError, which only trying can tell: SDXL does without its first encoder, FLUX without none.
-    """
-    optional = {
-        "device": getattr(pipe, "_execution_device", None),
-        "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": False,
-    }
-    try:
-        parameters = inspect.signature(base.encode_prompt).parameters
-        # SD3 wants its other encoders' prompts named; None stands for the same prompt.
-        others = {
-            name: None for name, one in parameters.items() if _OTHER_PROMPT.fullmatch(name) and one.default is one.empty
-        }
-        given = {name: value for name, value in {**optional, **dict(settings)}.items() if name in parameters}
-        with torch.no_grad():
-            result = base.encode_prompt(pipe, prompt=text, **others, **given)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CannotEncodeError(
-            f"this {base.__name__} cannot encode {text!r}, as it has to for the gates: {str(error).strip()}",
-            mend='load it with its text encoders and tokenizers, or attach with gate="always"',
-        ) from error
-    states = result[0] if isinstance(result, tuple | list) else result
-    if not isinstance(states, Tensor):
-        raise UsageError(f"{base.__name__}.encode_prompt gave {type(states).__name__}, not text-encoder states")
-    return states[:1]
-
-
-def encoders_stamp(pipe: Any) -> tuple[object, ...]:
-    """Another one whenever a text may be encoded otherwise.
-
-    That is: encoders replaced, cast, written to, given LoRAs or further tokens (textual inversion). Moving them changes
-    nothing: offloading does that for every picture.
-    """
-    found: list[object] = []
-    for suffix in PLACES:
-        tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
-        found.append(len(tokenizer) if hasattr(tokenizer, "__len__") else None)
-        encoder = getattr(pipe, f"text_encoder{suffix}", None)
-        if not isinstance(encoder, nn.Module):
-            found.append(encoder)
-            continue
-        found.append(weakref.ref(encoder))
-        parameters = list(encoder.parameters())
-        found.append(sum(one._version for one in parameters if not one.is_inference()))
-        found.append(frozenset((one.dtype, one.numel()) for one in parameters))
-        layers: list[Any] = [module for module in encoder.modules() if "lora_A" in module._modules]
-        found += [
-            (*layer.active_adapters, *layer.merged_adapters, layer.disable_adapters, *layer.scaling.items())
-            for layer in layers
-        ]
-    return tuple(found)
-
-
-def _as_texts(prompt: str | Sequence[str]) -> tuple[str, ...]:
-    return (prompt,) if isinstance(prompt, str) else tuple(prompt)
-
-
-def _settings(arguments: Mapping[str, Any]) -> Settings:
-    return tuple(
-        (name, tuple(value) if isinstance(value, list) else value)
-        for name, value in sorted(arguments.items())
-        if _is_setting(value) and _may_be_setting(name)
-    )
-
-
-def _may_be_setting(name: str) -> bool:
-    return not _NOT_SETTINGS.intersection(name.split("_"))
-
-
-def _is_setting(value: object) -> bool:
-    return isinstance(value, Scalar) or (
-        isinstance(value, list | tuple) and all(isinstance(one, Scalar) for one in value)
-    )
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -1,9 +1,8 @@
 """Facilitated transport: how strongly each eraser acts on each prompt (SPM, arXiv 2312.16145, Eq. 10-11)."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -93,25 +92,3 @@ def overlap(prompts: Prompts, concepts: Concepts) -> Tensor:
         found = torch.tensor(list(greatest.values()), dtype=torch.float64)
         shares[row, torch.tensor(list(greatest), dtype=torch.long)] = found
     return shares
-
-
-def token_sets(tokenizer: Any, texts: Sequence[str], place: int = 0) -> tuple[frozenset[int], ...]:
-    """T(.) of each text: the ids that the text encoder is given, without special ones and bare spaces.
-
-    CLIP's tokenizer knows neither capitals nor a word's place. To one that does, "snoopy", "a snoopy" and "Snoopy" may
-    share nothing, whatever the pipeline itself makes of capitals: there T(.) also has the ids of the text in small
-    letters after a space, as of another way (`WAY`) to cut it. place: of the tokenizer among those of its pipeline.
-    """
-    special = set(tokenizer.all_special_ids)
-
-    def ids(texts: Sequence[str]) -> list[frozenset[int]]:
-        return [frozenset(row) - special for row in tokenizer(list(texts), truncation=True).input_ids]
-
-    one, other = ids(["A b", " a b"])
-    ways = [ids(texts)] if one == other else [ids(texts), ids([f" {text.lower()}" for text in texts])]
-    # SentencePiece may cut a space off the word after it, and every text has that.
-    blank = {token for sets in ways for token in set[int]().union(*sets) if not tokenizer.decode([token]).strip()}
-    return tuple(
-        frozenset(token + (2 * place + way) * WAY for way, tokens in enumerate(each) for token in tokens - blank)
-        for each in zip(*ways, strict=True)
-    )

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from spm_hub.attachment.text_encoding import tokens_of
 from spm_hub.attachment.concept_index import Concept, Concepts, Shelf
-from spm_hub.errors import UsageError
 from spm_hub.attachment.gate import ConstantGate, Gate, Prompts
 from spm_hub.attachment.options import Eraser, Options
-from spm_hub.attachment.text_encoding import Settings, encode, encoders_stamp
+from spm_hub.attachment.text_encoding import Settings, encode, encoders_stamp, tokens_of
+from spm_hub.errors import UsageError
 
 Gammas = dict[str, list[float]]
 """By eraser: one for each prompt."""

@@ -10,12 +10,12 @@ from typing import Literal, get_args
 from torch import nn
 
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.attachment.concept_index import Concept
-from spm_hub.errors import NotFoundError, UsageError
-from spm_hub.attachment.gate import ConstantGate, Gate, TransportGate
 from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.lookup import named
+from spm_hub.attachment.concept_index import Concept
+from spm_hub.attachment.gate import ConstantGate, Gate, TransportGate
 from spm_hub.attachment.text_encoding import Settings
+from spm_hub.errors import NotFoundError, UsageError
 
 Rows = Literal["both", "conditional"]
 Mode = Literal["auto", "fold", "branch"]

@@ -4,7 +4,7 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from types import MethodType
 from typing import Any, NoReturn, Protocol
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from spm_hub.models.architectures import body_of, changeable
 from spm_hub.attachment.in_flight import Begun
 from spm_hub.errors import UsageError
-from spm_hub.attachment.text_encoding import token_sets
+from spm_hub.models.architectures import body_of, changeable
 
 HELD = "_spm_hub_attachment"
 """The key in `__dict__` of a pipeline and of its denoiser under which their attachment is found."""
@@ -31,8 +30,6 @@ _LOCK = threading.Lock()
 _AWAITED: list[Begun] = []
 """What threads that attach are waiting for."""
 
-PLACES = ("", "_2", "_3", "_4")
-"""What follows the names of a pipeline's text encoders and of their tokenizers."""
 
 _FUSED = "fused query, key and value projections are weights of their own, which no eraser was trained on"
 
@@ -262,26 +259,6 @@ def _bare_first(base: Any, name: str, *, moving: bool = False) -> Any:
         return _under(self, lambda holder: holder.bare_weights(moving=moving), lambda: method(self, *args, **kwargs))
 
     return bare_first
-
-
-def tokens_of(pipe: Any, texts: Sequence[str]) -> tuple[frozenset[int], ...]:
-    """T(.) of each text, as this pipeline would cut it, the tokens of textual inversions included.
-
-    Of every tokenizer whose encoder is there, each in its own window: what FLUX's CLIP reads no more, its T5 does.
-    """
-    convert = getattr(pipe, "maybe_convert_prompt", None)
-    found = [frozenset[int]() for _ in texts]
-    for place, suffix in enumerate(PLACES):
-        tokenizer = getattr(pipe, f"tokenizer{suffix}", None)
-        # FLUX.2 has a processor of pictures and texts in its place, which holds the tokenizer.
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        if tokenizer is None or getattr(pipe, f"text_encoder{suffix}", tokenizer) is None:
-            continue
-        if place and type(tokenizer).__name__ == "ByT5Tokenizer":
-            continue  # HunyuanImage's second one cuts into bytes, which any longer text shares with any name.
-        given = texts if convert is None else convert(list(texts), tokenizer)
-        found = list(map(frozenset.union, found, token_sets(tokenizer, given, place)))
-    return tuple(found)
 
 
 def _batch_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spm_hub.io.atomic import check_writable
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
 from spm_hub.errors import UsageError
+from spm_hub.io.atomic import check_writable
 
 if TYPE_CHECKING:
     from spm_hub.evaluation.pictures import Shown
@@ -66,8 +66,8 @@ def apply(
     with out.progress("downloading erasers") as progress:
         entries = [resolve(reference, registry, progress=progress) for reference in wanted]
     with silence_libraries():
-        from spm_hub.evaluation.pictures import Drawing, check_prompts, read_prompts, save_grid, save_one, show
         from spm_hub.adapters.lookup import check_names
+        from spm_hub.evaluation.pictures import Drawing, check_prompts, read_prompts, save_grid, save_one, show
 
         # What can be said at once is not said after a model was downloaded.
         texts = read_prompts(prompts) if prompts is not None else prompt or []

@@ -62,9 +62,9 @@ def convert(
     Reads SPM, kohya, LyCORIS, diffusers, PEFT, LECO, concept sliders, cloneofsimo, ESD, UCE, Concept Ablation and
     Minimalist files; pickles (.pt, .ckpt, .bin) too, as tensors only. Exact unless --svd-rank is given.
     """
-    from spm_hub.registry.registry import registries
-    from spm_hub.hub.resolve import resolve
     from spm_hub.adapters.manifest import slug
+    from spm_hub.hub.resolve import resolve
+    from spm_hub.registry.registry import registries
 
     if config is not None and model is None:
         raise UsageError("--config is for a --model that is a single file, and there is no --model")
@@ -74,10 +74,11 @@ def convert(
         )
     said_name = None if name is None else slug(name)
     with silence_libraries():
-        from spm_hub.adapters import conversion, low_rank_approximation as reduction
+        from spm_hub.adapters import conversion
+        from spm_hub.adapters import low_rank_approximation as reduction
         from spm_hub.models.architectures import denoiser_of
-        from spm_hub.registry.registry import Registry
         from spm_hub.models.loading import identity_of, load_pipeline
+        from spm_hub.registry.registry import Registry
 
         target = None if to is None else conversion.writer_named(to)
         original = None

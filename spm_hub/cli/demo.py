@@ -32,8 +32,8 @@ def demo(
         from spm_hub.attachment.attachment import attach
         from spm_hub.evaluation.pictures import Drawing, grid_of, show, write_png
         from spm_hub.evaluation.sketchbook import detection_table
-        from spm_hub.registry.registry import Registry
         from spm_hub.models.loading import load_pipeline
+        from spm_hub.registry.registry import Registry
         from spm_hub.training import train
         from spm_hub.training.recipe.recipe import Recipe
 

@@ -16,10 +16,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from spm_hub.adapters.formats.format import Format
+from spm_hub.adapters.formats.reading import FORMATS
 from spm_hub.models.aliases import ALIASES
 from spm_hub.models.architectures import FAMILIES, Family
-from spm_hub.adapters.formats.reading import FORMATS
-from spm_hub.adapters.formats.format import Format
 from spm_hub.models.loading import is_available
 from spm_hub.plugins import Kind, examine
 from spm_hub.training.recipe.presets import METHODS, Method
@@ -53,7 +53,7 @@ def diagnose(registry: Path) -> Iterator[Finding]:
 
 def tested_versions() -> dict[str, Version]:
     """The exact versions this release was tested with, by package: constraints.txt, installed beside the package."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     pins = next((file for folder in (here, here.parent) if (file := folder / "constraints.txt").is_file()), None)
     if pins is None:
         return {}

@@ -14,8 +14,8 @@ from spm_hub.errors import UsageError
 
 if TYPE_CHECKING:
     from spm_hub.hub.card import Pair
-    from spm_hub.registry.entry import Entry
     from spm_hub.hub.search import Found
+    from spm_hub.registry.entry import Entry
 
 Repo = Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository on the Hub.")]
 
@@ -84,9 +84,9 @@ def push(
 
 def _drawn(out: Output, entry: "Entry", prompts: list[str] | None, folder: Path, device: str) -> "tuple[Pair, ...]":
     """Pairs that the eraser's own base draws now; none, with a word why, where it is not on this machine."""
-    from spm_hub.models.aliases import ALIASES, Alias
     from spm_hub.evaluation.pictures import Drawing, save, show
     from spm_hub.hub.card import hub_id, read_pairs
+    from spm_hub.models.aliases import ALIASES, Alias
     from spm_hub.models.loading import is_available, load_pipeline
 
     adapter = entry.load()

@@ -81,8 +81,8 @@ def export_(
     force: options.Force = False,
 ) -> None:
     """Copy erasers, verified, into a folder or a tar file."""
-    from spm_hub.registry.archive import export
     from spm_hub.hub.resolve import resolve
+    from spm_hub.registry.archive import export
 
     _show(out, export([resolve(name, registry) for name in names], to, replace=force), to)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from spm_hub.io.environment import KEY_VARIABLE, REGISTRY_VARIABLE
 from spm_hub.errors import UsageError, nearest
+from spm_hub.io.environment import KEY_VARIABLE, REGISTRY_VARIABLE
 
 if TYPE_CHECKING:
     import torch

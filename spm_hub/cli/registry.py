@@ -124,13 +124,13 @@ def check(
     parse_reference(model, config=config)
     entry = resolve(name, registry)
     with silence_libraries():
-        from spm_hub.models import architectures
+        from spm_hub.adapters import compatibility
 
         adapter = entry.load()
         pipe = load_pipeline(model, config=config)
     answer = {"adapter": adapter.name, "model": model}
     try:
-        architectures.check(adapter, pipe)
+        compatibility.check(adapter, pipe)
     except CompatibilityError as error:
         out.data({**answer, "compatible": False, "mismatch": error.message}, f"does not fit: {error}")
         sys.exit(CompatibilityError.exit_code)

@@ -13,9 +13,9 @@ from spm_hub.cli.output import Output, silence_libraries, size
 from spm_hub.errors import RegistryError, SpmHubError, UsageError
 
 if TYPE_CHECKING:
+    from spm_hub.adapters.manifest import Manifest
     from spm_hub.registry.entry import Entry
     from spm_hub.registry.registry import Registry
-    from spm_hub.adapters.manifest import Manifest
     from spm_hub.training.recipe.recipe import Recipe
 
 _SETTLED_LATER = ("model", "start_from", "start_sha256")
@@ -96,11 +96,11 @@ def train(
     force: options.Force = False,
 ) -> None:
     """Train an eraser for each CONCEPT and keep it in the registry."""
-    from spm_hub.registry.registry import Registry, registries
     from spm_hub.hub.resolve import resolve
     from spm_hub.models.loading import identity_of, load_pipeline, local_folder, parse_reference
-    from spm_hub.training.recipe.schema import IncrementRecipe
+    from spm_hub.registry.registry import Registry, registries
     from spm_hub.training.recipe.protected_prompts import members
+    from spm_hub.training.recipe.schema import IncrementRecipe
 
     given: dict[str, Any] = {"model": model, "method": method, "name": name, "seed": seed}
     given["increment"] = None if increment is None else IncrementRecipe.named(increment)
@@ -127,8 +127,8 @@ def train(
         pipe = load_pipeline(plans[0].model, config=config, dtype=options.precision(dtype), device=device)
         base, revision = identity_of(plans[0].model, pipe)
 
-        from spm_hub.training.trainable.warm_start import started as begun
         from spm_hub.training.loop.checkpoint import Checkpoint, base_stamp
+        from spm_hub.training.trainable.warm_start import started as begun
         from spm_hub.training.trainer import train_together
 
         stamp = base_stamp(pipe)
@@ -215,8 +215,8 @@ def _plans(file: Path | None, sets: Sequence[str], concepts: Sequence[str], give
     """One recipe for a run of several concepts whose increments leave each other's alone, else one for each."""
     from spm_hub.adapters.manifest import slug
     from spm_hub.training.recipe.known_concepts import known
-    from spm_hub.training.recipe.recipe import Recipe
     from spm_hub.training.recipe.protected_prompts import jointly
+    from spm_hub.training.recipe.recipe import Recipe
 
     if concepts and any(one.partition("=")[0].strip() == "target" for one in sets):
         raise UsageError(

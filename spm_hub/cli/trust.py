@@ -40,8 +40,8 @@ def verify(
     Size and sha256 against the manifest, the layout of the file, its numbers, the manifest inside it, its pin, its
     signature, and its recipe's keys. Exit code 1 when a check failed.
     """
-    from spm_hub.registry.registry import registries
     from spm_hub.hub.resolve import resolve
+    from spm_hub.registry.registry import registries
     from spm_hub.registry.verification import verify as run
 
     entries = [resolve(name, registry) for name in names] if names else registries(registry)[0].entries()

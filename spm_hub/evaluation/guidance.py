@@ -14,8 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from spm_hub.models.architectures import denoiser_of, family_of
 from spm_hub.errors import UsageError, nearest
+from spm_hub.models.architectures import denoiser_of, family_of
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from typing import Literal
 
 from PIL import Image
 
-from spm_hub.evaluation.attacks import Case, Judge
-from spm_hub.errors import NotFoundError, UsageError, nearest
 from spm_hub.adapters.manifest import Concept
-from spm_hub.sketchbook.figures import SUBJECTS
-from spm_hub.sketchbook.world import STYLE_NAMES
-
+from spm_hub.errors import NotFoundError, UsageError, nearest
+from spm_hub.evaluation.attacks import Case, Judge
 from spm_hub.evaluation.sketchbook import STYLE_TEMPLATES, SUBJECT_TEMPLATES, Row, cases, count, probe
 from spm_hub.evaluation.sketchbook import Case as Wanted
+from spm_hub.sketchbook.figures import SUBJECTS
+from spm_hub.sketchbook.world import STYLE_NAMES
 
 _THINGS = ("a dog", "a church", "a tree", "a car", "a cat")
 

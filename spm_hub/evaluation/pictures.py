@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from spm_hub.io.atomic import write_atomic
+from spm_hub.adapters.manifest import slug
 from spm_hub.attachment.attachment import Attachment, attach
 from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.evaluation.grid import Row, draw_grid
-from spm_hub.adapters.manifest import slug
 from spm_hub.evaluation.step_callback import Watch
+from spm_hub.io.atomic import write_atomic
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -17,10 +17,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from spm_hub.adapters.manifest import Evaluation
+from spm_hub.evaluation.step_callback import Watch
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.probe import Probe
 from spm_hub.sketchbook.world import STYLE_NAMES
-from spm_hub.evaluation.step_callback import Watch
 
 PROTOCOL = "sketchbook-detection"
 PROBE = Path(__file__).parents[1] / "sketchbook" / "weights" / "probe"

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from spm_hub.models.aliases import ALIASES
-from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.adapters.manifest import Evaluation, Manifest, slug
+from spm_hub.errors import NotFoundError, UsageError
+from spm_hub.models.aliases import ALIASES
 
 ERASES, METHOD = "erases:", "method:"
 """Beginnings of two tags of ours, by which erasers are searched on the Hub."""

@@ -9,16 +9,16 @@ from typing import Literal
 
 from huggingface_hub import ModelInfo, constants, errors, hf_hub_download
 
+from spm_hub.adapters.manifest import MAX_BYTES, Manifest, Origin, slug
+from spm_hub.errors import HubError, HubNotFoundError, NetworkError, NotFoundError, SpmHubError, UsageError
+from spm_hub.hub.download import Progress, fetch
 from spm_hub.io.atomic import write_atomic
 from spm_hub.io.environment import OWNER_VARIABLE
-from spm_hub.errors import HubError, HubNotFoundError, NetworkError, NotFoundError, SpmHubError, UsageError
 from spm_hub.io.hashing import sha256_of
+from spm_hub.io.hub_client import is_commit, reaching, repository_info
 from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
-from spm_hub.hub.download import Progress, fetch
 from spm_hub.registry.registry import Registry
-from spm_hub.adapters.manifest import MAX_BYTES, Manifest, Origin, slug
-from spm_hub.io.hub_client import is_commit, reaching, repository_info
 
 DEFAULT_OWNER = "spm-hub"
 

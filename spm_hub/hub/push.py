@@ -9,15 +9,15 @@ from pathlib import Path
 from httpx2 import HTTPError, TransportError
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
+from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import HubError, UsageError
-from spm_hub.io.safetensors_file import MANIFEST_KEY, read_header
-from spm_hub.io.hashing import sha256_of
-from spm_hub.registry import signing
 from spm_hub.hub.card import Pair, picture_names, render
+from spm_hub.io.hashing import sha256_of
+from spm_hub.io.hub_client import legible, patiently, reaching
+from spm_hub.io.safetensors_file import MANIFEST_KEY, read_header
+from spm_hub.registry import signing
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.registry.registry import HUB_REFERENCE
-from spm_hub.adapters.manifest import Manifest
-from spm_hub.io.hub_client import legible, patiently, reaching
 
 CARD_NAME = "README.md"
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spm_hub.adapters.manifest import NAME, slug
 from spm_hub.errors import NetworkError, NotFoundError, UsageError
 from spm_hub.registry import lockfile, storage
 from spm_hub.registry.entry import WEIGHTS_NAME, Entry, entry_of
 from spm_hub.registry.registry import HUB_REFERENCE, Registry, ambiguous, asked_for, registries, unknown
-from spm_hub.adapters.manifest import NAME, slug
 
 if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from huggingface_hub import HfApi, ModelInfo
 
-from spm_hub.models.aliases import ALIASES
 from spm_hub.hub.card import ERASES, METHOD, hub_id
 from spm_hub.io.hub_client import patiently, reaching
+from spm_hub.models.aliases import ALIASES
 
 _BASE = "base_model:adapter:"
 

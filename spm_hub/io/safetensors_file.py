@@ -11,8 +11,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Never
 
-from spm_hub.io import untrusted_json as untrusted
 from spm_hub.errors import GET_AGAIN, AdapterFileError, NotFoundError, RegistryError
+from spm_hub.io import untrusted_json as untrusted
 
 if TYPE_CHECKING:
     from torch import Tensor

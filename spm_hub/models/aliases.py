@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-WEIGHTS = Path(__file__).parent / "sketchbook" / "weights"
+WEIGHTS = Path(__file__).parents[1] / "sketchbook" / "weights"
 
 
 @dataclass(frozen=True)

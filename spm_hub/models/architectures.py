@@ -6,12 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from spm_hub.adapters.adapter import Adapter
-from spm_hub.errors import CompatibilityError, nearest
-from spm_hub.adapters.formats.module_names import flat
+from spm_hub.errors import CompatibilityError
 from spm_hub.plugins import plugins
 
 
@@ -218,49 +215,3 @@ def bias_of(module: nn.Module) -> nn.Parameter | None:
     bias = module.bias
     assert bias is None or isinstance(bias, nn.Parameter)
     return bias
-
-
-def resolve_modules(adapter: Adapter, denoiser: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The modules that an adapter changes, by dotted path in the denoiser, with the adapter's own name for each.
-
-    Paths are compared with . as _, which is all that files of other programs keep of them.
-    Raises CompatibilityError that names the first module which is missing or of another shape, and both shapes.
-    """
-    modules = changeable(denoiser)
-    paths = {flat(path): path for path in modules}
-    resolved: dict[str, tuple[nn.Module, str]] = {}
-    for name, increment in adapter.outline.items():
-        path = name if name in modules else paths.get(flat(name))
-        if path is None:
-            meant = nearest(flat(name), paths)
-            raise _misfit(
-                adapter,
-                denoiser,
-                f"{name}: the adapter has an increment for a weight {increment.weight_shape}, the model has no such "
-                "module" + (f" (nearest: {_described(modules, paths[meant[0]])})" if meant else ""),
-            )
-        module = modules[path]
-        try:
-            increment.check_fits(path, torch.empty(shape_of(module), device="meta"), bias_of(module))
-        except CompatibilityError as error:
-            raise _misfit(adapter, denoiser, error.message) from error
-        resolved[path] = module, name
-    return resolved
-
-
-def check(adapter: Adapter, pipe: object) -> None:
-    """Raise CompatibilityError unless `adapter` can be attached to `pipe` (a pipeline or a denoiser)."""
-    family_of(pipe)
-    resolve_modules(adapter, denoiser_of(pipe))
-
-
-def _described(modules: Mapping[str, nn.Module], path: str) -> str:
-    return f"{path} {shape_of(modules[path])}"
-
-
-def _misfit(adapter: Adapter, denoiser: nn.Module, mismatch: str) -> CompatibilityError:
-    return CompatibilityError(
-        f"adapter {adapter.name} ({adapter.source}, trained on {adapter.manifest.base.family}) does not fit this "
-        f"{type(body_of(denoiser)).__name__}: {mismatch}",
-        mend=f"spmhub show {adapter.name}, and attach it to a checkpoint of its own base",
-    )

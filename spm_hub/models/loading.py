@@ -10,10 +10,10 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from spm_hub.models import snapshots
-from spm_hub.models.aliases import ALIASES, Alias
 from spm_hub.errors import ModelError, NetworkError, NotFoundError, UsageError, nearest
 from spm_hub.io.hashing import sha256_of
+from spm_hub.models import snapshots
+from spm_hub.models.aliases import ALIASES, Alias
 from spm_hub.models.single_file import inspection, loading
 from spm_hub.models.single_file.loading import INDEX
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, Never
 
-from spm_hub.io.atomic import write_atomic
+from spm_hub.adapters.manifest import MAX_BYTES, NAME
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, UsageError
+from spm_hub.io.atomic import write_atomic
 from spm_hub.registry import signing, storage
 from spm_hub.registry.entry import Entry
 from spm_hub.registry.registry import Registry
-from spm_hub.adapters.manifest import MAX_BYTES, NAME
 
 _BLOCK = 512
 _OTHER_ARCHIVES = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".zip", ".7z")

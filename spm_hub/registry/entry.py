@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spm_hub.adapters.manifest import Manifest, Origin
 from spm_hub.errors import ManifestError, SignatureError, SpmHubError
 from spm_hub.io.hashing import sha256_of
 from spm_hub.registry import lockfile, signing, storage
-from spm_hub.adapters.manifest import Manifest, Origin
 
 if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from spm_hub.adapters.manifest import NAME, UNFOLDS, Manifest, Origin, Sha256
+from spm_hub.errors import RegistryError
 from spm_hub.io import untrusted_json as untrusted
 from spm_hub.io.atomic import write_atomic
-from spm_hub.errors import RegistryError
-from spm_hub.adapters.manifest import NAME, UNFOLDS, Manifest, Origin, Sha256
 
 LOCK_NAME = "spmhub-lock.json"
 

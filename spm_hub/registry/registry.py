@@ -14,12 +14,20 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import platformdirs
 
+from spm_hub.adapters.manifest import NAME, Evaluation, Manifest, Origin, slug
+from spm_hub.errors import (
+    AdapterFileError,
+    ManifestError,
+    NotFoundError,
+    RegistryError,
+    SpmHubError,
+    UsageError,
+    nearest,
+)
 from spm_hub.io.atomic import Content, write_atomic
 from spm_hub.io.environment import REGISTRY_VARIABLE
-from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, SpmHubError, UsageError, nearest
 from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.entry import Entry, entry_of
-from spm_hub.adapters.manifest import NAME, Evaluation, Manifest, Origin, slug
 
 if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter

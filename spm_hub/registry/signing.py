@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spm_hub.io.environment import KEY_VARIABLE
-from spm_hub.errors import NotFoundError, RegistryError, SignatureError, UsageError
 from spm_hub.adapters.manifest import Manifest
+from spm_hub.errors import NotFoundError, RegistryError, SignatureError, UsageError
+from spm_hub.io.environment import KEY_VARIABLE
 
 SIGNATURE_NAME = "model.sig"
 """The signature in a repository of the Hub, as model-signing itself names it."""

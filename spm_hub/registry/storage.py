@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from spm_hub.io.atomic import Content, rename, staged, sync_folder, write_atomic
-from spm_hub.errors import RegistryError, SpmHubError
 from spm_hub.adapters.manifest import NAME, Manifest
+from spm_hub.errors import RegistryError, SpmHubError
+from spm_hub.io.atomic import Content, rename, staged, sync_folder, write_atomic
 
 ADAPTERS, MANIFESTS, SIGNATURES = "adapters", "manifests", "signatures"
 # In the order in which they come and, backwards, go: what has an adapter file is listed, so that one comes last.

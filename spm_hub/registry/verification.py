@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import SpmHubError
-from spm_hub.io.safetensors_file import MANIFEST_KEY, Header, read_header
 from spm_hub.io.hashing import sha256_of
+from spm_hub.io.safetensors_file import MANIFEST_KEY, Header, read_header
 from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.entry import Entry
-from spm_hub.adapters.manifest import Manifest
 
 
 @dataclass(frozen=True)

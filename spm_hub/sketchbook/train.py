@@ -26,7 +26,17 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from spm_hub.sketchbook.miniature import encode, make_clip, make_scheduler, make_tokenizer, make_unet, make_vae, save_pipeline, scale, tokens_of
+from spm_hub.sketchbook.miniature import (
+    encode,
+    make_clip,
+    make_scheduler,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+    save_pipeline,
+    scale,
+    tokens_of,
+)
 from spm_hub.sketchbook.probe import labels, train_probe
 from spm_hub.sketchbook.world import drawings
 

@@ -14,7 +14,7 @@ __all__ = ["Recipe", "train"]
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    rooms = {"Recipe": ".recipe", "train": ".trainer"}
+    rooms = {"Recipe": ".recipe.recipe", "train": ".trainer"}
     if name not in rooms:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(rooms[name], __name__), name)

@@ -18,9 +18,8 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from spm_hub.models.architectures import FEW_STEPS, body_of, denoiser_of, family_of
 from spm_hub.errors import ModelError
-
+from spm_hub.models.architectures import FEW_STEPS, body_of, denoiser_of, family_of
 from spm_hub.training.conditioning import Conditioning, DenoiserCall
 
 _ENCODED_AT_ONCE = 64  # prompts

@@ -7,17 +7,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spm_hub.models.architectures import weight_of
-from spm_hub.errors import RecipeError
 from spm_hub.adapters.increments import LowRank
-
+from spm_hub.errors import RecipeError
+from spm_hub.models.architectures import weight_of
 from spm_hub.training.base_model import BaseModel
-from spm_hub.training.objectives.uce import edit
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.protection import strangers
-from spm_hub.training.recipe.recipe import Recipe
 from spm_hub.training.data.token_positions import concept_positions, last_position, window
 from spm_hub.training.data.trajectories import generator_for
+from spm_hub.training.objectives.uce import edit
+from spm_hub.training.protection import strangers
+from spm_hub.training.recipe.recipe import Recipe
 
 
 @torch.no_grad()

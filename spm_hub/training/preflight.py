@@ -11,17 +11,17 @@ import diffusers
 import torch
 from torch import nn
 
-from spm_hub.training.data.adversary import check_goal
 from spm_hub.training.closed_form import not_editable
 from spm_hub.training.conditioning import GUIDANCE
-from spm_hub.training.trainable.mask import neurons
-from spm_hub.training.objectives.fmn import cross_attentions, masked
-from spm_hub.training.trainable.peft import check_kind
-from spm_hub.training.protection import check_room, not_separable
-from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.data.adversary import check_goal
 from spm_hub.training.loop.prediction_run import check_told
-from spm_hub.training.trainable.module_selection import selected
+from spm_hub.training.objectives.fmn import cross_attentions, masked
+from spm_hub.training.protection import check_room, not_separable
 from spm_hub.training.recipe.protected_prompts import protects
+from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.trainable.mask import neurons
+from spm_hub.training.trainable.module_selection import selected
+from spm_hub.training.trainable.peft import check_kind
 
 
 def check_before_loading(recipe: Recipe, folder: Path | None) -> None:

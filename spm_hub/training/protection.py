@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spm_hub.models.architectures import weight_of
-from spm_hub.errors import RecipeError
 from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.adapters.manifest import Evaluation
-
+from spm_hub.errors import RecipeError
+from spm_hub.models.architectures import weight_of
 from spm_hub.training.base_model import BaseModel
-from spm_hub.training.recipe.recipe import Recipe
 from spm_hub.training.recipe.protected_prompts import held_exactly, members
+from spm_hub.training.recipe.recipe import Recipe
 
 PROTOCOL = "protected-prompts"
 _NOISE = 1e-7  # of the largest singular value: below is float32's rounding of states that are the same

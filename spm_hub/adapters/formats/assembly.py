@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spm_hub.errors import GET_AGAIN, AdapterFileError, CompatibilityError
 from spm_hub.adapters.formats import lycoris
 from spm_hub.adapters.formats.format import Part
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
+from spm_hub.errors import GET_AGAIN, AdapterFileError, CompatibilityError
 
 
 def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:

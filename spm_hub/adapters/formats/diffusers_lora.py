@@ -5,15 +5,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from spm_hub.io import untrusted_json as untrusted
-from spm_hub.errors import AdapterFileError
 from spm_hub.adapters.formats import spm
-from spm_hub.io.safetensors_file import encode
-from spm_hub.adapters.formats.module_names import dotted
 from spm_hub.adapters.formats.format import WHOLE, Files, Format, Part, Slot, Writer
+from spm_hub.adapters.formats.module_names import dotted
 from spm_hub.adapters.formats.peft import CONFIG_UNFOLDS, Scaling
 from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.manifest import Manifest
+from spm_hub.errors import AdapterFileError
+from spm_hub.io import untrusted_json as untrusted
+from spm_hub.io.safetensors_file import encode
 
 METADATA_KEY = "lora_adapter_metadata"
 """Since 2025 diffusers keeps the LoraConfig here, and with it alpha, which the tensors do not state."""

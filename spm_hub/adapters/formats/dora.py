@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from spm_hub.errors import AdapterFileError, CompatibilityError
 from spm_hub.adapters.formats.assembly import dense
-from spm_hub.adapters.formats.kohya import sgm_to_diffusers
 from spm_hub.adapters.formats.format import Part
+from spm_hub.adapters.formats.kohya import sgm_to_diffusers
 from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.increments import Dense, Increment, Mask
+from spm_hub.errors import AdapterFileError, CompatibilityError
 
 PARTS: tuple[Part, ...] = ("dora_scale", "magnitude")
 """LyCORIS' spelling, for every output or every input as its shape tells; PEFT's, for every output."""

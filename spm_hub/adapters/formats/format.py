@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from spm_hub.io.safetensors_file import Image
 from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.manifest import Manifest
+from spm_hub.io.safetensors_file import Image
 
 Part = Literal[
     "down", "mid", "up", "alpha", "delta", "delta_bias", "keep_out", "keep_in",

@@ -10,15 +10,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from spm_hub.errors import AdapterFileError, CompatibilityError
-from spm_hub.io.safetensors_file import encode
-from spm_hub.adapters.formats.kohya import sgm_to_diffusers
-from spm_hub.adapters.formats.module_names import dotted
 from spm_hub.adapters.formats.format import WHOLE, Files, Format, Writer
-from spm_hub.adapters.formats.module_names import flat
+from spm_hub.adapters.formats.kohya import sgm_to_diffusers
+from spm_hub.adapters.formats.module_names import dotted, flat
 from spm_hub.adapters.formats.spm import is_unet
 from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.adapters.manifest import Manifest
+from spm_hub.errors import AdapterFileError, CompatibilityError
+from spm_hub.io.safetensors_file import encode
 
 ESD_FORMAT = "erasing-esd-v2"
 

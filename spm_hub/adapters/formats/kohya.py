@@ -13,14 +13,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from spm_hub.errors import AdapterFileError
 from spm_hub.adapters.formats import spm
-from spm_hub.io.safetensors_file import encode
-from spm_hub.adapters.formats.module_names import dotted
 from spm_hub.adapters.formats.format import WHOLE, Files, Format, Part, Slot, Writer
-from spm_hub.adapters.formats.module_names import flat
+from spm_hub.adapters.formats.module_names import dotted, flat
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.adapters.manifest import Manifest
+from spm_hub.errors import AdapterFileError
+from spm_hub.io.safetensors_file import encode
 
 Name = TypeVar("Name")
 

@@ -6,12 +6,12 @@ from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
-from spm_hub.errors import AdapterFileError
-from spm_hub.adapters.formats import spm
-from spm_hub.io.safetensors_file import Entry, Header, empty_like, read_tensors
 from spm_hub.adapters.formats.diffusers_lora import scaling_in
+from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.formats.reading import read_increments
 from spm_hub.adapters.increments import Increment
+from spm_hub.errors import AdapterFileError
+from spm_hub.io.safetensors_file import Entry, Header, empty_like, read_tensors
 
 _Layout = frozenset[tuple[str, str, tuple[int, ...]]]
 _ANY_FILE = "a file of this layout"
@@ -72,8 +72,8 @@ class StoredIncrements(Mapping[str, Increment]):
 
 def with_dots(increments: Mapping[str, Increment], modules: tuple[str, ...]) -> dict[str, Increment]:
     """`increments` under the dotted paths of a manifest's `modules`, where a file keeps them with . as _ only."""
-    dotted = {spm.flat(module): module for module in modules}
-    return {dotted.get(spm.flat(name), name): increment for name, increment in increments.items()}
+    dotted = {flat(module): module for module in modules}
+    return {dotted.get(flat(name), name): increment for name, increment in increments.items()}
 
 
 def _layout(header: Header) -> _Layout:

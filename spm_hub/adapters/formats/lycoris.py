@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spm_hub.errors import CompatibilityError
 from spm_hub.adapters.formats import kohya
 from spm_hub.adapters.formats.format import Format, Part, Slot, Writer
+from spm_hub.errors import CompatibilityError
 
 _LOHA: tuple[Part, ...] = ("hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2")
 _LOKR: tuple[Part, ...] = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spm_hub.errors import AdapterFileError
-from spm_hub.io import pickles
 from spm_hub.adapters.formats.format import Format
 from spm_hub.adapters.increments import Mask, acting, spread
+from spm_hub.errors import AdapterFileError
+from spm_hub.io import pickles
 
 FORMAT = Format("minimalist", "Minimalist's masks for FLUX.1: attn.pt, ff.pt and norm.pt; a folder, or one of them")
 

@@ -3,9 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping, Set
 
-from spm_hub.errors import AdapterFileError
-from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.increments import Dense, Increment
+from spm_hub.errors import AdapterFileError
 
 # Names of diffusers' modules that have a _ of their own. What is not among them is a word between two dots.
 _WORDS = """
@@ -32,6 +31,11 @@ _WIDTH_OF_FLUX = 3072
 _WIDTH_OF_SD35_MEDIUM = 1536
 _DOUBLE_BLOCKS_OF_FLUX = 19
 _FAMILY_OF_TEXT_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+
+
+def flat(path: str) -> str:
+    """A module path as kohya's keys hold it, with . as _."""
+    return path.replace(".", "_")
 
 
 def dotted(name: str) -> str:

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from spm_hub.io import untrusted_json as untrusted
-from spm_hub.errors import AdapterFileError, NotFoundError
 from spm_hub.adapters.formats import spm
-from spm_hub.io.safetensors_file import encode
-from spm_hub.adapters.formats.module_names import dotted
 from spm_hub.adapters.formats.format import Files, Format, Part, Slot, Writer
+from spm_hub.adapters.formats.module_names import dotted
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import Manifest
+from spm_hub.errors import AdapterFileError, NotFoundError
+from spm_hub.io import untrusted_json as untrusted
+from spm_hub.io.safetensors_file import encode
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spm_hub.errors import AdapterFileError
-from spm_hub.io.safetensors_file import MANIFEST_KEY, encode
 from spm_hub.adapters.formats.format import WHOLE, Files, Format, Part, Slot, Writer
+from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.increments import Increment, LowRank, Mask
 from spm_hub.adapters.manifest import Manifest
+from spm_hub.errors import AdapterFileError
+from spm_hub.io.safetensors_file import MANIFEST_KEY, encode
 
 _PARTS: dict[str, Part] = {
     "lora_down.weight": "down",
@@ -62,11 +63,6 @@ _CLAIMS = {
     r"(sd_v?2|sd2|stable-diffusion-v?2)": "sd2",
     r"(sd_v?1|sd1|stable-diffusion-v?1)": "sd1",
 }
-
-
-def flat(path: str) -> str:
-    """A module path as kohya's keys hold it, with . as _."""
-    return path.replace(".", "_")
 
 
 def parse_key(key: str) -> Slot | None:

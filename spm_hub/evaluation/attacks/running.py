@@ -10,7 +10,6 @@ from torch import Tensor
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.errors import UsageError
-
 from spm_hub.evaluation.attacks.outcome import Case, Judge, Outcome, Report
 from spm_hub.evaluation.attacks.victim import Drawing, Victim, draw
 

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.attachment.attachment import Attachment, attach
+from spm_hub.attachment.gate import Prompts
 from spm_hub.attachment.pipeline_hooks import HELD
 from spm_hub.attachment.text_encoding import tokens_of
 from spm_hub.errors import ModelError, UsageError
-from spm_hub.attachment.gate import Prompts
-from spm_hub.training.base_model import BaseModel
-from spm_hub.training.conditioning import Conditioning
-from spm_hub.evaluation.step_callback import Watch
-
 from spm_hub.evaluation.attacks.noising import Noising
 from spm_hub.evaluation.attacks.outcome import Case
+from spm_hub.evaluation.step_callback import Watch
+from spm_hub.training.base_model import BaseModel
+from spm_hub.training.conditioning import Conditioning
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spm_hub.errors import ModelError, NetworkError, NotFoundError
-
 from spm_hub.models.single_file.inspection import UNET, Checkpoint
 
 if TYPE_CHECKING:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from spm_hub.errors import RecipeError
-
 from spm_hub.training.base_model import BaseModel
-from spm_hub.training.recipe.schema import Adversary
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.trajectories import generator_for
+from spm_hub.training.recipe.schema import Adversary
 
 _STREAM = 5  # of `generator_for`
 _STRIDE = 0.25  # of epsilon, for one sign step

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from spm_hub.training.base_model import BaseModel
 from spm_hub.training.conditioning import Conditioning
-from spm_hub.training.recipe.schema import Anchoring
 from spm_hub.training.data.prompts import PromptMaker
+from spm_hub.training.recipe.schema import Anchoring
 
 CANDIDATES = 4  # prompts offered for each anchor drawn; the probabilities choose among them
 _NEAREST = 1e-2

@@ -7,13 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.base_model import BaseModel
-from spm_hub.training.trainable.low_rank import Trainable
-from spm_hub.training.data.prompts import PromptMaker
-from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
-from spm_hub.training.data.trajectories import denoised, generator_for, initial_sigma, neutral_prompts, scaled, taught, trained_prompt
+from spm_hub.training.data.prompts import PromptMaker
+from spm_hub.training.data.trajectories import (
+    denoised,
+    generator_for,
+    initial_sigma,
+    neutral_prompts,
+    scaled,
+    taught,
+    trained_prompt,
+)
+from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.trainable.low_rank import Trainable
 
 _TIMES = 999
 """Steps of the schedule that t is drawn from: as fine as the thousand that models are trained on."""

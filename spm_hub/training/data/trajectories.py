@@ -15,38 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.base_model import BaseModel
 from spm_hub.training.conditioning import GUIDANCE, Conditioning
-from spm_hub.training.trainable.low_rank import Trainable
+from spm_hub.training.data.anchors import AnchorSource
+from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker
 from spm_hub.training.recipe.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows to train on.
-
-    Target rows: latents (b, *latent_shape), times (b,), the unit noise in them, as latents, whether the concept has led
-    from that noise there (b,), the prompts trained on and what the denoiser is told of them and of the surrogate (b
-    rows each), and the frozen base's predictions for what is trained on and for the same without the concept: the
-    surrogate's, or `less_concept`'s.
-    Anchor rows: the same, with the one prediction to keep.
-    """
-
-    latents: Tensor
-    times: Tensor
-    noise: Tensor
-    led: Tensor
-    prompts: tuple[str, ...]
-    states: Conditioning
-    neutral_states: Conditioning
-    concept: Tensor
-    neutral: Tensor
-    anchor_latents: Tensor
-    anchor_times: Tensor
-    anchor_states: Conditioning
-    anchor_predictions: Tensor
+from spm_hub.training.trainable.low_rank import Trainable
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from spm_hub.training.loop.interrupts import uninterrupted
-from spm_hub.training.trainable.null_space import NullSpaceInjection
 from spm_hub.training.objectives.base import Losses
 from spm_hub.training.objectives.sepme import balance
+from spm_hub.training.trainable.null_space import NullSpaceInjection
 
 if TYPE_CHECKING:
     from spm_hub.training.loop.prediction_run import Run

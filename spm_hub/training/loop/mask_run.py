@@ -10,15 +10,15 @@ from torch import Tensor
 
 from spm_hub.training.base_model import BaseModel
 from spm_hub.training.conditioning import Conditioning
+from spm_hub.training.data.prompts import PromptMaker
+from spm_hub.training.data.trajectories import generator_for, initial_sigma, scaled
 from spm_hub.training.loop.backprop_through_sampling import Step, back_propagate, sampled
 from spm_hub.training.loop.interrupts import uninterrupted
-from spm_hub.training.trainable.mask import MaskInjection
-from spm_hub.training.objectives.minimalist import final_latent_losses
-from spm_hub.training.data.prompts import PromptMaker
-from spm_hub.training.recipe.recipe import Recipe
-from spm_hub.training.loop.prediction_run import nothing_to_erase
 from spm_hub.training.loop.optimiser_state import restore, tensors_of
-from spm_hub.training.data.trajectories import generator_for, initial_sigma, scaled
+from spm_hub.training.loop.prediction_run import nothing_to_erase
+from spm_hub.training.objectives.minimalist import final_latent_losses
+from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.trainable.mask import MaskInjection
 
 _DRAWN_AT_ONCE = 8  # pictures, while goals are drawn
 _SET, _ORDER, _MASKS = 3, 4, 5  # streams of `generator_for`

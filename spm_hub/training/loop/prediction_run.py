@@ -10,29 +10,28 @@ from torch import Tensor, nn
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.errors import RecipeError
-
-from spm_hub.training.data.adversary import Attacker, drift
-from spm_hub.training.data.anchors import AnchorSource
-from spm_hub.training.loop.moving_average import MovingAverage
 from spm_hub.training.base_model import BaseModel
 from spm_hub.training.conditioning import GUIDANCE
-from spm_hub.training.trainable.dense import DenseInjection
-from spm_hub.training.trainable.low_rank import Injection
-from spm_hub.training.loop.interrupts import uninterrupted
-from spm_hub.training.trainable.null_space import NullSpaceInjection
-from spm_hub.training.objectives import objective
-from spm_hub.training.objectives.base import Losses
-from spm_hub.training.trainable.peft import PeftInjection
+from spm_hub.training.data.adversary import Attacker, drift
+from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import PromptMaker
-from spm_hub.training.protection import space_left
 from spm_hub.training.data.q_sample import QSampleSource
-from spm_hub.training.recipe.recipe import Recipe
-from spm_hub.training.recipe.protected_prompts import protects
-from spm_hub.training.trainable.warm_start import begin_with
-from spm_hub.training.loop.optimiser_state import restore, tensors_of
+from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, generator_for
 from spm_hub.training.loop.anchor_weight import Steering
 from spm_hub.training.loop.early_stopping import Stopping
-from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, generator_for
+from spm_hub.training.loop.interrupts import uninterrupted
+from spm_hub.training.loop.moving_average import MovingAverage
+from spm_hub.training.loop.optimiser_state import restore, tensors_of
+from spm_hub.training.objectives import objective
+from spm_hub.training.objectives.base import Losses
+from spm_hub.training.protection import space_left
+from spm_hub.training.recipe.protected_prompts import protects
+from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.trainable.dense import DenseInjection
+from spm_hub.training.trainable.low_rank import Injection
+from spm_hub.training.trainable.null_space import NullSpaceInjection
+from spm_hub.training.trainable.peft import PeftInjection
+from spm_hub.training.trainable.warm_start import begin_with
 
 
 def nothing_to_erase(recipe: Recipe) -> RecipeError:

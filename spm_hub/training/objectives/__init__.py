@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spm_hub.training.recipe.presets import plugged
-from spm_hub.training.recipe.recipe import Recipe
-
 from spm_hub.training.objectives.base import Objective
 from spm_hub.training.objectives.ca import ConceptAblation
 from spm_hub.training.objectives.esd import ESD
@@ -14,6 +11,8 @@ from spm_hub.training.objectives.fmn import ForgetMeNot
 from spm_hub.training.objectives.sdd import SDD
 from spm_hub.training.objectives.sepme import SepME
 from spm_hub.training.objectives.spm import SPM
+from spm_hub.training.recipe.presets import plugged
+from spm_hub.training.recipe.recipe import Recipe
 
 OWN: dict[str, Callable[[Recipe], Objective]] = {
     "spm": lambda recipe: SPM(recipe.objective.eta),

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spm_hub.plugins import plugins
-
-if TYPE_CHECKING:
-    from spm_hub.training.objectives.base import Objective
-    from spm_hub.training.recipe.schema import Objective as ObjectiveRecipe
 
 # For the sketchbook, in SPM's time; the papers' own settings are in manifests/recipes. Its text encoder is a small one:
 # trained on the bare name alone, the concept stays in sentences.
@@ -87,9 +83,12 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """What a plug-in adds under its own name: an objective, and what a recipe with it presets of the other parts."""
+    """What a plug-in adds under its own name: an objective, and what a recipe with it presets of the other parts.
 
-    objective: Callable[[ObjectiveRecipe], Objective]
+    objective: given the recipe's `objective` part (`schema.Objective`), an `objectives.base.Objective`.
+    """
+
+    objective: Callable[[Any], Any]
     preset: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -6,72 +6,39 @@ to train the same eraser again. Defaults are scaled by the trainer to the base m
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
-from spm_hub.errors import RecipeError, UsageError
 from spm_hub.adapters.manifest import NAME, slug
-
+from spm_hub.errors import RecipeError, UsageError
+from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.recipe.known_concepts import anchor_concept, known
-from spm_hub.training.recipe.unused_keys import check_idle
 from spm_hub.training.recipe.presets import known_methods, merged, objective_of, preset_of
-from spm_hub.training.recipe.schema import PEFT_KINDS, Adversary, Anchoring, ClosedForm, Companion, ConceptKind, EarlyStop, IncrementRecipe, Masks, NonBlank, Objective, Optimiser, Part, Protection, Regulariser, XtSource, hint
-from spm_hub.training.recipe.protected_prompts import check_separable, folded
+from spm_hub.training.recipe.protected_prompts import folded
+from spm_hub.training.recipe.schema import (
+    PEFT_KINDS,
+    Masks,
+    XtSource,
+    hint,
+)
+from spm_hub.training.recipe.validation import (
+    check_closed,
+    check_masks,
+    check_separable,
+    check_surrogate,
+    check_trained,
+)
 
 _OF_TARGET = ("target", "aliases", "kind", "surrogate", "name")
 
 
-class Recipe(Part):
+class Recipe(RecipeFields):
     """The whole recipe."""
-
-    target: NonBlank
-    aliases: tuple[NonBlank, ...] = ()
-    kind: ConceptKind = "other"
-    surrogate: str = ""
-    erase_from: NonBlank | None = Field(
-        default=None, description="erase the target out of this prompt only, which is trained on in its place (ESD)"
-    )
-    name: str | None = Field(default=None, description="of the eraser; made from the target unless given")
-    model: NonBlank = "sketchbook"
-    method: str = Field(default="spm", description="a preset of the parts below, each of which may be changed")
-    objective: Objective = Objective()
-    increment: IncrementRecipe = IncrementRecipe()
-    x_t: XtSource = XtSource()
-    anchoring: Anchoring = Anchoring()
-    adversary: Adversary = Adversary()
-    start_from: NonBlank | None = Field(
-        default=None, description="an eraser that the training begins with, in place of nothing erased"
-    )
-    start_sha256: str | None = Field(
-        default=None, description="of that eraser's tensors; checked where given, and recorded"
-    )
-    optimiser: Optimiser = Optimiser()
-    regulariser: Regulariser = Regulariser()
-    protection: Protection = Protection()
-    together: tuple[Companion, ...] = Field(
-        default=(), description="concepts erased in the same run, into erasers of their own (sepme, uce)"
-    )
-    stop: EarlyStop = EarlyStop()
-    closed_form: ClosedForm = ClosedForm()
-    masks: Masks = Masks()
-    steps: int = Field(default=300, ge=1)
-    batch_size: int = Field(default=8, ge=1)
-    templates: bool = Field(
-        default=True, description="train on the concept in many sentences, not on its bare name alone"
-    )
-    resolution: int | None = Field(
-        default=None, ge=8, multiple_of=8, description="pixels; the model's own unless given"
-    )
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    strength: float = Field(
-        default=1.0, description="gamma's factor when the eraser is attached (the paper doubles it for styles)"
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -114,131 +81,17 @@ class Recipe(Part):
         if self.start_sha256 is not None and self.start_from is None:
             raise ValueError("start_sha256 is given, but no start_from")
         if self.objective.name == "uce":
-            self._check_closed()
+            check_closed(self)
         else:
-            self._check_trained()
+            check_trained(self)
         if self.objective.name == "minimalist":
-            self._check_masks()
+            check_masks(self)
         elif self.increment.kind == "mask" or self.masks != Masks():
             what = "increment.kind 'mask'" if self.increment.kind == "mask" else "masks"
             raise ValueError(f"{what} belongs to method 'minimalist', not to {self.method!r}")
         check_separable(self)
-        self._check_surrogate()
+        check_surrogate(self)
         return self
-
-    def _check_surrogate(self) -> None:
-        names = [self.target, *self.aliases]
-        for companion in self.together:
-            names += [companion.target, *companion.aliases]
-        if (put := folded(self.surrogate)) in map(folded, names):
-            raise ValueError(
-                f"surrogate {put!r} is itself to be erased, so that nothing would change: surrogate is what is drawn "
-                "in the concept's place; leave it out for nothing at all"
-            )
-
-    def _check_trained(self) -> None:
-        if self.closed_form != ClosedForm():
-            raise ValueError(f"closed_form belongs to method 'uce', not to {self.method!r}")
-        held = set(map(folded, self.anchoring.prompts))
-        if clash := held.intersection(map(folded, (self.target, *self.aliases))):
-            raise ValueError(f"anchoring.prompts: {sorted(clash)[0]!r} is both to be erased and to be held")
-        if self.increment.kind in PEFT_KINDS:
-            for what, given in (
-                ("start_from", self.start_from is not None),
-                ("regulariser.l1", self.regulariser.l1 > 0),
-            ):
-                if given:
-                    raise ValueError(
-                        f"{what} goes with increment.kind 'low_rank' or 'dense', not with {self.increment.kind!r}: "
-                        f"try --increment lora:{min(self.increment.rank, 16)}"
-                    )
-        if self.erase_from is not None and self.objective.teacher == "student":
-            raise ValueError(
-                f"erase_from {self.erase_from!r} needs what the frozen base predicts, and objective.teacher is "
-                "'student', the model being erased: method 'esd-x' has it, or objective.teacher 'base'"
-            )
-        if self.erase_from is not None and self.objective.paired:
-            raise ValueError(
-                f"erase_from {self.erase_from!r} has the empty prompt beside it, and objective.paired another "
-                "sentence: choose one of them"
-            )
-        if self.objective.name == "ca" and not self.surrogate:
-            raise ValueError(
-                "method 'ca' makes the concept into an anchor concept, which surrogate has to name: "
-                "surrogate: dog for snoopy, surrogate: painting for a style; method 'sdd' needs none"
-            )
-        if (self.objective.paired or self.anchoring.source == "surrogate") and not self.surrogate:
-            raise ValueError("objective.paired and anchoring.source 'surrogate' need a surrogate, and it is empty")
-        if self.objective.name == "fmn":
-            if self.erase_from is not None:
-                raise ValueError(
-                    "method 'fmn' looks away from the concept's own words and has no erase_from; esd-x has"
-                )
-            if self.anchoring.weight and self.anchoring.reach is not None:
-                raise ValueError("method 'fmn' has no prediction to steer by: anchoring.reach has to be null with it")
-        check_idle(self)
-
-    def _check_masks(self) -> None:
-        unused = {"trajectories", "chunks", "source", "driver", "told"}
-        if self.increment != IncrementRecipe(kind="mask"):
-            raise ValueError(
-                f"method {self.method!r} switches neurons off: its increment is of kind 'mask'; "
-                "another increment has method 'spm' or 'esd-x'"
-            )
-        if self.anchoring != Anchoring():
-            raise ValueError(f"method {self.method!r} has no anchoring: it holds the rest by masks.beta")
-        for key, other in (
-            ("erase_from", "esd-x"),
-            ("start_from", "esd-x"),
-            ("adversary", "race"),
-            ("regulariser", "sepme"),
-            ("stop", "sepme"),
-            ("together", "sepme"),
-            ("protection", "sepme"),
-        ):
-            if getattr(self, key) != Recipe.model_fields[key].default:
-                raise ValueError(f"method {self.method!r} has no {key}; method {other!r} has")
-        if self.x_t.model_dump(include=unused) != XtSource().model_dump(include=unused):
-            raise ValueError(
-                f"method {self.method!r} draws whole pictures: of x_t it has steps and guidance, not {sorted(unused)}"
-            )
-        if len(self.x_t.guidance) != 1 or self.x_t.guidance[0] < 1:
-            raise ValueError(
-                f"method {self.method!r} draws under one guidance of 1 or more, for instance x_t.guidance=[3.0] "
-                f"(got {list(self.x_t.guidance)})"
-            )
-        if self.optimiser.ema is not None:
-            raise ValueError(f"method {self.method!r} keeps no moving average: optimiser.ema has to be null")
-        if self.optimiser.scale_lr:
-            raise ValueError(f"method {self.method!r} has one lr for all neurons: optimiser.scale_lr has to be false")
-        if self.batch_size * self.masks.accumulate % 2:
-            raise ValueError(
-                f"method {self.method!r} trains on the concept and on anything else by turns: batch_size "
-                f"{self.batch_size} times masks.accumulate {self.masks.accumulate} has to be even"
-            )
-
-    def _check_closed(self) -> None:
-        names = [self.target, *self.aliases]
-        for companion in self.together:
-            names += [companion.target, *companion.aliases]
-        if clash := set(map(folded, names)).intersection(map(folded, self.closed_form.preserve)):
-            raise ValueError(f"closed_form.preserve: {sorted(clash)[0]!r} is both to be erased and to be held")
-        fields = Recipe.model_fields
-        loops = (
-            "erase_from", "x_t", "anchoring", "adversary", "start_from", "optimiser", "regulariser", "stop",
-            "steps", "batch_size", "templates",
-        )  # fmt: skip
-        preset = preset_of(self.method) or {}
-        for key in loops:
-            if getattr(self, key) != preset.get(key, fields[key].default):
-                raise ValueError(f"method {self.method!r} is a closed form, without a training loop: it has no {key}")
-        if self.increment.kind != "low_rank" or self.increment.rank != 1:
-            raise ValueError(
-                f"method {self.method!r} gives an exact low_rank increment: increment.kind cannot be chosen, "
-                "and in place of increment.rank it has closed_form.rank"
-            )
-        if self.increment.modules != "esd-x-strict":
-            raise ValueError(f"method {self.method!r} edits keys and values of cross-attention, 'esd-x-strict', only")
 
     @classmethod
     def make(cls, **values: Any) -> Recipe:
@@ -269,11 +122,6 @@ class Recipe(Part):
             raise UsageError("the concept is empty: there is nothing to erase", mend='spmhub train "van gogh"')
         return cls.make(**{**known(str(values["target"])), **values})
 
-    @property
-    def slug(self) -> str:
-        """The eraser's name."""
-        return self.name or slug(self.target)
-
     def to_yaml(self) -> str:
         """The concept, and whatever else differs from what the method presets."""
         preset = self.make(target=self.target, method=self.method, surrogate=self.surrogate).model_dump(mode="json")
@@ -286,30 +134,6 @@ class Recipe(Part):
     def with_set(self, *assignments: str) -> Recipe:
         """`objective.eta=2`, `anchoring.prompts=[a dog, a cat]`: values are YAML. Raises RecipeError."""
         return self.make(**merged(self.model_dump(mode="json"), _assigned(assignments)))
-
-    @property
-    def adversary_from(self) -> int:
-        """The first step that is attacked; `steps` where there is no adversary."""
-        if self.adversary.steps == 0:
-            return self.steps
-        begins = self.adversary.begins
-        if begins is None:
-            begins = 0.5 if self.start_from is None else 0.0
-        return int(begins * self.steps)
-
-    def learning_rate(self, step: int) -> float:
-        """Factor of the learning rate at `step` (from 0)."""
-        warmup = min(self.optimiser.warmup, self.steps - 1)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = (step - warmup) / max(1, self.steps - warmup)
-        match self.optimiser.schedule:
-            case "constant":
-                return 1.0
-            case "cosine":
-                return 0.5 * (1 + math.cos(math.pi * progress))
-            case "cosine_restarts":
-                return 0.5 * (1 + math.cos(math.pi * ((progress * self.optimiser.cycles) % 1.0)))
 
 
 def _implied(preset: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 
 from spm_hub.errors import UsageError, nearest
 from spm_hub.plugins import plugins
-
 from spm_hub.training.recipe.presets import Method, plugged
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S", strip_whitespace=True)]

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spm_hub.models.architectures import bias_of, weight_of
-from spm_hub.errors import ModelError
 from spm_hub.adapters.increments import Dense, LowRank
+from spm_hub.errors import ModelError
+from spm_hub.models.architectures import bias_of, weight_of
 
 
 class WeightInjection(ABC):

@@ -13,10 +13,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from spm_hub.models.architectures import targets, weight_of
-from spm_hub.errors import ModelError
 from spm_hub.adapters.increments import LowRank
-
+from spm_hub.errors import ModelError
+from spm_hub.models.architectures import targets, weight_of
 from spm_hub.training.trainable.dense import DenseInjection
 from spm_hub.training.trainable.mask import MaskInjection
 from spm_hub.training.trainable.null_space import NullSpaceInjection

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from spm_hub.models.architectures import body_of, family_of
-from spm_hub.errors import RecipeError
 from spm_hub.adapters.increments import Mask, acting, spread
-
+from spm_hub.errors import RecipeError
+from spm_hub.models.architectures import body_of, family_of
 from spm_hub.training.recipe.schema import MaskGroup, Masks
 
 TEMPERATURE = 0.83

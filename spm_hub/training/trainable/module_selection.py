@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from spm_hub.models.architectures import changeable, family_of, targets
 from spm_hub.errors import RecipeError
+from spm_hub.models.architectures import changeable, family_of, targets
 
 _JOINT = ("flux", "sd3")  # one attention over picture and text: there is no attn1 and attn2 to tell apart
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spm_hub.models.architectures import shape_of
 from spm_hub.adapters.increments import Dense, LowRank
-
+from spm_hub.models.architectures import shape_of
 from spm_hub.training.trainable.dense import WeightInjection, zeros
 
 

@@ -18,9 +18,9 @@ from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoHaConfig, LoKrConfig, LoraConfig,
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from spm_hub.models.architectures import shape_of, weight_of
-from spm_hub.errors import ModelError, RecipeError
 from spm_hub.adapters.increments import Dense, Increment, LowRank
+from spm_hub.errors import ModelError, RecipeError
+from spm_hub.models.architectures import shape_of, weight_of
 
 PeftKind = Literal["loha", "lokr", "vera", "dora"]
 _NAME = "spmhub_training"

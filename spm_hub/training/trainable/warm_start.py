@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.errors import RecipeError
 from spm_hub.adapters.increments import Dense, LowRank
-
+from spm_hub.errors import RecipeError
+from spm_hub.training.recipe.recipe import Recipe
 from spm_hub.training.trainable.dense import DenseInjection
 from spm_hub.training.trainable.low_rank import Injection
-from spm_hub.training.recipe.recipe import Recipe
 
 
 def tensors_sha256(adapter: Adapter) -> str:
