@@ -35,8 +35,8 @@ def attach(
     """Attach erasers to a diffusers pipeline, until `detach()` or the end of a `with` block.
 
     `adapters` holds Adapters and references (a path, a name in a registry, or owner/name[@revision] on the Hugging Face
-    Hub), one or many; `options` are those of `spm_hub.attachment.attachment.attach`: gate, strength, rows, mode ... Under an
-    increment_budget references are loaded lazily, as it is about those.
+    Hub), one or many; `options` are those of `spm_hub.attachment.attach`: gate, strength, rows, mode ... Under
+    an increment_budget references are loaded lazily, as it is about those.
     Raises SpmHubError, in which case the pipeline is as it was.
     """
     from spm_hub.adapters.adapter import Adapter

@@ -22,15 +22,15 @@ def effective(weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor
     is a function of `parts` in their order.
     """
     total = torch.empty_like(weight, requires_grad=False)
-    _fill(total, weight.detach(), parts)
-    return total, bias if bias is None else _effective_bias(bias, parts)
+    fill(total, weight.detach(), parts)
+    return total, bias if bias is None else effective_bias(bias, parts)
 
 
-def _fill(out: Tensor, weight: Tensor, parts: Parts) -> None:
+def fill(out: Tensor, weight: Tensor, parts: Parts) -> None:
     """Write `weight` under `parts` into `out`, which is shaped like it and shares no memory with it."""
     if not (out.is_contiguous() and weight.is_contiguous()):
         total = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        _fill(total, weight.contiguous(), parts)
+        fill(total, weight.contiguous(), parts)
         out.copy_(total)
         return
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -66,7 +66,8 @@ def _stacked(parts: Parts, dtype: torch.dtype, device: torch.device) -> tuple[Te
     return up * torch.tensor(factors, dtype=dtype, device=device), down
 
 
-def _effective_bias(bias: Tensor, parts: Parts) -> Tensor:
+def effective_bias(bias: Tensor, parts: Parts) -> Tensor:
+    """A module's bias under masks, which scale it; the bias itself where no mask touches it."""
     if not any(_touches_bias(increment) for increment, _ in parts):
         return bias
     total = bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)

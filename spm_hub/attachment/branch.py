@@ -81,10 +81,10 @@ class Stack:
         at_rest = weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2
         like = torch.empty(0) if at_rest else torch.empty(0, dtype=weight.dtype, device=weight.device)
         stack = cls(names, read, like, None, None, [], [], [])
-        stack._fill(module)
+        stack.fill(module)
         return stack
 
-    def _fill(self, module: nn.Module) -> None:
+    def fill(self, module: nn.Module) -> None:
         """The tensors, from the increments themselves, as they are beside `like`."""
         shape = shape_of(module)
         pairs: list[tuple[int, LowRank]] = []
@@ -116,7 +116,7 @@ class Stack:
         rounded = torch.promote_types(like.dtype, self.like.dtype) != self.like.dtype
         self.like = like.new_empty(0)
         if rounded:
-            self._fill(module)
+            self.fill(module)
         else:
             self._cast(like)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spm_hub.adapters.folding import Parts, _effective_bias, _fill
+from spm_hub.adapters.folding import Parts, effective_bias, fill
 from spm_hub.adapters.increments import Increment
 from spm_hub.attachment.branch import Stack, put_beside, take_away
 from spm_hub.models.architectures import bias_of, weight_of
@@ -141,7 +141,7 @@ class _Site:
             self._kept = weight.data if keep_on is None else weight.data.to(keep_on, copy=True)
             self._written = torch.empty_like(weight.data) if keep_on is None else None
         target = weight.data if self._written is None else self._written
-        _fill(target, self._kept.to(weight.device), parts)
+        fill(target, self._kept.to(weight.device), parts)
         weight.data = target
         self._fold_bias(parts)
         self._folded = wanted
@@ -151,7 +151,7 @@ class _Site:
         if bias is None:
             return
         original = bias.data if self._kept_bias is None else self._kept_bias.to(bias.device)
-        new = _effective_bias(original, parts)
+        new = effective_bias(original, parts)
         if new is not original:
             self._kept_bias = original
         bias.data = self._written_bias = new

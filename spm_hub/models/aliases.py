@@ -14,9 +14,9 @@ WEIGHTS = Path(__file__).parents[1] / "sketchbook" / "weights"
 class Alias:
     """A short name for a base model: either a folder of this package (`embedded`) or a repository of the Hub.
 
-    `family` names an entry of `spm_hub.models.architectures`; `revision` is the commit that the name stands for, so that it
-    means the same weights tomorrow (another is asked for as NAME@REVISION); `fp16` says that the repository also
-    keeps half-precision files, which halves the download for a half-precision pipeline.
+    `family` names an entry of `spm_hub.models.architectures`; `revision` is the commit that the name stands for, so
+    that it means the same weights tomorrow (another is asked for as NAME@REVISION); `fp16` says that the repository
+    also keeps half-precision files, which halves the download for a half-precision pipeline.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What goes with what in a recipe: an impossible one, or a key that nothing would read, is refused before any model is loaded.
+"""Refuses impossible recipes and keys that nothing would read, before any model is loaded.
 
 Each check raises ValueError with the key, both values and the nearest valid choice.
 """
@@ -23,6 +23,7 @@ from spm_hub.training.recipe.schema import (
 
 
 def check_surrogate(recipe: RecipeFields) -> None:
+    """Refuse a surrogate that is itself erased."""
     names = [recipe.target, *recipe.aliases]
     for companion in recipe.together:
         names += [companion.target, *companion.aliases]
@@ -34,6 +35,7 @@ def check_surrogate(recipe: RecipeFields) -> None:
 
 
 def check_trained(recipe: RecipeFields) -> None:
+    """Refuse what a trained method cannot do."""
     if recipe.closed_form != ClosedForm():
         raise ValueError(f"closed_form belongs to method 'uce', not to {recipe.method!r}")
     held = set(map(folded, recipe.anchoring.prompts))
@@ -75,6 +77,7 @@ def check_trained(recipe: RecipeFields) -> None:
 
 
 def check_masks(recipe: RecipeFields) -> None:
+    """Refuse what Minimalist's masks cannot do."""
     unused = {"trajectories", "chunks", "source", "driver", "told"}
     if recipe.increment != IncrementRecipe(kind="mask"):
         raise ValueError(
@@ -115,6 +118,7 @@ def check_masks(recipe: RecipeFields) -> None:
 
 
 def check_closed(recipe: RecipeFields) -> None:
+    """Refuse what a closed form would not read."""
     names = [recipe.target, *recipe.aliases]
     for companion in recipe.together:
         names += [companion.target, *companion.aliases]

@@ -17,7 +17,7 @@ from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.adapters.manifest import Base, Concept, Manifest
 from spm_hub.errors import AdapterFileError
 
-CONFORMANCE = Path(__file__).resolve().parents[2] / "shared" / "conformance"
+CONFORMANCE = Path(__file__).resolve().parents[4] / "shared" / "conformance"
 needs_conformance = pytest.mark.skipif(
     not CONFORMANCE.is_dir(), reason="the official files are not beside this checkout"
 )

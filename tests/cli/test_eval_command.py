@@ -21,7 +21,7 @@ from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.probe import Reading
 from spm_hub.sketchbook.world import STYLE_NAMES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from spm_hub.registry import lockfile, storage
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
 from spm_hub.registry.registry import Registry
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 class KilledError(BaseException):

@@ -28,7 +28,7 @@ from spm_hub.training.data.prompts import STYLE_FRAMES, SUBJECT_FRAMES, PromptMa
 from spm_hub.training.data.trajectories import TrajectorySource
 from spm_hub.training.recipe.recipe import Recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHIPPED = ("mickey", "nudity", "snoopy", "spongebob", "van-gogh")
 
 

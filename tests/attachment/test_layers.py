@@ -210,9 +210,9 @@ def test_four_dimensional_increments_fit_a_linear_and_the_other_way_round():
 
 def test_unchanged_factors_write_nothing_and_only_affected_modules_are_written(monkeypatch):
     written = []
-    fill = spm_hub.adapters.folding._fill
+    fill = spm_hub.adapters.folding.fill
     monkeypatch.setattr(
-        spm_hub.attachment.layers, "_fill", lambda out, *rest: (written.append(tuple(out.shape)), fill(out, *rest))
+        spm_hub.attachment.layers, "fill", lambda out, *rest: (written.append(tuple(out.shape)), fill(out, *rest))
     )
     one, other = make_module("linear"), make_module("conv1")
     layers = Layers()

@@ -21,7 +21,7 @@ from spm_hub.errors import UsageError
 from spm_hub.evaluation.eval_unlearn import SpmHubTechnique
 from spm_hub.registry.registry import Registry
 
-PROJECT = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 POINTS = PROJECT["entry-points"]["eval_unlearn.techniques"]
 
 

@@ -27,7 +27,7 @@ BASE = ALIASES["dreamshaper-8"]
 
 def spmhub(hub: LoopbackHub, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     (home / "work").mkdir(parents=True, exist_ok=True)
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     return subprocess.run(
         [sys.executable, "-m", "spm_hub.cli", *arguments],
         cwd=home / "work",

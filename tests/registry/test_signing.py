@@ -193,7 +193,7 @@ def test_without_the_extra_the_command_that_installs_it_is_named(registry: Regis
     )
     done = subprocess.run(
         [sys.executable, "-c", code, registry.root, keys[1]],
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
         text=True,
         check=False,

@@ -22,7 +22,7 @@ from spm_hub.models.loading import load_pipeline
 from spm_hub.registry.registry import Registry
 from spm_hub.training.recipe.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REPO = "someone/spm-snoopy"
 
 

@@ -28,7 +28,7 @@ from spm_hub.registry import lockfile
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME
 from spm_hub.registry.registry import Registry
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REPO = "someone/whole"
 COMMIT = "c" * 40
 

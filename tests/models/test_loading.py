@@ -160,7 +160,8 @@ def test_a_device_that_is_not_there(folder: Path) -> None:
 def test_no_network_is_said_at_once(tmp_path: Path) -> None:
     """In a process of its own, as the Hub's client reads its settings when imported; nothing listens on port 9."""
     code = (
-        "import time; from spm_hub.errors import NetworkError; from spm_hub.models.loading import _download, parse_reference\n"
+        "import time; from spm_hub.errors import NetworkError\n"
+        "from spm_hub.models.loading import _download, parse_reference\n"
         "from diffusers import DiffusionPipeline; from huggingface_hub import HfApi; start = time.monotonic()\n"
         "try: _download(parse_reference('sd-v1-4'), half=False)\n"
         "except NetworkError as error: print(time.monotonic() - start, error)"

@@ -19,7 +19,7 @@ from spm_hub.errors import CompatibilityError
 from spm_hub.models import architectures
 from spm_hub.models.architectures import Family, denoiser_of, family_of, fingerprint, fingerprint_of, targets
 
-CONFORMANCE = Path(__file__).resolve().parents[2] / "shared" / "conformance"
+CONFORMANCE = Path(__file__).resolve().parents[3] / "shared" / "conformance"
 
 
 @pytest.fixture(scope="module")

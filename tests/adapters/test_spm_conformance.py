@@ -11,7 +11,7 @@ from safetensors.torch import load_file as load_tensors
 from spm_hub.adapters.adapter import load_file
 from spm_hub.attachment.attachment import attach
 
-OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "conformance" / "spm_official"
+OFFICIAL = Path(__file__).resolve().parents[3] / "shared" / "conformance" / "spm_official"
 pytestmark = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="no conformance files beside this checkout")
 
 

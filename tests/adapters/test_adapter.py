@@ -99,7 +99,7 @@ def test_the_same_adapter_is_the_same_file_in_every_process(tmp_path: Path, save
         "from pathlib import Path; snoopy().save(Path(sys.argv[1]))"
     )
     again = tmp_path / "other name.safetensors"
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     subprocess.run(
         [sys.executable, "-c", code, str(again)], cwd=root, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
     )
@@ -339,14 +339,15 @@ def test_no_room_for_the_second_file_leaves_the_first_as_it_was(saved: tuple[Pat
 def test_a_limit_of_the_system_in_the_middle_of_saving(saved: tuple[Path, Path]) -> None:
     """The kernel itself refuses after the first bytes of a large file."""
     code = (
-        "import resource, signal, sys; from pathlib import Path; from spm_hub import errors; from spm_hub.io import atomic\n"
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from spm_hub import errors; from spm_hub.io import atomic\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
         "try: atomic.write_atomic(Path(sys.argv[1]), bytes(100_000))\n"
         "except errors.RegistryError as error: print(error)\n"
     )
     before = contents(saved[0].parent)
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code, str(saved[0])], cwd=root, capture_output=True, text=True, check=True
     )

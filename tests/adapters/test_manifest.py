@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from spm_hub.adapters.manifest import Base, Concept, Evaluation, IncrementInfo, Manifest, slug
 from spm_hub.errors import ManifestError, NotFoundError, UsageError
 
-SCHEMA = Path(__file__).resolve().parents[1] / "manifests" / "schema.json"
+SCHEMA = Path(__file__).resolve().parents[2] / "manifests" / "schema.json"
 
 
 def manifest(**changes: object) -> Manifest:

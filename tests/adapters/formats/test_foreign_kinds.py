@@ -21,7 +21,7 @@ from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.increments import Dense, LowRank
 from spm_hub.errors import AdapterFileError
 
-CONFORMANCE = Path(__file__).resolve().parents[2] / "shared" / "conformance"
+CONFORMANCE = Path(__file__).resolve().parents[4] / "shared" / "conformance"
 needs_conformance = pytest.mark.skipif(not CONFORMANCE.is_dir(), reason="no conformance files beside this checkout")
 NOBODY = Description()
 DENOISER_ONLY = Description(without_text_encoder=True)

@@ -23,7 +23,7 @@ from spm_hub.adapters.increments import Mask
 from spm_hub.adapters.manifest import Base, Concept, Manifest
 from spm_hub.errors import AdapterFileError, NotFoundError
 
-OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "conformance"
+OFFICIAL = Path(__file__).resolve().parents[4] / "shared" / "conformance"
 FILES = [OFFICIAL / f"minimalist_flux_{group}.pt" for group in ("attn", "ff", "norm")]
 
 

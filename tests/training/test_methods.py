@@ -31,8 +31,8 @@ from spm_hub.training.trainable.dense import DenseInjection
 from spm_hub.training.trainable.low_rank import Injection
 from spm_hub.training.trainable.module_selection import selected
 
-KEYS = Path(__file__).resolve().parents[2] / "shared" / "conformance" / "esd_keys"
-RECIPES = sorted((Path(__file__).resolve().parents[1] / "manifests" / "recipes").glob("*.yaml"))
+KEYS = Path(__file__).resolve().parents[3] / "shared" / "conformance" / "esd_keys"
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "manifests" / "recipes").glob("*.yaml"))
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 4, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}
 
 
