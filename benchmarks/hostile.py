@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / "tests" / folder) for folder in ("", "adapters"))
 
 import pytest
 from hostile import ACTS, SECONDS, SPARE, TIMES_THE_FILE, Tally, pulling, send

@@ -95,7 +95,7 @@ def test_the_payload_hash_is_that_of_the_bytes_after_the_header(saved: tuple[Pat
 
 def test_the_same_adapter_is_the_same_file_in_every_process(tmp_path: Path, saved: tuple[Path, Path]) -> None:
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from test_adapter import snoopy; "
+        "import sys; sys.path.insert(0, 'tests/adapters'); from test_adapter import snoopy; "
         "from pathlib import Path; snoopy().save(Path(sys.argv[1]))"
     )
     again = tmp_path / "other name.safetensors"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from loopback import LoopbackHub
 from test_adapter import saved, snoopy  # noqa: F401 - a fixture
+from test_pull import COMMIT, REPO, eraser, hub, registry, repository  # noqa: F401 - fixtures
 from test_registry import named
-from test_remote import COMMIT, REPO, eraser, hub, registry, repository  # noqa: F401 - fixtures
 from test_storage import files_of
 
 from spm_hub.adapters.adapter import Adapter, load_file
