@@ -57,7 +57,11 @@ def attach(
 
     A denoiser that is called without a known prompt runs with gamma 1. While attached, `state_dict`, `save_pretrained`,
     `load_state_dict` and `to` meet the checkpoint's own weights: erasers are never saved by accident (baking is the way
-    to save them in). Pictures that other threads are drawing are waited for: such a thread must not wait for this one.
+    to save them in).
+
+    Threads: calls of an attached pipeline are serialised, and changes to its erasers wait for the picture in progress.
+    Do not attach for the first time while another thread draws with this pipeline: attach an empty list at start and
+    `add` later. A server keeps `erasers = attach(pipe, [])` for as long as it runs, and calls `add` and `recover`.
     Another pipeline around the same denoiser draws with the same erasers, fully on and without a lock of its own.
     Raises UsageError or CompatibilityError, and then the pipeline is as it was.
     """

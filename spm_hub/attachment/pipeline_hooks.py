@@ -2,8 +2,6 @@
 
 import functools
 import inspect
-import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from types import MethodType
@@ -13,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from spm_hub.attachment.in_flight import Begun
 from spm_hub.errors import UsageError
 from spm_hub.models.architectures import body_of, changeable
 
@@ -22,14 +19,6 @@ HELD = "_spm_hub_attachment"
 
 _GUARDED = "_spm_hub_guarded"
 """The key in a denoiser's `__dict__` of the handles of hooks on its modules."""
-
-_WAITING = "_spm_hub_waiting"
-"""The key in a pipeline's `__dict__` while `hold` waits for pictures that began before."""
-
-_LOCK = threading.Lock()
-_AWAITED: list[Begun] = []
-"""What threads that attach are waiting for."""
-
 
 _FUSED = "fused query, key and value projections are weights of their own, which no eraser was trained on"
 
@@ -56,8 +45,8 @@ class Holder(Protocol):
 def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
     """Let `holder` know of every call of a pipeline and of its denoiser, whose classes become `Held` ones.
 
-    Waits for pictures that other threads are drawing: they end as they began. Raises UsageError, and then nothing is
-    held, where another holder came first or where erasers would have nothing to act on.
+    Raises UsageError where the denoiser has a holder already, or where erasers would have nothing to act on; the
+    pipeline is then unchanged. A call that is in progress in another thread is not waited for.
     """
     body = body_of(denoiser)
     if any(map(_is_fused, body.modules())):
@@ -68,11 +57,7 @@ def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
     with holder.bare_weights(moving=False):
         try:
             pipe.__dict__[HELD] = denoiser.__dict__[HELD] = holder
-            pipe.__dict__[_WAITING] = True
-            base = pipe.__class__
-            pipe.__class__ = _held_pipeline(base)
-            _wait(Begun(base, denoiser, _unheld.__code__))
-            del pipe.__dict__[_WAITING]
+            pipe.__class__ = _held_pipeline(pipe.__class__)
             # Plain assignment would pass through torch.compile's wrapper to the module inside it.
             object.__setattr__(denoiser, "__class__", _held_denoiser(denoiser.__class__))
             if body is not denoiser:
@@ -82,23 +67,6 @@ def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
         except BaseException:
             release(pipe, denoiser)
             raise
-
-
-def _wait(begun: Begun) -> None:
-    """Until these calls have ended. Raises UsageError where one of them waits here too, for one of this thread."""
-    with _LOCK:
-        if any(begun.crosses(other) for other in _AWAITED):
-            raise UsageError(
-                "another thread attaches erasers in the midst of a picture too: each would wait for the other's",
-                mend="attach before the pictures begin",
-            )
-        _AWAITED.append(begun)
-    try:
-        while not begun.over():
-            time.sleep(0.005)
-    finally:
-        with _LOCK:
-            _AWAITED.remove(begun)
 
 
 def release(pipe: Any, denoiser: Any) -> None:
@@ -113,7 +81,6 @@ def release(pipe: Any, denoiser: Any) -> None:
         handle.remove()
     for held in (pipe, denoiser, body):
         held.__dict__.pop(HELD, None)
-    pipe.__dict__.pop(_WAITING, None)
 
 
 def _is_fused(attention: Any) -> bool:
@@ -123,20 +90,15 @@ def _is_fused(attention: Any) -> bool:
 
 
 def _under(held: Any, enter: Callable[[Holder], AbstractContextManager[None]], run: Callable[[], Any]) -> Any:
-    """What `run` gives, inside what `enter` opens with the holder: whoever that is by the time it lets us in."""
-    while True:
-        while (holder := held.__dict__.get(HELD)) is not None:
-            with enter(holder):
-                if held.__dict__.get(HELD) is holder:
-                    return run()
-        ran, result = _unheld(held, run)
-        if ran:
-            return result
+    """Call `run` inside the context that `enter` makes of the present holder; without a holder, call it alone.
 
-
-def _unheld(held: Any, run: Callable[[], Any]) -> tuple[bool, Any]:
-    """Run unless somebody holds by now. `Begun` looks for this frame after `hold` has said that it holds."""
-    return (False, None) if held.__dict__.get(HELD) is not None else (True, run())
+    A thread that waited for the holder's lock may find the holder gone, or replaced: it then starts over.
+    """
+    while (holder := held.__dict__.get(HELD)) is not None:
+        with enter(holder):
+            if held.__dict__.get(HELD) is holder:
+                return run()
+    return run()
 
 
 class _StandIn(type):
@@ -177,9 +139,6 @@ def _held_pipeline(base: Any) -> Any:
                     holder.encoded(bound.arguments, result)
                 return result
 
-            if _WAITING in self.__dict__:
-                # A picture that began before: `hold` waits for it to end, so it must not wait for `hold`.
-                return base.encode_prompt(self, *args, **kwargs)
             return _under(self, lambda holder: holder.encoding(), run)
 
         Held.encode_prompt = encode_prompt

@@ -1,9 +1,7 @@
-"""Threads that attach, recover, detach and draw at once: every picture is one that a single state would have drawn."""
+"""Threads that add, recover, detach and draw at once: every picture is one that a single state would have drawn."""
 
-import inspect
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -63,7 +61,7 @@ def together(*jobs):
 
 
 def possible(erasers):
-    """What each prompt looks like in every state, and on a pipeline that never held anything."""
+    """Draw each prompt in every state, and on a pipeline without an attachment first."""
     twin, pictures = pico_pipeline(), {}
     for prompt in PROMPTS:
         pictures[str(prompt)] = [draw(twin, prompt)]
@@ -110,107 +108,86 @@ def test_recovering_and_adding_never_mix_two_states_in_one_picture(pipe, erasers
     assert same_weights(pipe)
 
 
-@pytest.fixture
-def encoding_by_turns(pipe):
-    """A tokenizer, for one, keeps how it pads from one call to the next: two threads that draw by one bare pipeline of
-    diffusers now and then get each other's, with no eraser near. That is not what is looked for here.
-    """
-    turns = threading.Lock()
-
-    class ByTurns(type(pipe)):
-        def encode_prompt(self, *args, **kwargs):
-            with turns:
-                return super().encode_prompt(*args, **kwargs)
-
-    ByTurns.encode_prompt.__signature__ = inspect.signature(type(pipe).encode_prompt)
-    pipe.__class__ = ByTurns
-
-
-@pytest.mark.usefixtures("switching", "encoding_by_turns")
-def test_attaching_and_detaching_never_mix_two_states_in_one_picture(pipe, erasers):
+@pytest.mark.usefixtures("switching")
+def test_an_empty_attachment_serves_threads_until_it_is_detached(pipe, erasers):
     pictures, mixed = possible(erasers), []
+    attached = attach(pipe, [])
 
     def change():
         for _ in range(5):
-            with attach(pipe, list(erasers.values())):
-                pass
+            for adapter in erasers.values():
+                attached.add(adapter)
+            for name in TARGETS:
+                attached.recover(name)
 
     together(drawer(pipe, pictures, 5, mixed), drawer(pipe, pictures, 5, mixed), change)
     assert not mixed
+    for adapter in erasers.values():
+        attached.add(adapter)
+    together(drawer(pipe, pictures, 4, mixed), attached.detach)
+    assert not mixed
     assert same_weights(pipe)
+    assert torch.equal(draw(pipe, "snoopy"), pictures["snoopy"][0])
 
 
-def test_attach_waits_for_the_picture_that_a_bare_pipeline_is_drawing(pipe, erasers):
+@pytest.mark.parametrize("change", ["add", "recover", "strength", "detach"])
+def test_a_change_waits_for_the_picture_in_progress(pipe, erasers, change):
+    """Each of them on an attachment of one eraser; the picture in progress is the one that began."""
+    twin, (first, second) = pico_pipeline(), erasers.values()
     bare, began, order = draw(pipe, "snoopy"), threading.Event(), []
+    attached = attach(pipe, [first])
+    before = draw(pipe, "snoopy")
+    changes = {
+        "add": lambda: attached.add(second),
+        "recover": lambda: attached.recover("snoopy"),
+        "strength": lambda: attached.strength.update(snoopy=0.0),
+        "detach": attached.detach,
+    }
 
-    def attaching():
+    def changing():
         began.wait(timeout=60)
-        attach(pipe, list(erasers.values()))
-        order.append("attached")
+        changes[change]()
+        order.append("changed")
 
     def at_step(_, step, *__):
         began.set()
-        # Long enough for an attach that does not wait.
+        # Long enough for a change that does not wait.
         thread.join(timeout=0.2)
         order.append(step)
         return {}
 
-    thread = threading.Thread(target=attaching)
+    thread = threading.Thread(target=changing)
     thread.start()
     picture = draw(pipe, "snoopy", callback_on_step_end=at_step)
     thread.join(timeout=60)
-    assert torch.equal(picture, bare)
-    assert order == [0, 1, 2, "attached"]
-    assert not torch.equal(draw(pipe, "snoopy"), bare)
+    assert torch.equal(picture, before)
+    assert order == [0, 1, 2, "changed"]
+    after = draw(pipe, "snoopy")
+    attached.detach()
+    with attach(twin, list(erasers.values()) if change == "add" else []):
+        expected = draw(twin, "snoopy")
+    assert torch.equal(after, expected)
+    assert torch.equal(draw(pipe, "snoopy"), bare)
 
 
-def test_attach_waits_for_pictures_that_have_begun_and_for_none_that_begin_later(pipe, erasers):
-    """Whose they are cannot be told: those of another pipeline, which never stops drawing, must not be waited for."""
-    other, drawn, attached = pico_pipeline(), [], threading.Event()
+def test_attach_waits_for_no_picture_of_another_pipeline(pipe, erasers):
+    """That picture waits, in its step callback, for the thread that attaches."""
+    other, began, attached = pico_pipeline(), threading.Event(), threading.Event()
+    bare, pictures = draw(other, "snoopy"), []
 
-    def drawing():
-        while not attached.is_set():
-            drawn.append(draw(other, "snoopy"))
+    def at_step(*_):
+        began.set()
+        assert attached.wait(timeout=60)
+        return {}
 
     def attaching():
-        while len(drawn) < 2:
-            time.sleep(0.001)
-        for _ in range(3):
-            attach(pipe, list(erasers.values())).detach()
+        assert began.wait(timeout=60)
+        attach(pipe, list(erasers.values()))
         attached.set()
 
-    together(drawing, attaching)
-    assert all(torch.equal(picture, drawn[0]) for picture in drawn)
-
-
-def test_attach_waits_for_a_picture_that_has_hardly_begun(pipe, erasers):
-    bare, began, goes_on = draw(pipe, "snoopy"), threading.Event(), threading.Event()
-
-    class Slow(torch.no_grad):
-        """Holds a picture between the pipeline's class, which has been looked up, and its `__call__`."""
-
-        def __enter__(self):
-            began.set()
-            goes_on.wait(timeout=60)
-            super().__enter__()
-
-    class Hesitant(type(pipe)):
-        __call__ = Slow()(type(pipe).__call__.__wrapped__)
-
-    pipe.__class__, pictures = Hesitant, []
-
-    def attaching():
-        began.wait(timeout=60)
-        attach(pipe, list(erasers.values()))
-
-    def letting_go():
-        began.wait(timeout=60)
-        # Long enough for an attach that does not wait.
-        time.sleep(0.2)
-        goes_on.set()
-
-    together(lambda: pictures.append(draw(pipe, "snoopy")), attaching, letting_go)
+    together(lambda: pictures.append(draw(other, "snoopy", callback_on_step_end=at_step)), attaching)
     assert torch.equal(pictures[0], bare)
+    assert not torch.equal(draw(pipe, "snoopy"), bare)
 
 
 @pytest.mark.usefixtures("switching")
