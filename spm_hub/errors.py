@@ -79,6 +79,23 @@ class HubNotFoundError(HubError):
     """The Hub has no such repository, revision or file, or none for this user."""
 
 
+def did_you_mean(name: str, candidates: Iterable[str], otherwise: str = "") -> str:
+    """Return "; did you mean A or B?" for an unknown `name`, or `otherwise` if no candidate resembles it."""
+    close = nearest(name, candidates)
+    return f"; did you mean {' or '.join(close)}?" if close else otherwise
+
+
+def ambiguous_eraser(reference: str, candidates: Iterable[str]) -> UsageError:
+    """Return the error for a reference that matches several erasers; it lists the candidates."""
+    listed = "".join(f"\n  {candidate}" for candidate in candidates)
+    return UsageError(f"{reference!r} could be any of:{listed}", mend="name one of these")
+
+
+def unknown_eraser(reference: str, names: Iterable[str], where: str) -> NotFoundError:
+    """Return the error for a reference that matches no eraser `where`; it suggests the nearest of `names`."""
+    return NotFoundError(f"no eraser {reference!r} {where}{did_you_mean(reference, names)}", mend="spmhub list")
+
+
 def nearest(name: str, candidates: Iterable[str]) -> tuple[str, ...]:
     """Up to three of `candidates` that `name` was most likely meant to be, best first; case is ignored."""
     by_folded = {candidate.casefold(): candidate for candidate in candidates}

@@ -35,7 +35,7 @@ from spm_hub.adapters.low_rank_approximation import reduce
 from spm_hub.errors import SpmHubError
 from spm_hub.hub.pull import pull
 from spm_hub.io.safetensors_file import HEADER_HASH_KEY, MANIFEST_KEY, PAYLOAD_HASH_KEY
-from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry
 from spm_hub.registry.registry import Registry
 
 DTYPES = ["F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2", "BOOL", "U8", "I8", "U16", "I64", "U64", "F31", "", "f32"]
@@ -541,8 +541,8 @@ ACTS: dict[str, Act] = {
         if target.writer is not None and not target.writer.needs_base
     },
     "convert and reduce": lambda adapter, _, __: _reduce(adapter),
-    "describe": lambda adapter, manifest, _: Entry("sent", adapter, manifest).read_manifest(),
-    "install": lambda adapter, manifest, kept: kept.install(Entry("sent", adapter, manifest), replace=True),
+    "describe": lambda adapter, manifest, _: EraserEntry("sent", adapter, manifest).read_manifest(),
+    "install": lambda adapter, manifest, kept: kept.install(EraserEntry("sent", adapter, manifest), replace=True),
 }
 
 

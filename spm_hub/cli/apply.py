@@ -79,7 +79,10 @@ def apply(
         held = local_files(base)
         pipe = load_pipeline(model, config=config, dtype=options.precision(dtype), device=device)
         fetched = local_files(base) != held
-        sources = {"model": whence(model, pipe, fetched=fetched), **{entry.name: entry.whence() for entry in entries}}
+        sources = {
+            "model": whence(model, pipe, fetched=fetched),
+            **{entry.name: entry.describe_source() for entry in entries},
+        }
         for what, place in sources.items():
             out.say(f"{what}: {place}")
         names = [eraser.name for eraser in erasers]

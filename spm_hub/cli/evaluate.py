@@ -11,7 +11,7 @@ from spm_hub.cli.output import Output, silence_libraries, table
 from spm_hub.errors import RegistryError, UsageError
 
 if TYPE_CHECKING:
-    from spm_hub.registry.entry import Entry
+    from spm_hub.registry.entry import EraserEntry
 
 
 @command(
@@ -111,7 +111,7 @@ def evaluate(
     )  # fmt: skip
 
 
-def _check_recordable(entries: list["Entry"], asked: tuple[object, ...]) -> None:
+def _check_recordable(entries: list["EraserEntry"], asked: tuple[object, ...]) -> None:
     """Raises UsageError, RegistryError where the numbers would not be those of one eraser as it is, in a registry."""
     from spm_hub.registry import storage
 

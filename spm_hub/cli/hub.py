@@ -15,7 +15,7 @@ from spm_hub.errors import UsageError
 if TYPE_CHECKING:
     from spm_hub.hub.card import Pair
     from spm_hub.hub.search import Found
-    from spm_hub.registry.entry import Entry
+    from spm_hub.registry.entry import EraserEntry
 
 Repo = Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository on the Hub.")]
 
@@ -82,7 +82,9 @@ def push(
     out.say(f"others get it by: spmhub pull {repo}")
 
 
-def _drawn(out: Output, entry: "Entry", prompts: list[str] | None, folder: Path, device: str) -> "tuple[Pair, ...]":
+def _drawn(
+    out: Output, entry: "EraserEntry", prompts: list[str] | None, folder: Path, device: str
+) -> "tuple[Pair, ...]":
     """Pairs that the eraser's own base draws now; none, with a word why, where it is not on this machine."""
     from spm_hub.evaluation.pictures import Drawing, save, show
     from spm_hub.hub.card import hub_id, read_pairs
@@ -170,7 +172,7 @@ def pull(
          "manifest": one.entry.manifest_path}
         for one in pulled
     ]  # fmt: skip
-    lines = [f"{one.entry.name} ({one.state}): {one.entry.whence()}" for one in pulled]
+    lines = [f"{one.entry.name} ({one.state}): {one.entry.describe_source()}" for one in pulled]
     if not pulled:
         out.say(f"nothing to do: {kept_in.root} has all that its lock file names")
     out.data(rows, "\n".join(lines), brief=[str(one.entry.adapter_path) for one in pulled])
@@ -208,13 +210,13 @@ def show_found(out: Output, found: "tuple[Found, ...]") -> None:
 @command("outdated", Example("spmhub outdated", "which pulled erasers have moved on at the Hub"), panel="Share")
 def outdated(out: Output, *, registry: options.Registry = None) -> None:
     """Compare the pulled erasers with what the Hub has now."""
-    from spm_hub.registry.registry import chosen
+    from spm_hub.registry.registry import editable_registries
 
     silence_hub()
     from spm_hub.hub import pull as remote
 
     rows = []
-    for place in chosen(registry):
+    for place in editable_registries(registry):
         for age in remote.ages(place):
             row = {"name": age.name, "repo": age.pin.repo, "revision": age.pin.revision, "pinned": age.pin.commit}
             rows.append({**row, "newest": age.newest, "state": age.state, "registry": str(place.root)})

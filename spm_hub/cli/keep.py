@@ -10,7 +10,7 @@ from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, size
 
 if TYPE_CHECKING:
-    from spm_hub.registry.archive import Moved
+    from spm_hub.registry.archive import Transfer
 
 Names = Annotated[list[str], typer.Argument(help="Names in the registry.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")]
@@ -28,9 +28,9 @@ def remove(out: Output, names: Names, *, registry: options.Registry = None, dry_
     Each from the registry that is asked for, or unless one is, from where its name is found, as apply would find it.
     All names are looked up before any goes.
     """
-    from spm_hub.registry.registry import holding
+    from spm_hub.registry.registry import registry_with
 
-    found = [(name, holding(name, registry)) for name in dict.fromkeys(names)]
+    found = [(name, registry_with(name, registry)) for name in dict.fromkeys(names)]
     for name, place in () if dry_run else found:
         place.remove(name)
     rows = [{"name": name, "registry": str(place.root), "removed": not dry_run} for name, place in found]
@@ -110,7 +110,7 @@ def import_(
     _show(out, run(source, kept, replace=force), kept.root)
 
 
-def _show(out: Output, moved: "tuple[Moved, ...]", to: Path) -> None:
+def _show(out: Output, moved: "tuple[Transfer, ...]", to: Path) -> None:
     rows = [{"name": one.entry.name, "state": one.state, "to": str(to)} for one in moved]
     lines = [f"{row['name']}: {row['state']} in {row['to']}" for row in rows]
     out.data(rows, "\n".join(lines), brief=[row["name"] for row in rows])

@@ -27,7 +27,7 @@ def list_(
     remote: Annotated[bool, typer.Option("--remote", help="Those on the Hub instead: see spmhub search.")] = False,
 ) -> None:
     """List the erasers that can be named."""
-    from spm_hub.registry.registry import chosen
+    from spm_hub.registry.registry import editable_registries
 
     if remote:
         from spm_hub.cli.hub import show_found
@@ -37,7 +37,7 @@ def list_(
         show_found(out, search())
         return
     found: list[dict[str, Any]] = []
-    for place in chosen(registry):
+    for place in editable_registries(registry):
         for entry in place.entries():
             row: dict[str, Any] = {"name": entry.name, "registry": str(place.root)}
             try:

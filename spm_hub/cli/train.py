@@ -14,7 +14,7 @@ from spm_hub.errors import RegistryError, SpmHubError, UsageError
 
 if TYPE_CHECKING:
     from spm_hub.adapters.manifest import Manifest
-    from spm_hub.registry.entry import Entry
+    from spm_hub.registry.entry import EraserEntry
     from spm_hub.registry.registry import Registry
     from spm_hub.training.recipe.recipe import Recipe
 
@@ -132,7 +132,7 @@ def train(
         from spm_hub.training.trainer import train_together
 
         stamp = base_stamp(pipe)
-    entries: list[Entry] = []
+    entries: list[EraserEntry] = []
     for plan in plans:
         start = None if plan.start_from is None else started[plan.start_from].load()
         whole = begun(plan.model_copy(update={"model": base}), start)

@@ -12,7 +12,7 @@ from spm_hub.cli.output import Output, table
 from spm_hub.errors import SpmHubError
 
 if TYPE_CHECKING:
-    from spm_hub.registry.entry import Entry
+    from spm_hub.registry.entry import EraserEntry
     from spm_hub.registry.verification import Check
 
 FAILED = 1
@@ -62,7 +62,7 @@ def verify(
         sys.exit(FAILED)
 
 
-def _recipe(entry: "Entry") -> "Check":
+def _recipe(entry: "EraserEntry") -> "Check":
     """Whether the recipe is one that can be trained again: a manifest keeps whatever stands there as it is."""
     from spm_hub.registry.verification import Check
     from spm_hub.training.recipe.recipe import Recipe
@@ -96,9 +96,9 @@ def sign(
 
     Needs the extra: pip install "spm-hub[sign]". The signature stays in the registry, and goes with a push.
     """
-    from spm_hub.registry.registry import holding
+    from spm_hub.registry.registry import registry_with
 
-    places = [(name, holding(name, registry)) for name in names]
+    places = [(name, registry_with(name, registry)) for name in names]
     signed = [{"name": name, "signature": str(place.sign(name, key))} for name, place in places]
     out.data(
         signed,

@@ -17,7 +17,7 @@ from spm_hub.io.environment import OWNER_VARIABLE
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.hub_client import is_commit, reaching, repository_info
 from spm_hub.registry import lockfile, signing, storage
-from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry
 from spm_hub.registry.registry import Registry
 
 DEFAULT_OWNER = "spm-hub"
@@ -30,7 +30,7 @@ def owner() -> str | None:
     return os.environ.get(OWNER_VARIABLE, DEFAULT_OWNER).strip() or None
 
 
-def download(repo: str, revision: str | None = None, *, progress: Progress | None = None) -> Entry:
+def download(repo: str, revision: str | None = None, *, progress: Progress | None = None) -> EraserEntry:
     """The adapter of a repository, and its manifest where it has one, both of one commit, in the Hub's cache.
 
     A commit that is in the cache is taken from there without a request; so is anything while the Hub is out of reach.
@@ -75,14 +75,16 @@ def download(repo: str, revision: str | None = None, *, progress: Progress | Non
             progress=progress,
         )
     _remember(repo, revision, commit)
-    return Entry(repo, path, manifest_path, Origin(repo=repo, commit=commit, revision=_named(revision)), fetched=is_new)
+    return EraserEntry(
+        repo, path, manifest_path, Origin(repo=repo, commit=commit, revision=_named(revision)), fetched=is_new
+    )
 
 
 @dataclass(frozen=True)
 class Pulled:
     """What a pull did to the registry."""
 
-    entry: Entry
+    entry: EraserEntry
     origin: Origin
     state: Literal["new", "updated", "unchanged"]
 
@@ -121,7 +123,7 @@ def pull(
             mend="tell its author; commits do not change by themselves",
         )
     held = registry.find(manifest.name)
-    if held is not None and not replace and held.pin == lockfile.pin_of(manifest) and held.holds(manifest):
+    if held is not None and not replace and held.pin == lockfile.pin_of(manifest) and held.is_adapter_of(manifest):
         return Pulled(held, origin, "unchanged")
     kept = registry.install(entry, manifest, replace=replace)
     return Pulled(dataclasses.replace(kept, fetched=entry.fetched), origin, "new" if held is None else "updated")
@@ -174,7 +176,7 @@ def _is_held(registry: Registry, name: str, pin: lockfile.Pin) -> bool:
     return held is not None and held.pin == pin
 
 
-def by_name(name: str, registry: Registry, progress: Progress | None = None) -> Entry | None:
+def by_name(name: str, registry: Registry, progress: Progress | None = None) -> EraserEntry | None:
     """Pull the repository `name` of the owner whom bare names mean; None where the Hub has none."""
     whose = owner()
     if whose is None:
@@ -189,12 +191,12 @@ def _named(revision: str | None) -> str | None:
     return None if revision == constants.DEFAULT_REVISION else revision
 
 
-def _commit_of(entry: Entry) -> str:
+def _commit_of(entry: EraserEntry) -> str:
     assert entry.origin is not None
     return entry.origin.commit
 
 
-def _with_file(entry: Entry, repo: str) -> Manifest:
+def _with_file(entry: EraserEntry, repo: str) -> Manifest:
     """The manifest of what was downloaded, with size and hash of its file, also where the repository has none."""
     manifest = entry.load().manifest
     if entry.manifest_path is not None:
@@ -233,7 +235,7 @@ def _compare_sizes(repo: str, info: ModelInfo, weights: str, stated: int | None)
         )
 
 
-def _cached(repo: str, revision: str | None) -> Entry | None:
+def _cached(repo: str, revision: str | None) -> EraserEntry | None:
     """The adapter from the cache, when the repository has been downloaded before; no request is made."""
 
     def find(name: str) -> Path | None:
@@ -253,7 +255,7 @@ def _cached(repo: str, revision: str | None) -> Entry | None:
     if weights is None:
         return None
     origin = Origin(repo=repo, commit=weights.parent.name, revision=_named(revision))
-    return Entry(repo, weights, manifest_path, origin)
+    return EraserEntry(repo, weights, manifest_path, origin)
 
 
 def _remember(repo: str, revision: str | None, commit: str) -> None:

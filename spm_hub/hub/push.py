@@ -16,7 +16,7 @@ from spm_hub.io.hashing import sha256_of
 from spm_hub.io.hub_client import legible, patiently, reaching
 from spm_hub.io.safetensors_file import MANIFEST_KEY, read_header
 from spm_hub.registry import signing
-from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry
 from spm_hub.registry.registry import HUB_REFERENCE
 
 CARD_NAME = "README.md"
@@ -52,7 +52,7 @@ class Pushed:
     pull_request: str | None
 
 
-def prepare(entry: Entry, repo: str, pairs: Sequence[Pair], staging: Path) -> Release:
+def prepare(entry: EraserEntry, repo: str, pairs: Sequence[Pair], staging: Path) -> Release:
     """Everything that a push of `entry` uploads. An eraser in another program's layout is written anew into `staging`.
 
     The adapter file is uploaded as it is, bit for bit, under the name that its kind of loader looks for.

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spm_hub.adapters.manifest import NAME, slug
-from spm_hub.errors import NetworkError, NotFoundError, UsageError
+from spm_hub.errors import NetworkError, NotFoundError, UsageError, ambiguous_eraser, unknown_eraser
 from spm_hub.registry import lockfile, storage
-from spm_hub.registry.entry import WEIGHTS_NAME, Entry, entry_of
-from spm_hub.registry.registry import HUB_REFERENCE, Registry, ambiguous, asked_for, registries, unknown
+from spm_hub.registry.entry import WEIGHTS_NAME, EraserEntry, entry_of
+from spm_hub.registry.registry import HUB_REFERENCE, Registry, registries, requested_root
 
 if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter
@@ -23,7 +23,7 @@ _SUFFIX = storage.SUFFIXES[storage.ADAPTERS]
 
 def resolve(
     reference: str, registry: Path | None = None, *, progress: Callable[[int, int], None] | None = None
-) -> Entry:
+) -> EraserEntry:
     """Find what a reference names: a path, a name or concept in a registry, or owner/name[@revision] on the Hub.
 
     A name that no registry knows is pulled from the Hub, where `remote.owner` keeps it, into `registry` or the user's
@@ -56,7 +56,7 @@ def resolve(
             names += [entry.name for entry in place.entries()]
     if path.is_file() or (path / WEIGHTS_NAME).is_file():
         if hit is not None:
-            raise ambiguous(reference, [f"./{reference} (a file here)", f"{hit.adapter_path} (in a registry)"])
+            raise ambiguous_eraser(reference, [f"./{reference} (a file here)", f"{hit.adapter_path} (in a registry)"])
         return _entry_at(path)
     return hit or _from_owner(reference, registry, names, progress)
 
@@ -66,7 +66,7 @@ def load(reference: str, registry: Path | None = None, *, lazy: bool = False) ->
     return resolve(reference, registry).load(lazy=lazy)
 
 
-def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> Entry | None:
+def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> EraserEntry | None:
     """The entry that was pulled from there before, if any registry still holds it, and as its lock file names it."""
     for place in known:
         for name, pin in lockfile.read(place.root).items():
@@ -79,7 +79,7 @@ def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> Entry
 
 def _from_owner(
     reference: str, registry: Path | None, names: list[str], progress: Callable[[int, int], None] | None
-) -> Entry:
+) -> EraserEntry:
     """A name that no registry knows, pulled from the Hub. Raises NotFoundError, HubError for one that is closed."""
     from spm_hub.hub import pull as remote
 
@@ -88,28 +88,28 @@ def _from_owner(
     if whose is not None and (held := _pinned(f"{whose}/{slug(reference)}", None, known)):
         return held
     where = ", ".join(str(place.root) for place in known)
-    kept_in = known[-1] if asked_for(registry) is None else known[0]  # the last is the user's own
+    kept_in = known[-1] if requested_root(registry) is None else known[0]  # the last is the user's own
     try:
         found = remote.by_name(slug(reference), kept_in, progress)
     except NetworkError as error:
-        raise unknown(reference, names, f"in {where}, and {error.message}") from error
+        raise unknown_eraser(reference, names, f"in {where}, and {error.message}") from error
     if found is None:
-        raise unknown(
+        raise unknown_eraser(
             reference, names, f"in {where}" + (f", nor on the Hub as {whose}/{slug(reference)}" if whose else "")
         )
     return found
 
 
-def _entry_at(path: Path) -> Entry:
+def _entry_at(path: Path) -> EraserEntry:
     """The entry of a path: an adapter file, or a folder laid out as a repository of the Hub."""
     if path.is_dir():
         files = [path / WEIGHTS_NAME] if (path / WEIGHTS_NAME).is_file() else sorted(path.glob(f"*{_SUFFIX}"))
         if len(files) > 1:
-            raise ambiguous(str(path), map(str, files))
+            raise ambiguous_eraser(str(path), map(str, files))
         if not files:
             raise NotFoundError(f"{path}: there is no {_SUFFIX} file in this folder", mend="spmhub list")
         return entry_of(files[0])
     if not path.exists():
         siblings = [str(file) for file in path.parent.glob(f"*{_SUFFIX}")]
-        raise unknown(str(path), siblings, "on this disk")
+        raise unknown_eraser(str(path), siblings, "on this disk")
     return entry_of(path)

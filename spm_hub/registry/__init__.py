@@ -1,1 +1,1 @@
-"""A registry: a folder of erasers with their manifests, lock file and signatures."""
+"""Registries: folders of erasers with their manifests, lock file and signatures."""

@@ -1,7 +1,7 @@
-"""Erasers carried to a machine without a network: a folder that is itself a registry, or the same as one tar file.
+"""Export and import of erasers, as a folder laid out as a registry or as one tar file.
 
-The tar is read here and not by tarfile: of the format's many kinds of members only plain files are wanted, and nothing
-in an archive says where they go.
+Archives are read by the parser below and not by tarfile: it accepts plain files only, and never takes a destination
+path from the archive.
 """
 
 import io
@@ -19,7 +19,7 @@ from spm_hub.adapters.manifest import MAX_BYTES, NAME
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, UsageError
 from spm_hub.io.atomic import write_atomic
 from spm_hub.registry import signing, storage
-from spm_hub.registry.entry import Entry
+from spm_hub.registry.entry import EraserEntry
 from spm_hub.registry.registry import Registry
 
 _BLOCK = 512
@@ -37,29 +37,30 @@ _PART = re.compile(r"(?P<folder>[a-z]+)/(?P<name>[^/]+)(?P<suffix>\.[a-z]+)")
 
 
 @dataclass(frozen=True)
-class Moved:
-    """What became of one eraser of an archive."""
+class Transfer:
+    """One exported or imported eraser, and whether it was new, replaced another, or was there already."""
 
-    entry: Entry
+    entry: EraserEntry
     state: Literal["new", "replaced", "unchanged"]
 
 
-def export(entries: Sequence[Entry], to: Path, *, replace: bool = False) -> tuple[Moved, ...]:
-    """Copy verified erasers into the folder `to`, or into a tar file where `to` ends with .tar: all of them or none.
+def export(entries: Sequence[EraserEntry], to: Path, *, replace: bool = False) -> tuple[Transfer, ...]:
+    """Copy erasers into the folder `to`, or into a tar file if `to` ends with .tar: all of them or none.
 
-    Raises RegistryError where `to` holds such a file or one of the names and `replace` is not set, UsageError for an
-    archive of another kind, and whatever is wrong with one of the erasers, before anything is written.
+    Every eraser is verified, and its error raised, before anything is written.
+    Raises RegistryError if the tar file exists, or the folder has one of the names, and `replace` is False;
+    UsageError for another archive format.
     """
     if any(to.name.endswith(ending) for ending in _OTHER_ARCHIVES):
         raise UsageError(
-            f"{to} would be a folder of that name: what is packed is a plain .tar, as weights hardly get any smaller",
+            f"{to}: erasers are exported to a folder or a plain .tar file, as compression hardly shrinks weights",
             mend=f"--to {to.name.partition('.')[0]}.tar",
         )
     entries = tuple(dict.fromkeys(entries))
     if to.suffix != ".tar":
         return _install(entries, Registry(to), replace=replace)
     if to.exists() and not replace:
-        raise RegistryError(f"{to} exists already", mend="--force replaces it")
+        raise RegistryError(f"{to} exists already", mend="replace it with --force")
     with tempfile.TemporaryDirectory(prefix="spmhub-") as folder:
         packed = Registry(Path(folder))
         moved = _install(entries, packed, replace=False)
@@ -67,12 +68,12 @@ def export(entries: Sequence[Entry], to: Path, *, replace: bool = False) -> tupl
     return moved
 
 
-def import_(source: Path, registry: Registry, *, replace: bool = False) -> tuple[Moved, ...]:
-    """Install every eraser of a folder or tar file that `export` made, or none of them; all are verified before.
+def import_(source: Path, registry: Registry, *, replace: bool = False) -> tuple[Transfer, ...]:
+    """Install all erasers of a folder or tar file that `export` made, or none; all are verified first.
 
-    Where one says that it was pulled from is kept as its claim: the lock file does not name it (`Registry.install`).
-    Raises AdapterFileError for an archive that is damaged or holds anything but erasers, RegistryError where the
-    registry holds another eraser of a name and `replace` is not set, and whatever is wrong with one of the erasers.
+    An origin in a manifest stays there as a claim and does not enter the lock file (see `Registry.install`).
+    Raises AdapterFileError for an archive that is damaged or contains other files, RegistryError if the registry has
+    another eraser of one of the names and `replace` is False, and the errors of verifying an eraser.
     """
     if source.is_dir():
         return _install(_entries_of(source, source), registry, replace=replace)
@@ -81,48 +82,57 @@ def import_(source: Path, registry: Registry, *, replace: bool = False) -> tuple
     (registry.root / storage.STATE).mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=registry.root / storage.STATE) as folder,
-        _opened(source) as file,
+        _open_archive(source) as file,
     ):
         _unpack(source, file, Path(folder))
         return _install(_entries_of(source, Path(folder)), registry, replace=replace)
 
 
-def _install(entries: Iterable[Entry], registry: Registry, *, replace: bool) -> tuple[Moved, ...]:
-    plan: list[tuple[Entry, Literal["new", "replaced", "unchanged"]]] = []
+def _install(entries: Iterable[EraserEntry], registry: Registry, *, replace: bool) -> tuple[Transfer, ...]:
+    plan: list[tuple[EraserEntry, Literal["new", "replaced", "unchanged"]]] = []
     for entry in entries:
         manifest = entry.load().manifest
-        held = registry.find(manifest.name)
-        if held is not None and not replace and held.holds(manifest) and _signature(held) == _signature(entry):
+        existing = registry.find(manifest.name)
+        if (
+            existing is not None
+            and not replace
+            and existing.is_adapter_of(manifest)
+            and _signature(existing) == _signature(entry)
+        ):
             plan.append((entry, "unchanged"))
             continue
         registry.check_room_for(manifest.name, replace=replace)
-        plan.append((entry, "new" if held is None else "replaced"))
+        plan.append((entry, "new" if existing is None else "replaced"))
     changing = [entry for entry, state in plan if state != "unchanged"]
     kept = iter(registry.install_all(changing, replace=replace) if changing else ())
-    return tuple(Moved(entry if state == "unchanged" else next(kept), state) for entry, state in plan)
+    return tuple(Transfer(entry if state == "unchanged" else next(kept), state) for entry, state in plan)
 
 
-def _signature(entry: Entry) -> bytes | None:
+def _signature(entry: EraserEntry) -> bytes | None:
     return None if entry.signature_path is None else signing.read(entry.signature_path)
 
 
-def _entries_of(source: Path, folder: Path) -> tuple[Entry, ...]:
-    """The erasers of a folder, if there is nothing but files in it. Raises AdapterFileError, ManifestError."""
+def _entries_of(source: Path, folder: Path) -> tuple[EraserEntry, ...]:
+    """Return the erasers in `folder`; `source` is the path that errors name.
+
+    Raises AdapterFileError if there is none or the folder contains a symbolic link, ManifestError for one without a
+    manifest.
+    """
     for place in (folder, *(folder / name for name in storage.SUFFIXES)):
         for path in (place, *(place.iterdir() if place.is_dir() else ())):
             if path.is_symlink() and path != folder:
                 _refuse(source, f"{path.name} is a symbolic link")
     entries = Registry(folder).entries()
     if not entries:
-        _refuse(source, f"it holds no eraser (no {storage.ADAPTERS}/NAME.safetensors)")
+        _refuse(source, f"it contains no eraser (no {storage.ADAPTERS}/NAME.safetensors)")
     for entry in entries:
         if entry.manifest_path is None:
-            raise ManifestError(f"{source}: {entry.name} has no manifest, so nothing to be verified against")
+            raise ManifestError(f"{source}: {entry.name} has no manifest to verify it against")
     return entries
 
 
 def _pack(packed: Registry, file: BinaryIO) -> None:
-    """The same bytes for the same erasers: nothing of the clock or the user."""
+    """Write the tar file. The same erasers give the same bytes: no time stamps and no owner are written."""
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for folder, suffix in sorted(storage.SUFFIXES.items()):
             for path in sorted((packed.root / folder).glob(f"*{suffix}")):
@@ -133,7 +143,7 @@ def _pack(packed: Registry, file: BinaryIO) -> None:
 
 
 @contextmanager
-def _opened(source: Path) -> Iterator[BinaryIO]:
+def _open_archive(source: Path) -> Iterator[BinaryIO]:
     if not source.is_file():
         _refuse(source, "it is neither a folder nor a file")
     try:
@@ -144,7 +154,10 @@ def _opened(source: Path) -> Iterator[BinaryIO]:
 
 
 def _unpack(source: Path, file: BinaryIO, folder: Path) -> None:
-    """Copy every member to where erasers are kept below `folder`. Raises AdapterFileError at the first other one."""
+    """Copy every member of the tar file to its place in the registry layout below `folder`.
+
+    Raises AdapterFileError at the first member that is not part of an eraser.
+    """
     size = os.fstat(file.fileno()).st_size
     if file.read(2) == b"\x1f\x8b":
         _refuse(source, "it is compressed", mend=f"gunzip {source}")
@@ -154,50 +167,51 @@ def _unpack(source: Path, file: BinaryIO, folder: Path) -> None:
         match = _PART.fullmatch(name)
         part = match["folder"] if match else ""
         if match is None or storage.SUFFIXES.get(part) != match["suffix"] or not re.fullmatch(NAME, match["name"]):
-            _refuse(source, f"{name[:120]!r} is no part of an eraser")
+            _refuse(source, f"{name[:120]!r} is not part of an eraser")
         if length > _LARGEST[part]:
-            _refuse(source, f"{name}: {length} bytes, more than the {_LARGEST[part]} that it may have")
+            _refuse(source, f"{name} has {length} bytes, more than the limit of {_LARGEST[part]}")
         if name in seen:
-            _refuse(source, f"{name} is in it twice")
+            _refuse(source, f"it contains {name} twice")
         seen.add(name)
-        path = storage.place(folder, part, match["name"])
+        path = storage.part_path(folder, part, match["name"])
         path.parent.mkdir(exist_ok=True)
         with open(path, "xb") as copy:
             left = length
             while left:
                 block = file.read(min(left, 2**20))
                 if not block:
-                    _refuse(source, f"it ends within {name}")
+                    _refuse(source, f"it ends in the middle of {name}")
                 left -= copy.write(block)
         file.seek(-length % _BLOCK, io.SEEK_CUR)
 
 
 def _members(source: Path, file: BinaryIO, size: int) -> Iterator[tuple[str, int]]:
-    """Name and length of each plain file, `file` standing at its first byte; whoever asks for the next has read it.
+    """Yield name and length of each plain file in the tar file, with `file` positioned at its first byte.
 
-    The header is that of POSIX.1-1988 (ustar), which GNU tar writes too for short names.
+    The caller reads the contents, and their padding to 512 bytes, before it asks for the next member. Headers are
+    those of POSIX.1-1988 (ustar), which GNU tar also writes for short names.
     """
     while True:
         header = file.read(_BLOCK)
         if header == bytes(_BLOCK):
             return
         if len(header) < _BLOCK:
-            _refuse(source, "it is no tar file, or cut short")
+            _refuse(source, "it is not a tar file, or is cut short")
         try:
             name, length, checksum = _text(header[:100]), _octal(header[124:136]), _octal(header[148:156])
         except ValueError:
-            _refuse(source, f"the header at byte {file.tell() - _BLOCK} is not one of a tar file")
+            _refuse(source, f"the header at byte {file.tell() - _BLOCK} is not that of a tar file")
         if checksum != sum(header[:148]) + sum(header[156:]) + 8 * ord(" "):
             _refuse(source, f"the header at byte {file.tell() - _BLOCK} is damaged")
         if header[257:263] == b"ustar\0" and header[345] != 0:
             name = f"{_text(header[345:500])}/{name}"
         kind, name = header[156:157], name.removeprefix("./")
         if kind == b"5" and length == 0:
-            continue  # folders come by themselves
+            continue  # folders are made as files need them
         if kind not in (b"0", b"\0"):
-            _refuse(source, f"{name[:120]!r} is {_KINDS.get(kind, 'of a kind')} that is not read")
+            _refuse(source, f"{name[:120]!r} is {_KINDS.get(kind, 'of unknown type')}; only plain files are read")
         if length > size - file.tell():
-            _refuse(source, f"{name[:120]!r} claims {length} bytes, the file has {size - file.tell()} left")
+            _refuse(source, f"{name[:120]!r} claims {length} bytes, but the file has only {size - file.tell()} left")
         yield name, length
 
 

@@ -1,4 +1,4 @@
-"""One adapter where it lies: its file, the manifest and the signature that belong to it, and how they are read."""
+"""One eraser on disk: finds its adapter file, manifest and signature, and reads them."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-"""The adapter in a repository of the Hub, as diffusers looks for it; its manifest stands beside it."""
+"""Name of the adapter file in a repository of the Hub, the one that diffusers looks for."""
 MANIFEST_NAME = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One adapter that can be loaded; `manifest_path` is None for a file that came alone.
+class EraserEntry:
+    """An eraser on disk that can be loaded; `manifest_path` is None for a file without a manifest file.
 
-    `origin` is where on the Hub it is from, when that is not in its manifest; `fetched`: it was downloaded just now.
+    origin: its repository and commit on the Hub, where its manifest does not name them.
+    fetched: True if it was downloaded by this call.
     """
 
     name: str
@@ -31,8 +32,11 @@ class Entry:
     origin: Origin | None = None
     fetched: bool = False
 
-    def whence(self) -> str:
-        """Where the file is from and where it lies, for a person; what nobody here has pulled only claims to be."""
+    def describe_source(self) -> str:
+        """Describe for a reader where the file came from and where it is kept.
+
+        An origin that is only in the manifest, and not in a lock file, is marked as the manifest's claim.
+        """
         how = "downloaded just now to" if self.fetched else "kept in"
         origin = self.origin or self.pin
         if origin is None:
@@ -43,7 +47,10 @@ class Entry:
 
     @property
     def pin(self) -> lockfile.Pin | None:
-        """The commit of the Hub that its registry pulled it from; None unless lock file and manifest both say so."""
+        """The repository and commit on the Hub that the registry pulled the eraser from.
+
+        None unless the lock file and the manifest agree.
+        """
         if self.adapter_path.parent.name != storage.ADAPTERS:
             return None
         try:
@@ -52,20 +59,23 @@ class Entry:
         except SpmHubError:
             return None
 
-    def holds(self, manifest: Manifest) -> bool:
-        """Whether this is, to the last byte of its file, the adapter of that manifest; numbers measured may differ."""
+    def is_adapter_of(self, manifest: Manifest) -> bool:
+        """Return True if the file is, byte for byte, the adapter that `manifest` describes.
+
+        Recorded evaluations may differ.
+        """
         try:
-            mine = self.read_manifest()
+            own = self.read_manifest()
             digest = sha256_of(self.adapter_path)
         except (SpmHubError, OSError):
             return False
-        known = digest == mine.increment.sha256 == manifest.increment.sha256
-        return known and mine.to_embedded_json() == manifest.to_embedded_json()
+        same_file = digest == own.increment.sha256 == manifest.increment.sha256
+        return same_file and own.to_embedded_json() == manifest.to_embedded_json()
 
     def read_manifest(self) -> Manifest:
-        """The manifest, from beside the file or from inside it, without reading tensors.
+        """Read the manifest, from its own file or from the adapter file's header, without reading tensors.
 
-        Only a file of another program, which has neither, is loaded to be described.
+        A file of another program has neither; it is loaded, and a manifest is made from its contents.
         """
         from spm_hub.io.safetensors_file import MANIFEST_KEY, read_header
 
@@ -79,18 +89,20 @@ class Entry:
 
     @property
     def signature_path(self) -> Path | None:
-        """The signature that stands where that of this file belongs, if one does."""
+        """Path of the eraser's signature, or None if it has none."""
         if self.adapter_path.parent.name == storage.ADAPTERS:
-            beside = storage.place(self.adapter_path.parent.parent, storage.SIGNATURES, self.adapter_path.stem)
+            path = storage.part_path(self.adapter_path.parent.parent, storage.SIGNATURES, self.adapter_path.stem)
         else:
-            beside = self.adapter_path.with_name(signing.SIGNATURE_NAME)
-        return beside if beside.is_file() else None
+            path = self.adapter_path.with_name(signing.SIGNATURE_NAME)
+        return path if path.is_file() else None
 
     def load(self, *, lazy: bool = False, signed_by: Path | None = None) -> "Adapter":
-        """The adapter itself, verified against its manifest; when `lazy`, its increments as soon as one is needed.
+        """Load the adapter and verify it against its manifest.
 
-        signed_by: a public key whose holder has to have signed it; unless given, the one that the environment requires.
-        Never a file and a manifest of two versions, whoever replaces them meanwhile.
+        lazy: read the increments only when the first one is needed.
+        signed_by: public key (PEM); the adapter must be signed with its private key. Default: the key that the
+        environment variable names, if any.
+        While another process replaces the eraser, file and manifest are still of one version.
         """
         key = signed_by or signing.required_key()
         root = self.adapter_path.parent.parent
@@ -99,42 +111,49 @@ class Entry:
         if not lazy:
             with suppress(SpmHubError):
                 return self.load_now(key)
-        # What is wrong may have been read between two renames; what is wrong while nobody writes, is. And a lazy
-        # reader, who does not read as far as the hash that would tell him, has to wait for the writers every time.
-        with storage.writing(root):
+        # An error above may come from reading between another process's two renames. Under the lock an error is real.
+        # A lazy load does not compute the hash that would reveal a mix of two versions, so it always takes the lock.
+        with storage.write_lock(root):
             return self.load_now(key, lazy=lazy)
 
     def load_now(self, key: Path | None = None, *, lazy: bool = False) -> "Adapter":
-        """As `load` does, for the registry's one writer; unless `key` is given, signed or not."""
+        """Load the adapter without taking the lock, for a caller that has it.
+
+        key: public key to check the signature with; None accepts an unsigned adapter.
+        """
         from spm_hub.adapters.adapter import load_file
 
         signed = None
         if key is not None:
             signed = signing.check(self.adapter_path, self.manifest_path, self.signature_path, key)
         adapter = load_file(self.adapter_path, self.manifest_path, lazy=lazy)
-        # The manifest names the sha256 of the file, which is checked when it is read: one manifest, one adapter.
+        # The manifest contains the file's sha256, which load_file checks: one manifest means one adapter file.
         if signed is not None and adapter.manifest != signed:
             raise SignatureError(f"{self.manifest_path} was replaced while it was checked", mend="run it again")
         self._checked(adapter.manifest)
         return adapter
 
     def _checked(self, manifest: Manifest) -> Manifest:
-        """Files renamed by hand would be listed under one name and gated under another."""
+        """Return the manifest; raise ManifestError if its name is not the file's.
+
+        A file that was renamed by hand would be listed under one name and attached under another.
+        """
         if self.manifest_path is not None and self.manifest_path.stem == self.name != manifest.name:
             raise ManifestError(
-                f"{self.manifest_path}: name is {manifest.name!r}, the file's is {self.name!r}",
+                f"{self.manifest_path}: name is {manifest.name!r}, but the file is named {self.name!r}",
                 mend=f"rename it and {self.adapter_path} to {manifest.name}, or change the name inside",
             )
         return manifest
 
 
-def entry_of(file: Path) -> Entry:
-    """The entry of an adapter file, with the manifest that its place says is its own.
+def entry_of(file: Path) -> EraserEntry:
+    """Return the entry of an adapter file, with its manifest file if there is one.
 
-    A .json of the same name in the same folder is not one: other programs keep their own notes there.
+    In a registry the manifest is manifests/NAME.json; in a folder laid out like a repository of the Hub it is
+    manifest.json. A .json file next to the adapter with the same name is not read: other programs write such files.
     """
     if file.name == WEIGHTS_NAME:
-        beside = file.with_name(MANIFEST_NAME)
+        manifest = file.with_name(MANIFEST_NAME)
     else:
-        beside = storage.place(file.parent.parent, storage.MANIFESTS, file.stem)
-    return Entry(file.stem, file, beside if beside.is_file() else None)
+        manifest = storage.part_path(file.parent.parent, storage.MANIFESTS, file.stem)
+    return EraserEntry(file.stem, file, manifest if manifest.is_file() else None)

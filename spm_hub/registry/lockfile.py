@@ -1,7 +1,7 @@
-"""The registry's lock file: which of its erasers came from which commit of the Hub, so that they can be had again.
+"""The registry's lock file: records the Hub commit and sha256 of every pulled eraser.
 
-Written by the registry alone, whenever an eraser comes or goes; kept under version control, it brings another machine
-the same files (`spmhub pull` without a name).
+The registry updates it whenever an eraser is added or removed. With the file under version control, `spmhub pull`
+without a name downloads the same files on another machine.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ LOCK_NAME = "spmhub-lock.json"
 
 
 class Pin(Origin):
-    """One eraser's origin, and the sha256 of its adapter file."""
+    """An eraser's origin on the Hub, and the sha256 of its adapter file."""
 
     sha256: Sha256
 
@@ -34,14 +34,17 @@ class _LockFile(BaseModel):
 
 
 def pin_of(manifest: Manifest) -> Pin | None:
-    """What the lock file would say of an adapter, by its manifest; None for one that was made here."""
+    """Return the lock file's entry for an adapter with this manifest; None for one that was not pulled."""
     if manifest.origin is None or manifest.increment.sha256 is None:
         return None
     return Pin(**manifest.origin.model_dump(), sha256=manifest.increment.sha256)
 
 
 def read(root: Path) -> Mapping[str, Pin]:
-    """The pins of the registry at `root`, by name; none where it has no lock file. Raises RegistryError."""
+    """Return the pins of the registry at `root`, by name; none if it has no lock file.
+
+    Raises RegistryError if the file cannot be read or is damaged.
+    """
     path = root / LOCK_NAME
     try:
         text = path.read_bytes()
@@ -60,9 +63,9 @@ def read(root: Path) -> Mapping[str, Pin]:
 
 
 def record(root: Path, name: str, pin: Pin | None) -> None:
-    """Write down where the eraser `name` came from; None for one that is made here, or gone.
+    """Set the pin of the eraser `name`, or delete it where `pin` is None (made here, or removed).
 
-    Only for the registry's one writer (`storage.writing`). Raises RegistryError.
+    Call it under `storage.write_lock`. Raises RegistryError.
     """
     pins = dict(read(root))
     if pins.get(name) == pin:
@@ -76,5 +79,5 @@ def record(root: Path, name: str, pin: Pin | None) -> None:
 
 def _damaged(path: Path, what: str) -> RegistryError:
     return RegistryError(
-        f"{path} is damaged: {what}", mend=f"rm {path}; each pulled eraser's manifest still says where it is from"
+        f"{path} is damaged: {what}", mend=f"rm {path}; the manifest of each pulled eraser still names its origin"
     )

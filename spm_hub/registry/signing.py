@@ -1,7 +1,7 @@
-"""Signatures by model-signing: whoever holds the key vouches for an adapter file and for what its manifest says.
+"""Signs erasers and checks signatures, with the library model-signing.
 
-Signed is a folder as the Hub has it: the adapter file, and the manifest less what differs from copy to copy (the name
-of the file beside it, and where it was pulled from).
+A signature covers a folder with the adapter file and its manifest. Two manifest fields that differ between copies are
+left out: the adapter's file name and the origin on the Hub.
 """
 
 import os
@@ -17,10 +17,10 @@ from spm_hub.errors import NotFoundError, RegistryError, SignatureError, UsageEr
 from spm_hub.io.environment import KEY_VARIABLE
 
 SIGNATURE_NAME = "model.sig"
-"""The signature in a repository of the Hub, as model-signing itself names it."""
+"""Name of the signature in a repository of the Hub, the default of model-signing."""
 
 MAX_BYTES = 2**20
-"""Of a signature; ours have 2 kB."""
+"""Largest signature that is read; ours have 2 kB."""
 
 _FILES = ("pytorch_lora_weights.safetensors", "manifest.json")
 _MAKE_KEYS = (
@@ -29,79 +29,82 @@ _MAKE_KEYS = (
 
 
 def required_key() -> Path | None:
-    """The public key that every eraser has to be signed for, where the environment names one."""
+    """Return the public key that every eraser must be signed for, if the environment variable names one."""
     return Path(named) if (named := os.environ.get(KEY_VARIABLE)) else None
 
 
 def sign(adapter: Path, manifest: Path, key: Path) -> bytes:
-    """The signature of an adapter file and its manifest with an elliptic-curve private key (PEM, not encrypted).
+    """Sign an adapter file and its manifest and return the signature.
 
-    Raises UsageError without the extra `sign` and for what is no such key, NotFoundError, ManifestError.
+    key: an elliptic-curve private key (PEM, not encrypted).
+    Raises UsageError if the extra `sign` is not installed or the key is of another kind, NotFoundError if there is no
+    key file, ManifestError.
     """
     signing = _library("signing")
     config = _with_key(key, "private", lambda: signing.Config().use_elliptic_key_signer(private_key=key))
-    with _as_signed(adapter, Manifest.read(manifest)) as folder:
+    with _signed_folder(adapter, Manifest.read(manifest)) as folder:
         signature = folder.with_name(SIGNATURE_NAME)
         config.sign(folder, signature)
         return signature.read_bytes()
 
 
 def read(signature: Path) -> bytes:
-    """The bytes of a signature. Raises SignatureError for more than any has, RegistryError."""
+    """Read a signature file. Raises SignatureError if it is larger than MAX_BYTES, RegistryError."""
     try:
         with open(signature, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise RegistryError(f"cannot read {signature}: {error.strerror}", mend=f"chmod u+r {signature}") from error
     if len(content) > MAX_BYTES:
-        raise SignatureError(f"{signature} has more than the {MAX_BYTES} bytes that a signature may have")
+        raise SignatureError(f"{signature} is larger than the limit of {MAX_BYTES} bytes for a signature")
     return content
 
 
 def check(adapter: Path, manifest: Path | None, signature: Path | None, key: Path) -> Manifest:
-    """The manifest, as it was read, if the holder of the public `key` (PEM) has signed it and the file.
+    """Check that adapter and manifest were signed with the private key of the public `key` (PEM).
 
-    Raises SignatureError that names the one that was altered, UsageError and the others as `sign` does.
+    Returns the manifest that was checked. Raises SignatureError, which names the file that was altered, and the other
+    errors of `sign`.
     """
     verifying = _library("verifying")
     config = _with_key(key, "public", lambda: verifying.Config().use_elliptic_key_verifier(public_key=key))
     if signature is None or manifest is None:
-        raise SignatureError(f"{adapter} is not signed, and a signature by the holder of {key} is required")
+        raise SignatureError(f"{adapter} is not signed, but a signature that {key} verifies is required")
     content = read(signature)
     described = Manifest.read(manifest)
-    with _as_signed(adapter, described) as folder:
+    with _signed_folder(adapter, described) as folder:
         try:
-            config.verify(folder, _written(folder.with_name(SIGNATURE_NAME), content))
-        except Exception as error:  # whatever a hostile signature makes the library say
+            config.verify(folder, _write(folder.with_name(SIGNATURE_NAME), content))
+        except Exception as error:  # a hostile signature can make the library raise anything
             said = str(error)
             altered = [path for name, path in zip(_FILES, (adapter, manifest), strict=True) if name in said]
             if altered:
                 raise SignatureError(
                     f"{' and '.join(map(str, altered))} was altered after it was signed ({signature})",
-                    mend="fetch it again; if it is you who changed it: spmhub sign",
+                    mend="download it again; if you changed it yourself, sign it again: spmhub sign",
                 ) from error
             raise SignatureError(
-                f"{signature} was not made with the key of {key} ({said or type(error).__name__:.200})",
-                mend="--key with the public key of whoever signed it",
+                f"{signature} was not made with the private key of {key} ({said or type(error).__name__:.200})",
+                mend="--key with the public key of the signer",
             ) from error
     return described
 
 
-def _written(path: Path, content: bytes) -> Path:
+def _write(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
 
 
 @contextmanager
-def _as_signed(adapter: Path, manifest: Manifest) -> Iterator[Path]:
-    """A folder of what is signed, for as long as the block."""
+def _signed_folder(adapter: Path, manifest: Manifest) -> Iterator[Path]:
+    """Make a temporary folder of the files that a signature covers; it is deleted when the block ends."""
     with tempfile.TemporaryDirectory(prefix="spmhub-") as temporary:
         folder = Path(temporary) / "adapter"
         folder.mkdir()
         weights, described = (folder / name for name in _FILES)
         try:
             os.link(adapter.resolve(), weights)
-        except OSError:  # on another disk, or another user's
+        except OSError:  # a hard link fails across disks and for another user's file
             shutil.copyfile(adapter, weights)
         increment = manifest.increment.model_copy(update={"file": None})
         described.write_text(manifest.model_copy(update={"increment": increment, "origin": None}).to_json())
@@ -115,17 +118,17 @@ def _library(module: str) -> Any:
         return import_module(f"model_signing.{module}")
     except ImportError as error:
         raise UsageError(
-            f"signatures need the package model-signing, which cannot be imported ({error})",
+            f"signatures need the package model-signing, but it cannot be imported ({error})",
             mend='python -m pip install "spm-hub[sign]"',
         ) from error
 
 
 def _with_key(key: Path, kind: str, configure: Any) -> Any:
     if not key.is_file():
-        raise NotFoundError(f"{key}: there is no such {kind} key", mend=_MAKE_KEYS)
+        raise NotFoundError(f"{key}: no such {kind} key", mend=_MAKE_KEYS)
     try:
         return configure()
-    except Exception as error:  # the library's own, and those of what reads the key
+    except Exception as error:  # errors of model-signing and of the libraries that read the key
         raise UsageError(
-            f"{key} is no {kind} elliptic-curve key in PEM, or is encrypted ({error!s:.200})", mend=_MAKE_KEYS
+            f"{key} is not a {kind} elliptic-curve key in PEM, or it is encrypted ({error!s:.200})", mend=_MAKE_KEYS
         ) from error

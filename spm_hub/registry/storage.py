@@ -1,7 +1,7 @@
-"""A registry's folder as several processes share it: written under one lock, and whole or not at all whoever is killed.
+"""Writes a registry's folder safely: one writer at a time, and every change completely or not at all.
 
-An eraser is one file in each of `SUFFIXES`' folders. They cannot be renamed in one step, nor can several erasers, so a
-change is written down first (the journal); whoever holds the lock next finishes what its writer was killed over.
+An eraser has one file in each folder of `SUFFIXES`. Several files cannot be renamed in one step, so a change is first
+written to a journal. If its writer is killed, the next process that takes the lock finishes the change.
 """
 
 import json
@@ -17,43 +17,44 @@ from spm_hub.errors import RegistryError, SpmHubError
 from spm_hub.io.atomic import Content, rename, staged, sync_folder, write_atomic
 
 ADAPTERS, MANIFESTS, SIGNATURES = "adapters", "manifests", "signatures"
-# In the order in which they come and, backwards, go: what has an adapter file is listed, so that one comes last.
+# Files are written in this order and deleted in the reverse one: an eraser is listed once its adapter file exists.
 SUFFIXES = {SIGNATURES: ".sig", MANIFESTS: ".json", ADAPTERS: ".safetensors"}
 
 MAX_BYTES = 64 * 2**30
-"""Of an adapter file: FLUX, twelve billion parameters changed in float32, has 48."""
+"""Largest adapter file: 64 GiB. All twelve billion parameters of FLUX in float32 need 48 GB."""
 
 STATE = ".spmhub"
-"""Folder of the lock and the journal inside a registry."""
+"""Folder inside a registry for the lock and the journal."""
 
 SECONDS_TO_WAIT = 600.0
-"""Above what the largest increments take to be copied; whoever holds the lock longer is stuck, not working."""
+"""Longer than the largest adapter takes to copy; a process that keeps the lock for longer is stuck."""
 
 RESERVED = frozenset({"schema"})
-"""Names of no eraser: manifests/schema.json is the JSON Schema of manifests."""
+"""Names that no eraser may have: manifests/schema.json is the JSON Schema of manifests."""
 
 _JOURNAL = "journal.json"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
-def place(root: Path, folder: str, name: str) -> Path:
-    """Where the part of the eraser `name` that belongs into `folder` is kept."""
+def part_path(root: Path, folder: str, name: str) -> Path:
+    """Return the path of the file of eraser `name` in `folder` (ADAPTERS, MANIFESTS or SIGNATURES)."""
     return root / folder / f"{name}{SUFFIXES[folder]}"
 
 
 @contextmanager
-def writing(root: Path) -> Iterator[None]:
-    """Be the registry's only writer, waiting for the others; the system releases the lock of a killed process.
+def write_lock(root: Path) -> Iterator[None]:
+    """Wait for the registry's lock and keep it during the block; finish a killed writer's change first.
 
-    Not to be nested. Raises RegistryError when the folder cannot be written, or another writer never ends.
+    The system releases the lock of a killed process. Do not nest. Raises RegistryError if the folder cannot be written
+    or another process keeps the lock for longer than SECONDS_TO_WAIT.
     """
     from filelock import FileLock, Timeout
 
     lock = FileLock(root / STATE / "lock", timeout=SECONDS_TO_WAIT, poll_interval=0.01)
     if (root / STATE).is_symlink():
-        # A stranger's registry could have its lock and journal written, and deleted, anywhere.
+        # With a link there, somebody else's registry could make us write and delete files anywhere.
         raise RegistryError(
-            f"the registry {root} is not written to: {root / STATE} is a symbolic link", mend=f"rm {root / STATE}"
+            f"the registry {root} cannot be written: {root / STATE} is a symbolic link", mend=f"rm {root / STATE}"
         )
     try:
         (root / STATE).mkdir(parents=True, exist_ok=True)
@@ -76,25 +77,25 @@ def writing(root: Path) -> Iterator[None]:
 
 
 def is_shared(root: Path) -> bool:
-    """Whether another process may be writing there: somebody has, and so may this one."""
+    """Return True if another process may be writing there: the lock folder exists and can be written."""
     return os.access(root / STATE, os.W_OK) and not (root / STATE).is_symlink()
 
 
 def change(root: Path, erasers: Mapping[str, Mapping[str, Content]]) -> None:
-    """Give each of these erasers the parts named here, by folder, and no other; none at all removes it.
+    """Replace each eraser's files by the given parts, by folder; one without parts is deleted.
 
-    All of them or none. Only inside `writing`. Raises RegistryError; what was there is untouched unless the system
-    refuses between two renames.
+    Changes all erasers or none. Call it under `write_lock`. Raises RegistryError; nothing has changed then, unless the
+    system fails between two renames.
     """
     contents = {
-        place(root, folder, name): parts[folder]
+        part_path(root, folder, name): parts[folder]
         for name, parts in erasers.items()
         for folder in SUFFIXES
         if folder in parts
     }
     with staged(contents) as temporaries:
         coming = {
-            name: {folder: temporaries[place(root, folder, name)].name for folder in SUFFIXES if folder in parts}
+            name: {folder: temporaries[part_path(root, folder, name)].name for folder in SUFFIXES if folder in parts}
             for name, parts in erasers.items()
         }
         journal = root / STATE / _JOURNAL
@@ -102,7 +103,7 @@ def change(root: Path, erasers: Mapping[str, Mapping[str, Content]]) -> None:
         try:
             _finish(root, coming)
         except KeyboardInterrupt:
-            # The temporary files go with this block, so nobody could finish it later.
+            # The temporary files are deleted with this block, so no later process could finish the change.
             _finish(root, coming)
             raise
         finally:
@@ -118,10 +119,10 @@ class Leftover:
 
 
 def leftovers(root: Path) -> Iterator[Leftover]:
-    """Files that belong to no eraser: a killed writer's, and manifests and signatures whose adapter file is gone.
+    """Yield temporary files of killed writers, and manifests and signatures without an adapter file.
 
-    Only inside `writing`, where every temporary file is a dead writer's. What other programs keep in folders of these
-    names is not listed, and nothing where one of them is a link to elsewhere.
+    Call it under `write_lock`, where every temporary file is one of a killed process. Files of other programs are not
+    listed, and none at all if one of the folders is a symbolic link.
     """
     if _has_links(root):
         return
@@ -131,13 +132,13 @@ def leftovers(root: Path) -> Iterator[Leftover]:
         found += [
             path
             for path in (root / folder).glob(f"*{SUFFIXES[folder]}")
-            if path.stem not in RESERVED and not place(root, ADAPTERS, path.stem).exists() and is_ours(path)
+            if path.stem not in RESERVED and not part_path(root, ADAPTERS, path.stem).exists() and is_ours(path)
         ]
     yield from (Leftover(path, path.lstat().st_size) for path in sorted(found))
 
 
 def delete(path: Path) -> None:
-    """Remove a file for good, if it is there. Raises RegistryError."""
+    """Delete a file if it exists, and flush its folder to disk. Raises RegistryError."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -146,9 +147,10 @@ def delete(path: Path) -> None:
 
 
 def _has_links(root: Path) -> bool:
-    """Whether files of the registry lie elsewhere: they are read, but what nobody asks for is not done to them.
+    """Return True if one of the registry's folders is a symbolic link.
 
-    A stranger may have made the link, so that a journal of his would delete the files of whoever uses his registry.
+    Files behind a link are read, but never deleted without a request: somebody else's registry could contain a link and
+    a journal that delete the user's own files.
     """
     return any((root / folder).is_symlink() for folder in SUFFIXES)
 
@@ -168,22 +170,22 @@ def _is_signature(path: Path) -> bool:
 
 
 def _finish(root: Path, coming: Mapping[str, Mapping[str, str]]) -> None:
-    """The renames and deletions of a change, as far as they have not happened yet."""
+    """Do those renames and deletions of a change that have not been done yet."""
     for name, parts in coming.items():
         rename(
             {
-                place(root, folder, name): root / folder / parts[folder]
+                part_path(root, folder, name): root / folder / parts[folder]
                 for folder in SUFFIXES
                 if folder in parts and (root / folder / parts[folder]).exists()
             }
         )
         for folder in reversed(SUFFIXES):
             if folder not in parts:
-                delete(place(root, folder, name))
+                delete(part_path(root, folder, name))
 
 
-def _is_change(name: str, parts: Mapping[str, str]) -> bool:
-    """Whether these are temporary files of the eraser `name`, as `change` makes them."""
+def _is_journal_record(name: str, parts: Mapping[str, str]) -> bool:
+    """Return True if `parts` are temporary files of the eraser `name`, as `change` makes them."""
     return re.fullmatch(NAME, name) is not None and all(
         folder in SUFFIXES and _TEMPORARY.fullmatch(file) and file.startswith(f".{name}{SUFFIXES[folder]}.")
         for folder, file in parts.items()
@@ -191,13 +193,13 @@ def _is_change(name: str, parts: Mapping[str, str]) -> bool:
 
 
 def _recover(root: Path) -> None:
-    """Finish the change that a killed writer has left in the journal."""
+    """Finish the change that a killed writer has left in the journal, if there is one."""
     journal = root / STATE / _JOURNAL
     if not journal.is_file():
         return
     with suppress(RegistryError, OSError, ValueError, AttributeError, TypeError, RecursionError):
         coming = json.loads(journal.read_bytes())
-        # A registry may be a stranger's folder: its journal names files of that registry or is no journal.
-        if not _has_links(root) and all(_is_change(name, parts) for name, parts in coming.items()):
+        # The folder may be somebody else's: a journal that names any other file is ignored.
+        if not _has_links(root) and all(_is_journal_record(name, parts) for name, parts in coming.items()):
             _finish(root, coming)
     journal.unlink(missing_ok=True)

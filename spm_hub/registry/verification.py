@@ -1,4 +1,4 @@
-"""Everything that can be checked of an eraser without a model, check by check, whether or not an earlier one failed."""
+"""Checks an eraser's files without a model; a failed check does not stop the ones after it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,25 +10,28 @@ from spm_hub.errors import SpmHubError
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.safetensors_file import MANIFEST_KEY, Header, read_header
 from spm_hub.registry import lockfile, signing, storage
-from spm_hub.registry.entry import Entry
+from spm_hub.registry.entry import EraserEntry
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; `detail` is what was found, or why it could not be checked."""
+    """Result of one check; `detail` is the value that was found, or the reason why it was not checked."""
 
     subject: str
     state: Literal["ok", "failed", "not checked"]
     detail: str
 
 
-def verify(entry: Entry, key: Path | None = None) -> tuple[Check, ...]:
-    """Check a file and its manifest; the signature too where a public `key` is given or the environment names one."""
+def verify(entry: EraserEntry, key: Path | None = None) -> tuple[Check, ...]:
+    """Check an adapter file, its manifest and its lock file entry.
+
+    The signature is checked too if a public `key` is given or the environment variable names one.
+    """
     return tuple(_checks(entry, key or signing.required_key()))
 
 
-def _checks(entry: Entry, key: Path | None) -> Iterator[Check]:
-    path, beside = entry.adapter_path, entry.manifest_path
+def _checks(entry: EraserEntry, key: Path | None) -> Iterator[Check]:
+    path, manifest_path = entry.adapter_path, entry.manifest_path
     header: Header | None = None
     manifest: Manifest | None = None
 
@@ -40,17 +43,17 @@ def _checks(entry: Entry, key: Path | None) -> Iterator[Check]:
     def read_the_manifest() -> str:
         nonlocal manifest
         manifest = entry.read_manifest()
-        return f"version {manifest.schema_version}, {beside}"
+        return f"version {manifest.schema_version}, {manifest_path}"
 
     yield _check("header", read_the_header)
-    if beside is None:
-        yield Check("manifest", "not checked", "there is none beside the file, so neither its size nor its sha256")
+    if manifest_path is None:
+        yield Check("manifest", "not checked", "there is no manifest file, so size and sha256 are not checked either")
     else:
         yield _check("manifest", read_the_manifest)
         yield _check("size", lambda: _same("increment.bytes", _read(manifest).increment.bytes, path.stat().st_size))
         yield _check("sha256", lambda: _same("increment.sha256", _read(manifest).increment.sha256, sha256_of(path)))
     yield _check("contents", lambda: _contents(entry))
-    if beside is not None and header is not None and MANIFEST_KEY in header.metadata:
+    if manifest_path is not None and header is not None and MANIFEST_KEY in header.metadata:
         embedded = header.metadata[MANIFEST_KEY]
         yield _check("manifest inside the file", lambda: _agree(_read(manifest), embedded, path))
     pin = lockfile.read(path.parent.parent).get(entry.name) if path.parent.name == storage.ADAPTERS else None
@@ -66,36 +69,36 @@ def _check(subject: str, look: Callable[[], str]) -> Check:
         return Check(subject, "failed", error.message if isinstance(error, SpmHubError) else str(error))
 
 
-def _contents(entry: Entry) -> str:
+def _contents(entry: EraserEntry) -> str:
     adapter = entry.load()
     info = adapter.manifest.increment
     rank = "" if info.rank is None else f" of rank {info.rank}"
     return f"finite numbers, hashes in the header; {info.kind}{rank} for {len(info.modules)} modules"
 
 
-def _agree(beside: Manifest, embedded: str, path: Path) -> str:
+def _agree(manifest: Manifest, embedded: str, path: Path) -> str:
     from spm_hub.adapters.adapter import disagreement
 
-    if said := disagreement(beside, embedded, path):
+    if said := disagreement(manifest, embedded, path):
         raise SpmHubError(said)
-    return "says the same as the one beside"
+    return "agrees with the manifest file"
 
 
-def _signature(entry: Entry, key: Path | None) -> Check:
+def _signature(entry: EraserEntry, key: Path | None) -> Check:
     signature = entry.signature_path
     if key is None:
         return Check("signature", "not checked", f"{signature or 'none'}; --key KEY checks it")
 
     def look() -> str:
         signing.check(entry.adapter_path, entry.manifest_path, signature, key)
-        return f"by the holder of {key}"
+        return f"made with the private key of {key}"
 
     return _check("signature", look)
 
 
 def _same(what: str, said: object, found: object) -> str:
     if said != found:
-        raise SpmHubError(f"{what} is {said}, the file's is {found}")
+        raise SpmHubError(f"{what} is {said}, but the file has {found}")
     return str(found)
 
 

@@ -194,7 +194,7 @@ def test_the_lock_file_brings_back_its_own_commit_and_not_the_newest(
 def test_an_eraser_of_that_name_from_elsewhere_is_not_replaced(hub: LoopbackHub, registry: Registry) -> None:
     registry.add(eraser(seed=3))
     before = registry.get("snoopy").adapter_path.read_bytes()
-    with pytest.raises(SpmHubError, match="already holds an eraser named 'snoopy'"):
+    with pytest.raises(SpmHubError, match="already has an eraser named 'snoopy'"):
         remote.pull(REPO, registry=registry)
     assert registry.get("snoopy").adapter_path.read_bytes() == before
     assert remote.pull(REPO, registry=registry, name="other").entry.load().name == "other"
@@ -212,12 +212,12 @@ def test_a_bare_name_is_the_owners_repository(
     hub.publish("mine/mickey", repository(tmp_path / "mickey", eraser(name="mickey")))
     entry = resolve("snoopy", registry.root)
     assert entry.fetched
-    assert "spm-hub/snoopy@" in entry.whence()
-    assert str(registry.root) in entry.whence()
+    assert "spm-hub/snoopy@" in entry.describe_source()
+    assert str(registry.root) in entry.describe_source()
     with pytest.raises(NotFoundError, match="nor on the Hub as spm-hub/mickey"):
         resolve("mickey", registry.root)
     monkeypatch.setenv(remote.OWNER_VARIABLE, "mine")
-    assert "mine/mickey@" in resolve("mickey", registry.root).whence()
+    assert "mine/mickey@" in resolve("mickey", registry.root).describe_source()
     monkeypatch.setenv(remote.OWNER_VARIABLE, "")
     hub.requests.clear()
     with pytest.raises(NotFoundError) as caught:

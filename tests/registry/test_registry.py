@@ -20,7 +20,7 @@ from spm_hub.hub.resolve import resolve
 from spm_hub.io import atomic
 from spm_hub.registry import registry as registries
 from spm_hub.registry import storage
-from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry
 from spm_hub.registry.registry import Registry
 
 
@@ -152,7 +152,7 @@ def test_a_folder_of_pictures_does_not_hide_a_name(registry: Registry) -> None:
 
 def test_a_name_is_given_once(registry: Registry) -> None:
     before = (registry.root / "adapters" / "snoopy.safetensors").read_bytes()
-    with pytest.raises(RegistryError, match="already holds"):
+    with pytest.raises(RegistryError, match="already has an eraser"):
         registry.add(named("snoopy", seed=1))
     assert (registry.root / "adapters" / "snoopy.safetensors").read_bytes() == before
     registry.add(named("snoopy", seed=1), replace=True)
@@ -216,7 +216,7 @@ def test_files_renamed_by_hand(registry: Registry) -> None:
 
 
 @dataclass(frozen=True)
-class Restless(Entry):
+class Restless(EraserEntry):
     """An adapter whose file somebody replaces as soon as it has been verified."""
 
     def load(self, **options: Any) -> Adapter:
@@ -239,23 +239,23 @@ def test_a_writer_that_comes_second_does_not_overwrite_the_first(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There was room when the second one looked, and none any more when it was its turn to write."""
-    writing, first = storage.writing, named("mickey", seed=1)
+    writing, first = storage.write_lock, named("mickey", seed=1)
 
     @contextmanager
     def after_the_first(root: Path) -> Iterator[None]:
-        monkeypatch.setattr(storage, "writing", writing)
+        monkeypatch.setattr(storage, "write_lock", writing)
         Registry(root).add(first)
         with writing(root):
             yield
 
-    monkeypatch.setattr(storage, "writing", after_the_first)
-    with pytest.raises(RegistryError, match="already holds an eraser named 'mickey'"):
+    monkeypatch.setattr(storage, "write_lock", after_the_first)
+    with pytest.raises(RegistryError, match="already has an eraser named 'mickey'"):
         registry.add(named("mickey", seed=2))
     kept, (expected, _) = registry.get("mickey"), first.encoded("mickey.safetensors")
     assert kept.load().manifest.increment.sha256 == expected.sha256
 
 
-def test_an_evaluation_is_recorded_beside_the_file(registry: Registry) -> None:
+def test_an_evaluation_is_recorded_in_the_manifest_file(registry: Registry) -> None:
     def measured(value: float, **changes: Any) -> Evaluation:
         about = {"protocol": "p", "base": "b", "subject": "dog", "metric": "detected", "samples": 50, "seed": 1}
         return Evaluation(**{**about, "value": value, **changes})
@@ -270,7 +270,7 @@ def test_an_evaluation_is_recorded_beside_the_file(registry: Registry) -> None:
     assert entry.adapter_path.read_bytes() == before
     assert entry.load().manifest == entry.read_manifest() == written
     (registry.root / "manifests" / "van-gogh.json").unlink()
-    with pytest.raises(RegistryError, match="no manifest beside it"):
+    with pytest.raises(RegistryError, match="no manifest file"):
         registry.record_evaluation("van-gogh", [other])
     with pytest.raises(NotFoundError, match="snopy"):
         registry.record_evaluation("snopy", [other])

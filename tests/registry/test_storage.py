@@ -24,7 +24,7 @@ from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, Regis
 from spm_hub.hub.pull import pull
 from spm_hub.io import atomic
 from spm_hub.registry import lockfile, storage
-from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry
+from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry
 from spm_hub.registry.registry import Registry
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -161,25 +161,25 @@ def test_gc_of_no_folder(tmp_path: Path) -> None:
 
 
 def test_installed_bit_for_bit(registry: Registry, tmp_path: Path) -> None:
-    source = Entry("someone/mickey", tmp_path / WEIGHTS_NAME, tmp_path / MANIFEST_NAME)
+    source = EraserEntry("someone/mickey", tmp_path / WEIGHTS_NAME, tmp_path / MANIFEST_NAME)
     named("mickey").save(source.adapter_path, source.manifest_path)
     entry = registry.install(source)
     assert entry.adapter_path.read_bytes() == source.adapter_path.read_bytes()
     assert entry.read_manifest().increment.file == "mickey.safetensors"
-    with pytest.raises(RegistryError, match="already holds"):
+    with pytest.raises(RegistryError, match="already has an eraser"):
         registry.install(source)
     registry.install(source, replace=True)
 
 
 def test_what_is_not_what_its_manifest_says_is_not_installed(registry: Registry, tmp_path: Path) -> None:
-    source = Entry("someone/mickey", tmp_path / WEIGHTS_NAME, tmp_path / MANIFEST_NAME)
+    source = EraserEntry("someone/mickey", tmp_path / WEIGHTS_NAME, tmp_path / MANIFEST_NAME)
     named("mickey").save(source.adapter_path, source.manifest_path)
     named("mickey", seed=1).save(source.adapter_path)
     before = files_of(registry.root)
     with pytest.raises(AdapterFileError, match="is not the file that"):
         registry.install(source)
-    with pytest.raises(ManifestError, match="no manifest beside it"):
-        registry.install(Entry("alone", source.adapter_path, None))
+    with pytest.raises(ManifestError, match="no manifest file"):
+        registry.install(EraserEntry("alone", source.adapter_path, None))
     assert files_of(registry.root) == before
 
 
@@ -187,7 +187,7 @@ def test_a_held_lock_is_waited_for_and_then_named(registry: Registry, monkeypatc
     monkeypatch.setattr(storage, "SECONDS_TO_WAIT", 0.2)
     code = (
         "import sys, time; from pathlib import Path; from spm_hub.registry import storage\n"
-        "with storage.writing(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "with storage.write_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, registry.root], cwd=TESTS.parent, stdout=subprocess.PIPE)
     assert holder.stdout is not None
@@ -222,7 +222,7 @@ def step(act: str, kept: Registry, sources: Path, name: str, rng: random.Random)
     try:
         if act in ("install", "replace"):
             folder = sources / f"{name}-{rng.randrange(2)}"
-            kept.install(Entry(name, folder / WEIGHTS_NAME, folder / MANIFEST_NAME), replace=act == "replace")
+            kept.install(EraserEntry(name, folder / WEIGHTS_NAME, folder / MANIFEST_NAME), replace=act == "replace")
         elif act == "pull":
             pull(f"someone/{name}", f"v{rng.randrange(2)}", registry=kept, replace=True)
         elif act == "remove":
@@ -240,7 +240,7 @@ def step(act: str, kept: Registry, sources: Path, name: str, rng: random.Random)
     except NotFoundError:
         return f"{act}: not found"
     except RegistryError as error:
-        if act == "install" and "already holds" in str(error):
+        if act == "install" and "already has an eraser" in str(error):
             return "install: held already"
         raise
     except AdapterFileError as error:

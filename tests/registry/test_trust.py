@@ -22,7 +22,7 @@ from spm_hub.hub.resolve import resolve
 from spm_hub.io.safetensors_file import MANIFEST_KEY, encode
 from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.archive import export, import_
-from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, Entry, entry_of
+from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry, entry_of
 from spm_hub.registry.registry import Registry
 
 ORIGIN = Origin(repo=REPO, commit=COMMIT)
@@ -48,7 +48,7 @@ def test_a_file_does_not_know_where_it_was_pulled_from(tmp_path: Path) -> None:
 def test_what_is_made_here_replaces_nothing_that_was_pulled(hub: LoopbackHub, registry: Registry) -> None:  # noqa: F811
     remote.pull(REPO, registry=registry)
     before, pins = files_of(registry.root), lockfile.read(registry.root)
-    with pytest.raises(RegistryError, match="already holds an eraser named 'snoopy'"):
+    with pytest.raises(RegistryError, match="already has an eraser named 'snoopy'"):
         registry.add(claiming(eraser(seed=5)))
     assert (files_of(registry.root), lockfile.read(registry.root)) == (before, pins)
     registry.add(claiming(eraser(seed=5)), replace=True)
@@ -58,18 +58,18 @@ def test_what_is_made_here_replaces_nothing_that_was_pulled(hub: LoopbackHub, re
 
 @pytest.mark.parametrize("to", ["carried", "carried.tar"])
 def test_what_is_carried_about_only_claims_where_it_was_pulled_from(to: str, tmp_path: Path) -> None:
-    source = Entry("x", tmp_path / WEIGHTS_NAME, tmp_path / MANIFEST_NAME)
+    source = EraserEntry("x", tmp_path / WEIGHTS_NAME, tmp_path / MANIFEST_NAME)
     manifest = claiming(named("snoopy")).save(source.adapter_path, source.manifest_path)
     pulled = Registry(tmp_path / "pulled").install(source, manifest)
     assert pulled.pin == lockfile.pin_of(manifest)
-    assert pulled.whence() == f"{REPO}@{COMMIT[:12]}, kept in {pulled.adapter_path}"
+    assert pulled.describe_source() == f"{REPO}@{COMMIT[:12]}, kept in {pulled.adapter_path}"
     export([pulled], tmp_path / to)
     there = Registry(tmp_path / "there")
     import_(tmp_path / to, there)
     (carried,) = there.entries()
     assert carried.read_manifest().origin == ORIGIN
     assert (carried.pin, lockfile.read(there.root)) == (None, {})
-    assert "as its manifest claims" in carried.whence()
+    assert "as its manifest claims" in carried.describe_source()
     with pytest.raises(SpmHubError, match="the Hub cannot be reached"):
         resolve(REPO, there.root)
 
@@ -109,11 +109,11 @@ def test_a_newly_signed_copy_is_not_what_is_held(tmp_path: Path) -> None:
     kept.add(named("snoopy"))
     export(kept.entries(), tmp_path / "bare.tar")
     import_(tmp_path / "bare.tar", there)
-    signature = storage.place(kept.root, storage.SIGNATURES, "snoopy")
+    signature = storage.part_path(kept.root, storage.SIGNATURES, "snoopy")
     signature.parent.mkdir()
     signature.write_bytes(b"sigstore")
     export(kept.entries(), tmp_path / "signed.tar")
-    with pytest.raises(RegistryError, match="already holds"):
+    with pytest.raises(RegistryError, match="already has an eraser"):
         import_(tmp_path / "signed.tar", there)
     assert [one.state for one in import_(tmp_path / "signed.tar", there, replace=True)] == ["replaced"]
     assert files_of(there.root) == files_of(kept.root)
@@ -168,7 +168,7 @@ def test_a_name_goes_before_what_another_registry_calls_its_concept(
 # How it is gated.
 
 
-def test_a_manifest_beside_the_file_may_not_contradict_the_one_inside(saved: tuple[Path, Path]) -> None:  # noqa: F811
+def test_a_manifest_file_may_not_contradict_the_manifest_inside_the_adapter(saved: tuple[Path, Path]) -> None:  # noqa: F811
     manifest = Manifest.read(saved[1])
     for change in (
         {"gate": GateDefaults(strength=0.0)},

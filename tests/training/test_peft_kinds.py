@@ -166,7 +166,7 @@ def test_what_peft_cannot_do_is_refused_with_the_nearest_choice() -> None:
     with pytest.raises(RecipeError, match=r"PEFT has none for .*proj_in, a Conv2d(.|\n)*increment\.modules=esd-x"):
         PeftInjection(unet, "vera", 2, generator_for(0, 2, 0), targets(unet))
     Injection(unet, 1, generator_for(0, 2, 0), selected(unet, "esd-x"))
-    with pytest.raises(ModelError, match="already holds"):
+    with pytest.raises(ModelError, match="already has an eraser"):
         PeftInjection(unet, "loha", 2, generator_for(0, 2, 0), selected(unet, "esd-x"))
     with pytest.raises(RecipeError, match="start_from goes with"):
         recipe("loha", start_from="snoopy")
