@@ -15,7 +15,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-sys.path.extend(str(Path(__file__).resolve().parents[1] / "tests" / folder) for folder in ("", "adapters"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/adapters"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import pytest
 from hostile import ACTS, SECONDS, SPARE, TIMES_THE_FILE, Tally, pulling, send

@@ -11,7 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.extend(str(Path(__file__).resolve().parents[1] / "tests" / folder) for folder in ("", "adapters", "registry"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/adapters"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/registry"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import pytest
 from loopback import LoopbackHub
