@@ -13,8 +13,8 @@ from spm_hub.cli.output import Output, silence_hub, silence_libraries, size, tab
 from spm_hub.errors import UsageError
 
 if TYPE_CHECKING:
-    from spm_hub.hub.card import Pair
-    from spm_hub.hub.search import Found
+    from spm_hub.hub.card import PicturePair
+    from spm_hub.hub.search import SearchResult
     from spm_hub.registry.entry import EraserEntry
 
 Repo = Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository on the Hub.")]
@@ -63,7 +63,7 @@ def push(
         from spm_hub.hub.card import read_pairs
 
         pushing.check_repo(repo)
-        pairs: tuple[Pair, ...] = ()
+        pairs: tuple[PicturePair, ...] = ()
         if pictures is not None:
             pairs = read_pairs(pictures, entry.read_manifest().name)
         elif not no_pictures:
@@ -84,7 +84,7 @@ def push(
 
 def _drawn(
     out: Output, entry: "EraserEntry", prompts: list[str] | None, folder: Path, device: str
-) -> "tuple[Pair, ...]":
+) -> "tuple[PicturePair, ...]":
     """Pairs that the eraser's own base draws now; none, with a word why, where it is not on this machine."""
     from spm_hub.evaluation.pictures import Drawing, save, show
     from spm_hub.hub.card import hub_id, read_pairs
@@ -199,7 +199,7 @@ def search(
     show_found(out, find(query, base=base, method=method, author=author))
 
 
-def show_found(out: Output, found: "tuple[Found, ...]") -> None:
+def show_found(out: Output, found: "tuple[SearchResult, ...]") -> None:
     """Print what is on the Hub."""
     columns = ("repo", "erases", "method", "base", "downloads", "likes", "updated")
     rows = [[one.repo, ", ".join(one.erases), *(getattr(one, key) for key in columns[2:])] for one in found]

@@ -1,1 +1,1 @@
-"""Where erasers are kept and found: registries on disk, and the Hugging Face Hub."""
+"""Erasers on the Hugging Face Hub: resolving references, pull, push, search and model cards."""

@@ -1,4 +1,4 @@
-"""The model card of an eraser: what a person wants to know before trusting it, and the metadata that the Hub reads."""
+"""Writes an eraser's model card: use, measured results, limits, and the metadata that the Hub reads."""
 
 import json
 import re
@@ -14,11 +14,11 @@ from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.models.aliases import ALIASES
 
 ERASES, METHOD = "erases:", "method:"
-"""Beginnings of two tags of ours, by which erasers are searched on the Hub."""
+"""Prefixes of the two tags by which `search` finds erasers on the Hub."""
 
 WITHOUT, WITH = "without", "with"
 _SHOWN_ROWS = 12
-# Licences that the Hub knows by these names; it calls any other one `other`, and by its own name beside that.
+# Licences that the Hub has an identifier for; any other is written as `license: other` with a `license_name`.
 _LICENCES = frozenset(
     "apache-2.0 mit openrail creativeml-openrail-m openrail++ bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 "
     "cc-by-nc-4.0 gpl-3.0 lgpl-3.0 unlicense unknown".split()
@@ -27,8 +27,8 @@ _ABOUT_KINDS = {"low_rank": "low-rank increments", "dense": "dense increments", 
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One prompt drawn from one seed, without the eraser and with it; the pictures as the bytes of PNG files."""
+class PicturePair:
+    """Two pictures of one prompt and seed, without and with the eraser, as the bytes of PNG files."""
 
     prompt: str
     without: bytes
@@ -36,12 +36,12 @@ class Pair:
     gates: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_pairs(folder: Path, eraser: str) -> tuple[Pair, ...]:
-    """The eraser's pairs among a folder's PNG files, as `spmhub apply --compare` writes: *-without.png, *-with.png.
+def read_pairs(folder: Path, eraser: str) -> tuple[PicturePair, ...]:
+    """Read an eraser's pairs *-without.png and *-with.png, as `spmhub apply --compare` writes them.
 
-    The prompt stands inside the file, or else its name is the prompt. Those that say of themselves that others were
-    attached are no evidence of this one, and left out.
-    Raises NotFoundError where there is no pair, UsageError for a file that is no PNG.
+    The prompt is in the file's metadata; without metadata it is taken from the file name. Pairs whose metadata names
+    other attached erasers are left out, as they do not show the effect of this one.
+    Raises NotFoundError if there is no pair, UsageError for a file that is not a PNG.
     """
     pairs, others = [], set[str]()
     for path in sorted(folder.glob(f"*-{WITHOUT}.png")):
@@ -53,18 +53,18 @@ def read_pairs(folder: Path, eraser: str) -> tuple[Pair, ...]:
                 continue
             prompt = about.get("prompt") or path.name.removesuffix(f"-{WITHOUT}.png").replace("-", " ")
             _read_about(path)
-            pairs.append(Pair(str(prompt), path.read_bytes(), partner.read_bytes(), about.get("gates") or {}))
+            pairs.append(PicturePair(str(prompt), path.read_bytes(), partner.read_bytes(), about.get("gates") or {}))
     if not pairs:
-        shown = f" of {eraser} alone, but of {', of '.join(sorted(others))}" if others else ""
+        shown = f" of {eraser} alone, only of {', of '.join(sorted(others))}" if others else ""
         raise NotFoundError(
-            f"{folder} holds no pair of pictures NAME-without.png and NAME-with.png{shown}",
+            f"{folder} has no pair of pictures NAME-without.png and NAME-with.png{shown}",
             mend=f"spmhub apply --adapters {eraser} --prompt TEXT --compare --out {folder}",
         )
     return tuple(pairs)
 
 
 def _read_about(path: Path) -> dict[str, Any]:
-    """What spm-hub has written into a PNG file about it."""
+    """Return the metadata that spm-hub wrote into a PNG file; empty if there is none. Raises UsageError."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -72,25 +72,30 @@ def _read_about(path: Path) -> dict[str, Any]:
             text = picture.info.get("spmhub", "{}")
         about = json.loads(text)
     except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise UsageError(f"{path} is no picture to show: {error}", mend="--pictures for another folder") from error
+        raise UsageError(
+            f"{path} cannot be read as a PNG picture: {error}", mend="--pictures ANOTHER_FOLDER"
+        ) from error
     return about if isinstance(about, dict) else {}
 
 
 def picture_names(index: int) -> tuple[str, str]:
-    """Where in the repository the pictures of the pair `index` are: without, with."""
+    """Return the paths, in the repository, of the two pictures of pair `index`: without, with."""
     return f"images/{index:02d}-{WITHOUT}.png", f"images/{index:02d}-{WITH}.png"
 
 
 def hub_id(base: str) -> str | None:
-    """The repository of a base model that a manifest names by an alias or by its id; None for a local one."""
+    """Return the Hub repository of a base model, given by alias or id; None for a local model."""
     name = base.partition("@")[0]
     if name in ALIASES:
         return ALIASES[name].hub_id
     return name if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name) else None
 
 
-def metadata(manifest: Manifest, pairs: Sequence[Pair] = ()) -> dict[str, Any]:
-    """The card's front matter. A base that is not on the Hub is not named there, where it would be a dead link."""
+def metadata(manifest: Manifest, pairs: Sequence[PicturePair] = ()) -> dict[str, Any]:
+    """Return the card's front matter.
+
+    `base_model` is left out for a base that is not on the Hub, as the Hub would show a dead link.
+    """
     method = manifest.recipe.get("method")
     concept = manifest.concept
     tags = ["spmhub", "concept-erasure", *(["lora"] if manifest.increment.kind == "low_rank" else []), "text-to-image"]
@@ -111,8 +116,8 @@ def metadata(manifest: Manifest, pairs: Sequence[Pair] = ()) -> dict[str, Any]:
     return found
 
 
-def render(manifest: Manifest, repo: str, weights: str, pairs: Sequence[Pair] = ()) -> str:
-    """The whole README.md of the repository `repo`, whose adapter file is called `weights`."""
+def render(manifest: Manifest, repo: str, weights: str, pairs: Sequence[PicturePair] = ()) -> str:
+    """Return the whole README.md of the repository `repo`, whose adapter file is named `weights`."""
     front = yaml.safe_dump(metadata(manifest, pairs), sort_keys=False, allow_unicode=True, width=120)
     sections = (
         _title(manifest),
@@ -128,20 +133,20 @@ def render(manifest: Manifest, repo: str, weights: str, pairs: Sequence[Pair] = 
 
 def _title(manifest: Manifest) -> str:
     concept, base, info = manifest.concept, manifest.base, manifest.increment
-    also = f" (also called {_listed(concept.aliases)})" if concept.aliases else ""
-    into = f" What it would have drawn becomes “{concept.surrogate}”." if concept.surrogate else ""
+    also = f" (also called {_join(concept.aliases)})" if concept.aliases else ""
+    into = f" The model draws “{concept.surrogate}” in its place." if concept.surrogate else ""
     made = f"by the method `{manifest.recipe['method']}`" if manifest.recipe.get("method") else "by another program"
-    trained = _base_link(base.id, base.revision) or "a base that its file does not name"
+    trained = _base_link(base.id, base.revision) or "an unknown base model"
     size = f", {info.bytes / 1000:.0f} kB" if info.bytes else ""
     rank = f" of rank {info.rank}" if info.rank else ""
     by = f" Made by {manifest.author}." if manifest.author else ""
     return (
         f"# An eraser of “{concept.target}”\n\n"
-        f"It takes **{concept.target}**{also} out of what a text-to-image model of the family `{base.family}` draws, "
-        f"and is meant to leave the rest as it is.{into} It is attached to a checkpoint when that is loaded, and taken "
-        f"off again exactly: the model is then the one it was, bit for bit.\n\n"
+        f"It stops a text-to-image model of the family `{base.family}` from drawing **{concept.target}**{also} and is "
+        f"trained to leave other concepts unchanged.{into} Attach it to a loaded checkpoint; detaching it restores the "
+        f"model bit for bit.\n\n"
         f"Trained {made} on {trained}: {_ABOUT_KINDS[info.kind]}{rank} on {len(info.modules)} modules{size}. It fits "
-        f"every checkpoint with the same modules, without further training: `spmhub check` tells.{by}"
+        f"every checkpoint with the same modules, without further training; `spmhub check` tests that.{by}"
     )
 
 
@@ -150,21 +155,21 @@ def _base_link(base: str, revision: str | None) -> str:
         at = f" at `{revision[:12]}`" if revision else ""
         return f"[{repo}](https://huggingface.co/{repo}){at}"
     if base in ALIASES:
-        return f"`{base}`, the small model that comes with spm-hub (a test bed, no claim about Stable Diffusion)"
+        return f"`{base}`, the small test model of spm-hub; results on it do not carry over to Stable Diffusion"
     return f"`{base}`, a model that is not on the Hub" if base else ""
 
 
-def _pictures(pairs: Sequence[Pair]) -> str:
+def _pictures(pairs: Sequence[PicturePair]) -> str:
     if not pairs:
         return ""
     rows = (
-        (_cell(pair.prompt), *(f"![{title} the eraser]({name})" for title, name in _titled(index)))
+        (_cell(pair.prompt), *(f"![{title} the eraser]({name})" for title, name in _titled_names(index)))
         for index, pair in enumerate(pairs)
     )
-    return "## Before and after\n\n" + _table(("prompt", WITHOUT, WITH), rows) + "\n\nBoth from the same noise."
+    return "## Before and after\n\n" + _table(("prompt", WITHOUT, WITH), rows) + "\n\nBoth start from the same noise."
 
 
-def _titled(index: int) -> Iterable[tuple[str, str]]:
+def _titled_names(index: int) -> Iterable[tuple[str, str]]:
     return zip((WITHOUT, WITH), picture_names(index), strict=True)
 
 
@@ -178,21 +183,21 @@ def _use(manifest: Manifest, repo: str, weights: str) -> str:
     target = manifest.concept.target
     ours = (
         f'```bash\npip install spm-hub\nspmhub apply --model {model} --adapters {repo} --prompt "{target}" --compare\n'
-        f"spmhub pull {repo}        # keep it; from then on it is called {manifest.name}\n```\n\n"
+        f"spmhub pull {repo}        # keep it under the name {manifest.name}\n```\n\n"
         f'```python\nimport spm_hub\n{loading}\nerasers = spm_hub.attach(pipe, "{repo}")\n'
         f'pipe("{target}").images[0]\nerasers.recover("{manifest.name}")  # {target} is back\n```'
     )
     if manifest.increment.kind == "low_rank":
         plain = (
-            "It is an ordinary LoRA file. Without spm-hub there is no gate: it acts fully on every prompt.\n\n"
+            "It is an ordinary LoRA file. Without spm-hub there is no gate: it has its full effect on every prompt.\n\n"
             "```python\nfrom diffusers import DiffusionPipeline\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("{source}")\n'
             f'pipe.load_lora_weights("{repo}", weight_name="{weights}")\n```'
         )
     else:
         plain = (
-            f"Plain diffusers loads LoRA files only, and these are {_ABOUT_KINDS[manifest.increment.kind]}. Fold the "
-            "eraser into a checkpoint once, and load that:\n\n"
+            f"Plain diffusers loads only LoRA files, and this eraser has {_ABOUT_KINDS[manifest.increment.kind]}. "
+            "Fold it into a checkpoint once and load that:\n\n"
             f"```bash\nspmhub bake --model {model} --adapters {repo} --out without-{slug(target)}\n```\n\n"
             "```python\nfrom diffusers import DiffusionPipeline\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("without-{slug(target)}")\n```'
@@ -200,29 +205,27 @@ def _use(manifest: Manifest, repo: str, weights: str) -> str:
     return f"## Use\n\nWith [spm-hub](https://pypi.org/project/spm-hub/):\n\n{ours}\n\nWith plain diffusers:\n\n{plain}"
 
 
-def _gate(manifest: Manifest, pairs: Sequence[Pair]) -> str:
+def _gate(manifest: Manifest, pairs: Sequence[PicturePair]) -> str:
     gate = manifest.gate
     if gate.kind == "transport":
         text = (
-            "The eraser acts on a prompt as strongly as the prompt concerns it (facilitated transport, arXiv "
-            "2312.16145): its factor gamma is the larger of the cosine between the prompt and the concept in the text "
-            "encoder's eyes, and the share of the concept's tokens that the prompt holds. It listens to "
-            f"{_listed((manifest.concept.target, *manifest.concept.aliases))}. A denoiser that is called without a "
-            "prompt runs with gamma 1."
+            "For each prompt the eraser's effect is multiplied by a factor gamma (facilitated transport, arXiv "
+            "2312.16145): the larger of the cosine between the text encoder's outputs for the prompt and for the "
+            "concept, and the share of the concept's tokens that the prompt contains. The concept's names are: "
+            f"{_join((manifest.concept.target, *manifest.concept.aliases))}. When the denoiser is called without a "
+            "prompt, gamma is 1."
         )
     else:
-        text = "The eraser acts on every prompt alike, with gamma 1."
-    rows = "conditional and unconditional rows alike" if gate.rows == "both" else "the conditional rows only"
-    text += f" Its strength is {gate.strength:g}, on {rows}."
+        text = "The eraser has its full effect on every prompt (gamma 1)."
+    rows = "conditional and unconditional rows" if gate.rows == "both" else "conditional rows only"
+    text += f" Its strength is {gate.strength:g}, applied to {rows}."
     gammas = [(_cell(pair.prompt), f"{gamma:.2f}") for pair in pairs for gamma in list(pair.gates.values())[:1]]
     return f"## When it acts\n\n{text}" + (f"\n\n{_table(('prompt', 'gamma'), gammas)}" if gammas else "")
 
 
 def _measured(manifest: Manifest) -> str:
     if not manifest.evaluation:
-        return (
-            "## Measured\n\nNothing has been measured yet: how well it erases, and what else it changes, is not known."
-        )
+        return "## Measured\n\nNothing has been measured yet: neither erasure nor the effect on other concepts."
     parts = []
     groups: dict[tuple[str, str, str], list[Evaluation]] = {}
     for one in manifest.evaluation:
@@ -231,14 +234,14 @@ def _measured(manifest: Manifest) -> str:
     for (protocol, base, metric), rows in groups.items():
         target = [row for row in rows if row.subject.casefold() in names]
         others = [row for row in rows if row.subject.casefold() not in names]
-        told = [f"**{row.subject}: {_figure(row.reference)} → {_figure(row.value)}**" for row in target]
+        headline = [f"**{row.subject}: {_figure(row.reference)} → {_figure(row.value)}**" for row in target]
         changes = [(row.value - row.reference, row.subject) for row in others if row.reference is not None]
         if changes:
             mean, (worst, whose) = sum(change for change, _ in changes) / len(changes), max(changes, key=_magnitude)
-            told.append(
-                f"{len(changes)} others: {mean:+.4f} on average, {worst:+.4f} at most (*{whose}*)"
+            headline.append(
+                f"{len(changes)} other subjects: {mean:+.4f} on average, {worst:+.4f} at most (*{whose}*)"
                 if worst
-                else f"{len(changes)} others: no change"
+                else f"{len(changes)} other subjects: no change"
             )
         table = _table(
             ("subject", "without", "with", "samples"),
@@ -246,9 +249,9 @@ def _measured(manifest: Manifest) -> str:
         )
         if len(rows) > _SHOWN_ROWS:
             table = f"<details>\n<summary>All {len(rows)} rows</summary>\n\n{table}\n\n</details>"
-        seeds = _listed(sorted({str(row.seed) for row in rows}))
+        seeds = _join(sorted({str(row.seed) for row in rows}))
         parts.append(
-            f"### `{metric}` on `{base}`\n\n{'; '.join(told)}.\n\n{table}\n\nProtocol `{protocol}`, seed {seeds}."
+            f"### `{metric}` on `{base}`\n\n{'; '.join(headline)}.\n\n{table}\n\nProtocol `{protocol}`, seed {seeds}."
         )
     return "## Measured\n\n" + "\n\n".join(parts)
 
@@ -263,16 +266,17 @@ def _figure(value: float | None) -> str:
 
 def _limits(manifest: Manifest) -> str:
     bases = sorted({one.base for one in manifest.evaluation})
-    where = f"on {_listed(f'`{base}`' for base in bases)} only" if bases else "nowhere yet"
+    where = f"on {_join(f'`{base}`' for base in bases)} only" if bases else "on no model yet"
     attacked = any("attack" in one.protocol or one.metric.startswith("asr") for one in manifest.evaluation)
     lines = [
         f"Erasure is measured, not proved: {where}. On other checkpoints of the family it may be weaker.",
-        "It changes the denoiser, not the text encoder and not the training data. Whoever holds the open weights can "
-        "take it off: it is a tool for those who do not want to see the concept, not a lock against those who do.",
-        "Prompts written to get around it were tried; see the table above."
+        "It changes the denoiser only, neither the text encoder nor the training data. Anyone who has the weights can "
+        "detach it: it helps people who do not want to see the concept and does not stop people who do.",
+        "It was tested against adversarial prompts; see the table above."
         if attacked
-        else "Prompts written to get around it (adversarial prompts, learned embeddings) were not tried.",
-        "What resembles the concept may change with it: draw your own prompts with `--compare` before you rely on it.",
+        else "It was not tested against attacks (adversarial prompts, learned embeddings).",
+        "Concepts that resemble the erased one may change too: compare pictures of your own prompts with "
+        "`spmhub apply --compare` before you rely on it.",
     ]
     return "## Limits and risks\n\n" + "\n".join(f"- {line}" for line in lines)
 
@@ -284,17 +288,17 @@ def _recipe(manifest: Manifest, weights: str) -> str:
     if manifest.recipe:
         recipe = yaml.safe_dump(dict(manifest.recipe), sort_keys=False, allow_unicode=True, width=120)
         text += (
-            f"`spmhub train --recipe recipe.yaml` with this recipe gives the same eraser again:\n\n```yaml\n{recipe}```"
+            f"`spmhub train --recipe recipe.yaml` with this recipe makes the same eraser again:\n\n```yaml\n{recipe}```"
         )
     else:
-        text += "It was made by another program, which left no recipe."
+        text += "Another program made it and recorded no recipe."
     text += f"\n\nVersions: {versions}." if versions else ""
     if info.sha256:
-        text += f"\n\n`{weights}`: {info.bytes} bytes, sha256 `{info.sha256}`; `manifest.json` says the rest."
-    return f"{text}\n\n## Licence\n\n{manifest.licence}, for the eraser; the base model has its own."
+        text += f"\n\n`{weights}`: {info.bytes} bytes, sha256 `{info.sha256}`; `manifest.json` has the other fields."
+    return f"{text}\n\n## Licence\n\n{manifest.licence} for the eraser; the base model has its own licence."
 
 
-def _listed(names: Iterable[str]) -> str:
+def _join(names: Iterable[str]) -> str:
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
 

@@ -1,6 +1,7 @@
-"""One file of the Hub into the Hub's own cache: resumed where it broke off, and verified before it is there.
+"""Downloads one file into the Hub's cache, resuming where an earlier attempt ended.
 
-The Hub's client resumes a download within one process only, and takes any bytes of the right number for the file.
+The bytes are verified before they enter the cache. The Hub's client resumes downloads only within one process, and
+checks a file's size but not its hash.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.file_download import HfFileMetadata, repo_folder_name
 
-# Documented as public, though not re-exported by name.
+# Documented as public, but not re-exported by name.
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from spm_hub.errors import HubError
@@ -43,25 +44,28 @@ def fetch(
     largest: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """The file `name` of a commit, from the cache or else downloaded into it.
+    """Return the path of the file `name` of a commit in the cache, downloading it if needed.
 
-    `sha256` and `largest` (bytes) are what it has to be, and may be at most. `progress` is told bytes done and in all.
-    Only verified bytes enter the cache. Raises HubError for any others and for what is no name of a file, and what the
-    Hub's client raises.
+    sha256: the hash that the file must have. largest: its largest size in bytes.
+    progress: called with the bytes done and the total.
+    Only verified bytes enter the cache. Raises HubError for other bytes and for an invalid file name, and the errors
+    of the Hub's client.
     """
     if not all(part.strip(".") for part in name.split("/")):
-        raise HubError(f"{repo}: {name[:200]!r} is no name of a file in a repository", mend="tell its author")
+        raise HubError(
+            f"{repo}: {name[:200]!r} is not a valid file name in a repository", mend="report it to the author"
+        )
     cached = try_to_load_from_cache(repo, name, revision=commit)
     if isinstance(cached, str):
         return Path(cached)
     url = hf_hub_url(repo, name, revision=commit)
-    about = _asked(url)
+    about = _metadata(url)
+    if _too_large(about.size, largest):  # one answer may have been altered on the way
+        about = _metadata(url)
     if _too_large(about.size, largest):
-        about = _asked(url)
-    if _too_large(about.size, largest):
-        raise HubError(f"{repo}: {name} has {about.size} bytes, more than the {largest} that it may have")
+        raise HubError(f"{repo}: {name} has {about.size} bytes, more than the limit of {largest}")
     if about.etag is None or not _ETAG.fullmatch(about.etag):
-        raise HubError(f"{repo}: the Hub gives no hash of {name} (its ETag is {about.etag!r})", mend=_LATER)
+        raise HubError(f"{repo}: the Hub sends no hash of {name} (its ETag is {about.etag!r})", mend=_LATER)
     folder = repo_folder_name(repo_id=repo, repo_type="model")
     blob = Path(constants.HF_HUB_CACHE) / folder / "blobs" / about.etag
     lock = Path(constants.HF_HUB_CACHE) / ".locks" / folder / f"{about.etag}.lock"
@@ -71,40 +75,43 @@ def fetch(
         if not blob.exists():
             partial = blob.with_name(f"{about.etag}.spmhub.incomplete")
             for attempt in range(2):
-                size = about.size if attempt == 0 else _asked(url).size
+                size = about.size if attempt == 0 else _metadata(url).size
                 try:
                     _download(url, partial, size, largest, progress)
                     wrong = _mismatch(partial, about.etag, sha256)
-                except _OtherSizeError as error:
+                except _SizeError as error:
                     wrong = str(error)
                 if wrong is None:
                     break
                 partial.unlink(missing_ok=True)
-                # Once more from the beginning: the bytes, or the answer before them, may have been altered on the way.
+                # Once more from the beginning: the bytes, or the metadata, may have been altered on the way.
                 if attempt:
-                    raise HubError(f"{repo}: {name} of commit {commit} was not kept: {wrong}", mend=_LATER)
+                    raise HubError(f"{repo}: {name} of commit {commit} was rejected: {wrong}", mend=_LATER)
             os.replace(partial, blob)
-    # The bytes are there; what it still asks the Hub for is their name, and that connection may break as any other.
+    # The bytes are in the cache; this call links the file name to them, after one more request that may also fail.
     return Path(patiently(lambda: hf_hub_download(repo, name, revision=commit)))
 
 
-_LATER = "run it again; if it stays so, tell its author"
+_LATER = "run it again; if it fails again, report it to the author"
 
 
-class _OtherSizeError(Exception):
-    """What comes is not as long as was announced before."""
+class _SizeError(Exception):
+    """The response has another length than the Hub announced."""
 
 
 def _too_large(size: int | None, largest: int | None) -> bool:
     return size is not None and largest is not None and size > largest
 
 
-def _asked(url: str) -> HfFileMetadata:
+def _metadata(url: str) -> HfFileMetadata:
     return patiently(lambda: get_hf_file_metadata(url, timeout=SECONDS_TO_REACH_THE_HUB))
 
 
 def _download(url: str, partial: Path, size: int | None, largest: int | None, progress: Progress | None) -> None:
-    """Fill `partial` up to `size` bytes, from where it ends; given up after several attempts that brought nothing."""
+    """Append to `partial` until it has `size` bytes, resuming at its end.
+
+    Raises the last error after TRIES attempts in a row that brought no byte.
+    """
     attempt = 0
     while True:
         have = partial.stat().st_size if partial.exists() else 0
@@ -139,25 +146,28 @@ def _stream(
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
         if response.status_code == 416:
-            raise _OtherSizeError(f"{size} bytes were announced, and there are none from byte {have} on")
+            raise _SizeError(f"{size} bytes were announced, but the file ends at byte {have}")
         hf_raise_for_status(response)
-        coming = _length(response.status_code, response.headers)
-        if coming is not None and size is not None and coming != size:
-            raise _OtherSizeError(f"{size} bytes were announced, then {coming}")
+        total = _total_length(response.status_code, response.headers)
+        if total is not None and size is not None and total != size:
+            raise _SizeError(f"{size} bytes were announced, then {total}")
         limit = size if size is not None else largest
-        # 200 to a range means the whole file from its beginning.
+        # Status 200 to a range request means that the server sends the whole file.
         with open(partial, "ab" if response.status_code == 206 else "wb") as file:
-            # As it comes, and not in blocks of a size: what has come is kept when the rest does not.
+            # Without a block size every received byte is written, so that a broken connection loses none.
             for block in response.iter_bytes():
                 file.write(block)
                 if limit is not None and file.tell() > limit:
-                    raise _OtherSizeError(f"more than the announced {limit} bytes came")
+                    raise _SizeError(f"more than the announced {limit} bytes were sent")
                 if progress is not None:
                     progress(file.tell(), limit or file.tell())
 
 
-def _length(status: int, headers: Mapping[str, str]) -> int | None:
-    """Of the whole file, by what an answer to a GET says; None where it does not, or says it of a packed body."""
+def _total_length(status: int, headers: Mapping[str, str]) -> int | None:
+    """Return the length of the whole file, by the headers of the response to a GET.
+
+    None if they do not contain it, or the body is compressed.
+    """
     if headers.get("Content-Encoding", "identity") != "identity":
         return None
     said = headers.get("Content-Range", "").rpartition("/")[2] if status == 206 else headers.get("Content-Length", "")
@@ -165,7 +175,10 @@ def _length(status: int, headers: Mapping[str, str]) -> int | None:
 
 
 def _mismatch(file: Path, etag: str, sha256: str | None) -> str | None:
-    """What is wrong with the bytes: the Hub names a large file by its sha256, a small one as git does."""
+    """Return a description of a hash mismatch, or None if the file is right.
+
+    The Hub's ETag is the sha256 of a large file and the git blob hash (sha1) of a small one.
+    """
     size = file.stat().st_size
     whole, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
     with open(file, "rb") as content:
@@ -174,7 +187,7 @@ def _mismatch(file: Path, etag: str, sha256: str | None) -> str | None:
             git.update(block)
     found = git.hexdigest() if len(etag) == 40 else whole.hexdigest()
     if len(etag) in (40, 64) and found != etag:
-        return f"its bytes were altered on their way: the Hub says {etag}, they are {found}"
+        return f"its bytes were altered on the way: the Hub announced hash {etag}, received was {found}"
     if sha256 is not None and whole.hexdigest() != sha256:
-        return f"its manifest says increment.sha256 {sha256}, its bytes are {whole.hexdigest()}"
+        return f"its manifest says increment.sha256 {sha256}, received was {whole.hexdigest()}"
     return None

@@ -1,4 +1,4 @@
-"""Adapters from the Hugging Face Hub: fetched at one commit, verified, and kept in a registry."""
+"""Downloads erasers from the Hub at one commit, verifies them and keeps them in a registry."""
 
 import dataclasses
 import os
@@ -26,22 +26,25 @@ _SUFFIX = ".safetensors"
 
 
 def owner() -> str | None:
-    """Whose repositories on the Hub bare names are looked up in; None for nobody's."""
+    """Return the Hub user in whose repositories bare names are looked up.
+
+    None if the environment variable is set to an empty string, which turns that off.
+    """
     return os.environ.get(OWNER_VARIABLE, DEFAULT_OWNER).strip() or None
 
 
 def download(repo: str, revision: str | None = None, *, progress: Progress | None = None) -> EraserEntry:
-    """The adapter of a repository, and its manifest where it has one, both of one commit, in the Hub's cache.
+    """Download a repository's adapter and manifest, of one commit, into the Hub's cache.
 
-    A commit that is in the cache is taken from there without a request; so is anything while the Hub is out of reach.
-    What is fetched is verified before it enters the cache: against the Hub's hashes and the manifest's.
-    Raises HubNotFoundError, HubError, ManifestError, NetworkError; UsageError when it holds several adapters.
+    A commit that is already in the cache needs no request; a cached branch or tag is used if the Hub is out of reach.
+    Downloaded files are verified against the hashes of the Hub and of the manifest before they enter the cache.
+    Raises HubNotFoundError, HubError, ManifestError, NetworkError; UsageError if the repository has several adapters.
     """
     cached = _cached(repo, revision)
-    # Without its manifest it may be what another program fetched of a repository that has one.
+    # A cached adapter without a manifest may come from another program, which did not download the manifest.
     if is_commit(revision) and cached is not None and cached.manifest_path is not None:
         return cached
-    otherwise = f"once with one: hf download {repo}"
+    otherwise = f"on a machine with one: hf download {repo}"
     try:
         info = repository_info(repo, revision, otherwise=otherwise, files=True)
     except NetworkError:
@@ -50,7 +53,7 @@ def download(repo: str, revision: str | None = None, *, progress: Progress | Non
         raise
     commit = info.sha
     if commit is None or not is_commit(commit):
-        raise HubError(f"the Hub names no commit for {repo} at {revision or 'main'} (it says {commit!r})")
+        raise HubError(f"the Hub sends no commit for {repo} at {revision or 'main'} (it sends {commit!r})")
     is_new = _cached(repo, commit) is None
     names = [sibling.rfilename for sibling in info.siblings or ()]
     with reaching(repo, revision, otherwise=otherwise):
@@ -58,31 +61,31 @@ def download(repo: str, revision: str | None = None, *, progress: Progress | Non
         if MANIFEST_NAME in names:
             manifest_path = fetch(repo, MANIFEST_NAME, commit, largest=MAX_BYTES)
             manifest = Manifest.read(manifest_path)
-        weights = _choose(repo, names, manifest)
+        weights = _choose_file(repo, names, manifest)
         stated = None if manifest is None else manifest.increment
         if stated is not None:
             _compare_sizes(repo, info, weights, stated.bytes)
-        # Before the weights: what has those is taken from the cache as it is, and must not be without its signature.
+        # Fetch the signature before the weights: a cached commit with weights is used as it is, signature included.
         if signing.SIGNATURE_NAME in names:
             fetch(repo, signing.SIGNATURE_NAME, commit, largest=signing.MAX_BYTES)
-        said = None if stated is None else stated.bytes
+        stated_bytes = None if stated is None else stated.bytes
         path = fetch(
             repo,
             weights,
             commit,
             sha256=None if stated is None else stated.sha256,
-            largest=storage.MAX_BYTES if said is None else min(said, storage.MAX_BYTES),
+            largest=storage.MAX_BYTES if stated_bytes is None else min(stated_bytes, storage.MAX_BYTES),
             progress=progress,
         )
-    _remember(repo, revision, commit)
+    _write_ref(repo, revision, commit)
     return EraserEntry(
         repo, path, manifest_path, Origin(repo=repo, commit=commit, revision=_named(revision)), fetched=is_new
     )
 
 
 @dataclass(frozen=True)
-class Pulled:
-    """What a pull did to the registry."""
+class PullResult:
+    """The eraser that a pull put into the registry, and whether that changed anything."""
 
     entry: EraserEntry
     origin: Origin
@@ -98,47 +101,57 @@ def pull(
     pin: lockfile.Pin | None = None,
     replace: bool = False,
     progress: Progress | None = None,
-) -> Pulled:
-    """Keep the adapter of a repository in `registry`, pinned to its commit there and in the registry's lock file.
+) -> PullResult:
+    """Download a repository's eraser into `registry`, pinned to its commit in the registry's lock file.
 
-    `name` it is to have there, unless its own. One that was pulled from the same repository before is replaced by the
-    commit that is asked for now; any other of that name only where `replace`, which also puts anew what is there
-    already. `pin` is the commit and the file that it has to be, whatever `revision` names now.
-    Raises UsageError for another name than the one that is signed, and what `download` and `Registry.install` do; the
-    registry then holds what it held before.
+    name: name to keep it under; default: its own.
+    pin: commit and sha256 that the download must have, regardless of what `revision` names now.
+    replace: replace any eraser of that name, and write again an unchanged one. Without it only an eraser from the same
+    repository is replaced.
+    Raises UsageError for a new name of a signed eraser, and the errors of `download` and `Registry.install`; the
+    registry is unchanged then.
     """
     entry = download(repo, revision if pin is None else pin.commit, progress=progress)
     origin = Origin(repo=repo, commit=_commit_of(entry), revision=_named(revision))
-    manifest = _with_file(entry, repo)
+    manifest = _complete_manifest(entry, repo)
     if name not in (None, manifest.name) and entry.signature_path is not None:
         raise UsageError(
-            f"{repo} is signed under the name {manifest.name!r}: kept as {name!r}, its signature would not hold",
-            mend=f"leave --name out; beside another {manifest.name}: spmhub pull {repo} --registry DIR",
+            f"{repo} is signed under the name {manifest.name!r}; as {name!r} its signature would be invalid",
+            mend=f"leave --name out; if {manifest.name} is taken: spmhub pull {repo} --registry DIR",
         )
     manifest = manifest.model_copy(update={"origin": origin, "name": name or manifest.name})
     if pin is not None and manifest.increment.sha256 != pin.sha256:
         raise HubError(
-            f"{repo}@{pin.commit} is not what {lockfile.LOCK_NAME} names: its sha256 is {manifest.increment.sha256}, "
-            f"expected was {pin.sha256}",
-            mend="tell its author; commits do not change by themselves",
+            f"{repo}@{pin.commit} does not match {lockfile.LOCK_NAME}: its sha256 is {manifest.increment.sha256}, "
+            f"but the lock file has {pin.sha256}",
+            mend="report it to the author: the file of a commit must not change",
         )
-    held = registry.find(manifest.name)
-    if held is not None and not replace and held.pin == lockfile.pin_of(manifest) and held.is_adapter_of(manifest):
-        return Pulled(held, origin, "unchanged")
+    existing = registry.find(manifest.name)
+    pinned = existing is not None and existing.pin == lockfile.pin_of(manifest)
+    if existing is not None and pinned and not replace and existing.is_adapter_of(manifest):
+        return PullResult(existing, origin, "unchanged")
     kept = registry.install(entry, manifest, replace=replace)
-    return Pulled(dataclasses.replace(kept, fetched=entry.fetched), origin, "new" if held is None else "updated")
+    return PullResult(
+        dataclasses.replace(kept, fetched=entry.fetched), origin, "new" if existing is None else "updated"
+    )
 
 
-def restore(registry: Registry, *, progress: Progress | None = None) -> Iterator[Pulled]:
-    """Pull every eraser again, at its pinned commit, whose file in the registry is not the one the lock file names."""
+def restore(registry: Registry, *, progress: Progress | None = None) -> Iterator[PullResult]:
+    """Pull, at their pinned commits, all erasers of the lock file that the registry lacks.
+
+    An eraser whose file does not match its pin is pulled too.
+    """
     for name, pin in lockfile.read(registry.root).items():
-        if not _is_held(registry, name, pin):
+        if not _has_pinned(registry, name, pin):
             yield pull(pin.repo, pin.revision, registry=registry, name=name, pin=pin, progress=progress)
 
 
 @dataclass(frozen=True)
 class Age:
-    """A pulled eraser, and the newest commit of the branch or tag it was pulled from."""
+    """A pulled eraser, and the newest commit of the branch or tag it was pulled from.
+
+    newest: None for an eraser pinned to a commit, or where `remark` says why it is unknown.
+    """
 
     name: str
     pin: lockfile.Pin
@@ -153,36 +166,37 @@ class Age:
 
 
 def ages(registry: Registry) -> Iterator[Age]:
-    """How old the registry's pulled erasers are; one that was pulled by its commit stays where it is.
+    """Compare the registry's pulled erasers with the newest commits on the Hub.
 
-    Raises NetworkError; a repository that is gone or closed is a remark.
+    An eraser that was pulled by commit is "pinned" and not looked up. A repository that is gone or closed gives a
+    remark. Raises NetworkError.
     """
     for name, pin in lockfile.read(registry.root).items():
-        if not _is_held(registry, name, pin):
-            yield Age(name, pin, None, f"the registry has not the file that {lockfile.LOCK_NAME} names: spmhub pull")
+        if not _has_pinned(registry, name, pin):
+            yield Age(name, pin, None, f"the registry lacks the file that {lockfile.LOCK_NAME} names: spmhub pull")
             continue
         if is_commit(pin.revision):
             yield Age(name, pin, None)
             continue
         try:
-            info = repository_info(pin.repo, pin.revision, otherwise="keep what you have: spmhub list")
+            info = repository_info(pin.repo, pin.revision, otherwise="use the erasers that you have: spmhub list")
             yield Age(name, pin, info.sha)
         except HubError as error:
             yield Age(name, pin, None, error.message)
 
 
-def _is_held(registry: Registry, name: str, pin: lockfile.Pin) -> bool:
-    held = registry.find(name)
-    return held is not None and held.pin == pin
+def _has_pinned(registry: Registry, name: str, pin: lockfile.Pin) -> bool:
+    existing = registry.find(name)
+    return existing is not None and existing.pin == pin
 
 
-def by_name(name: str, registry: Registry, progress: Progress | None = None) -> EraserEntry | None:
-    """Pull the repository `name` of the owner whom bare names mean; None where the Hub has none."""
-    whose = owner()
-    if whose is None:
+def pull_by_name(name: str, registry: Registry, progress: Progress | None = None) -> EraserEntry | None:
+    """Pull the repository `name` of `owner()` into `registry`; None if there is no such repository."""
+    user = owner()
+    if user is None:
         return None
     try:
-        return pull(f"{whose}/{name}", registry=registry, progress=progress).entry
+        return pull(f"{user}/{name}", registry=registry, progress=progress).entry
     except HubNotFoundError:
         return None
 
@@ -196,47 +210,52 @@ def _commit_of(entry: EraserEntry) -> str:
     return entry.origin.commit
 
 
-def _with_file(entry: EraserEntry, repo: str) -> Manifest:
-    """The manifest of what was downloaded, with size and hash of its file, also where the repository has none."""
+def _complete_manifest(entry: EraserEntry, repo: str) -> Manifest:
+    """Return the downloaded eraser's manifest; without one, make one with the file's size and hash."""
     manifest = entry.load().manifest
     if entry.manifest_path is not None:
         return manifest
     path = entry.adapter_path
     about = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     info = manifest.increment.model_copy(update=about)
-    # A file of another program is called pytorch_lora_weights; what it is, its repository says.
+    # The file name pytorch_lora_weights says nothing about the eraser; the name of the repository does.
     generic = manifest.name == slug(Path(WEIGHTS_NAME).stem)
     name = slug(repo.partition("/")[2]) if generic else manifest.name
     return manifest.model_copy(update={"increment": info, "name": name})
 
 
-def _choose(repo: str, files: list[str], manifest: Manifest | None) -> str:
-    """The adapter file among a repository's: the one its manifest names, or diffusers' name, or the only one."""
+def _choose_file(repo: str, files: list[str], manifest: Manifest | None) -> str:
+    """Return the name of a repository's adapter file.
+
+    It is the file that the manifest names, else the one with diffusers' name, else the only safetensors file.
+    Raises NotFoundError if there is none, UsageError if there are several.
+    """
     stated = None if manifest is None else manifest.increment.file
     if stated is not None and stated in files and stated.endswith(_SUFFIX):
         return stated
     found = [WEIGHTS_NAME] if WEIGHTS_NAME in files else [file for file in files if file.endswith(_SUFFIX)]
     if not found:
-        raise NotFoundError(f"{repo} holds no safetensors file, so no adapter", mend="spmhub list")
+        raise NotFoundError(f"{repo} has no safetensors file, so it contains no adapter", mend="spmhub list")
     if len(found) > 1:
         raise UsageError(
-            f"{repo} holds no {WEIGHTS_NAME} but several others: {', '.join(found[:5])}",
+            f"{repo} has no {WEIGHTS_NAME} but several other safetensors files: {', '.join(found[:5])}",
             mend=f"hf download {repo} {found[0]} --local-dir . and give its path",
         )
     return found[0]
 
 
 def _compare_sizes(repo: str, info: ModelInfo, weights: str, stated: int | None) -> None:
-    """Before anything large is fetched. Raises HubError."""
+    """Raise HubError if the Hub announces another file size than the manifest; nothing is downloaded yet."""
     size = next((sibling.size for sibling in info.siblings or () if sibling.rfilename == weights), None)
     if None not in (size, stated) and size != stated:
         raise HubError(
-            f"{repo}: its manifest says increment.bytes {stated}, {weights} has {size}", mend="tell its author"
+            f"{repo}: its manifest says increment.bytes {stated}, but {weights} has {size}",
+            mend="report it to the author",
         )
 
 
 def _cached(repo: str, revision: str | None) -> EraserEntry | None:
-    """The adapter from the cache, when the repository has been downloaded before; no request is made."""
+    """Return the repository's eraser from the cache without any request; None if it was never downloaded."""
 
     def find(name: str) -> Path | None:
         try:
@@ -258,8 +277,8 @@ def _cached(repo: str, revision: str | None) -> EraserEntry | None:
     return EraserEntry(repo, weights, manifest_path, origin)
 
 
-def _remember(repo: str, revision: str | None, commit: str) -> None:
-    """Let the cache know the commit by the name it was asked for, for when there is no network."""
+def _write_ref(repo: str, revision: str | None, commit: str) -> None:
+    """Record in the cache which commit the branch or tag `revision` names, for use without a network."""
     if is_commit(revision):
         return
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"

@@ -1,4 +1,4 @@
-"""An eraser as a repository of the Hub: its files and model card, shown or uploaded in one commit."""
+"""Prepares an eraser's files and model card for the Hub and uploads them in one commit."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, er
 
 from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import HubError, UsageError
-from spm_hub.hub.card import Pair, picture_names, render
+from spm_hub.hub.card import PicturePair, picture_names, render
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.hub_client import legible, patiently, reaching
 from spm_hub.io.safetensors_file import MANIFEST_KEY, read_header
@@ -24,7 +24,7 @@ CARD_NAME = "README.md"
 
 @dataclass(frozen=True)
 class Release:
-    """What a push puts into the repository: content by path, or the file on this disk that holds it."""
+    """Everything that a push uploads; `files` maps each path to its content or to a local file."""
 
     repo: str
     manifest: Manifest
@@ -32,7 +32,7 @@ class Release:
     files: Mapping[str, bytes | Path]
 
     def listing(self) -> list[dict[str, str | int]]:
-        """Path, bytes and sha256 of each file."""
+        """Return path, bytes and sha256 of each file."""
         rows: list[dict[str, str | int]] = []
         for path, content in self.files.items():
             if isinstance(content, Path):
@@ -44,19 +44,20 @@ class Release:
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """Where a push has gone; `pull_request` is its address where one was opened."""
+class PushResult:
+    """Commit and address of a push; `pull_request` is the address of the pull request, if it opened one."""
 
     commit: str
     url: str
     pull_request: str | None
 
 
-def prepare(entry: EraserEntry, repo: str, pairs: Sequence[Pair], staging: Path) -> Release:
-    """Everything that a push of `entry` uploads. An eraser in another program's layout is written anew into `staging`.
+def prepare(entry: EraserEntry, repo: str, pairs: Sequence[PicturePair], staging: Path) -> Release:
+    """Collect everything that a push of `entry` to `repo` uploads.
 
-    The adapter file is uploaded as it is, bit for bit, under the name that its kind of loader looks for.
-    Raises AdapterFileError, ManifestError when it is not what its manifest says.
+    The adapter file is uploaded bit for bit, a low-rank one under the name that diffusers looks for. An eraser in
+    another program's layout is first saved in ours, in the folder `staging`.
+    Raises UsageError for an invalid `repo`; AdapterFileError or ManifestError if the file does not match its manifest.
     """
     check_repo(repo)
     adapter = entry.load()
@@ -82,23 +83,26 @@ def prepare(entry: EraserEntry, repo: str, pairs: Sequence[Pair], staging: Path)
 
 
 def check_repo(repo: str) -> None:
-    """Raises UsageError for what is no owner/name."""
+    """Refuse a repository that is not of the form owner/name. Raises UsageError."""
     match = HUB_REFERENCE.fullmatch(repo)
     if match is None or match["revision"] is not None:
         raise UsageError(f"{repo!r} is not of the form owner/name", mend="spmhub push NAME OWNER/NAME")
 
 
-def push(release: Release, *, private: bool = False, revision: str | None = None, pull_request: bool = False) -> Pushed:
-    """Upload a release in one commit, on top of what the repository holds now; it is created where there is none.
+def push(
+    release: Release, *, private: bool = False, revision: str | None = None, pull_request: bool = False
+) -> PushResult:
+    """Upload a release in one commit, on top of the repository's newest one.
 
-    revision: a branch, made where there is none. pull_request: propose it instead, to a repository that exists.
-    Raises HubError (not logged in, not allowed, changed meanwhile), NetworkError; the repository is then as it was.
+    A repository or branch that does not exist is created.
+    revision: the branch; default: main. pull_request: open a pull request instead; the repository must exist.
+    Raises HubError (not logged in, not allowed, changed meanwhile), NetworkError; the repository is unchanged then.
     """
     if pull_request and revision is not None:
         raise UsageError("--pr proposes a change to the main branch, but --revision was given too")
     repo, api = release.repo, HfApi()
     otherwise = f"look at it first: spmhub push {release.manifest.name} {repo} --dry-run"
-    with reaching(repo, revision, otherwise=otherwise, why="has to be changed"):
+    with reaching(repo, revision, otherwise=otherwise, why="is to be changed"):
         if not pull_request:
             patiently(lambda: api.create_repo(repo, private=private or None, exist_ok=True))
             if revision is not None:
@@ -108,50 +112,56 @@ def push(release: Release, *, private: bool = False, revision: str | None = None
             raise HubError(
                 f"{repo} exists and is public", mend=f"make it private first: {api.endpoint}/{repo}/settings"
             )
-        stale = _stale(release, [sibling.rfilename for sibling in before.siblings or ()])
+        stale = _stale_files(release, [sibling.rfilename for sibling in before.siblings or ()])
 
-        def commit() -> Pushed:
+        def commit() -> PushResult:
             return _commit(api, release, stale, revision=revision, pull_request=pull_request, parent=before.sha)
 
-        # Asked twice, it would open a second pull request; on a branch the parent commit keeps it from that.
+        # No retry: it could open a second pull request. On a branch the parent commit prevents a second commit.
         if pull_request:
             with legible():
                 return commit()
         try:
             return patiently(commit)
         except errors.HfHubHTTPError as error:
-            # The first attempt may have been heard, and only the answer lost.
-            if error.response.status_code == 412 and (made := _already_there(api, release, revision, stale)):
+            # The first attempt may have succeeded with only its response lost.
+            if error.response.status_code == 412 and (made := _find_commit(api, release, revision, stale)):
                 return made
             raise
 
 
-def _already_there(api: HfApi, release: Release, revision: str | None, stale: Sequence[str]) -> Pushed | None:
-    """The newest commit, if its files are the release's; others that the repository has besides are not asked about."""
+def _find_commit(api: HfApi, release: Release, revision: str | None, stale: Sequence[str]) -> PushResult | None:
+    """Return the newest commit if it has all files of the release and none of `stale`, else None.
+
+    Other files in the repository do not matter.
+    """
     now = patiently(lambda: api.model_info(release.repo, revision=revision, files_metadata=True))
-    held = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in now.siblings or ()}
+    hashes = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in now.siblings or ()}
     for path, content in release.files.items():
         whole = content.read_bytes() if isinstance(content, Path) else content
         git = hashlib.sha1(b"blob %d\0" % len(whole) + whole).hexdigest()
-        if held.get(path) not in (git, hashlib.sha256(whole).hexdigest()):
+        if hashes.get(path) not in (git, hashlib.sha256(whole).hexdigest()):
             return None
-    if now.sha is None or held.keys() & set(stale):
+    if now.sha is None or hashes.keys() & set(stale):
         return None
-    return Pushed(now.sha, f"{api.endpoint}/{release.repo}/commit/{now.sha}", None)
+    return PushResult(now.sha, f"{api.endpoint}/{release.repo}/commit/{now.sha}", None)
 
 
-def _stale(release: Release, there: Sequence[str]) -> list[str]:
-    """What an earlier push of this eraser has put there and this one does not: pictures, a signature, another kind."""
+def _stale_files(release: Release, existing: Sequence[str]) -> list[str]:
+    """Return the files of an earlier push that this release does not replace, and that are to be deleted.
+
+    These are pictures, a signature, or weights of another kind.
+    """
     names = {WEIGHTS_NAME, signing.SIGNATURE_NAME}
     names |= {f"{release.manifest.name}-{kind}.safetensors" for kind in ("dense", "mask")}
-    # Without a manifest it is no eraser's repository yet, and such files are somebody's own.
-    ours = names if MANIFEST_NAME in there else set()
-    return [name for name in there if (name in ours or name.startswith("images/")) and name not in release.files]
+    # Without a manifest the repository has no eraser yet, and such files belong to the user.
+    ours = names if MANIFEST_NAME in existing else set()
+    return [name for name in existing if (name in ours or name.startswith("images/")) and name not in release.files]
 
 
 def _commit(
     api: HfApi, release: Release, stale: Sequence[str], *, revision: str | None, pull_request: bool, parent: str | None
-) -> Pushed:
+) -> PushResult:
     adds = [CommitOperationAdd(path, content) for path, content in release.files.items()]
     try:
         made = api.create_commit(
@@ -160,18 +170,18 @@ def _commit(
             commit_message=f"{release.manifest.name}: an eraser of {release.manifest.concept.target}",
             revision=revision,
             create_pr=pull_request,
-            # Whoever changes the repository between our look at it and our commit is not overwritten.
+            # Fail, rather than overwrite, if somebody changed the repository since we read it.
             parent_commit=parent,
         )
     except ValueError as error:
         if isinstance(error, HTTPError | JSONDecodeError | UnicodeDecodeError):
             raise
-        if CARD_NAME in str(error):  # the client names what it found wrong with the card
+        if CARD_NAME in str(error):  # the client says what is invalid in the card
             raise HubError(f"the Hub refuses the model card of {release.repo}: {error}") from error
         raise TransportError(f"its answer is not what the Hub writes: {error}") from error
     except RuntimeError as error:
-        # The client wraps what befalls the upload of a large file.
+        # The client wraps errors in the upload of a large file.
         if isinstance(error.__cause__, HTTPError | OSError):
             raise error.__cause__ from error
         raise
-    return Pushed(made.oid, made.commit_url, made.pr_url)
+    return PushResult(made.oid, made.commit_url, made.pr_url)

@@ -1,7 +1,6 @@
-"""What a reference to an eraser names: a path, a name in a registry, or a repository of the Hub.
+"""Resolves a reference to an eraser: a path, a name in a registry, or a repository of the Hub.
 
-Above both registries and the Hub; the Hub's client is imported only where it is needed, as a registry is read in less
-time than that takes.
+The Hub's client is imported only when it is needed: importing it takes longer than reading a registry.
 """
 
 import re
@@ -24,13 +23,13 @@ _SUFFIX = storage.SUFFIXES[storage.ADAPTERS]
 def resolve(
     reference: str, registry: Path | None = None, *, progress: Callable[[int, int], None] | None = None
 ) -> EraserEntry:
-    """Find what a reference names: a path, a name or concept in a registry, or owner/name[@revision] on the Hub.
+    """Find an eraser by path, by name or concept in a registry, or by owner/name[@revision] on the Hub.
 
-    A name that no registry knows is pulled from the Hub, where `remote.owner` keeps it, into `registry` or the user's
-    own. What is on the Hub and was pulled before is taken from the registry, at the commit it is pinned to there.
-    `progress` is told the bytes of a download.
-    Raises UsageError when it could be several things, NotFoundError with the nearest names when it is none,
-    NetworkError when the Hub is needed and cannot be reached.
+    An unknown name is pulled from the repositories of `pull.owner()` into `registry` or the user's own registry. A Hub
+    repository that was pulled before is taken from the registry, at its pinned commit.
+    progress: called with the bytes done and the total of a download.
+    Raises UsageError if several erasers match, NotFoundError with the nearest names if none does, NetworkError if the
+    Hub is needed and out of reach.
     """
     if not reference.strip():
         raise UsageError("the reference to an adapter is empty", mend="spmhub list")
@@ -46,7 +45,7 @@ def resolve(
         return pinned or download(match["repo"], match["revision"], progress=progress)
     hit, names = None, []
     if re.fullmatch(NAME, reference):
-        # A name in a later registry goes before a concept in an earlier one, which its manifest may call anything.
+        # A name, even in a later registry, takes precedence over a concept: any manifest can claim any concept.
         hit = next((found for place in known if (found := place.find(reference))), None)
     for place in known if hit is None else ():
         try:
@@ -62,12 +61,12 @@ def resolve(
 
 
 def load(reference: str, registry: Path | None = None, *, lazy: bool = False) -> "Adapter":
-    """The adapter that a reference names; see `resolve`, and `adapter.load_file` for `lazy`."""
+    """Load the adapter that a reference names; see `resolve`, and `adapter.load_file` for `lazy`."""
     return resolve(reference, registry).load(lazy=lazy)
 
 
 def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> EraserEntry | None:
-    """The entry that was pulled from there before, if any registry still holds it, and as its lock file names it."""
+    """Return the eraser that was pulled from `repo` at `revision`, if a registry still has it."""
     for place in known:
         for name, pin in lockfile.read(place.root).items():
             if pin.repo == repo and revision in (pin.revision, pin.commit):
@@ -80,34 +79,37 @@ def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> Erase
 def _from_owner(
     reference: str, registry: Path | None, names: list[str], progress: Callable[[int, int], None] | None
 ) -> EraserEntry:
-    """A name that no registry knows, pulled from the Hub. Raises NotFoundError, HubError for one that is closed."""
-    from spm_hub.hub import pull as remote
+    """Pull a name that no registry has from the Hub.
 
-    known, whose = registries(registry), remote.owner()
-    # Its manifest may have another name than its repository: then that is how it is held.
-    if whose is not None and (held := _pinned(f"{whose}/{slug(reference)}", None, known)):
-        return held
+    Raises NotFoundError, HubError for a closed repository.
+    """
+    from spm_hub.hub import pull as hub_pull
+
+    known, user = registries(registry), hub_pull.owner()
+    # The eraser may have another name than its repository, so the name alone does not find a pulled one.
+    if user is not None and (entry := _pinned(f"{user}/{slug(reference)}", None, known)):
+        return entry
     where = ", ".join(str(place.root) for place in known)
-    kept_in = known[-1] if requested_root(registry) is None else known[0]  # the last is the user's own
+    target = known[-1] if requested_root(registry) is None else known[0]  # the last is the user's own
     try:
-        found = remote.by_name(slug(reference), kept_in, progress)
+        found = hub_pull.pull_by_name(slug(reference), target, progress)
     except NetworkError as error:
         raise unknown_eraser(reference, names, f"in {where}, and {error.message}") from error
     if found is None:
         raise unknown_eraser(
-            reference, names, f"in {where}" + (f", nor on the Hub as {whose}/{slug(reference)}" if whose else "")
+            reference, names, f"in {where}" + (f", nor on the Hub as {user}/{slug(reference)}" if user else "")
         )
     return found
 
 
 def _entry_at(path: Path) -> EraserEntry:
-    """The entry of a path: an adapter file, or a folder laid out as a repository of the Hub."""
+    """Return the eraser at a path: an adapter file, or a folder laid out as a repository of the Hub."""
     if path.is_dir():
         files = [path / WEIGHTS_NAME] if (path / WEIGHTS_NAME).is_file() else sorted(path.glob(f"*{_SUFFIX}"))
         if len(files) > 1:
             raise ambiguous_eraser(str(path), map(str, files))
         if not files:
-            raise NotFoundError(f"{path}: there is no {_SUFFIX} file in this folder", mend="spmhub list")
+            raise NotFoundError(f"{path}: this folder has no {_SUFFIX} file", mend="spmhub list")
         return entry_of(files[0])
     if not path.exists():
         siblings = [str(file) for file in path.parent.glob(f"*{_SUFFIX}")]

@@ -1,4 +1,4 @@
-"""Erasers on the Hub, found by the tags that their cards carry."""
+"""Searches the Hub for erasers by the tags of their model cards."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ _BASE = "base_model:adapter:"
 
 
 @dataclass(frozen=True)
-class Found:
-    """One repository, as far as its tags describe it."""
+class SearchResult:
+    """A repository as its tags describe it."""
 
     repo: str
     erases: tuple[str, ...]
@@ -27,15 +27,16 @@ class Found:
 
 def search(
     query: str = "", *, base: str | None = None, method: str | None = None, author: str | None = None
-) -> tuple[Found, ...]:
-    """Erasers on the Hub whose name, concept or aliases hold every word of `query`, most downloaded first.
+) -> tuple[SearchResult, ...]:
+    """Find erasers on the Hub whose name, concept or aliases contain every word of `query`.
 
-    base: a family (sd1, sdxl ...), an alias or the id of a model; method: as in recipes; author: a user.
+    The most downloaded come first.
+    base: a family (sd1, sdxl ...), an alias or the id of a model. method: as in recipes. author: a Hub user.
     Raises HubError, NetworkError.
     """
     tags = ["spmhub"]
     if base is not None:
-        # sdxl is both: as a family it finds what was trained on that very base, too.
+        # sdxl is a family and an alias; the family finds the erasers of the alias too.
         repo = None if base in {alias.family for alias in ALIASES.values()} else hub_id(base)
         tags.append(base if repo is None else f"{_BASE}{repo}")
     if method is not None:
@@ -44,7 +45,7 @@ def search(
     def ask() -> list[ModelInfo]:
         return list(HfApi().list_models(filter=tags, author=author, full=True))
 
-    with reaching("the list of erasers", None, otherwise="see what you have: spmhub list", why="is asked for"):
+    with reaching("the list of erasers", None, otherwise="list your own: spmhub list", why="is needed"):
         models = patiently(ask)
     words = query.casefold().replace("-", " ").split()
     found = [_read(model) for model in models]
@@ -52,17 +53,17 @@ def search(
     return tuple(sorted(matching, key=lambda one: (-one.downloads, -one.likes, one.repo)))
 
 
-def _words_of(found: Found) -> str:
-    return " ".join((found.repo, *found.erases)).casefold().replace("-", " ")
+def _words_of(result: SearchResult) -> str:
+    return " ".join((result.repo, *result.erases)).casefold().replace("-", " ")
 
 
-def _read(model: ModelInfo) -> Found:
+def _read(model: ModelInfo) -> SearchResult:
     tags = model.tags or []
 
     def after(beginning: str) -> Iterator[str]:
         return (tag.removeprefix(beginning) for tag in tags if tag.startswith(beginning))
 
-    return Found(
+    return SearchResult(
         repo=model.id,
         erases=tuple(after(ERASES)),
         method=next(after(METHOD), None),

@@ -76,8 +76,10 @@ def release(registry: Registry, tmp_path: Path) -> Release:
     return prepare(registry.get("snoopy"), REPO, pairs(), tmp_path)
 
 
-def pairs(count: int = 2) -> tuple[card.Pair, ...]:
-    return tuple(card.Pair(f"prompt {index}", png(index), png(index + 9), {"snoopy": 0.5}) for index in range(count))
+def pairs(count: int = 2) -> tuple[card.PicturePair, ...]:
+    return tuple(
+        card.PicturePair(f"prompt {index}", png(index), png(index + 9), {"snoopy": 0.5}) for index in range(count)
+    )
 
 
 def png(shade: int) -> bytes:
@@ -280,7 +282,7 @@ def test_the_card(release: Release, eraser: Adapter) -> None:
     assert all(one["output"]["url"] in release.files for one in about["widget"])
     ModelCard(release.card)  # the client's own reading of it
     body = release.card.partition("\n---\n")[2]
-    for part in ("**snoopy: 1 → 0.04**", "2 others: -0.0100 on average, -0.0200 at most (*dog*)", "steps: 240",
+    for part in ("**snoopy: 1 → 0.04**", "2 other subjects: -0.0100 on average, -0.0200 at most (*dog*)", "steps: 240",
                  f'load_lora_weights("{REPO}", weight_name="{WEIGHTS_NAME}")', f'spm_hub.attach(pipe, "{REPO}")',
                  "the beagle", "## Limits and risks", "## Licence"):  # fmt: skip
         assert part in body, part
@@ -328,7 +330,7 @@ def test_pictures_are_read_from_what_apply_writes(tmp_path: Path, eraser: Adapte
     # What shows another eraser, or this one among others, is no evidence of this one.
     for number, others in enumerate((["mickey"], ["mickey", "snoopy"])):
         save(shown[:1], tmp_path / "more", Drawing(seed=number), title="x", grid=False, described={"adapters": others})
-    with pytest.raises(NotFoundError, match=r"no pair .* of snoopy alone, but of mickey, of mickey and snoopy"):
+    with pytest.raises(NotFoundError, match=r"no pair .* of snoopy alone, only of mickey, of mickey and snoopy"):
         card.read_pairs(tmp_path / "more", "snoopy")
     save(shown[:1], tmp_path, Drawing(seed=7), title="x", grid=False, described={"adapters": ["mickey"]})
     read = card.read_pairs(tmp_path, "snoopy")

@@ -281,7 +281,7 @@ def test_an_empty_variable_names_no_registry(monkeypatch: pytest.MonkeyPatch) ->
     Registry(Path.cwd()).add(named("snoopy"))
     monkeypatch.setenv(registries.REGISTRY_VARIABLE, "")
     pulled_into = []
-    monkeypatch.setattr(remote, "by_name", lambda name, registry, progress: pulled_into.append(registry))
+    monkeypatch.setattr(remote, "pull_by_name", lambda name, registry, progress: pulled_into.append(registry))
     with pytest.raises(NotFoundError, match="mickey"):
         resolve("mickey")
     assert pulled_into == [registries.user_registry()]
