@@ -304,8 +304,8 @@ def latency(model: str = "sd1", count: int = 20) -> dict[str, Any]:
 
         def fold(value: float, attached: Attachment = attached) -> None:
             attached.strength.update(dict.fromkeys(attached.names, value))
-            with torch.no_grad():
-                attached._put_in_effect(2, None)
+            with torch.no_grad(), attached.denoising(2, None):
+                pass
 
         clock("fold", lambda: fold(0.5))
         clock("fold_for_other_gammas", lambda: fold(0.6))

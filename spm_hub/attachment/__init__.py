@@ -1,4 +1,4 @@
-"""Erasers on a running pipeline: attach, gate per prompt, recover, detach; and baking them in."""
+"""Erasers on a diffusers pipeline: attach, gate per prompt, recover, detach."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spm_hub.attachment.attachment import Attachment as Attachment
     from spm_hub.attachment.attachment import attach as attach
+    from spm_hub.attachment.pipeline_hooks import is_attached as is_attached
 
-_EXPORTS = {"attach": "attachment", "Attachment": "attachment"}
-__all__ = ["Attachment", "attach"]
+_EXPORTS = {"attach": "attachment", "Attachment": "attachment", "is_attached": "pipeline_hooks"}
+__all__ = ["Attachment", "attach", "is_attached"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ _LONG = 2**14
 """Numbers of a name's states beyond which they are kept in a file, being a good part of what an eraser itself takes."""
 
 
-class Gating:
+class GateEvaluation:
     """Asks the gates of a pipeline's erasers; what it knows of their concepts is kept until `forget`."""
 
     def __init__(self, pipe: Any, pipeline_class: type[Any], options: Options) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from spm_hub.errors import UsageError
 
 
-def settle(body: nn.Module, modules: Iterable[nn.Module], bare: Callable[[], None]) -> None:
+def unmerge_disabled(body: nn.Module, modules: Iterable[nn.Module], bare: Callable[[], None]) -> None:
     """To be called before erasers act: the weights become those that PEFT's layers would compute with.
 
     What is fused and then switched off, PEFT subtracts from the weight when the layer is next called: from one that

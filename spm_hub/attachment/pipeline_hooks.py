@@ -23,6 +23,11 @@ _GUARDED = "_spm_hub_guarded"
 _FUSED = "fused query, key and value projections are weights of their own, which no eraser was trained on"
 
 
+def is_attached(pipe: Any) -> bool:
+    """Return whether an attachment, perhaps an empty one, is on this pipeline."""
+    return HELD in pipe.__dict__
+
+
 class Holder(Protocol):
     """What the methods of a held pipeline and a held denoiser report to."""
 

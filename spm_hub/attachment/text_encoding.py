@@ -56,7 +56,7 @@ class CannotEncodeError(UsageError):
     """The pipeline lacks a text encoder, or a tokenizer, that it needs to encode a text."""
 
 
-def told(base: type[Any], options: Mapping[str, Any]) -> Settings:
+def encoder_settings(base: type[Any], options: Mapping[str, Any]) -> Settings:
     """What a call of this class of pipelines with these options has its text encoder know beside the prompt.
 
     Raises UsageError for an option that does not reach the encoder.

@@ -19,6 +19,7 @@ from torch import nn
 
 from spm_hub.adapters.increments import Dense, Mask
 from spm_hub.adapters.manifest import GateDefaults
+from spm_hub.attachment import is_attached
 from spm_hub.attachment.attachment import attach
 from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError, UsageError
 
@@ -361,7 +362,7 @@ def test_a_wrong_option_leaves_the_pipeline_untouched(pipe, options, message):
 def test_forcing_fold_on_rows_that_differ_says_so(pipe):
     with attach(pipe, erasers_for(pipe, "snoopy"), mode="fold"):
         draw(pipe, "snoopy")
-        with pytest.raises(UsageError, match=r'mode="fold" holds one factor.*snoopy [\d.]+ to 1'):
+        with pytest.raises(UsageError, match=r'mode="fold" applies one factor.*snoopy [\d.]+ to 1'):
             draw(pipe, ["snoopy", "a church"])
 
 
@@ -526,12 +527,24 @@ def test_a_failing_attach_leaves_the_pipeline_untouched(pipe):
 def test_one_denoiser_has_one_attachment(pipe):
     twin = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
     erasers = attach(pipe, erasers_for(pipe, "snoopy"))
-    with pytest.raises(UsageError, match=r"this pipeline already holds erasers \(snoopy\)"):
+    with pytest.raises(UsageError, match=r"this pipeline already has erasers attached \(snoopy\)"):
         attach(pipe, erasers_for(pipe, "mickey"))
-    with pytest.raises(UsageError, match="another pipeline that shares this denoiser already holds erasers"):
+    with pytest.raises(UsageError, match="another pipeline that shares this denoiser already has erasers attached"):
         attach(twin, erasers_for(pipe, "mickey"))
     erasers.detach()
     attach(twin, erasers_for(pipe, "mickey")).detach()
+
+
+def test_whether_a_pipeline_is_attached(pipe):
+    twin = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    assert not is_attached(pipe)
+    with attach(pipe, []) as erasers:
+        assert is_attached(pipe)
+        assert not is_attached(twin)
+        erasers.add(*erasers_for(pipe, "snoopy"))
+        erasers.recover("snoopy")
+        assert is_attached(pipe)
+    assert not is_attached(pipe)
 
 
 def test_a_replaced_denoiser_is_noticed(pipe):

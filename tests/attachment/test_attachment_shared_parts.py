@@ -245,7 +245,7 @@ def test_a_pipeline_made_from_one_with_erasers_shares_its_denoiser_fully_erased(
         # Nobody tells what this one is asked for: never silently off.
         assert torch.equal(draw(made, **options), fully)
         assert torch.equal(draw(pipe), drawn)
-        with pytest.raises(UsageError, match="another pipeline that shares this denoiser already holds erasers"):
+        with pytest.raises(UsageError, match="another pipeline that shares this denoiser already has erasers attached"):
             attach(made, adapters)
     assert torch.equal(draw(made, **options), bare)
 
@@ -381,5 +381,5 @@ def test_folding_offloaded_weights_is_refused(pipe):
 
 def test_a_second_denoiser_is_not_passed_over_in_silence(pipe):
     pipe.unet_2 = pico_pipeline().unet
-    with pytest.warns(UserWarning, match="unet_2, with which StableDiffusionPipeline draws"):
+    with pytest.warns(UserWarning, match="second denoiser of StableDiffusionPipeline \\(unet_2\\) is not changed"):
         attach(pipe, erasers_for(pipe)).detach()

@@ -162,8 +162,8 @@ def test_gates_are_those_of_a_call_with_these_options(
 ) -> None:
     pipe = family_pipeline(family)
     seen: list[dict[str, list[float]]] = []
-    asked = gating.Gating.ask
-    monkeypatch.setattr(gating.Gating, "ask", lambda *given: seen.append(asked(*given)) or seen[-1])
+    asked = gating.GateEvaluation.ask
+    monkeypatch.setattr(gating.GateEvaluation, "ask", lambda *given: seen.append(asked(*given)) or seen[-1])
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
     small = {"use_resolution_binning": False} if family == "pixart" else {}
     path, module = next(iter(targets(denoiser).items()))

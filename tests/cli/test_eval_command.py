@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from spm_hub.attachment.pipeline_hooks import HELD
+from spm_hub.attachment import is_attached
 from spm_hub.cli.app import app
 from spm_hub.evaluation.sketchbook import Case
 from spm_hub.registry.registry import Registry
@@ -40,7 +40,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def paint(pipe: Any, wanted: Sequence[Case], *, steps: int, guidance_scale: float, progress: Any) -> list[Any]:
         assert (steps, guidance_scale) == (3, 7.5)
-        return [Image.new("RGB", (8, 8), (255 * (HELD in vars(pipe)), names.index(case.name), 0)) for case in wanted]
+        return [Image.new("RGB", (8, 8), (255 * is_attached(pipe), names.index(case.name), 0)) for case in wanted]
 
     def read(self: object, pictures: Sequence[Image.Image]) -> list[Reading]:
         """Everything is what it was to be, but a cat with erasers every other time, and snoopy with erasers never."""

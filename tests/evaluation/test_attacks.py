@@ -397,7 +397,7 @@ def test_mistakes_are_refused_and_nothing_is_left_behind() -> None:
         attacks.run(pipe, [eraser], CASES, lambda pictures: [False] * len(pictures), attack, drawing=SMALL)
     with pytest.raises(UsageError, match="nothing to attack"):
         attacks.run(pipe, [eraser], [], lambda pictures: [], attack)
-    with attach(pipe, [eraser]), pytest.raises(UsageError, match="already holds erasers"):
+    with attach(pipe, [eraser]), pytest.raises(UsageError, match="already has erasers attached"):
         attacks.run(pipe, [eraser], CASES, lambda pictures: [], attack)
 
     def broken(pictures: Sequence[Image.Image]) -> list[bool]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.attachment.attachment import Attachment, attach
 from spm_hub.attachment.gate import Prompts
-from spm_hub.attachment.pipeline_hooks import HELD
+from spm_hub.attachment.pipeline_hooks import is_attached
 from spm_hub.attachment.text_encoding import tokens_of
 from spm_hub.errors import ModelError, UsageError
 from spm_hub.evaluation.attacks.noising import Noising
@@ -81,8 +81,10 @@ class Victim:
 
         UsageError for one that holds erasers already.
         """
-        if HELD in pipe.__dict__:
-            raise UsageError("the pipeline already holds erasers", mend="erasers.detach(), and name them to the attack")
+        if is_attached(pipe):
+            raise UsageError(
+                "the pipeline already has erasers attached", mend="erasers.detach(), and name them to the attack"
+            )
         self.pipe, self.base = pipe, BaseModel(pipe)
         self.noising = Noising(self.base)
         self._like = self.base.encode([""])[0]
