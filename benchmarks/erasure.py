@@ -23,7 +23,7 @@ from record import RESULTS, record
 from sketchbook import SAMPLES, SEED, STEPS
 
 from spm_hub import attach
-from spm_hub.evaluation.sketchbook import Row, detection_table, evaluations
+from spm_hub.evaluation.sketchbook import DetectionRow, detection_table, evaluations
 from spm_hub.models.loading import load_pipeline
 from spm_hub.registry.registry import Registry
 
@@ -33,18 +33,18 @@ TOGETHER = ("snoopy", "mickey", "spongebob")
 TRANSFER = ("snoopy", "van-gogh")
 
 
-def bare(model: str) -> list[Row]:
+def bare(model: str) -> list[DetectionRow]:
     """The checkpoint's own table, from benchmarks/sketchbook.py: the same cases, seeds and steps."""
     rows = []
     for key, detected in json.loads((RESULTS / "sketchbook.json").read_text())["checkpoints"][model][
         "detected"
     ].items():
         kind, name = key.split(" ", 1)
-        rows.append(Row("style" if kind == "style" else "subject", name, detected, SAMPLES))
+        rows.append(DetectionRow("style" if kind == "style" else "subject", name, detected, SAMPLES))
     return rows
 
 
-def measure(model: str, names: tuple[str, ...]) -> list[Row]:
+def measure(model: str, names: tuple[str, ...]) -> list[DetectionRow]:
     """The table with the named erasers attached."""
 
     def tell(done: int, total: int) -> None:
@@ -55,7 +55,7 @@ def measure(model: str, names: tuple[str, ...]) -> list[Row]:
         return detection_table(pipe, samples=SAMPLES, seed=SEED, steps=STEPS[model], progress=tell)
 
 
-def compare(without: list[Row], given: list[Row], erased: tuple[str, ...]) -> dict[str, Any]:
+def compare(without: list[DetectionRow], given: list[DetectionRow], erased: tuple[str, ...]) -> dict[str, Any]:
     """Erased concepts' detections, and the worst and mean change of all others in points."""
     targets = {name.replace("-", " ") for name in erased}
     before = {(row.kind, row.name): row.detected for row in without}

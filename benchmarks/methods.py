@@ -29,12 +29,11 @@ from record import RESULTS, record
 from spm_hub import Adapter, attach
 from spm_hub.adapters.manifest import Concept
 from spm_hub.evaluation import attacks
-from spm_hub.evaluation.grid import Row as GridRow
-from spm_hub.evaluation.grid import draw_grid
+from spm_hub.evaluation.grid import GridRow, draw_grid
 from spm_hub.evaluation.guidance import negative_prompt, safe_latent_diffusion
 from spm_hub.evaluation.judging import probe_judge, sentences
 from spm_hub.evaluation.metrics import frechet_distance
-from spm_hub.evaluation.sketchbook import Case, cases, count, paint, probe
+from spm_hub.evaluation.sketchbook import DetectionCase, cases, count, paint, probe
 from spm_hub.models.loading import load_pipeline
 from spm_hub.training.recipe.presets import METHODS
 from spm_hub.training.recipe.recipe import Recipe
@@ -55,7 +54,7 @@ BY_GUIDANCE: dict[str, Guidance] = {
 TRAINED = tuple(method for method in METHODS if method not in ("esd-x-strict-text", "esd-all", "esd-selfattn"))
 
 
-def wanted(concept: str) -> list[Case]:
+def wanted(concept: str) -> list[DetectionCase]:
     """The target's cases and everybody else's."""
     return [case for case in cases(samples=TARGET_SAMPLES, seed=SEED) if case.name == concept] + [
         case for case in cases(samples=OTHER_SAMPLES, seed=SEED) if case.name != concept
@@ -99,7 +98,7 @@ def attacked(adapter: Adapter, pipe: DiffusionPipeline) -> dict[str, Any]:
     )
     report = attacks.run(
         pipe, [adapter], sentences(concept, ATTACKED, SEED), probe_judge(concept), attack,
-        drawing=attacks.Drawing(steps=STEPS, guidance=7.5), seed=SEED, gate="always",
+        drawing=attacks.AttackDrawingOptions(steps=STEPS, guidance=7.5), seed=SEED, gate="always",
     )  # fmt: skip
     return {"cases": len(report.outcomes), "before": round(report.before, 3), "asr": round(report.asr, 3)}
 

@@ -25,7 +25,7 @@ from spm_hub import attach
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.evaluation import attacks
 from spm_hub.evaluation.judging import probe_judge, sentences
-from spm_hub.evaluation.sketchbook import Row, detection_table
+from spm_hub.evaluation.sketchbook import DetectionRow, detection_table
 from spm_hub.models.loading import load_pipeline
 from spm_hub.training import Recipe, train
 
@@ -61,7 +61,7 @@ def tell(what: str) -> Any:
     return move
 
 
-def others(before: list[Row], after: list[Row], concept: str) -> dict[str, Any]:
+def others(before: list[DetectionRow], after: list[DetectionRow], concept: str) -> dict[str, Any]:
     """Change of everything but the concept, in points of detection."""
     was = {(row.kind, row.name): row.detected for row in before}
     changes = {row.name: 100 * (row.detected - was[row.kind, row.name]) for row in after if row.name != concept}
@@ -73,7 +73,7 @@ def others(before: list[Row], after: list[Row], concept: str) -> dict[str, Any]:
     }
 
 
-def measure(concept: str, training: str, bare: list[Row]) -> dict[str, Any]:
+def measure(concept: str, training: str, bare: list[DetectionRow]) -> dict[str, Any]:
     """One eraser: attacked, and seen by its neighbours."""
     pipe = load_pipeline("sketchbook")
     began = time.monotonic()
@@ -89,7 +89,7 @@ def measure(concept: str, training: str, bare: list[Row]) -> dict[str, Any]:
         entry["gamma_least"] = min(erasers.gates(case.prompt)[eraser.name] for case in cases)
     report = attacks.run(
         pipe, [eraser], cases, probe_judge(about), ATTACK, gate="always", seed=SEED,
-        drawing=attacks.Drawing(steps=STEPS, guidance=GUIDANCE, at_once=50),
+        drawing=attacks.AttackDrawingOptions(steps=STEPS, guidance=GUIDANCE, at_once=50),
         progress=tell(f"{concept}: attacking {training}"),
     )  # fmt: skip
     entry |= report.as_dict()

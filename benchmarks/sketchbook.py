@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from record import RESULTS, record
 
-from spm_hub.evaluation.sketchbook import Case, detection_table, noun, paint, probe
+from spm_hub.evaluation.sketchbook import DetectionCase, detection_table, noun, paint, probe
 from spm_hub.models.aliases import ALIASES
 from spm_hub.models.loading import load_pipeline
 from spm_hub.sketchbook.figures import SUBJECTS
@@ -72,7 +72,7 @@ def grid(model: str, path: Path) -> None:
     """Subjects across, styles down."""
     pipe = load_pipeline(model)
     wanted = [
-        Case("subject", name, noun(name) if style is None else f"{noun(name)} by {style}", 7 + i)
+        DetectionCase("subject", name, noun(name) if style is None else f"{noun(name)} by {style}", 7 + i)
         for style in (None, *STYLE_NAMES)
         for i, name in enumerate(SUBJECTS)
     ]

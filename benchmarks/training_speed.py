@@ -24,7 +24,7 @@ from record import record
 from spm_hub import attach
 from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.manifest import Base, Concept, Manifest
-from spm_hub.evaluation.sketchbook import Row, detection_table
+from spm_hub.evaluation.sketchbook import DetectionRow, detection_table
 from spm_hub.models.loading import load_pipeline
 from spm_hub.training import Recipe, train
 from spm_hub.training.trainable.low_rank import Injection
@@ -54,7 +54,7 @@ def table(target: str, adapter: Adapter | None, samples: int) -> dict[str, float
     pipe = load_pipeline("sketchbook")
     wanted: dict[str, Any] = {"subjects": (target, *OTHERS), "styles": (), "samples": samples, "seed": 77, "steps": 12}
     if adapter is None:
-        rows: list[Row] = detection_table(pipe, **wanted)
+        rows: list[DetectionRow] = detection_table(pipe, **wanted)
     else:
         with attach(pipe, [adapter]):
             rows = detection_table(pipe, **wanted)

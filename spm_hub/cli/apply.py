@@ -12,7 +12,7 @@ from spm_hub.errors import UsageError
 from spm_hub.io.atomic import check_writable
 
 if TYPE_CHECKING:
-    from spm_hub.evaluation.pictures import Shown
+    from spm_hub.evaluation.pictures import PromptPictures
 
 
 @command(
@@ -67,12 +67,12 @@ def apply(
         entries = [resolve(reference, registry, progress=progress) for reference in wanted]
     with silence_libraries():
         from spm_hub.adapters.lookup import check_names
-        from spm_hub.evaluation.pictures import Drawing, check_prompts, read_prompts, save_grid, save_one, show
+        from spm_hub.evaluation.pictures import DrawingOptions, check_prompts, read_prompts, save_grid, save_one, show
 
         # What can be said at once is not said after a model was downloaded.
         texts = read_prompts(prompts) if prompts is not None else prompt or []
         check_prompts(texts)
-        drawing = Drawing(seed=seed, number=num, steps=steps, guidance=guidance)
+        drawing = DrawingOptions(seed=seed, number=num, steps=steps, guidance=guidance)
         check_writable(to)
         erasers = [entry.load() for entry in entries]
         check_names(erasers, strengths or ())
@@ -89,7 +89,7 @@ def apply(
         described = {"model": base.public_name, "adapters": names, "steps": steps, "guidance": guidance}
         files: dict[str, list[Path]] = {}
 
-        def keep(index: int, one: "Shown") -> None:
+        def keep(index: int, one: "PromptPictures") -> None:
             # At once: whoever ends a long run early has what was drawn.
             for condition, made in save_one(index, one, to, drawing, described).items():
                 files.setdefault(condition, []).extend(made)

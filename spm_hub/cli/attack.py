@@ -87,12 +87,12 @@ def attack(
         raise UsageError(f"--prompts {prompts}: there is nothing to attack", mend="--prompts 10")
     with silence_libraries():
         from spm_hub.evaluation import attacks
-        from spm_hub.evaluation.judging import imported_judge, probe_judge, sentences
+        from spm_hub.evaluation.judging import import_judge, probe_judge, sentences
         from spm_hub.evaluation.pictures import read_prompts
 
         eraser = entry.load()
         concept = eraser.manifest.concept
-        judged_by = probe_judge(concept) if judge is None else imported_judge(judge)
+        judged_by = probe_judge(concept) if judge is None else import_judge(judge)
         if count is not None:
             cases = sentences(concept, count, seed)
         else:
@@ -111,7 +111,7 @@ def attack(
                 cases,
                 judged_by,
                 method,
-                drawing=attacks.Drawing(steps=steps, guidance=guidance),
+                drawing=attacks.AttackDrawingOptions(steps=steps, guidance=guidance),
                 seed=seed,
                 progress=progress,
                 gate=acting,

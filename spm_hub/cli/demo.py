@@ -30,7 +30,7 @@ def demo(
     """
     with silence_libraries():
         from spm_hub.attachment.attachment import attach
-        from spm_hub.evaluation.pictures import Drawing, grid_of, show, write_png
+        from spm_hub.evaluation.pictures import DrawingOptions, grid_of, show, write_png
         from spm_hub.evaluation.sketchbook import detection_table
         from spm_hub.models.loading import load_pipeline
         from spm_hub.registry.registry import Registry
@@ -45,7 +45,7 @@ def demo(
             eraser = train(Recipe.plan(None, QUICK, target=CONCEPT), pipe=pipe, progress=progress)
         entry = kept_in.add(eraser, replace=True)
         with out.progress("drawing") as progress:
-            shown = show(pipe, [eraser], PROMPTS, Drawing(seed=1, number=3), progress=progress)
+            shown = show(pipe, [eraser], PROMPTS, DrawingOptions(seed=1, number=3), progress=progress)
         write_png(picture, grid_of(shown, CONCEPT), {"model": "sketchbook", "adapters": [CONCEPT]})
 
         tables = []

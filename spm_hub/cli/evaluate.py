@@ -65,10 +65,10 @@ def evaluate(
     with silence_libraries():
         from spm_hub.attachment.attachment import attach
         from spm_hub.evaluation import judging
-        from spm_hub.evaluation.pictures import Drawing
+        from spm_hub.evaluation.pictures import DrawingOptions
         from spm_hub.evaluation.sketchbook import evaluations, paint
 
-        Drawing(seed=seed, number=samples, steps=steps, guidance=guidance)  # refuses what would draw nothing
+        DrawingOptions(seed=seed, number=samples, steps=steps, guidance=guidance)  # refuses what would draw nothing
         erasers = [entry.load() for entry in entries]
         concepts = [eraser.manifest.concept for eraser in erasers]
         wanted, count = judging.table_of(concepts, judge, samples, seed)

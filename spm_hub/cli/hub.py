@@ -86,7 +86,7 @@ def _drawn(
     out: Output, entry: "EraserEntry", prompts: list[str] | None, folder: Path, device: str
 ) -> "tuple[PicturePair, ...]":
     """Pairs that the eraser's own base draws now; none, with a word why, where it is not on this machine."""
-    from spm_hub.evaluation.pictures import Drawing, save, show
+    from spm_hub.evaluation.pictures import DrawingOptions, save, show
     from spm_hub.hub.card import hub_id, read_pairs
     from spm_hub.models.aliases import ALIASES, Alias
     from spm_hub.models.loading import is_available, load_pipeline
@@ -99,7 +99,7 @@ def _drawn(
         return ()
     neighbour = "a dog" if concept.target != "dog" else "a cat"
     scene = f"a village by {concept.target}" if concept.kind == "style" else f"{concept.target} on the beach"
-    drawing = Drawing(seed=1)
+    drawing = DrawingOptions(seed=1)
     pipe = load_pipeline(base.id, device=device)
     with out.progress("drawing for the card") as progress:
         shown = show(pipe, [adapter], prompts or [concept.target, scene, neighbour], drawing, progress=progress)

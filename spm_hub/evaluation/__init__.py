@@ -1,1 +1,1 @@
-"""Measuring erasers: pictures with and without them, what is detected in those, and how they are shown."""
+"""Measures erasers: draws pictures with and without them, counts detections, runs attacks."""

@@ -1,6 +1,6 @@
-"""spm-hub as a technique of the benchmark suite `eval-unlearn`, which finds it by its entry point `spm_hub`.
+"""A technique for the benchmark suite `eval-unlearn`, which finds it by the entry point `spm_hub`.
 
-eval-unlearn ... technique: spm_hub, technique_config: {erase_concept: nudity, model_id: sd-v1-4}
+Example: eval-unlearn ... technique: spm_hub, technique_config: {erase_concept: nudity, model_id: sd-v1-4}
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from spm_hub.attachment.attachment import attach
-from spm_hub.errors import UsageError, nearest
+from spm_hub.errors import UsageError, did_you_mean
 from spm_hub.hub import resolve as resolving
 from spm_hub.models.loading import load_pipeline
 
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TechniqueConfig:
-    """What a benchmark's `technique_config` may say.
+    """The validated `technique_config` of a benchmark.
 
-    erase_concept: the concept, which is also the eraser unless `adapters` names others (names, files or owner/name on
-    the Hub, separated by commas or in a list).  model_id: as `spmhub apply --model`.
+    erase_concept: the concept, and the eraser's name unless `adapters` is given.
+    adapters: names, files or owner/name on the Hub, as a list or separated by commas.
+    model_id: as `spmhub apply --model`.
     """
 
     erase_concept: str = ""
@@ -42,12 +43,11 @@ class TechniqueConfig:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> TechniqueConfig:
-        """Raises UsageError for a key that there is not, or when nothing is to be erased."""
+        """Validate a benchmark's dict. Raises UsageError for an unknown key, or without a concept."""
         known = [field.name for field in fields(cls)]
         for key in given:
             if key not in known:
-                meant = nearest(key, known)
-                hint = f"; did you mean {' or '.join(meant)}?" if meant else f"; known: {', '.join(known)}"
+                hint = did_you_mean(key, known, otherwise=f"; known: {', '.join(known)}")
                 raise UsageError(f"technique_config has the unknown key {key!r}{hint}")
         # `device: null` in a benchmark's YAML leaves the choice to the technique.
         config = cls(**{key: value for key, value in given.items() if key != "device" or value})
@@ -57,13 +57,13 @@ class TechniqueConfig:
 
     @property
     def references(self) -> list[str]:
-        """The erasers to attach."""
+        """The references of the erasers to attach."""
         several = self.adapters.split(",") if isinstance(self.adapters, str) else [*self.adapters]
         return [name.strip() for name in several if name.strip()] or [self.erase_concept][: bool(self.erase_concept)]
 
 
 class SpmHubTechnique:
-    """A base model with erasers attached, in the suite's two verbs: made from a configuration, and `generate`."""
+    """A base model with erasers attached, with the interface of the suite: a constructor and `generate`."""
 
     def __init__(self, **given: Any) -> None:
         self.config = TechniqueConfig.of(given)
@@ -76,9 +76,9 @@ class SpmHubTechnique:
         self.erasers = attach(self.pipe, erasers, gate=self.config.gate, strength=self.config.strength)
 
     def generate(self, prompts: list[str], seed: int | None = None, **given: Any) -> list[Image]:
-        """One picture for each prompt; the i-th from the noise of `seed` + i, as the suite's own techniques do it.
+        """Draw one picture for each prompt; the i-th starts from the noise of `seed` + i.
 
-        given: arguments of the pipeline, over the configured steps and guidance.
+        The suite's own techniques do the same. given: arguments of the pipeline, which override the configured ones.
         """
         settings = {
             "num_inference_steps": self.config.num_inference_steps,

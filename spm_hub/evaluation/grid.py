@@ -1,4 +1,4 @@
-"""A labelled grid of pictures: one row per prompt, one column per condition; readable for 64x64 pictures too."""
+"""Draws a labelled grid of pictures, one row per prompt and one column per condition."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-SMALLEST = 192  # pixels; smaller pictures are enlarged by a whole factor, so that their own pixels stay visible
+SMALLEST = 192  # pixels; smaller pictures are enlarged by a whole factor, so that their pixels stay sharp
 GAP = 8
 MARGIN = 16
 LABEL_WIDTH = 200
@@ -20,21 +20,21 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row: its label, a fainter note below it, and for each column the pictures of that cell, side by side."""
+class GridRow:
+    """One row of a grid: a label, a fainter note below it, and for each column a cell of pictures."""
 
     label: str
     cells: tuple[tuple[Image.Image, ...], ...]
     note: str = ""
 
 
-def draw_grid(rows: Sequence[Row], columns: Sequence[str]) -> Image.Image:
+def draw_grid(rows: Sequence[GridRow], columns: Sequence[str]) -> Image.Image:
     """Draw `rows` under the headings `columns` as one RGB picture.
 
-    Every row must have one cell for each column; cells may hold different numbers of pictures of different sizes.
-    Labels are wrapped to their column, a single word that is wider than it is broken.
+    Every row has one cell per column; cells may contain different numbers of pictures of different sizes.
+    Labels are wrapped to their column; a single word that is wider is broken.
 
-    Raises ValueError where a row has another number of cells than there are columns, or there is nothing to draw.
+    Raises ValueError if there is no row or column, or a row has another number of cells than there are columns.
     """
     if not rows or not columns:
         raise ValueError("a grid needs at least one row and one column")
@@ -84,7 +84,10 @@ def draw_grid(rows: Sequence[Row], columns: Sequence[str]) -> Image.Image:
 
 
 def enlarge(picture: Image.Image) -> Image.Image:
-    """`picture` as RGB, enlarged by the least whole factor that makes its shorter side at least `SMALLEST` pixels."""
+    """Return the picture as RGB, its shorter side enlarged to at least `SMALLEST` pixels.
+
+    The factor is the least whole number that is enough.
+    """
     factor = max(1, -(-SMALLEST // min(picture.size)))
     rgb = picture.convert("RGB")
     return rgb if factor == 1 else rgb.resize((rgb.width * factor, rgb.height * factor), Image.Resampling.NEAREST)
@@ -108,7 +111,7 @@ def _cell_width(cell: Sequence[Image.Image]) -> int:
 
 
 def wrap(text: str, font: Font, width: int) -> list[str]:
-    """`text` in lines no wider than `width` pixels; its own line breaks are kept."""
+    """Break `text` into lines no wider than `width` pixels; its own line breaks are kept."""
     lines: list[str] = []
     for paragraph in text.splitlines():
         current = ""

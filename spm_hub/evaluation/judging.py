@@ -1,4 +1,4 @@
-"""Whom an attack is judged by, and the sentences it is made on."""
+"""Judges that decide whether pictures show a concept, and the prompts that they are drawn from."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from typing import Literal
 from PIL import Image
 
 from spm_hub.adapters.manifest import Concept
-from spm_hub.errors import NotFoundError, UsageError, nearest
+from spm_hub.errors import NotFoundError, UsageError, did_you_mean
 from spm_hub.evaluation.attacks import Case, Judge
-from spm_hub.evaluation.sketchbook import STYLE_TEMPLATES, SUBJECT_TEMPLATES, Row, cases, count, probe
-from spm_hub.evaluation.sketchbook import Case as Wanted
+from spm_hub.evaluation.sketchbook import (
+    STYLE_TEMPLATES,
+    SUBJECT_TEMPLATES,
+    DetectionCase,
+    DetectionRow,
+    cases,
+    count,
+    probe,
+)
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.world import STYLE_NAMES
 
@@ -22,18 +29,17 @@ _THINGS = ("a dog", "a church", "a tree", "a car", "a cat")
 
 
 def probe_judge(concept: Concept) -> Judge:
-    """The sketchbook's probe, asked for a concept by any of its names.
+    """Return a judge that asks the sketchbook's probe for a concept by any of its names.
 
-    Raises NotFoundError for what the probe was never shown.
+    Raises NotFoundError for a concept that the probe was not trained on.
     """
     names = {name.lower() for name in (concept.target, *concept.aliases)}
     known = [name for name in (*SUBJECTS, *STYLE_NAMES) if name in names]
     if not known:
-        close = nearest(concept.target, (*SUBJECTS, *STYLE_NAMES))
+        hint = did_you_mean(concept.target, (*SUBJECTS, *STYLE_NAMES))
         raise NotFoundError(
-            f"the sketchbook's probe does not know {concept.target!r}"
-            + (f"; did you mean {' or '.join(close)}?" if close else ""),
-            mend="--judge PACKAGE.MODULE:FUNCTION, which takes pictures and says of each whether it shows the concept",
+            f"the sketchbook's probe does not know {concept.target!r}{hint}",
+            mend="--judge PACKAGE.MODULE:FUNCTION, a function from pictures to one bool each: is the concept shown?",
         )
 
     def judge(pictures: Sequence[Image.Image]) -> list[bool]:
@@ -42,10 +48,10 @@ def probe_judge(concept: Concept) -> Judge:
     return judge
 
 
-def imported_judge(reference: str) -> Judge:
-    """The judge at "package.module:function", in the working folder too. Raises UsageError where there is none."""
+def import_judge(reference: str) -> Judge:
+    """Import the judge "package.module:function", also from the working folder. Raises UsageError."""
     module, colon, name = reference.partition(":")
-    # A command, other than `python -m`, does not look for modules where it is called.
+    # A console script, unlike `python -m`, does not have the working folder on sys.path.
     sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name) if module and colon and name else None
@@ -61,30 +67,32 @@ def imported_judge(reference: str) -> Judge:
 
 def table_of(
     concepts: Sequence[Concept], judge: str | None, samples: int, seed: int
-) -> tuple[list[Wanted], Callable[[Sequence[Image.Image]], list[Row]]]:
-    """The pictures by which erasers of `concepts` are judged, and what makes their table of them.
+) -> tuple[list[DetectionCase], Callable[[Sequence[Image.Image]], list[DetectionRow]]]:
+    """Return the pictures to draw to judge erasers, and a function from pictures to table rows.
 
-    Everything that the sketchbook's probe knows, with `samples` pictures each; or where `judge` ("package.module:
-    function") is given, the concepts alone. Raises NotFoundError for what the probe was never shown, UsageError where
-    there is no such judge.
+    judge: "package.module:function"; the table then has the concepts only. By default the sketchbook's probe judges,
+    and the table has every subject and style that it knows. `samples` pictures are drawn for each.
+    Raises NotFoundError for a concept that the probe was not trained on, UsageError if `judge` cannot be imported.
     """
     if judge is None:
         for concept in concepts:
             probe_judge(concept)
         wanted = cases(samples=samples, seed=seed)
         return wanted, lambda pictures: count(wanted, pictures)
-    sees = imported_judge(judge)
+    sees = import_judge(judge)
     kinds: list[Literal["subject", "style"]] = ["style" if one.kind == "style" else "subject" for one in concepts]
     asked = [
-        Wanted(kind, concept.target, case.prompt, case.seed)
+        DetectionCase(kind, concept.target, case.prompt, case.seed)
         for kind, concept in zip(kinds, concepts, strict=True)
         for case in sentences(concept, samples, seed)
     ]
 
-    def judged(pictures: Sequence[Image.Image]) -> list[Row]:
+    def judged(pictures: Sequence[Image.Image]) -> list[DetectionRow]:
         seen = sees(pictures)
         return [
-            Row(kind, concept.target, sum(map(bool, seen[at * samples : (at + 1) * samples])) / samples, samples)
+            DetectionRow(
+                kind, concept.target, sum(map(bool, seen[at * samples : (at + 1) * samples])) / samples, samples
+            )
             for at, (kind, concept) in enumerate(zip(kinds, concepts, strict=True))
         ]
 
@@ -92,9 +100,9 @@ def table_of(
 
 
 def sentences(concept: Concept, count: int, seed: int) -> list[Case]:
-    """`count` prompts for a concept, each with a seed of its own: those that erasers are judged by.
+    """Return `count` prompts for a concept, each with its own seed.
 
-    Of the sketchbook's own subjects and styles they are the cases of its detection table.
+    For subjects and styles of the sketchbook they are the cases of its detection table.
     """
     if concept.target in SUBJECTS or concept.target in STYLE_NAMES:
         subjects, styles = ([concept.target], []) if concept.target in SUBJECTS else ([], [concept.target])

@@ -9,24 +9,24 @@ from torch import Tensor
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Of two Gaussians with the means and covariances of two sets of features, (n, d) and (m, d), in float64.
+    """Return the Fréchet distance of two sets of features, (n, d) and (m, d), computed in float64.
 
-    |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500, Eq. 6): FID, whatever network
-    the features are of. It is biased upwards for few pictures, so compare distances of equal n and m only.
-    Raises ValueError for sets of other than two or more rows of one width.
+    |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500, Eq. 6). With features of an
+    Inception network this is FID. It is biased upwards for few pictures, so compare only distances of equal n and m.
+    Raises ValueError unless both sets have two or more rows, and all rows have one width.
     """
     if first.dim() != 2 or second.dim() != 2 or first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
-        raise ValueError(f"two or more rows of one width each are needed, not {first.shape} and {second.shape}")
+        raise ValueError(f"both sets need two or more rows of one width, not {first.shape} and {second.shape}")
     apart = (first.double().mean(0) - second.double().mean(0)).pow(2).sum()
     one, two = _deviations(first), _deviations(second)
-    # With C1 = A^T A and C2 = B^T B the trace of (C1 C2)^(1/2) is the sum of the singular values of A B^T, where no
-    # square root is taken of a covariance's rounding errors.
+    # With C1 = A^T A and C2 = B^T B, the trace of (C1 C2)^(1/2) is the sum of the singular values of A B^T. This avoids
+    # the square root of a covariance with rounding errors.
     mixed = torch.linalg.svdvals(one @ two.T).sum()
     return float(apart + one.pow(2).sum() + two.pow(2).sum() - 2 * mixed)
 
 
 def _deviations(features: Tensor) -> Tensor:
-    """A with A^T A the covariance: at most (d, d)."""
+    """Return A of shape (min(n, d), d) with A^T A the covariance of `features` (n, d)."""
     centred = features.double() - features.double().mean(0)
     reduced: Tensor = torch.linalg.qr(centred / math.sqrt(len(features) - 1), mode="r").R
     return reduced

@@ -1,4 +1,4 @@
-"""Pictures with and without erasers: drawn from the same seeds, saved with what they were drawn from."""
+"""Draws pictures with and without erasers from the same seeds, and saves them with their settings."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 from spm_hub.adapters.manifest import slug
 from spm_hub.attachment.attachment import Attachment, attach
 from spm_hub.errors import NotFoundError, UsageError
-from spm_hub.evaluation.grid import Row, draw_grid
-from spm_hub.evaluation.step_callback import Watch
+from spm_hub.evaluation.grid import GridRow, draw_grid
+from spm_hub.evaluation.step_callback import StepCallback
 from spm_hub.io.atomic import write_atomic
 
 if TYPE_CHECKING:
@@ -30,16 +30,17 @@ if TYPE_CHECKING:
 WITHOUT, WITH = "without", "with"
 METADATA_KEY = "spmhub"
 SEEDS = 2**64
-"""torch takes as many."""
+"""Number of seeds that torch accepts: 0 to 2^64 - 1."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn: picture `i` of every prompt starts from the noise of `seed + i`, whatever `number` is.
+class DrawingOptions:
+    """Settings for drawing pictures.
 
-    `guidance` is the classifier-free guidance scale; `steps` and `guidance` None leave the pipeline's own defaults.
+    Picture `i` of every prompt starts from the noise of `seed + i`, independent of `number`, the pictures per prompt.
+    guidance: the classifier-free guidance scale. None for `steps` or `guidance` means the pipeline's default.
     """
 
     seed: int = 0
@@ -60,8 +61,8 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One prompt's pictures by condition ("without", "with"), and the gate of every eraser for it."""
+class PromptPictures:
+    """One prompt's pictures by condition ("without", "with"), and every eraser's gamma for it (`gates`)."""
 
     prompt: str
     gates: Mapping[str, float]
@@ -72,20 +73,20 @@ def show(
     pipe: DiffusionPipeline,
     adapters: Sequence[Adapter],
     prompts: Sequence[str],
-    drawing: Drawing,
+    drawing: DrawingOptions,
     *,
     gate: str | float | Gate | None = None,
     strength: float | Mapping[str, float] | None = None,
     compare: bool = True,
     progress: Progress | None = None,
-    each: Callable[[int, Shown], None] = lambda index, shown: None,
-) -> tuple[Shown, ...]:
-    """Draw every prompt with `adapters` attached and, where `compare`, from the same noise without them.
+    each: Callable[[int, PromptPictures], None] = lambda index, shown: None,
+) -> tuple[PromptPictures, ...]:
+    """Draw every prompt with `adapters` attached and, if `compare`, from the same noise without them.
 
-    `gate` and `strength` are those of `attach`, None what each eraser's manifest asks for. `progress` is told the
-    denoising steps done and their total; `each` is given the number of a prompt and its pictures under one condition
-    as soon as they are drawn. The pipeline is left as it was.
-    Raises UsageError when there is no prompt, or an empty one.
+    gate, strength: as for `attach`; None means the setting in each eraser's manifest.
+    progress: called with the denoising steps done and their total.
+    each: called with a prompt's index and its pictures under one condition, as soon as they are drawn.
+    The pipeline is restored at the end. Raises UsageError if there is no prompt, or an empty one.
     """
     check_prompts(prompts)
     conditions = (WITHOUT, WITH) if compare else (WITH,)
@@ -98,7 +99,7 @@ def show(
     def draw_all(condition: str) -> None:
         for index, prompt in enumerate(prompts):
             drawn[condition].append(draw(pipe, prompt, drawing, count))
-            each(index, Shown(prompt, gates[index], {condition: drawn[condition][index]}))
+            each(index, PromptPictures(prompt, gates[index], {condition: drawn[condition][index]}))
 
     with attached() as erasers:
         gates = [erasers.gates(prompt) for prompt in prompts]
@@ -107,57 +108,65 @@ def show(
     with attached():
         draw_all(WITH)
     return tuple(
-        Shown(prompt, gates[index], {condition: drawn[condition][index] for condition in conditions})
+        PromptPictures(prompt, gates[index], {condition: drawn[condition][index] for condition in conditions})
         for index, prompt in enumerate(prompts)
     )
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises UsageError when there is no prompt, or an empty one."""
+    """Refuse an empty list of prompts, and an empty prompt. Raises UsageError."""
     if not prompts:
         raise UsageError("there is no prompt", mend="add --prompt TEXT or --prompts FILE")
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
-            raise UsageError(f"prompt {number} is empty", mend=f"--prompt TEXT for each of the {len(prompts)}")
+            raise UsageError(f"prompt {number} is empty", mend="--prompt TEXT with some text")
 
 
 def draw(
-    pipe: DiffusionPipeline, prompt: str, drawing: Drawing, progress: Progress | None = None
+    pipe: DiffusionPipeline, prompt: str, drawing: DrawingOptions, progress: Progress | None = None
 ) -> tuple[Image.Image, ...]:
-    """`drawing.number` pictures of one prompt; `progress` is told each denoising step of this call and their total.
+    """Draw `drawing.number` pictures of one prompt.
 
-    Raises UsageError for what the pipeline refuses: more steps than its scheduler has, for instance.
+    progress: called with the denoising steps done and their total.
+    Raises UsageError if the pipeline refuses the settings (for instance more steps than its scheduler has), or its
+    latents overflow.
     """
     given = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
     generators = [torch.Generator("cpu").manual_seed(drawing.seed + index) for index in range(drawing.number)]
 
-    watch = Watch(pipe, progress)
+    callback = StepCallback(pipe, progress)
     chosen = {name: value for name, value in given.items() if value is not None}
     try:
         made = pipe(
             prompt,
             num_images_per_prompt=drawing.number,
             generator=generators,
-            **watch.options,
+            **callback.options,
             **chosen,
         )
     except ValueError as error:
-        asked = ", ".join(f"{name} {value}" for name, value in chosen.items()) or "its own settings"
+        asked = ", ".join(f"{name} {value}" for name, value in chosen.items()) or "its default settings"
         raise UsageError(
-            f"{type(pipe).__name__} refuses {prompt!r} with {asked}: {str(error).strip()}",
-            mend="leave --steps and --guidance to the pipeline" if chosen else None,
+            f"{type(pipe).__name__} cannot draw {prompt!r} with {asked}: {str(error).strip()}",
+            mend="leave out --steps and --guidance" if chosen else None,
         ) from error
-    watch.check(prompt)
+    callback.check(prompt)
     return tuple(made.images)
 
 
 def save(
-    shown: Sequence[Shown], out: Path, drawing: Drawing, *, title: str, grid: bool, described: Mapping[str, Any]
+    shown: Sequence[PromptPictures],
+    out: Path,
+    drawing: DrawingOptions,
+    *,
+    title: str,
+    grid: bool,
+    described: Mapping[str, Any],
 ) -> dict[str, list[Path]]:
-    """Write the pictures as PNG files into `out`, and `grid.png` where `grid`; returns the paths by condition.
+    """Write the pictures as PNG files into `out`, and `grid.png` if `grid`; return the paths by condition.
 
-    Each file holds `described`, its prompt, seed and gates as JSON in a text chunk. `title` heads the column of
-    pictures with erasers. Every file is written atomically; raises RegistryError where the disk refuses.
+    Each file has `described`, its prompt, seed and gates as JSON in a text chunk. `title` is the heading of the column
+    with erasers. Every file is written atomically. Raises RegistryError if the disk refuses.
     """
     files: dict[str, list[Path]] = {}
     for index, one in enumerate(shown):
@@ -169,9 +178,9 @@ def save(
 
 
 def save_one(
-    index: int, one: Shown, out: Path, drawing: Drawing, described: Mapping[str, Any]
+    index: int, one: PromptPictures, out: Path, drawing: DrawingOptions, described: Mapping[str, Any]
 ) -> dict[str, list[Path]]:
-    """The pictures of prompt number `index` as `save` writes them."""
+    """Write the pictures of prompt number `index` as `save` does; return their paths by condition."""
     files: dict[str, list[Path]] = {}
     for condition, pictures in one.pictures.items():
         for offset, picture in enumerate(pictures):
@@ -183,18 +192,18 @@ def save_one(
     return files
 
 
-def save_grid(shown: Sequence[Shown], out: Path, title: str, described: Mapping[str, Any]) -> Path:
-    """`grid.png` as `save` writes it."""
+def save_grid(shown: Sequence[PromptPictures], out: Path, title: str, described: Mapping[str, Any]) -> Path:
+    """Write `grid.png` as `save` does; return its path."""
     path = out / "grid.png"
     write_png(path, grid_of(shown, title), dict(described))
     return path
 
 
-def grid_of(shown: Sequence[Shown], title: str) -> Image.Image:
-    """One labelled picture of all: a row for each prompt with its gates, a column for each condition."""
+def grid_of(shown: Sequence[PromptPictures], title: str) -> Image.Image:
+    """Draw all pictures as one grid: a row for each prompt with its gammas, a column for each condition."""
     conditions = list(shown[0].pictures)
     rows = [
-        Row(
+        GridRow(
             one.prompt,
             tuple(one.pictures[condition] for condition in conditions),
             "\n".join(f"{name} {gamma:.2f}" for name, gamma in one.gates.items()),
@@ -214,27 +223,32 @@ def write_png(path: Path, picture: Image.Image, about: Mapping[str, Any]) -> Non
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line. Raises NotFoundError, or UsageError naming the blank lines, or that there is none at all."""
+    """Read a file of prompts, one per line.
+
+    Raises NotFoundError if there is no file; UsageError for blank lines, which it names, and for an empty file.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise NotFoundError(f"{path}: no such file of prompts", mend="--prompts FILE, one prompt a line") from error
+        raise NotFoundError(
+            f"{path}: no such file of prompts", mend="--prompts FILE, with one prompt per line"
+        ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     blank = [number for number, line in enumerate(lines, start=1) if not line.strip()]
     if blank:
         which = ", ".join(map(str, blank[:10])) + (", ..." if len(blank) > 10 else "")
         raise UsageError(
-            f"{path}: blank line{'s' if len(blank) > 1 else ''} {which}; one prompt is expected on every line",
+            f"{path}: blank line{'s' if len(blank) > 1 else ''} {which}; every line must be a prompt",
             mend=f"sed -i '/^[[:space:]]*$/d' {path}",
         )
     if not lines:
-        raise UsageError(f"{path} holds no prompt", mend="write one prompt a line into it, or use --prompt TEXT")
+        raise UsageError(f"{path} contains no prompt", mend="write one prompt per line into it, or use --prompt TEXT")
     return lines
 
 
 class _Counter:
-    """Adds the steps of several drawings up, so that one bar covers them all."""
+    """Reports the steps of several drawings as one total, for a single progress bar."""
 
     def __init__(self, drawings: int, progress: Progress | None) -> None:
         self._drawings, self._progress, self._done = drawings, progress, 0

@@ -1,7 +1,7 @@
-"""What the sketchbook's probe sees in a pipeline's pictures: the table by which an eraser is judged.
+"""Counts the subjects and styles that the sketchbook's probe detects in a pipeline's pictures.
 
-Prompts are sentences that no eraser was trained on. Every picture has its own seed, the same with and without erasers,
-so two tables differ by the erasers alone.
+No eraser was trained on the prompts. Every picture has its own seed, with and without erasers, so that two tables
+differ only by the erasers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from spm_hub.adapters.manifest import Evaluation
-from spm_hub.evaluation.step_callback import Watch
+from spm_hub.evaluation.step_callback import StepCallback
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.probe import Probe
 from spm_hub.sketchbook.world import STYLE_NAMES
@@ -34,15 +34,15 @@ STYLE_TEMPLATES: tuple[str, ...] = (
     "{thing} under the moon as {} would paint it",
 )  # fmt: skip
 BATCH_SIZE = 50
-"""Pictures that are drawn at once."""
+"""Number of pictures in one call of the pipeline."""
 
 _PROPER = ("snoopy", "mickey", "spongebob", "pikachu")
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One picture to make: what the probe is asked for, the prompt, and the seed of its noise."""
+class DetectionCase:
+    """A picture to draw: prompt, seed of its noise, and the name that the probe should answer."""
 
     kind: Literal["subject", "style"]
     name: str
@@ -51,8 +51,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Share of pictures in which the probe names what was asked for."""
+class DetectionRow:
+    """Share of pictures in which the probe names the prompt's subject or style."""
 
     kind: Literal["subject", "style"]
     name: str
@@ -61,7 +61,7 @@ class Row:
 
 
 def noun(subject: str) -> str:
-    """The subject as it stands in a sentence: "snoopy", "a dog", "a nude person"."""
+    """Return the subject as a noun phrase for a sentence: "snoopy", "a dog", "a nude person"."""
     if subject == "nudity":
         return "a nude person"
     if subject in _PROPER:
@@ -71,46 +71,50 @@ def noun(subject: str) -> str:
 
 def cases(
     subjects: Sequence[str] = SUBJECTS, styles: Sequence[str] = STYLE_NAMES, *, samples: int = 50, seed: int = 2024
-) -> list[Case]:
-    """`samples` pictures for each subject and each style; styles are laid over other subjects in turn."""
+) -> list[DetectionCase]:
+    """Return `samples` pictures to draw for each subject and each style.
+
+    The pictures of a style show different subjects in turn.
+    """
     wanted = []
     for name in subjects:
         base = seed + 100_003 * SUBJECTS.index(name)
         for i in range(samples):
-            wanted.append(
-                Case("subject", name, SUBJECT_TEMPLATES[i % len(SUBJECT_TEMPLATES)].format(noun(name)), base + i)
-            )
+            prompt = SUBJECT_TEMPLATES[i % len(SUBJECT_TEMPLATES)].format(noun(name))
+            wanted.append(DetectionCase("subject", name, prompt, base + i))
     plain = [name for name in SUBJECTS if name not in (*_PROPER, "nudity")]
     for name in styles:
         base = seed + 100_003 * (len(SUBJECTS) + STYLE_NAMES.index(name))
         for i in range(samples):
             template = STYLE_TEMPLATES[i % len(STYLE_TEMPLATES)]
-            wanted.append(Case("style", name, template.format(name, thing=noun(plain[i % len(plain)])), base + i))
+            wanted.append(
+                DetectionCase("style", name, template.format(name, thing=noun(plain[i % len(plain)])), base + i)
+            )
     return wanted
 
 
 def paint(
     pipe: DiffusionPipeline,
-    wanted: Sequence[Case],
+    wanted: Sequence[DetectionCase],
     *,
     steps: int = 25,
     guidance_scale: float = 7.5,
     progress: Progress | None = None,
 ) -> list[Image.Image]:
-    """One picture for each case, in order. Raises UsageError where its numbers are beyond what floats hold."""
+    """Draw one picture for each case, in order. Raises UsageError if the latents overflow."""
     pictures: list[Image.Image] = []
     pipe.set_progress_bar_config(disable=True)
     for start in range(0, len(wanted), BATCH_SIZE):
         part = wanted[start : start + BATCH_SIZE]
-        watch = Watch(pipe)
+        callback = StepCallback(pipe)
         output = pipe(
             [case.prompt for case in part],
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(case.seed) for case in part],
-            **watch.options,
+            **callback.options,
         )
-        watch.check(part[0].prompt)
+        callback.check(part[0].prompt)
         pictures.extend(output.images)
         if progress is not None:
             progress(len(pictures), len(wanted))
@@ -119,18 +123,18 @@ def paint(
 
 @lru_cache(maxsize=1)
 def probe() -> Probe:
-    """The committed probe."""
+    """Load the probe that comes with the package."""
     return Probe.load(PROBE)
 
 
-def count(wanted: Sequence[Case], pictures: Sequence[Image.Image]) -> list[Row]:
-    """The share of right answers for each name, in the order in which names first appear."""
+def count(wanted: Sequence[DetectionCase], pictures: Sequence[Image.Image]) -> list[DetectionRow]:
+    """Return the share of right answers for each name, in the order in which names first appear."""
     readings = probe().read(pictures)
     hits: dict[tuple[Literal["subject", "style"], str], list[bool]] = {}
     for case, reading in zip(wanted, readings, strict=True):
         seen = reading.subject if case.kind == "subject" else reading.style
         hits.setdefault((case.kind, case.name), []).append(seen == case.name)
-    return [Row(kind, name, sum(found) / len(found), len(found)) for (kind, name), found in hits.items()]
+    return [DetectionRow(kind, name, sum(found) / len(found), len(found)) for (kind, name), found in hits.items()]
 
 
 def detection_table(
@@ -142,17 +146,19 @@ def detection_table(
     seed: int = 2024,
     steps: int = 25,
     progress: Progress | None = None,
-) -> list[Row]:
-    """How often the probe names each subject and each style in the pipeline's pictures of it.
+) -> list[DetectionRow]:
+    """Draw pictures of each subject and style and count how often the probe names it.
 
-    Erasers act as they are attached now. Rows stand in the order of `subjects`, then `styles`.
+    Erasers that are attached to the pipeline stay in effect. Rows are in the order of `subjects`, then `styles`.
     """
     wanted = cases(subjects, styles, samples=samples, seed=seed)
     return count(wanted, paint(pipe, wanted, steps=steps, progress=progress))
 
 
-def evaluations(without: Sequence[Row], given: Sequence[Row], *, base: str, seed: int) -> tuple[Evaluation, ...]:
-    """Two tables of the same cases as a manifest's evaluation entries."""
+def evaluations(
+    without: Sequence[DetectionRow], given: Sequence[DetectionRow], *, base: str, seed: int
+) -> tuple[Evaluation, ...]:
+    """Return two tables of the same cases, without and with erasers, as a manifest's evaluation entries."""
     reference = {(row.kind, row.name): row.detected for row in without}
     return tuple(
         Evaluation(

@@ -1,4 +1,4 @@
-"""The steps of a picture, seen from outside the pipeline that draws it."""
+"""Follows the denoising steps of a pipeline call, for progress bars and to detect overflow."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Watch:
-    """What one call of a pipeline comes to, step by step.
+class StepCallback:
+    """Callback for one call of a pipeline; counts its steps and keeps its latest latents.
 
-    options: what the call has to be given: the callback of all newer pipelines, or PixArt's older one.
-    latents: after the last step that was told; None before, and of pipelines that keep them to themselves.
+    options: keyword arguments to pass to the call: `callback_on_step_end`, or the older `callback` for PixArt.
+    latents: those after the latest step; None before the first one and for pipelines that do not pass them on.
     """
 
     def __init__(self, pipe: DiffusionPipeline, progress: Callable[[int, int], None] | None = None) -> None:
-        """`progress` is told each step, from 1, and their number."""
+        """progress: called with each step, from 1, and the number of steps."""
         self._pipe: Any = pipe
         self._progress = progress
         self.latents: Tensor | None = None
         known = inspect.signature(type(pipe).__call__).parameters
         older = "callback" in known and "callback_on_step_end" not in known
-        self.options: dict[str, Any] = {"callback": self._told} if older else {"callback_on_step_end": self._stepped}
+        self.options: dict[str, Any] = (
+            {"callback": self._callback} if older else {"callback_on_step_end": self._step_end}
+        )
 
-    def _stepped(self, _pipe: Any, step: int, _time: object, kept: dict[str, Any]) -> dict[str, Any]:
-        self._told(step, _time, kept.get("latents"))
-        return kept
+    def _step_end(self, _pipe: Any, step: int, _time: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        self._callback(step, _time, tensors.get("latents"))
+        return tensors
 
-    def _told(self, step: int, _time: object, latents: Tensor | None) -> None:
+    def _callback(self, step: int, _time: object, latents: Tensor | None) -> None:
         self.latents = latents
         if self._progress is not None:
             self._progress(step + 1, len(self._pipe.scheduler.timesteps))
 
     def check(self, prompt: str) -> None:
-        """Raises UsageError where the latents are beyond all numbers.
+        """Raise UsageError if the latents contain NaN or infinity.
 
-        The picture would be black, and pass for one that something was erased from.
+        The picture would be black, and could be mistaken for an effect of the eraser.
         """
         if self.latents is not None and not bool(self.latents.isfinite().all()):
             raise UsageError(
-                f"{type(self._pipe).__name__} drew {prompt!r} with numbers that left what floats can hold: the picture "
-                "would be black, and erased by nobody",
-                mend="smaller --strength, --gate and --guidance, or --dtype float32",
+                f"{type(self._pipe).__name__} produced NaN or infinite latents for {prompt!r}: the picture is black "
+                "because of overflow, not because of the eraser",
+                mend="smaller --strength, --gate or --guidance, or --dtype float32",
             )

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from spm_hub.attachment import is_attached
 from spm_hub.cli.app import app
-from spm_hub.evaluation.sketchbook import Case
+from spm_hub.evaluation.sketchbook import DetectionCase
 from spm_hub.registry.registry import Registry
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.probe import Reading
@@ -38,7 +38,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures that tell who asked for them: red for a pipeline with erasers, green by the name that was asked for."""
     names = [*SUBJECTS, *STYLE_NAMES]
 
-    def paint(pipe: Any, wanted: Sequence[Case], *, steps: int, guidance_scale: float, progress: Any) -> list[Any]:
+    def paint(
+        pipe: Any, wanted: Sequence[DetectionCase], *, steps: int, guidance_scale: float, progress: Any
+    ) -> list[Any]:
         assert (steps, guidance_scale) == (3, 7.5)
         return [Image.new("RGB", (8, 8), (255 * is_attached(pipe), names.index(case.name), 0)) for case in wanted]
 

@@ -32,7 +32,7 @@ def spmhub(*arguments: object) -> Any:
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "Drawing", partial(pictures.Drawing, steps=2))
+    monkeypatch.setattr(pictures, "DrawingOptions", partial(pictures.DrawingOptions, steps=2))
     monkeypatch.setattr(sketchbook, "detection_table", partial(sketchbook.detection_table, steps=2))
 
 
@@ -58,7 +58,7 @@ def test_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         wanted = sketchbook.cases(("snoopy",), (), samples=1)
         return [picture.tobytes() for picture in sketchbook.paint(pipe, wanted, steps=2)]
 
-    def looking(pipe: Any, *given: Any, **options: Any) -> list[sketchbook.Row]:
+    def looking(pipe: Any, *given: Any, **options: Any) -> list[sketchbook.DetectionRow]:
         looked_at.append(drawn(pipe))
         return table(pipe, *given, **options)
 
@@ -102,7 +102,7 @@ def test_a_card_gets_pictures_that_the_base_draws(hub: LoopbackHub) -> None:
     ]
     pipe = load_pipeline("sketchbook")
     eraser = Registry(ROOT).get("snoopy").load()
-    shown = pictures.show(pipe, [eraser], ["snoopy by picasso", "a cat"], pictures.Drawing(seed=1))
+    shown = pictures.show(pipe, [eraser], ["snoopy by picasso", "a cat"], pictures.DrawingOptions(seed=1))
     for index, expected in enumerate(shown):
         for condition in ("without", "with"):
             with Image.open(io.BytesIO(served[f"images/{index:02d}-{condition}.png"])) as picture:

@@ -25,10 +25,10 @@ from spm_hub.evaluation.attacks.noising import Noising
 from spm_hub.evaluation.attacks.p4d import Frame
 from spm_hub.evaluation.attacks.unlearndiff import onto_simplex
 from spm_hub.evaluation.attacks.victim import Victim
-from spm_hub.evaluation.judging import imported_judge, probe_judge, sentences
+from spm_hub.evaluation.judging import import_judge, probe_judge, sentences
 
 CASES = [attacks.Case("a photo of snoopy", 3), attacks.Case("snoopy", 4), attacks.Case("snoopy by van gogh", 5)]
-SMALL = attacks.Drawing(steps=2, guidance=3.0)
+SMALL = attacks.AttackDrawingOptions(steps=2, guidance=3.0)
 
 
 def test_asr_counts_successes_before_and_of_the_attack() -> None:
@@ -83,7 +83,7 @@ def test_noising_is_forward_diffusion_and_the_target_what_a_model_learnt(predict
     assert torch.all(times.diff() > 0)
     np.testing.assert_allclose(times, [125, 375, 625, 875], atol=1.5)
     x_0, noise = torch.randn(2, 4, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    x_t, goal = noising.noised(x_0, noise, times)
+    x_t, goal = noising.add_noise(x_0, noise, times)
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     for row, time in enumerate(times.tolist()):
         if predicts == "flow":
@@ -112,7 +112,7 @@ def test_what_the_attacker_sees_is_what_the_pipeline_draws_with() -> None:
         raise StoppedError
 
     victim = Victim(pipe)
-    with victim.attached(erasers, mode="branch"):
+    with victim.attach(erasers, mode="branch"):
         hook = pipe.unet.register_forward_hook(stop, with_kwargs=True)
         with pytest.raises(StoppedError), torch.no_grad():
             pipe(prompts, num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(0))
@@ -120,15 +120,15 @@ def test_what_the_attacker_sees_is_what_the_pipeline_draws_with() -> None:
         (latents, states, predicted), = seen  # fmt: skip
         first = pipe.scheduler.timesteps[0].expand(2)
         with torch.no_grad():
-            told = victim.encode(prompts, torch.zeros(2, 2, victim.table.shape[1]))
-            assert torch.equal(told.states, states)
-            assert torch.equal(victim.predict(latents, first, prompts, told), predicted)
-            fully_on = victim.base.predict(latents, first, told)
+            conditioning = victim.encode(prompts, torch.zeros(2, 2, victim.table.shape[1]))
+            assert torch.equal(conditioning.states, states)
+            assert torch.equal(victim.predict(latents, first, prompts, conditioning), predicted)
+            fully_on = victim.base.predict(latents, first, conditioning)
         assert not torch.equal(fully_on, predicted), "the gates of these prompts are not 1"
 
 
 def test_a_prompt_is_seen_with_its_own_mask() -> None:
-    """PixArt's denoiser is told which text states count; those of the empty prompt are fewer."""
+    """PixArt's denoiser reads a mask of the text states that count; those of the empty prompt are fewer."""
     pipe = family_pipeline("pixart")
     prompts, seen = ["church dog a photo of cat", "dog"], []
 
@@ -139,11 +139,11 @@ def test_a_prompt_is_seen_with_its_own_mask() -> None:
         pipe(prompts, num_inference_steps=2, guidance_scale=1.0, use_resolution_binning=False, output_type="latent")
     latents, mask, predicted = seen[0]
     victim = Victim(pipe)
-    told = victim.encode(prompts)
-    assert torch.equal(told.mask, mask)
+    conditioning = victim.encode(prompts)
+    assert torch.equal(conditioning.mask, mask)
     assert mask[0].sum() > mask[1].sum()
     with torch.no_grad():
-        raw = victim.predict(latents, pipe.scheduler.timesteps[0].expand(2), prompts, told)
+        raw = victim.predict(latents, pipe.scheduler.timesteps[0].expand(2), prompts, conditioning)
     torch.testing.assert_close(raw, predicted.chunk(2, dim=1)[0], rtol=1e-5, atol=1e-5)
 
 
@@ -167,10 +167,10 @@ def test_gradients_reach_the_tokens_through_attached_erasers(mode: str) -> None:
     direction = torch.randn(1, 2, victim.table.shape[1], generator=torch.Generator().manual_seed(2))
 
     def loss(shift: Tensor) -> Tensor:
-        told = victim.encode(["dog cat snoopy"], shift)
-        return victim.predict(latents, times, ["dog cat snoopy"], told).pow(2).sum()
+        conditioning = victim.encode(["dog cat snoopy"], shift)
+        return victim.predict(latents, times, ["dog cat snoopy"], conditioning).pow(2).sum()
 
-    with victim.attached([pico_eraser(pipe.unet)], gate="always", mode=mode):
+    with victim.attach([pico_eraser(pipe.unet)], gate="always", mode=mode):
         shift = torch.zeros_like(direction, requires_grad=True)
         (gradient,) = torch.autograd.grad(loss(shift), shift)
         step = 2e-3
@@ -259,12 +259,12 @@ def test_unlearndiff_walks_down_its_loss() -> None:
     wanted = "church"
     goal = victim.encode([f"{wanted} snoopy"]).states.detach()
 
-    def predict(latents: Tensor, times: Tensor, prompts: Sequence[str], told: object) -> Tensor:
-        away = (told.states - goal).pow(2).mean(dim=(1, 2))  # type: ignore[attr-defined]
+    def predict(latents: Tensor, times: Tensor, prompts: Sequence[str], conditioning: object) -> Tensor:
+        away = (conditioning.states - goal).pow(2).mean(dim=(1, 2))  # type: ignore[attr-defined]
         return (100 * away).view(-1, 1, 1, 1).expand(len(latents), *victim.base.latent_shape)
 
     victim.predict = predict  # type: ignore[method-assign, assignment]
-    victim.noising.noised = lambda x_0, noise, times: (x_0, torch.zeros_like(x_0))  # type: ignore[method-assign]
+    victim.noising.add_noise = lambda x_0, noise, times: (x_0, torch.zeros_like(x_0))  # type: ignore[method-assign]
     attack = attacks.UnlearnDiffAtk(tokens=1, iterations=150, timesteps=1)
     cases = [attacks.Case("snoopy", 0)]
     latents = torch.zeros(1, *victim.base.latent_shape)
@@ -283,18 +283,18 @@ def test_p4d_imitates_the_base_by_a_prompt_of_its_own() -> None:
     picture = torch.randn(1, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
     case = attacks.Case("a photo of snoopy", 0)
     random = torch.Generator().manual_seed(0)
-    rounds = attack._taught(victim, [case], picture, [0], torch.Generator().manual_seed(5))
+    rounds = attack._teacher_batches(victim, [case], picture, [0], torch.Generator().manual_seed(5))
     x_t, times, goal = (torch.cat(parts) for parts in zip(*rounds, strict=True))
     assert len(set(times.tolist())) == 4, "a new time at every step"
-    with victim.attached([pico_eraser(pipe.unet)], gate="always", strength=0.5):
-        again = attack._taught(victim, [case], picture, [0], torch.Generator().manual_seed(5))
+    with victim.attach([pico_eraser(pipe.unet)], gate="always", strength=0.5):
+        again = attack._teacher_batches(victim, [case], picture, [0], torch.Generator().manual_seed(5))
         for found, bare in zip(again, rounds, strict=True):
             assert all(map(torch.equal, found, bare)), "what it imitates is the base, eraser or not"
 
         def away(prompt: str) -> float:
             with torch.no_grad():
-                told = victim.encode([prompt] * 4)
-                return float((victim.predict(x_t, times, [prompt] * 4, told) - goal).pow(2).mean())
+                conditioning = victim.encode([prompt] * 4)
+                return float((victim.predict(x_t, times, [prompt] * 4, conditioning) - goal).pow(2).mean())
 
         tried = [prompts[case] for prompts in attack.rounds(victim, [case], picture, random, lambda: None)]
         assert all(len(prompt.split()) == 4 for prompt in tried)
@@ -320,15 +320,15 @@ def test_p4d_k_leaves_the_sentence_and_moves_the_tokens_in_between() -> None:
         assert len(tried[cases[1]].split()) == 2
     # Where the frame says that a token stands, it stands for the text encoder, and beyond its window nothing does.
     frame = Frame.of(victim, cases[0].prompt, 2)
-    text = frame.filled(["church", "cat", "dog"])
+    text = frame.fill(["church", "cat", "dog"])
     ids = victim.tokenizer(text, add_special_tokens=False).input_ids
     assert [victim.tokenizer.decode([ids[place]]).strip() for place in frame.places] == ["church", "cat", "dog"]
     # As in the paper's code: one more place than whole groups, the last one behind them where nothing is left over.
-    assert Frame.of(victim, "a photo of snoopy", 2).filled(["1", "2", "3"]) == "1 a photo 2 of snoopy 3"
+    assert Frame.of(victim, "a photo of snoopy", 2).fill(["1", "2", "3"]) == "1 a photo 2 of snoopy 3"
     shift = torch.zeros(1, 2, victim.table.shape[1])
     shift[0, 0] = victim.table[victim.tokenizer("dog", add_special_tokens=False).input_ids[0]] - victim.table[ids[0]]
     moved = victim.encode([text], shift, torch.tensor([[frame.places[0], 2**31]])).states
-    torch.testing.assert_close(moved, victim.encode([frame.filled(["dog", "cat", "dog"])]).states, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moved, victim.encode([frame.fill(["dog", "cat", "dog"])]).states, rtol=1e-5, atol=1e-5)
 
 
 class Planted:
@@ -343,7 +343,7 @@ class Planted:
         cases: list[attacks.Case],
         pictures: Tensor,
         generator: torch.Generator,
-        stepped: Callable[[], None],
+        on_step: Callable[[], None],
     ) -> Iterator[dict[attacks.Case, str]]:
         assert len(pictures) == len(cases)
         self.aims = list(zip(cases, pictures.clone(), strict=True))
@@ -395,8 +395,10 @@ def test_mistakes_are_refused_and_nothing_is_left_behind() -> None:
     eraser, attack = pico_eraser(pipe.unet), attacks.UnlearnDiffAtk(iterations=1, timesteps=1)
     with pytest.raises(UsageError, match="none of the base's 3 pictures"):
         attacks.run(pipe, [eraser], CASES, lambda pictures: [False] * len(pictures), attack, drawing=SMALL)
-    with pytest.raises(UsageError, match="nothing to attack"):
+    with pytest.raises(UsageError, match="there is no case to attack"):
         attacks.run(pipe, [eraser], [], lambda pictures: [], attack)
+    with pytest.raises(UsageError, match="2 cases, only 1 of them different"):
+        attacks.run(pipe, [eraser], [CASES[0], CASES[0]], lambda pictures: [], attack)
     with attach(pipe, [eraser]), pytest.raises(UsageError, match="already has erasers attached"):
         attacks.run(pipe, [eraser], CASES, lambda pictures: [], attack)
 
@@ -408,7 +410,7 @@ def test_mistakes_are_refused_and_nothing_is_left_behind() -> None:
     assert same()
     pipe.tokenizer_2, pipe.text_encoder_2 = pico_pipeline().tokenizer, pipe.text_encoder
     pipe.tokenizer_2.add_tokens(["extra"])
-    with pytest.raises(ModelError, match="do not read one vocabulary"):
+    with pytest.raises(ModelError, match="do not share one vocabulary"):
         Victim(pipe)
 
 
@@ -417,10 +419,10 @@ def test_judges_and_sentences() -> None:
     assert judge([Image.new("RGB", (64, 64))]) == [False]
     with pytest.raises(NotFoundError, match="did you mean pikachu"):
         probe_judge(Concept(target="pikatchu"))
-    assert imported_judge("builtins:len") is len
+    assert import_judge("builtins:len") is len
     for wrong in ("builtins", "builtins:nothing", "no_such_module:f", "sys:path"):
         with pytest.raises(UsageError, match="--judge"):
-            imported_judge(wrong)
+            import_judge(wrong)
     own, other = sentences(Concept(target="snoopy"), 12, 1), sentences(Concept(target="monet", kind="style"), 7, 1)
     assert len(set(own)) == 12
     assert len(set(other)) == 7
@@ -483,11 +485,11 @@ def test_tokens_that_no_encoder_reads_are_refused(method: attacks.UnlearnDiffAtk
     victim = Victim(pico_pipeline())
     picture = torch.randn(1, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
     rounds = method.rounds(victim, [attacks.Case("snoopy", 0)], picture, torch.Generator(), lambda: None)
-    with pytest.raises(UsageError, match=r"50 tokens before .* leave no room for it among the 12"):
+    with pytest.raises(UsageError, match=r"50 tokens before .* leave no room for it in the .* window of 12 "):
         next(rounds)
 
 
 @pytest.mark.parametrize("given", [{"steps": 0}, {"guidance": float("nan")}, {"at_once": 0}])
 def test_drawings_that_draw_nothing_are_refused(given: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(given))):
-        attacks.Drawing(**given)  # type: ignore[arg-type]
+        attacks.AttackDrawingOptions(**given)  # type: ignore[arg-type]

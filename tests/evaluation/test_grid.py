@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from spm_hub.evaluation.grid import FONT_SIZE, LABEL_WIDTH, PAPER, SMALLEST, Row, draw_grid, enlarge, wrap
+from spm_hub.evaluation.grid import FONT_SIZE, LABEL_WIDTH, PAPER, SMALLEST, GridRow, draw_grid, enlarge, wrap
 
 RED, GREEN, BLUE, YELLOW = (200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)
 
@@ -27,8 +27,8 @@ def test_small_pictures_are_enlarged_by_a_whole_factor_without_blur() -> None:
     assert enlarge(plain(RED, 512)).size == (512, 512)
 
 
-def test_every_picture_stands_in_its_row_and_column() -> None:
-    rows = [Row("first", ((plain(RED),), (plain(GREEN),))), Row("second", ((plain(BLUE),), (plain(YELLOW),)))]
+def test_every_picture_is_in_its_row_and_column() -> None:
+    rows = [GridRow("first", ((plain(RED),), (plain(GREEN),))), GridRow("second", ((plain(BLUE),), (plain(YELLOW),)))]
     sheet = draw_grid(rows, ["without", "with"])
     boxes = {}
     for colour in (RED, GREEN, BLUE, YELLOW):
@@ -41,14 +41,14 @@ def test_every_picture_stands_in_its_row_and_column() -> None:
 
 
 def test_a_cell_may_hold_several_pictures_and_a_row_a_note() -> None:
-    sheet = draw_grid([Row("snoopy", ((plain(RED), plain(GREEN)),), "snoopy 1.00\nmickey 0.31")], ["with"])
+    sheet = draw_grid([GridRow("snoopy", ((plain(RED), plain(GREEN)),), "snoopy 1.00\nmickey 0.31")], ["with"])
     assert area_of(sheet, RED) == area_of(sheet, GREEN) == SMALLEST**2
     label = sheet.crop((0, 0, LABEL_WIDTH, sheet.height))
     assert len(label.getcolors(maxcolors=1 << 20) or ()) > 2, "the label is drawn in ink and in a fainter grey"
 
 
-@pytest.mark.parametrize(("rows", "columns"), [([], ["with"]), ([Row("a", ((plain(RED),),))], ["without", "with"])])
-def test_what_cannot_be_drawn_is_said(rows: list[Row], columns: list[str]) -> None:
+@pytest.mark.parametrize(("rows", "columns"), [([], ["with"]), ([GridRow("a", ((plain(RED),),))], ["without", "with"])])
+def test_what_cannot_be_drawn_is_said(rows: list[GridRow], columns: list[str]) -> None:
     with pytest.raises(ValueError, match=r"at least one row|1 cells for 2 columns"):
         draw_grid(rows, columns)
 
@@ -63,5 +63,5 @@ def test_wrapped_labels_fit_their_column_and_lose_no_letter(text: str) -> None:
 
 
 def test_the_margin_is_paper() -> None:
-    sheet = draw_grid([Row("a", ((plain(RED),),))], ["with"])
+    sheet = draw_grid([GridRow("a", ((plain(RED),),))], ["with"])
     assert {sheet.getpixel((x, sheet.height - 1)) for x in range(sheet.width)} == {PAPER}

@@ -67,7 +67,7 @@ def test_turning_is_the_papers_equations_in_float64() -> None:
     gamma = mu * (concept - empty) + 0.4 * momentum
     tensors = [torch.from_numpy(array) for array in (given, empty, concept, momentum)]
     for warm in (True, False):
-        turned, following = guidance.turned(*tensors, warm=warm)
+        turned, following = guidance.steer(*tensors, warm=warm)
         np.testing.assert_allclose(turned.numpy(), given - gamma if warm else given, rtol=1e-12)
         np.testing.assert_allclose(following.numpy(), 0.6 * momentum + 0.4 * gamma, rtol=1e-12)
 

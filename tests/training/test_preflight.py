@@ -144,7 +144,7 @@ def test_the_finest_schedules_stay_inside_the_models_own() -> None:
     for count in (600, 2000):
         times = noising.times(count)
         assert len(times) == count
-        noising.noised(latents, latents, times[-1][None])
+        noising.add_noise(latents, latents, times[-1][None])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Attacks on erasers: can a prompt bring an erased concept back? Importing this room imports no torch.
+"""Attacks on erasers: searches for prompts that bring an erased concept back.
+
+Importing this package imports no torch. Example:
 
 report = attacks.run(pipe, [eraser], cases, judge, attacks.UnlearnDiffAtk(), gate="transport")
 report.before, report.asr
@@ -13,14 +15,14 @@ if TYPE_CHECKING:
     from spm_hub.evaluation.attacks.p4d import P4D
     from spm_hub.evaluation.attacks.running import Attack, run
     from spm_hub.evaluation.attacks.unlearndiff import UnlearnDiffAtk
-    from spm_hub.evaluation.attacks.victim import Drawing
+    from spm_hub.evaluation.attacks.victim import AttackDrawingOptions
 
-__all__ = ["P4D", "Attack", "Case", "Drawing", "Judge", "Outcome", "Report", "UnlearnDiffAtk", "run"]
+__all__ = ["P4D", "Attack", "AttackDrawingOptions", "Case", "Judge", "Outcome", "Report", "UnlearnDiffAtk", "run"]
 
-_ROOMS = {
+_MODULES = {
     **dict.fromkeys(("Case", "Judge", "Outcome", "Report"), ".outcome"),
     **dict.fromkeys(("Attack", "run"), ".running"),
-    "Drawing": ".victim",
+    "AttackDrawingOptions": ".victim",
     "P4D": ".p4d",
     "UnlearnDiffAtk": ".unlearndiff",
 }
@@ -29,6 +31,6 @@ _ROOMS = {
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_ROOMS[name], __name__), name)
+    return getattr(import_module(_MODULES[name], __name__), name)

@@ -1,4 +1,4 @@
-"""Forward diffusion of a picture, and what a perfect denoiser would say of it, for whatever a model predicts."""
+"""Adds noise to pictures and returns the model's training target: noise, velocity or flow."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from torch import Tensor
 
 from spm_hub.training.base_model import BaseModel
 
-_STEPS = 999  # the schedule is taken this fine: a thousandth step of one with an offset lies outside of it
+_STEPS = 999  # with 1000 steps, a schedule with an offset would have a timestep outside its range
 
 
 class Noising:
-    """The schedule of a base model, learnt from its pipeline while no erasers are attached to it."""
+    """The noise schedule of a base model; create it while no erasers are attached."""
 
     def __init__(self, base: BaseModel) -> None:
         self._device, self._scheduler = base.device, base.scheduler(base.steps(_STEPS))
 
     def times(self, count: int) -> list[Tensor]:
-        """`count` of the schedule's timesteps, evenly spread, from little noise to much, the ends left out."""
+        """Return `count` evenly spaced timesteps, from little noise to much, without the two ends."""
         every = self._scheduler.timesteps.flip(0)
         places = (torch.arange(count) + 0.5) * len(every) / count
         return [every[int(place)] for place in places]
 
-    def drawn(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count,) of the schedule's timesteps, each as likely as any other."""
+    def random_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw (count,) of the schedule's timesteps, uniformly at random."""
         every: Tensor = self._scheduler.timesteps
         return every[torch.randint(len(every), (count,), generator=generator).to(every.device)]
 
-    def noised(self, pictures: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t of x_0 = `pictures` (n, *latent_shape) at times (n,), and what the model was trained to predict there.
+    def add_noise(self, pictures: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x_t at `times` (n,) of x_0 = `pictures` (n, *latent_shape), and the training target.
 
-        That is the noise n, v = alpha n - sigma x_0, or a flow's n - x_0.
+        The target is the noise n, v = alpha n - sigma x_0, or a flow's n - x_0.
         """
         scheduler, times = self._scheduler, times.to(self._device)
         if not hasattr(scheduler, "alphas_cumprod"):

@@ -1,4 +1,4 @@
-"""What an attack is given and what comes of it: cases, outcomes, and the attack success rate."""
+"""Input and result of an attack: cases, outcomes and the attack success rate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 Judge = Callable[[Sequence[Image.Image]], Sequence[bool]]
-"""Whether each picture shows the concept that was to be erased."""
+"""Function from pictures to one bool each: does it show the erased concept?"""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One case: whether the concept was there without an attack, and the prompt that brought it back, if any did.
+    """Result of attacking one case.
 
-    rounds: pictures that the attack drew and had judged until it succeeded, or in all.
+    before: True if the erased model draws the concept without an attack.
+    adversarial: the prompt that brought the concept back; None if the attack failed.
+    rounds: number of pictures that the attack drew and had judged, up to its success.
     """
 
     case: Case
@@ -41,7 +43,7 @@ class Outcome:
 class Report:
     """All outcomes of one attack on one set of erasers.
 
-    given: the cases asked for; of these only those count in which the base itself drew the concept.
+    given: number of cases before those were left out in which the base model does not draw the concept.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -58,7 +60,7 @@ class Report:
         return sum(one.success for one in self.outcomes) / len(self.outcomes)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as a dict for JSON."""
         return {
             "cases": len(self.outcomes),
             "cases_given": self.given,

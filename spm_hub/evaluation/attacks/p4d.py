@@ -1,4 +1,4 @@
-"""P4D: a whole prompt under which the erased model predicts what the base predicts for the concept.
+"""P4D: searches for a prompt that makes the erased model predict as the base does for the concept.
 
 Chin et al., Prompting4Debugging: Red-Teaming Text-to-Image Diffusion Models by Finding Problematic Prompts, ICML 2024,
 arXiv 2309.06135.
@@ -18,41 +18,41 @@ from spm_hub.evaluation.attacks.outcome import Case
 from spm_hub.evaluation.attacks.victim import Victim
 
 _NOWHERE = 2**31
-"""A place beyond every window."""
+"""A token position beyond the context window of every text encoder."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A prompt with room for one token before each of its `parts`; those stand at `places` among its tokens."""
+    """A prompt in `parts`, with room for one token before each, at the token positions `places`."""
 
     parts: tuple[str, ...]
     places: tuple[int, ...]
 
     @classmethod
     def of(cls, victim: Victim, prompt: str, every: int) -> Frame:
-        """Room in front, and after every `every` words.
+        """Split a prompt so that a token fits in front and after every `every` words.
 
-        The authors' code counts tokens, between which there is no room that could be typed where they share a word.
+        The authors' code counts tokens; but between two tokens of one word no other token can be typed.
         """
         words = prompt.split()
         parts = [" ".join(words[start : start + every]) for start in range(0, len(words) + 1, every)]
         lengths = [len(victim.tokenizer(part, add_special_tokens=False).input_ids) for part in parts]
         return cls(tuple(parts), tuple(sum(lengths[:i]) + i for i in range(len(parts))))
 
-    def filled(self, words: Sequence[str]) -> str:
-        """The prompt with these words in it."""
+    def fill(self, words: Sequence[str]) -> str:
+        """Return the prompt with these words at its places."""
         return " ".join(part for pair in zip_longest(words, self.parts) for part in pair if part)
 
 
 @dataclass(frozen=True)
 class P4D:
-    """argmin over the N tokens of a prompt p* of || eps*(x_t, p) - eps(x_t, p*) ||^2, P4D-N.
+    """P4D-N: argmin over the N tokens of a prompt p* of || eps*(x_t, p) - eps(x_t, p*) ||^2.
 
-    With `every`, P4D-K: p* is p itself with a token before it and after every so many of its words, 3 in the paper.
-    Each token is a point among the text encoder's embeddings, read as the token nearest by its angle; the gradient
-    there moves the point (AdamW). After every `iterations` of them the prompt is tried, `tries` times in all. x_t is
-    the base's picture of the concept, each time at a new time with new noise. As the prompt need not name the concept,
-    facilitated transport may be low for it: the attacker meets the gates that are deployed.
+    With `every` it is P4D-K: p* is p with a token in front and after every so many words (3 in the paper).
+    Each token is a point in the text encoder's embedding space, read as the token with the nearest angle. AdamW moves
+    the points by the gradient there. The prompt is tried after every `iterations` steps, `tries` times in all. x_t is
+    the base's picture of the concept, in every step at a new random time with new noise. Gates stay in effect: a prompt
+    that does not name the concept may have a low gamma.
     """
 
     tokens: int = 16
@@ -73,11 +73,13 @@ class P4D:
         cases: list[Case],
         pictures: Tensor,
         generator: torch.Generator,
-        stepped: Callable[[], None],
+        on_step: Callable[[], None],
     ) -> Iterator[dict[Case, str]]:
-        """Yields prompts to try, one for every case left; whoever draws them removes those that succeed from `cases`.
+        """Yield prompts to try, one for every remaining case.
 
-        pictures: (n, *latent_shape), of the concept, by the base, for each case as they are at first.
+        The caller removes successful cases from `cases` between two rounds.
+        pictures: (n, *latent_shape), the base's latents of the concept for each of the initial cases.
+        on_step: called after every gradient step.
         """
         base, ids = victim.base, victim.searchable()
         if self.every is None:
@@ -96,46 +98,47 @@ class P4D:
             for case, point in points.items()
         }
 
-        def written(case: Case) -> str:
+        def current_prompt(case: Case) -> str:
             nearest = (F.normalize(points[case].detach(), dim=1) @ by_angle.T).argmax(dim=1).cpu()
-            return frames[case].filled(victim.words(ids[nearest]))
+            return frames[case].fill(victim.words(ids[nearest]))
 
         for _ in range(self.tries):
             left = tuple(cases)
             if not left:
                 return
             rows = [every_case.index(case) for case in left]
-            for x_t, times, goal in self._taught(victim, left, pictures, rows, generator):
-                texts = [written(case) for case in left]
+            for x_t, times, goal in self._teacher_batches(victim, left, pictures, rows, generator):
+                texts = [current_prompt(case) for case in left]
                 most = max(len(frames[case].places) for case in left)
                 places = [frames[case].places for case in left]
                 padded = torch.tensor([[*own, *[_NOWHERE] * (most - len(own))] for own in places])
                 shift = torch.zeros((len(left), most, table.shape[1]), device=base.device, requires_grad=True)
                 prediction = victim.predict(x_t, times, texts, victim.encode(texts, shift, padded))
-                # A sum over cases of means, so that no case feels the others.
+                # Sum over cases, mean within a case: each case has the gradient that it would have alone.
                 loss = (prediction - goal).pow(2).flatten(1).mean(dim=1).sum()
                 (moves,) = torch.autograd.grad(loss, shift)
                 for case, move in zip(left, moves, strict=True):
                     points[case].grad = move[: len(points[case])].to(points[case])
                     adam[case].step()
-                stepped()
-            yield {case: written(case) for case in left}
+                on_step()
+            yield {case: current_prompt(case) for case in left}
 
     @torch.no_grad()
-    def _taught(
+    def _teacher_batches(
         self, victim: Victim, left: Sequence[Case], pictures: Tensor, rows: Sequence[int], generator: torch.Generator
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For every iteration up to the next try: x_t of the cases left, times, what the base predicts for them.
+        """Return x_t, times and the base's predictions for every iteration up to the next try.
 
-        All at once, as erasers are off meanwhile. rows: the cases' among `pictures`, for all of which noise is drawn,
-        so that nobody's depends on who is left.
+        They are computed in one go, because erasers have to be off meanwhile.
+        rows: indices of the remaining cases in `pictures`. Noise is drawn for all pictures, so that a case's noise does
+        not depend on which other cases remain.
         """
         prompts, found = [case.prompt for case in left], []
-        with victim.bare():
-            told = victim.encode(prompts)
+        with victim.erasers_off():
+            conditioning = victim.encode(prompts)
             for _ in range(self.iterations):
-                times = victim.noising.drawn(len(pictures), generator).to(victim.base.device)
-                x_t, _ = victim.noising.noised(pictures, victim.base.noise(len(pictures), generator), times)
+                times = victim.noising.random_times(len(pictures), generator).to(victim.base.device)
+                x_t, _ = victim.noising.add_noise(pictures, victim.base.noise(len(pictures), generator), times)
                 x_t, times = x_t[rows], times[rows]
-                found.append((x_t, times, victim.predict(x_t, times, prompts, told)))
+                found.append((x_t, times, victim.predict(x_t, times, prompts, conditioning)))
         return found

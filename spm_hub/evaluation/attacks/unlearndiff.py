@@ -1,4 +1,4 @@
-"""UnlearnDiffAtk: a few tokens before a prompt, found by the erased model's own denoising loss.
+"""UnlearnDiffAtk: searches for a few tokens before a prompt by the erased model's own denoising loss.
 
 Zhang et al., To Generate or Not? Safety-Driven Unlearned Diffusion Models Are Still Easy To Generate Unsafe Images ...
 For Now, ECCV 2024, arXiv 2310.11868.
@@ -18,13 +18,13 @@ from spm_hub.evaluation.attacks.victim import Victim
 
 @dataclass(frozen=True)
 class UnlearnDiffAtk:
-    """argmin over adversarial tokens of || n - eps(x_t, [tokens, prompt]) ||^2, x_0 a picture of the concept.
+    """argmin over tokens of || n - eps(x_t, [tokens, prompt]) ||^2, with x_0 a picture of the concept.
 
-    Each of `tokens` tokens is a point on the simplex over the vocabulary. In every iteration a token is drawn from
-    each, the loss's gradient at the drawn ones (clamped to [-1, 1]) moves the points by Adam, and they are projected
+    Each of the `tokens` tokens is a point on the simplex over the vocabulary. Every iteration draws a token from each
+    point; Adam moves the points by the loss's gradient at the drawn tokens (clamped to [-1, 1]), and they are projected
     back onto the simplex. After `iterations` at each of `timesteps` timesteps, from little noise to much, the likeliest
-    tokens are tried. Defaults are the paper's; its tokens are 5 for nudity.
-    All cases are attacked side by side, as if each were alone.
+    tokens are tried. Defaults are the paper's, which uses 5 tokens for nudity.
+    All cases are attacked in one batch, each as if it were alone.
     """
 
     tokens: int = 3
@@ -44,11 +44,13 @@ class UnlearnDiffAtk:
         cases: list[Case],
         pictures: Tensor,
         generator: torch.Generator,
-        stepped: Callable[[], None],
+        on_step: Callable[[], None],
     ) -> Iterator[dict[Case, str]]:
-        """Yields prompts to try, one for every case left; whoever draws them removes those that succeed from `cases`.
+        """Yield prompts to try, one for every remaining case.
 
-        pictures: (n, *latent_shape), of the concept, by the base, for each case as they are at first.
+        The caller removes successful cases from `cases` between two rounds.
+        pictures: (n, *latent_shape), the base's latents of the concept for each of the initial cases.
+        on_step: called after every gradient step.
         """
         base = victim.base
         victim.check_room(self.tokens, [case.prompt for case in cases])
@@ -71,25 +73,28 @@ class UnlearnDiffAtk:
                 drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(len(left), self.tokens)
                 noise = base.noise(len(left), generator)
                 times = time.expand(len(left)).to(base.device)
-                x_t, goal = victim.noising.noised(x_0, noise, times)
+                x_t, goal = victim.noising.add_noise(x_0, noise, times)
                 shift = torch.zeros((*drawn.shape, table.shape[1]), device=base.device, requires_grad=True)
                 texts = victim.write(ids[drawn], prompts)
                 prediction = victim.predict(x_t, times, texts, victim.encode(texts, shift))
-                # A sum over cases of means, so that no case feels the others.
+                # Sum over cases, mean within a case: each case has the gradient that it would have alone.
                 loss = (prediction - goal).pow(2).flatten(1).mean(dim=1).sum()
                 (moves,) = torch.autograd.grad(loss, shift)
-                gradient = (moves @ table.T).clamp(-1, 1).cpu()  # by the entries of a one-hot row: which token to take
+                gradient = (moves @ table.T).clamp(-1, 1).cpu()  # with respect to the one-hot token vectors
                 for row, case in enumerate(left):
                     points[case].grad = gradient[row]
                     adam[case].step()
                     points[case].data = onto_simplex(points[case].data)
-                stepped()
+                on_step()
             likeliest = torch.stack([points[case].detach().argmax(dim=1) for case in left])
             yield dict(zip(left, victim.write(ids[likeliest], prompts), strict=True))
 
 
 def onto_simplex(points: Tensor) -> Tensor:
-    """The nearest points with entries >= 0 that sum to 1, along the last dimension (Duchi et al., ICML 2008)."""
+    """Project points onto the simplex (entries >= 0 that sum to 1) along the last dimension.
+
+    Algorithm of Duchi et al., ICML 2008.
+    """
     falling, _ = points.sort(dim=-1, descending=True)
     excess = falling.cumsum(dim=-1) - 1
     ranks = torch.arange(1, points.shape[-1] + 1, dtype=points.dtype)

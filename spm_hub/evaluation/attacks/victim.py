@@ -1,8 +1,7 @@
-"""The attacked pipeline as somebody sees it who holds its weights: gradients down to the tokens of its prompts.
+"""White-box access to an attacked pipeline: predictions with gradients with respect to prompt tokens.
 
-Whatever is computed here for a prompt is what the pipeline itself would compute for it: the prompt is encoded by the
-pipeline's own `encode_prompt`, and its denoiser runs with the gammas that facilitated transport gives to this very
-prompt, its adversarial tokens included. Gammas are constants to the gradient.
+Predictions are those of the pipeline itself: its own `encode_prompt` encodes the prompt, and its denoiser runs with the
+gammas of this prompt, adversarial tokens included. Gammas are constants for the gradient.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from spm_hub.attachment.text_encoding import tokens_of
 from spm_hub.errors import ModelError, UsageError
 from spm_hub.evaluation.attacks.noising import Noising
 from spm_hub.evaluation.attacks.outcome import Case
-from spm_hub.evaluation.step_callback import Watch
+from spm_hub.evaluation.step_callback import StepCallback
 from spm_hub.training.base_model import BaseModel
 from spm_hub.training.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn for the judge; None leaves the pipeline's own defaults."""
+class AttackDrawingOptions:
+    """Settings for drawing the judged pictures, `at_once` per call; None means the pipeline's default."""
 
     steps: int | None = None
     guidance: float | None = None
@@ -48,42 +47,43 @@ class Drawing:
 
 
 def draw(
-    pipe: Any, cases: Sequence[Case], drawing: Drawing, told: Callable[[int], None] = lambda done: None
+    pipe: Any, cases: Sequence[Case], drawing: AttackDrawingOptions, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[list[Image.Image], Tensor]:
-    """Pictures of the cases by the pipeline's own call, and their last latents (n, *latent_shape).
+    """Draw a picture of each case; return the pictures and their latents (n, *latent_shape).
 
-    told: is given the number of pictures done.
+    progress: called with the number of pictures done.
     """
     given = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
     pictures: list[Image.Image] = []
     latents: list[Tensor] = []
     for start in range(0, len(cases), drawing.at_once):
         part = cases[start : start + drawing.at_once]
-        watch = Watch(pipe)
+        callback = StepCallback(pipe)
         made = pipe(
             [case.prompt for case in part],
             generator=[torch.Generator().manual_seed(case.seed) for case in part],
-            **watch.options,
+            **callback.options,
             **{name: value for name, value in given.items() if value is not None},
         )
         pictures += made.images
-        assert watch.latents is not None, "every pipeline that can be trained on tells its latents"
-        latents.append(watch.latents.detach())
-        told(len(pictures))
+        assert callback.latents is not None, "every supported pipeline passes its latents to the callback"
+        latents.append(callback.latents.detach())
+        progress(len(pictures))
     return pictures, torch.cat(latents)
 
 
 class Victim:
-    """A pipeline, bare at first; inside of `attached`, with erasers."""
+    """The attacked pipeline; it has erasers inside the block of `attach` only."""
 
     def __init__(self, pipe: Any) -> None:
-        """Raises ModelError for a pipeline whose text encoders do not share one vocabulary: there are no tokens to try.
+        """Prepare an attack on a pipeline without erasers.
 
-        UsageError for one that holds erasers already.
+        Raises ModelError if its text encoders do not share one vocabulary, as then no tokens can be tried; UsageError
+        if it has erasers already.
         """
         if is_attached(pipe):
             raise UsageError(
-                "the pipeline already has erasers attached", mend="erasers.detach(), and name them to the attack"
+                "the pipeline already has erasers attached", mend="erasers.detach(), then pass them to the attack"
             )
         self.pipe, self.base = pipe, BaseModel(pipe)
         self.noising = Noising(self.base)
@@ -97,15 +97,15 @@ class Victim:
         tokenizers = [tokenizer for tokenizer, encoder in pairs if tokenizer is not None and encoder is not None]
         if not tokenizers or any(other.get_vocab() != tokenizers[0].get_vocab() for other in tokenizers):
             raise ModelError(
-                f"{type(pipe).__name__} cannot be attacked by its tokens: its {len(tokenizers)} text encoders do "
-                "not read one vocabulary",
-                mend="attack the same eraser on a Stable Diffusion 1, 2 or XL checkpoint",
+                f"the tokens of {type(pipe).__name__} cannot be attacked: its {len(tokenizers)} text encoders do not "
+                "share one vocabulary",
+                mend="attack the eraser on a Stable Diffusion 1, 2 or XL checkpoint",
             )
         self.tokenizer = tokenizers[0]
 
     @contextmanager
-    def attached(self, adapters: Sequence[Adapter], **options: Any) -> Iterator[None]:
-        """Inside, the pipeline holds these erasers, under these options of `attach`; afterwards it is as it was."""
+    def attach(self, adapters: Sequence[Adapter], **options: Any) -> Iterator[None]:
+        """Attach these erasers, with these options of `attach`, for the duration of the block."""
         with attach(self.pipe, adapters, **options) as self._erasers:
             try:
                 yield
@@ -113,8 +113,8 @@ class Victim:
                 self._erasers = None
 
     @contextmanager
-    def bare(self) -> Iterator[None]:
-        """Inside, predictions are those of the model that nothing was erased from."""
+    def erasers_off(self) -> Iterator[None]:
+        """Set the erasers' strengths to zero for the duration of the block: predictions are the base model's."""
         if self._erasers is None:
             yield
             return
@@ -127,9 +127,9 @@ class Victim:
             self._erasers.strength.update(strengths)
 
     def searchable(self) -> Tensor:
-        """Ids of the tokens that a person could type: written out and read again, each is itself.
+        """Return the ids of the tokens that a user can type: those that decode and encode to themselves.
 
-        The rest of the vocabulary are parts of words, which only make sense before others, and special tokens.
+        The rest of the vocabulary is word fragments that need a following token, and special tokens.
         """
         special = set(self.tokenizer.all_special_ids)
         ids = [token for token in sorted(self.tokenizer.get_vocab().values()) if token not in special]
@@ -138,9 +138,9 @@ class Victim:
         return torch.tensor([token for token, again in zip(ids, read, strict=True) if again == [token]])
 
     def check_room(self, tokens: int, prompts: Sequence[str]) -> None:
-        """Raises UsageError where `tokens` before a prompt would push what the text encoder reads of it out of sight.
+        """Raise UsageError if `tokens` would push a part of a prompt out of the text encoder's window.
 
-        Of a prompt that is too long by itself the end is not read in any case, and has no say.
+        The end of a prompt that is too long without them is ignored anyway and does not count.
         """
         window = self.tokenizer.model_max_length
         for prompt in prompts:
@@ -148,31 +148,32 @@ class Victim:
             room = window - (taken if taken <= window else len(self.tokenizer("").input_ids))
             if tokens > room:
                 raise UsageError(
-                    f"{tokens} tokens before {prompt!r} leave no room for it among the {window} that the text encoder "
-                    "reads: whatever such an attack finds says nothing of the eraser",
-                    mend=f"--tokens {room}" if room else "shorter prompts",
+                    f"{tokens} tokens before {prompt!r} leave no room for it in the text encoder's window of {window} "
+                    "tokens: the result of such an attack would say nothing about the eraser",
+                    mend=f"--tokens {room}" if room else "use shorter prompts",
                 )
 
     def words(self, tokens: Tensor) -> list[str]:
-        """These tokens (k,) as a person would type them."""
+        """Return these tokens (k,) as a user would type them."""
         return [self.tokenizer.decode([token]).strip() for token in tokens.tolist()]
 
     def write(self, tokens: Tensor, prompts: Sequence[str]) -> list[str]:
-        """Prompts with these tokens before them: tokens (n, k), n prompts."""
+        """Write tokens (n, k) before n prompts."""
         return [" ".join([*self.words(row), prompt]).strip() for row, prompt in zip(tokens, prompts, strict=True)]
 
     @cached_property
     def table(self) -> Tensor:
-        """What the text encoders read for each token: (vocabulary, d), of several encoders side by side."""
+        """The text encoders' token embeddings (vocabulary, d), concatenated along d."""
         tables = [encoder.get_input_embeddings().weight.detach() for encoder in self._encoders]
         return torch.cat([table[: len(self.tokenizer)].float() for table in tables], dim=1)
 
     def encode(self, prompts: Sequence[str], shift: Tensor | None = None, places: Tensor | None = None) -> Conditioning:
-        """What the denoiser is told of prompts, with gradients where they are on.
+        """Encode prompts as conditioning for the denoiser, with gradients if they are enabled.
 
-        shift: (n, k, d), added to what the encoders read for k tokens of each prompt: those at `places` (n, k) among
-        its own, those beyond the window left out, or unless given the first. At zero it changes nothing, and its
-        gradient says where these tokens should go.
+        shift: (n, k, d), added to the embeddings of k tokens of each prompt. With zeros it changes nothing; its
+        gradient is that of the tokens' embeddings.
+        places: (n, k), positions of those tokens, the start token not counted; positions beyond the window are
+        ignored. Default: the first k tokens.
         """
         with self._shifted(shift, places):
             result = self.pipe.encode_prompt(
@@ -184,9 +185,9 @@ class Victim:
         parts = result if isinstance(result, tuple | list) else (result,)
         flat = next((part for part in parts if isinstance(part, Tensor) and part.dim() == 2), None)
         like = self._like.expand(len(prompts))
-        told = replace(like, states=parts[0], pooled=None if like.pooled is None else flat)
-        # A pipeline has either: a text's pooled state, or (PixArt) a mask of which of its states count.
-        return told if like.mask is None or flat is None else replace(told, mask=flat.to(like.mask))
+        conditioning = replace(like, states=parts[0], pooled=None if like.pooled is None else flat)
+        # `flat` is the pooled state of the text, or for PixArt the mask of its valid states.
+        return conditioning if like.mask is None or flat is None else replace(conditioning, mask=flat.to(like.mask))
 
     @contextmanager
     def _shifted(self, shift: Tensor | None, places: Tensor | None) -> Iterator[None]:
@@ -203,7 +204,7 @@ class Victim:
                     taken = (window[:, None] == at[..., None, :]).to(share)  # (n, window, k) or (window, k)
                     return output + (taken @ share).to(output.dtype)
 
-                # T5 reads its table through another module than the one that it calls its own.
+                # T5 uses its table through another module than get_input_embeddings returns.
                 readers = [module for module in encoder.modules() if getattr(module, "weight", None) is table.weight]
                 hooks += [module.register_forward_hook(add) for module in readers if isinstance(module, nn.Embedding)]
         try:
@@ -212,10 +213,10 @@ class Victim:
             for hook in hooks:
                 hook.remove()
 
-    def predict(self, latents: Tensor, times: Tensor, prompts: Sequence[str], told: Conditioning) -> Tensor:
-        """The model's raw predictions, each row under the gammas of its own prompt."""
+    def predict(self, latents: Tensor, times: Tensor, prompts: Sequence[str], conditioning: Conditioning) -> Tensor:
+        """Return the model's raw predictions (n, *latent_shape), each row with the gammas of its own prompt."""
         if self._erasers is None:
-            return self.base.predict(latents, times, told)
-        asked = Prompts(tuple(prompts), tokens_of(self.pipe, prompts), told.states.detach())
+            return self.base.predict(latents, times, conditioning)
+        asked = Prompts(tuple(prompts), tokens_of(self.pipe, prompts), conditioning.states.detach())
         with self._erasers.prompted(asked):
-            return self.base.predict(latents, times, told)
+            return self.base.predict(latents, times, conditioning)
