@@ -1,4 +1,4 @@
-"""Writes the README's tables from the committed results, so that no number in it is typed by hand.
+"""Write the tables of README.md and docs/benchmarks.md from the committed results: no number there is typed by hand.
 
 python benchmarks/tables.py
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+CONCEPTS = ("snoopy", "van gogh", "nudity")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -50,8 +51,8 @@ def sketchbook(numbers: dict[str, Any]) -> str:
     )
     head = ["checkpoint", "subjects named by the probe", "worst subject", "styles named", "size, fp16", "four pictures"]
     return (
-        f"{_table(head, rows)}\n\nThe probe, a small classifier trained on drawings alone, names held-out drawings "
-        f"rightly in ({drawings}). {numbers['samples_per_name']} pictures for each name, {_steps(numbers)} steps, "
+        f"{_table(head, rows)}\n\nThe probe is a small classifier, trained on drawings alone. Of held-out drawings it names "
+        f"correctly ({drawings}). {numbers['samples_per_name']} pictures for each name, {_steps(numbers)} steps, "
         f"guidance {numbers['guidance_scale']}.\n{_about(numbers, 'sketchbook')}"
     )
 
@@ -61,17 +62,17 @@ def sketchbook_training(numbers: dict[str, Any]) -> str:
     if "denoiser chalk" not in numbers["seconds"]:
         stages.append("denoiser chalk left out")
     still = numbers["seconds_held_still"] / 60
-    apart = f" and {still:.0f} for which it was held still while other work ran" if still else ""
+    apart = f", and {still:.0f} minutes in which it was paused while other work ran" if still else ""
     probe = numbers["its_probe_on_held_out_drawings"]["ink"]
     seen = "; ".join(
         f"subjects {_share(found['subject_mean'])}, styles {_share(found['style_mean'])} (`{name}`)"
         for name, found in numbers["checkpoints"].items()
     )
     return (
-        f"Trained anew by its defaults: {numbers['minutes']:.0f} minutes{apart}; of both, by stages: "
-        f"{', '.join(stages)}. In its samples the committed probe names {seen}; the probe of this training names "
-        f"{_share(probe['subject'])} of held-out subjects and {_share(probe['style'])} of styles. The committed "
-        f"weights had longer trainings, as the script says.\n{_about(numbers, 'sketchbook_training')}"
+        f"A new training with the defaults took {numbers['minutes']:.0f} minutes{apart}. Minutes by stage, pauses "
+        f"included: {', '.join(stages)}. In its samples the committed probe names {seen}; the probe of this training "
+        f"names {_share(probe['subject'])} of held-out subjects and {_share(probe['style'])} of styles. The committed "
+        f"weights were trained for longer, as the script says.\n{_about(numbers, 'sketchbook_training')}"
     )
 
 
@@ -93,7 +94,7 @@ def erasers(numbers: dict[str, Any]) -> str:
     return (
         f"{_table(head, rows)}\n\nShare of pictures in which the probe finds what was asked for, "
         f"{numbers['samples_per_name']} pictures for each of 22 subjects and 5 styles, {_steps(numbers)} steps, "
-        f"guidance {numbers['guidance_scale']}, in sentences that no eraser was trained on; 'others' are all other "
+        f"guidance {numbers['guidance_scale']}, in sentences that no eraser was trained on. 'Others' are all other "
         "subjects and styles. The erasers were trained on `sketchbook` alone by `spmhub train NAME`.\n"
         f"{_about(numbers, 'erasure')}"
     )
@@ -113,8 +114,8 @@ def speed(numbers: dict[str, Any]) -> str:
     bound = "at least " if numbers["times_faster_is_a_lower_bound"] else ""
     return (
         f"{_table(head, rows)}\n\nUntil {numbers['target']} is gone ({numbers['criterion']}): {bound}"
-        f"**{numbers['times_faster']} times faster**, same base, same modules, same machine, one run. The clock stands "
-        f"still while pictures are judged.\n{_about(numbers, 'training_speed')}"
+        f"**{numbers['times_faster']} times faster**, same base, same modules, same machine, one run. The clock stops "
+        f"while pictures are judged.\n{_about(numbers, 'training_speed')}"
     )
 
 
@@ -135,7 +136,7 @@ def runtime(numbers: dict[str, Any]) -> str:
         for one in gates
         if one["erasers"] >= 1000
     )
-    head = ["U-Net", "prompts", "held by", *(f"N = {count}" for count in counts)]
+    head = ["U-Net", "prompts", "attached by", *(f"N = {count}" for count in counts)]
     return (
         f"{_table(head, rows)}\n\nStep time over the bare pipeline's with N rank-1 erasers on every target module: "
         "exact U-Nets with random weights, 64x64 (SD1.5) and 128x128 (SDXL) pixels, float32, each pair in one process; "
@@ -157,13 +158,13 @@ def full_size(numbers: dict[str, Any]) -> str:
         "sdxl": "SDXL, 1024x1024, float16",
         "flux": "FLUX.1-schnell, 1024x1024, bfloat16",
     }
-    held_by = {"ours": "spm-hub", "hooks": "a hook for each eraser"}
+    attached_by = {"ours": "spm-hub", "hooks": "a hook for each eraser"}
     rows, latencies, left = [], [], []
     for model, found in numbers["models"].items():
         short = names[model].split(",")[0]
         for one in found["steps"]:
             rows.append([
-                names[model], str(one["prompts"]), held_by.get(one["method"], one["method"]), f"{one['erasers']:,}",
+                names[model], str(one["prompts"]), attached_by.get(one["method"], one["method"]), f"{one['erasers']:,}",
                 f"{one['bare_milliseconds_per_step']:.0f} ms", f"{one['ratio']:.2f}x",
                 f"{one['memory_added_megabytes']:,.0f} MB",
             ])  # fmt: skip
@@ -175,7 +176,7 @@ def full_size(numbers: dict[str, Any]) -> str:
             )
         if "incomplete" in found:
             left.append(f"{short} was {found['incomplete']}")
-    head = ["denoiser", "prompts", "held by", "erasers", "bare step", "with erasers", "memory added"]
+    head = ["denoiser", "prompts", "attached by", "erasers", "bare step", "with erasers", "memory added"]
     incomplete = f"The run is incomplete: {'; '.join(left)}.\n" if left else ""
     return (
         f"{_table(head, rows)}\n\nWhole denoisers with random weights on one {numbers['gpu']}. "
@@ -193,15 +194,14 @@ def registry(numbers: dict[str, Any]) -> str:
 
 
 def methods(numbers: dict[str, Any]) -> str:
-    concepts = ("snoopy", "van gogh", "nudity")
-    cells = {method: cell for method, cell in numbers["cells"].items() if all(concept in cell for concept in concepts)}
+    cells = {method: cell for method, cell in numbers["cells"].items() if all(concept in cell for concept in CONCEPTS)}
 
     def three(cell: dict[str, Any], show: Callable[[dict[str, Any]], str]) -> str:
-        return " / ".join(show(cell[concept]) for concept in concepts)
+        return " / ".join(show(cell[concept]) for concept in CONCEPTS)
 
     rows = []
     for method, cell in cells.items():
-        trained = all("seconds" in cell[concept] for concept in concepts)
+        trained = all("seconds" in cell[concept] for concept in CONCEPTS)
         rows.append([
             f"`{method}`",
             three(cell, lambda one: f"{100 * one['found_with']:.0f}"),
@@ -211,7 +211,7 @@ def methods(numbers: dict[str, Any]) -> str:
             three(cell, lambda one: f"{100 * one['unlearndiffatk']['asr']:.0f}") if trained else "",
             f"{cell['snoopy']['numbers']:,}" if trained else "",
             f"{cell['snoopy']['bytes'] / 1000:,.0f} kB" if trained else "",
-            f"{sum(cell[concept]['seconds'] for concept in concepts) / len(concepts):.0f} s" if trained else "",
+            f"{sum(cell[concept]['seconds'] for concept in CONCEPTS) / len(CONCEPTS):.0f} s" if trained else "",
         ])  # fmt: skip
     head = [
         "method", "found (%)", "others, mean (points)", "others, worst (points)", "others, Fréchet", "attacked (%)",
@@ -223,7 +223,7 @@ def methods(numbers: dict[str, Any]) -> str:
         "at a time by each method's preset, drawn under the gate. Found: share of pictures of the target in which the "
         f"probe still finds it ({samples['target']} pictures); others: change for every other subject and style "
         f"({samples['others']} pictures each), and the Fréchet distance of their probe features from the base's. "
-        f"Attacked: share of {attack['prompts']} prompts that bring the concept back as they are or under "
+        f"Attacked: share of {attack['prompts']} prompts that bring the concept back, as they are or under "
         f"UnlearnDiffAtk ({attack['timesteps']} timesteps, {attack['iterations']} iterations at each), without a gate. "
         f"Numbers, file and time: of one eraser, one thread.\n{_about(numbers, 'methods')}"
     )
@@ -243,44 +243,109 @@ def robustness(numbers: dict[str, Any]) -> str:
         for training, found in trainings.items()
     ]  # fmt: skip
     head = [
-        "concept", "training", "there without an attack", "attacked", "others, gated, mean", "worst",
+        "concept", "training", "found without an attack", "attacked", "others, gated, mean", "worst",
         "others, no gate, mean", "worst",
     ]  # fmt: skip
     attack = numbers["attack"]
     return (
-        f"{_table(head, rows)}\n\nFurther, then race: 400 steps more, begun with the finished ESD eraser. "
+        f"{_table(head, rows)}\n\n'further' and 'then race': 400 more steps, which start from the finished ESD eraser. "
         f"UnlearnDiffAtk on {numbers['prompts']} prompts, {attack['timesteps']} timesteps, "
         f"{attack['iterations']} iterations at each; others in points of detection, {numbers['samples_per_name']} "
         f"pictures each.\n{_about(numbers, 'robustness')}"
     )
 
 
-SECTIONS = {
-    "robustness": robustness,
-    "registry": registry,
+def hostile(numbers: dict[str, Any]) -> str:
+    worst = numbers["worst"]
+    return (
+        f"{numbers['mutants']:,} mutated repositories (headers, offsets, dtypes, lengths, names, JSON) were loaded, kept, "
+        f"described, installed, converted and pulled. {len(numbers['failures'])} of them crashed, hung or touched a file "
+        f"elsewhere; the worst took {worst['cpu_seconds']:.2g} CPU seconds and {worst['times_the_file']} times its "
+        f"file's memory.\n{_about(numbers, 'hostile')}"
+    )
+
+
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """The README's one table, out of the results of several benchmarks."""
+    alone, together = results["erasure"]["alone"].values(), results["erasure"]["together"]
+    elsewhere = results["erasure"]["transferred_to_chalk"].values()
+    speed, cycles = results["training_speed"], results["runtime"]["cycles"]
+    cells, attack = results["methods"]["cells"], results["methods"]["attack"]
+    steps = {(one["method"], one["prompts"], one["erasers"]): one["ratio"]
+             for one in results["full_size"]["models"]["sd1"]["steps"]}  # fmt: skip
+    asr = {
+        method: " / ".join(f"{100 * cells[method][one]['unlearndiffatk']['asr']:.0f} %" for one in CONCEPTS)
+        for method in ("spm", "race-spm")
+    }
+
+    def erased(found: Iterable[dict[str, Any]]) -> str:
+        return ", ".join(_share(one["with"]) for each in found for one in each["erased"].values())
+
+    rows = [
+        ["Five erasers one at a time: the concept is still found in", f"{erased(alone)} of its pictures"],
+        [
+            "Everything else then changes by",
+            f"{min(one['others_mean_change_points'] for one in alone):+.2f} to "
+            f"{max(one['others_mean_change_points'] for one in alone):+.2f} points on average, "
+            f"{min(one['others_worst_change_points'] for one in alone):+.1f} at worst",
+        ],
+        [
+            "Three erasers at once",
+            f"{erased([together])}; everything else {together['others_mean_change_points']:+.2f} points on average, "
+            f"{together['others_worst_change_points']:+.1f} at worst",
+        ],
+        ["Two erasers on a checkpoint that they were not trained on", erased(elsewhere)],
+        [
+            "Prompts that bring snoopy / van gogh / nudity back under attack, without a gate",
+            f"`spm` {asr['spm']}; `race-spm` {asr['race-spm']} (of {attack['prompts']} each)",
+        ],
+        [
+            "Training until snoopy is gone, on two CPU cores",
+            f"{speed['ours']['seconds']:.0f} s; the paper's own loop at least {speed['times_faster']} times longer",
+        ],
+        [
+            "A step of SD 1.5 with 1 / 20 / 100 erasers, of the bare step (H200, random weights)",
+            " / ".join(f"{steps['ours', 1, count]:.2f}x" for count in (1, 20, 100))
+            + f"; PEFT with 1: {steps['peft', 1, 1]:.2f}x",
+        ],
+        [
+            f"Weights after {cycles['cycles']:,} cycles of attach, draw, recover, detach",
+            "bit-identical" if cycles["weights_bit_identical"] else "not bit-identical",
+        ],
+    ]
+    return _table(["Measured on the sketchbook, unless a row says otherwise", "Result"], rows)
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sketchbook": sketchbook,
     "sketchbook_training": sketchbook_training,
     "erasure": erasers,
     "training_speed": speed,
-    "methods": methods,
     "runtime": runtime,
     "full_size": full_size,
+    "methods": methods,
+    "robustness": robustness,
+    "registry": registry,
+    "hostile": hostile,
 }
+PAGES = {"README.md": ("summary",), "docs/benchmarks.md": tuple(SECTIONS)}
 
 
-def render(readme: str) -> str:
-    """The README with every section between its two markers written anew."""
-    for name, section in SECTIONS.items():
-        text = section(json.loads((RESULTS / f"{name}.json").read_text()))
+def render(page: str, text: str) -> str:
+    """Return the text of a page of `PAGES` with each of its sections, between two markers, written anew."""
+    results = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in SECTIONS}
+    for name in PAGES[page]:
+        section = summary(results) if name == "summary" else SECTIONS[name](results[name])
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        readme, found = re.subn(
-            pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme, flags=re.DOTALL
+        text, found = re.subn(
+            pattern, lambda match, section=section: f"{match[1]}{section}\n{match[2]}", text, flags=re.DOTALL
         )
         if found != 1:
-            raise SystemExit(f"README.md holds {found} sections marked {name}, not 1")
-    return readme
+            raise SystemExit(f"{page} holds {found} sections marked {name}, not 1")
+    return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(render(page, path.read_text()))
