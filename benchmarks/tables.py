@@ -51,8 +51,8 @@ def sketchbook(numbers: dict[str, Any]) -> str:
     )
     head = ["checkpoint", "subjects named by the probe", "worst subject", "styles named", "size, fp16", "four pictures"]
     return (
-        f"{_table(head, rows)}\n\nThe probe is a small classifier, trained on drawings alone. Of held-out drawings it names "
-        f"correctly ({drawings}). {numbers['samples_per_name']} pictures for each name, {_steps(numbers)} steps, "
+        f"{_table(head, rows)}\n\nThe probe is a small classifier, trained on drawings alone. Of held-out drawings it "
+        f"names correctly ({drawings}). {numbers['samples_per_name']} pictures for each name, {_steps(numbers)} steps, "
         f"guidance {numbers['guidance_scale']}.\n{_about(numbers, 'sketchbook')}"
     )
 
@@ -258,10 +258,11 @@ def robustness(numbers: dict[str, Any]) -> str:
 def hostile(numbers: dict[str, Any]) -> str:
     worst = numbers["worst"]
     return (
-        f"{numbers['mutants']:,} mutated repositories (headers, offsets, dtypes, lengths, names, JSON) were loaded, kept, "
-        f"described, installed, converted and pulled. {len(numbers['failures'])} of them crashed, hung or touched a file "
-        f"elsewhere; the worst took {worst['cpu_seconds']:.2g} CPU seconds and {worst['times_the_file']} times its "
-        f"file's memory.\n{_about(numbers, 'hostile')}"
+        f"{numbers['mutants']:,} mutated repositories (headers, offsets, dtypes, lengths, names, JSON) were loaded, "
+        "kept, described, installed, converted and pulled. "
+        f"{len(numbers['failures'])} of them crashed, hung or touched a file elsewhere; the worst took "
+        f"{worst['cpu_seconds']:.2g} CPU seconds and {worst['times_the_file']} times its file's memory.\n"
+        f"{_about(numbers, 'hostile')}"
     )
 
 
