@@ -51,9 +51,9 @@ def attach(
     threshold, top_k: for very many erasers, gammas below `threshold` count as 0, and of the others only the `top_k`
     greatest of each prompt act. Off unless given, as the paper's sum is over all.
 
-    A denoiser that is called without a known prompt runs with gamma 1. While attached, `state_dict`, `save_pretrained`,
-    `load_state_dict` and `to` meet the checkpoint's own weights: erasers are never saved by accident (baking is the way
-    to save them in).
+    A constant gate ("always" or a number) also holds where the denoiser is called by hand, without a known prompt;
+    every other gate then counts as gamma 1. While attached, `state_dict`, `save_pretrained`, `load_state_dict` and `to`
+    see the checkpoint's own weights: erasers are never saved by accident (`spmhub bake` saves them into a checkpoint).
 
     Threads: calls of an attached pipeline are serialised, and changes to its erasers wait for the picture in progress.
     Do not attach for the first time while another thread draws with this pipeline: attach an empty list at start and
@@ -126,7 +126,8 @@ class Attachment:
     def prompted(self, prompts: Prompts, /) -> Iterator[None]:
         """Gate denoiser calls made by hand inside this block as those of a picture of `prompts` are.
 
-        For gradients and single steps: the rows of the batch are those of `prompts`, in order, any number of times.
+        For gradients and single steps. Elsewhere such a call has no prompt, and a gate that needs one counts as
+        gamma 1. The rows of the batch are those of `prompts`, in order, any number of times.
         """
         with self.picture():
             self._check_attached()

@@ -18,6 +18,8 @@ from spm_hub.attachment.text_encoding import CannotEncodeError
 from spm_hub.errors import UsageError
 from spm_hub.models.architectures import body_of, weight_of
 
+_FULLY_ON = "every eraser without a constant gate is fully on"
+
 
 class Planner:
     """The erasers of one denoiser and the factors (gamma times strength) that are in effect on its layers.
@@ -80,7 +82,7 @@ class Planner:
         """Compute the gammas of this call's prompts, unless they are known or the text encoder is missing."""
         if call.prompts is None or self.erasers.keys() <= call.gammas.keys():
             return
-        if call.prompts.texts is None and not all(isinstance(one.gate, ConstantGate) for one in self.erasers.values()):
+        if call.prompts.texts is None and not self._all_constant:
             self.warn_once("only prompt_embeds are known: erasers are gated by the embeddings, not by the words")
         with suppress(CannotEncodeError):
             call.gammas = self._gates.ask(call.prompts, call.settings, self.erasers)
@@ -138,16 +140,16 @@ class Planner:
 
     def _factors(self, call: Call | None, rows: int | None) -> dict[str, list[float]]:
         """Return gamma times strength of every eraser: one number for each row, or one for all rows."""
-        fully_on = {name: [eraser.strength] for name, eraser in self.erasers.items()}
         if call is None:
-            return fully_on
+            return self._factors_without_prompts()
         self.ask_gates(call)
         if call.prompts is None or not self.erasers.keys() <= call.gammas.keys():
-            self.warn_once("the prompts of this call, or the text encoder, are unknown: every eraser is fully on")
-            return fully_on
+            if not self._all_constant:
+                self.warn_once(f"the prompts of this call, or the text encoder, are unknown: {_FULLY_ON}")
+            return self._factors_without_prompts()
         if rows is None or rows % call.block:
-            self.warn_once(f"{rows} rows do not come from {call.block} prompts and pictures: every eraser is fully on")
-            return fully_on
+            self.warn_once(f"{rows} rows do not come from {call.block} prompts and pictures: {_FULLY_ON}")
+            return self._factors_without_prompts()
         gammas: Gammas = self._gates.selected({name: call.gammas[name] for name in self.erasers})
         factors = {}
         for name, eraser in self.erasers.items():
@@ -158,6 +160,20 @@ class Planner:
                     blocks[index] = [0.0] * call.block
             factors[name] = [factor for each in blocks for factor in each]
         return factors
+
+    def _factors_without_prompts(self) -> dict[str, list[float]]:
+        """Return the factors of a call whose prompts are unknown: gamma is a constant gate's own, else 1."""
+        gammas: Gammas = {
+            name: [eraser.gate.gamma if isinstance(eraser.gate, ConstantGate) else 1.0]
+            for name, eraser in self.erasers.items()
+        }
+        if self._all_constant:
+            gammas = self._gates.selected(gammas)
+        return {name: [gammas[name][0] * eraser.strength] for name, eraser in self.erasers.items()}
+
+    @property
+    def _all_constant(self) -> bool:
+        return all(isinstance(eraser.gate, ConstantGate) for eraser in self.erasers.values())
 
     def _fold_storage(self) -> tuple[torch.device | None, bool]:
         """Return the device on which folding keeps the original weights, and whether folding is possible.

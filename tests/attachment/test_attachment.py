@@ -52,6 +52,13 @@ def denoise(unet, rows=2, seed=3, dtype=torch.float32):
         return unet(noisy, 10, encoder_hidden_states=states).sample
 
 
+class Never:
+    """A gate that asks for the prompt, and whose gamma is 0 for every one."""
+
+    def gammas(self, prompts, concepts):
+        return torch.zeros(len(prompts.states), len(concepts))
+
+
 def anatomy(pipe):
     """All that `detach` has to leave as it was: weights, identities, classes, hooks, and own attributes."""
     weights = hashlib.sha256()
@@ -197,18 +204,51 @@ def test_a_denoiser_called_outside_a_picture_is_fully_on(pipe, kind, mode):
         elif isinstance(increment, Mask) and increment.dim == 0 and module.bias is not None:
             module.bias.data *= increment.keep
     expected = denoise(reference, dtype=torch.float64)
-    with attach(pipe, [adapter], mode=mode, gate=0.0):
+    with attach(pipe, [adapter], mode=mode, gate=Never()):
         assert (denoise(pipe.unet) - expected).abs().max() <= 2e-5
         draw(pipe, "snoopy")
         assert (denoise(pipe.unet) - expected).abs().max() <= 2e-5
     assert torch.equal(denoise(pipe.unet), bare)
 
 
+@pytest.mark.parametrize("mode", ["fold", "branch", "auto"])
+@pytest.mark.parametrize(("gate", "gamma"), [("always", 1.0), (0.4, 0.4), (0.0, 0.0)])
+def test_a_constant_gate_holds_for_a_denoiser_called_by_hand(pipe, gate, gamma, mode):
+    adapters, before = erasers_for(pipe, "snoopy", "mickey"), anatomy(pipe)[:4]
+    bare = denoise(pipe.unet)
+    strength = {"snoopy": 0.5, "mickey": -2.0}
+    reference = summed(pipe, adapters, [gamma * strength[adapter.name] for adapter in adapters])
+    expected = denoise(reference, dtype=torch.float64)
+    with attach(pipe, adapters, gate=gate, strength=strength, mode=mode):
+        assert (denoise(pipe.unet) - expected).abs().max() <= 2e-5
+        draw(pipe, "a dog")
+        assert (denoise(pipe.unet) - expected).abs().max() <= 2e-5
+        assert torch.equal(denoise(pipe.unet), bare) == (gamma == 0.0)
+    assert torch.equal(denoise(pipe.unet), bare)
+    assert anatomy(pipe)[:4] == before
+
+
+def test_by_hand_each_gate_counts_as_far_as_it_needs_no_prompt(pipe):
+    """Of two manifests one says "always", the other "transport", which has no prompt here."""
+    always = GateDefaults(kind="always", strength=0.25)
+    adapters = [pico_eraser(pipe.unet, "snoopy", gate=always), pico_eraser(pipe.unet, "mickey", seed=2)]
+    expected = denoise(summed(pipe, adapters, [0.25, 1.0]), dtype=torch.float64)
+    with attach(pipe, adapters):
+        assert (denoise(pipe.unet) - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize(("threshold", "acts"), [(0.3, True), (0.5, False)])
+def test_by_hand_a_constant_gate_meets_the_threshold(pipe, threshold, acts):
+    bare = denoise(pipe.unet)
+    with attach(pipe, erasers_for(pipe, "snoopy"), gate=0.4, threshold=threshold):
+        assert torch.equal(denoise(pipe.unet), bare) != acts
+
+
 def test_a_picture_that_failed_leaves_no_prompt_behind(pipe):
     def fail(*_):
         raise KeyboardInterrupt
 
-    with attach(pipe, erasers_for(pipe, "snoopy"), gate=0.0):
+    with attach(pipe, erasers_for(pipe, "snoopy"), gate=Never()):
         on = denoise(pipe.unet)
         draw(pipe, "a dog")
         with pytest.raises(KeyboardInterrupt):
@@ -233,7 +273,7 @@ def test_embeddings_alone_are_gated_by_themselves_and_that_is_said_once(pipe):
 
 
 def test_rows_that_no_prompt_explains_are_fully_on(pipe):
-    with attach(pipe, erasers_for(pipe, "snoopy"), gate=0.0):
+    with attach(pipe, erasers_for(pipe, "snoopy"), gate=Never()):
         on = denoise(pipe.unet, rows=3)
         seen = []
 

@@ -21,6 +21,7 @@ from diffusers import (
 )
 from diffusers.utils import logging
 from pico_families import FAMILY_PIPELINES, family_pipeline
+from topologies import Bare, predict, random_eraser, topology
 from torch import nn
 
 import spm_hub
@@ -214,3 +215,20 @@ def test_a_file_loads_in_plain_diffusers_and_does_the_same(
     theirs = draw(pipe, ["a dog", "snoopy"])
     assert apart(ours, theirs) <= 1e-5
     assert apart(ours, bare) > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["fold", "branch"])
+def test_a_constant_gate_holds_for_a_transformer_called_by_hand(mode: Any) -> None:
+    transformer, twin = topology("flux"), topology("flux")
+    adapter, bare = random_eraser(transformer), predict(transformer)
+    for path, increment in adapter.increments.items():
+        weight = twin.get_submodule(path).weight
+        product = increment.up.double().flatten(1) @ increment.down.double().flatten(1)
+        weight.data = (weight.double() + 0.4 * 0.5 * product.reshape(weight.shape)).float()
+    with spm_hub.attach(Bare(transformer), [adapter], gate=0.4, strength=0.5, mode=mode):
+        drawn = predict(transformer)
+    moved = (predict(twin) - bare).abs().max()
+    assert (drawn - predict(twin)).abs().max() <= 1e-4 * moved
+    assert torch.equal(predict(transformer), bare)
+    pristine = topology("flux").state_dict()
+    assert all(torch.equal(tensor, pristine[key]) for key, tensor in transformer.state_dict().items())
