@@ -296,7 +296,7 @@ def test_attacks(attack: Any) -> None:
     before, answers = state(pipe), iter([[True] * 3] + [[False] * 3] * 20)
     report = attacks.run(
         pipe, [pico_eraser(pipe.unet)], ATTACKED, lambda pictures: next(answers)[: len(pictures)], attack,
-        drawing=attacks.Drawing(steps=2, guidance=3.0),
+        drawing=attacks.AttackDrawingOptions(steps=2, guidance=3.0),
     )  # fmt: skip
     assert report.asr == 0.0
     assert same(state(pipe), before)

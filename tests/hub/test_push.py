@@ -21,7 +21,7 @@ from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.manifest import Base, Evaluation
 from spm_hub.cli import app
 from spm_hub.errors import HubError, NetworkError, NotFoundError, SpmHubError, UsageError
-from spm_hub.evaluation.pictures import Drawing, save, show
+from spm_hub.evaluation.pictures import DrawingOptions, save, show
 from spm_hub.hub import card
 from spm_hub.hub import pull as remote
 from spm_hub.hub.push import Release, prepare, push
@@ -324,15 +324,22 @@ def test_what_is_no_lora_goes_by_another_name(
 
 
 def test_pictures_are_read_from_what_apply_writes(tmp_path: Path, eraser: Adapter) -> None:
-    drawing = Drawing(seed=1, steps=1)
+    drawing = DrawingOptions(seed=1, steps=1)
     shown = show(pico_pipeline(), [eraser], ["snoopy", "a dog"], drawing)
     save(shown, tmp_path, drawing, title="snoopy", grid=True, described={"adapters": ["snoopy"]})
     # What shows another eraser, or this one among others, is no evidence of this one.
     for number, others in enumerate((["mickey"], ["mickey", "snoopy"])):
-        save(shown[:1], tmp_path / "more", Drawing(seed=number), title="x", grid=False, described={"adapters": others})
+        save(
+            shown[:1],
+            tmp_path / "more",
+            DrawingOptions(seed=number),
+            title="x",
+            grid=False,
+            described={"adapters": others},
+        )
     with pytest.raises(NotFoundError, match=r"no pair .* of snoopy alone, only of mickey, of mickey and snoopy"):
         card.read_pairs(tmp_path / "more", "snoopy")
-    save(shown[:1], tmp_path, Drawing(seed=7), title="x", grid=False, described={"adapters": ["mickey"]})
+    save(shown[:1], tmp_path, DrawingOptions(seed=7), title="x", grid=False, described={"adapters": ["mickey"]})
     read = card.read_pairs(tmp_path, "snoopy")
     assert [pair.prompt for pair in read] == ["snoopy", "a dog"]
     assert read[0].gates["snoopy"] == pytest.approx(shown[0].gates["snoopy"])
