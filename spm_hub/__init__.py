@@ -3,25 +3,50 @@
 The public door. What is behind it is imported when first used: `import spm_hub` costs nothing and needs no torch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from spm_hub.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.adapters.manifest import Manifest
     from spm_hub.attachment.attachment import Attachment
+    from spm_hub.models.loading import load_pipeline
+    from spm_hub.registry.registry import Registry
     from spm_hub.training.recipe.recipe import Recipe
+    from spm_hub.training.session import TrainingStep
+    from spm_hub.training.trainer import TrainingInterruptedError
 
-__all__ = ["Adapter", "Manifest", "Recipe", "__version__", "attach", "load", "pull", "push", "train"]
+__all__ = [
+    "Adapter",
+    "Manifest",
+    "Recipe",
+    "Registry",
+    "TrainingInterruptedError",
+    "TrainingStep",
+    "__version__",
+    "attach",
+    "load",
+    "load_pipeline",
+    "pull",
+    "push",
+    "train",
+]
 
 _ROOMS = {
     "Adapter": "spm_hub.adapters.adapter",
     "Manifest": "spm_hub.adapters.manifest",
     "Recipe": "spm_hub.training.recipe.recipe",
+    "Registry": "spm_hub.registry.registry",
+    "TrainingInterruptedError": "spm_hub.training.trainer",
+    "TrainingStep": "spm_hub.training.session",
+    "load_pipeline": "spm_hub.models.loading",
 }
 
 
@@ -112,43 +137,135 @@ def push(
     return pushed.pull_request or pushed.url
 
 
+@overload
 def train(
     concept: "str | Recipe",
     *,
     model: str | None = None,
     config: str | None = None,
     method: str | None = None,
-    **overrides: Any,
-) -> "Adapter":
-    """Train an eraser of `concept`, or of the concept of a whole Recipe, and return it; nothing is written.
+    device: "str | torch.device | None" = None,
+    dtype: "torch.dtype | str | None" = None,
+    pipe: "DiffusionPipeline | None" = None,
+    registry: "str | Path | Registry | bool | None" = None,
+    name: str | None = None,
+    replace: bool = False,
+    resume: bool = False,
+    checkpoint_dir: str | Path | None = None,
+    progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
+    callbacks: "Sequence[Callable[[TrainingStep], object]]" = (),
+    **recipe: Any,
+) -> "Adapter": ...
 
-    `model`, `method` and `overrides` are keys of the recipe, over its defaults (the sketchbook, SPM, what is known of
-    the concept) or over the given one, part by part; `config` is for a `model` that is a single file, as in
-    `spm_hub.models.loading.parse_reference`.
-    Raises UsageError for a blank concept, RecipeError for an unknown key or an impossible value.
+
+@overload
+def train(
+    concept: list[str] | tuple[str, ...],
+    *,
+    model: str | None = None,
+    config: str | None = None,
+    method: str | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: "torch.dtype | str | None" = None,
+    pipe: "DiffusionPipeline | None" = None,
+    registry: "str | Path | Registry | bool | None" = None,
+    name: str | None = None,
+    replace: bool = False,
+    resume: bool = False,
+    checkpoint_dir: str | Path | None = None,
+    progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
+    callbacks: "Sequence[Callable[[TrainingStep], object]]" = (),
+    **recipe: Any,
+) -> "tuple[Adapter, ...]": ...
+
+
+def train(
+    concept: "str | Recipe | list[str] | tuple[str, ...]",
+    *,
+    model: str | None = None,
+    config: str | None = None,
+    method: str | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: "torch.dtype | str | None" = None,
+    pipe: "DiffusionPipeline | None" = None,
+    registry: "str | Path | Registry | bool | None" = None,
+    name: str | None = None,
+    replace: bool = False,
+    resume: bool = False,
+    checkpoint_dir: str | Path | None = None,
+    progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
+    callbacks: "Sequence[Callable[[TrainingStep], object]]" = (),
+    **recipe: Any,
+) -> "Adapter | tuple[Adapter, ...]":
+    """Train an eraser of a concept and return it; of several concepts, one eraser each.
+
+    concept: what to erase, in words; a Recipe; or a list of concepts, which methods such as "sepme" and "uce" train
+    jointly and others one after another.
+    model, config: the base model to load, as in `load_pipeline`; unless given, the recipe's, else the sketchbook.
+    method: "spm" unless given; `spmhub methods` lists all. name: of the eraser; unless given, made from the concept.
+    recipe: any other keys of the recipe, such as steps=500 or optimiser={"lr": 1e-3}; of a part given as a dict, the
+    keys that are not in it keep their values.
+    device, dtype: where and in which precision to train, such as "cuda" and torch.float16; unless given, "cpu" and
+    float32.
+    pipe: a diffusers pipeline to train on, as it is and where it is. Afterwards it is as before, bit for bit. The
+    manifest names it by `model` if given, else by where it was loaded from, else by its class.
+    registry: a folder or Registry in which to keep the eraser; True for the one that the command uses. `replace`
+    permits to replace an eraser of that name there. Unless given, nothing is kept.
+    resume: go on after an interrupted or killed run of the same recipe on the same base; if there is none, start from
+    step 1. The result is the identical file. checkpoint_dir: the folder for the state of the run, which is saved every
+    50 steps and at Ctrl-C, with or without a registry, and deleted at the end. Unless given it is in the user's cache,
+    the one that `spmhub train` uses for this recipe on this base.
+    progress: True for a bar in terminals and notebooks, False for none, or a function of (steps done, steps in all,
+    losses). callbacks: called after every step with a `TrainingStep`; one that returns True ends the training there.
+
+    Raises TrainingInterruptedError at Ctrl-C, UsageError for an empty concept, the device "meta" or a pipeline that is
+    not what `device` and `dtype` ask for, RecipeError for an unknown key or an impossible value, RegistryError for a
+    name that is taken, all three before anything is loaded; ModelError, NetworkError.
     """
-    from spm_hub import training
-    from spm_hub.models.loading import identity_of, load_pipeline, local_folder, parse_reference
+    from spm_hub.adapters.adapter import Adapter
+    from spm_hub.hub.resolve import resolve
+    from spm_hub.io.progress import Bars
+    from spm_hub.registry.registry import registry_for_new
+    from spm_hub.training.planning import plan_runs
     from spm_hub.training.recipe.presets import merged
     from spm_hub.training.recipe.recipe import Recipe
+    from spm_hub.training.session import BaseChoice, Session
 
-    if not isinstance(concept, str | Recipe):
-        raise UsageError(
-            f"train takes one concept or a Recipe, not {concept!r}",
-            mend="one call for each, or spmhub train CONCEPT CONCEPT ...",
-        )
-    if isinstance(concept, str) and not concept.strip():
-        raise UsageError("the concept is empty", mend='name what to erase, for instance: spm_hub.train("van gogh")')
-    given: dict[str, Any] = {"target": concept} if isinstance(concept, str) else concept.model_dump(mode="json")
-    chosen = {key: value for key, value in (("model", model), ("method", method)) if value is not None}
-    recipe = Recipe.plan(**merged(given, {**chosen, **overrides}))
-    start = None if recipe.start_from is None else load(recipe.start_from)
-    from spm_hub.training.preflight import check_before_loading
+    chosen = {key: value for key, value in (("model", model), ("method", method), ("name", name)) if value is not None}
+    if isinstance(concept, Recipe):
+        plans = plan_runs((), merged(concept.model_dump(mode="json"), {**chosen, **recipe}))
+    else:
+        concepts = [concept] if isinstance(concept, str) else concept
+        if not isinstance(concepts, list | tuple) or not concepts or not all(isinstance(one, str) for one in concepts):
+            raise UsageError(
+                f"train takes a concept, a list of concepts or a Recipe, not {concept!r}",
+                mend='spm_hub.train("van gogh")',
+            )
+        plans = plan_runs(concepts, {**chosen, **recipe})
+    place = None if registry is None or isinstance(registry, bool) else _folder_of(registry)
+    kept_in = registry_for_new(place) if registry not in (None, False) else None
+    session = Session(
+        plans,
+        BaseChoice(model if pipe is not None else plans[0].model, config, device, dtype, pipe),
+        Bars(progress),
+        lambda start: resolve(start, place),
+        registry=kept_in,
+        replace=replace,
+        resume=resume,
+        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
+        callbacks=tuple(callbacks),
+    )
+    session.check()
+    made = tuple(one if isinstance(one, Adapter) else one.load() for one in session.train())
+    return made[0] if isinstance(concept, str | Recipe) else made
 
-    check_before_loading(recipe, local_folder(parse_reference(recipe.model, config=config)))
-    pipe = load_pipeline(recipe.model, config=config)
-    base, revision = identity_of(recipe.model, pipe)
-    return training.train(recipe.model_copy(update={"model": base}), pipe=pipe, revision=revision, start=start)
+
+def _folder_of(registry: "str | Path | Registry") -> Path:
+    return Path(registry) if isinstance(registry, str | Path) else registry.root
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

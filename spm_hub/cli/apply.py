@@ -77,7 +77,7 @@ def apply(
         erasers = [entry.load() for entry in entries]
         check_names(erasers, strengths or ())
         held = local_files(base)
-        pipe = load_pipeline(model, config=config, dtype=options.precision(dtype), device=device)
+        pipe = load_pipeline(model, config=config, dtype=dtype, device=device)
         fetched = local_files(base) != held
         sources = {
             "model": whence(model, pipe, fetched=fetched),

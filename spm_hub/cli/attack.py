@@ -103,7 +103,7 @@ def attack(
         else:
             k = tokens or (5 if concept.kind == "nsfw" else 3)
             method = attacks.UnlearnDiffAtk(tokens=k, iterations=iterations or 40, timesteps=tries)
-        pipe = load_pipeline(model, config=config, dtype=options.precision(dtype), device=device)
+        pipe = load_pipeline(model, config=config, dtype=dtype, device=device)
         with out.progress(f"attacking {eraser.name}") as progress:
             report = attacks.run(
                 pipe,

@@ -72,7 +72,7 @@ def evaluate(
         erasers = [entry.load() for entry in entries]
         concepts = [eraser.manifest.concept for eraser in erasers]
         wanted, count = judging.table_of(concepts, judge, samples, seed)
-        pipe = load_pipeline(model, config=config, dtype=options.precision(dtype), device=device)
+        pipe = load_pipeline(model, config=config, dtype=dtype, device=device)
 
         def drawn(what: str) -> list[Any]:
             with out.progress(what) as progress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from pathlib import Path
@@ -14,8 +13,6 @@ from spm_hub.errors import UsageError, nearest
 from spm_hub.io.environment import KEY_VARIABLE, REGISTRY_VARIABLE
 
 if TYPE_CHECKING:
-    import torch
-
     from spm_hub.models.loading import ModelRef
 
 Registry = Annotated[
@@ -144,25 +141,6 @@ def require_signature(key: Path | None) -> None:
     """Have everything that is loaded from now on checked against this public key, as the variable would."""
     if key is not None:
         os.environ[KEY_VARIABLE] = str(key)
-
-
-def precision(name: str) -> torch.dtype:
-    """The torch dtype of that name."""
-    import torch
-
-    found: torch.dtype = getattr(torch, name)
-    return found
-
-
-def run_folder(name: str, *what: str) -> Path:
-    """Where the state of a training run is kept unless --checkpoint-dir says otherwise.
-
-    A folder for each recipe and base that `what` tells of: runs of one name side by side leave each other alone.
-    """
-    import platformdirs
-
-    run = f"{name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
-    return platformdirs.user_cache_path("spm-hub", appauthor=False) / "runs" / run
 
 
 def _number(text: str) -> float | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from spm_hub.errors import ModelError, NetworkError, NotFoundError, UsageError, nearest
 from spm_hub.io.hashing import sha256_of
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
+
+_SNAPSHOT = re.compile(r"/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 
 
 @dataclass(frozen=True)
@@ -111,27 +113,32 @@ def load_pipeline(
     reference: str,
     *,
     config: str | None = None,
-    dtype: torch.dtype | Literal["stored"] | None = None,
-    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
 ) -> DiffusionPipeline:
-    """The pipeline that `reference` names, in evaluation mode; without a safety checker, which blanks what we compare.
+    """Load a base model as a diffusers pipeline in evaluation mode, without a safety checker.
 
-    `config` as in `parse_reference`. `dtype` None means float32; "stored" is for what is written again and not drawn
-    with: every part of a folder in the precision of its own files, a single file in that of its denoiser.
-    Only safetensors weights are read. What is downloaded, is downloaded once; what is cached needs no network.
+    reference: an alias (`spmhub models` lists them), a diffusers folder, a single .safetensors file, or owner/name on
+    the Hugging Face Hub, also with @revision. config: for a single file, as in `parse_reference`.
+    dtype: torch.float16 or "float16", for instance; None means float32. "stored" keeps the precision of the files:
+    each part of a folder has its own, a single file that of its denoiser.
+    Only safetensors weights are read. A download happens once; later calls need no network. There is no safety checker
+    because it would replace pictures that are to be compared by black ones.
 
     Raises NotFoundError (unknown alias, file, repository or revision), NetworkError (a download is needed and there is
-    no network), ModelError (the folder, file or its weights cannot be used), UsageError (no such device).
+    no network), ModelError (the folder, file or its weights cannot be used), UsageError (no such device or dtype).
     """
     import torch
 
     wanted = parse_reference(reference, config=config)
     place = _existing_device(device)
+    precision: torch.dtype | Literal["stored"]
+    precision = "stored" if dtype == "stored" else parse_dtype(dtype or torch.float32)
     if wanted.file is not None:
-        precision = loading.precision_of(wanted.file) if dtype == "stored" else dtype or torch.float32
-        pipe = loading.load(wanted.file, _configuration(wanted), precision)
+        of_file = loading.precision_of(wanted.file) if precision == "stored" else precision
+        pipe = loading.load(wanted.file, _configuration(wanted), of_file)
     else:
-        pipe = _load_folder(wanted, dtype)
+        pipe = _load_folder(wanted, precision)
     pipe.to(place)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
@@ -140,14 +147,30 @@ def load_pipeline(
     return pipe
 
 
-def _load_folder(wanted: ModelRef, dtype: torch.dtype | Literal["stored"] | None) -> DiffusionPipeline:
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the torch dtype of that name, such as "float16".
+
+    Raises UsageError unless it is a floating-point type.
+    """
+    import torch
+
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        close = nearest(str(dtype), ("float32", "float16", "bfloat16", "float64"))
+        raise UsageError(
+            f"dtype is {dtype!r}, which is no precision to compute in", mend=f'dtype="{(*close, "float16")[0]}"'
+        )
+    return found
+
+
+def _load_folder(wanted: ModelRef, dtype: torch.dtype | Literal["stored"]) -> DiffusionPipeline:
     import torch
     from diffusers import DiffusionPipeline
 
     half = dtype in (torch.float16, torch.bfloat16) and wanted.fp16
     folder = wanted.folder or _download(wanted, half=half)
     variant = snapshots.variant_of(snapshots.names_in(folder), half=half)
-    precision = stored_dtypes(folder, variant) if dtype == "stored" else dtype or torch.float32
+    precision = stored_dtypes(folder, variant) if dtype == "stored" else dtype
     with _reading(wanted.text):
         pipe: DiffusionPipeline = DiffusionPipeline.from_pretrained(
             folder,
@@ -187,6 +210,33 @@ def identity_of(reference: str, pipe: DiffusionPipeline) -> tuple[str, str | Non
     folder = Path(str(pipe.config.get("_name_or_path", "")))
     is_snapshot = folder.parent.name == "snapshots" and is_commit(folder.name)
     return wanted.public_name, folder.name if is_snapshot else None
+
+
+def identity_of_pipeline(pipe: DiffusionPipeline) -> tuple[str, str | None]:
+    """Return the name and the revision for the manifest, of a base that the caller made or loaded.
+
+    The name is the alias of these files if there is one, else the Hub repository or the name of the folder that the
+    pipeline was loaded from, else its class. The revision is the commit of a Hub repository, else None.
+    """
+    from spm_hub.models.architectures import denoiser_of
+
+    text = str(pipe.config.get("_name_or_path") or "")
+    if not text:
+        return type(pipe).__name__, None
+    folder, is_hub_id = Path(text), False
+    if not folder.is_dir():
+        is_hub_id = _HUB_ID.fullmatch(text) is not None
+        # Loaded by owner/name: only the parts of the pipeline know the folder in the cache.
+        configuration: Any = denoiser_of(pipe).config
+        folder = Path(str(configuration.get("_name_or_path") or "")).parent
+    snapshot = _SNAPSHOT.search(folder.as_posix())
+    repo, commit = (snapshot["repo"].replace("--", "/"), snapshot["commit"]) if snapshot else (None, None)
+    for alias in ALIASES.values():
+        if folder == alias.embedded or (repo is not None and (alias.hub_id, alias.revision) == (repo, commit)):
+            return alias.name, commit
+    if repo is not None and (repo == text or not is_hub_id):
+        return repo, commit
+    return text if is_hub_id else Path(text).name, None
 
 
 def whence(reference: str, pipe: DiffusionPipeline, *, fetched: bool = False) -> str:
@@ -241,13 +291,15 @@ def stored_dtypes(folder: Path, variant: str | None = None) -> dict[str, torch.d
     raise ModelError(f"{folder} holds no denoiser weights as safetensors (looked in unet/ and transformer/)")
 
 
-def _existing_device(name: str) -> torch.device:
+def _existing_device(name: str | torch.device) -> torch.device:
     import torch
 
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used here: {_first_line(error)}", mend="spmhub doctor") from error
+        raise UsageError(
+            f"device {str(name)!r} cannot be used here: {_first_line(error)}", mend="spmhub doctor"
+        ) from error
 
 
 def _checked_folder(path: Path, *, embedded: bool = False) -> Path:

@@ -250,6 +250,15 @@ def registries(registry: Path | None = None) -> tuple[Registry, ...]:
     return tuple(map(Registry, roots))
 
 
+def registry_for_new(registry: Path | None = None) -> Registry:
+    """Return the registry to keep new erasers in: the one that the user named, else the first of `registries`.
+
+    The folder need not exist yet.
+    """
+    asked = requested_root(registry)
+    return Registry(asked) if asked is not None else registries()[0]
+
+
 def editable_registries(registry: Path | None = None) -> tuple[Registry, ...]:
     """Return the registries to list and change erasers in: only the one that the user named, or else all.
 

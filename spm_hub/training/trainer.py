@@ -185,7 +185,7 @@ def _trained(
             checkpoint.write(recipe, done, run.tensors())
             raise TrainingInterruptedError(
                 f"stopped at step {done} of {recipe.steps}; the run is saved in {checkpoint.folder}",
-                mend="the same command with --resume",
+                mend="the same command with --resume, in Python resume=True",
             ) from None
         for one in runs.values():
             if isinstance(one, Run):

@@ -157,7 +157,10 @@ def test_protection_that_cannot_be_given_is_refused_before_the_model_is_loaded(
         (("church", "--separable"), "--set increment.modules=esd-x-strict"),
         (("cat", "dog", "--name", "pets"), "leave --name out"),
         (("cat", "Cat"), "to be erased twice"),
-        (("cat", "dog", "--method", "uce", "--set", "together=[{target: red}]"), "together names 'red', beside the 2"),
+        (
+            ("cat", "dog", "--method", "uce", "--set", "together=[{target: red}]"),
+            "together names 'red', in addition to the 2",
+        ),
         (("cat", "--set", "target=dog"), "name every concept as an argument"),
         (("church", "--after", "snopy", "--method", "sepme"), "snoopy"),
     ):

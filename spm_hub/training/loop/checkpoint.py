@@ -54,7 +54,7 @@ class Checkpoint:
         except OSError as error:
             raise RegistryError(
                 f"the state of the run cannot be kept in {self.folder}: {error.strerror}",
-                mend="name another folder with --checkpoint-dir DIR",
+                mend="name another folder with --checkpoint-dir DIR, in Python checkpoint_dir=DIR",
             ) from error
 
     def read(self, recipe: Recipe) -> tuple[int, dict[str, Tensor]]:

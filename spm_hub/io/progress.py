@@ -1,0 +1,65 @@
+"""Show how far long work has come: a bar in a terminal or a notebook, or calls of a function."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives `step` of `total` steps done, and the figures to show with them."""
+
+    def __call__(self, step: int, total: int, info: Mapping[str, float] | None = None) -> None: ...
+
+
+class Reporter(Protocol):
+    """Receives the remarks and the progress of long work."""
+
+    def say(self, text: str) -> None:
+        """Pass on a remark for a person."""
+
+    def progress(self, label: str) -> AbstractContextManager[Progress]:
+        """Open a display called `label`; it is closed at the end of the `with` block."""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """The reporter of a Python program: remarks go to the logger "spm_hub", at level INFO.
+
+    shown: True for a bar where stderr is a terminal or the program is a notebook, False for none; or a function, which
+    is called with (steps done, steps in all, figures).
+    """
+
+    shown: bool | Callable[[int, int, Mapping[str, float]], object] = True
+
+    def say(self, text: str) -> None:
+        logging.getLogger("spm_hub").info(text)
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Progress]:
+        if not isinstance(self.shown, bool):
+            yield self._called
+            return
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+        with tqdm(desc=label, disable=not (self.shown and _is_watched())) as bar:
+
+            def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+                bar.total = total
+                bar.set_postfix(info, refresh=False)
+                bar.update(step - bar.n)
+
+            yield move
+
+    def _called(self, step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+        assert not isinstance(self.shown, bool)
+        self.shown(step, total, dict(info or {}))
+
+
+def _is_watched() -> bool:
+    """Return whether a person sees a bar: in a terminal, or in a notebook, whose stderr is not one."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

@@ -1,0 +1,369 @@
+"""Train erasers by recipes: load the base, save and resume each run, keep the results in a registry."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spm_hub.errors import RegistryError, SpmHubError, UsageError
+from spm_hub.io.progress import Reporter
+from spm_hub.models import loading
+from spm_hub.training.recipe.protected_prompts import members
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from spm_hub.adapters.adapter import Adapter
+    from spm_hub.adapters.increments import Increment
+    from spm_hub.adapters.manifest import Manifest
+    from spm_hub.registry.entry import EraserEntry
+    from spm_hub.registry.registry import Registry
+    from spm_hub.training.loop.checkpoint import Checkpoint
+    from spm_hub.training.recipe.recipe import Recipe
+    from spm_hub.training.trainable.low_rank import Trainable
+
+_KNOWN_AFTER_LOADING = ("model", "start_from", "start_sha256")
+"""Recipe keys whose final values, those in the manifest, come from the base and from the eraser that training starts
+from."""
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One finished step of a training, for callbacks: `step` of `total`.
+
+    losses: by name ("erase", "anchor"), relative to the distance at the start. trainable: gives the increments; of a joint run, those of the first concept.
+    """
+
+    step: int
+    total: int
+    losses: Mapping[str, float]
+    trainable: Trainable
+
+    def increments(self) -> Mapping[str, Increment]:
+        """Return a copy of the increments by module path.
+
+        Call it inside the callback: the training goes on afterwards.
+        """
+        return self.trainable.increments()
+
+
+Callback = Callable[[TrainingStep], object]
+"""Called after every step; a true return value ends the training there."""
+
+
+@dataclass(frozen=True)
+class BaseChoice:
+    """The base model to train on: one to load, or a pipeline of the caller's, which stays as it is.
+
+    reference: what to load, as in `load_pipeline`; with `pipe`, the name to record for it, unless None.
+    device, dtype: where and in which precision to load it. A given pipeline has to be there already.
+    """
+
+    reference: str | None
+    config: str | None = None
+    device: str | torch.device | None = None
+    dtype: torch.dtype | str | None = None
+    pipe: DiffusionPipeline | None = None
+
+    def check(self) -> str | None:
+        """Refuse, before anything is loaded, a base that cannot be trained on.
+
+        Returns a remark about the base for the user, None if there is none. Raises UsageError, NotFoundError for an unknown model, ModelError.
+        """
+        if str(self.device).partition(":")[0] == "meta":
+            raise UsageError(
+                f"device is {str(self.device)!r}, where weights have no values: nothing can be trained on it",
+                mend='device="cpu", or "cuda": spmhub doctor lists what this machine has',
+            )
+        if self.pipe is None:
+            return loading.parse_reference(self._named, config=self.config).remark
+        if self.config is not None:
+            raise UsageError(
+                "config is for a model that is loaded from a single file, but a pipeline is given",
+                mend="leave config out",
+            )
+        _check_pipeline(self.pipe, self.device, self.dtype)
+        return None
+
+    def folder(self) -> Path | None:
+        """Return the diffusers folder of the base, if it is known before the base is loaded."""
+        if self.pipe is not None:
+            return None
+        return loading.local_folder(loading.parse_reference(self._named, config=self.config))
+
+    def open(self) -> tuple[DiffusionPipeline, str, str | None]:
+        """Return the pipeline, loaded unless it was given, with its name and its revision for manifests."""
+        if self.pipe is None:
+            device = "cpu" if self.device is None else self.device
+            pipe = loading.load_pipeline(self._named, config=self.config, dtype=self.dtype, device=device)
+            return pipe, *loading.identity_of(self._named, pipe)
+        if self.reference is None:
+            return self.pipe, *loading.identity_of_pipeline(self.pipe)
+        return self.pipe, *loading.identity_of(self.reference, self.pipe)
+
+    @property
+    def _named(self) -> str:
+        assert self.reference is not None, "a base that is to be loaded has a name"
+        return self.reference
+
+
+def _check_pipeline(
+    pipe: DiffusionPipeline, device: str | torch.device | None, dtype: torch.dtype | str | None
+) -> None:
+    """Refuse a pipeline without weights, and one that is elsewhere or in another precision than asked for."""
+    import torch
+
+    from spm_hub.models.architectures import denoiser_of
+
+    denoiser = denoiser_of(pipe)
+    if any(parameter.is_meta for parameter in denoiser.parameters()):
+        raise UsageError(
+            f"the denoiser ({type(denoiser).__name__}) of the given pipeline is on the device 'meta', where weights "
+            "have no values: nothing can be trained on it",
+            mend="give a pipeline with weights, for instance spm_hub.load_pipeline(NAME)",
+        )
+    found = next(denoiser.parameters())
+    wanted = None if device is None else torch.device(device)
+    if wanted is not None and (wanted.type != found.device.type or wanted.index not in (None, found.device.index)):
+        raise UsageError(
+            f"device is {str(wanted)!r}, but the given pipeline is on {str(found.device)!r}, and it is not moved",
+            mend=f"leave device out, or first pipe.to({str(wanted)!r})",
+        )
+    if dtype is not None and (precision := loading.parse_dtype(dtype)) != found.dtype:
+        raise UsageError(
+            f"dtype is {precision}, but the given pipeline has {found.dtype}, and it is not converted",
+            mend=f"leave dtype out, or first pipe.to({precision})",
+        )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The base of a session: its pipeline, and its name, revision and weights' stamp for manifests."""
+
+    pipe: DiffusionPipeline
+    name: str
+    revision: str | None
+    stamp: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Session:
+    """Runs that train one eraser each, or several jointly, all on one base.
+
+    find: returns the entry of an eraser that a recipe starts from; it may be on the Hub, which `training` does not
+    know. registry: where finished erasers are kept; None keeps none. replace: whether they may replace others there.
+    resume: go on from the state of an earlier run of the same recipe on the same base, if there is one.
+    checkpoint_dir: the folder for the state of the run, in a folder for each if there are several; unless given, a
+    folder in the user's cache that belongs to this recipe on this base. The state is saved every 50 steps and at
+    Ctrl-C, and deleted when the results are kept or returned.
+    """
+
+    plans: tuple[Recipe, ...]
+    base: BaseChoice
+    reporter: Reporter
+    find: Callable[[str], EraserEntry]
+    registry: Registry | None = None
+    replace: bool = False
+    resume: bool = False
+    checkpoint_dir: Path | None = None
+    callbacks: tuple[Callback, ...] = ()
+
+    def check(self) -> None:
+        """Refuse, without loading anything, a base that is none and names that the registry has no room for.
+
+        Raises UsageError, NotFoundError, RegistryError, ModelError.
+        """
+        if self.replace and self.registry is None:
+            raise UsageError("replace is for a registry, and none is given", mend="registry=True for your own")
+        for plan in self.plans:
+            for member in members(plan):
+                known = self.resume and self._made_by(member, apart_from=_KNOWN_AFTER_LOADING)
+                self._check_room(member.slug, replace=known)
+        if remark := self.base.check():
+            self.reporter.say(remark)
+        _ = self._starts
+
+    def train(self) -> tuple[EraserEntry | Adapter, ...]:
+        """Train all erasers; return their entries in the order of the concepts.
+
+        Without a registry they are adapters instead. The base is left as it was. Call `check` first.
+        Raises TrainingInterruptedError at Ctrl-C, TrainingDivergedError, RecipeError, ModelError, RegistryError.
+        """
+        from spm_hub.training.preflight import check_before_loading
+
+        folder = self.base.folder()
+        for plan in self.plans:
+            check_before_loading(plan, folder)
+        pipe, name, revision = self.base.open()
+
+        from spm_hub.training.loop.checkpoint import base_stamp
+
+        opened = _Opened(pipe, name, revision, base_stamp(pipe))
+        made: list[EraserEntry | Adapter] = []
+        finished: list[Checkpoint] = []
+        with _evaluating(pipe):
+            for plan in self.plans:
+                made += self._run(plan, opened, finished)
+        # Without a registry a later run could be interrupted; until then these states are all that is kept.
+        for checkpoint in finished:
+            self._forget(checkpoint)
+        return tuple(made)
+
+    @cached_property
+    def _starts(self) -> Mapping[str, EraserEntry]:
+        return {plan.start_from: self.find(plan.start_from) for plan in self.plans if plan.start_from is not None}
+
+    def _run(self, plan: Recipe, base: _Opened, finished: list[Checkpoint]) -> list[EraserEntry | Adapter]:
+        """Train the eraser of `plan`, or all of a joint run, unless the registry has them already.
+
+        If there is no registry, the checkpoint is added to `finished`.
+        """
+        from spm_hub.training.loop.checkpoint import Checkpoint
+        from spm_hub.training.trainable.warm_start import started
+
+        start = None if plan.start_from is None else self._starts[plan.start_from].load()
+        recipe = started(plan.model_copy(update={"model": base.name}), start)
+        concepts = [plan.target, *(other.target for other in plan.together)]
+        by_concept = {member.target: member for member in members(recipe)}
+        kept = {
+            member.slug
+            for member in by_concept.values()
+            if self.resume and not self.replace and self._made_by(member, base=base.stamp)
+        }
+        names = [by_concept[concept].slug for concept in concepts]
+        for name in names:
+            self._check_room(name, replace=name in kept)
+        what = ", ".join(map(repr, concepts))
+        if self.registry is not None and len(kept) == len(names):
+            self.reporter.say(f"{what}: erased by this very recipe already, and kept in {self.registry.root}")
+            return [self.registry.get(name) for name in names]
+        shown = base.name if self.base.pipe is not None else plan.model
+        self.reporter.say(f"erasing {what} from {shown} with {plan.method} ...")
+        checkpoint = Checkpoint(self._run_folder(recipe, base.stamp), base.stamp)
+        if self.resume and not checkpoint.path.exists():
+            self.reporter.say(
+                f"nothing to resume: {checkpoint.folder} has no run of this recipe on this base; starting from step 1"
+            )
+        adapters = self._trained(recipe, base, checkpoint, start)
+        if self.registry is None:
+            finished.append(checkpoint)
+            return [*adapters]
+        entries = [self._kept(adapter, self.registry, checkpoint, replace=adapter.name in kept) for adapter in adapters]
+        self._forget(checkpoint)
+        return [*entries]
+
+    def _trained(
+        self, recipe: Recipe, base: _Opened, checkpoint: Checkpoint, start: Adapter | None
+    ) -> tuple[Adapter, ...]:
+        from spm_hub.training.trainer import train_together
+
+        losses: dict[str, float] = {}
+
+        def note(step: int, total: int, found: dict[str, float]) -> None:
+            losses.update(found)
+            move(step, total, found)
+
+        def call(step: int, trainable: Trainable) -> bool:
+            done = TrainingStep(step, recipe.steps, dict(losses), trainable)
+            stops = [callback(done) for callback in self.callbacks]
+            return any(stops)
+
+        with self.reporter.progress("training") as move:
+            return train_together(
+                recipe,
+                pipe=base.pipe,
+                revision=base.revision,
+                progress=note,
+                checkpoint_dir=checkpoint.folder,
+                resume=self.resume,
+                start=start,
+                on_step=call if self.callbacks else None,
+            )
+
+    def _kept(self, adapter: Adapter, registry: Registry, checkpoint: Checkpoint, *, replace: bool) -> EraserEntry:
+        """Keep an eraser in the registry; if that fails, name the checkpoint in which it survives."""
+        try:
+            entry = registry.add(adapter, replace=self.replace or replace)
+        except RegistryError as error:
+            if not checkpoint.path.exists():
+                raise
+            raise RegistryError(
+                f"{error.message}; the training is not lost, its result is in {checkpoint.folder}",
+                mend="the same command with --resume, when there is room, or with another --registry",
+            ) from error
+        for remark in _remarks(adapter.manifest):
+            self.reporter.say(remark)
+        return entry
+
+    def _check_room(self, name: str, *, replace: bool) -> None:
+        if self.registry is not None:
+            self.registry.check_room_for(name, replace=self.replace or replace)
+
+    def _made_by(
+        self, recipe: Recipe, *, apart_from: Collection[str] = (), base: Mapping[str, str] | None = None
+    ) -> bool:
+        """Return whether the registry's eraser of that name was trained by exactly this recipe.
+
+        apart_from: keys to leave out of the comparison. base: the stamp of the weights it has to be trained on, None
+        while they are not loaded.
+        """
+        entry = None if self.registry is None else self.registry.find(recipe.slug)
+        try:
+            manifest = None if entry is None else entry.read_manifest()
+        except SpmHubError:
+            return False  # a broken entry is in the way like any other
+        if manifest is None or not manifest.recipe or not (base or {}).items() <= manifest.versions.items():
+            return False
+        wanted = recipe.model_dump(mode="json")
+        return all(manifest.recipe.get(key) == value for key, value in wanted.items() if key not in apart_from)
+
+    def _run_folder(self, recipe: Recipe, stamp: Mapping[str, str]) -> Path:
+        """Return the folder for the state of a run: each recipe on each base has its own."""
+        if self.checkpoint_dir is not None:
+            return self.checkpoint_dir / recipe.slug if len(self.plans) > 1 else self.checkpoint_dir
+        import platformdirs
+
+        digest = hashlib.sha256(repr((recipe.model_dump_json(), *stamp.values())).encode()).hexdigest()
+        return platformdirs.user_cache_path("spm-hub", appauthor=False) / "runs" / f"{recipe.slug}-{digest[:8]}"
+
+    def _forget(self, checkpoint: Checkpoint) -> None:
+        """Delete the state of a run, and its folder if it is one of ours."""
+        checkpoint.remove()
+        if self.checkpoint_dir is None:
+            with suppress(OSError):
+                checkpoint.folder.rmdir()
+
+
+@contextmanager
+def _evaluating(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Put all modules of a pipeline into evaluation mode; restore the mode of each at the end."""
+    from torch import nn
+
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    training = [module for part in parts for module in part.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _remarks(manifest: Manifest) -> Iterator[str]:
+    """Yield how well prompts are protected, and how exact a conversion of the increments was."""
+    if found := [one for one in manifest.evaluation if one.protocol == "protected-prompts"]:
+        worst, target = found
+        yield (
+            f"{manifest.name}: keys and values move by at most {worst.value:.1e} of their size for {worst.samples} "
+            f"protected prompts ({worst.subject}), by {target.value:.2g} for {target.subject}"
+        )
+    for one in manifest.evaluation:
+        if one.protocol == "conversion":
+            yield f"{manifest.name}: {one.metric.replace('_', ' ')} in its conversion: {one.value:.1e}"
