@@ -223,6 +223,7 @@ def train(
     name that is taken, all three before anything is loaded; ModelError, NetworkError.
     """
     from spm_hub.adapters.adapter import Adapter
+    from spm_hub.attachment.pipeline_hooks import is_attached
     from spm_hub.hub.resolve import resolve
     from spm_hub.io.progress import Bars
     from spm_hub.registry.registry import registry_for_new
@@ -242,6 +243,11 @@ def train(
                 mend='spm_hub.train("van gogh")',
             )
         plans = plan_runs(concepts, {**chosen, **recipe})
+    if pipe is not None and is_attached(pipe):
+        raise UsageError(
+            "the given pipeline has erasers attached, which would change what a new one learns",
+            mend="erasers.detach() first, and attach them again afterwards",
+        )
     place = None if registry is None or isinstance(registry, bool) else _folder_of(registry)
     kept_in = registry_for_new(place) if registry not in (None, False) else None
     session = Session(

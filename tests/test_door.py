@@ -91,7 +91,7 @@ def test_under_a_budget_references_are_read_when_a_prompt_needs_them(tmp_path: P
     for seed, name in enumerate(("snoopy", "mickey")):
         Registry(tmp_path).add(random_eraser(pipe, name, seed))
     with spm_hub.attach(pipe, ["snoopy", "mickey"], registry=tmp_path, increment_budget=1, gate="always") as erasers:
-        stored = [eraser.adapter.increments for eraser in erasers._erasers.values()]
+        stored = [eraser.adapter.increments for eraser in erasers._planner.erasers.values()]
         pipe("a dog", num_inference_steps=1, output_type="latent")
         assert [one.nbytes for one in stored if isinstance(one, StoredIncrements)] == [0, 0]
 

@@ -157,11 +157,11 @@ def test_a_pipeline_of_ones_own_is_named_by_where_it_is_from(folder: Path) -> No
         (place, ("someone/some-model", commit)),
         ("someone/some-model", ("someone/some-model", commit)),
         ("another/model", ("another/model", None)),
-        ("/home/me/mine", ("mine", None)),
+        ("/models/mine", ("mine", None)),
     ):
         pipe.register_to_config(_name_or_path=text)
         pipe.unet.register_to_config(_name_or_path=f"{place}/unet")
-        if text == "/home/me/mine":
+        if text == "/models/mine":
             pipe.unet.register_to_config(_name_or_path="")
         assert identity_of_pipeline(pipe) == identity
     known = "/cache/models--CompVis--stable-diffusion-v1-4/snapshots/133a221b8aa7292a167afc5127cb63fb5005638b"
@@ -246,6 +246,12 @@ def test_a_given_pipeline_has_its_own_device_and_dtype() -> None:
     ]
     assert increments_equal(*made)
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_pipeline_with_erasers_is_not_trained_on() -> None:
+    pipe = pico_pipeline()
+    with spm_hub.attach(pipe, []), pytest.raises(UsageError, match="has erasers attached"):
+        spm_hub.train("snoopy", pipe=pipe, **SMALL)
 
 
 def everything_of(pipe: StableDiffusionPipeline) -> dict[str, Any]:
