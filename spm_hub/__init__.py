@@ -223,7 +223,6 @@ def train(
     name that is taken, all three before anything is loaded; ModelError, NetworkError.
     """
     from spm_hub.adapters.adapter import Adapter
-    from spm_hub.attachment.pipeline_hooks import is_attached
     from spm_hub.hub.resolve import resolve
     from spm_hub.io.progress import Bars
     from spm_hub.registry.registry import registry_for_new
@@ -243,11 +242,8 @@ def train(
                 mend='spm_hub.train("van gogh")',
             )
         plans = plan_runs(concepts, {**chosen, **recipe})
-    if pipe is not None and is_attached(pipe):
-        raise UsageError(
-            "the given pipeline has erasers attached, which would change what a new one learns",
-            mend="erasers.detach() first, and attach them again afterwards",
-        )
+    if pipe is not None:
+        _check_bare(pipe)
     place = None if registry is None or isinstance(registry, bool) else _folder_of(registry)
     kept_in = registry_for_new(place) if registry not in (None, False) else None
     session = Session(
@@ -264,6 +260,17 @@ def train(
     session.check()
     made = tuple(one if isinstance(one, Adapter) else one.load() for one in session.train())
     return made[0] if isinstance(concept, str | Recipe) else made
+
+
+def _check_bare(pipe: "DiffusionPipeline") -> None:
+    """Refuse to train on a pipeline that has erasers attached."""
+    from spm_hub.attachment.pipeline_hooks import is_attached
+
+    if is_attached(pipe):
+        raise UsageError(
+            "the given pipeline has erasers attached, which would change what a new eraser learns",
+            mend="erasers.detach() first, and attach them again afterwards",
+        )
 
 
 def _folder_of(registry: "str | Path | Registry") -> Path:
