@@ -37,7 +37,8 @@ from."""
 class TrainingStep:
     """One finished step of a training, for callbacks: `step` of `total`.
 
-    losses: by name ("erase", "anchor"), relative to the distance at the start. trainable: gives the increments; of a joint run, those of the first concept.
+    losses: by name ("erase", "anchor"), relative to the distance at the start.
+    trainable: gives the increments; of a joint run, those of the first concept.
     """
 
     step: int
@@ -74,7 +75,8 @@ class BaseChoice:
     def check(self) -> str | None:
         """Refuse, before anything is loaded, a base that cannot be trained on.
 
-        Returns a remark about the base for the user, None if there is none. Raises UsageError, NotFoundError for an unknown model, ModelError.
+        Returns a remark about the base for the user, None if there is none.
+        Raises UsageError, NotFoundError for an unknown model, ModelError.
         """
         if str(self.device).partition(":")[0] == "meta":
             raise UsageError(
