@@ -6,7 +6,7 @@ The public door. What is behind it is imported when first used: `import spm_hub`
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from spm_hub.errors import UsageError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.adapters.manifest import Manifest
     from spm_hub.attachment.attachment import Attachment
+    from spm_hub.attachment.gate import Gate
     from spm_hub.models.loading import load_pipeline
     from spm_hub.registry.registry import Registry
     from spm_hub.training.recipe.recipe import Recipe
@@ -52,17 +53,36 @@ _ROOMS = {
 
 def attach(
     pipe: Any,
-    adapters: "str | Path | Adapter | Sequence[str | Path | Adapter]",
+    adapters: "str | Path | Adapter | Iterable[str | Path | Adapter]",
     *,
     registry: str | Path | None = None,
-    **options: Any,
+    gate: "Literal['transport', 'always'] | float | Gate | None" = None,
+    strength: Mapping[str, float] | float | None = None,
+    rows: Literal["both", "conditional"] | None = None,
+    mode: Literal["auto", "fold", "branch"] = "auto",
+    memory_budget: int | None = None,
+    increment_budget: int | None = None,
+    threshold: float | None = None,
+    top_k: int | None = None,
 ) -> "Attachment":
     """Attach erasers to a diffusers pipeline, until `detach()` or the end of a `with` block.
 
-    `adapters` holds Adapters and references (a path, a name in a registry, or owner/name[@revision] on the Hugging Face
-    Hub), one or many; `options` are those of `spm_hub.attachment.attach`: gate, strength, rows, mode ... Under
-    an increment_budget references are loaded lazily, as it is about those.
-    Raises SpmHubError, in which case the pipeline is as it was.
+    adapters: one or several Adapters or references: a path, a name in a registry, owner/name[@revision] on the Hub.
+    registry: the first folder to look names up in; None, the default, starts with $SPMHUB_REGISTRY or your own.
+    gate: "transport" (facilitated transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), a gamma, or a `Gate`.
+    strength: the finite factor of gamma, one number for all erasers or some by name.
+    rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
+    mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
+    memory_budget: bytes of original weights that folding may keep on their device; None, the default, is no limit.
+    increment_budget: bytes of lazily loaded increments that stay in memory; None, the default, is no limit.
+    threshold: the least gamma that acts, a smaller one counts as 0; None, the default, lets every gamma act.
+    top_k: how many erasers act on one prompt, those of greatest gamma; None, the default, is all of them.
+
+    None, the default of gate, strength and rows, takes what each eraser's manifest says.
+
+    Under an increment_budget references are loaded lazily. Threads, saving and calls of the denoiser by hand are
+    described in `spm_hub.attachment.attach`. A server attaches an empty list before its threads draw, and adds later.
+    Raises SpmHubError; the pipeline is then unchanged.
     """
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.attachment import attachment
@@ -75,9 +95,20 @@ def attach(
         raise UsageError(
             f"adapters holds erasers: names, paths or Adapters, not {adapters!r}", mend='attach(pipe, ["snoopy"])'
         )
-    lazy = options.get("increment_budget") is not None
+    lazy = increment_budget is not None
     loaded = [one if isinstance(one, Adapter) else load(one, registry=registry, lazy=lazy) for one in several]
-    return attachment.attach(pipe, loaded, **options)
+    return attachment.attach(
+        pipe,
+        loaded,
+        gate=gate,
+        strength=strength,
+        rows=rows,
+        mode=mode,
+        memory_budget=memory_budget,
+        increment_budget=increment_budget,
+        threshold=threshold,
+        top_k=top_k,
+    )
 
 
 def load(reference: str | Path, *, registry: str | Path | None = None, lazy: bool = False) -> "Adapter":

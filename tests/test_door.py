@@ -1,6 +1,9 @@
 """The public door: the five lines of Python that everything else is behind."""
 
+import inspect
+import pydoc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.formats.lazy import StoredIncrements
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import Base, Concept
+from spm_hub.attachment import attachment
 from spm_hub.cli.app import app
 from spm_hub.errors import RecipeError, UsageError
 from spm_hub.registry.registry import Registry
@@ -71,6 +75,26 @@ def test_erasers_are_meant_by_their_concepts_too(tmp_path: Path) -> None:
         spm_hub.attach(pipe, "van-gogh", registry=folder, strength={"van gogh": 1.0, "van-gogh": 2.0})
 
 
+def test_both_doors_of_attach_document_the_same_parameters() -> None:
+    """One line each in the docstring, one type and one default: nothing is taken that neither shows."""
+    door, inner = (inspect.signature(one).parameters for one in (spm_hub.attach, attachment.attach))
+    assert door.keys() - inner.keys() == {"registry"}
+    assert not inner.keys() - door.keys()
+    assert all(one.kind is not one.VAR_KEYWORD for one in (*door.values(), *inner.values()))
+    assert {name: one.default for name, one in inner.items()} == {name: door[name].default for name in inner}
+    lines = [
+        dict(line.strip().split(": ", 1) for line in (one.__doc__ or "").splitlines() if ": " in line)
+        for one in (spm_hub.attach, attachment.attach)
+    ]
+    for name in list(inner)[2:]:
+        assert lines[0][name] == lines[1][name]
+        assert door[name].annotation != door[name].empty
+    shown = pydoc.plain(pydoc.render_doc(spm_hub.attach))
+    for name in door:
+        assert f"{name}:" in shown
+    assert "Literal['auto', 'fold', 'branch'] = 'auto'" in shown
+
+
 def test_what_the_door_does_not_take_is_told_what_it_takes(tmp_path: Path) -> None:
     pipe = pico_pipeline()
     Registry(tmp_path).add(random_eraser(pipe, "snoopy", 0))
@@ -86,12 +110,20 @@ def test_what_the_door_does_not_take_is_told_what_it_takes(tmp_path: Path) -> No
             spm_hub.train(concept)  # type: ignore[arg-type]
 
 
-def test_under_a_budget_references_are_read_when_a_prompt_needs_them(tmp_path: Path) -> None:
-    pipe = pico_pipeline()
+def test_under_a_budget_references_are_read_when_a_prompt_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, loaded, load = pico_pipeline(), list[Adapter](), spm_hub.load
+
+    def noting(*given: Any, **options: Any) -> Adapter:
+        loaded.append(load(*given, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(spm_hub, "load", noting)
     for seed, name in enumerate(("snoopy", "mickey")):
         Registry(tmp_path).add(random_eraser(pipe, name, seed))
-    with spm_hub.attach(pipe, ["snoopy", "mickey"], registry=tmp_path, increment_budget=1, gate="always") as erasers:
-        stored = [eraser.adapter.increments for eraser in erasers._planner.erasers.values()]
+    with spm_hub.attach(pipe, ["snoopy", "mickey"], registry=tmp_path, increment_budget=1, gate="always"):
+        stored = [adapter.increments for adapter in loaded]
         pipe("a dog", num_inference_steps=1, output_type="latent")
         assert [one.nbytes for one in stored if isinstance(one, StoredIncrements)] == [0, 0]
 

@@ -28,7 +28,7 @@ UNKNOWN_FAMILY = "unknown"
 _DECISIVE = ("concept", "increment", "base", "gate")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """One eraser. `increments` maps the dotted path of a module inside the denoiser to what is added to it.
 
@@ -59,6 +59,14 @@ class Adapter:
     @property
     def name(self) -> str:
         return self.manifest.name
+
+    def __repr__(self) -> str:
+        about, base = self.manifest.increment, self.manifest.base
+        kind = about.kind if about.rank is None else f"{about.kind} of rank {about.rank}"
+        modules = f"{len(about.modules)} module{'s' if len(about.modules) > 1 else ''}"
+        of = f"{base.id} ({base.family})" if base.id else base.family
+        target = self.manifest.concept.target
+        return f"<Adapter {self.name}: erases {target!r}, {kind} on {modules}, {about.dtype}, for {of}, {self.source}>"
 
     @property
     def outline(self) -> Mapping[str, Increment]:

@@ -22,6 +22,9 @@ from spm_hub.attachment.text_encoding import encode, encoder_settings, tokens_of
 from spm_hub.errors import UsageError
 from spm_hub.models.architectures import beside_denoiser, body_of, denoiser_of, family_of
 
+_LISTED = 8
+"""How many erasers the repr of an attachment lists."""
+
 
 def attach(
     pipe: Any,
@@ -38,18 +41,23 @@ def attach(
 ) -> "Attachment":
     """Attach erasers to a diffusers pipeline; its pictures are then drawn with them, gated per prompt.
 
-    gate: "transport" is facilitated transport (arXiv 2312.16145, Eq. 9-11), "always" is gamma 1, a number is that
-    gamma, or any object with the method of `gate.Gate`.  strength: multiplies gamma; a number for all, or some by name.
-    rows: whether the unconditional rows of classifier-free guidance get their prompt's gamma ("both", the paper's way)
-    or none ("conditional").  What is None is taken from each adapter's manifest.
-    mode: "fold" writes the sum into the weights, which serves one set of gammas at the bare model's speed; "branch"
-    lets every row of a batch have its own; "auto" folds when all rows agree and branches when they do not.
-    memory_budget: bytes for the originals that folding keeps beside the weights; beyond it they are kept on the CPU,
-    and where the model itself is on the CPU, "auto" branches.
-    increment_budget: bytes of increments that stay in memory of adapters that were loaded lazily; beyond it those used
-    longest ago are dropped, and read again when a prompt needs them.
-    threshold, top_k: for very many erasers, gammas below `threshold` count as 0, and of the others only the `top_k`
-    greatest of each prompt act. Off unless given, as the paper's sum is over all.
+    pipe: a diffusers pipeline of a known family.
+    adapters: the erasers, each under a name of its own; an empty list is one that `add` fills later.
+    gate: "transport" (facilitated transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), a gamma, or a `Gate`.
+    strength: the finite factor of gamma, one number for all erasers or some by name.
+    rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
+    mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
+    memory_budget: bytes of original weights that folding may keep on their device; None, the default, is no limit.
+    increment_budget: bytes of lazily loaded increments that stay in memory; None, the default, is no limit.
+    threshold: the least gamma that acts, a smaller one counts as 0; None, the default, lets every gamma act.
+    top_k: how many erasers act on one prompt, those of greatest gamma; None, the default, is all of them.
+
+    None, the default of gate, strength and rows, takes what each eraser's manifest says.
+
+    A folded sum serves one set of gammas at the bare model's speed; "auto" folds where all rows of a batch need the
+    same and branches elsewhere. Originals beyond `memory_budget` are kept on the CPU; where the model itself is on the
+    CPU, "auto" branches instead. Increments beyond `increment_budget`, those used longest ago, are read again when a
+    prompt needs them. Without `threshold` and `top_k` the sum is over all erasers, as in the paper.
 
     A constant gate ("always" or a number) also holds where the denoiser is called by hand, without a known prompt;
     every other gate then counts as gamma 1. While attached, `state_dict`, `save_pretrained`, `load_state_dict` and `to`
@@ -59,7 +67,7 @@ def attach(
     Do not attach for the first time while another thread draws with this pipeline: attach an empty list at start and
     `add` later. A server keeps `erasers = attach(pipe, [])` for as long as it runs, and calls `add` and `recover`.
     Another pipeline around the same denoiser draws with the same erasers, fully on and without a lock of its own.
-    Raises UsageError or CompatibilityError, and then the pipeline is as it was.
+    Raises UsageError or CompatibilityError; the pipeline is then unchanged.
     """
     options = Options(gate, strength, rows, mode, memory_budget, increment_budget, threshold, top_k)
     return Attachment(pipe, adapters, options)
@@ -68,7 +76,8 @@ def attach(
 class Attachment:
     """The erasers on one pipeline, as `attach` returns it. Safe to use from several threads.
 
-    Changes to the erasers wait for the picture in progress, so no picture mixes two states.
+    `name in erasers`, `len(erasers)` and iteration are about the names of the attached erasers. Changes to the erasers
+    wait for the picture in progress, so no picture mixes two states.
     """
 
     def __init__(self, pipe: Any, adapters: Sequence[Adapter], options: Options) -> None:
@@ -94,6 +103,22 @@ class Attachment:
         hold(pipe, self._denoiser, self)
         for name in beside_denoiser(pipe):
             self._planner.warn_once(f"the second denoiser of {type(pipe).__name__} ({name}) is not changed by erasers")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.strength
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self._planner.erasers)
+
+    def __repr__(self) -> str:
+        erasers = [str(eraser) for eraser in tuple(self._planner.erasers.values())]
+        listed = ", ".join(erasers[:_LISTED]) or "no erasers"
+        more = f" and {len(erasers) - _LISTED} more" if len(erasers) > _LISTED else ""
+        state = f"mode {self._options.mode!r}" if self._attached else "detached"
+        return f"<Attachment on {self._pipeline_class.__name__}, {state}: {listed}{more}>"
 
     @property
     def names(self) -> tuple[str, ...]:

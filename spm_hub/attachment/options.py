@@ -87,6 +87,16 @@ class Eraser:
     rows: Rows
     concepts: dict[Settings, Concept] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        match self.gate:
+            case TransportGate():
+                gate = "transport"
+            case ConstantGate(gamma):
+                gate = "always" if gamma == 1 else f"gamma {gamma:g}"
+            case _:
+                gate = type(self.gate).__name__
+        return f"{self.adapter.name} ({gate}, strength {self.strength:g}, rows {self.rows!r})"
+
 
 def finite(key: str, value: object) -> None:
     """Raise UsageError unless `value` is a finite number; `key` names it."""

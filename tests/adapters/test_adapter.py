@@ -54,6 +54,18 @@ def saved(tmp_path: Path) -> tuple[Path, Path]:
     return path, manifest_path
 
 
+def test_an_adapter_says_in_a_line_what_it_is(saved: tuple[Path, Path]) -> None:
+    assert repr(snoopy()) == (
+        "<Adapter snoopy: erases 'snoopy', low_rank of rank 1 on 2 modules, float32, for pico (sd1), memory>"
+    )
+    assert repr(load_file(saved[0], lazy=True)) == repr(snoopy()).replace("memory", str(saved[0]))
+    dense = {PATH: Dense(torch.zeros(4, 6, dtype=torch.float16))}
+    foreign = snoopy(base=Base(family="sd1", id="", fingerprint=""))
+    assert repr(foreign.with_increments(dense)) == (
+        "<Adapter snoopy: erases 'snoopy', dense on 1 module, float16, for sd1, memory>"
+    )
+
+
 def test_saved_and_loaded(saved: tuple[Path, Path]) -> None:
     path, manifest_path = saved
     for adapter in (load_file(path), load_file(path, manifest_path)):

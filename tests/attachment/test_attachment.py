@@ -575,6 +575,40 @@ def test_one_denoiser_has_one_attachment(pipe):
     attach(twin, erasers_for(pipe, "mickey")).detach()
 
 
+def test_an_attachment_is_a_container_of_names(pipe):
+    adapters = [pico_eraser(pipe.unet, name, seed=seed) for seed, name in enumerate(("van gogh", "snoopy"))]
+    with attach(pipe, adapters) as erasers:
+        assert (len(erasers), list(erasers)) == (2, ["van-gogh", "snoopy"])
+        assert "van-gogh" in erasers
+        assert "Van Gogh" in erasers
+        assert "mickey" not in erasers
+        assert None not in erasers
+        for name in erasers:
+            erasers.recover(name)
+        assert (len(erasers), list(erasers)) == (0, [])
+
+
+def test_an_attachment_says_in_a_line_what_is_attached(pipe):
+    always = GateDefaults(kind="always", strength=0.5, rows="conditional")
+    adapters = [pico_eraser(pipe.unet, "snoopy"), pico_eraser(pipe.unet, "mickey", seed=2, gate=always)]
+    with attach(pipe, adapters, mode="branch") as erasers:
+        erasers.strength["snoopy"] = 2
+        assert repr(erasers) == (
+            "<Attachment on StableDiffusionPipeline, mode 'branch': snoopy (transport, strength 2, rows 'both'), "
+            "mickey (always, strength 0.5, rows 'conditional')>"
+        )
+    assert repr(erasers).startswith("<Attachment on StableDiffusionPipeline, detached: snoopy (")
+    with attach(pipe, []) as erasers:
+        assert repr(erasers) == "<Attachment on StableDiffusionPipeline, mode 'auto': no erasers>"
+    with attach(pipe, adapters[:1], gate=0.4) as erasers:
+        assert "snoopy (gamma 0.4, strength 1, rows 'both')>" in repr(erasers)
+    with attach(pipe, adapters[:1], gate=Never()) as erasers:
+        assert "snoopy (Never, strength 1, rows 'both')>" in repr(erasers)
+    many = [pico_eraser(pipe.unet, f"thing {index}", paths=["mid_block.attentions.0.proj_in"]) for index in range(10)]
+    with attach(pipe, many) as erasers:
+        assert repr(erasers).endswith("thing-7 (transport, strength 1, rows 'both') and 2 more>")
+
+
 def test_whether_a_pipeline_is_attached(pipe):
     twin = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
     assert not is_attached(pipe)
