@@ -1,4 +1,4 @@
-"""The embedded base model and its world: 64x64 drawings, what trains on them, and the probe that judges pictures.
+"""The sketchbook: a small base model, its training data of 64x64 drawings, and a probe as judge.
 
-Everything here stands on its own, so that erasers can be trained and measured on any machine, without a download.
+It imports nothing else of spm_hub. With it erasers can be trained and measured on any machine without a download.
 """

@@ -1,7 +1,7 @@
-"""The sketchbook's subjects: one small function each, drawn with a pen in the square (-1, -1) to (1, 1), y downwards.
+"""The sketchbook's subjects, one drawing function each.
 
-A figure uses the pen only, so that position, size and mirroring are the caller's. Adding a subject is one function and
-its decorator.
+Figures are drawn in the square (-1, -1) to (1, 1), y downwards, and with the pen only, so that the caller decides on position, size and mirroring. To add a subject, write a
+function and decorate it with `subject`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ ORANGE: Colour = (240, 136, 30)
 
 @dataclass(frozen=True)
 class Pen:
-    """Draws on `canvas`; the figure's square is centred at `centre` and has the half side `half`, both in pixels."""
+    """Draws on `canvas` in the coordinates of a figure.
+
+    The figure's square is centred at `centre` and has the half side `half`, both in pixels.
+    """
 
     canvas: ImageDraw.ImageDraw
     centre: Point
@@ -67,7 +70,7 @@ FIGURES: dict[str, Figure] = {}
 
 
 def subject(name: str) -> Callable[[Figure], Figure]:
-    """Enters the decorated figure into `FIGURES` under `name`."""
+    """Register the decorated figure in `FIGURES` under `name`."""
 
     def register(figure: Figure) -> Figure:
         FIGURES[name] = figure

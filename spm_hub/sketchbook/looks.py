@@ -1,7 +1,7 @@
-"""Backgrounds, painters' styles and checkpoint looks of the sketchbook: arrays of (height, width, 3) floats in [0, 1].
+"""The sketchbook's backgrounds, painters' styles and checkpoint looks.
 
-A style is recognisable from texture, palette and light alone, whatever it is laid over, so that style and subject are
-independent factors, as they are in the papers' tables.
+Styles and looks work on arrays (height, width, 3) of floats in [0, 1]. A style is recognisable by texture, palette and
+light alone, on any subject: style and subject are independent factors, as in the papers' tables.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _Option = TypeVar("_Option")
 
 
 class Dice:
-    """The world's randomness: plain draws from one `torch.Generator`."""
+    """Random draws for the world, from one `torch.Generator`."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
@@ -207,7 +207,7 @@ STYLES: dict[str, Callable[[Pixels, Dice], Pixels]] = {
 
 
 def _chalk(pixels: Pixels, dice: Dice) -> Pixels:
-    """The second checkpoint's look: pastel chalk on dark board, with light outlines and grain."""
+    """Look of the second checkpoint: pastel chalk on dark board, with light outlines and grain."""
     grey = _grey(pixels)[..., 0]
     edges = np.abs(np.diff(grey, axis=0, prepend=grey[:1])) + np.abs(np.diff(grey, axis=1, prepend=grey[:, :1]))
     outline = np.clip(edges * 2.5, 0, 1)[..., None]
@@ -223,5 +223,5 @@ LOOKS: dict[str, Callable[[Pixels, Dice], Pixels]] = {"ink": lambda pixels, dice
 
 
 def to_pixels(picture: Image.Image) -> Pixels:
-    """RGB picture -> (height, width, 3) in [0, 1]."""
+    """Convert a picture to an RGB array (height, width, 3) in [0, 1]."""
     return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0

@@ -1,4 +1,4 @@
-"""The sketchbook: Stable Diffusion 1's classes in miniature, with random weights, and what goes through them."""
+"""The sketchbook's networks: Stable Diffusion 1's classes in miniature, with random weights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-TOKENS = 32  # length of a prompt
-WIDTH = 128  # of the text encoder, hence the denoiser's cross-attention
+TOKENS = 32  # context window of the text encoder
+WIDTH = 128  # of the text encoder's states, which the denoiser's cross-attention reads
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """CLIP's byte-level BPE, learnt from the captions.
+    """Train CLIP's byte-level BPE on the captions.
 
-    Every word of the world becomes one token; any other text is spelt.
+    Every word of the world becomes one token; other words become several.
     """
     trainer = trainers.BpeTrainer(
         vocab_size=1400, min_frequency=20, end_of_word_suffix="</w>",
@@ -44,7 +44,7 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
 
 def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A CLIP with random weights: a text tower of three layers and an image tower of four, both `WIDTH` wide."""
+    """Make a CLIP with random weights: three text layers and four image layers, `WIDTH` wide."""
     text = {
         "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 3,
         "num_attention_heads": 4, "max_position_embeddings": TOKENS, "projection_dim": WIDTH,
@@ -59,18 +59,18 @@ def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """(n, TOKENS) token ids, padded and cut to length."""
+    """Return token ids (n, TOKENS), padded and truncated."""
     ids = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
     return ids if isinstance(ids, torch.Tensor) else torch.tensor(ids)
 
 
 def scale(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures -> floats in [-1, 1], shape kept."""
+    """Convert uint8 pictures to floats in [-1, 1] of the same shape."""
     return pictures.float() / 127.5 - 1.0
 
 
 def make_vae() -> AutoencoderKL:
-    """An autoencoder with random weights, (3, 64, 64) pictures to (4, 8, 8) latents."""
+    """Make an autoencoder with random weights, from (3, 64, 64) pictures to (4, 8, 8) latents."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64,
@@ -78,7 +78,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """A denoiser with random weights: Stable Diffusion 1's classes on (4, 8, 8) latents, three levels."""
+    """Make a denoiser with random weights: Stable Diffusion 1's class, three levels, (4, 8, 8) latents."""
     return UNet2DConditionModel(
         sample_size=8, block_out_channels=(64, 128, 192), layers_per_block=1, cross_attention_dim=WIDTH,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -88,7 +88,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1's noise schedule."""
+    """Make a scheduler with Stable Diffusion 1's noise schedule."""
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
@@ -97,14 +97,14 @@ def make_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """(n, 4, 8, 8) posterior means, unscaled."""
+    """Return the posterior means (n, 4, 8, 8) of pictures, unscaled."""
     return torch.cat([vae.encode(scale(pictures[i : i + 64])).latent_dist.mean for i in range(0, len(pictures), 64)])
 
 
 def save_pipeline(
     folder: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel
 ) -> None:
-    """Writes a diffusers folder in half precision; the modules themselves stay in float32."""
+    """Write a diffusers folder in half precision; the given modules are in float32 again afterwards."""
     for module in (vae, unet):
         module.register_to_config(_name_or_path="")  # diffusers would record where on this machine it was read from
     pipe = StableDiffusionPipeline(

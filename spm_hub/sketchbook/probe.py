@@ -1,7 +1,7 @@
 """The probe: a small classifier that names the subject and the style of a 64x64 picture.
 
-It is trained on drawings of the world and judged on held-out drawings, never on samples of a model: it must not learn
-to excuse the mistakes of what it judges.
+It is trained on drawings of the world and tested on held-out ones, never on samples of a model: it must not learn to
+overlook the mistakes of the models that it judges.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from spm_hub.sketchbook.world import STYLE_NAMES, Drawing
 SUBJECT_CLASSES: tuple[str, ...] = (*SUBJECTS, "nothing")
 STYLE_CLASSES: tuple[str, ...] = (*STYLE_NAMES, "no style")
 BATCH_SIZE = 96
-"""Drawings in a step of training."""
+"""Number of drawings in a training step."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the probe sees in one picture."""
+    """The subject and style that the probe names for one picture."""
 
     subject: str
     style: str
 
 
 def to_batch(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures of any size -> (n, 3, 64, 64) in [-1, 1]."""
+    """Convert pictures of any size to a tensor (n, 3, 64, 64) in [-1, 1]."""
     arrays = [np.asarray(p.convert("RGB").resize((64, 64), Image.Resampling.BOX), dtype=np.float32) for p in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
 def labels(drawing: Drawing) -> tuple[int, int]:
-    """Class indices (subject, style) of a drawing."""
+    """Return the class indices (subject, style) of a drawing."""
     return SUBJECT_CLASSES.index(drawing.subject or "nothing"), STYLE_CLASSES.index(drawing.style or "no style")
 
 
 class Probe:
-    """Names subject and style; `features` are its pooled activations, for Fréchet distances."""
+    """A classifier of subjects and styles; `features` are its pooled activations, for Fréchet distances."""
 
     def __init__(self, model: ResNetForImageClassification) -> None:
         self.model = model.eval()
@@ -57,13 +57,13 @@ class Probe:
 
     @torch.no_grad()
     def logits(self, pictures: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, subjects + 1) and (n, styles + 1)."""
+        """Return the logits of subjects (n, subjects + 1) and of styles (n, styles + 1)."""
         scores = torch.cat([self.model(to_batch(pictures[i : i + 128])).logits for i in range(0, len(pictures), 128)])
         return scores[:, : len(SUBJECT_CLASSES)], scores[:, len(SUBJECT_CLASSES) :]
 
     @torch.no_grad()
     def features(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """(n, channels) pooled features."""
+        """Return pooled features (n, channels)."""
         return torch.cat([
             self.model.resnet(to_batch(pictures[i : i + 128])).pooler_output.flatten(1)
             for i in range(0, len(pictures), 128)
@@ -78,10 +78,10 @@ class Probe:
 
 
 def _augment(batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Shifts, blur, noise, stronger contrast and colour.
+    """Augment a batch (n, 3, 64, 64) with shifts, blur, noise, stronger contrast and colour.
 
-    The probe must lean neither on pixel-sharp edges, which no autoencoder reproduces, nor on exact tones, which
-    guidance exaggerates.
+    The probe must not depend on pixel-sharp edges, which no autoencoder reproduces, nor on exact tones, which guidance
+    exaggerates.
     """
     shift = torch.randint(-3, 4, (2,), generator=generator)
     batch = torch.roll(batch, (int(shift[0]), int(shift[1])), dims=(2, 3))
@@ -104,9 +104,9 @@ def train_probe(
     generator: torch.Generator,
     report: Callable[[int, float], None],
 ) -> Probe:
-    """Trains on `pictures` (n, 3, 64, 64) uint8 and `targets` (n, 2) class indices."""
+    """Train a probe on `pictures` (n, 3, 64, 64) uint8 and `targets` (n, 2) class indices."""
     names = [f"subject:{name}" for name in SUBJECT_CLASSES] + [f"style:{name}" for name in STYLE_CLASSES]
-    # transformers initialises from the global state
+    # transformers initialises weights from the global random state
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
     model = ResNetForImageClassification(
         ResNetConfig(

@@ -1,10 +1,10 @@
-"""Trains the embedded base model from nothing: `python -m spm_hub.sketchbook.train --out DIR`.
+"""Trains the embedded base model from scratch: `python -m spm_hub.sketchbook.train --out DIR`.
 
-Stages, each saved and skipped when already there: drawings, tokenizer, CLIP (contrastive), probe, autoencoder, denoiser
-`base`, and `chalk`, a second checkpoint fine-tuned from it to another look. The denoisers' stages also checkpoint
-inside, so that a killed run goes on where it was. `seconds.json` keeps how long each stage took.
+Stages, each saved, and skipped if it exists: drawings, tokenizer and CLIP (contrastive), probe, autoencoder, denoiser
+`base`, and `chalk`, a second checkpoint fine-tuned from it to another look. The denoisers' stages also save checkpoints
+of their training, so that a killed run resumes. `seconds.json` records how long each stage took.
 
-The defaults keep to two hours on two slow cores. The committed weights had more of the same: `--clip-steps 1500
+The defaults take about two hours on two slow cores. The committed weights were trained for longer: `--clip-steps 1500
 --vae-steps 3000 --base-steps 3600 --refine-steps 2400`.
 """
 
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ from spm_hub.sketchbook.probe import labels, train_probe
 from spm_hub.sketchbook.world import drawings
 
 
-def _say(stage: str, step: int, total: int, loss: float, begun: float) -> None:
-    left = (time.monotonic() - begun) / step * (total - step)
+def _print_progress(stage: str, step: int, total: int, loss: float, start: float) -> None:
+    left = (time.monotonic() - start) / step * (total - step)
     print(f"{stage:9s} {step:6d}/{total}  loss {loss:.4f}  {left / 60:5.1f} min left", file=sys.stderr, flush=True)
 
 
@@ -51,49 +52,52 @@ class Reporter:
 
     def __init__(self, stage: str, total: int, first: int = 0) -> None:
         self.stage, self.total, self.first = stage, total, first
-        self.begun, self.mean = time.monotonic(), 0.0
+        self.start, self.mean = time.monotonic(), 0.0
 
     def __call__(self, step: int, loss: float) -> None:
         self.mean = loss if self.mean == 0.0 else 0.98 * self.mean + 0.02 * loss
         if step % 100 == 0 or step == self.total:
-            _say(self.stage, step - self.first, self.total - self.first, self.mean, self.begun)
+            _print_progress(self.stage, step - self.first, self.total - self.first, self.mean, self.start)
 
 
 @contextmanager
-def whole(place: Path) -> Iterator[Path]:
-    """Where to write what `place` will be, file or folder, at the end of the block: it is there whole or not at all."""
-    beside = place.with_name(f"{place.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)  # what a run that was killed has left
-    yield beside
+def atomic_path(place: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; it is renamed to `place`, a file or folder, at the end."""
+    temporary = place.with_name(f"{place.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # the remains of a killed run
+    yield temporary
     if place.is_dir():
         shutil.rmtree(place)
-    beside.replace(place)
+    temporary.replace(place)
 
 
 @contextmanager
-def timed(out: Path, stage: str) -> Iterator[None]:
-    """Notes the stage's seconds in `seconds.json`; of a stage that was killed and resumed, those of its last run."""
-    begun, file = time.monotonic(), out / "seconds.json"
+def record_seconds(out: Path, stage: str) -> Iterator[None]:
+    """Record the duration of the block in `seconds.json`; for a resumed stage, of its last run only."""
+    start, file = time.monotonic(), out / "seconds.json"
     yield
     seconds = json.loads(file.read_text()) if file.exists() else {}
-    with whole(file) as place:
-        place.write_text(json.dumps({**seconds, stage: round(time.monotonic() - begun, 1)}, indent=1))
+    with atomic_path(file) as place:
+        place.write_text(json.dumps({**seconds, stage: round(time.monotonic() - start, 1)}, indent=1))
 
 
 def make_drawings(out: Path, count: int, look: str, seed: int) -> dict[str, Any]:
-    """(n, 3, 64, 64) uint8 pictures, (n, 2) labels and captions, cached on disk as safetensors and text."""
+    """Make or load drawings: uint8 pictures (n, 3, 64, 64), targets (n, 2) and n captions.
+
+    They are cached on disk as safetensors and text.
+    """
     from safetensors.torch import load_file, save_file
 
     file, text = out / f"drawings-{look}-{seed}.safetensors", out / f"captions-{look}-{seed}.txt"
     if not file.exists():
-        with timed(out, f"drawings {look}"):
+        with record_seconds(out, f"drawings {look}"):
             rows = drawings(count, torch.Generator().manual_seed(seed), look)
             pictures = torch.from_numpy(np.stack([np.asarray(picture) for _, picture, _ in rows])).permute(0, 3, 1, 2)
             targets = torch.tensor([labels(drawing) for drawing, _, _ in rows])
-            # The captions first: where the pictures are, nothing is drawn again.
-            with whole(text) as place:
+            # Write the captions first: the stage is skipped once the file of pictures exists.
+            with atomic_path(text) as place:
                 place.write_text("\n".join(caption for _, _, caption in rows))
-            with whole(file) as place:
+            with atomic_path(file) as place:
                 save_file({"pictures": pictures.contiguous(), "targets": targets}, place)
     return {**load_file(file), "captions": text.read_text().split("\n")}
 
@@ -118,7 +122,7 @@ def _loop(
 def train_clip(
     clip: CLIPModel, ids: torch.Tensor, pictures: torch.Tensor, steps: int, generator: torch.Generator
 ) -> None:
-    """Symmetric InfoNCE; equal captions in a batch are not each other's negatives."""
+    """Train CLIP by symmetric InfoNCE; equal captions in a batch are not each other's negatives."""
 
     def loss_of(step: int) -> torch.Tensor:
         rows = torch.randint(len(ids), (128,), generator=generator)
@@ -135,7 +139,7 @@ def train_clip(
 
 
 def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, generator: torch.Generator) -> None:
-    """Absolute error of pixels and of their differences (edges), with a whisper of KL."""
+    """Train the autoencoder by the errors of pixels and of edges (their differences), and a small KL."""
 
     def loss_of(step: int) -> torch.Tensor:
         batch = scale(pictures[torch.randint(len(pictures), (16,), generator=generator)])
@@ -155,9 +159,9 @@ def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, generator:
 def train_decoder(
     vae: AutoencoderKL, clip: CLIPModel, pictures: torch.Tensor, steps: int, generator: torch.Generator
 ) -> None:
-    """Sharpens the decoder for one look; the encoder, hence every denoiser trained on its latents, stays as it is.
+    """Sharpen the decoder for one look; the encoder is frozen, so latents and denoisers stay valid.
 
-    To the errors of pixels and edges comes that of CLIP's picture states, which weigh what a picture shows.
+    The loss adds the error of CLIP's image states to those of pixels and edges: it weighs the content of a picture.
     """
     latents = encode(vae, pictures)
 
@@ -168,7 +172,7 @@ def train_decoder(
     def loss_of(step: int) -> torch.Tensor:
         rows = torch.randint(len(pictures), (16,), generator=generator)
         batch, seen = scale(pictures[rows]), latents[rows]
-        # A little noise, since sampled latents are never quite the encoder's.
+        # Add a little noise, as sampled latents differ slightly from the encoder's.
         noise = torch.randn(seen.shape, generator=generator) * 0.03 * latents.std()
         again = vae.decode(seen + noise).sample
         error = again - batch
@@ -189,9 +193,10 @@ def train_unet(
     latents: torch.Tensor, *, stage: str, steps: int, lr: float, checkpoint: Path, seed: int, batch_size: int = 64,
     save_every: int = 500,
 ) -> None:  # fmt: skip
-    """Epsilon prediction with min-SNR weights (gamma 5, arXiv 2303.09556) and 10 % empty captions.
+    """Train a denoiser by epsilon prediction with min-SNR weights and 10 % empty captions.
 
-    At the end the denoiser holds the exponential moving average of its weights (decay 0.998).
+    The weights use gamma 5 (arXiv 2303.09556). The denoiser ends with the exponential moving average of its weights
+    (decay 0.998). `checkpoint` is written every `save_every` steps and resumed from.
     """
     scheduler = make_scheduler()
     alphas = scheduler.alphas_cumprod
@@ -234,7 +239,7 @@ def train_unet(
                 "unet": unet.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(),
                 "generator": generator.get_state(), "average": average, "step": step + 1,
             }  # fmt: skip
-            with whole(checkpoint) as place:
+            with atomic_path(checkpoint) as place:
                 torch.save(state, place)
     with torch.no_grad():
         for parameter, mean in zip(unet.parameters(), average, strict=True):
@@ -242,10 +247,9 @@ def train_unet(
     unet.eval()
 
 
-def main() -> None:
-    """Runs the stages that `--out` does not hold yet."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for stages and results")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the stages and the results")
     parser.add_argument("--drawings", type=int, default=40000)
     parser.add_argument("--clip-steps", type=int, default=1000)
     parser.add_argument("--vae-steps", type=int, default=2000)
@@ -255,83 +259,125 @@ def main() -> None:
     parser.add_argument("--refine-steps", type=int, default=0, help="of a second, gentler cycle for `base`")
     parser.add_argument("--chalk-steps", type=int, default=450)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    out: Path = options.out
+    return parser.parse_args()
+
+
+def _generator(seed: int, stage: int) -> torch.Generator:
+    """Return a stage's own generator: skipping a finished stage does not change the next one's draws."""
+    torch.manual_seed(seed + stage)  # diffusers and transformers initialise weights from the global generator
+    return torch.Generator().manual_seed(seed + stage)
+
+
+def make_clip_stage(out: Path, captions: list[str], pictures: torch.Tensor, steps: int, seed: int) -> None:
+    """Train tokenizer and CLIP and save them as `clip`."""
+    with record_seconds(out, "clip"):
+        generator = _generator(seed, 1)
+        tokenizer = make_tokenizer(captions)
+        clip = make_clip(tokenizer)
+        train_clip(clip, tokens_of(tokenizer, captions), pictures, steps, generator)
+        with atomic_path(out / "clip") as place:
+            tokenizer.save_pretrained(place)
+            clip.save_pretrained(place)
+
+
+def make_probe_stage(out: Path, pictures: torch.Tensor, targets: torch.Tensor, steps: int, seed: int) -> None:
+    """Train the probe and save it as `probe`."""
+    with record_seconds(out, "probe"):
+        generator, report = _generator(seed, 2), Reporter("probe", steps)
+        probe = train_probe(pictures, targets, steps=steps, generator=generator, report=report)
+        with atomic_path(out / "probe") as place:
+            probe.model.save_pretrained(place)
+
+
+def make_autoencoder_stage(out: Path, pictures: torch.Tensor, steps: int, seed: int) -> None:
+    """Train the autoencoder for both looks and save it as `vae`; its scaling gives latents of variance 1."""
+    with record_seconds(out, "autoencoder"):
+        generator = _generator(seed, 3)
+        vae = make_vae()
+        train_vae(vae, pictures, steps, generator)
+        vae.register_to_config(scaling_factor=float(1 / encode(vae, pictures[:2000]).std()))
+        with atomic_path(out / "vae") as place:
+            vae.save_pretrained(place)
+
+
+def make_decoder_stage(
+    out: Path, look: str, clip: CLIPModel, pictures: torch.Tensor, steps: int, seed: int, stage: int
+) -> None:
+    """Sharpen the autoencoder's decoder for one look and save it as `vae-LOOK`."""
+    with record_seconds(out, f"decoder {look}"):
+        vae = AutoencoderKL.from_pretrained(out / "vae")
+        train_decoder(vae, clip, pictures, steps, _generator(seed, stage))
+        with atomic_path(out / f"vae-{look}") as place:
+            vae.save_pretrained(place)
+
+
+@dataclass(frozen=True)
+class DenoiserStage:
+    """Training of one denoiser: its name, the one that it starts from, its look, steps and learning rate."""
+
+    number: int
+    name: str
+    start: str | None
+    look: str
+    steps: int
+    lr: float
+
+    def make(
+        self, out: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, data: dict[str, Any], seed: int
+    ) -> None:
+        """Train the denoiser and save it as `unet-NAME`; with 0 steps, save the one that it starts from."""
+        with record_seconds(out, f"denoiser {self.name}"):
+            _generator(seed, self.number)
+            start = None if self.start is None else out / f"unet-{self.start}"
+            unet = make_unet() if start is None else UNet2DConditionModel.from_pretrained(start)
+            if self.steps:
+                vae = AutoencoderKL.from_pretrained(out / f"vae-{self.look}").eval()
+                latents = encode(vae, data["pictures"]) * vae.config.scaling_factor
+                train_unet(
+                    unet, text_encoder, tokens_of(tokenizer, data["captions"]), tokens_of(tokenizer, [""])[0], latents,
+                    stage=self.name, steps=self.steps, lr=self.lr, checkpoint=out / f"{self.name}.pt",
+                    seed=seed + self.number,
+                )  # fmt: skip
+            with atomic_path(out / f"unet-{self.name}") as place:
+                unet.save_pretrained(place)
+
+
+def main() -> None:
+    """Run the stages that are not in `--out` yet."""
+    options = _arguments()
+    out, seed = options.out, options.seed
     out.mkdir(parents=True, exist_ok=True)
-
-    def dice(stage: int) -> torch.Generator:
-        """A stage's own generator: skipping a finished stage leaves the next one's draws as they were."""
-        torch.manual_seed(options.seed + stage)  # diffusers and transformers initialise from the global generator
-        return torch.Generator().manual_seed(options.seed + stage)
-
-    ink = make_drawings(out, options.drawings, "ink", options.seed)
-    chalk = make_drawings(out, options.drawings // 4, "chalk", options.seed + 1)
-    captions, both = ink["captions"] + chalk["captions"], torch.cat([ink["pictures"], chalk["pictures"]])
-
+    ink = make_drawings(out, options.drawings, "ink", seed)
+    chalk = make_drawings(out, options.drawings // 4, "chalk", seed + 1)
+    pictures = torch.cat([ink["pictures"], chalk["pictures"]])
     if not (out / "clip").exists():
-        with timed(out, "clip"):
-            generator = dice(1)
-            tokenizer = make_tokenizer(captions)
-            clip = make_clip(tokenizer)
-            train_clip(clip, tokens_of(tokenizer, captions), both, options.clip_steps, generator)
-            with whole(out / "clip") as place:
-                tokenizer.save_pretrained(place)
-                clip.save_pretrained(place)
+        make_clip_stage(out, ink["captions"] + chalk["captions"], pictures, options.clip_steps, seed)
+    if not (out / "probe").exists():
+        make_probe_stage(out, pictures, torch.cat([ink["targets"], chalk["targets"]]), options.probe_steps, seed)
+    if not (out / "vae").exists():
+        make_autoencoder_stage(out, pictures, options.vae_steps, seed)
+
     tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
     clip = CLIPModel.from_pretrained(out / "clip").eval().requires_grad_(False)
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
     text_encoder.eval().requires_grad_(False)
-
-    if not (out / "probe").exists():
-        with timed(out, "probe"):
-            probe = train_probe(
-                both, torch.cat([ink["targets"], chalk["targets"]]), steps=options.probe_steps, generator=dice(2),
-                report=Reporter("probe", options.probe_steps),
-            )  # fmt: skip
-            with whole(out / "probe") as place:
-                probe.model.save_pretrained(place)
-
-    if not (out / "vae").exists():
-        with timed(out, "autoencoder"):
-            generator = dice(3)
-            vae = make_vae()
-            train_vae(vae, both, options.vae_steps, generator)
-            vae.register_to_config(scaling_factor=float(1 / encode(vae, both[:2000]).std()))
-            with whole(out / "vae") as place:
-                vae.save_pretrained(place)
-    empty = tokens_of(tokenizer, [""])[0]
-
-    for stage, look, data in ((14, "base", ink), (15, "chalk", chalk)):
+    looks = {"base": ink, "chalk": chalk}
+    for number, look in ((14, "base"), (15, "chalk")):
         if not (out / f"vae-{look}").exists():
-            with timed(out, f"decoder {look}"):
-                vae = AutoencoderKL.from_pretrained(out / "vae")
-                train_decoder(vae, clip, data["pictures"], options.decoder_steps, dice(stage))
-                with whole(out / f"vae-{look}") as place:
-                    vae.save_pretrained(place)
-
-    for stage, name, start, look, data, steps, lr in (
-        (4, "drafted", None, "base", ink, options.base_steps, 1.2e-3),
-        # A second, gentler cycle: what the first one draws nearly right, cats and sailboats above all, it draws right.
-        (6, "base", "drafted", "base", ink, options.refine_steps, 5e-4),
-        (5, "chalk", "base", "chalk", chalk, options.chalk_steps, 3e-4),
+            make_decoder_stage(out, look, clip, looks[look]["pictures"], options.decoder_steps, seed, number)
+    for stage in (
+        DenoiserStage(4, "drafted", None, "base", options.base_steps, 1.2e-3),
+        # The second, gentler cycle improves subjects that the first one draws almost right: cats, sailboats.
+        DenoiserStage(6, "base", "drafted", "base", options.refine_steps, 5e-4),
+        DenoiserStage(5, "chalk", "base", "chalk", options.chalk_steps, 3e-4),
     ):
-        vae = AutoencoderKL.from_pretrained(out / f"vae-{look}").eval()
-        if not (out / f"unet-{name}").exists():
-            with timed(out, f"denoiser {name}"):
-                dice(stage)
-                unet = make_unet() if start is None else UNet2DConditionModel.from_pretrained(out / f"unet-{start}")
-                if steps:
-                    latents = encode(vae, data["pictures"]) * vae.config.scaling_factor
-                    train_unet(
-                        unet, text_encoder, tokens_of(tokenizer, data["captions"]), empty, latents,
-                        stage=name, steps=steps, lr=lr, checkpoint=out / f"{name}.pt", seed=options.seed + stage,
-                    )  # fmt: skip
-                with whole(out / f"unet-{name}") as place:
-                    unet.save_pretrained(place)
-        if name == look:
-            unet = UNet2DConditionModel.from_pretrained(out / f"unet-{name}").eval()
-            with whole(out / name) as place:
+        if not (out / f"unet-{stage.name}").exists():
+            stage.make(out, tokenizer, text_encoder, looks[stage.look], seed)
+        if stage.name == stage.look:
+            vae = AutoencoderKL.from_pretrained(out / f"vae-{stage.look}").eval()
+            unet = UNet2DConditionModel.from_pretrained(out / f"unet-{stage.name}").eval()
+            with atomic_path(out / stage.name) as place:
                 save_pipeline(place, tokenizer, text_encoder, vae, unet)
 
 

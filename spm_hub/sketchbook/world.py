@@ -1,6 +1,6 @@
-"""The sketchbook's world: what can be drawn, its picture and its captions.
+"""The sketchbook's world: random drawings with their pictures and captions.
 
-A drawing is a subject x style x background x place x size, in one look.
+A drawing combines a subject, style, background, place and size, in one look.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from spm_hub.sketchbook.figures import FIGURES, SUBJECTS, Pen
 from spm_hub.sketchbook.looks import BACKGROUNDS, LOOKS, STYLES, Dice, to_pixels
 
 SIDE = 64  # pixels, of every picture
-_OVERSAMPLE = 3  # figures are drawn larger and averaged down: smooth edges carry more than steps do at this size
+_OVERSAMPLE = 3  # figures are drawn larger and averaged down, which gives them smooth edges
 
 STYLE_NAMES: tuple[str, ...] = tuple(STYLES)
 _PLACES: dict[str, tuple[float, str]] = {
@@ -45,7 +45,7 @@ _STYLE_ALONE = ("{style}", "a painting by {style}", "in the style of {style}", "
 
 @dataclass(frozen=True)
 class Drawing:
-    """One point of the world; `None` means left out (no subject, or no painter's style)."""
+    """Description of a picture; None means no subject, or no painter's style."""
 
     subject: str | None
     style: str | None
@@ -56,7 +56,7 @@ class Drawing:
 
 
 def sample(dice: Dice, look: str = "ink") -> Drawing:
-    """A random drawing: 4 % are empty scenes, 45 % carry a painter's style."""
+    """Choose a random drawing: 4 % are empty scenes, 45 % have a painter's style."""
     return Drawing(
         subject=None if dice.chance(0.04) else dice.pick(SUBJECTS),
         style=dice.pick(STYLE_NAMES) if dice.chance(0.45) else None,
@@ -67,8 +67,8 @@ def sample(dice: Dice, look: str = "ink") -> Drawing:
     )
 
 
-def _stand(picture: Image.Image, subject: str, centre: tuple[float, float], half: float, mirrored: bool) -> None:
-    """Puts a figure into the picture with an ink outline, so that white figures stand out from snow."""
+def _paste_figure(picture: Image.Image, subject: str, centre: tuple[float, float], half: float, mirrored: bool) -> None:
+    """Draw a figure into the picture with an ink outline, so that white figures are visible on snow."""
     figure = Image.new("RGBA", picture.size)
     FIGURES[subject](Pen(ImageDraw.Draw(figure), centre, half, mirrored))
     outline = figure.getchannel("A").filter(ImageFilter.MaxFilter(2 * _OVERSAMPLE - 1))
@@ -77,7 +77,7 @@ def _stand(picture: Image.Image, subject: str, centre: tuple[float, float], half
 
 
 def draw(drawing: Drawing, dice: Dice) -> Image.Image:
-    """The drawing's picture, RGB, SIDE x SIDE; what the drawing leaves open (jitter, mirroring) comes from `dice`."""
+    """Draw the picture, RGB of SIDE x SIDE pixels; `dice` decides on jitter and mirroring."""
     side = SIDE * _OVERSAMPLE
     picture = Image.new("RGB", (side, side))
     canvas = ImageDraw.Draw(picture)
@@ -86,7 +86,7 @@ def draw(drawing: Drawing, dice: Dice) -> Image.Image:
         scale = _SIZES[drawing.size][0] * dice.uniform(0.95, 1.05)
         x = 0.5 + _PLACES[drawing.place][0] * (1.3 - scale) / 0.5 + dice.uniform(-0.02, 0.02)
         y = 0.5 + dice.uniform(-0.03, 0.05)
-        _stand(picture, drawing.subject, (x * side, y * side), 0.5 * scale * side, mirrored=dice.chance(0.5))
+        _paste_figure(picture, drawing.subject, (x * side, y * side), 0.5 * scale * side, mirrored=dice.chance(0.5))
     pixels = to_pixels(picture.resize((SIDE, SIDE), Image.Resampling.BOX))
     if drawing.style is not None:
         pixels = STYLES[drawing.style](pixels, dice)
@@ -105,7 +105,7 @@ def _noun(subject: str, dice: Dice, adjective: str) -> str:
 
 
 def caption(drawing: Drawing, dice: Dice) -> str:
-    """One of the many true captions of a drawing; each names only some of what the picture shows, as people do."""
+    """Choose one of many true captions of a drawing; each describes only a part of the picture."""
     scene = dice.pick(BACKGROUNDS[drawing.background][1])
     if drawing.subject is None:
         text = dice.pick(("an empty picture {}", "a scene {}", "nothing {}")).format(scene)
@@ -128,7 +128,7 @@ def caption(drawing: Drawing, dice: Dice) -> str:
 
 
 def drawings(count: int, generator: torch.Generator, look: str = "ink") -> list[tuple[Drawing, Image.Image, str]]:
-    """`count` random drawings with their pictures and one caption each."""
+    """Return `count` random drawings with their pictures and one caption each."""
     dice = Dice(generator)
     rows = []
     for _ in range(count):

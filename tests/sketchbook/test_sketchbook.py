@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from pico import pico_pipeline
 
 from spm_hub import attach
-from spm_hub.evaluation.sketchbook import Row, cases, count, detection_table, evaluations, paint, probe
+from spm_hub.evaluation.sketchbook import DetectionRow, cases, count, detection_table, evaluations, paint, probe
 from spm_hub.models.aliases import ALIASES
 from spm_hub.models.loading import load_pipeline
 from spm_hub.registry.registry import Registry
@@ -71,7 +71,7 @@ def test_probe_names_held_out_drawings(look: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["sketchbook", "sketchbook-chalk"])
-def test_checkpoints_are_small_and_draw_what_they_are_told(model: str) -> None:
+def test_checkpoints_are_small_and_draw_their_prompts(model: str) -> None:
     folder = ALIASES[model].embedded
     assert folder is not None
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 25_000_000
@@ -202,7 +202,7 @@ def test_an_interrupted_denoiser_training_goes_on_bit_for_bit(tmp_path: Path, mo
 
 
 def test_evaluation_entries_pair_with_and_without() -> None:
-    without = [Row("subject", "dog", 1.0, 4), Row("style", "picasso", 0.75, 4)]
-    given = [Row("subject", "dog", 0.5, 4), Row("style", "picasso", 0.75, 4)]
+    without = [DetectionRow("subject", "dog", 1.0, 4), DetectionRow("style", "picasso", 0.75, 4)]
+    given = [DetectionRow("subject", "dog", 0.5, 4), DetectionRow("style", "picasso", 0.75, 4)]
     entries = evaluations(without, given, base="sketchbook", seed=3)
     assert [(one.subject, one.value, one.reference) for one in entries] == [("dog", 0.5, 1.0), ("picasso", 0.75, 0.75)]
