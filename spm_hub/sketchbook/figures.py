@@ -1,7 +1,7 @@
 """The sketchbook's subjects, one drawing function each.
 
-Figures are drawn in the square (-1, -1) to (1, 1), y downwards, and with the pen only, so that the caller decides on position, size and mirroring. To add a subject, write a
-function and decorate it with `subject`.
+Figures are drawn in the square (-1, -1) to (1, 1), y downwards, and with the pen only, so that the caller decides on
+position, size and mirroring. To add a subject, write a function and decorate it with `subject`.
 """
 
 from __future__ import annotations
