@@ -23,8 +23,9 @@ import spm_hub
 from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import Adapter, load_file
 from spm_hub.adapters.conversion import BaseModel, Description
-from spm_hub.adapters.formats import kohya, spm
 from spm_hub.adapters.formats import module_names as names
+from spm_hub.adapters.formats import original_names as kohya
+from spm_hub.adapters.formats import spm
 from spm_hub.adapters.increments import Dense, LowRank, Mask
 from spm_hub.adapters.low_rank_approximation import reduce
 from spm_hub.errors import AdapterFileError, NotFoundError, UsageError

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spm_hub.adapters.formats import lycoris
+from spm_hub.adapters.formats import products as lycoris
 from spm_hub.adapters.formats.format import Part
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.errors import GET_AGAIN, AdapterFileError, CompatibilityError

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from spm_hub.adapters.formats.assembly import dense
 from spm_hub.adapters.formats.format import Part
-from spm_hub.adapters.formats.kohya import sgm_to_diffusers
 from spm_hub.adapters.formats.module_names import flat
+from spm_hub.adapters.formats.original_names import sgm_to_diffusers
 from spm_hub.adapters.increments import Dense, Increment, Mask
 from spm_hub.errors import AdapterFileError, CompatibilityError
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from spm_hub.adapters.formats.format import WHOLE, Files, Format, Writer
-from spm_hub.adapters.formats.kohya import sgm_to_diffusers
 from spm_hub.adapters.formats.module_names import dotted, flat
+from spm_hub.adapters.formats.original_names import sgm_to_diffusers
 from spm_hub.adapters.formats.spm import is_unet
 from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.adapters.manifest import Manifest

@@ -7,9 +7,11 @@ from typing import Never
 
 from torch import Tensor, tensor
 
-from spm_hub.adapters.formats import diffusers_lora, dora, full_weights, kohya, lycoris, minimalist, peft, spm
+from spm_hub.adapters.formats import diffusers_lora, dora, full_weights, minimalist, peft, spm
 from spm_hub.adapters.formats import module_names as names
+from spm_hub.adapters.formats import original_names as kohya
 from spm_hub.adapters.formats import other_components as text_encoder
+from spm_hub.adapters.formats import products as lycoris
 from spm_hub.adapters.formats.assembly import assemble, of_one_kind
 from spm_hub.adapters.formats.format import Format, Part, Slot
 from spm_hub.adapters.increments import Increment

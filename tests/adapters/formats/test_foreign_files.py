@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import load_file
 from spm_hub.adapters.conversion import BaseModel, Description
-from spm_hub.adapters.formats import kohya, spm
+from spm_hub.adapters.formats import original_names as kohya
+from spm_hub.adapters.formats import spm
 from spm_hub.errors import AdapterFileError, CompatibilityError, NotFoundError, SpmHubError, UsageError
 
 NOBODY = Description()

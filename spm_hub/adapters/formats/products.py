@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spm_hub.adapters.formats import kohya
+from spm_hub.adapters.formats import original_names as kohya
 from spm_hub.adapters.formats.format import Format, Part, Slot, Writer
 from spm_hub.errors import CompatibilityError
 
