@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from spm_hub.adapters.adapter import Adapter
+    from spm_hub.adapters.formats.format import Format
     from spm_hub.adapters.manifest import Manifest
     from spm_hub.attachment.attachment import Attachment
     from spm_hub.attachment.gate import Gate
+    from spm_hub.hub.bake import bake
+    from spm_hub.hub.convert import Conversion, convert
+    from spm_hub.models.architectures import Family
     from spm_hub.models.loading import load_pipeline
     from spm_hub.registry.registry import Registry
     from spm_hub.training.recipe.recipe import Recipe
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Conversion",
+    "Family",
+    "Format",
     "Manifest",
     "Recipe",
     "Registry",
@@ -33,6 +40,8 @@ __all__ = [
     "TrainingStep",
     "__version__",
     "attach",
+    "bake",
+    "convert",
     "load",
     "load_pipeline",
     "pull",
@@ -42,11 +51,16 @@ __all__ = [
 
 _ROOMS = {
     "Adapter": "spm_hub.adapters.adapter",
+    "Conversion": "spm_hub.hub.convert",
+    "Family": "spm_hub.models.architectures",
+    "Format": "spm_hub.adapters.formats.format",
     "Manifest": "spm_hub.adapters.manifest",
     "Recipe": "spm_hub.training.recipe.recipe",
     "Registry": "spm_hub.registry.registry",
     "TrainingInterruptedError": "spm_hub.training.trainer",
     "TrainingStep": "spm_hub.training.session",
+    "bake": "spm_hub.hub.bake",
+    "convert": "spm_hub.hub.convert",
     "load_pipeline": "spm_hub.models.loading",
 }
 

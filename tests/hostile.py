@@ -31,7 +31,7 @@ from spm_hub.adapters.conversion import Description
 from spm_hub.adapters.formats import reading as layouts
 from spm_hub.adapters.formats.format import Format
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
-from spm_hub.adapters.low_rank_approximation import reduce
+from spm_hub.adapters.low_rank_approximation import truncate
 from spm_hub.errors import SpmHubError
 from spm_hub.hub.pull import pull
 from spm_hub.io.safetensors_file import HEADER_HASH_KEY, MANIFEST_KEY, PAYLOAD_HASH_KEY
@@ -517,7 +517,7 @@ def _read(adapter: Path) -> Adapter:
 
 def _reduce(adapter: Path) -> object:
     read = _read(adapter)
-    return read if read.manifest.increment.kind == "mask" else reduce(read, 2)
+    return read if read.manifest.increment.kind == "mask" else truncate(read, 2)
 
 
 def _writing(target: Format, kinds: Sequence[str]) -> Act:

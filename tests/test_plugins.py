@@ -28,7 +28,8 @@ GOOD = '''
 import torch
 from spm_hub.models.architectures import Family
 from spm_hub.io.safetensors_file import encode
-from spm_hub.adapters.formats.format import WHOLE, Format, Slot, Writer
+from spm_hub.adapters.formats.format import WHOLE, Format, Writer
+from spm_hub.adapters.formats.slots import Slot
 from spm_hub.training.recipe.presets import Method
 from spm_hub.training.objectives.spm import SPM
 
@@ -53,7 +54,7 @@ def write(manifest, increments, base):
 quiet = {"weight": 0.0, "reach": None, "per_target": 0}
 halfway = Method(lambda recipe: Halfway(recipe.eta), {"steps": 7, "anchoring": quiet})
 tiny = Family("tiny", "brain", ("TinyDenoiser",), ("TinyBlock",))
-tagged = Format("tagged", "a format of somebody's own", parse, Writer(("low_rank",), write))
+tagged = Format.by_keys("tagged", "a format of somebody's own", parse, Writer(("low_rank",), write))
 '''
 POINTS = """[spm_hub.objectives]
 halfway = somebody_elses:halfway

@@ -11,8 +11,9 @@ from types import MappingProxyType
 import torch
 
 from spm_hub.adapters.formats import spm
-from spm_hub.adapters.formats.diffusers_lora import scaling_in
+from spm_hub.adapters.formats.header import header_metadata
 from spm_hub.adapters.formats.lazy import StoredIncrements, with_dots
+from spm_hub.adapters.formats.lora_config import scaling_in
 from spm_hub.adapters.formats.module_names import check_roots, family_of
 from spm_hub.adapters.formats.reading import read_increments
 from spm_hub.adapters.increments import Increment, LowRank
@@ -107,7 +108,7 @@ class Adapter:
                     )
         # From the numbers themselves: the manifest of a lazily loaded file knows less of them (`load_file`).
         manifest = self.manifest.model_copy(update={"increment": increment_info(self.increments)})
-        image = encode(spm.to_tensors(self.increments), spm.header_metadata(manifest))
+        image = encode(spm.to_tensors(self.increments), header_metadata(manifest))
         about_file = {"file": file_name, "bytes": image.nbytes, "sha256": image.sha256}
         return image, manifest.model_copy(
             update={

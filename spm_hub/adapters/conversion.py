@@ -1,150 +1,48 @@
-"""From any format to an adapter, and from an adapter to any format."""
+"""Reads an adapter from a file of any format, and writes an adapter in any format."""
 
-import hashlib
-import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import JsonValue
-from torch import Tensor, nn
 
-from spm_hub.adapters.adapter import UNKNOWN_FAMILY, Adapter, increment_info, load_file
+from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.compatibility import resolve_modules
-from spm_hub.adapters.formats import cloneofsimo, full_weights, minimalist, peft, spm
-from spm_hub.adapters.formats import module_names as names
-from spm_hub.adapters.formats import other_components as text_encoder
-from spm_hub.adapters.formats import reading as layouts
-from spm_hub.adapters.formats.diffusers_lora import scaling_in
-from spm_hub.adapters.formats.format import WHOLE, Format
+from spm_hub.adapters.description import Description, apply_description, make_manifest
+from spm_hub.adapters.formats.format import WHOLE, BaseModel, Format, Source
+from spm_hub.adapters.formats.lazy import with_dots
+from spm_hub.adapters.formats.module_names import dotted, with_kernel
+from spm_hub.adapters.formats.reading import all_formats, open_source, recognise
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
-from spm_hub.adapters.manifest import Base, Concept, Manifest, slug
-from spm_hub.errors import AdapterFileError, NotFoundError, UsageError, nearest
-from spm_hub.io import pickles
+from spm_hub.errors import NotFoundError, UsageError, nearest
 from spm_hub.io.atomic import Content, write_together
-from spm_hub.io.safetensors_file import MANIFEST_KEY, Image, read_tensors
+from spm_hub.io.progress import Progress, no_progress
+from spm_hub.io.safetensors_file import Image
 from spm_hub.models import architectures
 
-Progress = Callable[[int, int], None]
-
-# Other programs call every file this; what it erases is then said by the folder, if by anything.
-_NAMELESS = {"adapter_model", "pytorch_lora_weights", "diffusion_pytorch_model", "model"}
-# What scales tensors, where a training script puts it beside them, and each reads in its own way.
-_STRENGTHS = {"alpha", "lora_alpha", "network_alpha", "scale", "lora_scale", "multiplier"}
-# What training scripts put a denoiser's tensors into.
-_HOLDERS = {"state_dict", "unet", "transformer", "model"}
-_TEXT_ENCODERS = {"text_encoder", "text_encoder_2", "text_encoder_3"}
-# A model's id as it may stand in a command that a user is told to type.
+# A model's id that is safe inside a command that the user is asked to type.
 _PLAIN = re.compile(r"\w[\w./-]{0,199}")
-_CANDIDATES = (peft.WEIGHTS, "pytorch_lora_weights.safetensors", "adapter_model.bin", "pytorch_lora_weights.bin")
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """The base that a file was trained on, for formats that need its weights; `id` and `revision` go to manifests."""
-
-    denoiser: nn.Module
-    id: str
-    revision: str | None = None
-
-    @cached_property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Its weights, by state-dict key."""
-        return architectures.body_of(self.denoiser).state_dict()
-
-
-@dataclass(frozen=True)
-class Description:
-    """What the user says of a file, over whatever the file says of itself.
-
-    without_text_encoder: what it holds for text encoders may be left out; unless said, such a file is refused.
-    """
-
-    name: str | None = None
-    concept: str | None = None
-    family: str | None = None
-    without_text_encoder: bool = False
-
-
-def _no_progress(step: int, total: int) -> None:
-    pass
 
 
 def read(
-    path: Path, said: Description, base: BaseModel | None = None, progress: Progress = _no_progress
+    path: Path, said: Description, base: BaseModel | None = None, progress: Progress = no_progress
 ) -> tuple[Adapter, str]:
-    """The adapter in a file of any format, and the format's name; `path` may be the folder that holds it.
+    """Return the adapter in a file or folder of any format, and the format's name.
 
-    base: needed for full tensors (ESD, UCE, Concept Ablation) and DoRA; otherwise it checks that the file fits.
+    base: needed for whole weights (ESD, UCE, Concept Ablation) and DoRA; otherwise it checks that the file fits.
     Pickles (.pt, .pth, .ckpt, .bin) are read here and nowhere else, as tensors only.
-    Raises AdapterFileError, NotFoundError, CompatibilityError, and UsageError where something has to be said by hand.
+    Raises AdapterFileError, NotFoundError, CompatibilityError, and UsageError if the caller has to say more.
     """
-    if files := minimalist.mask_files(path):
-        masks = minimalist.read_masks(files)
-        origin = _origin(minimalist.FORMAT.name, path, _sha256(*files))
-        manifest = _manifest(path, {"family": "flux"}, masks, said, base, origin)
-        return _placed(Adapter(manifest, masks, str(path)), base), minimalist.FORMAT.name
-    path = _file_of(path)
-    if path.suffix in pickles.SUFFIXES:
-        metadata: Mapping[str, str] = {}
-        tensors, sha256 = _tensors_of(path, pickles.read(path), said), _sha256(path)
-    else:
-        header, tensors, sha256 = read_tensors(path)
-        metadata = header.metadata
-        if MANIFEST_KEY in metadata:
-            return described(load_file(path), said), spm.FORMAT.name
-    left_out: Mapping[str, int] = {}
-    if said.without_text_encoder:
-        tensors, left_out = text_encoder.divided(tensors)
-        if not tensors:
-            count = sum(left_out.values())
-            raise AdapterFileError(f"{path} holds nothing but parts of a text encoder ({count} tensors)")
-    text_encoder.refuse(path, tensors)
-    beside = None if base is None else base.tensors
-    if any(peft.parse_key(key) for key in tensors):
-        format_name = peft.FORMAT.name
-        scaling = scaling_in(metadata, path) or peft.read_scaling(path)
-        increments = layouts.read_increments(path, tensors, scaling, explicit=True, base=beside)
-    elif cloneofsimo.matches(tensors):
-        format_name = cloneofsimo.NAME
-        increments = layouts.read_increments(path, cloneofsimo.named(path, tensors, metadata), explicit=True)
-    elif full_weights.matches(tensors):
-        format_name = full_weights.method_of(tensors, metadata)
-        increments = _full(path, tensors, metadata, base, progress)
-    else:
-        increments = layouts.read_increments(path, tensors, scaling_in(metadata, path), explicit=True, base=beside)
-        format_name = layouts.format_of(tensors)
-    increments = {names.dotted(name): _compact(increment) for name, increment in increments.items()}
-    origin = _origin(format_name, path, sha256, left_out)
-    if (method := metadata.get("train_method")) and format_name == full_weights.FORMAT.name:
-        origin["method"] = method
-    manifest = _manifest(path, metadata, increments, said, base, origin)
-    increments = {name: names.shaped(name, one, manifest.base.family) for name, one in increments.items()}
-    return _placed(Adapter(manifest, increments, str(path)), base), format_name
-
-
-def described(adapter: Adapter, said: Description) -> Adapter:
-    """An adapter with a manifest of its own, under what the user says of it. Raises UsageError for another family."""
-    manifest = adapter.manifest
-    update: dict[str, Any] = {}
-    if said.name:
-        update["name"] = said.name
-    if said.concept:
-        update["concept"] = manifest.concept.model_copy(update={"target": said.concept})
-    if said.family:
-        if manifest.base.family not in (said.family, UNKNOWN_FAMILY):
-            raise UsageError(f"--base {said.family}, but its manifest says {manifest.base.family}")
-        update["base"] = manifest.base.model_copy(update={"family": said.family})
-    return Adapter(manifest.model_copy(update=update), adapter.increments, adapter.source)
+    source = open_source(path, base, without_text_encoder=said.without_text_encoder, progress=progress)
+    known = recognise(source)
+    if known.needs_base and base is None:
+        raise _base_needed(source, known)
+    return _adapter(source, known, known.read(source), said), known.name
 
 
 def writer_named(name: str) -> Format:
-    """The format that `--to` names. Raises NotFoundError with those there are."""
-    written = {known.name: known for known in layouts.all_formats() if known.writer is not None}
+    """Return the format that `--to` names. Raises NotFoundError with the names of those that can be written."""
+    written = {known.name: known for known in all_formats() if known.writer is not None}
     if name not in written:
         meant = nearest(name, written)
         raise NotFoundError(
@@ -157,33 +55,32 @@ def writer_named(name: str) -> Format:
 def write(
     adapter: Adapter, target: Format, out: Path, base: BaseModel | None = None, *, replace: bool = False
 ) -> list[Path]:
-    """Write an adapter in another program's format, all of its files or none; returns where they are.
+    """Write an adapter in another program's format, all of its files or none, and return their paths.
 
     out: the file, or the folder for a format of several files.
-    Raises UsageError where the format cannot hold the increments, naming what would help; RegistryError.
+    Raises UsageError if the format cannot hold the increments, naming what would help; RegistryError.
     """
     writer = target.writer
     assert writer is not None
     if base is None and writer.needs_base:
         raise UsageError(
-            f"{target.name} files hold whole weights, not what was added to them",
+            f"{target.name} files hold whole weights, not the difference to them",
             mend=f"--model M, the base that {adapter.name} is for",
         )
-    # Either way with a manifest of the numbers themselves: one that was loaded lazily knows less of them (`load_file`).
+    # Both ways with a manifest of the numbers themselves: that of a lazily loaded file knows less (`load_file`).
     adapter = adapter.with_increments(dict(adapter.increments)) if base is None else _fitted(adapter, base)
-    increments = dict(adapter.increments)
     kind = adapter.manifest.increment.kind
     if kind == "mask" and kind not in writer.kinds:
         if base is None:
             raise UsageError(
                 f"{adapter.name} switches neurons off, which {target.name} files cannot say",
-                mend="--model M: beside its base it is a dense change",
+                mend="--model M: together with its base it is a dense change",
             )
-        increments = {path: _densified(increment, path, base) for path, increment in increments.items()}
-        adapter = adapter.with_increments(increments)
+        adapter = densified(adapter, base)
         kind = adapter.manifest.increment.kind
+    increments = dict(adapter.increments)
     if kind not in writer.kinds:
-        others = ", ".join(known.name for known in layouts.all_formats() if known.writer and kind in known.writer.kinds)
+        others = ", ".join(known.name for known in all_formats() if known.writer and kind in known.writer.kinds)
         raise UsageError(
             f"{adapter.name} is a {kind} change of {len(increments)} modules, which {target.name} files cannot hold",
             mend=f"--svd-rank 8, a low-rank approximation whose relative error is stated; or --to one of: {others}",
@@ -198,83 +95,36 @@ def write(
 
 
 def densified(adapter: Adapter, base: BaseModel) -> Adapter:
-    """Masks as the dense changes that they are on this base; other increments stay as they are."""
+    """Return the adapter with masks as dense changes of this base; other increments are unchanged."""
     fitted = _fitted(adapter, base)
     return fitted.with_increments({path: _densified(one, path, base) for path, one in fitted.increments.items()})
 
 
-def _file_of(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    found = [path / name for name in _CANDIDATES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
-    if len(found) != 1 and not (found and found[0].name in _CANDIDATES):
-        listed = ", ".join(file.name for file in found) or "none"
-        raise NotFoundError(f"{path} is a folder without one adapter file ({listed})", mend="name the file itself")
-    return found[0]
+def _adapter(source: Source, known: Format, increments: Mapping[str, Increment], said: Description) -> Adapter:
+    """Return the adapter of increments that `known` read, with its manifest, under the base's own paths."""
+    about = known.describe(source)
+    if about.manifest is not None:
+        manifest = about.manifest.model_copy(update={"origin": None})
+        increments = with_dots(increments, manifest.increment.modules)
+        return apply_description(Adapter(manifest, increments, str(source.place)), said)
+    increments = {dotted(name): _without_padding(increment) for name, increment in increments.items()}
+    manifest = make_manifest(source, known, about, increments, said)
+    increments = {name: with_kernel(name, one, manifest.base.family) for name, one in increments.items()}
+    adapter = Adapter(manifest, increments, str(source.path if about.files else source.place))
+    return adapter if source.base is None else _fitted(adapter, source.base)
 
 
-def _tensors_of(path: Path, content: Any, said: Description) -> dict[str, Tensor]:
-    """The tensors of a pickled state dict, out of the dictionary that training scripts put around it."""
-    if not isinstance(content, dict):
-        raise AdapterFileError(f"{path} holds {type(content).__name__}, not tensors by name")
-    named = {str(key): _as_tensor(str(key), value) for key, value in content.items()}
-    holding = {key: value for key, value in named.items() if _holds_tensors(value)}
-    if strength := sorted(key for key, value in named.items() if key in _STRENGTHS and isinstance(value, int | float)):
-        raise AdapterFileError(
-            f"{path}: it holds {strength[0]} = {named[strength[0]]} for all its modules, and what that scales is said "
-            "by the program that wrote it alone",
-            mend="ask its author for a safetensors file, or multiply the up matrices by what it stands for",
-        )
-    if said.without_text_encoder:
-        holding = {key: value for key, value in holding.items() if key not in _TEXT_ENCODERS}
-    if holding.keys() <= _HOLDERS and len(holding) == 1:
-        return _tensors_of(path, next(iter(holding.values())), said)
-    for key, value in holding.items():
-        if not isinstance(value, Tensor) and key not in _HOLDERS:
-            raise AdapterFileError(
-                f"{path}: it holds {key!r} too, which is no part of a denoiser; an eraser changes the denoiser only",
-                mend=text_encoder.LEFT_OUT if key in _TEXT_ENCODERS else None,
-            )
-    tensors = {key: value.detach() for key, value in holding.items() if isinstance(value, Tensor)}
-    if not tensors or len(tensors) < len(holding):
-        beside = [*holding.keys() - tensors.keys(), *(["tensors"] if tensors else [])]
-        raise AdapterFileError(f"{path} holds {' and '.join(beside) or 'no tensors'}, not the tensors of one denoiser")
-    return tensors
+def _base_needed(source: Source, known: Format) -> UsageError:
+    named = source.metadata.get("base_model_id", "")
+    return UsageError(
+        f"{source.place} is a file of {known.name} ({known.about}): the change is computed as the difference to the "
+        "base that it was trained on",
+        mend=f"spmhub convert {source.place} --model {named if _PLAIN.fullmatch(named) else 'M, that base'}",
+    )
 
 
-def _as_tensor(key: str, value: Any) -> Any:
-    """A plain number under the name of a module's part as the tensor that it would be in any other file."""
-    if "." not in key or isinstance(value, bool) or not isinstance(value, int | float):
-        return value
-    return torch.tensor(float(value) if abs(value) < 2**1000 else math.inf)
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, dict | list | tuple):
-        return any(_holds_tensors(inner) for inner in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, Tensor)
-
-
-def _full(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    base: BaseModel | None,
-    progress: Progress,
-) -> dict[str, Increment]:
-    if base is None:
-        named = metadata.get("base_model_id", "")
-        raise UsageError(
-            f"{path} holds whole weights (as ESD, UCE and Concept Ablation save them): what they erase is the "
-            "difference to the base that they were trained on",
-            mend=f"spmhub convert {path} --model {named if _PLAIN.fullmatch(named) else 'M, that base'}",
-        )
-    changeable = frozenset(architectures.changeable(base.denoiser))
-    return full_weights.read(path, tensors, base.tensors, changeable, progress)
-
-
-def _compact(increment: Increment) -> Increment:
-    """Without the terms of a product that are zero: padding, and what a fused module holds for its other parts."""
+def _without_padding(increment: Increment) -> Increment:
+    """Leave out the terms of a product that are zero: padding, and a fused module's rows of other parts."""
     if not isinstance(increment, LowRank):
         return increment
     used = increment.up.flatten(2).ne(0).any(-1).any(0) if increment.up.dim() > 2 else increment.up.ne(0).any(0)
@@ -285,84 +135,8 @@ def _compact(increment: Increment) -> Increment:
     return LowRank(increment.down[kept].contiguous(), increment.up[:, kept].contiguous())
 
 
-def _manifest(
-    path: Path,
-    metadata: Mapping[str, str],
-    increments: Mapping[str, Increment],
-    said: Description,
-    base: BaseModel | None,
-    recipe: dict[str, JsonValue],
-) -> Manifest:
-    prompts = [prompt.strip() for prompt in metadata.get("prompts", "").split(",") if prompt.strip()]
-    stem = path.parent.resolve().name if path.stem in _NAMELESS else path.stem
-    target = said.concept or metadata.get("erase_concept", "").strip() or (prompts[0] if prompts else stem)
-    family = _family(path, metadata, increments, said, base)
-    names.check_roots(path, family, increments)
-    return Manifest(
-        name=said.name or slug(said.concept or stem),
-        concept=Concept(target=target, aliases=tuple(prompt for prompt in prompts[1:] if not said.concept)),
-        increment=increment_info(increments),
-        base=Base(
-            family=family,
-            id=base.id if base else metadata.get("base_model_id", ""),
-            revision=base.revision if base else None,
-            fingerprint=architectures.fingerprint_of(base.denoiser) if base else "",
-        ),
-        recipe=recipe,
-        licence=metadata.get("modelspec.license", "unknown"),
-        author=metadata.get("modelspec.author", ""),
-    )
-
-
-def _family(
-    path: Path,
-    metadata: Mapping[str, str],
-    increments: Mapping[str, Increment],
-    said: Description,
-    base: BaseModel | None,
-) -> str:
-    """What is said, else the base's, else what names and widths tell, else what the header claims."""
-    known = list(dict.fromkeys(family.name for family in architectures.all_families()))
-    if said.family is not None and said.family not in known:
-        raise UsageError(f"--base {said.family!r} is no family", mend=f"--base {', '.join(known)}")
-    told = names.family_of(increments)
-    own = base and architectures.family_of(base.denoiser).name
-    for other, where in ((own, "the model"), (told, "the file's tensors")):
-        if said.family and other and other not in (said.family, "generic"):
-            raise UsageError(f"--base {said.family}, but {where}: {other}", mend="leave --base out")
-    family = said.family or own or told or spm.family_in(metadata)
-    if family is None:
-        raise UsageError(
-            f"{path}: neither names nor widths tell which family of models it is for, and its header is silent",
-            mend=f"--base {', '.join(known)}",
-        )
-    return family
-
-
-def _origin(
-    format_name: str, path: Path, sha256: str, left_out: Mapping[str, int] | None = None
-) -> dict[str, JsonValue]:
-    """What stands for the recipe of a file that another program trained."""
-    about: dict[str, JsonValue] = {"format": format_name, "file": path.name, "sha256": sha256}
-    return {"converted": about | {f"{part}_tensors_left_out": count for part, count in (left_out or {}).items()}}
-
-
-def _sha256(*paths: Path) -> str:
-    """Of the files one behind the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _placed(adapter: Adapter, base: BaseModel | None) -> Adapter:
-    return adapter if base is None else _fitted(adapter, base)
-
-
 def _fitted(adapter: Adapter, base: BaseModel) -> Adapter:
-    """The adapter under the base's own module paths. Raises CompatibilityError where it does not fit."""
+    """Return the adapter under the base's own module paths. Raises CompatibilityError if it does not fit."""
     found = resolve_modules(adapter, base.denoiser)
     return adapter.with_increments(
         {
@@ -373,7 +147,7 @@ def _fitted(adapter: Adapter, base: BaseModel) -> Adapter:
 
 
 def _shaped(increment: Increment, weight: tuple[int, ...]) -> Increment:
-    """The same change in its weight's own shape: a matrix may stand for a 1x1 convolution, or the other way round."""
+    """Return the same change in its weight's own shape: a 1x1 convolution may be kept as a matrix or not."""
     if isinstance(increment, Mask) or increment.weight_shape == weight:
         return increment
     if isinstance(increment, Dense):

@@ -184,7 +184,7 @@ def spread(values: Tensor, width: int, total: int) -> Tensor:
     return torch.cat([entries, entries.new_ones(total - len(entries))])
 
 
-def acting(masks: Mapping[str, Mask]) -> dict[str, Mask]:
+def without_no_op_masks(masks: Mapping[str, Mask]) -> dict[str, Mask]:
     """The masks that switch anything off, which are all that has to be attached; all of them where none does."""
     return {path: mask for path, mask in masks.items() if not bool(mask.keep.all())} or dict(masks)
 

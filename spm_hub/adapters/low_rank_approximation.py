@@ -1,6 +1,5 @@
-"""An eraser of lower rank in place of another: what a LoRA can hold of a dense change, and how far that is off."""
+"""Approximates an eraser by one of lower rank, as a LoRA can hold it, and measures the error."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +8,12 @@ from torch import Tensor
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.errors import UsageError
+from spm_hub.io.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
-class Reduction:
-    """A low-rank approximation: its adapter, how far it is off, and the biases it had to leave out.
+class Truncation:
+    """A low-rank approximation: its adapter, its error, and the number of biases that it leaves out.
 
     relative_error: sqrt(sum |dW - dW_r|^2 / sum |dW|^2) over all changed weights and biases.
     """
@@ -23,23 +23,19 @@ class Reduction:
     biases_left_out: int
 
 
-def _no_progress(step: int, total: int) -> None:
-    pass
+def truncate(adapter: Adapter, rank: int, progress: Progress = no_progress) -> Truncation:
+    """Return the nearest adapter of at most `rank` in every module (Eckart and Young 1936), and its error.
 
-
-def reduce(adapter: Adapter, rank: int, progress: Callable[[int, int], None] = _no_progress) -> Reduction:
-    """The nearest adapter of at most `rank` in every module (Eckart and Young 1936), with its measured error.
-
-    Raises UsageError for a mask, which is a change of known weights only.
+    Raises UsageError for a mask, which changes known weights only and has no rank of its own.
     """
-    reduced: dict[str, Increment] = {}
+    truncated: dict[str, Increment] = {}
     missed = whole = 0.0
     biases = 0
     for count, (path, increment) in enumerate(adapter.increments.items()):
         progress(count + 1, len(adapter.increments))
         if isinstance(increment, Mask):
             raise UsageError(f"{adapter.name} switches neurons off, which has no rank", mend="--model M makes it dense")
-        reduced[path] = near = _nearest_of_rank(increment, rank)
+        truncated[path] = near = _nearest_of_rank(increment, rank)
         missed += 0.0 if near is increment else _square(increment, near)
         whole += _square(increment)
         if isinstance(increment, Dense) and increment.delta_bias is not None:
@@ -47,16 +43,16 @@ def reduce(adapter: Adapter, rank: int, progress: Callable[[int, int], None] = _
             lost = float(increment.delta_bias.double().square().sum())
             missed, whole = missed + lost, whole + lost
     error = (missed / whole) ** 0.5 if whole else 0.0
-    smaller = adapter.with_increments(reduced)
+    smaller = adapter.with_increments(truncated)
     recipe = {**smaller.manifest.recipe, "svd": {"rank": rank, "relative_error": error, "biases_left_out": biases}}
     manifest = smaller.manifest.model_copy(update={"recipe": recipe})
-    return Reduction(Adapter(manifest, smaller.increments, adapter.source), error, biases)
+    return Truncation(Adapter(manifest, smaller.increments, adapter.source), error, biases)
 
 
 def _square(increment: LowRank | Dense, less: LowRank | None = None) -> float:
-    """|dW|^2 of the change, or of what is left of it without another one.
+    """Return |dW|^2 of the change, or of its difference to `less`.
 
-    Of a product it is taken from the factors: a file of megabytes can hold those of terabytes.
+    For a product it is computed from the factors, as a file of megabytes can hold the factors of terabytes.
     """
     if isinstance(increment, Dense):
         delta = increment.delta.to(torch.float64, copy=True).flatten(1)
@@ -71,7 +67,7 @@ def _square(increment: LowRank | Dense, less: LowRank | None = None) -> float:
 
 
 def _core(columns: Tensor) -> Tensor:
-    """The triangle that has the same lengths and angles as `columns`; float64."""
+    """Return the triangle R of a QR decomposition, with the lengths and angles of `columns`; float64."""
     triangle: Tensor = torch.linalg.qr(columns.double(), mode="r").R
     return triangle
 
@@ -81,7 +77,7 @@ def _nearest_of_rank(increment: LowRank | Dense, rank: int) -> LowRank:
     if isinstance(increment, LowRank):
         if increment.rank <= rank:
             return increment
-        # Rotations leave a matrix as near to others as it was: only the small core between two of them has to be cut.
+        # Rotations change no distance between matrices: only the small core between two of them has to be cut.
         left, core_up = torch.linalg.qr(increment.up.double().flatten(1))
         right, core_down = torch.linalg.qr(increment.down.double().flatten(1).T)
         up, down = _cut(core_up @ core_down.T, rank)
@@ -96,10 +92,10 @@ def _nearest_of_rank(increment: LowRank | Dense, rank: int) -> LowRank:
 
 
 def _cut(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """up and down of the matrix of at most that rank that is nearest to `delta`, both halves of one size."""
+    """Return up and down of the nearest matrix to `delta` of at most that rank, both of equal magnitude."""
     rank = min(rank, *delta.shape)
     # Eigenvectors of the smaller Gram matrix: a wide convolution's SVD costs twenty times as much. They alone take four
-    # times what `delta` does in float64, which is why that is made anew afterwards.
+    # times the memory of `delta` in float64, which is why that is computed again afterwards.
     tall = len(delta) > delta.shape[1]
     matrix = delta.T if tall else delta
     values, vectors = torch.linalg.eigh(matrix.double() @ matrix.T.double())

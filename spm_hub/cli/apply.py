@@ -53,7 +53,8 @@ def apply(
     Prints how strongly each eraser acted on each prompt.
     """
     from spm_hub.hub.resolve import resolve
-    from spm_hub.models.loading import load_pipeline, local_files, parse_reference, whence
+    from spm_hub.models.loading import load_pipeline
+    from spm_hub.models.references import describe_source, local_files, parse_reference
 
     if prompt and prompts:
         raise UsageError("--prompt and --prompts are both given", mend="put all prompts into the file")
@@ -80,7 +81,7 @@ def apply(
         pipe = load_pipeline(model, config=config, dtype=dtype, device=device)
         fetched = local_files(base) != held
         sources = {
-            "model": whence(model, pipe, fetched=fetched),
+            "model": describe_source(model, pipe, fetched=fetched),
             **{entry.name: entry.describe_source() for entry in entries},
         }
         for what, place in sources.items():

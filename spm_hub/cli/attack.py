@@ -71,7 +71,8 @@ def attack(
     Prints the share of prompts in which it is there without an attack and with it (ASR), and the prompts found.
     """
     from spm_hub.hub.resolve import resolve
-    from spm_hub.models.loading import load_pipeline, parse_reference
+    from spm_hub.models.loading import load_pipeline
+    from spm_hub.models.references import parse_reference
 
     if with_ not in ATTACKS:
         close = nearest(with_, ATTACKS)

@@ -1,4 +1,4 @@
-"""spmhub bake and recover: erasers folded into a checkpoint for good, and one taken out again."""
+"""spmhub bake and recover: bakes erasers into a checkpoint, and takes one out again."""
 
 from pathlib import Path
 from typing import Annotated
@@ -32,25 +32,16 @@ def bake(
     For programs that know nothing of erasers: it erases at gamma 1, whatever the prompt. It keeps the precision of
     each part of the base, and what is needed to take an eraser out again: see spmhub recover.
     """
-    from spm_hub.hub.resolve import resolve
-    from spm_hub.models.loading import load_pipeline, parse_reference
+    from spm_hub.hub.bake import bake as run
+    from spm_hub.models.references import parse_reference
 
     strengths = options.strengths(strength)
-    source = parse_reference(model, config=config)
-    if source.remark:
-        out.say(source.remark)
-    entries = [resolve(reference, registry) for reference in options.names(adapters)]
+    if remark := parse_reference(model, config=config).remark:
+        out.say(remark)
+    erasers = options.names(adapters)
     with silence_libraries():
-        from spm_hub.adapters.baking import bake as run
-        from spm_hub.adapters.baking import check_place
-        from spm_hub.adapters.lookup import check_names
-
-        erasers = [entry.load() for entry in entries]
-        check_names(erasers, strengths or ())
-        check_place(to, replace=force)
-        pipe = load_pipeline(model, config=config, dtype="stored")
         out.say(f"baking {len(erasers)} eraser(s) into {model} ...")
-        provenance = run(pipe, erasers, to, strength=strengths, base=source.public_name, replace=force)
+        provenance = run(erasers, to, model=model, config=config, strength=strengths, registry=registry, replace=force)
     names = ", ".join(eraser.name for eraser in provenance.erasers)
     out.data(
         {"checkpoint": to, **provenance.model_dump(mode="json")}, f"{to}: {model} without {names}", brief=[str(to)]

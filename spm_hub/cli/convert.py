@@ -1,7 +1,7 @@
-"""spmhub convert: from any format into the registry, and from an eraser to any format."""
+"""spmhub convert: converts a file of any format into an eraser of the registry, and an eraser to any format."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,12 +10,15 @@ from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries
 from spm_hub.errors import UsageError
 
+if TYPE_CHECKING:
+    from spm_hub.hub.convert import Conversion
+
 
 @command(
     "convert",
     Example("spmhub convert lora.safetensors --concept snoopy", "another program's file, into the registry"),
-    Example("spmhub convert esd-nudity.safetensors --model sd-v1-4", "whole weights: what they are away from the base"),
-    Example("spmhub convert lora.safetensors --without-text-encoder", "what it has for the denoiser alone"),
+    Example("spmhub convert esd-nudity.safetensors --model sd-v1-4", "whole weights: their difference to the base"),
+    Example("spmhub convert lora.safetensors --without-text-encoder", "the part for the denoiser alone"),
     Example("spmhub convert snoopy --to diffusers --out snoopy-lora.safetensors", "for another program"),
     Example("spmhub convert esd-nudity --to kohya --svd-rank 8", "a dense eraser as a LoRA, its error stated"),
     panel="Share",
@@ -40,10 +43,10 @@ def convert(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Of the eraser; made from the concept or file.")] = None,
     concept: Annotated[
-        str | None, typer.Option("--concept", help="What it erases, where the file does not say.")
+        str | None, typer.Option("--concept", help="The concept it erases, if the file does not say.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="Model family (sd1, sdxl, flux ...), where the file does not tell.")
+        str | None, typer.Option("--base", help="Model family (sd1, sdxl, flux ...), if the file does not say.")
     ] = None,
     model: Annotated[
         str | None,
@@ -51,7 +54,7 @@ def convert(
     ] = None,
     without_text_encoder: Annotated[
         bool,
-        typer.Option("--without-text-encoder", help="Leave out what it holds for text encoders, instead of refusing."),
+        typer.Option("--without-text-encoder", help="Leave out the tensors of text encoders, instead of refusing."),
     ] = False,
     config: options.Config = None,
     registry: options.Registry = None,
@@ -62,9 +65,7 @@ def convert(
     Reads SPM, kohya, LyCORIS, diffusers, PEFT, LECO, concept sliders, cloneofsimo, ESD, UCE, Concept Ablation and
     Minimalist files; pickles (.pt, .ckpt, .bin) too, as tensors only. Exact unless --svd-rank is given.
     """
-    from spm_hub.adapters.manifest import slug
-    from spm_hub.hub.resolve import resolve
-    from spm_hub.registry.registry import registries
+    from spm_hub.hub.convert import convert as run
 
     if config is not None and model is None:
         raise UsageError("--config is for a --model that is a single file, and there is no --model")
@@ -72,60 +73,37 @@ def convert(
         raise UsageError(
             "--out is for --to FORMAT; without it the eraser goes into the registry", mend="--registry DIR"
         )
-    said_name = None if name is None else slug(name)
     with silence_libraries():
-        from spm_hub.adapters import conversion
-        from spm_hub.adapters import low_rank_approximation as reduction
-        from spm_hub.models.architectures import denoiser_of
-        from spm_hub.models.loading import identity_of, load_pipeline
-        from spm_hub.registry.registry import Registry
+        done = run(
+            source, to=to, out=place, keep=to is None, svd_rank=svd_rank, name=name, concept=concept, family=base,
+            model=model, config=config, without_text_encoder=without_text_encoder, registry=registry, replace=force,
+            reporter=out,
+        )  # fmt: skip
+    if done.relative_error is not None:
+        lost = f", {done.biases_left_out} biases left out" * bool(done.biases_left_out)
+        out.say(f"rank {svd_rank}: relative error {done.relative_error:.3g}{lost}")
+    _show(out, done)
 
-        target = None if to is None else conversion.writer_named(to)
-        original = None
-        if model is not None:
-            out.say(f"reading {model} ...")
-            pipe = load_pipeline(model, config=config)
-            original = conversion.BaseModel(denoiser_of(pipe), *identity_of(model, pipe))
-        said = conversion.Description(said_name, concept, base, without_text_encoder)
-        path = Path(source).expanduser()
-        if path.exists():
-            with out.progress("reading") as move:
-                adapter, read_as = conversion.read(path, said, original, lambda step, total: move(step, total))
-        else:
-            adapter, read_as = conversion.described(resolve(source, registry).load(), said), "spm"
-        error = left_out = None
-        if svd_rank is not None:
-            if original is not None:
-                adapter = conversion.densified(adapter, original)
-            with out.progress(f"rank {svd_rank}") as move:
-                reduced = reduction.reduce(adapter, svd_rank, lambda step, total: move(step, total))
-            adapter, error, left_out = reduced.adapter, reduced.relative_error, reduced.biases_left_out
-        if target is None:
-            written = [Registry(registry or registries()[0].root).add(adapter, replace=force).adapter_path]
-        else:
-            here = Path(f"{adapter.name}-{to}" + (".safetensors" if to != "peft" else ""))
-            written = conversion.write(adapter, target, place or here, original, replace=force)
-    info = adapter.manifest
-    result: dict[str, Any] = {
-        "name": adapter.name,
-        "concept": info.concept.target,
-        "family": info.base.family,
-        "kind": info.increment.kind,
-        "rank": info.increment.rank,
-        "modules": len(info.increment.modules),
-        "read_as": read_as,
-        "written_as": to or "spm",
-        "files": [str(file) for file in written],
-        "relative_error": error,
-        "biases_left_out": left_out,
-    }
-    if error is not None:
-        lost = f", {left_out} biases left out" * bool(left_out)
-        out.say(f"rank {svd_rank}: relative error {error:.3g}{lost}")
+
+def _show(out: Output, done: "Conversion") -> None:
+    info = done.adapter.manifest
+    files = [str(file) for file in done.files]
     kind = f"{info.increment.kind}{f' of rank {info.increment.rank}' if info.increment.rank else ''}"
     out.data(
-        result,
-        f"{adapter.name} ({read_as}, {info.base.family}): {kind}, {len(info.increment.modules)} modules -> "
-        + ", ".join(map(str, written)),
-        brief=[str(file) for file in written],
+        {
+            "name": info.name,
+            "concept": info.concept.target,
+            "family": info.base.family,
+            "kind": info.increment.kind,
+            "rank": info.increment.rank,
+            "modules": len(info.increment.modules),
+            "read_as": done.read_as,
+            "written_as": done.written_as,
+            "files": files,
+            "relative_error": done.relative_error,
+            "biases_left_out": done.biases_left_out,
+        },
+        f"{info.name} ({done.read_as}, {info.base.family}): {kind}, {len(info.increment.modules)} modules -> "
+        + ", ".join(files),
+        brief=files,
     )

@@ -20,7 +20,7 @@ from spm_hub.adapters.formats.format import Format
 from spm_hub.adapters.formats.reading import FORMATS
 from spm_hub.models.aliases import ALIASES
 from spm_hub.models.architectures import FAMILIES, Family
-from spm_hub.models.loading import is_available
+from spm_hub.models.references import is_available
 from spm_hub.plugins import Kind, examine
 from spm_hub.training.recipe.presets import METHODS, Method
 

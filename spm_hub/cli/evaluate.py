@@ -53,7 +53,8 @@ def evaluate(
     that it knows; a judge of your own (--judge) for what was erased.
     """
     from spm_hub.hub.resolve import resolve
-    from spm_hub.models.loading import load_pipeline, parse_reference
+    from spm_hub.models.loading import load_pipeline
+    from spm_hub.models.references import parse_reference
 
     acting, strengths = options.gate(gate), options.strengths(strength)
     options.require_signature(require_signature)

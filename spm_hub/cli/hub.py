@@ -89,7 +89,8 @@ def _drawn(
     from spm_hub.evaluation.pictures import DrawingOptions, save, show
     from spm_hub.hub.card import hub_id, read_pairs
     from spm_hub.models.aliases import ALIASES, Alias
-    from spm_hub.models.loading import is_available, load_pipeline
+    from spm_hub.models.loading import load_pipeline
+    from spm_hub.models.references import is_available
 
     adapter = entry.load()
     concept, base = adapter.manifest.concept, adapter.manifest.base

@@ -12,7 +12,7 @@ from spm_hub.cli.output import Output, silence_libraries, table
 def models(out: Output) -> None:
     """List the short names of base models; folders, single files and Hub ids work as well."""
     from spm_hub.models.aliases import ALIASES
-    from spm_hub.models.loading import is_available
+    from spm_hub.models.references import is_available
 
     found = [
         {

@@ -13,7 +13,7 @@ from spm_hub.errors import UsageError, nearest
 from spm_hub.io.environment import KEY_VARIABLE, REGISTRY_VARIABLE
 
 if TYPE_CHECKING:
-    from spm_hub.models.loading import ModelRef
+    from spm_hub.models.references import ModelRef
 
 Registry = Annotated[
     Path | None,

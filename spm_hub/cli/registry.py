@@ -119,7 +119,8 @@ def check(
     Exit code 1 with the first module that does not fit, and both shapes.
     """
     from spm_hub.hub.resolve import resolve
-    from spm_hub.models.loading import load_pipeline, parse_reference
+    from spm_hub.models.loading import load_pipeline
+    from spm_hub.models.references import parse_reference
 
     parse_reference(model, config=config)
     entry = resolve(name, registry)

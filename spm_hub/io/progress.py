@@ -16,6 +16,10 @@ class Progress(Protocol):
     def __call__(self, step: int, total: int, info: Mapping[str, float] | None = None) -> None: ...
 
 
+def no_progress(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+    """Show nothing."""
+
+
 class Reporter(Protocol):
     """Receives the remarks and the progress of long work."""
 

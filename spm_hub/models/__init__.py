@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spm_hub.models.loading import load_pipeline as load_pipeline
-    from spm_hub.models.loading import parse_reference as parse_reference
+    from spm_hub.models.references import parse_reference as parse_reference
 
-_EXPORTS = {"load_pipeline": "loading", "parse_reference": "loading"}
+_EXPORTS = {"load_pipeline": "loading", "parse_reference": "references"}
 __all__ = ["load_pipeline", "parse_reference"]
 
 

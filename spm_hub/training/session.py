@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from spm_hub.errors import RegistryError, SpmHubError, UsageError
 from spm_hub.io.progress import Reporter
-from spm_hub.models import loading
+from spm_hub.models import loading, references
 from spm_hub.training.recipe.protected_prompts import members
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class BaseChoice:
                 mend='device="cpu", or "cuda": spmhub doctor lists what this machine has',
             )
         if self.pipe is None:
-            return loading.parse_reference(self._named, config=self.config).remark
+            return references.parse_reference(self._named, config=self.config).remark
         if self.config is not None:
             raise UsageError(
                 "config is for a model that is loaded from a single file, but a pipeline is given",
@@ -97,17 +97,17 @@ class BaseChoice:
         """Return the diffusers folder of the base, if it is known before the base is loaded."""
         if self.pipe is not None:
             return None
-        return loading.local_folder(loading.parse_reference(self._named, config=self.config))
+        return references.local_folder(references.parse_reference(self._named, config=self.config))
 
     def open(self) -> tuple[DiffusionPipeline, str, str | None]:
         """Return the pipeline, loaded unless it was given, with its name and its revision for manifests."""
         if self.pipe is None:
             device = "cpu" if self.device is None else self.device
             pipe = loading.load_pipeline(self._named, config=self.config, dtype=self.dtype, device=device)
-            return pipe, *loading.identity_of(self._named, pipe)
+            return pipe, *references.identity_of(self._named, pipe)
         if self.reference is None:
-            return self.pipe, *loading.identity_of_pipeline(self.pipe)
-        return self.pipe, *loading.identity_of(self.reference, self.pipe)
+            return self.pipe, *references.identity_of_pipeline(self.pipe)
+        return self.pipe, *references.identity_of(self.reference, self.pipe)
 
     @property
     def _named(self) -> str:

@@ -24,10 +24,10 @@ from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import Adapter, load_file
 from spm_hub.adapters.conversion import BaseModel, Description
 from spm_hub.adapters.formats import module_names as names
-from spm_hub.adapters.formats import original_names as kohya
-from spm_hub.adapters.formats import spm
+from spm_hub.adapters.formats import original_names, spm
+from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.increments import Dense, LowRank, Mask
-from spm_hub.adapters.low_rank_approximation import reduce
+from spm_hub.adapters.low_rank_approximation import truncate
 from spm_hub.errors import AdapterFileError, NotFoundError, UsageError
 from spm_hub.io.safetensors_file import MANIFEST_KEY, read_header
 from spm_hub.models.architectures import changeable, family_of
@@ -57,18 +57,18 @@ def test_dots_are_put_back_and_kohyas_names_are_inverted(model: str) -> None:
     make, config, family, *_ = EXACT[model]
     with torch.device("meta"):
         paths = list(changeable(make(**config)))
-    assert [names.dotted(spm.flat(path)) for path in paths] == paths
+    assert [names.dotted(flat(path)) for path in paths] == paths
     if family == "sdxl":
-        original = [kohya.diffusers_to_sgm(path) for path in paths]
+        original = [original_names.diffusers_to_sgm(path) for path in paths]
         assert None not in original
         assert len(set(original)) == len(paths)
-        assert [names.dotted(kohya.sgm_to_diffusers(str(name)) or "") for name in original] == paths
+        assert [names.dotted(original_names.sgm_to_diffusers(str(name)) or "") for name in original] == paths
     elif family == "flux":
         for path in paths:
             out, width = (7, 2) if path.endswith("proj_mlp") else (2, 2)  # rows are counted in inputs
-            renamed = kohya.renamed("flux", {path: LowRank(torch.ones(1, width), torch.ones(out, 1))})
+            renamed = original_names.to_original("flux", {path: LowRank(torch.ones(1, width), torch.ones(out, 1))})
             assert len(renamed) == 1
-            assert path in map(names.dotted, kohya.canonical(renamed))
+            assert path in map(names.dotted, original_names.to_diffusers(renamed))
 
 
 @needs_conformance
@@ -275,7 +275,7 @@ def test_a_dense_eraser_is_approximated_with_the_error_that_it_has(tmp_path: Pat
         conversion.write(adapter, conversion.writer_named("diffusers"), tmp_path / "x.safetensors")
     assert "lycoris" in str(refused.value)
     assert not list(tmp_path.iterdir())
-    reduction = reduce(adapter, 4)
+    reduction = truncate(adapter, 4)
     missed = whole = 0.0
     for path, increment in adapter.increments.items():
         assert isinstance(increment, Dense)
@@ -298,7 +298,7 @@ def test_what_has_low_rank_is_reduced_to_it_exactly() -> None:
     """UCE edits few prompts: its full tensors are a product of that rank."""
     lows = random_eraser(topology("sd1"), rank=3)
     dense = {path: Dense(one.delta_for(torch.zeros(one.weight_shape))) for path, one in lows.increments.items()}
-    reduction = reduce(lows.with_increments(dense), 3)
+    reduction = truncate(lows.with_increments(dense), 3)
     assert reduction.relative_error < 1e-6
     denoiser = topology("sd1")
     assert (output_with(denoiser, reduction.adapter) - output_with(denoiser, lows)).abs().max() <= 1e-5
@@ -383,4 +383,4 @@ def test_a_mask_needs_its_base_for_other_programs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--model M"):
         conversion.write(adapter, conversion.writer_named("lycoris"), tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match="--model M"):
-        reduce(adapter, 2)
+        truncate(adapter, 2)

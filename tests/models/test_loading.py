@@ -17,7 +17,8 @@ from spm_hub.errors import ModelError, NotFoundError, SpmHubError, UsageError
 from spm_hub.models import aliases
 from spm_hub.models import loading as models
 from spm_hub.models.aliases import ALIASES, Alias
-from spm_hub.models.loading import identity_of, load_pipeline, parse_reference, stored_dtypes
+from spm_hub.models.loading import load_pipeline, stored_dtypes
+from spm_hub.models.references import identity_of, is_available, parse_reference
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -123,7 +124,7 @@ def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
 def test_an_embedded_model_that_was_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = Alias("sketchbook", "sd1", "", embedded=tmp_path / "none")
     monkeypatch.setattr(models, "ALIASES", {"sketchbook": lost})
-    assert not models.is_available(lost)
+    assert not is_available(lost)
     with pytest.raises(ModelError, match="not in this installation"):
         parse_reference("sketchbook")
 
@@ -180,7 +181,8 @@ def test_a_cached_repository_needs_no_network(folder: Path, tmp_path: Path) -> N
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(COMMIT)
     code = (
-        "import sys; from spm_hub.models.loading import identity_of, load_pipeline\n"
+        "import sys; from spm_hub.models.loading import load_pipeline\n"
+        "from spm_hub.models.references import identity_of\n"
         "for reference in sys.argv[1:]: print(*identity_of(reference, load_pipeline(reference)))"
     )
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}

@@ -24,7 +24,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from spm_hub import train
 from spm_hub.errors import ModelError, NotFoundError, UsageError
-from spm_hub.models.loading import identity_of, load_pipeline, parse_reference
+from spm_hub.models.loading import load_pipeline
+from spm_hub.models.references import identity_of, parse_reference
 from spm_hub.models.single_file.inspection import inspect
 from spm_hub.models.single_file.loading import CONFIGURATION
 from spm_hub.registry.registry import Registry

@@ -15,7 +15,8 @@ from pico import pico_pipeline
 from spm_hub.errors import HubNotFoundError, ModelError
 from spm_hub.io import hub_client as network
 from spm_hub.models.aliases import ALIASES
-from spm_hub.models.loading import load_pipeline, local_files, parse_reference
+from spm_hub.models.loading import load_pipeline
+from spm_hub.models.references import local_files, parse_reference
 from spm_hub.models.snapshots import is_whole
 
 BASE = ALIASES["dreamshaper-8"]

@@ -15,7 +15,7 @@ from test_adapter import snoopy
 
 from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.increments import LowRank
-from spm_hub.adapters.low_rank_approximation import reduce
+from spm_hub.adapters.low_rank_approximation import truncate
 from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import SpmHubError
 from spm_hub.io import untrusted_json as untrusted
@@ -71,7 +71,7 @@ def test_a_file_of_one_huge_product_is_reduced_in_little_memory(tmp_path: Path) 
     adapter = Adapter(snoopy().manifest.model_copy(update={"increment": increment_info(increments)}), increments)
     gc.collect()
     with hostile.watched(tmp_path) as cost:
-        reduce(adapter, 2)
+        truncate(adapter, 2)
     # The factors' float64 copies alone are twice the file; beside these the file itself and its reading need room.
     assert cost.bytes <= 8 * increments["a"].nbytes
 

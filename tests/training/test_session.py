@@ -22,7 +22,7 @@ import spm_hub
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.cli.app import app
 from spm_hub.errors import NotFoundError, RecipeError, RegistryError, UsageError
-from spm_hub.models.loading import identity_of_pipeline
+from spm_hub.models.references import identity_of_pipeline
 from spm_hub.registry.registry import Registry
 from spm_hub.training import train
 from spm_hub.training.recipe.recipe import Recipe

@@ -1,1 +1,1 @@
-"""How adapters lie in files: the safetensors container, and one module per layout of keys inside it."""
+"""The file formats of adapters, one module each, and the library that they share."""

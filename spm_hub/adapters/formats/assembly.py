@@ -1,4 +1,4 @@
-"""From the parts of a module to its increment, whatever file they came from."""
+"""Makes a module's increment from its parts, which may come from any file."""
 
 import math
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spm_hub.adapters.formats import products as lycoris
-from spm_hub.adapters.formats.format import Part
+from spm_hub.adapters.formats import products
+from spm_hub.adapters.formats.slots import Part
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.errors import GET_AGAIN, AdapterFileError, CompatibilityError
 
 
 def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:
-    """One module's increment from its parts. Raises AdapterFileError naming the module and what is missing or wrong."""
+    """Return one module's increment. Raises AdapterFileError that names the module and its wrong or missing part."""
     try:
         match sorted(parts):
             case ["down", "up"]:
@@ -21,7 +21,7 @@ def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:
             case ["alpha", "down", "up"]:
                 return _scaled(LowRank(_floating(parts["down"]), _floating(parts["up"])), parts["alpha"])
             case ["down", "mid", "up"] | ["alpha", "down", "mid", "up"]:
-                down = lycoris.through(_floating(parts["mid"]), _floating(parts["down"])).float()
+                down = products.through(_floating(parts["mid"]), _floating(parts["down"])).float()
                 pair = LowRank(down, _floating(parts["up"]))
                 return _scaled(pair, parts["alpha"]) if "alpha" in parts else pair
             case ["delta"] | ["delta", "delta_bias"]:
@@ -31,11 +31,11 @@ def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:
                 return Mask(_switches(parts["keep_out"]), 0)
             case ["keep_in"]:
                 return Mask(_switches(parts["keep_in"]), 1)
-            case [*names] if lycoris.FACTORS.issuperset(factors := set(names) - {"alpha"}) and factors:
+            case [*names] if products.FACTORS.issuperset(factors := set(names) - {"alpha"}) and factors:
                 alpha = parts.get("alpha")
                 scale = None if alpha is None or alpha.is_meta else _number(alpha)
-                given = {part: _floating(parts[part]) for part in lycoris.FACTORS & parts.keys()}
-                return Dense(lycoris.product(given, scale))
+                given = {part: _floating(parts[part]) for part in products.FACTORS & parts.keys()}
+                return Dense(products.product(given, scale))
             case names:
                 raise CompatibilityError(
                     f"{' + '.join(names)} is no increment: it takes down + up, delta, keep_out or keep_in"
@@ -45,7 +45,7 @@ def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:
 
 
 def of_one_kind(increments: Mapping[str, Increment]) -> dict[str, Increment]:
-    """The same changes, all of them dense where some are: an adapter is of one kind. Masks stay what they are.
+    """Return the same changes, all of them dense if some are: an adapter is of one kind. Masks are unchanged.
 
     Raises AdapterFileError as `dense` does.
     """
@@ -55,11 +55,11 @@ def of_one_kind(increments: Mapping[str, Increment]) -> dict[str, Increment]:
 
 
 def dense(module: str, increment: LowRank | Dense) -> Dense:
-    """The change as a whole. Raises AdapterFileError for thin factors of more numbers than any weight has."""
+    """Return the change as a dense one. Raises AdapterFileError if it is larger than any weight."""
     if isinstance(increment, Dense):
         return increment
     try:
-        lycoris.check_size(math.prod(increment.weight_shape))
+        products.check_size(math.prod(increment.weight_shape))
     except CompatibilityError as error:
         raise AdapterFileError(f"{module}: {error.message}", mend=GET_AGAIN) from error
     return Dense(increment.delta_for(torch.empty(increment.weight_shape, device="meta")))
@@ -84,7 +84,7 @@ def _number(alpha: Tensor) -> float:
 
 
 def _scaled(increment: LowRank, alpha: Tensor) -> LowRank:
-    """Fold alpha / rank into `up`; where that would round, the increment becomes float32 rather than another one."""
+    """Fold alpha / rank into `up`; if that would round, the increment becomes float32."""
     if increment.up.is_meta:
         return increment
     scale = _number(alpha) / increment.rank

@@ -1,4 +1,4 @@
-"""cloneofsimo/lora's files, which number a U-Net's layers: `unet:9:up` is the tenth, in the order of construction.
+"""cloneofsimo/lora's files, which number a U-Net's layers in the order of construction (`unet:9:up`).
 
 The order is that of diffusers' classes when the file was made: the blocks down, then those up, then the middle one; in
 each transformer block the first attention, then feed-forward and second attention, one way or the other. The shapes of
@@ -11,30 +11,35 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from spm_hub.adapters.formats.format import Format, Source
+from spm_hub.adapters.increments import Increment
 from spm_hub.errors import AdapterFileError
 
-NAME = "cloneofsimo"
-
 _KEY = re.compile(r"unet:(?P<number>\d{1,4}):(?P<part>up|down)")
-# Of Stable Diffusion 1 and 2: how wide the transformer blocks are, in that order.
+# The transformer blocks of Stable Diffusion 1 and 2 in that order, and their widths.
 _BLOCKS = (
     *((f"down_blocks.{block}.attentions.{layer}", 320 * 2**block) for block in range(3) for layer in range(2)),
     *((f"up_blocks.{block}.attentions.{layer}", 320 * 2 ** (3 - block)) for block in (1, 2, 3) for layer in range(3)),
     ("mid_block.attentions.0", 1280),
 )
+_TEXT_WIDTHS = (768, 1024)
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _ATTENTIONS, _FEED_FORWARD = frozenset({"CrossAttention", "Attention"}), "GEGLU"
 
 
-def matches(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether any key is a numbered layer of a U-Net."""
-    return any(_KEY.fullmatch(key) for key in tensors)
+def _matches(source: Source) -> bool:
+    return any(map(_KEY.fullmatch, source.tensors))
 
 
-def named(path: object, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """The same tensors under diffusers' keys; those that are no numbered layer keep theirs.
+def _read(source: Source) -> dict[str, Increment]:
+    """Return the increments; the scale of such a file is 1."""
+    return source.read_keys(_with_names(source.place, source.tensors, source.metadata))
 
-    The scale of such a file is 1. Raises AdapterFileError where the numbers and shapes are those of no such U-Net.
+
+def _with_names(path: object, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the same tensors under diffusers' keys; those that are no numbered layer keep theirs.
+
+    Raises AdapterFileError if the numbers and shapes fit no U-Net of Stable Diffusion 1 or 2.
     """
     numbered = {key: match for key in tensors if (match := _KEY.fullmatch(key))}
     shapes = {key: tuple(tensors[key].shape) for key in numbered}
@@ -53,14 +58,14 @@ def named(path: object, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
                 found[name] = value
             return found
     raise AdapterFileError(
-        f"{path}: its {len(layers)} numbered layers have not the shapes of a U-Net of Stable Diffusion 1 or 2 (trained "
-        "are its attention layers, GEGLU layers, or both), so which is which is not known",
+        f"{path}: the shapes of its {len(layers)} numbered layers fit no U-Net of Stable Diffusion 1 or 2 (whose "
+        "attention layers, GEGLU layers, or both can be trained), so their names are unknown",
         mend="ask its author for a file whose layers have names",
     )
 
 
 _Order = list[tuple[str, int | None, int | None]]
-"""Module path, rows and columns of its weight; a None is the text's width, the same wherever it stands."""
+"""Module path, rows and columns of its weight; None is the width of the text states."""
 
 
 def _orders(path: object, metadata: Mapping[str, str], layers: int) -> Iterator[_Order]:
@@ -81,7 +86,10 @@ def _orders(path: object, metadata: Mapping[str, str], layers: int) -> Iterator[
 
 
 def _trained(path: object, metadata: Mapping[str, str], layers: int) -> list[tuple[bool, bool]]:
-    """Whether attention, and whether feed-forward layers are numbered: by the header, else by how many there are."""
+    """Return (attention, feed-forward): the kinds of layers that may be numbered.
+
+    The header names them, or else their number decides.
+    """
     if (stated := metadata.get("unet")) is None:
         each = layers / len(_BLOCKS)
         return [
@@ -105,4 +113,6 @@ def _fits(up: tuple[int, ...] | None, down: tuple[int, ...] | None, out: int | N
     return up[0] == out and (down[1] == width or (width is None and down[1] in _TEXT_WIDTHS))
 
 
-_TEXT_WIDTHS = (768, 1024)
+FORMAT = Format(
+    "cloneofsimo", "cloneofsimo/lora's files, which number the layers of a U-Net of SD1 or SD2", _matches, _read
+)

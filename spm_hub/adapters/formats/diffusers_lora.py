@@ -1,24 +1,20 @@
-"""Low-rank files of diffusers' own trainers: dotted module paths, with or without a prefix, in all its spellings."""
+"""Low-rank files of diffusers' own trainers: dotted module paths in all of diffusers' spellings."""
 
 import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from spm_hub.adapters.formats import spm
-from spm_hub.adapters.formats.format import WHOLE, Files, Format, Part, Slot, Writer
-from spm_hub.adapters.formats.module_names import dotted
-from spm_hub.adapters.formats.peft import CONFIG_UNFOLDS, Scaling
+from spm_hub.adapters.formats.format import WHOLE, Files, Format, Writer
+from spm_hub.adapters.formats.header import header_metadata
+from spm_hub.adapters.formats.keys import PEFT_KEYS, tensors_by_key
+from spm_hub.adapters.formats.module_names import dotted, is_unet
+from spm_hub.adapters.formats.slots import Part, Slot
 from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.manifest import Manifest
-from spm_hub.errors import AdapterFileError
-from spm_hub.io import untrusted_json as untrusted
 from spm_hub.io.safetensors_file import encode
 
-METADATA_KEY = "lora_adapter_metadata"
-"""Since 2025 diffusers keeps the LoraConfig here, and with it alpha, which the tensors do not state."""
-
-# torch.compile puts a name of its own before what it wraps; PEFT's name is `peft`'s to read.
+# torch.compile puts a name of its own before the module it wraps; PEFT's prefix belongs to `peft`.
 _PREFIX = r"(?!(?:unet\.|transformer\.)?base_model\.)(?:unet\.|transformer\.)?(?:_orig_mod\.)?"
 # 2023: attention processors own the pair, and to_out means its first layer. Such files often carry no prefix at all.
 _PROCESSOR = re.compile(
@@ -41,7 +37,7 @@ _PARTS: dict[str, Part] = {
 
 
 def parse_key(key: str) -> Slot | None:
-    """The slot of a key in any of diffusers' spellings."""
+    """Return the slot of a key in any of diffusers' spellings."""
     if match := _PROCESSOR.fullmatch(key):
         layer = "to_out.0" if match["layer"] == "to_out" else match["layer"]
         return Slot(f"{match['attention']}.{layer}", "down" if match["part"] == "down" else "up")
@@ -50,45 +46,17 @@ def parse_key(key: str) -> Slot | None:
     return None
 
 
-def scaling_in(metadata: Mapping[str, str], source: object) -> Scaling | None:
-    """The scales in a header, None where it has none: alpha is then the rank.
-
-    A pipeline's `save_lora_weights` puts a component's name before every field, a model's `save_lora_adapter` none.
-    Raises AdapterFileError, also for a header that gives scales and not the denoiser's.
-    """
-    text = metadata.get(METADATA_KEY)
-    if text is None:
-        return None
-    try:
-        packed = untrusted.parse(text.encode(), unfolds=CONFIG_UNFOLDS)
-        found = [
-            {key.removeprefix(prefix): value for key, value in packed.items() if key.startswith(prefix)}
-            for prefix in ("unet.", "transformer.")
-        ]
-    except (ValueError, AttributeError) as error:
-        raise AdapterFileError(f"{source}: {METADATA_KEY} in its header is not a JSON object") from error
-    config = packed if "lora_alpha" in packed else next(filter(None, found), None)
-    if config is None:
-        told = sorted({str(key).partition(".")[0] for key in packed})
-        raise AdapterFileError(
-            f"{source}: {METADATA_KEY} in its header gives the scale of {', '.join(told)[:200] or 'nothing'}, and none "
-            "of the denoiser's (unet.lora_alpha or transformer.lora_alpha), so how strong that is is not known",
-            mend="save it again with diffusers' unet_lora_adapter_metadata or transformer_lora_adapter_metadata",
-        )
-    return Scaling.of(config, source)
-
-
-def write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
-    """One file as diffusers' `save_lora_weights` names its keys; alpha is the rank and need not be stated."""
+def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
+    """Return one file with the keys of diffusers' `save_lora_weights`; alpha is the rank and need not be stated."""
     paths = {dotted(name): increment for name, increment in increments.items()}
-    component = "unet" if spm.is_unet(paths) else "transformer"
-    tensors = spm.spelled({f"{component}.{path}": increment for path, increment in paths.items()}, spm.PEFT)
-    return {WHOLE: encode(tensors, spm.header_metadata(manifest))}
+    component = "unet" if is_unet(paths) else "transformer"
+    tensors = tensors_by_key({f"{component}.{path}": increment for path, increment in paths.items()}, PEFT_KEYS)
+    return {WHOLE: encode(tensors, header_metadata(manifest))}
 
 
-FORMAT = Format(
+FORMAT = Format.by_keys(
     "diffusers",
     "diffusers' LoRA: *.lora_A.weight; its older *.processor.to_q_lora.down.weight is read too",
     parse_key,
-    Writer(("low_rank",), write),
+    Writer(("low_rank",), _write),
 )

@@ -1,6 +1,6 @@
-"""DoRA: the length of every row of a changed weight is trained on its own, so that its change depends on the weight.
+"""DoRA: trains the length of every row of a changed weight, so its change depends on the base's weight.
 
-Liu et al., ICML 2024, arXiv 2402.09353, Eq. 5: W' = m (W + B A) / |W + B A|. Beside its base it is a dense increment.
+Liu et al., ICML 2024, arXiv 2402.09353, Eq. 5: W' = m (W + B A) / |W + B A|. Given the base, it is a dense increment.
 """
 
 from collections.abc import Mapping
@@ -8,25 +8,26 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from spm_hub.adapters.formats.assembly import dense
-from spm_hub.adapters.formats.format import Part
 from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.formats.original_names import sgm_to_diffusers
+from spm_hub.adapters.formats.slots import Part
 from spm_hub.adapters.increments import Dense, Increment, Mask
 from spm_hub.errors import AdapterFileError, CompatibilityError
 
 PARTS: tuple[Part, ...] = ("dora_scale", "magnitude")
-"""LyCORIS' spelling, for every output or every input as its shape tells; PEFT's, for every output."""
+"""LyCORIS' spelling, for every output or every input according to its shape; PEFT's, for every output."""
 
 
-def applied(
+def apply_magnitudes(
     source: object,
     increments: Mapping[str, Increment],
     magnitudes: Mapping[str, tuple[Part, Tensor]],
     base: Mapping[str, Tensor],
 ) -> dict[str, Increment]:
-    """The increments with their magnitudes, which are named as in the file; the others as they are, but dense too.
+    """Return the increments under their magnitudes; those without one become dense too.
 
-    base: the denoiser's state dict.  Raises AdapterFileError for a magnitude without its module in file or base.
+    magnitudes: by the file's name of the module.  base: the denoiser's state dict.
+    Raises AdapterFileError for a magnitude without its module in file or base.
     """
     weights = {flat(key.removesuffix(".weight")): key for key in base if key.endswith(".weight")}
     lengths = {flat(sgm_to_diffusers(flat(name)) or name): (name, *given) for name, given in magnitudes.items()}
@@ -38,7 +39,7 @@ def applied(
                 f"{source}: the model has no module {path}", mend="--model M, the base that the file was trained on"
             )
         if given is None:
-            # An adapter is of one kind, and those with a length of their own cannot be of low rank.
+            # An adapter is of one kind, and increments with a magnitude cannot be of low rank.
             found[path] = dense(path, increment)
             continue
         name, part, magnitude = given
@@ -69,5 +70,5 @@ def _change(weight: Tensor, delta: Tensor, magnitude: Tensor, *, by_shape: bool)
         raise CompatibilityError(f"{tuple(magnitude.shape)} lengths for a weight {tuple(weight.shape)}")
     norms = moved.square().sum(others, keepdim=True).sqrt()
     if not bool(norms.all()):
-        raise CompatibilityError("what is to be given a length is zero")
+        raise CompatibilityError("a row to be scaled to a trained length is zero")
     return (magnitude.double().reshape(shape) * moved / norms - before).float()

@@ -1,23 +1,23 @@
-"""Files of full fine-tuned tensors, under state-dict keys: ESD, UCE, Concept Ablation, or a whole denoiser.
+"""Files of whole fine-tuned tensors under state-dict keys: ESD, UCE, Concept Ablation, or a whole denoiser.
 
-None of them says what it changed; the base that it was trained on does. An increment is the difference of the two, and
-a file is written by adding it back. ESD's authors mark theirs `erasing-esd-v2` in the header since 2025.
+An increment is the difference between such a tensor and the base's; a file is written by adding the increment to the
+base. ESD's authors mark their files `erasing-esd-v2` in the header since 2025.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from spm_hub.adapters.formats.format import WHOLE, Files, Format, Writer
-from spm_hub.adapters.formats.module_names import dotted, flat
+from spm_hub.adapters.formats.format import WHOLE, About, Files, Format, Source, Writer
+from spm_hub.adapters.formats.module_names import dotted, flat, is_unet
 from spm_hub.adapters.formats.original_names import sgm_to_diffusers
-from spm_hub.adapters.formats.spm import is_unet
 from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import AdapterFileError, CompatibilityError
 from spm_hub.io.safetensors_file import encode
+from spm_hub.models.architectures import changeable
 
 ESD_FORMAT = "erasing-esd-v2"
 
@@ -27,35 +27,31 @@ _LORA = re.compile(r".*(lora|hada_|lokr_).*")
 _ESD_FAMILIES = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl", "flux": "flux"}
 
 
-def matches(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether all keys are those of plain weights and biases."""
+def _matches(source: Source) -> bool:
+    """Return True if all keys are those of plain weights and biases."""
+    tensors = source.tensors
     return bool(tensors) and all(_KEY.fullmatch(key) and not _LORA.fullmatch(key) for key in tensors)
 
 
-def method_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """What trained a file, as far as it tells: `esd` by its header, otherwise only that its tensors are full."""
-    return "esd" if metadata.get("format") == ESD_FORMAT else "full-weights"
+def _is_esd(source: Source) -> bool:
+    return source.metadata.get("format") == ESD_FORMAT and _matches(source)
 
 
-def read(
-    path: object,
-    tensors: Mapping[str, Tensor],
-    base: Mapping[str, Tensor],
-    changeable: frozenset[str],
-    progress: Callable[[int, int], None],
-) -> dict[str, Increment]:
-    """The increments by dotted path: what each tensor is away from the base's.
+def _read(source: Source) -> dict[str, Increment]:
+    """Return the difference of each tensor to the base's, by dotted path.
 
-    base: the denoiser's state dict.  changeable: the paths of its Linear and Conv2d layers.
-    The base is rounded to the file's precision first, which is what training began from; a tensor that equals it then
-    was not trained. Raises AdapterFileError for a tensor that the base does not have, or has in another shape, for a
-    changed one that no increment can hold, and when nothing differs.
+    The base is rounded to the file's precision first, as training began from it; a tensor that equals it then was not
+    trained. Raises AdapterFileError for a tensor that the base does not have, or has in another shape, for a changed
+    one that no increment can hold, and if nothing differs.
     """
+    assert source.base is not None  # `needs_base`
+    path, tensors, base = source.place, source.tensors, source.base.tensors
+    layers = changeable(source.base.denoiser)
     names = {flat(key): key for key in base}
     deltas: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, str] = {}
     for count, (key, tensor) in enumerate(tensors.items()):
-        progress(count + 1, len(tensors))
+        source.progress(count + 1, len(tensors))
         known = names.get(flat(_in_diffusers(key)))
         if known is None:
             raise AdapterFileError(
@@ -73,7 +69,7 @@ def read(
         if torch.equal(tensor, before):
             continue
         module, _, kind = known.rpartition(".")
-        if module not in changeable or kind not in ("weight", "bias"):
+        if module not in layers or kind not in ("weight", "bias"):
             raise AdapterFileError(f"{path}: {key} was trained too, and an increment changes Linear and Conv2d only")
         delta = tensor.double() - before.double()
         deltas.setdefault(module, {})[kind] = delta.reshape(original.shape).float()
@@ -85,8 +81,8 @@ def read(
     }
 
 
-def write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
-    """ESD's file: the base's tensors with the increments added, in the base's precision and under its header.
+def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
+    """Return ESD's file: the base's tensors plus the increments, in the base's precision, under ESD's header.
 
     Raises CompatibilityError for a module that the base does not have.
     """
@@ -119,15 +115,29 @@ def _product(increment: LowRank) -> Tensor:
 
 
 def _in_diffusers(key: str) -> str:
-    """A state-dict key without its component's name, and by diffusers' name of the module."""
+    """Return a state-dict key without its component's name, and with diffusers' name of the module."""
     prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
     module, _, kind = key.removeprefix(prefix).rpartition(".")
     return f"{sgm_to_diffusers(flat(module)) or module}.{kind}"
 
 
-FORMAT = Format(
+def _describe(source: Source) -> About:
+    return About(method=source.metadata.get("train_method") or None)
+
+
+ESD = Format(
     "esd",
-    "ESD's full tensors (erasing-esd-v2); of UCE and Concept Ablation the like is read; needs --model",
-    None,
-    Writer(("low_rank", "dense"), write, needs_base=True),
+    "ESD's whole weights (erasing-esd-v2); needs --model",
+    _is_esd,
+    _read,
+    Writer(("low_rank", "dense"), _write, needs_base=True),
+    needs_base=True,
+    describe=_describe,
+)
+FULL_WEIGHTS = Format(
+    "full-weights",
+    "whole weights, as UCE and Concept Ablation save them; needs --model",
+    _matches,
+    _read,
+    needs_base=True,
 )

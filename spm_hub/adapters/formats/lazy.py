@@ -1,4 +1,4 @@
-"""Increments that stay in their file until one of them is needed: thousands of erasers cost what the active ones do."""
+"""Increments that stay in their file until one is needed, so that thousands of erasers cost little memory."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
-from spm_hub.adapters.formats.diffusers_lora import scaling_in
+from spm_hub.adapters.formats.lora_config import scaling_in
 from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.formats.reading import read_increments
 from spm_hub.adapters.increments import Increment
@@ -21,9 +21,9 @@ class StoredIncrements(Mapping[str, Increment]):
     """The increments of a file, by module path.
 
     outline: the same without numbers, on the meta device; one object for all files of one layout.
-    The file is mapped into memory and checked whole (hashes, finite numbers) when one of them is first asked for.
-    `sha256` is what its manifest says of it, None where there is none; `modules` are the dotted paths that the manifest
-    knows. Reading raises AdapterFileError when the file was altered or replaced since.
+    The file is mapped into memory and checked whole (hashes, finite numbers) when an increment is first asked for.
+    sha256: the file's hash in its manifest, None without one.  modules: the dotted paths in the manifest.
+    Reading raises AdapterFileError if the file was altered or replaced since.
     """
 
     def __init__(self, path: Path, header: Header, sha256: str | None, modules: tuple[str, ...]) -> None:
@@ -31,19 +31,19 @@ class StoredIncrements(Mapping[str, Increment]):
         try:
             self._layout, self.outline = _outline(_layout(header), modules)
         except AdapterFileError as error:
-            # Behind the cache nobody knows whose header it is.
+            # The cached outline knows the layout, but not the file.
             raise AdapterFileError(error.message.replace(_ANY_FILE, str(path), 1), mend=error.mend) from error
         self._lock = threading.Lock()
         self._read: Mapping[str, Increment] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are mapped into memory now."""
+        """The number of bytes mapped into memory now."""
         read = self._read
         return 0 if read is None else sum(increment.nbytes for increment in read.values())
 
     def release(self) -> None:
-        """Give the memory back; the next one that asks reads the file again."""
+        """Give the memory back; the next access reads the file again."""
         self._read = None
 
     def __getitem__(self, module: str) -> Increment:
@@ -71,7 +71,7 @@ class StoredIncrements(Mapping[str, Increment]):
 
 
 def with_dots(increments: Mapping[str, Increment], modules: tuple[str, ...]) -> dict[str, Increment]:
-    """`increments` under the dotted paths of a manifest's `modules`, where a file keeps them with . as _ only."""
+    """Return the increments under the dotted paths in `modules`; a file may keep these with . as _ only."""
     dotted = {flat(module): module for module in modules}
     return {dotted.get(flat(name), name): increment for name, increment in increments.items()}
 

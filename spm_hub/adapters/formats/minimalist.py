@@ -1,8 +1,8 @@
-"""The masks of Minimalist erasure as its authors save them for FLUX: lists of logits, pickled, one file for each group.
+"""Minimalist erasure's masks for FLUX as its authors save them: one pickled list of logits for each group.
 
 attn: the heads of every block, double ones first.  ff: neurons after the activation, of each double block the picture's
-feed-forward and the text's.  norm: outputs of each double block's `norm1_context.linear`.  A neuron is on where its
-logit is above zero (Zhang et al., arXiv 2507.13386).
+feed-forward and the text's.  norm: outputs of each double block's `norm1_context.linear`.  A neuron is on if its logit
+is above zero (Zhang et al., arXiv 2507.13386).
 """
 
 import re
@@ -11,32 +11,30 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spm_hub.adapters.formats.format import Format
-from spm_hub.adapters.increments import Mask, acting, spread
+from spm_hub.adapters.formats.format import About, Format, Source
+from spm_hub.adapters.increments import Increment, Mask, spread, without_no_op_masks
 from spm_hub.errors import AdapterFileError
 from spm_hub.io import pickles
-
-FORMAT = Format("minimalist", "Minimalist's masks for FLUX.1: attn.pt, ff.pt and norm.pt; a folder, or one of them")
 
 _GROUPS = ("attn", "ff", "norm")
 # The whole name or its last word: diff.pt is no mask of ff.
 _ENDS = re.compile(rf"(?:^|[-_.])({'|'.join(_GROUPS)})$")
-_DOUBLE, _SINGLE, _HEAD = 19, 38, 128  # of FLUX.1: blocks of either kind, and how wide a head is
+_DOUBLE, _SINGLE, _HEAD = 19, 38, 128  # of FLUX.1: blocks of either kind, and the width of a head
 _FF, _NORM = 4, 6  # neurons, outputs, for each channel
 
 
 def mask_files(path: Path) -> list[Path]:
-    """The mask files that `path` is, or that lie in the folder that it is."""
+    """Return the mask files in the folder `path`, or `path` itself if it is one."""
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
     return [file for file in files if file.suffix == ".pt" and _ENDS.search(file.stem)]
 
 
 def read_masks(paths: Sequence[Path]) -> dict[str, Mask]:
-    """The masks of one eraser out of up to three files, by module path in diffusers' FLUX; no code of theirs is run.
+    """Return the masks of one eraser from up to three files, by module path in diffusers' FLUX.
 
-    Their names end in attn, ff or norm, which is the only thing that tells what is in them. Modules that lose nothing
-    are left out (`increments.acting`). A reduced FLUX is known by its ff or norm file.
-    Raises AdapterFileError for a file that is no list of logits, or files that do not belong together, and what
+    Only the file names say which group a file is of: they end in attn, ff or norm. Modules that lose nothing are left
+    out (`without_no_op_masks`). A reduced FLUX is known by its ff or norm file. No code in the files is run.
+    Raises AdapterFileError for a file that is no list of logits, or files that do not belong together, and as
     `pickles.read` does.
     """
     logits: dict[str, list[Tensor]] = {}
@@ -65,10 +63,10 @@ def read_masks(paths: Sequence[Path]) -> dict[str, Mask]:
             for output in ("to_out.0", "to_add_out"):
                 masks[f"transformer_blocks.{block}.attn.{output}"] = Mask(spread(heads > 0, width, inner), 1)
         else:
-            # What comes out of the heads is the first part of what proj_out takes, the feed-forward's neurons the rest.
+            # The input of proj_out begins with the output of the heads; the feed-forward's neurons are the rest.
             whole = spread(heads > 0, width, inner + _FF * inner)
             masks[f"single_transformer_blocks.{block - double}.proj_out"] = Mask(whole, 1)
-    return acting(masks)
+    return without_no_op_masks(masks)
 
 
 def _read(path: Path) -> list[Tensor]:
@@ -83,7 +81,7 @@ def _is_row(row: object) -> bool:
 
 
 def _channels(what: str, logits: Mapping[str, list[Tensor]]) -> int | None:
-    """The width of the model, where ff or norm tell it."""
+    """Return the width of the model, or None if there is neither an ff nor a norm file."""
     widths = {len(row) / _FF for row in logits.get("ff", [])} | {len(row) / _NORM for row in logits.get("norm", [])}
     heads = {len(row) for row in logits.get("attn", [])}
     fit = len(widths) <= 1 and len(heads) <= 1
@@ -107,3 +105,24 @@ def _double_blocks(what: str, logits: Mapping[str, list[Tensor]]) -> int:
             mend="name the files of one training of FLUX, ff.pt or norm.pt among them",
         )
     return int(double)
+
+
+def _matches(source: Source) -> bool:
+    return bool(mask_files(source.path))
+
+
+def _read_source(source: Source) -> dict[str, Increment]:
+    return dict(read_masks(mask_files(source.path)))
+
+
+def _describe(source: Source) -> About:
+    return About(family="flux", files=tuple(mask_files(source.path)))
+
+
+FORMAT = Format(
+    "minimalist",
+    "Minimalist's masks for FLUX.1: attn.pt, ff.pt and norm.pt; a folder, or one of them",
+    _matches,
+    _read_source,
+    describe=_describe,
+)

@@ -1,4 +1,4 @@
-"""Module paths as diffusers has them: their dots put back, and the family that names and widths tell."""
+"""Module paths as diffusers has them: puts their dots back, and infers the family from names and widths."""
 
 import re
 from collections.abc import Iterable, Mapping, Set
@@ -16,7 +16,7 @@ _WORDS = """
 """.split()
 _WORD = re.compile(rf"(?:{'|'.join(sorted(_WORDS, key=len, reverse=True))}|[^_]+)(?=_|$)")
 
-# What denoisers of a family are made of at the top, as far as increments change it.
+# The top-level modules of each family that increments change.
 _UNET_ROOTS = (
     "down_blocks mid_block up_blocks conv_in conv_out time_embedding add_embedding class_embedding encoder_hid_proj"
 ).split()
@@ -31,24 +31,37 @@ _WIDTH_OF_FLUX = 3072
 _WIDTH_OF_SD35_MEDIUM = 1536
 _DOUBLE_BLOCKS_OF_FLUX = 19
 _FAMILY_OF_TEXT_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+_UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+
+# Two modules of SDXL that diffusers' loader knows by the original code's names only: of its own it makes one and the
+# same.
+SGM_ONLY = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}
 
 
 def flat(path: str) -> str:
-    """A module path as kohya's keys hold it, with . as _."""
+    """Return a module path with . as _, as kohya's keys have it."""
     return path.replace(".", "_")
 
 
 def dotted(name: str) -> str:
-    """The inverse of `flat` for modules of SD1, SD2, SDXL, SD3 and FLUX.1; a path with dots is returned as it is."""
+    """Invert `flat` for modules of SD1, SD2, SDXL, SD3 and FLUX.1.
+
+    A path with dots, or one that the known words do not make up, is returned unchanged.
+    """
     path = ".".join(_WORD.findall(name))
     return path if "." not in name and flat(path) == name else name
 
 
-def shaped(name: str, increment: Increment, family: str | None = None) -> Increment:
-    """A change that its file keeps as a matrix, though it is of a convolution, with that one's kernel.
+def is_unet(paths: Iterable[str]) -> bool:
+    """Return True if modules of these names, dotted or not, are those of a U-Net."""
+    return any(path.startswith(_UNET_BLOCKS) for path in paths)
 
-    LyCORIS lays a product's kernels out in a row when it has no core. In U-Nets names tell which layers are
-    convolutions, but for SD1's projections around attention, which are Linear layers in SD2 and SDXL.
+
+def with_kernel(name: str, increment: Increment, family: str | None = None) -> Increment:
+    """Give a convolution's change its kernel back if its file keeps it as a matrix.
+
+    LyCORIS lays a product's kernels out in a row when it has no core. In U-Nets the name of a layer determines if it is
+    a convolution, except for SD1's projections around attention, which are Linear layers in SD2 and SDXL.
     """
     if not (isinstance(increment, Dense) and increment.delta.dim() == 2):
         return increment
@@ -68,9 +81,9 @@ _PROJECTION = re.compile(r"(^|[._])attentions[._]\d+[._]proj_(in|out)$")
 
 
 def check_roots(source: object, family: str, modules: Iterable[str]) -> None:
-    """Raise AdapterFileError for a module that no model of this family has: its first name is none of theirs.
+    """Raise AdapterFileError for a module whose first name no model of this family has.
 
-    Nothing is asked of families that are not ours (`generic`, plug-ins').
+    Families that are not ours (`generic`, plug-ins') are not checked.
     """
     roots = _ROOTS.get(family)
     if roots is None:
@@ -84,9 +97,9 @@ def check_roots(source: object, family: str, modules: Iterable[str]) -> None:
 
 
 def family_of(increments: Mapping[str, Increment]) -> str | None:
-    """The model family by names and widths alone, as other programs' headers are absent as often as wrong.
+    """Return the model family by names and widths alone; other programs' headers are absent as often as wrong.
 
-    None where they do not tell: nothing is SD1 for want of a better idea.
+    None if they do not determine it: SD1 is no default.
     """
     shapes = {flat(module): increment.weight_shape for module, increment in increments.items()}
     if any(name.startswith("single_transformer_blocks_") for name in shapes):
@@ -95,16 +108,16 @@ def family_of(increments: Mapping[str, Increment]) -> str | None:
         return _family_of_transformer(shapes)
     if not any(name.startswith(("down_blocks_", "mid_block_", "up_blocks_")) for name in shapes):
         return None
-    # A product of LyCORIS' is a matrix even where its weight is a 1x1 convolution.
+    # A product of LyCORIS' is a matrix even if its weight is a 1x1 convolution.
     telling = {flat(module) for module, one in increments.items() if one.kind != "dense" or len(one.weight_shape) == 4}
     return _family_of_unet(shapes, telling)
 
 
 def _family_of_transformer(shapes: Mapping[str, tuple[int, ...] | None]) -> str | None:
-    """Double blocks alone: SD3 and FLUX.1 share their names, but not their width or number."""
+    """Return the family of double blocks: SD3 and FLUX.1 share their names, but not their width or number."""
     foreign = re.compile(r"transformer_blocks_\d+_(attn1_\w+|img_\w+|txt_\w+)")  # PixArt, Qwen-Image
     second = re.compile(r"transformer_blocks_\d+_attn2_to_[kv]")
-    # What attends to the text is called attn2 in PixArt and its like; SD3.5 medium has a second self-attention there.
+    # attn2 attends to the text in PixArt and its like; in SD3.5 medium it is a second self-attention.
     elsewhere = {shape[1] for name, shape in shapes.items() if shape and second.match(name)} - {_WIDTH_OF_SD35_MEDIUM}
     if elsewhere or any(foreign.match(name) for name in shapes):
         return "generic"
@@ -116,7 +129,7 @@ def _family_of_transformer(shapes: Mapping[str, tuple[int, ...] | None]) -> str 
 
 
 def _family_of_unet(shapes: Mapping[str, tuple[int, ...] | None], telling: Set[str]) -> str | None:
-    """`telling` are the modules whose shape is their weight's own, kernel and all."""
+    """Return the family of a U-Net. `telling`: the modules whose shape includes their weight's kernel."""
     widths = {
         shape[1] for name, shape in shapes.items() if shape is not None and name.endswith(("attn2_to_k", "attn2_to_v"))
     }

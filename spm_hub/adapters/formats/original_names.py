@@ -1,8 +1,8 @@
-"""kohya's files: module names of the original repositories, SDXL's sgm blocks, fused projections of FLUX.1 and SD3.
+"""Module names of the original repositories: SDXL's sgm blocks, fused projections of FLUX.1 and SD3.
 
-SD1 and SD2 are named as diffusers names them. Of the others kohya trains the original code, so that a module has
-another name and, in FLUX.1 and SD3, one weight holds what diffusers keeps in several: its rows are split exactly, and
-FLUX.1's joined again.
+SD1 and SD2 are named as diffusers names them. For the others kohya and more train the original code, so that a module
+has another name and, in FLUX.1 and SD3, one weight holds what diffusers keeps in several: its rows are split exactly,
+and FLUX.1's joined again.
 """
 
 import re
@@ -13,30 +13,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from spm_hub.adapters.formats import spm
-from spm_hub.adapters.formats.format import WHOLE, Files, Format, Part, Slot, Writer
-from spm_hub.adapters.formats.module_names import dotted, flat
+from spm_hub.adapters.formats.module_names import SGM_ONLY, dotted, flat
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
-from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import AdapterFileError
-from spm_hub.io.safetensors_file import encode
 
 Name = TypeVar("Name")
-
-_PARTS: dict[str, Part] = {
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
-    "alpha": "alpha",
-    "diff": "delta",
-    "diff_b": "delta_bias",
-}
-# Beside lora_unet_, which `spm` reads: OneTrainer's prefix, and that of files made for the original code.
-_KEY = re.compile(
-    r"(?:lora_transformer_(?P<flat>\w+?)|(?:model\.)?diffusion_model\.(?P<dotted>[\w.]+?))"
-    rf"\.(?P<part>{'|'.join(re.escape(part) for part in _PARTS)})"
-)
 
 # Residual layers and their downsampler count as one row of input_blocks; all of Stable Diffusion has two such layers.
 _ROWS = 3
@@ -55,7 +36,7 @@ _UNET_ENDS = {
     "out_2": "conv_out",
     "time_embed_0": "time_embedding_linear_1",
     "time_embed_2": "time_embedding_linear_2",
-    **{theirs: ours for ours, theirs in spm.SGM_ONLY.items()},
+    **{theirs: ours for ours, theirs in SGM_ONLY.items()},
 }
 _UNET_ENDS_BACK = {theirs: ours for ours, theirs in _UNET_ENDS.items()}
 
@@ -122,16 +103,10 @@ _SWAPPED, _SWAPPED_BACK = "final_layer_adaLN_modulation_1", "norm_out.linear"
 _LAST_OF_TEXT = "context_block_adaLN_modulation_1"
 
 
-def parse_key(key: str) -> Slot | None:
-    """The slot of a key under the prefixes of this format that are not SPM's too."""
-    match = _KEY.fullmatch(key)
-    return None if match is None else Slot(match["flat"] or match["dotted"], _PARTS[match["part"]])
+def to_diffusers(increments: Mapping[str, Increment], keys: Mapping[str, str] | None = None) -> dict[str, Increment]:
+    """Return the same increments under diffusers' names; names that are diffusers' already are unchanged.
 
-
-def canonical(increments: Mapping[str, Increment], keys: Mapping[str, str] | None = None) -> dict[str, Increment]:
-    """The same increments under diffusers' names; names that are theirs already stay as they are.
-
-    keys: a key of the file for each name, which errors then call it by.
+    keys: a key of the file for each name, for error messages.
     Raises AdapterFileError for a fused module whose rows cannot be divided, or two names of one module, whether they
     differ in their dots or altogether.
     """
@@ -150,7 +125,7 @@ def canonical(increments: Mapping[str, Increment], keys: Mapping[str, str] | Non
 
 
 def sgm_to_diffusers(name: str) -> str | None:
-    """A U-Net's module, with . as _, from the original code's name to diffusers'; None for any other name."""
+    """Return diffusers' name, with . as _, for a U-Net module's original name; None for any other name."""
     if name in _UNET_ENDS:
         return _UNET_ENDS[name]
     match = re.fullmatch(r"(input|middle|output)_blocks?_(\d+)(?:_(\d+))?_(.+)", name)
@@ -175,7 +150,7 @@ def sgm_to_diffusers(name: str) -> str | None:
 
 
 def diffusers_to_sgm(path: str) -> str | None:
-    """SDXL's module from diffusers' dotted path to the original code's name, with . as _; None where it has none."""
+    """Return the original name, with . as _, for a dotted path of diffusers' SDXL; None if there is none."""
     if (name := flat(path)) in _UNET_ENDS_BACK:
         return _UNET_ENDS_BACK[name]
     if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", path):
@@ -192,8 +167,8 @@ def diffusers_to_sgm(path: str) -> str | None:
     return None
 
 
-def renamed(family: str, increments: Mapping[str, Increment]) -> dict[str, Increment]:
-    """The increments under kohya's own names, with . as _; the inverse of `canonical`.
+def to_original(family: str, increments: Mapping[str, Increment]) -> dict[str, Increment]:
+    """Return the increments under kohya's own names, with . as _; the inverse of `to_diffusers`.
 
     Raises AdapterFileError for a module without such a name.
     """
@@ -209,18 +184,8 @@ def renamed(family: str, increments: Mapping[str, Increment]) -> dict[str, Incre
     )
 
 
-def write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
-    """One file of kohya's keys; its header is that of our own files, with the rank that fusing leads to."""
-    modules = renamed(manifest.base.family, increments)
-    ranks = [increment.rank for increment in modules.values() if isinstance(increment, LowRank)]
-    info = manifest.increment.model_copy(update={"rank": max(ranks, default=None)})
-    stated = manifest.model_copy(update={"increment": info})
-    tensors = spm.spelled({f"lora_unet_{name}": increment for name, increment in modules.items()}, spm.KOHYA)
-    return {WHOLE: encode(tensors, spm.header_metadata(stated))}
-
-
 def _in_diffusers(name: str, increment: Increment) -> dict[str, Increment]:
-    """One module's increments by diffusers' names: several where the original fuses them."""
+    """Return one module's increments by diffusers' names: several if the original fuses them."""
     plain = flat(name)
     if (path := sgm_to_diffusers(plain)) is not None:
         return {path: increment}
@@ -239,7 +204,7 @@ def _in_diffusers(name: str, increment: Increment) -> dict[str, Increment]:
 
 
 def _split(name: str, increment: Increment, count: int) -> list[Increment]:
-    """The rows of q, k and v, each as many as there are inputs, and what is left (FLUX.1's mlp)."""
+    """Split rows into q, k and v, each as many as there are inputs, and the rest (FLUX.1's mlp)."""
     if isinstance(increment, Mask):
         raise AdapterFileError(f"{name}: a mask of a fused module is not read")
     out, width = increment.weight_shape[:2]
@@ -256,7 +221,7 @@ def _split(name: str, increment: Increment, count: int) -> list[Increment]:
 
 
 def _flux_fused(paths: Mapping[str, Increment]) -> dict[str, Increment]:
-    """Increments of FLUX.1 under the original's names, those that share a weight joined."""
+    """Return increments of FLUX.1 under the original names; those that share a weight are joined."""
     fused: dict[str, Increment] = {}
     groups: dict[str, dict[int, Increment]] = {}
     for path, increment in paths.items():
@@ -280,13 +245,14 @@ _FLUX_PLACES = {
     for name, paths in table.items()
     for place, path in enumerate(paths)
 }
-"""Of a path with {} for its block: the original's name, likewise, and its place among those that share the weight."""
+"""Path with {} for its block -> (original name, likewise, and the place among the parts of that weight)."""
 
 
 def _joined(name: str, members: Mapping[int, Increment], count: int) -> Increment:
-    """One increment of the fused weight, as precise as the most precise member; rows of those that are absent are zero.
+    """Return one increment of the fused weight; rows of absent members are zero.
 
-    Low-rank members with one `down` keep their rank, others stand side by side: a rank that is their sum.
+    It is as precise as the most precise member. Low-rank members with one `down` keep their rank; others are placed
+    side by side, and the ranks add up.
     """
     dtype = reduce(torch.promote_types, (member.dtype for member in members.values()))
     members = {place: member.to(dtype=dtype) for place, member in members.items()}
@@ -321,7 +287,7 @@ def _joined(name: str, members: Mapping[int, Increment], count: int) -> Incremen
 
 
 def _up(increment: Increment) -> Tensor:
-    """Whatever of an increment has the rows of its weight."""
+    """Return the part of an increment that has the rows of its weight."""
     return increment.up if isinstance(increment, LowRank) else increment.tensors()["delta"]
 
 
@@ -345,11 +311,3 @@ def _known(path: str, name: Name | None) -> Name:
             f"{path} has no name in kohya's files", mend="spmhub convert FILE --to diffusers, or --to spm"
         )
     return name
-
-
-FORMAT = Format(
-    "kohya",
-    "kohya's sd-scripts: sgm names for SDXL, fused qkv for FLUX.1; SD3's joint blocks are read",
-    parse_key,
-    Writer(("low_rank",), write),
-)

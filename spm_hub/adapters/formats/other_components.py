@@ -1,6 +1,6 @@
-"""What a file holds beside the denoiser, which no eraser changes: told apart, to be refused or left out when asked to.
+"""Separates a denoiser's tensors from those of other components, which no eraser changes.
 
-For the most part it is of text encoders; the one file of a whole pipeline has an autoencoder and more too.
+Most of these belong to text encoders; the file of a whole pipeline also has an autoencoder and more.
 """
 
 import re
@@ -20,7 +20,7 @@ LEFT_OUT = "spmhub convert FILE --without-text-encoder, if the denoiser's part a
 
 # A learnt word: cloneofsimo's have the name of the token, kohya's come in a bundle.
 _TOKEN = re.compile(r"<[^<>]{1,100}>|bundle_emb\..*")
-# By the word for manifests: that for people, and the keys. The original code keeps its schedule in plain buffers.
+# The word for manifests -> (the words for people, the keys). The original code keeps its schedule in plain buffers.
 _PARTS = {
     "text_encoder": ("a text encoder", _LAYER),
     "autoencoder": ("an autoencoder", re.compile(r"(first_stage_model|vae)\..*")),
@@ -36,7 +36,7 @@ _PARTS = {
 
 
 def refuse(source: object, tensors: Mapping[str, Tensor]) -> None:
-    """Raise AdapterFileError where any of these is of a part of a pipeline that is not its denoiser."""
+    """Raise AdapterFileError if any of these tensors belongs to another component than the denoiser."""
     for called, pattern in _PARTS.values():
         if key := next(filter(pattern.fullmatch, tensors), None):
             raise AdapterFileError(
@@ -44,8 +44,8 @@ def refuse(source: object, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def divided(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, int]]:
-    """The tensors that may be the denoiser's, and how many are of which other part."""
+def split_off(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, int]]:
+    """Return the tensors that may be the denoiser's, and the number of tensors of each other component."""
     parts = {key: next((name for name, (_, those) in _PARTS.items() if those.fullmatch(key)), None) for key in tensors}
     parts |= {key: "text_encoder" for key in tensors if _TOKEN.fullmatch(key)}
     rest = {key: value for key, value in tensors.items() if parts[key] is None}

@@ -1,53 +1,32 @@
-"""LyCORIS files: `full` (.diff), and the products LoHa and LoKr, which become the dense increments that they stand for.
+"""LyCORIS' products of factors, LoHa and LoKr, multiplied out into dense changes.
 
 Yeh et al., Navigating Text-to-Image Customization, ICLR 2024, arXiv 2309.14859: LoHa is (B1 A1) * (B2 A2), element by
 element; LoKr is the Kronecker product of C and B A. Both are scaled by alpha / rank. For a convolution B A may have a
 core (Tucker), a small convolution between the two; then each of them has a row for every rank.
 """
 
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from spm_hub.adapters.formats import original_names as kohya
-from spm_hub.adapters.formats.format import Format, Part, Slot, Writer
+from spm_hub.adapters.formats.slots import Part
 from spm_hub.errors import CompatibilityError
 
 _LOHA: tuple[Part, ...] = ("hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2")
 _LOKR: tuple[Part, ...] = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-_PARTS: dict[str, Part] = {
-    **{part: part for part in (*_LOHA, *_LOKR)},
-    "lora_down.weight": "down",
-    "lora_mid.weight": "mid",
-    "lora_up.weight": "up",
-    "dora_scale": "dora_scale",
-    "alpha": "alpha",
-    "diff": "delta",
-    "diff_b": "delta_bias",
-}
-# LyCORIS trained without kohya's scripts spells its own prefix; OneTrainer spells the transformer's.
-_KEY = re.compile(
-    r"(?:lora_unet|lycoris|lora_transformer)_(?P<module>\w+?)"
-    rf"\.(?P<part>{'|'.join(re.escape(part) for part in _PARTS)})"
-)
-
 FACTORS: frozenset[Part] = frozenset((*_LOHA, *_LOKR))
-"""Parts of which `product` makes a delta."""
+"""The parts that `product` takes."""
 
 LARGEST_WEIGHT = 2**27
-"""Entries; the largest of FLUX has half of that. Thin factors can stand for a delta of any size."""
-
-
-def parse_key(key: str) -> Slot | None:
-    """The slot of a key in LyCORIS' spellings."""
-    match = _KEY.fullmatch(key)
-    return None if match is None else Slot(match["module"], _PARTS[match["part"]])
+"""Entries; the largest weight of FLUX has half of that. Thin factors can make a delta of any size."""
 
 
 def product(parts: Mapping[Part, Tensor], alpha: float | None) -> Tensor:
-    """The delta of a LoHa's or LoKr's factors, float32: (out, in) or (out, in, kh, kw). Raises CompatibilityError."""
+    """Return the delta of a LoHa's or LoKr's factors: float32, (out, in) or (out, in, kh, kw).
+
+    Raises CompatibilityError for factors that do not fit, or whose product is larger than any weight.
+    """
     wide = {part: tensor.double() for part, tensor in parts.items()}
     try:
         if "hada_w1_a" in wide:
@@ -62,7 +41,7 @@ def product(parts: Mapping[Part, Tensor], alpha: float | None) -> Tensor:
             second = _factor(wide.get("lokr_w2"), wide.get("lokr_w2_a"), wide.get("lokr_w2_b"), wide.get("lokr_t2"))
             check_size(first.numel() * second.numel())
             delta = torch.kron(first.reshape(*first.shape, *[1] * (second.dim() - 2)), second)
-            # Both written out: there is no rank to scale by, and the programs that write them scale by nothing.
+            # If both are written out, there is no rank to scale by, and the programs that write them do not scale.
             rank = next((len(wide[part]) for part in ("lokr_w2_b", "lokr_w1_b") if part in wide), None)
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
         shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in sorted(parts.items()))
@@ -73,21 +52,21 @@ def product(parts: Mapping[Part, Tensor], alpha: float | None) -> Tensor:
 
 
 def through(core: Tensor, down: Tensor) -> Tensor:
-    """A product's core and what stands before it as one convolution: (r, s, kh, kw), (s, in) -> (r, in, kh, kw).
+    """Return a product's core and its `down` as one convolution: (r, s, kh, kw), (s, in) -> (r, in, kh, kw).
 
-    float64. Raises CompatibilityError where they do not fit, or stand for more numbers than any weight has.
+    float64. Raises CompatibilityError if they do not fit, or make more numbers than any weight has.
     """
     down = down.flatten(1)
     if core.dim() != 4 or core.shape[1] != len(down):
         raise CompatibilityError(
-            f"{tuple(core.shape)} is no core of a convolution before which {tuple(down.shape)} stands"
+            f"a core of shape {tuple(core.shape)} does not fit a convolution whose first factor is {tuple(down.shape)}"
         )
     check_size(core[:, 0].numel() * down.shape[1])
     return torch.einsum("rskl,si->rikl", core.double(), down.double())
 
 
 def _factor(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None = None) -> Tensor:
-    """One factor, whole or as a product of its own: (out, in), or (out, in, kh, kw) where it is one of convolutions."""
+    """Return one factor, whole or multiplied out: (out, in), or (out, in, kh, kw) for convolutions."""
     if whole is not None:
         return whole
     if a is None or b is None:
@@ -100,15 +79,6 @@ def _factor(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tens
 
 
 def check_size(entries: int) -> None:
-    """Raise CompatibilityError where factors stand for more numbers than any weight has."""
+    """Raise CompatibilityError for a product of more numbers than any weight has."""
     if entries > LARGEST_WEIGHT:
-        raise CompatibilityError(f"its factors stand for {entries} numbers, no weight has more than {LARGEST_WEIGHT}")
-
-
-FORMAT = Format(
-    "lycoris",
-    "LyCORIS: full (.diff) and LoRA are written, LoHa, LoKr and, with --model, DoRA read too; kohya's module names",
-    parse_key,
-    Writer(("low_rank", "dense"), kohya.write),
-    explicit=True,
-)
+        raise CompatibilityError(f"its factors make {entries} numbers, no weight has more than {LARGEST_WEIGHT}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from spm_hub.adapters.increments import Mask, acting, spread
+from spm_hub.adapters.increments import Mask, spread, without_no_op_masks
 from spm_hub.errors import RecipeError
 from spm_hub.models.architectures import body_of, family_of
 from spm_hub.training.recipe.schema import MaskGroup, Masks
@@ -187,8 +187,8 @@ class MaskInjection:
         return [{"params": list(self._logits.values()), "lr": lr}]
 
     def increments(self) -> dict[str, Mask]:
-        """What the logits of now keep, all above zero; modules that lose nothing are left out (`acting`)."""
-        return acting(
+        """Return the masks of the present logits, which keep those above zero; masks that keep all are left out."""
+        return without_no_op_masks(
             {
                 place.path: Mask(spread(self._logits[name].detach().cpu() > 0, place.width, place.total), place.dim)
                 for name, row in self._rows.items()

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import load_file
 from spm_hub.adapters.conversion import BaseModel, Description
-from spm_hub.adapters.formats import original_names as kohya
-from spm_hub.adapters.formats import spm
+from spm_hub.adapters.formats import original_names, spm
 from spm_hub.errors import AdapterFileError, CompatibilityError, NotFoundError, SpmHubError, UsageError
 
 NOBODY = Description()
@@ -214,7 +213,7 @@ def test_concept_ablation_and_uce_files(wrapped: str, tmp_path: Path) -> None:
             original = {}
             for key, value in tensors.items():
                 module = key.removesuffix(".weight")
-                ldm = str(kohya.diffusers_to_sgm(module))  # SD1 numbers its blocks as SDXL does
+                ldm = str(original_names.diffusers_to_sgm(module))  # SD1 numbers its blocks as SDXL does
                 dots = ldm.replace("_transformer_blocks_0_attn2_to_", ".transformer_blocks.0.attn2.to_")
                 head, tail = dots.split(".", 1)
                 head = head.replace("blocks_", "blocks.").replace("block_", "block.")

@@ -24,7 +24,7 @@ from spm_hub.adapters.conversion import BaseModel, Description
 from spm_hub.adapters.formats import module_names as names
 from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.increments import Dense, Increment, LowRank
-from spm_hub.adapters.low_rank_approximation import reduce
+from spm_hub.adapters.low_rank_approximation import truncate
 from spm_hub.errors import AdapterFileError
 from spm_hub.models.architectures import changeable, shape_of
 
@@ -258,7 +258,7 @@ def test_a_reduced_loha_of_sd1_loads_in_plain_diffusers(tmp_path: Path, caplog: 
                 for part, shape in factors.items()
             }
     save_file(tensors, tmp_path / "x.safetensors")
-    adapter = reduce(conversion.read(tmp_path / "x.safetensors", Description(family="sd1"))[0], 1).adapter
+    adapter = truncate(conversion.read(tmp_path / "x.safetensors", Description(family="sd1"))[0], 1).adapter
     bare, expected = predict(pipe.unet), output_with(pipe.unet, adapter)
     (file,) = conversion.write(adapter, conversion.writer_named("diffusers"), tmp_path / "lora.safetensors")
     load_without_complaint(pipe, file, caplog)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from spm_hub.adapters.adapter import Adapter, increment_info, load_file
 from spm_hub.adapters.formats import diffusers_lora, spm
-from spm_hub.adapters.formats.format import Slot
+from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.formats.reading import read_increments
+from spm_hub.adapters.formats.slots import Slot
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.adapters.manifest import Base, Concept, Manifest
 from spm_hub.errors import AdapterFileError
@@ -149,15 +150,15 @@ def test_alpha_is_folded_into_up(alpha: float, dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(0)
     pair = low_rank((5, 4), 3, random).to(dtype=dtype)
     tensors = {
-        f"lora_unet_{spm.flat(ATTENTION)}.lora_down.weight": pair.down,
-        f"lora_unet_{spm.flat(ATTENTION)}.lora_up.weight": pair.up,
+        f"lora_unet_{flat(ATTENTION)}.lora_down.weight": pair.down,
+        f"lora_unet_{flat(ATTENTION)}.lora_up.weight": pair.up,
     }
-    bare = read_increments(Path("x"), tensors)[spm.flat(ATTENTION)]
-    scaled = read_increments(Path("x"), {**tensors, f"lora_unet_{spm.flat(ATTENTION)}.alpha": torch.tensor(alpha)})
+    bare = read_increments(Path("x"), tensors)[flat(ATTENTION)]
+    scaled = read_increments(Path("x"), {**tensors, f"lora_unet_{flat(ATTENTION)}.alpha": torch.tensor(alpha)})
     weight = torch.zeros(5, 4)
     expected = pair.up.double() @ pair.down.double()
     torch.testing.assert_close(bare.delta_for(weight).double(), expected, rtol=1e-5, atol=1e-5)
-    found = scaled[spm.flat(ATTENTION)].delta_for(weight).double()
+    found = scaled[flat(ATTENTION)].delta_for(weight).double()
     torch.testing.assert_close(found, expected * alpha / 3, rtol=1e-5, atol=1e-5)
 
 
@@ -170,7 +171,7 @@ def test_ranks_that_differ_are_padded_to_one_alpha() -> None:
     again = read_increments(Path("x"), tensors)
     for path, increment in increments.items():
         weight = torch.zeros(increment.weight_shape)
-        torch.testing.assert_close(again[spm.flat(path)].delta_for(weight), increment.delta_for(weight))
+        torch.testing.assert_close(again[flat(path)].delta_for(weight), increment.delta_for(weight))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""The header of the files that we write, and the model family that a header names."""
+
+import json
+import re
+from collections.abc import Mapping
+
+from spm_hub.adapters.manifest import Manifest
+from spm_hub.io.safetensors_file import MANIFEST_KEY
+
+# family -> (modelspec architecture, kohya's base model version). A1111 takes any other non-empty header for SD1.
+_ARCHITECTURES = {
+    "sd1": ("stable-diffusion-v1", "sd_v1"),
+    "sd2": ("stable-diffusion-v2", "sd_v2"),
+    "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    "sd3": ("stable-diffusion-v3", "sd3"),
+    "flux": ("flux-1", "flux1"),
+}
+_FAMILIES = {
+    r"(sd_?xl|stable-diffusion-xl)": "sdxl",
+    r"(flux_?-?1|flux$)": "flux",
+    r"(sd_?3|stable-diffusion-(v3|3))": "sd3",
+    r"(sd_v?2|sd2|stable-diffusion-v?2)": "sd2",
+    r"(sd_v?1|sd1|stable-diffusion-v?1)": "sd1",
+}
+
+
+def family_in(metadata: Mapping[str, str]) -> str | None:
+    """Return the model family that a header names, or None. Headers of A1111's kind are often wrong."""
+    claims = [metadata.get(key, "").lower() for key in ("ss_base_model_version", "modelspec.architecture", "family")]
+    for claim in claims:
+        for pattern, family in _FAMILIES.items():
+            if re.match(pattern, claim):
+                return family
+    return None
+
+
+def header_metadata(manifest: Manifest) -> dict[str, str]:
+    """Return the metadata of a file's header: kohya's minimum, modelspec 1.0.1, SPM's keys, the manifest.
+
+    It never holds a date, so that the same adapter is the same file.
+    """
+    info, concept = manifest.increment, manifest.concept
+    architecture, version = _ARCHITECTURES.get(manifest.base.family, (manifest.base.family, manifest.base.family))
+    algorithm = {"low_rank": "lora", "dense": "full", "mask": "mask"}[info.kind]
+    metadata = {
+        "ss_v2": str(manifest.base.family == "sd2"),
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora" if info.kind == "low_rank" else "lycoris.kohya",
+        "ss_network_args": json.dumps({} if info.kind == "low_rank" else {"algo": algorithm}),
+        "ss_output_name": manifest.name,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/{algorithm}",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": manifest.name,
+        "modelspec.description": f"Erases {concept.target} (spm-hub)",
+        "modelspec.author": manifest.author,
+        "modelspec.license": manifest.licence,
+        "modelspec.tags": "spmhub, concept-erasure",
+        "prompts": ",".join((concept.target, *concept.aliases)),
+        MANIFEST_KEY: manifest.to_embedded_json(),
+    }
+    if info.rank is not None:
+        rank = {"ss_network_dim": str(info.rank), "ss_network_alpha": str(float(info.rank))}
+        metadata |= rank | {"rank": str(info.rank), "alpha": str(float(info.rank))}
+    return metadata

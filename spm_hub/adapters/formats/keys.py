@@ -1,0 +1,183 @@
+"""The library of formats that name every tensor by its module: increments out of keys, and keys for increments."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spm_hub.adapters.formats import dora
+from spm_hub.adapters.formats.assembly import assemble, of_one_kind
+from spm_hub.adapters.formats.lora_config import Scaling
+from spm_hub.adapters.formats.module_names import with_kernel
+from spm_hub.adapters.formats.original_names import to_diffusers
+from spm_hub.adapters.formats.slots import Part, Slot
+from spm_hub.adapters.increments import Increment, LowRank, Mask
+from spm_hub.errors import GET_AGAIN, AdapterFileError
+
+_PADDING = 8
+"""How many times larger a single rank may make a file; the ranks of trainers differ by far less."""
+
+# Recognised only to be refused in plain words.
+_REFUSED = {
+    re.compile(
+        r".*\.(lokr_t1|oft_blocks|oft_diag|glora.*|[ab]\d\.weight|w_norm|b_norm)"
+    ): "a LyCORIS layout other than LoRA, LoHa, LoKr, DoRA and full",
+    re.compile(r"(double|single)_blocks\.\d+\.processor\..*"): "XLabs' layout of FLUX.1",
+}
+# Read by a conversion only, because it needs more than the file.
+_CONVERTED = {
+    re.compile(r"((unet|transformer)\.)?base_model\.model\..*"): "PEFT's, whose scale is in another file",
+    re.compile(r"unet:\d+:(up|down)"): "cloneofsimo/lora's, which numbers its layers instead of naming them",
+    re.compile(r".*\.((hada|lokr)_[wt]\w+|lora_mid\.weight)"): "a LyCORIS product, which is larger than its file",
+    re.compile(r".*\.dora_scale"): "DoRA, whose change depends on the weight it is added to",
+    re.compile(r"(?!.*lora).+\.(weight|bias)"): "a full tensor, whose increment is its difference to the base",
+}
+
+
+def read_by_keys(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    slots: Mapping[str, Slot],
+    scaling: Scaling | None = None,
+    *,
+    converting: bool = False,
+    base: Mapping[str, Tensor] | None = None,
+) -> dict[str, Increment]:
+    """Return the increments by module path: dotted if the keys keep the dots, else with . as _ (`flat`).
+
+    slots: of every key.  scaling: gives alpha to the tensors that state none.  converting: the user asked for a
+    conversion, which may make low-rank increments dense.  base: the denoiser's state dict, which DoRA needs.
+    Raises AdapterFileError for two tensors of one part, a module with missing parts, or a file without tensors.
+    """
+    modules: dict[str, dict[Part, Tensor]] = {}
+    keys: dict[tuple[str, Part], str] = {}
+    for key, value in tensors.items():
+        slot = slots[key]
+        parts = modules.setdefault(slot.module, {})
+        if slot.part in parts:
+            raise AdapterFileError(
+                f"{path}: {slot.module} has two tensors for {slot.part}, {keys[slot.module, slot.part]!r} and {key!r}",
+                mend="ask its author which of the two it is, and leave the other out",
+            )
+        parts[slot.part], keys[slot.module, slot.part] = value, key
+    if not modules:
+        raise AdapterFileError(f"{path}: it holds no tensors", mend=GET_AGAIN)
+    magnitudes = _take_magnitudes(path, modules, scaling, base)
+    for module, parts in modules.items():
+        if scaling is not None and "down" in parts and "alpha" not in parts and parts["down"].dim():
+            parts["alpha"] = torch.tensor(scaling.alpha_of(module, len(parts["down"])))
+    try:
+        found = to_diffusers(
+            {name: assemble(f"{path}: {name}", modules[name]) for name in sorted(modules)},
+            {name: key for (name, _), key in keys.items()},
+        )
+        if converting:
+            found = of_one_kind({name: with_kernel(name, increment) for name, increment in found.items()})
+        return found if base is None or not magnitudes else dora.apply_magnitudes(path, found, magnitudes, base)
+    except AdapterFileError as error:
+        names_path = error.message.startswith(str(path))
+        raise error if names_path else AdapterFileError(f"{path}: {error.message}", mend=error.mend) from error
+
+
+def unknown_key(path: Path, key: str, keys: Iterable[str], formats: str) -> AdapterFileError:
+    """Return the error for a file with the unknown `key`.
+
+    keys: all keys of the file. The message names the one that says most: a layer, rather than a learnt token.
+    formats: the formats that are read, in words.
+    """
+    telling = next((each for pattern in (*_REFUSED, *_CONVERTED) for each in keys if pattern.fullmatch(each)), key)
+    for pattern, what in _REFUSED.items():
+        if pattern.fullmatch(telling):
+            return AdapterFileError(
+                f"{path}: {telling!r} is of {what}; it is not supported", mend=f"use a file in one of: {formats}"
+            )
+    for pattern, what in _CONVERTED.items():
+        if pattern.fullmatch(telling):
+            return AdapterFileError(f"{path}: {telling!r} is {what}", mend=f"spmhub convert {path}")
+    return AdapterFileError(f"{path}: {telling!r} is of no known layout", mend=f"use a file in one of: {formats}")
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """The last parts of the keys of a low-rank pair; `alpha` is True if the format states alpha."""
+
+    down: str
+    up: str
+    alpha: bool
+
+
+KOHYA_KEYS = Spelling("lora_down.weight", "lora_up.weight", alpha=True)
+PEFT_KEYS = Spelling("lora_A.weight", "lora_B.weight", alpha=False)
+
+
+def tensors_by_key(modules: Mapping[str, Increment], spelling: Spelling) -> dict[str, Tensor]:
+    """Return the tensors of a file by key; `modules` maps the key without its last part to the increment.
+
+    Increments of lower rank are padded with zeros to the highest: same products, and one alpha, which is the rank.
+    """
+    rank = common_rank(modules.values())
+    tensors: dict[str, Tensor] = {}
+    for module, increment in modules.items():
+        match increment:
+            case LowRank():
+                down, up = _padded(increment, rank)
+                tensors[f"{module}.{spelling.down}"] = down
+                tensors[f"{module}.{spelling.up}"] = up
+                if spelling.alpha:
+                    alpha = torch.tensor(float(rank), dtype=up.dtype)
+                    # bfloat16 has no 257: the scale would not be 1.
+                    tensors[f"{module}.alpha"] = alpha if float(alpha) == rank else torch.tensor(float(rank))
+            case Mask():
+                tensors[f"{module}.{'keep_out' if increment.dim == 0 else 'keep_in'}"] = increment.keep.to(torch.uint8)
+            case _:
+                tensors[f"{module}.diff"] = increment.delta
+                if increment.delta_bias is not None:
+                    tensors[f"{module}.diff_b"] = increment.delta_bias
+    return tensors
+
+
+def common_rank(increments: Iterable[Increment]) -> int:
+    """Return the rank to which all low-rank increments are padded; 0 if there are none.
+
+    Raises AdapterFileError if the padding makes the file much larger, as a hostile file of a few numbers can ask for.
+    """
+    pairs = [increment for increment in increments if isinstance(increment, LowRank)]
+    rank = max((pair.rank for pair in pairs), default=0)
+    now, padded = sum(pair.nbytes for pair in pairs), sum(pair.nbytes // pair.rank * rank for pair in pairs)
+    if padded > _PADDING * now + 8 * 2**20:
+        raise AdapterFileError(
+            f"ranks from {min(pair.rank for pair in pairs)} to {rank} in one file: written with one rank, "
+            f"{now} bytes become {padded}"
+        )
+    return rank
+
+
+def _take_magnitudes(
+    path: Path, modules: Mapping[str, dict[Part, Tensor]], scaling: Scaling | None, base: object
+) -> dict[str, tuple[Part, Tensor]]:
+    """Take DoRA's magnitude out of each module's parts. Raises AdapterFileError if there is no base."""
+    found = {
+        module: (part, parts.pop(part)) for module, parts in modules.items() for part in dora.PARTS if part in parts
+    }
+    if found and base is None:
+        raise AdapterFileError(
+            f"{path}: {next(iter(found))} is of DoRA, whose change depends on the weight it is added to",
+            mend=f"spmhub convert {path} --model M, the base that it was trained on",
+        )
+    if scaling is not None and scaling.decomposed and (missing := sorted(modules.keys() - found.keys())):
+        raise AdapterFileError(f"{path}: use_dora is True, but {missing[0]} has no lora_magnitude_vector")
+    return found
+
+
+def _padded(increment: LowRank, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - increment.rank
+    if missing == 0:
+        return increment.down, increment.up
+    down, up = increment.down, increment.up
+    return (
+        torch.cat([down, down.new_zeros(missing, *down.shape[1:])]),
+        torch.cat([up, up.new_zeros(up.shape[0], missing, *up.shape[2:])], dim=1),
+    )

@@ -1,0 +1,131 @@
+"""Converts an eraser from and to the formats of other programs, and keeps it in a registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spm_hub.adapters.manifest import slug
+from spm_hub.errors import UsageError
+from spm_hub.hub.resolve import resolve
+from spm_hub.io.progress import Bars, Reporter
+from spm_hub.registry.registry import Registry, registries
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from spm_hub.adapters.adapter import Adapter
+    from spm_hub.adapters.formats.format import BaseModel
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted eraser and its files.
+
+    read_as, written_as: names of formats; written_as is None if nothing was written.  files: those that were written.
+    relative_error: of a low-rank approximation, sqrt(sum |dW - dW_r|^2 / sum |dW|^2); None without one.
+    biases_left_out: the number of changed biases that the approximation cannot hold; None without one.
+    """
+
+    adapter: Adapter
+    read_as: str
+    written_as: str | None = None
+    files: tuple[Path, ...] = ()
+    relative_error: float | None = None
+    biases_left_out: int | None = None
+
+
+def convert(
+    source: str | Path,
+    *,
+    to: str | None = None,
+    out: str | Path | None = None,
+    keep: bool = False,
+    svd_rank: int | None = None,
+    name: str | None = None,
+    concept: str | None = None,
+    family: str | None = None,
+    model: str | None = None,
+    config: str | None = None,
+    pipe: DiffusionPipeline | None = None,
+    without_text_encoder: bool = False,
+    registry: str | Path | None = None,
+    replace: bool = False,
+    progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
+    reporter: Reporter | None = None,
+) -> Conversion:
+    """Convert an eraser from or to another program's format; exact unless `svd_rank` is given.
+
+    It reads SPM, kohya, LyCORIS, diffusers, PEFT, LECO, concept sliders, cloneofsimo, ESD, UCE, Concept Ablation and
+    Minimalist files, those of plug-ins, and pickles (.pt, .ckpt, .bin) as tensors only. Nothing is written unless `to`
+    or `keep` is given.
+
+    source: a file or folder of any format, or an eraser's name in a registry or on the Hub.
+    to: the format to write, for instance "diffusers".  out: the file to write, or the folder for a format of several
+    files; unless given, a name in the working folder made from the eraser's and the format's.
+    keep: store the eraser in a registry.  registry: the folder for this, and for names; unless given, the working
+    folder if it is a registry, else the user's own.  replace: overwrite existing files.
+    svd_rank: approximate every module's change by at most this rank, and state the relative error.
+    name, concept, family: the eraser's name, its concept and its model family (sd1, sdxl, flux ...), if the file does
+    not state them or states other ones.
+    model: the base it was trained on, for whole weights, DoRA, masks, and `to="esd"`: an alias, folder, file or Hub
+    id.  config: as in `load_pipeline`, for a model that is a single file.  pipe: that base, already loaded; it is not
+    changed, and the manifest names it by `model` if given, else by where it was loaded from.
+    without_text_encoder: leave out tensors of text encoders; a file with such tensors is refused otherwise.
+    progress: True for bars in terminals and notebooks, False for none, or a function of (steps done, steps in all, {}).
+    reporter: takes remarks and progress in place of `progress`.
+
+    Raises UsageError (contradicting arguments, an existing file, or more to be said about the file), NotFoundError,
+    AdapterFileError (a broken or unknown file), CompatibilityError (another base), ModelError, RegistryError.
+    """
+    from spm_hub.adapters import conversion, low_rank_approximation
+    from spm_hub.adapters.description import Description, apply_description
+
+    if config is not None and (model is None or pipe is not None):
+        raise UsageError("config is for a model that is a single file, and there is none to load", mend="model=FILE")
+    if out is not None and to is None:
+        raise UsageError("out names the file of a format, and there is no format", mend='to="diffusers"')
+    folder = None if registry is None else Path(registry)
+    reporter = reporter or Bars(progress)
+    target = None if to is None else conversion.writer_named(to)
+    if model is not None and pipe is None:
+        reporter.say(f"reading {model} ...")
+    base = _base(model, config, pipe)
+    said = Description(None if name is None else slug(name), concept, family, without_text_encoder)
+    path = Path(source).expanduser()
+    if path.exists():
+        with reporter.progress("reading") as move:
+            adapter, read_as = conversion.read(path, said, base, move)
+    else:
+        adapter, read_as = apply_description(resolve(str(source), folder).load(), said), "spm"
+    error = biases = None
+    if svd_rank is not None:
+        if base is not None:
+            adapter = conversion.densified(adapter, base)
+        with reporter.progress(f"rank {svd_rank}") as move:
+            near = low_rank_approximation.truncate(adapter, svd_rank, move)
+        adapter, error, biases = near.adapter, near.relative_error, near.biases_left_out
+    files: list[Path] = []
+    if keep:
+        kept_in = Registry(folder) if folder is not None else registries()[0]
+        files.append(kept_in.add(adapter, replace=replace).adapter_path)
+    if target is not None and target.writer is not None:
+        here = f"{adapter.name}-{target.name}{target.writer.suffix}"
+        files += conversion.write(adapter, target, Path(out or here), base, replace=replace)
+    return Conversion(adapter, read_as, to or ("spm" if keep else None), tuple(files), error, biases)
+
+
+def _base(model: str | None, config: str | None, pipe: DiffusionPipeline | None) -> BaseModel | None:
+    from spm_hub.adapters.formats.format import BaseModel
+    from spm_hub.models.architectures import denoiser_of
+    from spm_hub.models.loading import load_pipeline
+    from spm_hub.models.references import identity_of, identity_of_pipeline
+
+    if pipe is None and model is not None:
+        pipe = load_pipeline(model, config=config)
+    if pipe is None:
+        return None
+    identity = identity_of_pipeline(pipe) if model is None else identity_of(model, pipe)
+    return BaseModel(denoiser_of(pipe), *identity)
