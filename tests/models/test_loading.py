@@ -14,8 +14,7 @@ from loopback import LoopbackHub
 from pico import pico_pipeline
 
 from spm_hub.errors import ModelError, NotFoundError, SpmHubError, UsageError
-from spm_hub.models import aliases
-from spm_hub.models import loading as models
+from spm_hub.models import aliases, references
 from spm_hub.models.aliases import ALIASES, Alias
 from spm_hub.models.loading import load_pipeline, stored_dtypes
 from spm_hub.models.references import identity_of, is_available, parse_reference
@@ -123,7 +122,7 @@ def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
 
 def test_an_embedded_model_that_was_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = Alias("sketchbook", "sd1", "", embedded=tmp_path / "none")
-    monkeypatch.setattr(models, "ALIASES", {"sketchbook": lost})
+    monkeypatch.setattr(references, "ALIASES", {"sketchbook": lost})
     assert not is_available(lost)
     with pytest.raises(ModelError, match="not in this installation"):
         parse_reference("sketchbook")

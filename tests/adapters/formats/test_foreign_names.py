@@ -129,7 +129,7 @@ def test_names_that_no_family_has_are_not_stored(stem: str, said: Description, t
 def test_pefts_name_within_a_components_is_pefts(prefix: str, tmp_path: Path) -> None:
     tensors = pair(f"{prefix}base_model.model.{PATH}", PEFT)
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(AdapterFileError, match="PEFT's, whose scale stands in another file"):
+    with pytest.raises(AdapterFileError, match="PEFT's, whose scale is in another file"):
         load_file(tmp_path / "x.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 6}))
     adapter, read_as = conversion.read(tmp_path / "x.safetensors", NOBODY)
