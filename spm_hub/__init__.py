@@ -1,6 +1,11 @@
 """spm-hub: small, removable concept erasers for text-to-image models.
 
-The public door. What is behind it is imported when first used: `import spm_hub` costs nothing and needs no torch.
+    eraser = spm_hub.train("snoopy")               # or spm_hub.load("snoopy"), spm_hub.pull("owner/name")
+    with spm_hub.attach(pipe, [eraser]):           # pipe: any diffusers pipeline of the same family
+        pipe("snoopy at the beach")                # drawn without snoopy; other prompts stay as they are
+    spm_hub.apply([eraser], ["snoopy"]).grid       # pictures with and without it, side by side
+
+Everything else is imported when it is first used: `import spm_hub` costs nothing and needs no torch.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
     from spm_hub.adapters.manifest import Manifest
     from spm_hub.attachment.attachment import Attachment
     from spm_hub.attachment.gate import Gate
+    from spm_hub.evaluation.application import Applied
     from spm_hub.hub.bake import bake
     from spm_hub.hub.convert import Conversion, convert
     from spm_hub.models.architectures import Family
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Applied",
     "Conversion",
     "Family",
     "Format",
@@ -39,6 +46,7 @@ __all__ = [
     "TrainingInterruptedError",
     "TrainingStep",
     "__version__",
+    "apply",
     "attach",
     "bake",
     "convert",
@@ -51,6 +59,7 @@ __all__ = [
 
 _ROOMS = {
     "Adapter": "spm_hub.adapters.adapter",
+    "Applied": "spm_hub.evaluation.application",
     "Conversion": "spm_hub.hub.convert",
     "Family": "spm_hub.models.architectures",
     "Format": "spm_hub.adapters.formats.format",
@@ -101,14 +110,7 @@ def attach(
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.attachment import attachment
 
-    if isinstance(adapters, Mapping):
-        raise UsageError("adapters is a mapping: it has to name erasers alone", mend="attach(..., strength={...}) too")
-    given: Any = adapters
-    several = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-    if not all(isinstance(one, str | Path | Adapter) for one in several):
-        raise UsageError(
-            f"adapters holds erasers: names, paths or Adapters, not {adapters!r}", mend='attach(pipe, ["snoopy"])'
-        )
+    several = _several(adapters)
     lazy = increment_budget is not None
     loaded = [one if isinstance(one, Adapter) else load(one, registry=registry, lazy=lazy) for one in several]
     return attachment.attach(
@@ -126,9 +128,10 @@ def attach(
 
 
 def load(reference: str | Path, *, registry: str | Path | None = None, lazy: bool = False) -> "Adapter":
-    """The adapter behind a path, a name in a registry, or owner/name[@revision] on the Hugging Face Hub.
+    """Load the eraser at a path, of a name in a registry, or at owner/name[@revision] on the Hub.
 
     lazy: read only the header now, and the increments, with all checks, when a prompt first needs them.
+    Raises NotFoundError with the nearest names, AdapterFileError, ManifestError, HubError, NetworkError.
     """
     from spm_hub.hub import resolve as resolving
 
@@ -138,10 +141,11 @@ def load(reference: str | Path, *, registry: str | Path | None = None, lazy: boo
 def pull(
     reference: str, *, registry: str | Path | None = None, name: str | None = None, replace: bool = False
 ) -> "Adapter":
-    """Keep owner/name[@revision] of the Hugging Face Hub in a registry, pinned to its commit, and return it.
+    """Keep an eraser of the Hugging Face Hub in a registry, pinned to its commit, and return it.
 
-    `registry`: your own unless given. `name` it is to have there, unless its own; one from elsewhere is kept from being
-    replaced unless `replace`. Raises UsageError for another form of reference, HubError, NetworkError, RegistryError.
+    reference: owner/name[@revision]. registry: your own unless given. name: unless given, the eraser's own. replace:
+    whether it may replace an eraser of that name from elsewhere.
+    Raises UsageError for another form of reference, HubError, NetworkError, RegistryError.
     """
     from spm_hub.hub import pull as remote
     from spm_hub.registry import registry as registries
@@ -160,13 +164,16 @@ def push(
     *,
     pictures: str | Path | None = None,
     registry: str | Path | None = None,
-    **options: Any,
+    private: bool = False,
+    revision: str | None = None,
+    pull_request: bool = False,
 ) -> str:
-    """Share an eraser on the Hugging Face Hub with a model card; returns the address of the commit or pull request.
+    """Share an eraser on the Hugging Face Hub; return the address of the commit or pull request.
 
-    `pictures` is a folder that `spmhub apply --compare` filled; `options` are those of
-    `spm_hub.hub.push.push`: private, revision, pull_request.
-    Raises HubError, NetworkError; the repository is then as it was.
+    repo: owner/name, made if there is none, `private` or public. A model card is written from the manifest.
+    pictures: a folder that `spmhub apply --compare` or `apply(out=...)` filled, for the card.
+    revision: a branch to commit to, made if there is none. pull_request: propose the commit, to an existing repository.
+    Raises UsageError, HubError if the Hub refuses, NetworkError; the repository is then as it was.
     """
     import tempfile
 
@@ -178,7 +185,7 @@ def push(
         entry = resolve(str(reference), None if registry is None else Path(registry))
         pairs = () if pictures is None else read_pairs(Path(pictures), entry.read_manifest().name)
         release = pushing.prepare(entry, repo, pairs, Path(staging))
-        pushed = pushing.push(release, **options)
+        pushed = pushing.push(release, private=private, revision=revision, pull_request=pull_request)
     return pushed.pull_request or pushed.url
 
 
@@ -270,41 +277,106 @@ def train(
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.hub.resolve import resolve
     from spm_hub.io.progress import Bars
+    from spm_hub.models.base_choice import BaseChoice
     from spm_hub.registry.registry import registry_for_new
-    from spm_hub.training.planning import plan_runs
-    from spm_hub.training.recipe.presets import merged
-    from spm_hub.training.recipe.recipe import Recipe
-    from spm_hub.training.session import BaseChoice, Session
+    from spm_hub.training.planning import plan
+    from spm_hub.training.session import Session
 
-    chosen = {key: value for key, value in (("model", model), ("method", method), ("name", name)) if value is not None}
-    if isinstance(concept, Recipe):
-        plans = plan_runs((), merged(concept.model_dump(mode="json"), {**chosen, **recipe}))
-    else:
-        concepts = [concept] if isinstance(concept, str) else concept
-        if not isinstance(concepts, list | tuple) or not concepts or not all(isinstance(one, str) for one in concepts):
-            raise UsageError(
-                f"train takes a concept, a list of concepts or a Recipe, not {concept!r}",
-                mend='spm_hub.train("van gogh")',
-            )
-        plans = plan_runs(concepts, {**chosen, **recipe})
+    named = {key: value for key, value in (("model", model), ("method", method), ("name", name)) if value is not None}
+    plans = plan(concept, {**named, **recipe})
     if pipe is not None:
         _check_bare(pipe)
     place = None if registry is None or isinstance(registry, bool) else _folder_of(registry)
-    kept_in = registry_for_new(place) if registry not in (None, False) else None
     session = Session(
-        plans,
-        BaseChoice(model if pipe is not None else plans[0].model, config, device, dtype, pipe),
-        Bars(progress),
+        plans, BaseChoice(model if pipe is not None else plans[0].model, config, device, dtype, pipe), Bars(progress),
         lambda start: resolve(start, place),
-        registry=kept_in,
-        replace=replace,
-        resume=resume,
-        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
-        callbacks=tuple(callbacks),
-    )
+        registry=registry_for_new(place) if registry not in (None, False) else None,
+        replace=replace, resume=resume,
+        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), callbacks=tuple(callbacks),
+    )  # fmt: skip
     session.check()
     made = tuple(one if isinstance(one, Adapter) else one.load() for one in session.train())
-    return made[0] if isinstance(concept, str | Recipe) else made
+    return made if isinstance(concept, list | tuple) else made[0]
+
+
+def apply(
+    adapters: "str | Path | Adapter | Iterable[str | Path | Adapter]",
+    prompts: str | Sequence[str],
+    *,
+    model: str | None = None,
+    config: str | None = None,
+    pipe: "DiffusionPipeline | None" = None,
+    device: "str | torch.device | None" = None,
+    dtype: "torch.dtype | str | None" = None,
+    registry: "str | Path | Registry | None" = None,
+    seed: int = 0,
+    number: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    gate: "Literal['transport', 'always'] | float | Gate | None" = None,
+    strength: Mapping[str, float] | float | None = None,
+    rows: Literal["both", "conditional"] | None = None,
+    mode: Literal["auto", "fold", "branch"] = "auto",
+    threshold: float | None = None,
+    top_k: int | None = None,
+    compare: bool = True,
+    out: str | Path | None = None,
+    progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
+) -> "Applied":
+    """Draw prompts with erasers attached and, from the same noise, without them; return both.
+
+    adapters, registry: as for `attach`. prompts: one or several.
+    model, config, device, dtype: the base to draw with, as in `load_pipeline`: unless given, the sketchbook on "cpu" in
+    float32. pipe: a diffusers pipeline in place of it, used as it is and where it is, and afterwards as before.
+    seed, number: pictures for each prompt; the first starts from the noise of `seed`, the next from that of seed + 1.
+    steps, guidance: denoising steps and guidance scale, unless given the pipeline's own.
+    gate, strength, rows, mode, threshold, top_k: as for `attach`.
+    compare: whether to draw without the erasers too.
+    out: a folder for the pictures as PNG files and for `grid.png`; unless given, nothing is written.
+    progress: True for a bar in terminals and notebooks, False for none, or a function of (steps done, steps in all,
+    figures).
+
+    The result has for each prompt the pictures (`with_erasers`, `without`) and the gamma of each eraser (`gammas`), and
+    all pictures in one labelled `grid`.
+    Raises UsageError for an empty prompt or an impossible option, NotFoundError, ModelError, CompatibilityError,
+    NetworkError, RegistryError for a folder that cannot be written.
+    """
+    from spm_hub.hub.resolve import resolve
+    from spm_hub.io.progress import Bars
+    from spm_hub.models.base_choice import BaseChoice
+
+    reference = "sketchbook" if model is None and pipe is None else model
+    base, place = BaseChoice(reference, config, device, dtype, pipe), None if registry is None else _folder_of(registry)
+    reporter = Bars(progress)
+    if remark := base.check():
+        reporter.say(remark)
+    given = _several(adapters)
+    erasers = [resolve(str(one), place) if isinstance(one, str | Path) else one for one in given]
+
+    from spm_hub.evaluation import application
+    from spm_hub.evaluation.pictures import DrawingOptions
+
+    return application.apply(
+        erasers, [prompts] if isinstance(prompts, str) else prompts, base,
+        DrawingOptions(seed, number, steps, guidance), reporter,
+        gate=gate, strength=strength, rows=rows, mode=mode, threshold=threshold, top_k=top_k,
+        compare=compare, out=None if out is None else Path(out),
+    )  # fmt: skip
+
+
+def _several(adapters: "str | Path | Adapter | Iterable[str | Path | Adapter]") -> "list[str | Path | Adapter]":
+    """Return the erasers and references that a caller names, one or many, as a list."""
+    from spm_hub.adapters.adapter import Adapter
+
+    if isinstance(adapters, Mapping):
+        raise UsageError("adapters is a mapping: it has to name erasers alone", mend="attach(..., strength={...}) too")
+    given: Any = adapters
+    several = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not all(isinstance(one, str | Path | Adapter) for one in several):
+        raise UsageError(
+            f"adapters holds erasers: names, paths or Adapters, not {adapters!r}", mend='attach(pipe, ["snoopy"])'
+        )
+    return several
 
 
 def _check_bare(pipe: "DiffusionPipeline") -> None:

@@ -2,13 +2,15 @@
 
 import inspect
 import pydoc
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from pico import pico_pipeline
+from pico import pico_eraser, pico_pipeline
+from PIL import Image
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter, increment_info
@@ -108,6 +110,74 @@ def test_what_the_door_does_not_take_is_told_what_it_takes(tmp_path: Path) -> No
     for concept in ([], ["snoopy", 3], None):
         with pytest.raises(UsageError, match="train takes a concept, a list of concepts or a Recipe"):
             spm_hub.train(concept)  # type: ignore[arg-type]
+
+
+def test_apply_returns_pictures_with_and_without_and_writes_them(tmp_path: Path) -> None:
+    pipe, snoopy = pico_pipeline(), pico_eraser(pico_pipeline().unet, "snoopy")
+    Registry(tmp_path).add(pico_eraser(pipe.unet, "mickey", 2))
+    prompts = ["snoopy", "a dog"]
+    applied = spm_hub.apply(
+        [snoopy, "mickey"], prompts, pipe=pipe, registry=tmp_path, seed=5, number=2, steps=2, out=tmp_path / "drawn"
+    )
+
+    def drawn(prompt: str) -> list[bytes]:
+        generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+        made = pipe(prompt, num_inference_steps=2, generator=generators, num_images_per_prompt=2).images
+        return [picture.tobytes() for picture in made]
+
+    assert [[one.tobytes() for one in each] for each in applied.without] == [drawn(prompt) for prompt in prompts]
+    with spm_hub.attach(pipe, [snoopy, "mickey"], registry=tmp_path) as erasers:
+        assert [[one.tobytes() for one in each] for each in applied.with_erasers] == list(map(drawn, prompts))
+        assert [dict(one) for one in applied.gammas] == [erasers.gates(prompt) for prompt in prompts]
+    assert applied.names == ("snoopy", "mickey")
+    assert applied.sources["model"] == "StableDiffusionPipeline, the given StableDiffusionPipeline"
+    assert applied.sources["mickey"] == str(tmp_path / "adapters" / "mickey.safetensors")
+    assert {key: len(paths) for key, paths in applied.files.items()} == {"without": 4, "with": 4, "grid": 1}
+    with Image.open(applied.files["grid"][0]) as written:
+        assert written.tobytes() == applied.grid.tobytes()
+    with Image.open(applied.files["with"][1]) as written:
+        assert written.tobytes() == applied.with_erasers[0][1].tobytes()
+
+    alone = spm_hub.apply(snoopy, "snoopy", pipe=pipe, steps=2, seed=5, gate=0.0, compare=False, progress=False)
+    assert (alone.without, alone.files) == ((), {})
+    assert alone.gammas == ({"snoopy": 0.0},)
+    assert alone.with_erasers[0][0].tobytes() == drawn("snoopy")[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": ["snoopy", " "]}, "prompt 2 is empty"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"strength": {"snopy": 1.0}}, "did you mean snoopy"),
+        ({"device": "meta"}, "weights have no values"),
+        ({"model": "sketchbok"}, "did you mean sketchbook"),
+    ],
+)
+def test_what_apply_refuses_before_a_model_is_loaded(
+    options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snoopy = pico_eraser(pico_pipeline().unet, "snoopy")
+    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", None)
+    with pytest.raises(UsageError, match=says):
+        spm_hub.apply(snoopy, **{"prompts": "snoopy", **options})
+    with pytest.raises(UsageError, match="rows is 'neither'"):
+        spm_hub.apply(snoopy, "snoopy", pipe=pico_pipeline(), rows="neither")  # type: ignore[arg-type]
+
+
+def test_the_door_lists_what_it_has_and_documents_every_parameter() -> None:
+    assert dir(spm_hub) == sorted(spm_hub.__all__) == sorted(set(spm_hub.__all__))
+    for name in spm_hub.__all__:
+        thing = getattr(spm_hub, name)
+        if not inspect.isfunction(thing):
+            continue
+        for parameter in inspect.signature(thing).parameters.values():
+            assert parameter.annotation is not inspect.Parameter.empty, (name, parameter)
+            assert parameter.kind != parameter.VAR_KEYWORD or parameter.name == "recipe", (name, parameter)
+            if parameter.name != "pipe":
+                assert re.search(rf"\b{parameter.name}\b", thing.__doc__ or ""), (name, parameter)
 
 
 def test_under_a_budget_references_are_read_when_a_prompt_needs_them(

@@ -80,7 +80,7 @@ def evaluate(
                 return count(paint(pipe, wanted, steps=steps, guidance_scale=guidance, progress=progress))
 
         without = drawn("drawing without")
-        with attach(pipe, erasers, gate=acting, strength=strengths):  # type: ignore[arg-type] # attach checks it
+        with attach(pipe, erasers, gate=acting, strength=strengths):
             given = drawn("drawing with")
     erased = {name.lower() for concept in concepts for name in (concept.target, *concept.aliases)}
     rows = [

@@ -126,15 +126,17 @@ def strengths(texts: list[str] | None) -> dict[str, float] | None:
     return found
 
 
-def gate(text: str | None) -> str | float | None:
-    """A gate's name, or the number it stands for. Raises UsageError for anything else."""
-    value = None if text is None else _number(text)
-    if value is None and text not in (None, *GATES):
+def gate(text: str | None) -> Literal["transport", "always"] | float | None:
+    """Return a gate's name or number, None if none is given. Raises UsageError for anything else."""
+    match text:
+        case None | "transport" | "always":
+            return text
+    if (value := _number(text)) is None:
         raise UsageError(
             f"--gate {text!r} is neither {' nor '.join(GATES)} nor a number",
-            mend=f"--gate {(*nearest(str(text), GATES), *GATES)[0]}",
+            mend=f"--gate {(*nearest(text, GATES), *GATES)[0]}",
         )
-    return text if value is None else value
+    return value
 
 
 def require_signature(key: Path | None) -> None:

@@ -69,11 +69,12 @@ def train(
 ) -> None:
     """Train an eraser for each CONCEPT and keep it in the registry."""
     from spm_hub.hub.resolve import resolve
+    from spm_hub.models.base_choice import BaseChoice
     from spm_hub.registry.entry import EraserEntry
     from spm_hub.registry.registry import registry_for_new
     from spm_hub.training.planning import plan_runs
     from spm_hub.training.recipe.schema import IncrementRecipe
-    from spm_hub.training.session import BaseChoice, Session
+    from spm_hub.training.session import Session
 
     given: dict[str, Any] = {"model": model, "method": method, "name": name, "seed": seed}
     given["increment"] = None if increment is None else IncrementRecipe.named(increment)

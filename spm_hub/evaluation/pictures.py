@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from spm_hub.adapters.adapter import Adapter
-    from spm_hub.attachment.gate import Gate
+    from spm_hub.attachment.options import GateChoice, Mode, Rows
 
 WITHOUT, WITH = "without", "with"
 METADATA_KEY = "spmhub"
@@ -75,15 +75,19 @@ def show(
     prompts: Sequence[str],
     drawing: DrawingOptions,
     *,
-    gate: str | float | Gate | None = None,
-    strength: float | Mapping[str, float] | None = None,
+    gate: GateChoice | None = None,
+    strength: Mapping[str, float] | float | None = None,
+    rows: Rows | None = None,
+    mode: Mode = "auto",
+    threshold: float | None = None,
+    top_k: int | None = None,
     compare: bool = True,
     progress: Progress | None = None,
     each: Callable[[int, PromptPictures], None] = lambda index, shown: None,
 ) -> tuple[PromptPictures, ...]:
     """Draw every prompt with `adapters` attached and, if `compare`, from the same noise without them.
 
-    gate, strength: as for `attach`; None means the setting in each eraser's manifest.
+    gate, strength, rows, mode, threshold, top_k: as for `attach`; None means the setting in each eraser's manifest.
     progress: called with the denoising steps done and their total.
     each: called with a prompt's index and its pictures under one condition, as soon as they are drawn.
     The pipeline is restored at the end. Raises UsageError if there is no prompt, or an empty one.
@@ -94,7 +98,9 @@ def show(
     drawn: dict[str, list[tuple[Image.Image, ...]]] = {condition: [] for condition in conditions}
 
     def attached() -> Attachment:
-        return attach(pipe, adapters, gate=gate, strength=strength)  # type: ignore[arg-type] # attach checks it
+        return attach(
+            pipe, adapters, gate=gate, strength=strength, rows=rows, mode=mode, threshold=threshold, top_k=top_k
+        )
 
     def draw_all(condition: str) -> None:
         for index, prompt in enumerate(prompts):

@@ -9,8 +9,25 @@ from typing import Any
 from spm_hub.adapters.manifest import slug
 from spm_hub.errors import UsageError
 from spm_hub.training.recipe.known_concepts import known
+from spm_hub.training.recipe.presets import merged
 from spm_hub.training.recipe.protected_prompts import jointly
 from spm_hub.training.recipe.recipe import Recipe
+
+
+def plan(concept: str | Recipe | Sequence[str], keys: Mapping[str, Any]) -> tuple[Recipe, ...]:
+    """Return one recipe for each run, as `plan_runs`, for a concept, several of them, or a recipe to change.
+
+    keys: keys of the recipe; of a part given as a dictionary, the keys that are not in it keep their values.
+    Raises UsageError for anything else, and as `plan_runs` does.
+    """
+    if isinstance(concept, Recipe):
+        return plan_runs((), merged(concept.model_dump(mode="json"), dict(keys)))
+    concepts = [concept] if isinstance(concept, str) else concept
+    if not isinstance(concepts, list | tuple) or not concepts or not all(isinstance(one, str) for one in concepts):
+        raise UsageError(
+            f"train takes a concept, a list of concepts or a Recipe, not {concept!r}", mend='spm_hub.train("van gogh")'
+        )
+    return plan_runs(concepts, keys)
 
 
 def plan_runs(

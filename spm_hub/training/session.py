@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from spm_hub.errors import RegistryError, SpmHubError, UsageError
 from spm_hub.io.progress import Reporter
-from spm_hub.models import loading, references
+from spm_hub.models.base_choice import BaseChoice
 from spm_hub.training.recipe.protected_prompts import members
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import DiffusionPipeline
 
     from spm_hub.adapters.adapter import Adapter
@@ -56,92 +55,6 @@ class TrainingStep:
 
 Callback = Callable[[TrainingStep], object]
 """Called after every step; a true return value ends the training there."""
-
-
-@dataclass(frozen=True)
-class BaseChoice:
-    """The base model to train on: one to load, or a pipeline of the caller's, which stays as it is.
-
-    reference: what to load, as in `load_pipeline`; with `pipe`, the name to record for it, unless None.
-    device, dtype: where and in which precision to load it. A given pipeline has to be there already.
-    """
-
-    reference: str | None
-    config: str | None = None
-    device: str | torch.device | None = None
-    dtype: torch.dtype | str | None = None
-    pipe: DiffusionPipeline | None = None
-
-    def check(self) -> str | None:
-        """Refuse, before anything is loaded, a base that cannot be trained on.
-
-        Returns a remark about the base for the user, None if there is none.
-        Raises UsageError, NotFoundError for an unknown model, ModelError.
-        """
-        if str(self.device).partition(":")[0] == "meta":
-            raise UsageError(
-                f"device is {str(self.device)!r}, where weights have no values: nothing can be trained on it",
-                mend='device="cpu", or "cuda": spmhub doctor lists what this machine has',
-            )
-        if self.pipe is None:
-            return references.parse_reference(self._named, config=self.config).remark
-        if self.config is not None:
-            raise UsageError(
-                "config is for a model that is loaded from a single file, but a pipeline is given",
-                mend="leave config out",
-            )
-        _check_pipeline(self.pipe, self.device, self.dtype)
-        return None
-
-    def folder(self) -> Path | None:
-        """Return the diffusers folder of the base, if it is known before the base is loaded."""
-        if self.pipe is not None:
-            return None
-        return references.local_folder(references.parse_reference(self._named, config=self.config))
-
-    def open(self) -> tuple[DiffusionPipeline, str, str | None]:
-        """Return the pipeline, loaded unless it was given, with its name and its revision for manifests."""
-        if self.pipe is None:
-            device = "cpu" if self.device is None else self.device
-            pipe = loading.load_pipeline(self._named, config=self.config, dtype=self.dtype, device=device)
-            return pipe, *references.identity_of(self._named, pipe)
-        if self.reference is None:
-            return self.pipe, *references.identity_of_pipeline(self.pipe)
-        return self.pipe, *references.identity_of(self.reference, self.pipe)
-
-    @property
-    def _named(self) -> str:
-        assert self.reference is not None, "a base that is to be loaded has a name"
-        return self.reference
-
-
-def _check_pipeline(
-    pipe: DiffusionPipeline, device: str | torch.device | None, dtype: torch.dtype | str | None
-) -> None:
-    """Refuse a pipeline without weights, and one that is elsewhere or in another precision than asked for."""
-    import torch
-
-    from spm_hub.models.architectures import denoiser_of
-
-    denoiser = denoiser_of(pipe)
-    if any(parameter.is_meta for parameter in denoiser.parameters()):
-        raise UsageError(
-            f"the denoiser ({type(denoiser).__name__}) of the given pipeline is on the device 'meta', where weights "
-            "have no values: nothing can be trained on it",
-            mend="give a pipeline with weights, for instance spm_hub.load_pipeline(NAME)",
-        )
-    found = next(denoiser.parameters())
-    wanted = None if device is None else torch.device(device)
-    if wanted is not None and (wanted.type != found.device.type or wanted.index not in (None, found.device.index)):
-        raise UsageError(
-            f"device is {str(wanted)!r}, but the given pipeline is on {str(found.device)!r}, and it is not moved",
-            mend=f"leave device out, or first pipe.to({str(wanted)!r})",
-        )
-    if dtype is not None and (precision := loading.parse_dtype(dtype)) != found.dtype:
-        raise UsageError(
-            f"dtype is {precision}, but the given pipeline has {found.dtype}, and it is not converted",
-            mend=f"leave dtype out, or first pipe.to({precision})",
-        )
 
 
 @dataclass(frozen=True)
@@ -187,6 +100,8 @@ class Session:
             for member in members(plan):
                 known = self.resume and self._made_by(member, apart_from=_KNOWN_AFTER_LOADING)
                 self._check_room(member.slug, replace=known)
+        if self.base.pipe is not None:
+            _check_weights(self.base.pipe)
         if remark := self.base.check():
             self.reporter.say(remark)
         _ = self._starts
@@ -202,11 +117,11 @@ class Session:
         folder = self.base.folder()
         for plan in self.plans:
             check_before_loading(plan, folder)
-        pipe, name, revision = self.base.open()
+        pipe = self.base.open()
 
         from spm_hub.training.loop.checkpoint import base_stamp
 
-        opened = _Opened(pipe, name, revision, base_stamp(pipe))
+        opened = _Opened(pipe, *self.base.identity(pipe), base_stamp(pipe))
         made: list[EraserEntry | Adapter] = []
         finished: list[Checkpoint] = []
         with _evaluating(pipe):
@@ -340,6 +255,19 @@ class Session:
         if self.checkpoint_dir is None:
             with suppress(OSError):
                 checkpoint.folder.rmdir()
+
+
+def _check_weights(pipe: DiffusionPipeline) -> None:
+    """Refuse a pipeline whose denoiser is on the meta device."""
+    from spm_hub.models.architectures import denoiser_of
+
+    denoiser = denoiser_of(pipe)
+    if any(parameter.is_meta for parameter in denoiser.parameters()):
+        raise UsageError(
+            f"the denoiser ({type(denoiser).__name__}) of the given pipeline is on the device 'meta', where weights "
+            "have no values: nothing can be trained on it",
+            mend="give a pipeline with weights on a device, for instance spm_hub.load_pipeline(NAME)",
+        )
 
 
 @contextmanager
