@@ -128,8 +128,10 @@ def attach(
 
 
 def load(reference: str | Path, *, registry: str | Path | None = None, lazy: bool = False) -> "Adapter":
-    """Load the eraser at a path, of a name in a registry, or at owner/name[@revision] on the Hub.
+    """Load an eraser by its path, its name or concept, or its address on the Hub.
 
+    reference: a path, a name or concept in a registry, or owner/name[@revision] on the Hugging Face Hub.
+    registry: a folder to look names up in before the working folder and your own registry.
     lazy: read only the header now, and the increments, with all checks, when a prompt first needs them.
     Raises NotFoundError with the nearest names, AdapterFileError, ManifestError, HubError, NetworkError.
     """
@@ -170,7 +172,8 @@ def push(
 ) -> str:
     """Share an eraser on the Hugging Face Hub; return the address of the commit or pull request.
 
-    repo: owner/name, made if there is none, `private` or public. A model card is written from the manifest.
+    reference, registry: the eraser, as for `load`. repo: owner/name, made if there is none, `private` or public.
+    A model card is written from the manifest.
     pictures: a folder that `spmhub apply --compare` or `apply(out=...)` filled, for the card.
     revision: a branch to commit to, made if there is none. pull_request: propose the commit, to an existing repository.
     Raises UsageError, HubError if the Hub refuses, NetworkError; the repository is then as it was.

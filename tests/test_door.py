@@ -151,7 +151,7 @@ def test_apply_returns_pictures_with_and_without_and_writes_them(tmp_path: Path)
         ({"prompts": ["snoopy", " "]}, "prompt 2 is empty"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
-        ({"strength": {"snopy": 1.0}}, "did you mean snoopy"),
+        ({"strength": {"snopy": 1.0}}, "no eraser 'snopy' among these: snoopy"),
         ({"device": "meta"}, "weights have no values"),
         ({"model": "sketchbok"}, "did you mean sketchbook"),
     ],
