@@ -31,6 +31,8 @@ import pytest
 import yaml
 
 Mode = Literal["regular", "lfs"]
+NOWHERE = "http://127.0.0.1:9"
+"""An endpoint at which nothing listens."""
 LFS_SUFFIXES = (".safetensors", ".bin", ".png")
 
 
@@ -100,6 +102,21 @@ class Fault:
     seconds_per_kb: float
 
 
+def adopt_endpoint(endpoint: str, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let this process use the Hub at `endpoint`: set what the client read at import, and its cache."""
+    from huggingface_hub import constants, hf_api
+
+    patch.setattr(constants, "ENDPOINT", endpoint)
+    patch.setattr(hf_api.api, "endpoint", endpoint)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hf" / "hub"))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setenv("XDG_DATA_HOME", str(folder / "data"))
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SPMHUB_REGISTRY", "SPMHUB_OWNER"):
+        patch.delenv(variable, raising=False)
+
+
 class LoopbackHub:
     """The server; a context manager. `mode` says how large files are uploaded, `token` whose writes are let in."""
 
@@ -152,18 +169,8 @@ class LoopbackHub:
         }
 
     def adopt(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
-        """Let this process use this Hub: the client's constants, which it read at import, and its cache."""
-        from huggingface_hub import constants
-
-        patch.setattr(constants, "ENDPOINT", self.endpoint)
-        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hf" / "hub"))
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setenv("XDG_DATA_HOME", str(folder / "data"))
-        for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SPMHUB_REGISTRY", "SPMHUB_OWNER"):
-            patch.delenv(variable, raising=False)
+        """Let this process use this Hub, and a cache of its own under `folder`."""
+        adopt_endpoint(self.endpoint, patch, folder)
 
     def publish(
         self, repo: str, files: Mapping[str, bytes], *, ref: str = "main", commit: str | None = None, **about: bool

@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_cli
 import torch
 from loopback import LoopbackHub
 from pico import pico_eraser, pico_pipeline
 from PIL import Image
+from test_cli import Done, Spmhub
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
@@ -23,19 +27,18 @@ PROMPT = "snoopy on the beach"
 COMMAND = ["apply", "--model", "dreamshaper-8", "--adapters", "nudity,snoopy", "--prompt", PROMPT]
 COMMAND += ["--seed", "1", "--steps", "2", "--json"]
 BASE = ALIASES["dreamshaper-8"]
+spmhub = test_cli.spmhub
 
 
-def spmhub(hub: LoopbackHub, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    (home / "work").mkdir(parents=True, exist_ok=True)
+def typed(hub: LoopbackHub, home: Path, *arguments: str) -> Done:
+    """The command in a process of its own, which reads all that it knows of the Hub from its environment."""
     root = str(Path(__file__).resolve().parents[2])
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "spm_hub.cli", *arguments],
-        cwd=home / "work",
-        env={**os.environ, **hub.environment(home, PYTHONPATH=root, **more)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        cwd=home / "work", env={**os.environ, **hub.environment(home, PYTHONPATH=root)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -60,40 +63,37 @@ def stocked(hub: LoopbackHub, folder: Path, erasers: list[Adapter], owner: str) 
         })  # fmt: skip
 
 
-@pytest.mark.parametrize(("owner", "dtype", "mode"), [("spm-hub", "float32", "lfs"), ("studio", "bfloat16", "regular")])
-def test_downloaded_once_pinned_and_nothing_asked_for_again(
-    owner: str, dtype: str, mode: str, erasers: list[Adapter], tmp_path: Path
+def run_twice(
+    run: Callable[..., Done], hub: LoopbackHub, home: Path, erasers: list[Adapter], dtype: str, owner: str
 ) -> None:
+    """Run the command on an empty machine and once more; check what was fetched, what was said and what was drawn."""
+    stocked(hub, home / "made", erasers, owner)
     command = [*COMMAND, "--dtype", dtype]
-    more = {} if owner == "spm-hub" else {"SPMHUB_OWNER": owner}
-    with LoopbackHub("lfs" if mode == "lfs" else "regular") as hub:
-        stocked(hub, tmp_path / "made", erasers, owner)
-        first = spmhub(hub, tmp_path, *command, **more)
-        assert first.returncode == 0, first.stderr
-        fetched = [line for line in hub.requests if line.startswith("GET") and line.endswith(".safetensors")]
-        assert len(fetched) == len(set(fetched))
-        # One precision of the base, not both.
-        assert any(".fp16." in line for line in fetched) == (dtype == "bfloat16")
-        # Which file came from where.
-        commits = {name: hub.repositories[f"{owner}/{name}"].refs["main"] for name in ("nudity", "snoopy")}
-        assert f"model: {BASE.hub_id}@{str(BASE.revision)[:12]}, downloaded just now to {tmp_path}" in first.stderr
-        for name, commit in commits.items():
-            assert f"{name}: {owner}/{name}@{commit[:12]}, downloaded just now to {tmp_path}" in first.stderr
-        lock = json.loads((tmp_path / "data" / "spm-hub" / "spmhub-lock.json").read_text())
-        assert {name: pin["commit"] for name, pin in lock["adapters"].items()} == commits
+    first = run(*command)
+    assert first.code == 0, first.err
+    fetched = [line for line in hub.requests if line.startswith("GET") and line.endswith(".safetensors")]
+    assert len(fetched) == len(set(fetched))
+    # One precision of the base, not both.
+    assert any(".fp16." in line for line in fetched) == (dtype == "bfloat16")
+    # Which file came from where.
+    commits = {name: hub.repositories[f"{owner}/{name}"].refs["main"] for name in ("nudity", "snoopy")}
+    assert f"model: {BASE.hub_id}@{str(BASE.revision)[:12]}, downloaded just now to {home}" in first.err
+    for name, commit in commits.items():
+        assert f"{name}: {owner}/{name}@{commit[:12]}, downloaded just now to {home}" in first.err
+    lock = json.loads((home / "data" / "spm-hub" / "spmhub-lock.json").read_text())
+    assert {name: pin["commit"] for name, pin in lock["adapters"].items()} == commits
 
-        # A newer commit changes nothing, and nothing is asked: the Hub might as well be switched off.
-        hub.publish(f"{owner}/snoopy", {"README.md": b"newer"})
-        hub.requests.clear()
-        second = spmhub(hub, tmp_path, *command, "--out", "again", **more)
-        assert second.returncode == 0, second.stderr
-        assert hub.requests == []
-    assert f"snoopy: {owner}/snoopy@{commits['snoopy'][:12]}, kept in {tmp_path}" in second.stderr
-    assert f"model: {BASE.hub_id}@{str(BASE.revision)[:12]}, kept in {tmp_path}" in second.stderr
+    # A newer commit changes nothing, and nothing is asked: the Hub might as well be switched off.
+    hub.publish(f"{owner}/snoopy", {"README.md": b"newer"})
+    hub.requests.clear()
+    second = run(*command, "--out", "again")
+    assert second.code == 0, second.err
+    assert hub.requests == []
+    assert f"snoopy: {owner}/snoopy@{commits['snoopy'][:12]}, kept in {home}" in second.err
+    assert f"model: {BASE.hub_id}@{str(BASE.revision)[:12]}, kept in {home}" in second.err
 
     pictures = [
-        np.asarray(Image.open(tmp_path / "work" / json.loads(done.stdout)["files"]["with"][0]))
-        for done in (first, second)
+        np.asarray(Image.open(home / "work" / json.loads(done.out)["files"]["with"][0])) for done in (first, second)
     ]
     pipe = pico_pipeline().to(torch.float32 if dtype == "float32" else torch.bfloat16)
     with spm_hub.attach(pipe, erasers):
@@ -103,11 +103,35 @@ def test_downloaded_once_pinned_and_nothing_asked_for_again(
     assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
 
 
-def test_one_clear_error_where_an_eraser_is_nowhere(erasers: list[Adapter], tmp_path: Path) -> None:
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "work").mkdir()
+    return tmp_path
+
+
+def test_as_typed_downloaded_once_pinned_and_nothing_asked_for_again(erasers: list[Adapter], home: Path) -> None:
+    with LoopbackHub("lfs") as hub:
+        run_twice(partial(typed, hub, home), hub, home, erasers, "float32", "spm-hub")
+
+
+def test_of_another_owner_and_in_half_precision(
+    erasers: list[Adapter], home: Path, spmhub: Spmhub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LoopbackHub("regular") as hub:
+        hub.adopt(monkeypatch, home)
+        monkeypatch.setenv("SPMHUB_OWNER", "studio")
+        monkeypatch.chdir(home / "work")
+        run_twice(spmhub, hub, home, erasers, "bfloat16", "studio")
+
+
+def test_one_clear_error_where_an_eraser_is_nowhere(
+    erasers: list[Adapter], home: Path, spmhub: Spmhub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with LoopbackHub() as hub:
-        stocked(hub, tmp_path / "made", erasers[:1], "spm-hub")
-        done = spmhub(hub, tmp_path, *COMMAND)
-    assert done.returncode == 2
-    assert "no eraser 'snoopy' in" in done.stderr
-    assert "nor on the Hub as spm-hub/snoopy" in done.stderr
-    assert "Traceback" not in done.stderr
+        hub.adopt(monkeypatch, home)
+        monkeypatch.chdir(home / "work")
+        stocked(hub, home / "made", erasers[:1], "spm-hub")
+        done = spmhub(*COMMAND)
+    assert done.code == 2
+    assert "no eraser 'snoopy' in" in done.err
+    assert "nor on the Hub as spm-hub/snoopy" in done.err

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from loopback import LoopbackHub
+from loopback import NOWHERE, LoopbackHub
 
 from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.increments import Increment, LowRank
@@ -104,7 +104,7 @@ def test_a_hub_that_is_away(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -
     resolve(REPO)
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
     assert resolve(REPO).load().name == "snoopy"
     with pytest.raises(NetworkError, match="someone/other is not in the cache and the Hub cannot be reached"):
         resolve("someone/other")

@@ -1,20 +1,18 @@
 """Base models by name: aliases, folders, Hub ids, precisions, and what goes wrong with each."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from loopback import LoopbackHub
+from loopback import NOWHERE, LoopbackHub, adopt_endpoint
 from pico import pico_pipeline
 
-from spm_hub.errors import ModelError, NotFoundError, SpmHubError, UsageError
+from spm_hub.errors import ModelError, NetworkError, NotFoundError, SpmHubError, UsageError
 from spm_hub.models import aliases, references
+from spm_hub.models import loading as models
 from spm_hub.models.aliases import ALIASES, Alias
 from spm_hub.models.loading import load_pipeline, stored_dtypes
 from spm_hub.models.references import identity_of, is_available, parse_reference
@@ -157,58 +155,39 @@ def test_a_device_that_is_not_there(folder: Path) -> None:
         load_pipeline(str(folder), device="nonsense")
 
 
-def test_no_network_is_said_at_once(tmp_path: Path) -> None:
-    """In a process of its own, as the Hub's client reads its settings when imported; nothing listens on port 9."""
-    code = (
-        "import time; from spm_hub.errors import NetworkError\n"
-        "from spm_hub.models.loading import _download, parse_reference\n"
-        "from diffusers import DiffusionPipeline; from huggingface_hub import HfApi; start = time.monotonic()\n"
-        "try: _download(parse_reference('sd-v1-4'), half=False)\n"
-        "except NetworkError as error: print(time.monotonic() - start, error)"
-    )
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    seconds, _, message = done.stdout.partition(" ")
-    assert float(seconds) < 10, "the client's own retries would take 23 s"
-    assert "CompVis/stable-diffusion-v1-4" in message
-    assert "--model sketchbook" in message
+def test_no_network_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adopt_endpoint(NOWHERE, monkeypatch, tmp_path)
+    started = time.monotonic()
+    with pytest.raises(NetworkError) as refused:
+        load_pipeline("sd-v1-4")
+    assert time.monotonic() - started < 10, "the client's own retries would take 23 s"
+    assert "CompVis/stable-diffusion-v1-4" in str(refused.value)
+    assert "--model sketchbook" in str(refused.value)
 
 
-def test_a_cached_repository_needs_no_network(folder: Path, tmp_path: Path) -> None:
-    cached = tmp_path / "hub" / "models--some--pico"
+def test_a_cached_repository_needs_no_network(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = tmp_path / "hf" / "hub" / "models--some--pico"
     shutil.copytree(folder, cached / "snapshots" / COMMIT)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(COMMIT)
-    code = (
-        "import sys; from spm_hub.models.loading import load_pipeline\n"
-        "from spm_hub.models.references import identity_of\n"
-        "for reference in sys.argv[1:]: print(*identity_of(reference, load_pipeline(reference)))"
-    )
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    references = "some/pico", f"some/pico@{COMMIT}"
+    adopt_endpoint(NOWHERE, monkeypatch, tmp_path)
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code, *references], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.split() == [word for reference in references for word in (reference, COMMIT)], done.stderr
+    for reference in "some/pico", f"some/pico@{COMMIT}":
+        assert identity_of(reference, load_pipeline(reference)) == (reference, COMMIT)
     assert time.monotonic() - started < 60
 
 
-def test_a_downloaded_repository_is_known_by_its_name_without_a_network(folder: Path, tmp_path: Path) -> None:
-    code = (
-        "from huggingface_hub import constants; from spm_hub.models.loading import _download, parse_reference\n"
-        "for offline in (False, True):\n"
-        "    constants.HF_HUB_OFFLINE = offline\n"
-        "    for text in ('some/pico', 'some/pico@main'): print(_download(parse_reference(text), half=False).name)"
-    )
+def test_a_downloaded_repository_is_known_by_its_name_without_a_network(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with LoopbackHub() as hub:
+        hub.adopt(monkeypatch, tmp_path)
         files = (file for file in folder.rglob("*") if file.is_file())
         commit = hub.publish("some/pico", {file.relative_to(folder).as_posix(): file.read_bytes() for file in files})
-        environment = {**os.environ, **hub.environment(tmp_path)}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-        )
-    assert done.stdout.split() == [commit] * 4, done.stderr
+        for offline in (False, True):
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+            for text in ("some/pico", "some/pico@main"):
+                assert models._download(parse_reference(text), half=False).name == commit
 
 
 def test_no_two_aliases_have_one_name_or_one_source() -> None:

@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import test_cli
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from ldm import single_file
-from loopback import LoopbackHub
+from loopback import NOWHERE, LoopbackHub, adopt_endpoint
 from pico import pico_eraser, pico_pipeline, pico_text_encoder, pico_tokenizer
 from safetensors.torch import load_file, save_file
 from test_cli import PICO_TRAINING, Spmhub
@@ -23,9 +20,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from spm_hub import train
-from spm_hub.errors import ModelError, NotFoundError, UsageError
+from spm_hub.errors import ModelError, NetworkError, NotFoundError, UsageError
 from spm_hub.models.loading import load_pipeline
 from spm_hub.models.references import identity_of, parse_reference
+from spm_hub.models.single_file import inspection
 from spm_hub.models.single_file.inspection import inspect
 from spm_hub.models.single_file.loading import CONFIGURATION
 from spm_hub.registry.registry import Registry
@@ -398,42 +396,25 @@ def test_a_manifest_names_the_file_and_its_hash_not_where_it_lies(file: Path, fo
     assert str(file.parent) not in manifest.to_json()
 
 
-SCRIPT = """
-import sys
-from huggingface_hub import constants
-from spm_hub.errors import SpmHubError
-from spm_hub.models import load_pipeline
-from spm_hub.models.single_file import inspection
-inspection._UNETS = {(16, 4): inspection.Kind("pico", ("some/nothing", "some/pico")[int(sys.argv[2]):])}
-for offline in (False, True):
-    constants.HF_HUB_OFFLINE = offline
-    try:
-        print(load_pipeline(sys.argv[1]).unet.config.sample_size)
-    except SpmHubError as error:
-        print(type(error).__name__, error)
-"""
-
-
 def test_the_configuration_of_a_family_is_fetched_once_without_its_weights(
-    folder: Path, file: Path, tmp_path: Path
+    folder: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answers(**environment: str) -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(file), "1"],
-            env={**os.environ, "HF_HOME": str(tmp_path / "hf"), **environment},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        return done.stdout.strip().splitlines()
-
-    nowhere = "http://127.0.0.1:9"
-    lost = " ".join(answers(HF_ENDPOINT=nowhere))
-    assert lost.count("NetworkError") == 2
-    assert f"{file} is pico and holds no configuration and no vocabulary" in lost
-    assert 'hf download some/pico --include "*.json"' in lost
+    monkeypatch.setattr(inspection, "_UNETS", {(16, 4): inspection.Kind("pico", ("some/pico",))})
+    for offline in (False, True):
+        adopt_endpoint(NOWHERE, monkeypatch, tmp_path)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        with pytest.raises(NetworkError) as refused:
+            load_pipeline(str(file))
+        lost = str(refused.value)
+        assert f"{file} is pico and holds no configuration and no vocabulary" in lost
+        assert 'hf download some/pico --include "*.json"' in lost
     with LoopbackHub() as hub:
         files = (part for part in folder.rglob("*") if part.is_file())
         commit = hub.publish("some/pico", {part.relative_to(folder).as_posix(): part.read_bytes() for part in files})
-        assert answers(**hub.environment(tmp_path)) == ["8", "8"]
+        hub.adopt(monkeypatch, tmp_path)
+        for offline in (False, True):
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+            assert load_pipeline(str(file)).unet.config.sample_size == 8
     assert not any(request.endswith(".safetensors") for request in hub.requests)
     assert (tmp_path / "hf" / "hub" / "models--some--pico" / "snapshots" / commit / "model_index.json").exists()
 
