@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import spm_hub
-from spm_hub.evaluation.pictures import WITH, WITHOUT, Drawing, Shown, show, write_png
+from spm_hub.evaluation.pictures import WITH, WITHOUT, DrawingOptions, PromptPictures, show, write_png
 from spm_hub.models.loading import load_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ PROMPTS = (
     ("mickey", "a neighbour of snoopy"),
     ("a dog at the beach", "names neither"),
 )
-DRAWING = Drawing(seed=1, number=3, steps=25)
+DRAWING = DrawingOptions(seed=1, number=3, steps=25)
 
 # Everything below is in pixels of a sheet that is shown at half its size.
 SIDE, GAP, GUTTER, MARGIN, LABELS, HEAD = 184, 12, 48, 32, 408, 84
@@ -34,7 +34,7 @@ PAPER, INK, FAINT, TRACK = (255, 255, 255), (24, 24, 27), (113, 113, 122), (228,
 COLOURS = {"snoopy": (190, 49, 68), "van-gogh": (38, 92, 173)}
 
 
-def sheet(shown: Sequence[Shown]) -> Image.Image:
+def sheet(shown: Sequence[PromptPictures]) -> Image.Image:
     """One row for each prompt: its text, a bar for each eraser's gamma, its pictures without erasers and with them."""
     block = DRAWING.number * SIDE + (DRAWING.number - 1) * GAP
     width = MARGIN + LABELS + block + GUTTER + block + MARGIN
