@@ -1,11 +1,14 @@
-"""The command `spmhub`: parse, call, print. Everything heavy is imported inside the commands that need it."""
+"""The command `spmhub`: parses arguments, calls the package, prints results.
+
+Heavy imports are inside the commands that need them, so that `spmhub --help` is quick.
+"""
 
 import sys
 from typing import Any
 
 from spm_hub.errors import UsageError
 
-# Each of these registers its commands, which `spmhub --help` shows in this order.
+# Importing a module registers its commands; `spmhub --help` lists them in this order.
 # isort: off
 from spm_hub.cli import train, demo, apply, bake, evaluate, attack, registry, keep, trust, hub, convert, models  # noqa: F401
 
@@ -15,16 +18,16 @@ from spm_hub.cli.output import Output
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line; this is the console script `spmhub`."""
     if "--json" not in sys.argv:
         app()
         return
     try:
         sys.exit(app(standalone_mode=False))
     except Exception as error:
-        # What typer says of a command line it cannot read it says in a box, to people.
-        said: Any = error
+        # typer would print an error of the command line as a box for people; print it as JSON.
+        click_error: Any = error
         if not hasattr(error, "format_message"):
             raise
-        Output(json=True).fail(UsageError(said.format_message(), mend="spmhub --help"))
-        sys.exit(said.exit_code)
+        Output(json=True).fail(UsageError(click_error.format_message(), mend="spmhub --help"))
+        sys.exit(click_error.exit_code)

@@ -1,4 +1,4 @@
-"""How a verb becomes a command: --json and -q for each, examples in its help, and one guard around its body."""
+"""Registers commands: adds --json and -q, examples in the help text, and error handling to each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from spm_hub.cli.output import Output, guarded
+from spm_hub.cli.output import Output, exit_on_error
 
 app = typer.Typer(
     name="spmhub",
@@ -23,8 +23,8 @@ app = typer.Typer(
 )
 
 
-def _told(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from spm_hub import __version__
 
         print(f"spmhub {__version__}")
@@ -34,19 +34,19 @@ def _told(asked: bool) -> None:
 @app.callback()
 def _spmhub(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_told, help="Print the version and leave.")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Small, removable concept erasers for text-to-image models."""
 
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No prose and no progress; only names and paths.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print only names and paths; no remarks, no progress.")]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One line that works as it stands, and what it is for."""
+    """An example for a command's help: a complete command line, and its purpose."""
 
     line: str
     does: str
@@ -56,10 +56,10 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {}
 
 
 def command(name: str, *examples: Example, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function `f(out: Output, ...)` as the verb `name`, shown under `panel` in `spmhub --help`.
+    """Register `f(out: Output, ...)` as the command `name`, in the help panel `panel`.
 
-    The function's docstring is its help. It gets an Output made from the flags --json and --quiet, which it does not
-    declare itself; whatever it raises is turned into a message and an exit code in `output.guarded`.
+    The function's docstring is the command's help text. Its first argument is an Output made from --json and --quiet,
+    which are added here. `output.exit_on_error` turns its exceptions into a message and an exit code.
     """
 
     def register(body: Callable[..., None]) -> Callable[..., None]:
@@ -77,10 +77,10 @@ def command(name: str, *examples: Example, panel: str) -> Callable[[Callable[...
         @functools.wraps(body)
         def run(*, json: bool, quiet: bool, **given: Any) -> None:
             out = Output(json=json, quiet=quiet)
-            with guarded(out):
+            with exit_on_error(out):
                 body(out, **given)
 
-        del run.__wrapped__  # typer must see the signature below, not that of the body
+        del run.__wrapped__  # typer must read the signature set below, not that of the body
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         EXAMPLES[name] = examples
@@ -91,10 +91,10 @@ def command(name: str, *examples: Example, panel: str) -> Callable[[Callable[...
 
 
 def _epilog(examples: tuple[Example, ...]) -> str:
-    shown = (f"  [dim]# {_plain(example.does)}[/dim]\n  {_plain(example.line)}" for example in examples)
+    shown = (f"  [dim]# {_escape_markup(example.does)}[/dim]\n  {_escape_markup(example.line)}" for example in examples)
     return "\n".join(("Examples:", *shown))
 
 
-def _plain(text: str) -> str:
-    """Keep square brackets from being read as markup."""
+def _escape_markup(text: str) -> str:
+    """Escape square brackets, which would be read as markup."""
     return text.replace("[", r"\[")

@@ -1,4 +1,4 @@
-"""What this installation can do: versions, devices, folders and models, each with the command that mends it."""
+"""Examines the installation and finds a command that mends each problem."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LITTLE_SPACE = 2 * 10**9  # bytes: less than one checkpoint of Stable Diffusion 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: ok, worth knowing (warn) or in the way (fail), and the command that mends it."""
+    """Result of examining one thing: ok, a warning or a failure, and the command that mends it."""
 
     subject: str
     status: Literal["ok", "warn", "fail"]
@@ -39,11 +39,11 @@ class Finding:
 
 
 def diagnose(registry: Path) -> Iterator[Finding]:
-    """Look at everything, one finding after the other; `registry` is the folder that new erasers go to."""
+    """Examine everything and yield a finding for each; `registry` is the folder for new erasers."""
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield from _packages()
     yield from _devices()
-    yield _folder("registry", registry, mend="name another one with --registry DIR or SPMHUB_REGISTRY")
+    yield _folder("registry", registry, mend="choose another folder with --registry DIR or SPMHUB_REGISTRY")
     yield from _hub()
     yield from _plugins()
     for alias in ALIASES.values():
@@ -52,7 +52,7 @@ def diagnose(registry: Path) -> Iterator[Finding]:
 
 
 def tested_versions() -> dict[str, Version]:
-    """The exact versions this release was tested with, by package: constraints.txt, installed beside the package."""
+    """Return the versions that this release was tested with, by package, from constraints.txt."""
     here = Path(__file__).parents[1]
     pins = next((file for folder in (here, here.parent) if (file := folder / "constraints.txt").is_file()), None)
     if pins is None:
@@ -71,11 +71,11 @@ def _packages() -> Iterator[Finding]:
         try:
             installed = Version(metadata.version(name))
         except metadata.PackageNotFoundError:
-            yield Finding(name, "fail", f"not installed; needed: {requirement.specifier}", upgrade)
+            yield Finding(name, "fail", f"not installed; required: {requirement.specifier}", upgrade)
             continue
         pin = tested.get(canonicalize_name(name))
         if not requirement.specifier.contains(installed, prereleases=True):
-            yield Finding(name, "fail", f"{installed}; needed: {requirement.specifier}", upgrade)
+            yield Finding(name, "fail", f"{installed}; required: {requirement.specifier}", upgrade)
         elif pin is not None and Version(installed.public) != pin:
             mend = f'{Path(sys.executable).name} -m pip install "{name}=={pin}"'
             yield Finding(name, "warn", f"{installed}; tested with {pin}", mend)
@@ -102,7 +102,7 @@ def _hub() -> Iterator[Finding]:
 
     yield _folder("model cache", Path(constants.HF_HUB_CACHE), mend="set HF_HOME to a folder that can be written")
     if constants.is_offline_mode():
-        yield Finding("network", "warn", "HF_HUB_OFFLINE is set: only cached models", "unset HF_HUB_OFFLINE")
+        yield Finding("network", "warn", "HF_HUB_OFFLINE is set, so nothing is downloaded", "unset HF_HUB_OFFLINE")
     else:
         yield Finding("network", "ok", f"downloads allowed, from {constants.ENDPOINT}")
 
@@ -115,17 +115,17 @@ def _plugins() -> Iterator[Finding]:
     )
     for kind, expected, own in groups:
         for plugin in examine(kind, expected):
-            broken = "its name is taken by one of our own" if plugin.name in own else plugin.broken
+            broken = "spm-hub itself uses its name" if plugin.name in own else plugin.broken
             what = f"{kind}, of {plugin.distribution}"
             if broken is None:
                 yield Finding(f"plug-in {plugin.name}", "ok", what)
             else:
                 mend = f"{Path(sys.executable).name} -m pip uninstall {plugin.distribution}"
-                yield Finding(f"plug-in {plugin.name}", "warn", f"{what}: left out: {broken}", mend)
+                yield Finding(f"plug-in {plugin.name}", "warn", f"{what}: ignored: {broken}", mend)
 
 
 def _folder(subject: str, folder: Path, *, mend: str) -> Finding:
-    """Whether `folder`, or the nearest of its parents that exists, can be written to and has space."""
+    """Check that `folder`, or its nearest existing parent, can be written and has free space."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         return Finding(subject, "fail", f"{folder} cannot be written", mend)

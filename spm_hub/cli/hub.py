@@ -1,4 +1,4 @@
-"""spmhub push, pull, search and outdated: erasers on the Hugging Face Hub."""
+"""Commands push, pull, search and outdated: erasers on the Hugging Face Hub (help panel "Share")."""
 
 import tempfile
 from dataclasses import asdict
@@ -22,9 +22,12 @@ Repo = Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository o
 
 @command(
     "push",
-    Example("spmhub push snoopy someone/spm-snoopy --dry-run", "the card as it will look, and the exact files"),
-    Example("spmhub push snoopy someone/spm-snoopy", "with pictures that the base draws now"),
-    Example("spmhub push snoopy someone/spm-snoopy --pictures pictures --pr", "with your own, as a pull request"),
+    Example("spmhub push snoopy someone/spm-snoopy --dry-run", "show the model card and the files, and upload nothing"),
+    Example("spmhub push snoopy someone/spm-snoopy", "draw pictures for the card with the base model"),
+    Example(
+        "spmhub push snoopy someone/spm-snoopy --pictures pictures --pr",
+        "use your pictures, open a pull request",
+    ),
     panel="Share",
 )
 def push(
@@ -33,30 +36,30 @@ def push(
     repo: Repo,
     *,
     private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to. Unless given: main.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to. Default: main.")] = None,
     pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show card and files; upload nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the card and the files; upload nothing.")] = False,
     pictures: Annotated[
         Path | None,
-        typer.Option(help="Folder that spmhub apply --compare filled. Unless given: drawn now, if the base is here."),
+        typer.Option(help="Folder written by spmhub apply --compare. Default: draw new ones, if the base is here."),
     ] = None,
-    no_pictures: Annotated[bool, typer.Option("--no-pictures", help="A card without pictures.")] = False,
+    no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Make a card without pictures.")] = False,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="What to draw for the card; repeatable.")
+        list[str] | None, typer.Option("--prompt", "-p", help="Prompt to draw for the card; repeatable.")
     ] = None,
     registry: options.Registry = None,
     device: options.Device = "cpu",
 ) -> None:
     """Share an eraser on the Hugging Face Hub, with a model card.
 
-    Logs in as `hf auth login` or HF_TOKEN says.
+    It uses the login of `hf auth login` or the token in HF_TOKEN.
     """
     from spm_hub.hub.resolve import resolve
 
     if no_pictures and (pictures is not None or prompt):
-        raise UsageError("--no-pictures and pictures are both asked for")
+        raise UsageError("--no-pictures cannot be combined with --pictures or --prompt")
     if pr and revision is not None:
-        raise UsageError("--pr proposes a change to the main branch, but --revision was given too")
+        raise UsageError("--pr opens a pull request to the main branch, so --revision cannot be used with it")
     entry = resolve(name, registry)
     with tempfile.TemporaryDirectory() as staging, silence_libraries():
         from spm_hub.hub import push as pushing
@@ -67,25 +70,25 @@ def push(
         if pictures is not None:
             pairs = read_pairs(pictures, entry.read_manifest().name)
         elif not no_pictures:
-            pairs = _drawn(out, entry, prompt, Path(staging) / "pictures", device)
+            pairs = _draw_pairs(out, entry, prompt, Path(staging) / "pictures", device)
         release = pushing.prepare(entry, repo, pairs, Path(staging))
         files = release.listing()
         described: dict[str, Any] = {"repo": repo, "files": files, "card": release.card}
         if dry_run:
             _show(out, described)
-            out.say("nothing was uploaded; the same command without --dry-run does it")
+            out.say("nothing was uploaded; to upload, run it without --dry-run")
             return
         out.say(f"uploading {len(files)} files to {repo} ...")
         made = pushing.push(release, private=private, revision=revision, pull_request=pr)
-    where = made.pull_request or made.url
-    out.data({**described, **asdict(made)}, f"{repo}@{made.commit}: {where}", brief=[where])
-    out.say(f"others get it by: spmhub pull {repo}")
+    address = made.pull_request or made.url
+    out.data({**described, **asdict(made)}, f"{repo}@{made.commit}: {address}", brief=[address])
+    out.say(f"others can download it with: spmhub pull {repo}")
 
 
-def _drawn(
+def _draw_pairs(
     out: Output, entry: "EraserEntry", prompts: list[str] | None, folder: Path, device: str
 ) -> "tuple[PicturePair, ...]":
-    """Pairs that the eraser's own base draws now; none, with a word why, where it is not on this machine."""
+    """Draw pairs with the eraser's base model; none, with a remark, if it is not on this machine."""
     from spm_hub.evaluation.pictures import DrawingOptions, save, show
     from spm_hub.hub.card import hub_id, read_pairs
     from spm_hub.models.aliases import ALIASES, Alias
@@ -96,7 +99,7 @@ def _drawn(
     concept, base = adapter.manifest.concept, adapter.manifest.base
     alias = ALIASES.get(base.id) or Alias(base.id, base.family, "", hub_id(base.id), base.revision)
     if not (alias.hub_id or alias.embedded) or not is_available(alias):
-        out.say(f"no pictures: {base.id or 'its base'} is not on this machine; give some: --pictures DIR")
+        out.say(f"no pictures: {base.id or 'its base model'} is not on this machine; use --pictures DIR")
         return ()
     neighbour = "a dog" if concept.target != "dog" else "a cat"
     scene = f"a village by {concept.target}" if concept.kind == "style" else f"{concept.target} on the beach"
@@ -111,7 +114,7 @@ def _drawn(
 
 
 def _show(out: Output, described: dict[str, Any]) -> None:
-    """The card as a reader of the Hub sees it, its metadata, and the files."""
+    """Print the card's metadata, the card as the Hub renders it, and the files."""
     from rich.console import Group
     from rich.markdown import Markdown
     from rich.panel import Panel
@@ -133,29 +136,32 @@ def _show(out: Output, described: dict[str, Any]) -> None:
 
 @command(
     "pull",
-    Example("spmhub pull someone/spm-snoopy", "keep it in your registry, pinned to the commit it is at now"),
-    Example("spmhub pull someone/spm-snoopy@v1 --name snoopy-v1", "a tag, a branch or a commit, under another name"),
-    Example("spmhub pull", "whatever the registry's lock file names and the registry lacks"),
+    Example("spmhub pull someone/spm-snoopy", "keep it in your registry, pinned to its newest commit"),
+    Example("spmhub pull someone/spm-snoopy@v1 --name snoopy-v1", "pull a tag, branch or commit, and rename it"),
+    Example("spmhub pull", "pull the erasers of the lock file that the registry lacks"),
     panel="Share",
 )
 def pull(
     out: Output,
-    repo: Annotated[str | None, typer.Argument(metavar="USER/REPO[@REVISION]", help="On the Hub.")] = None,
+    repo: Annotated[
+        str | None,
+        typer.Argument(metavar="USER/REPO[@REVISION]", help="A repository. Default: all in the registry's lock file."),
+    ] = None,
     *,
-    name: Annotated[str | None, typer.Option(help="Name to keep it under. Unless given: its own.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name to keep it under. Default: its own.")] = None,
     registry: options.Registry = None,
     require_signature: options.RequireSignature = None,
     force: options.Force = False,
 ) -> None:
-    """Keep an eraser of the Hub in the registry, pinned to its commit."""
+    """Download an eraser from the Hub into the registry, pinned to its commit."""
     from spm_hub.registry.registry import HUB_REFERENCE, Registry, registries
 
     kept_in = Registry(registry) if registry is not None else registries()[0]
     match = None if repo is None else HUB_REFERENCE.fullmatch(repo)
     if repo is not None and match is None:
-        raise UsageError(f"{repo!r} is not of the form user/repo or user/repo@revision", mend="spmhub search snoopy")
+        raise UsageError(f"{repo!r} is not of the form USER/REPO or USER/REPO@REVISION", mend="spmhub search snoopy")
     if match is None and (name is not None or force):
-        raise UsageError("--name and --force are for one repository", mend="spmhub pull USER/REPO --name NAME")
+        raise UsageError("--name and --force need a repository", mend="spmhub pull USER/REPO --name NAME")
     options.require_signature(require_signature)
     silence_hub()
     from spm_hub.hub import pull as remote
@@ -167,7 +173,7 @@ def pull(
             repo, revision = match["repo"], match["revision"]
             pulled = [remote.pull(repo, revision, registry=kept_in, name=name, replace=force, progress=progress)]
     for one in pulled if require_signature is not None else ():
-        one.entry.load()  # one that was here already has not been looked at yet
+        one.entry.load()  # an unchanged eraser was not loaded by the pull, so check its signature now
     rows = [
         {"name": one.entry.name, "state": one.state, **one.origin.model_dump(), "adapter": one.entry.adapter_path,
          "manifest": one.entry.manifest_path}
@@ -175,42 +181,42 @@ def pull(
     ]  # fmt: skip
     lines = [f"{one.entry.name} ({one.state}): {one.entry.describe_source()}" for one in pulled]
     if not pulled:
-        out.say(f"nothing to do: {kept_in.root} has all that its lock file names")
+        out.say(f"nothing to do: {kept_in.root} has all erasers of its lock file")
     out.data(rows, "\n".join(lines), brief=[str(one.entry.adapter_path) for one in pulled])
 
 
 @command(
     "search",
-    Example("spmhub search nudity", "erasers of nudity on the Hub"),
-    Example('spmhub search "van gogh" --base sd-v1-4 --method spm', "trained on that base by that method"),
+    Example("spmhub search nudity", "find erasers of nudity on the Hub"),
+    Example('spmhub search "van gogh" --base sd-v1-4 --method spm', "find those of one base model and method"),
     panel="Share",
 )
 def search(
     out: Output,
-    query: Annotated[str, typer.Argument(help="Words of the concept or of the repository's name.")] = "",
+    query: Annotated[str, typer.Argument(help="Words in the concept or the repository's name.")] = "",
     *,
     base: Annotated[str | None, typer.Option(help="A family (sd1, sdxl ...), an alias, or owner/name.")] = None,
-    method: Annotated[str | None, typer.Option(help="The method of training: spm, esd-x, uce ...")] = None,
+    method: Annotated[str | None, typer.Option(help="The training method: spm, esd-x, uce ...")] = None,
     author: Annotated[str | None, typer.Option(help="A user or organisation of the Hub.")] = None,
 ) -> None:
     """Search the Hub for erasers."""
     from spm_hub.hub.search import search as find
 
     silence_hub()
-    show_found(out, find(query, base=base, method=method, author=author))
+    show_results(out, find(query, base=base, method=method, author=author))
 
 
-def show_found(out: Output, found: "tuple[SearchResult, ...]") -> None:
-    """Print what is on the Hub."""
+def show_results(out: Output, found: "tuple[SearchResult, ...]") -> None:
+    """Print search results as a table."""
     columns = ("repo", "erases", "method", "base", "downloads", "likes", "updated")
     rows = [[one.repo, ", ".join(one.erases), *(getattr(one, key) for key in columns[2:])] for one in found]
     out.data([asdict(one) for one in found], table(columns, rows), brief=[one.repo for one in found])
-    out.say(f"get one: spmhub pull {found[0].repo}" if found else "nothing of that kind on the Hub")
+    out.say(f"download one: spmhub pull {found[0].repo}" if found else "the Hub has no such eraser")
 
 
-@command("outdated", Example("spmhub outdated", "which pulled erasers have moved on at the Hub"), panel="Share")
+@command("outdated", Example("spmhub outdated", "list pulled erasers with a newer version on the Hub"), panel="Share")
 def outdated(out: Output, *, registry: options.Registry = None) -> None:
-    """Compare the pulled erasers with what the Hub has now."""
+    """Compare pulled erasers with their newest versions on the Hub."""
     from spm_hub.registry.registry import editable_registries
 
     silence_hub()

@@ -1,4 +1,4 @@
-"""spmhub remove, gc, export and import: the registry as a folder that is tidied and carried about."""
+"""Help panel "Keep": the commands remove, gc, export and import, which maintain a registry."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from spm_hub.registry.archive import Transfer
 
 Names = Annotated[list[str], typer.Argument(help="Names in the registry.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the files that would be deleted; delete nothing.")]
 
 
 @command(
     "remove",
     Example("spmhub remove snoopy", "delete an eraser and its manifest"),
-    Example("spmhub remove snoopy mickey --dry-run", "say which files that would be"),
+    Example("spmhub remove snoopy mickey --dry-run", "list the files that would be deleted"),
     panel="Keep",
 )
 def remove(out: Output, names: Names, *, registry: options.Registry = None, dry_run: DryRun = False) -> None:
     """Delete erasers from the registry.
 
-    Each from the registry that is asked for, or unless one is, from where its name is found, as apply would find it.
-    All names are looked up before any goes.
+    Without --registry, each is deleted from the first registry that has its name. If a name is unknown, nothing is
+    deleted.
     """
     from spm_hub.registry.registry import registry_with
 
@@ -34,53 +34,53 @@ def remove(out: Output, names: Names, *, registry: options.Registry = None, dry_
     for name, place in () if dry_run else found:
         place.remove(name)
     rows = [{"name": name, "registry": str(place.root), "removed": not dry_run} for name, place in found]
-    said = "would be removed from" if dry_run else "removed from"
-    out.data(rows, "\n".join(f"{row['name']}: {said} {row['registry']}" for row in rows), brief=list(names))
+    action = "would be removed from" if dry_run else "removed from"
+    out.data(rows, "\n".join(f"{row['name']}: {action} {row['registry']}" for row in rows), brief=list(names))
 
 
 @command(
     "gc",
-    Example("spmhub gc --dry-run", "what is lying about"),
-    Example("spmhub gc", "delete it"),
+    Example("spmhub gc --dry-run", "list files that belong to no eraser"),
+    Example("spmhub gc", "delete them"),
     panel="Keep",
 )
 def gc(out: Output, *, registry: options.Registry = None, dry_run: DryRun = False) -> None:
-    """Delete what belongs to no eraser.
+    """Delete files that belong to no eraser.
 
-    Temporary files of commands that were killed, and manifests whose adapter file is gone.
+    These are temporary files of killed commands, and manifests and signatures without an adapter file.
     """
     from spm_hub.registry.registry import registries
 
     kept = registries(registry)[0]
     rows = kept.gc(dry_run=dry_run)
     total = sum(row.bytes for row in rows)
-    said = "would be deleted" if dry_run else "deleted"
+    action = "would be deleted" if dry_run else "deleted"
     out.data(
         {
             "registry": kept.root,
             "files": [{"file": row.path, "bytes": row.bytes} for row in rows],
             "deleted": not dry_run,
         },
-        "\n".join((*(str(row.path) for row in rows), f"{len(rows)} files, {size(total)}, {said} in {kept.root}")),
+        "\n".join((*(str(row.path) for row in rows), f"{len(rows)} files, {size(total)}, {action} in {kept.root}")),
         brief=[str(row.path) for row in rows],
     )
 
 
 @command(
     "export",
-    Example("spmhub export snoopy mickey --to erasers.tar", "one file for a machine without a network"),
-    Example("spmhub export snoopy --to /media/stick/erasers", "a folder that is itself a registry"),
+    Example("spmhub export snoopy mickey --to erasers.tar", "make one file for a machine without a network"),
+    Example("spmhub export snoopy --to /media/stick/erasers", "make a folder that can be used as a registry"),
     panel="Keep",
 )
 def export_(
     out: Output,
     names: Annotated[list[str], typer.Argument(help="Names in a registry, files, or owner/name on the Hub.")],
     *,
-    to: Annotated[Path, typer.Option("--to", help="A folder, or a file that ends with .tar.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder, or file with the ending .tar.")],
     registry: options.Registry = None,
     force: options.Force = False,
 ) -> None:
-    """Copy erasers, verified, into a folder or a tar file."""
+    """Verify erasers and copy them into a folder or a tar file."""
     from spm_hub.hub.resolve import resolve
     from spm_hub.registry.archive import export
 
@@ -89,19 +89,19 @@ def export_(
 
 @command(
     "import",
-    Example("spmhub import erasers.tar", "all erasers that it holds, or none"),
+    Example("spmhub import erasers.tar", "install all erasers of the file, or none"),
     panel="Keep",
 )
 def import_(
     out: Output,
-    source: Annotated[Path, typer.Argument(help="A folder or a .tar file made by spmhub export.")],
+    source: Annotated[Path, typer.Argument(help="Folder or .tar file made by spmhub export.")],
     *,
     registry: options.Registry = None,
     force: options.Force = False,
 ) -> None:
     """Install the erasers of an exported folder or tar file.
 
-    All are verified before, and all are installed or none.
+    All are verified first; if one is invalid, none is installed.
     """
     from spm_hub.registry.archive import import_ as run
     from spm_hub.registry.registry import Registry, registries

@@ -1,4 +1,4 @@
-"""spmhub models and doctor: what can be erased from here, and what stands in the way."""
+"""Commands models and doctor: the base models that can be named, and problems of the installation."""
 
 import sys
 from dataclasses import asdict
@@ -8,7 +8,7 @@ from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
 
 
-@command("models", Example("spmhub models", "the short names of base models"), panel="Look")
+@command("models", Example("spmhub models", "list base models and whether they are on this machine"), panel="Look")
 def models(out: Output) -> None:
     """List the short names of base models; folders, single files and Hub ids work as well."""
     from spm_hub.models.aliases import ALIASES
@@ -30,11 +30,11 @@ def models(out: Output) -> None:
     )
 
 
-@command("doctor", Example("spmhub doctor", "is everything in place?"), panel="Look")
+@command("doctor", Example("spmhub doctor", "find out why something does not work"), panel="Look")
 def doctor(out: Output, *, registry: options.Registry = None) -> None:
-    """Look at versions, devices, folders and models.
+    """Examine versions, devices, folders, plug-ins and models, and say how to mend problems.
 
-    Exit code 1 where something is in the way.
+    The exit code is 1 if something is missing or broken.
     """
     from spm_hub.cli.diagnosis import diagnose
     from spm_hub.registry.registry import Registry, registries

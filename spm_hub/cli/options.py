@@ -1,4 +1,4 @@
-"""Options that several commands share, each with one name, one type and one help text."""
+"""Options that several commands share, each with one name, type and help text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Registry = Annotated[
     typer.Option(
         "--registry",
         envvar=REGISTRY_VARIABLE,
-        help="Registry folder. Unless given: the working folder if it is one, else your own.",
+        help="Registry folder. Default: the working folder if it is a registry, else your own registry.",
         show_default=False,
     ),
 ]
@@ -36,8 +36,8 @@ Config = Annotated[
     str | None,
     typer.Option(
         "--config",
-        help="For a single file: a model of its family whose configuration it is read with (alias, diffusers folder, "
-        "owner/name). Unless given: told by the file.",
+        help="For a single file: a model of the same family to take the configuration from (alias, diffusers folder, "
+        "owner/name). Default: chosen by the file's contents.",
         show_default=False,
     ),
 ]
@@ -55,7 +55,7 @@ Strength = Annotated[
         "--strength", metavar="NAME=NUMBER", help="Factor on an eraser's effect; repeatable.", show_default=False
     ),
 ]
-Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option("--device", help="Device to compute on: cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[
     Literal["float32", "float16", "bfloat16"], typer.Option("--dtype", help="Precision to compute in.")
 ]
@@ -65,7 +65,7 @@ RequireSignature = Annotated[
         "--require-signature",
         metavar="KEY",
         envvar=KEY_VARIABLE,
-        help="Public key (PEM): refuse what its holder has not signed.",
+        help="Public key (PEM): refuse erasers that were not signed with its private key.",
         show_default=False,
     ),
 ]
@@ -73,7 +73,7 @@ Gate = Annotated[
     str | None,
     typer.Option(
         "--gate",
-        help="transport (by prompt), always, or a number. Unless given: as each eraser asks.",
+        help="transport (by prompt), always, or a number. Default: the gate in each eraser's manifest.",
         show_default=False,
     ),
 ]
@@ -82,25 +82,25 @@ Judge = Annotated[
     typer.Option(
         "--judge",
         metavar="MODULE:FUNCTION",
-        help="Says of pictures whether they show the concept; also from the working folder. Unless given: the "
+        help="Python function that decides which pictures show the concept; may be in the working folder. Default: the "
         "sketchbook's probe.",
         show_default=False,
     ),
 ]
 GATES = ("transport", "always")
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files and erasers.")]
 
 
 def names(texts: list[str]) -> list[str]:
-    """The references in ["a,b", "c"]. Raises UsageError where one is empty or there is none."""
+    """Split ["a,b", "c"] into references. Raises UsageError if one is empty or there is none."""
     found = [name.strip() for text in texts for name in text.split(",")]
     if not all(found):
-        raise UsageError(f"--adapters {','.join(texts)!r} has an empty name", mend="spmhub list")
+        raise UsageError(f"--adapters {','.join(texts)!r} contains an empty name", mend="spmhub list")
     return found
 
 
 def check_judge(judge: str | None, model: ModelRef) -> None:
-    """Raises UsageError for pictures of a model that nobody here can judge."""
+    """Refuse a model other than the sketchbook if no judge is given. Raises UsageError."""
     from spm_hub.models.aliases import ALIASES
 
     alias = ALIASES.get(model.text)
@@ -112,14 +112,14 @@ def check_judge(judge: str | None, model: ModelRef) -> None:
 
 
 def strengths(texts: list[str] | None) -> dict[str, float] | None:
-    """Numbers by eraser from ["a=0.5", ...]; None where nothing was given. Raises UsageError."""
+    """Parse ["a=0.5", ...] into numbers by eraser; None if there are none. Raises UsageError."""
     if not texts:
         return None
     found: dict[str, float] = {}
     for text in texts:
         name, separator, number = text.rpartition("=")
         if not separator or not name or (value := _number(number)) is None:
-            raise UsageError(f"--strength {text!r} is not NAME=NUMBER", mend="for instance --strength snoopy=0.5")
+            raise UsageError(f"--strength {text!r} is not of the form NAME=NUMBER", mend="--strength snoopy=0.5")
         if name in found:
             raise UsageError(f"--strength names {name!r} twice: {found[name]} and {value}")
         found[name] = value
@@ -140,7 +140,7 @@ def gate(text: str | None) -> Literal["transport", "always"] | float | None:
 
 
 def require_signature(key: Path | None) -> None:
-    """Have everything that is loaded from now on checked against this public key, as the variable would."""
+    """Check everything that is loaded from now on against this public key; sets the environment variable."""
     if key is not None:
         os.environ[KEY_VARIABLE] = str(key)
 

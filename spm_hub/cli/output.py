@@ -1,4 +1,4 @@
-"""The one sink of the command line: data to stdout, prose and progress to stderr, as text, JSON or next to nothing."""
+"""Prints data to stdout, remarks and progress to stderr, as text, JSON or brief lines."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 10.0
 WARNING = "spm_hub: "
-"""What our own warnings begin with."""
+"""Prefix of our own warnings."""
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-"""How torch and its devices say so, in a RuntimeError."""
+"""Words in the RuntimeError of torch, or of a device, that has no memory left."""
 
 LONG = 100
-"""Rows: rich takes longer to lay out more of them than it takes to read a registry, and nobody reads them boxed."""
+"""Rows above which a table is printed as plain lines: rich would take longer than reading the registry."""
 
 
 class InterruptedByUserError(SpmHubError):
@@ -35,47 +35,50 @@ class InterruptedByUserError(SpmHubError):
 
 
 class Progress(Protocol):
-    """What a progress bar is told: `step` of `total` done, and the figures worth showing beside it."""
+    """Callback that moves a progress bar: `step` of `total` are done, with figures to show."""
 
     def __call__(self, step: int, total: int, info: Mapping[str, float] | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where a command's results and remarks go. `json` and `quiet` are the two flags that every command has."""
+    """Prints a command's results and remarks according to its flags --json and --quiet."""
 
     json: bool = False
     quiet: bool = False
 
     def data(self, value: Any, human: RenderableType, brief: Sequence[str] = ()) -> None:
-        """Print a result to stdout: `value` as JSON with --json, the lines of `brief` with -q, otherwise `human`."""
+        """Print a result: `value` as JSON with --json, the lines of `brief` with -q, else `human`."""
         if self.json:
             sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
         elif self.quiet:
-            sys.stdout.writelines(f"{visible(line)}\n" for line in brief)
+            sys.stdout.writelines(f"{escape_controls(line)}\n" for line in brief)
         elif isinstance(human, str):
-            sys.stdout.write(visible(human) + "\n")
+            sys.stdout.write(escape_controls(human) + "\n")
         else:
             _console(sys.stdout).print(human)
         sys.stdout.flush()
 
     def say(self, text: str) -> None:
-        """A remark for a person, to stderr; silent with -q."""
+        """Print a remark to stderr, unless -q is given."""
         if not self.quiet:
-            sys.stderr.write(visible(text) + "\n")
+            sys.stderr.write(escape_controls(text) + "\n")
 
     def fail(self, error: SpmHubError) -> None:
-        """An error: prose on stderr and, with --json, an object on stdout, so that stdout always parses."""
+        """Print an error to stderr and, with --json, as an object to stdout, so that stdout always parses."""
         if self.json:
             described = {"type": type(error).__name__, "message": error.message, "try": error.mend}
-            with suppress(OSError):  # a full stdout may be the error itself
+            with suppress(OSError):  # the error may be that stdout is full
                 sys.stdout.write(json.dumps({"error": described}, indent=2, ensure_ascii=False) + "\n")
                 sys.stdout.flush()
-        sys.stderr.write(visible(f"error: {error}\n"))
+        sys.stderr.write(escape_controls(f"error: {error}\n"))
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress]:
-        """A bar on a terminal, a line every ten seconds elsewhere, nothing with -q. Yields what moves it."""
+        """Show progress: a bar on a terminal, otherwise a line every ten seconds, nothing with -q.
+
+        Yields the callback that moves it.
+        """
         if self.quiet:
             yield lambda step, total, info=None: None
         elif sys.stderr.isatty():
@@ -86,8 +89,8 @@ class Output:
 
 
 @contextmanager
-def guarded(out: Output) -> Iterator[None]:
-    """The one place where a user's mistakes, a refusing disk and Ctrl-C become a sentence and an exit code."""
+def exit_on_error(out: Output) -> Iterator[None]:
+    """Turn our errors, those of disk and memory, and Ctrl-C into a message and an exit code."""
     try:
         yield
     except SpmHubError as error:
@@ -109,7 +112,7 @@ def guarded(out: Output) -> Iterator[None]:
         )
         sys.exit(1)
     except BrokenPipeError:
-        # The reader (head, less) has seen enough. Closing stderr keeps the interpreter from complaining at exit.
+        # The reader of the pipe (head, less) has ended. Closing stderr prevents a message of the interpreter at exit.
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
@@ -120,9 +123,9 @@ def guarded(out: Output) -> Iterator[None]:
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Keep the libraries' own bars and remarks off stderr; what they have to say of importance they raise.
+    """Hide the progress bars, remarks and warnings of libraries; print our own warnings as lines.
 
-    What we warn of ourselves is a line there.
+    Errors of the libraries are exceptions and still reach the user.
     """
     import warnings
 
@@ -141,11 +144,11 @@ def silence_libraries() -> Iterator[None]:
 
 
 def _show(message: Warning | str, *_: Any, **__: Any) -> None:
-    sys.stderr.write(visible(f"warning: {str(message).removeprefix(WARNING)}\n"))
+    sys.stderr.write(escape_controls(f"warning: {str(message).removeprefix(WARNING)}\n"))
 
 
 def silence_hub() -> None:
-    """The same for the Hub's client alone, which is there much sooner than the others."""
+    """Hide the remarks of the Hub's client; unlike `silence_libraries` this imports nothing slow."""
     from logging import ERROR
 
     from huggingface_hub.utils import logging as hub_logging
@@ -153,23 +156,26 @@ def silence_hub() -> None:
     hub_logging.set_verbosity(ERROR)
 
 
-def visible(text: str) -> str:
-    """The text with what would move a terminal's cursor, colour it or turn its order round spelt out.
+def escape_controls(text: str) -> str:
+    """Escape characters that move a terminal's cursor, set colours or reverse the reading order.
 
-    What a stranger wrote into a manifest is shown, and does nothing.
+    Text in somebody else's manifest cannot manipulate the terminal.
     """
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def plain(text: str) -> RenderableType:
-    """Text that is shown as it is, square brackets and all."""
+def literal(text: str) -> RenderableType:
+    """Make a rich text that is printed literally, square brackets included."""
     from rich.text import Text
 
-    return Text(visible(text))
+    return Text(escape_controls(text))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> RenderableType:
-    """A table whose cells are shown as they are (no markup); numbers stand to the right. A long one is plain lines."""
+    """Make a table; cells are printed literally and numbers are aligned to the right.
+
+    A table of more than LONG rows is returned as plain lines.
+    """
     if len(rows) > LONG:
         return _aligned([list(columns), *([_cell(value) for value in row] for row in rows)])
     from rich import box
@@ -186,7 +192,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
 
 
 def size(n_bytes: int) -> str:
-    """A number of bytes as people read it: 412 B, 1.7 MB."""
+    """Format a number of bytes: 412 B, 1.7 MB."""
     value = float(n_bytes)
     for unit in ("B", "kB", "MB"):
         if value < 1000:
@@ -196,7 +202,7 @@ def size(n_bytes: int) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of the width of their widest cell, two spaces apart."""
+    """Align rows in columns as wide as their widest cell, two spaces apart."""
     from rich.cells import cell_len
 
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
@@ -208,13 +214,13 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else visible(str(value))
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else escape_controls(str(value))
 
 
 def _console(stream: Any) -> Any:
     from rich.console import Console
 
-    # Piped output gets the width it needs: a table that wraps at 80 columns cannot be grepped.
+    # Output to a pipe gets a large width: grep cannot search a table whose rows wrap at 80 columns.
     return Console(file=stream, width=None if stream.isatty() else 200, soft_wrap=False, highlight=False)
 
 
@@ -246,12 +252,12 @@ def _bar(label: str) -> Iterator[Progress]:
 
 
 def _lines(label: str) -> Progress:
-    said = time.monotonic()
+    last = time.monotonic()
 
     def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
-        nonlocal said
-        if time.monotonic() - said >= SECONDS_BETWEEN_LINES or step == total:
-            said = time.monotonic()
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES or step == total:
+            last = time.monotonic()
             sys.stderr.write(f"{label} {step}/{total}  {_figures(info)}".rstrip() + "\n")
 
     return move

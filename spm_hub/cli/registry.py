@@ -1,4 +1,4 @@
-"""spmhub list, show and check: what erasers there are, what one says about itself, and whether it fits a model."""
+"""Commands list, show and check: erasers, their manifests, and whether they fit a model."""
 
 import sys
 from typing import Annotated, Any
@@ -7,7 +7,7 @@ import typer
 
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
-from spm_hub.cli.output import Output, plain, silence_hub, silence_libraries, size, table
+from spm_hub.cli.output import Output, literal, silence_hub, silence_libraries, size, table
 from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError
 
 Name = Annotated[str, typer.Argument(help="A name in a registry, a file, or owner/name on the Hub.")]
@@ -15,26 +15,26 @@ Name = Annotated[str, typer.Argument(help="A name in a registry, a file, or owne
 
 @command(
     "list",
-    Example("spmhub list", "every eraser that can be named"),
-    Example("spmhub list -q", "their names, one a line"),
-    Example("spmhub list --remote", "those on the Hugging Face Hub"),
+    Example("spmhub list", "list all erasers in your registries"),
+    Example("spmhub list -q", "print only their names, one per line"),
+    Example("spmhub list --remote", "list erasers on the Hugging Face Hub"),
     panel="Look",
 )
 def list_(
     out: Output,
     *,
     registry: options.Registry = None,
-    remote: Annotated[bool, typer.Option("--remote", help="Those on the Hub instead: see spmhub search.")] = False,
+    remote: Annotated[bool, typer.Option("--remote", help="List erasers on the Hub; see spmhub search.")] = False,
 ) -> None:
-    """List the erasers that can be named."""
+    """List the erasers in your registries."""
     from spm_hub.registry.registry import editable_registries
 
     if remote:
-        from spm_hub.cli.hub import show_found
+        from spm_hub.cli.hub import show_results
         from spm_hub.hub.search import search
 
         silence_hub()
-        show_found(out, search())
+        show_results(out, search())
         return
     found: list[dict[str, Any]] = []
     for place in editable_registries(registry):
@@ -44,7 +44,7 @@ def list_(
                 row["bytes"] = entry.adapter_path.stat().st_size
                 manifest = entry.read_manifest()
             except (FileNotFoundError, NotFoundError):
-                continue  # somebody has removed it since it was listed
+                continue  # another process has removed it meanwhile
             except SpmHubError as error:
                 found.append({**row, "broken": error.message})
                 continue
@@ -62,7 +62,7 @@ def list_(
         if "broken" in row:
             out.say(f"warning: {row['name']} in {row['registry']} cannot be read: {row['broken']}")
     if not found:
-        out.say("no eraser yet; make one: spmhub train snoopy")
+        out.say("there is no eraser yet; make one: spmhub train snoopy")
     columns = ("name", "concept", "kind", "method", "base", "rank")
     rows = [[*(row.get(key) for key in columns), size(row["bytes"]), row["registry"]] for row in found]
     out.data(found, table([*columns, "size", "registry"], rows), brief=[row["name"] for row in found])
@@ -70,8 +70,8 @@ def list_(
 
 @command(
     "show",
-    Example("spmhub show snoopy", "concept, base, recipe and measured results"),
-    Example("spmhub show snoopy --json", "the whole manifest"),
+    Example("spmhub show snoopy", "show concept, base, recipe and measured results"),
+    Example("spmhub show snoopy --json", "print the whole manifest"),
     panel="Look",
 )
 def show(out: Output, name: Name, *, registry: options.Registry = None) -> None:
@@ -96,14 +96,14 @@ def show(out: Output, name: Name, *, registry: options.Registry = None) -> None:
     measured = table(keys, [[one.get(key) for key in keys] for one in evaluation], title="evaluation")
     out.data(
         {**manifest.model_dump(mode="json"), "path": str(entry.adapter_path)},
-        Group(*(plain(text) for text in texts), *([measured] if evaluation else [])),
+        Group(*(literal(text) for text in texts), *([measured] if evaluation else [])),
         brief=[str(entry.adapter_path)],
     )
 
 
 @command(
     "check",
-    Example("spmhub check snoopy --model sketchbook-chalk", "does it fit this other checkpoint?"),
+    Example("spmhub check snoopy --model sketchbook-chalk", "check that it fits another checkpoint"),
     panel="Look",
 )
 def check(
@@ -116,7 +116,7 @@ def check(
 ) -> None:
     """Check that an eraser fits a model.
 
-    Exit code 1 with the first module that does not fit, and both shapes.
+    If it does not fit, the exit code is 1, and the first mismatched module and its shapes are printed.
     """
     from spm_hub.hub.resolve import resolve
     from spm_hub.models.loading import load_pipeline

@@ -1,4 +1,4 @@
-"""spmhub verify and sign: what can be known of an eraser before it is used."""
+"""Help panel "Trust": the commands verify and sign, which check and sign erasers before they are used."""
 
 import sys
 from pathlib import Path
@@ -20,25 +20,25 @@ FAILED = 1
 
 @command(
     "verify",
-    Example("spmhub verify snoopy", "file, manifest, hashes, numbers"),
-    Example("spmhub verify someone/spm-van-gogh --key key.pub", "and who signed it"),
-    Example("spmhub verify --json", "everything in the registry"),
+    Example("spmhub verify snoopy", "check its file, manifest, hashes and numbers"),
+    Example("spmhub verify someone/spm-van-gogh --key key.pub", "check its signature too"),
+    Example("spmhub verify --json", "check all erasers in the registry"),
     panel="Trust",
 )
 def verify(
     out: Output,
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Names, files, or owner/name on the Hub. Unless given: all in the registry."),
+        typer.Argument(help="Names, files, or owner/name on the Hub. Default: all erasers in the registry."),
     ] = None,
     *,
-    key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM) of who has to have signed it.")] = None,
+    key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM) to check the signatures with.")] = None,
     registry: options.Registry = None,
 ) -> None:
     """Check erasers without using them.
 
-    Size and sha256 against the manifest, the layout of the file, its numbers, the manifest inside it, its pin, its
-    signature, and its recipe's keys. Exit code 1 when a check failed.
+    It checks size and sha256 against the manifest, the layout of the file, that its numbers are finite, the manifest
+    inside it, its entry in the lock file, its signature and its recipe's keys. The exit code is 1 if a check failed.
     """
     from spm_hub.hub.resolve import resolve
     from spm_hub.registry.registry import registries
@@ -63,7 +63,10 @@ def verify(
 
 
 def _recipe(entry: "EraserEntry") -> "Check":
-    """Whether the recipe is one that can be trained again: a manifest keeps whatever stands there as it is."""
+    """Check that the recipe is valid and can be trained again.
+
+    Reading a manifest does not check this: it keeps any recipe as it is.
+    """
     from spm_hub.registry.verification import Check
     from spm_hub.training.recipe.recipe import Recipe
 
@@ -72,7 +75,7 @@ def _recipe(entry: "EraserEntry") -> "Check":
     except (SpmHubError, OSError):
         return Check("recipe", "not checked", "the manifest cannot be read")
     if "spm-hub" not in manifest.versions:
-        return Check("recipe", "not checked", "another program's, or none")
+        return Check("recipe", "not checked", "it was made by another program, or there is none")
     try:
         recipe = Recipe.make(**manifest.recipe)
     except SpmHubError as error:
@@ -82,7 +85,7 @@ def _recipe(entry: "EraserEntry") -> "Check":
 
 @command(
     "sign",
-    Example("spmhub sign snoopy --key key.pem", "vouch for an eraser of yours"),
+    Example("spmhub sign snoopy --key key.pem", "sign an eraser of yours"),
     panel="Trust",
 )
 def sign(
@@ -94,7 +97,7 @@ def sign(
 ) -> None:
     """Sign erasers and their manifests with your key.
 
-    Needs the extra: pip install "spm-hub[sign]". The signature stays in the registry, and goes with a push.
+    It needs the extra: pip install "spm-hub[sign]". The signature is kept in the registry and uploaded by a push.
     """
     from spm_hub.registry.registry import registry_with
 

@@ -24,7 +24,7 @@ class SafetyGuidance:
     """Safe Latent Diffusion's hyper-parameters (Schramowski et al., CVPR 2023, arXiv 2211.05105).
 
     scale: s_S, strength of the safety guidance.
-    threshold: lambda; elements whose predictions differ by less than this are steered.
+    threshold: lambda; elements are steered where (prompt's prediction - concept's prediction) is below it.
     warmup: delta as a share of the denoising steps, before which nothing is steered (the paper: steps out of 50).
     momentum: s_m, factor of the momentum that is added.
     memory: beta_m, share of the old momentum in the new one.

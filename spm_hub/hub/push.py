@@ -99,7 +99,7 @@ def push(
     Raises HubError (not logged in, not allowed, changed meanwhile), NetworkError; the repository is unchanged then.
     """
     if pull_request and revision is not None:
-        raise UsageError("--pr proposes a change to the main branch, but --revision was given too")
+        raise UsageError("--pr opens a pull request to the main branch, so --revision cannot be used with it")
     repo, api = release.repo, HfApi()
     otherwise = f"look at it first: spmhub push {release.manifest.name} {repo} --dry-run"
     with reaching(repo, revision, otherwise=otherwise, why="is to be changed"):

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.cells import cell_len
 
 from spm_hub.cli.app import EXAMPLES, app
-from spm_hub.cli.output import LONG, Output, guarded, silence_libraries, size, table
+from spm_hub.cli.output import LONG, Output, exit_on_error, silence_libraries, size, table
 from spm_hub.errors import RegistryError
 from spm_hub.registry import registry as registries
 from spm_hub.registry.registry import Registry
@@ -376,7 +376,7 @@ def test_a_full_disk_while_pictures_are_written(
 
 
 def test_ctrl_c_and_a_reader_that_leaves(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, guarded(Output()):
+    with pytest.raises(SystemExit) as ended, exit_on_error(Output()):
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert "interrupted" in capsys.readouterr().err

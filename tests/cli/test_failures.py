@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from spm_hub.cli import main
 from spm_hub.cli.app import app
-from spm_hub.cli.output import Output, guarded
+from spm_hub.cli.output import Output, exit_on_error
 from spm_hub.registry.registry import Registry
 
 
@@ -28,7 +28,7 @@ from spm_hub.registry.registry import Registry
     ],
 )
 def test_too_little_memory_is_a_sentence(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, guarded(Output(json=True)):
+    with pytest.raises(SystemExit) as ended, exit_on_error(Output(json=True)):
         raise error
     assert ended.value.code == 1
     told = capsys.readouterr()
@@ -37,12 +37,12 @@ def test_too_little_memory_is_a_sentence(error: Exception, capsys: pytest.Captur
 
 
 def test_our_own_mistakes_stay_tracebacks() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), guarded(Output()):
+    with pytest.raises(RuntimeError, match="shapes"), exit_on_error(Output()):
         raise RuntimeError("shapes differ")
 
 
 def test_ctrl_c_is_an_error_for_machines_too(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, guarded(Output(json=True)):
+    with pytest.raises(SystemExit) as ended, exit_on_error(Output(json=True)):
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert json.loads(capsys.readouterr().out)["error"]["message"] == "interrupted"
@@ -56,7 +56,7 @@ def test_a_full_stdout_is_told_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys
         flush = write
 
     monkeypatch.setattr("sys.stdout", Full())
-    with pytest.raises(SystemExit) as ended, guarded(Output(json=True)):
+    with pytest.raises(SystemExit) as ended, exit_on_error(Output(json=True)):
         Output(json=True).data({}, "")
     assert ended.value.code == 1
     assert "No space left on device" in capsys.readouterr().err

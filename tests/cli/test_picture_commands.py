@@ -125,7 +125,7 @@ def test_a_card_gets_the_pictures_of_a_folder(hub: LoopbackHub, tmp_path: Path) 
     for more in (("--pictures", tmp_path), ("--prompt", "a dog")):
         refused = spmhub(*arguments, "--no-pictures", *more)
         assert refused.exit_code == 2
-        assert "--no-pictures and pictures are both asked for" in refused.stderr
+        assert "--no-pictures cannot be combined with --pictures or --prompt" in refused.stderr
     assert REPO not in hub.repositories
 
 
