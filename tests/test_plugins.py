@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import test_cli
 import torch
 from pico import pico_pipeline, target_modules
 from safetensors.torch import save_file
+from test_cli import Spmhub
 from torch import nn
 
-import spm_hub
 from spm_hub import plugins, training
 from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import load_file
@@ -24,6 +23,7 @@ from spm_hub.errors import AdapterFileError, RecipeError
 from spm_hub.models.architectures import family_of, targets
 from spm_hub.training.recipe.recipe import Recipe
 
+spmhub = test_cli.spmhub
 GOOD = '''
 import torch
 from spm_hub.models.architectures import Family
@@ -101,19 +101,11 @@ def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "somebody_elses", raising=False)
 
 
-def spmhub(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(spm_hub.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(site), root))}
-    return subprocess.run(
-        [sys.executable, "-m", "spm_hub.cli", *arguments],
-        env=environment, cwd=site.parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
-def test_the_doctor_names_what_is_broken_and_nothing_else_minds(site: Path) -> None:
-    done = spmhub(site, "doctor", "--json")
+@pytest.mark.usefixtures("installed")
+def test_the_doctor_names_what_is_broken_and_nothing_else_minds(site: Path, spmhub: Spmhub) -> None:
+    done = spmhub("doctor", "--json")
     found = {
-        one["subject"].removeprefix("plug-in "): one for one in json.loads(done.stdout) if "plug-in" in one["subject"]
+        one["subject"].removeprefix("plug-in "): one for one in json.loads(done.out) if "plug-in" in one["subject"]
     }
     assert found["halfway"]["status"] == found["tiny"]["status"] == found["tagged"]["status"] == "ok"
     for name, why in {
@@ -128,13 +120,12 @@ def test_the_doctor_names_what_is_broken_and_nothing_else_minds(site: Path) -> N
         assert why in found[name]["detail"]
     assert "broken-ones" in found["leaves"]["detail"]
     assert found["leaves"]["mend"].endswith("uninstall broken-ones")
-    listed = spmhub(site, "list", "--json", "--registry", str(site))
-    assert (listed.returncode, json.loads(listed.stdout)) == (0, [])
+    listed = spmhub("list", "--json", "--registry", str(site))
+    assert (listed.code, json.loads(listed.out)) == (0, [])
     (site / "x.safetensors").write_bytes(b"nonsense")
-    refused = spmhub(site, "convert", str(site / "x.safetensors"), "--to", "no-such")
-    assert refused.returncode == 2
-    assert "tagged" in refused.stderr, "the working one is offered beside the broken ones"
-    assert "Traceback" not in refused.stderr
+    refused = spmhub("convert", str(site / "x.safetensors"), "--to", "no-such")
+    assert refused.code == 2
+    assert "tagged" in refused.err, "the working one is offered beside the broken ones"
 
 
 @pytest.mark.usefixtures("installed")

@@ -1,6 +1,5 @@
 """Signatures: made by the real model-signing with a real key, and any change afterwards is named."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -185,17 +184,12 @@ def test_a_signature_goes_where_its_eraser_goes(registry: Registry, keys: tuple[
     assert third.get("snoopy").signature_path is None, "a signature does not outlive what it was for"
 
 
-def test_without_the_extra_the_command_that_installs_it_is_named(registry: Registry, keys: tuple[Path, Path]) -> None:
-    code = (
-        "import sys; sys.modules['model_signing'] = None\n"
-        "from pathlib import Path; from spm_hub.registry.registry import Registry\n"
-        "Registry(Path(sys.argv[1])).get('snoopy').load(signed_by=Path(sys.argv[2]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, registry.root, keys[1]],
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert 'pip install "spm-hub[sign]"' in done.stderr
+def test_without_the_extra_the_command_that_installs_it_is_named(
+    registry: Registry, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("model_signing.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "model_signing", None)
+    with pytest.raises(UsageError) as refused:
+        registry.get("snoopy").load(signed_by=keys[1])
+    assert 'pip install "spm-hub[sign]"' in refused.value.mend
