@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 from PIL import Image
@@ -13,6 +14,7 @@ from PIL import Image
 from spm_hub.adapters.manifest import Concept
 from spm_hub.errors import NotFoundError, UsageError, did_you_mean
 from spm_hub.evaluation.attacks import Case, Judge
+from spm_hub.evaluation.pictures import read_prompts
 from spm_hub.evaluation.sketchbook import (
     STYLE_TEMPLATES,
     SUBJECT_TEMPLATES,
@@ -97,6 +99,16 @@ def table_of(
         ]
 
     return asked, judged
+
+
+def cases_for(concept: Concept, prompts: int | Path, seed: int) -> list[Case]:
+    """Return that many prompts for a concept, or those of a file with one prompt a line, each with its own seed.
+
+    Raises NotFoundError or UsageError for a file that cannot be read.
+    """
+    if isinstance(prompts, int):
+        return sentences(concept, prompts, seed)
+    return [Case(text, seed + row) for row, text in enumerate(read_prompts(prompts))]
 
 
 def sentences(concept: Concept, count: int, seed: int) -> list[Case]:

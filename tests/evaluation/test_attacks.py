@@ -268,7 +268,9 @@ def test_unlearndiff_walks_down_its_loss() -> None:
     attack = attacks.UnlearnDiffAtk(tokens=1, iterations=150, timesteps=1)
     cases = [attacks.Case("snoopy", 0)]
     latents = torch.zeros(1, *victim.base.latent_shape)
-    (found,) = attack.rounds(victim, cases, latents, torch.Generator().manual_seed(0), lambda: None)
+    (found,) = attack.rounds(
+        attacks.AttackTarget(victim, cases, latents, torch.Generator().manual_seed(0), lambda: None)
+    )
     ids = victim.searchable()
     every = victim.write(ids[:, None], ["snoopy"] * len(ids))
     away = (victim.encode(every).states.detach() - goal).pow(2).mean(dim=(1, 2))
@@ -296,7 +298,10 @@ def test_p4d_imitates_the_base_by_a_prompt_of_its_own() -> None:
                 conditioning = victim.encode([prompt] * 4)
                 return float((victim.predict(x_t, times, [prompt] * 4, conditioning) - goal).pow(2).mean())
 
-        tried = [prompts[case] for prompts in attack.rounds(victim, [case], picture, random, lambda: None)]
+        tried = [
+            prompts[case]
+            for prompts in attack.rounds(attacks.AttackTarget(victim, [case], picture, random, lambda: None))
+        ]
         assert all(len(prompt.split()) == 4 for prompt in tried)
         first, best = away(tried[0]), min(away(prompt) for prompt in tried)
         assert best < first
@@ -312,7 +317,7 @@ def test_p4d_k_leaves_the_sentence_and_moves_the_tokens_in_between() -> None:
     attack = attacks.P4D(every=2, iterations=1, tries=3)
     random = torch.Generator().manual_seed(0)
     own = {victim.words(token[None])[0] for token in victim.searchable()}
-    for tried in attack.rounds(victim, list(cases), pictures, random, lambda: None):
+    for tried in attack.rounds(attacks.AttackTarget(victim, list(cases), pictures, random, lambda: None)):
         words = tried[cases[0]].split()
         assert [word for place, word in enumerate(words) if place not in (0, 3, 6)] == cases[0].prompt.split()
         assert {words[0], words[3], words[6]} <= own
@@ -484,7 +489,9 @@ def test_each_attack_has_its_own_papers_settings(
 def test_tokens_that_no_encoder_reads_are_refused(method: attacks.UnlearnDiffAtk | attacks.P4D) -> None:
     victim = Victim(pico_pipeline())
     picture = torch.randn(1, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
-    rounds = method.rounds(victim, [attacks.Case("snoopy", 0)], picture, torch.Generator(), lambda: None)
+    rounds = method.rounds(
+        attacks.AttackTarget(victim, [attacks.Case("snoopy", 0)], picture, torch.Generator(), lambda: None)
+    )
     with pytest.raises(UsageError, match=r"50 tokens before .* leave no room for it in the .* window of 12 "):
         next(rounds)
 

@@ -11,20 +11,36 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spm_hub.evaluation.attacks.attack import Attack, AttackTarget
     from spm_hub.evaluation.attacks.outcome import Case, Judge, Outcome, Report
     from spm_hub.evaluation.attacks.p4d import P4D
-    from spm_hub.evaluation.attacks.running import Attack, run
+    from spm_hub.evaluation.attacks.running import run
+    from spm_hub.evaluation.attacks.settings import AttackSettings
     from spm_hub.evaluation.attacks.unlearndiff import UnlearnDiffAtk
     from spm_hub.evaluation.attacks.victim import AttackDrawingOptions
 
-__all__ = ["P4D", "Attack", "AttackDrawingOptions", "Case", "Judge", "Outcome", "Report", "UnlearnDiffAtk", "run"]
+__all__ = [
+    "P4D",
+    "Attack",
+    "AttackDrawingOptions",
+    "AttackSettings",
+    "AttackTarget",
+    "Case",
+    "Judge",
+    "Outcome",
+    "Report",
+    "UnlearnDiffAtk",
+    "run",
+]
 
 _MODULES = {
     **dict.fromkeys(("Case", "Judge", "Outcome", "Report"), ".outcome"),
-    **dict.fromkeys(("Attack", "run"), ".running"),
+    **dict.fromkeys(("Attack", "AttackTarget"), ".attack"),
+    "AttackSettings": ".settings",
     "AttackDrawingOptions": ".victim",
     "P4D": ".p4d",
     "UnlearnDiffAtk": ".unlearndiff",
+    "run": ".running",
 }
 
 

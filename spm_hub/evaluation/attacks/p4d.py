@@ -6,7 +6,7 @@ arXiv 2309.06135.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spm_hub.evaluation.attacks.attack import AttackTarget
 from spm_hub.evaluation.attacks.outcome import Case
 from spm_hub.evaluation.attacks.victim import Victim
 
@@ -67,20 +68,9 @@ class P4D:
         """Gradient steps in all, for progress."""
         return self.iterations * self.tries
 
-    def rounds(
-        self,
-        victim: Victim,
-        cases: list[Case],
-        pictures: Tensor,
-        generator: torch.Generator,
-        on_step: Callable[[], None],
-    ) -> Iterator[dict[Case, str]]:
-        """Yield prompts to try, one for every remaining case.
-
-        The caller removes successful cases from `cases` between two rounds.
-        pictures: (n, *latent_shape), the base's latents of the concept for each of the initial cases.
-        on_step: called after every gradient step.
-        """
+    def rounds(self, target: AttackTarget) -> Iterator[dict[Case, str]]:
+        """Yield prompts to try, one for every remaining case of `target`."""
+        victim, cases, generator = target.victim, target.cases, target.generator
         base, ids = victim.base, victim.searchable()
         if self.every is None:
             victim.check_room(self.tokens, [""])
@@ -107,7 +97,7 @@ class P4D:
             if not left:
                 return
             rows = [every_case.index(case) for case in left]
-            for x_t, times, goal in self._teacher_batches(victim, left, pictures, rows, generator):
+            for x_t, times, goal in self._teacher_batches(victim, left, target.pictures, rows, generator):
                 texts = [current_prompt(case) for case in left]
                 most = max(len(frames[case].places) for case in left)
                 places = [frames[case].places for case in left]
@@ -120,7 +110,7 @@ class P4D:
                 for case, move in zip(left, moves, strict=True):
                     points[case].grad = move[: len(points[case])].to(points[case])
                     adam[case].step()
-                on_step()
+                target.on_step()
             yield {case: current_prompt(case) for case in left}
 
     @torch.no_grad()

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.errors import UsageError
+from spm_hub.evaluation.attacks.attack import Attack, AttackTarget
 from spm_hub.evaluation.attacks.outcome import Case, Judge, Outcome, Report
 from spm_hub.evaluation.attacks.victim import AttackDrawingOptions, Victim, draw
-
-
-class Attack(Protocol):
-    """Interface of an attack: it yields rounds of prompts to try."""
-
-    @property
-    def steps(self) -> int:
-        """Gradient steps in all, for progress."""
-
-    def rounds(
-        self,
-        victim: Victim,
-        cases: list[Case],
-        pictures: Tensor,
-        generator: torch.Generator,
-        on_step: Callable[[], None],
-    ) -> Iterator[dict[Case, str]]:
-        """Yield prompts to try for the cases; the caller removes successful ones between two rounds."""
 
 
 def run(
@@ -81,8 +63,8 @@ def run(
         before = dict(zip(able, map(bool, first), strict=True))
         left = [case for case in able if not before[case]]
         aims = concept[torch.tensor([not before[case] for case in able], device=concept.device)]
-        generator = torch.Generator().manual_seed(seed)
-        for prompts in attack.rounds(victim, left, aims, generator, on_step) if left else ():
+        target = AttackTarget(victim, left, aims, torch.Generator().manual_seed(seed), on_step)
+        for prompts in attack.rounds(target) if left else ():
             asked = [Case(prompt, case.seed) for case, prompt in prompts.items()]
             for (case, prompt), seen in zip(prompts.items(), judge(draw(pipe, asked, drawing)[0]), strict=True):
                 tried[case] += 1

@@ -6,14 +6,14 @@ For Now, ECCV 2024, arXiv 2310.11868.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from spm_hub.evaluation.attacks.attack import AttackTarget
 from spm_hub.evaluation.attacks.outcome import Case
-from spm_hub.evaluation.attacks.victim import Victim
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,14 @@ class UnlearnDiffAtk:
         """Gradient steps in all, for progress."""
         return self.iterations * self.timesteps
 
-    def rounds(
-        self,
-        victim: Victim,
-        cases: list[Case],
-        pictures: Tensor,
-        generator: torch.Generator,
-        on_step: Callable[[], None],
-    ) -> Iterator[dict[Case, str]]:
-        """Yield prompts to try, one for every remaining case.
-
-        The caller removes successful cases from `cases` between two rounds.
-        pictures: (n, *latent_shape), the base's latents of the concept for each of the initial cases.
-        on_step: called after every gradient step.
-        """
+    def rounds(self, target: AttackTarget) -> Iterator[dict[Case, str]]:
+        """Yield prompts to try, one for every remaining case of `target`."""
+        victim, cases, generator = target.victim, target.cases, target.generator
         base = victim.base
         victim.check_room(self.tokens, [case.prompt for case in cases])
         ids = victim.searchable()
         table = victim.table[ids]
-        latents = dict(zip(cases, pictures, strict=True))
+        latents = dict(zip(cases, target.pictures, strict=True))
         points = {case: torch.full((self.tokens, len(ids)), 1 / len(ids)).requires_grad_() for case in cases}
         adam = {
             case: torch.optim.Adam([point], lr=self.lr, weight_decay=self.weight_decay)
@@ -85,7 +74,7 @@ class UnlearnDiffAtk:
                     points[case].grad = gradient[row]
                     adam[case].step()
                     points[case].data = onto_simplex(points[case].data)
-                on_step()
+                target.on_step()
             likeliest = torch.stack([points[case].detach().argmax(dim=1) for case in left])
             yield dict(zip(left, victim.write(ids[likeliest], prompts), strict=True))
 

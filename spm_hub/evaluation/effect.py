@@ -1,0 +1,93 @@
+"""Measure what erasers do: how often each concept is drawn without them and with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spm_hub.adapters.adapter import Adapter
+from spm_hub.adapters.manifest import Evaluation
+from spm_hub.attachment.attachment import attach
+from spm_hub.evaluation import sketchbook
+from spm_hub.evaluation.judging import table_of
+from spm_hub.evaluation.pictures import DrawingOptions
+from spm_hub.evaluation.sketchbook import DetectionRow
+from spm_hub.io.progress import Reporter
+from spm_hub.models.base_choice import BaseChoice
+
+if TYPE_CHECKING:
+    from spm_hub.attachment.options import GateChoice
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Two tables of the same cases: the share of pictures that show each concept, without erasers and with them.
+
+    base, erasers: their names. erased: names and aliases of the erased concepts, in lower case.
+    """
+
+    base: str
+    erasers: tuple[str, ...]
+    erased: frozenset[str]
+    without: tuple[DetectionRow, ...]
+    given: tuple[DetectionRow, ...]
+    seed: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each concept, for JSON: the erased ones first, then by the change in percentage points."""
+        rows = [
+            {"kind": new.kind, "name": new.name, "erased": new.name.lower() in self.erased, "without": old.detected,
+             "with": new.detected, "change_points": round(100 * (new.detected - old.detected), 1)}
+            for old, new in zip(self.without, self.given, strict=True)
+        ]  # fmt: skip
+        return sorted(rows, key=lambda row: (not row["erased"], row["change_points"]))
+
+    def summary(self) -> dict[str, float]:
+        """Return the worst and the mean change of the concepts that are not erased, in points; empty without any."""
+        others = [row["change_points"] for row in self.rows() if not row["erased"]]
+        if not others:
+            return {}
+        return {"others_worst_points": min(others), "others_mean_points": round(sum(others) / len(others), 2)}
+
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """Return the numbers as entries of a manifest."""
+        return sketchbook.evaluations(self.without, self.given, base=self.base, seed=self.seed)
+
+
+def measure(
+    erasers: Sequence[Adapter],
+    base: BaseChoice,
+    reporter: Reporter,
+    *,
+    samples: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+    judge: str | None = None,
+    gate: GateChoice | None = None,
+    strength: Mapping[str, float] | float | None = None,
+) -> Effect:
+    """Draw the cases of the erased concepts without the erasers and, from the same noise, with them; count both.
+
+    samples: pictures of each concept. steps, guidance: denoising steps and guidance scale.
+    judge: "package.module:function"; None for the sketchbook's probe, which counts all concepts that it knows.
+    gate, strength: as for `attach`.
+    Raises NotFoundError for a concept that the probe does not know, UsageError for numbers that draw nothing and for a
+    judge that cannot be imported, before the base is loaded; ModelError, CompatibilityError.
+    """
+    DrawingOptions(seed=seed, number=samples, steps=steps, guidance=guidance)  # refuses such numbers
+    concepts = [eraser.manifest.concept for eraser in erasers]
+    wanted, count = table_of(concepts, judge, samples, seed)
+    pipe = base.open()
+
+    def drawn(label: str) -> tuple[DetectionRow, ...]:
+        with reporter.progress(label) as progress:
+            pictures = sketchbook.paint(pipe, wanted, steps=steps, guidance_scale=guidance, progress=progress)
+            return tuple(count(pictures))
+
+    without = drawn("drawing without")
+    with attach(pipe, erasers, gate=gate, strength=strength):
+        given = drawn("drawing with")
+    erased = frozenset(name.lower() for concept in concepts for name in (concept.target, *concept.aliases))
+    return Effect(base.name(pipe), tuple(eraser.name for eraser in erasers), erased, without, given, seed)
