@@ -1,4 +1,4 @@
-"""spmhub demo: train one eraser, draw with and without it, and count what is seen in the pictures."""
+"""spmhub demo: train one eraser, draw with and without it, and count the concepts in the pictures."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ CONCEPT = "snoopy"
 SUBJECTS = (CONCEPT, "mickey", "spongebob", "pikachu", "dog", "cat")
 STYLES = ("van gogh",)
 QUICK = ("steps=200", "anchoring.per_target=1")
-"""A third of the rows that `spmhub train` takes: it erases as much, and holds others' pictures a little less near."""
+"""A third of the batch rows of `spmhub train`: it erases as much, and changes other pictures slightly more."""
 PROMPTS = ("snoopy", "snoopy at the beach by van gogh", "mickey", "a dog", "a cat by van gogh")
 
 
@@ -21,12 +21,12 @@ def demo(
     out: Output,
     *,
     to: Annotated[Path, typer.Option("--out", help="Folder for the eraser and the pictures.")] = Path("demo"),
-    samples: Annotated[int, typer.Option(min=1, help="Pictures of each subject that are looked at.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Pictures of each subject to count in.")] = 16,
 ) -> None:
     """Erase snoopy from the embedded model and show it.
 
-    It is trained for less long than `spmhub train snoopy` would.
-    Writes a grid of pictures with and without, and prints a table of what is detected in them.
+    The training is shorter than that of `spmhub train snoopy`.
+    Writes a grid of pictures with and without, and prints a table of the concepts detected in them.
     """
     with silence_libraries():
         from spm_hub.attachment.attachment import attach
@@ -38,7 +38,7 @@ def demo(
         from spm_hub.training.recipe.recipe import Recipe
 
         kept_in, picture = Registry(to), to / "before-after.png"
-        # An eraser that no demo made is somebody's own.
+        # Without the picture of an earlier demo, an eraser there is the user's own.
         kept_in.check_room_for(CONCEPT, replace=picture.exists())
         pipe = load_pipeline("sketchbook")
         with out.progress(f"erasing {CONCEPT}") as progress:
@@ -49,9 +49,9 @@ def demo(
         write_png(picture, grid_of(shown, CONCEPT), {"model": "sketchbook", "adapters": [CONCEPT]})
 
         tables = []
-        with out.progress("counting what is seen, without the eraser") as progress:
+        with out.progress("counting concepts, without the eraser") as progress:
             tables.append(detection_table(pipe, SUBJECTS, STYLES, samples=samples, progress=progress))
-        with attach(pipe, [eraser]), out.progress("counting what is seen, with the eraser") as progress:
+        with attach(pipe, [eraser]), out.progress("counting concepts, with the eraser") as progress:
             tables.append(detection_table(pipe, SUBJECTS, STYLES, samples=samples, progress=progress))
     rows = [
         {"name": before.name, "kind": before.kind, "without": before.detected, "with": after.detected}

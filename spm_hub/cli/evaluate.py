@@ -49,7 +49,7 @@ def evaluate(
     device: options.Device = "cpu",
     dtype: options.Precision = "float32",
 ) -> None:
-    """Count how often erased concepts are drawn without the erasers and with them, and all other concepts too.
+    """Count how often concepts are drawn without erasers and with them, the erased ones and others.
 
     Both draw the same sentences, on which no eraser was trained, from the same noise. On the sketchbook its probe looks
     for all concepts that it knows; a judge of your own (--judge) looks for the erased ones.

@@ -1,4 +1,4 @@
-"""Draw prompts with erasers attached, and without them for comparison, on a base model of the caller's choice."""
+"""Draw prompts with erasers attached and, for comparison, without them, on a chosen base model."""
 
 from __future__ import annotations
 

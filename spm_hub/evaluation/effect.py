@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Effect:
-    """Two tables of the same cases: the share of pictures that show each concept, without erasers and with them.
+    """Share of pictures that show each concept, without erasers and with them, on the same cases.
 
     base, erasers: their names. erased: names and aliases of the erased concepts, in lower case.
     """
@@ -35,7 +35,10 @@ class Effect:
     seed: int
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each concept, for JSON: the erased ones first, then by the change in percentage points."""
+        """Return a row for each concept, for JSON.
+
+        The erased ones come first; among others, those with the largest loss in percentage points.
+        """
         rows = [
             {"kind": new.kind, "name": new.name, "erased": new.name.lower() in self.erased, "without": old.detected,
              "with": new.detected, "change_points": round(100 * (new.detected - old.detected), 1)}
@@ -44,7 +47,10 @@ class Effect:
         return sorted(rows, key=lambda row: (not row["erased"], row["change_points"]))
 
     def summary(self) -> dict[str, float]:
-        """Return the worst and the mean change of the concepts that are not erased, in points; empty without any."""
+        """Return the worst and the mean change of concepts that are not erased, in percentage points.
+
+        Empty if all concepts are erased ones.
+        """
         others = [row["change_points"] for row in self.rows() if not row["erased"]]
         if not others:
             return {}
@@ -68,7 +74,7 @@ def measure(
     gate: GateChoice | None = None,
     strength: Mapping[str, float] | float | None = None,
 ) -> Effect:
-    """Draw the cases of the erased concepts without the erasers and, from the same noise, with them; count both.
+    """Draw the same cases without and with the erasers, from the same noise, and count the concepts.
 
     samples: pictures of each concept. steps, guidance: denoising steps and guidance scale.
     judge: "package.module:function"; None for the sketchbook's probe, which counts all concepts that it knows.

@@ -102,8 +102,9 @@ def table_of(
 
 
 def cases_for(concept: Concept, prompts: int | Path, seed: int) -> list[Case]:
-    """Return that many prompts for a concept, or those of a file with one prompt a line, each with its own seed.
+    """Return prompts for a concept, each with its own seed: that many, or those of a file.
 
+    A file has one prompt a line.
     Raises NotFoundError or UsageError for a file that cannot be read.
     """
     if isinstance(prompts, int):

@@ -15,8 +15,9 @@ from spm_hub.training.recipe.recipe import Recipe
 
 
 def plan(concept: str | Recipe | Sequence[str], keys: Mapping[str, Any]) -> tuple[Recipe, ...]:
-    """Return one recipe for each run, as `plan_runs`, for a concept, several of them, or a recipe to change.
+    """Return one recipe for each run, as `plan_runs` does.
 
+    concept: one concept, a list of them, or a recipe to change.
     keys: keys of the recipe; of a part given as a dictionary, the keys that are not in it keep their values.
     Raises UsageError for anything else, and as `plan_runs` does.
     """

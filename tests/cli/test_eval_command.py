@@ -107,8 +107,8 @@ def test_a_judge_from_the_working_folder_counts_the_concepts_alone(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["snoopy", "mickey", "--record"], "--record is for one eraser, and 2 are named"),
-        (["snoopy", "--record", "--strength", "snoopy=2"], "would make other numbers of it"),
+        (["snoopy", "mickey", "--record"], "--record is for one eraser, but 2 are named"),
+        (["snoopy", "--record", "--strength", "snoopy=2"], "--strength would change the numbers"),
         (["snoopy", "--model", "somebody/sd"], "there is no built-in judge for pictures of somebody/sd"),
         (["snoopy", "--judge", "nowhere.at:all"], "nowhere"),
         (["snoopy", "--judge", ".relative:name"], "relative"),

@@ -342,14 +342,8 @@ class Planted:
     steps = 2
     aims: list[tuple[attacks.Case, Tensor]]
 
-    def rounds(
-        self,
-        victim: Victim,
-        cases: list[attacks.Case],
-        pictures: Tensor,
-        generator: torch.Generator,
-        on_step: Callable[[], None],
-    ) -> Iterator[dict[attacks.Case, str]]:
+    def rounds(self, target: attacks.AttackTarget) -> Iterator[dict[attacks.Case, str]]:
+        cases, pictures = target.cases, target.pictures
         assert len(pictures) == len(cases)
         self.aims = list(zip(cases, pictures.clone(), strict=True))
         yield dict.fromkeys(cases, "dog")
