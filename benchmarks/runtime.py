@@ -46,9 +46,9 @@ from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import Base, Concept, Manifest
 from spm_hub.attachment.attachment import Attachment
-from spm_hub.attachment.concept_index import Concept as GateConcept
-from spm_hub.attachment.concept_index import Concepts, Shelf
+from spm_hub.attachment.concept_index import ConceptIndex, EncodedConcept
 from spm_hub.attachment.gate import Prompts, TransportGate
+from spm_hub.attachment.spill_file import SpillFile
 from spm_hub.models.aliases import WEIGHTS
 from spm_hub.models.architectures import family_of, targets, weight_of
 from spm_hub.models.loading import load_pipeline
@@ -322,18 +322,18 @@ def gates(counts: tuple[int, ...] = (10, 100, 1000, 10_000)) -> list[dict[str, A
     found = []
     generator = torch.Generator().manual_seed(0)
     # As an attachment keeps them: the sketchbook's in memory, SD1.5's in a file.
-    for tokens, width, most, shelf in ((24, 128, 10_000, None), (77, 768, 1000, Shelf())):
+    for tokens, width, most, spill_file in ((24, 128, 10_000, None), (77, 768, 1000, SpillFile())):
         for count in (count for count in counts if count <= most):
             each = tuple(
-                GateConcept(
+                EncodedConcept(
                     (f"thing {n}",),
                     (frozenset({n, n + 1}),),
                     torch.randn(1, tokens, width, generator=generator),
-                    shelf,
+                    spill_file,
                 )
                 for n in range(count)
             )
-            concepts = Concepts(each)
+            concepts = ConceptIndex(each)
             prompts = [
                 Prompts(("thing",), (frozenset({k}),), torch.randn(1, tokens, width, generator=generator))
                 for k in range(12)

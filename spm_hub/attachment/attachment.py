@@ -16,7 +16,7 @@ from spm_hub.attachment.call import Call
 from spm_hub.attachment.gate import Prompts
 from spm_hub.attachment.gate_evaluation import GateEvaluation
 from spm_hub.attachment.options import Eraser, GateChoice, Mode, Options, Rows, Strength
-from spm_hub.attachment.pipeline_hooks import HELD, hold, release
+from spm_hub.attachment.pipeline_hooks import ATTACHMENT, install_hooks, remove_hooks
 from spm_hub.attachment.planner import Planner
 from spm_hub.attachment.text_encoding import encode, encoder_settings, tokens_of
 from spm_hub.errors import UsageError
@@ -100,7 +100,7 @@ class Attachment:
         for adapter in adapters:
             erasers[adapter.name] = self._eraser(adapter, erasers)
         self._planner.install(erasers)
-        hold(pipe, self._denoiser, self)
+        install_hooks(pipe, self._denoiser, self)
         for name in beside_denoiser(pipe):
             self._planner.warn_once(f"the second denoiser of {type(pipe).__name__} ({name}) is not changed by erasers")
 
@@ -144,7 +144,7 @@ class Attachment:
             self._check_attached()
             states = encode(self._pipe, self._pipeline_class, prompt, settings)
             prompts = Prompts((prompt,), tokens_of(self._pipe, [prompt]), states)
-            gammas = self._gates.selected(self._gates.ask(prompts, settings, self._planner.erasers))
+            gammas = self._gates.select(self._gates.ask(prompts, settings, self._planner.erasers))
             return {name: gammas[name][0] for name in self._planner.erasers}
 
     @contextmanager
@@ -158,7 +158,7 @@ class Attachment:
             self._check_attached()
             call = self._calls[-1]
             # The states that the denoiser is given may be others: the rows count as `prompts` all the same.
-            call.prompts, call.plain = prompts, False
+            call.prompts, call.as_encoded = prompts, False
             call.gammas = self._gates.ask(prompts, call.settings, self._planner.erasers)
             yield
 
@@ -188,7 +188,7 @@ class Attachment:
             if not self._attached:
                 return
             self._planner.restore_weights()
-            release(self._pipe, self._denoiser)
+            remove_hooks(self._pipe, self._denoiser)
             self._attached = False
 
     def __enter__(self) -> Self:
@@ -199,7 +199,7 @@ class Attachment:
     ) -> None:
         self.detach()
 
-    # What the hooks of the pipeline and of its denoiser call: `pipeline_hooks.Holder`.
+    # What the hooks of the pipeline and of its denoiser call: `pipeline_hooks.Callbacks`.
 
     @contextmanager
     def picture(self) -> Iterator[None]:
@@ -223,11 +223,11 @@ class Attachment:
         with self._lock:
             yield
 
-    def encoded(self, bound: Mapping[str, Any], result: Any) -> None:
+    def encoded(self, arguments: Mapping[str, Any], result: Any) -> None:
         """Record the prompts of the call in progress, if any."""
         if not self._calls:
             return
-        self._calls[-1].learn(self._pipe, bound, result)
+        self._calls[-1].record_encoding(self._pipe, arguments, result)
         # Now, as the text encoder may be offloaded before the denoiser is called.
         self._planner.ask_gates(self._calls[-1])
 
@@ -264,7 +264,7 @@ class Attachment:
 
     def _refuse_attached(self) -> None:
         for part in (self._pipe, self._denoiser, body_of(self._denoiser)):
-            other: Attachment | None = part.__dict__.get(HELD)
+            other: Attachment | None = part.__dict__.get(ATTACHMENT)
             if other is not None:
                 whose = "this pipeline" if other._pipe is self._pipe else "another pipeline that shares this denoiser"
                 raise UsageError(

@@ -1,9 +1,9 @@
-"""Increments in effect beside a module: every row of a batch has its own factors, and the weight is left alone.
+"""Adds increments to a module's output, with one factor per batch row; the weight is not modified.
 
-What is computed is the sum that `layers` defines. A module with increments beside it is of another class for as long.
-It is not a forward hook, as torch.compile goes by the types of modules and by their attributes but not by their hooks:
-a graph that it made without a hook would be used with one, and the erasers would be off. The factors are tensors that
-such a graph is given, so other factors need no other graph.
+The sum is the one that `layers` defines. The class of the module is swapped for a subclass while a branch is installed,
+as torch.nn.utils.parametrize does. A forward hook would not do: torch.compile guards on the types and attributes of
+modules but not on their hooks, and would run a graph that it compiled without the erasers. The factors are tensors and
+inputs of such a graph, so other factors need no recompilation.
 """
 
 import functools
@@ -19,37 +19,40 @@ from torch import Tensor, nn
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.models.architectures import shape_of, weight_of
 
-_EFFECT = "_spm_hub_beside"
+_BRANCH = "_spm_hub_branch"
 
 
-def put_beside(module: nn.Module, stack: "Stack", gammas: Tensor) -> None:
-    """From now on add to what `module` gives what `stack` does to each row; gammas: (rows, erasers of the stack)."""
-    module.__dict__[_EFFECT] = _Effect(stack, gammas)
+def install(module: nn.Module, stack: "Stack", gammas: Tensor) -> None:
+    """Add the increments of `stack` to the output of `module`; gammas: (rows, erasers of the stack)."""
+    module.__dict__[_BRANCH] = _Branch(stack, gammas)
     kind: Any = type(module)
-    if not hasattr(kind, _EFFECT):
-        module.__class__ = _branched(kind)
+    if not hasattr(kind, _BRANCH):
+        module.__class__ = _branched_class(kind)
 
 
-def take_away(module: nn.Module) -> None:
-    """Undo `put_beside`, if anything is there: the module has its own class and its own attributes again."""
-    if module.__dict__.pop(_EFFECT, None) is not None:
+def remove(module: nn.Module) -> None:
+    """Undo `install`, if it was called: the module has its own class and its own attributes again."""
+    if module.__dict__.pop(_BRANCH, None) is not None:
         module.__class__ = type(module).__mro__[1]
 
 
 @functools.cache
-def _branched(base: Any) -> Any:
-    """A subclass of `base` under its name; one for each base, so that torch.compile never sees a new one."""
+def _branched_class(base: Any) -> Any:
+    """Return the subclass of `base` that adds a branch; it has the name of `base`.
+
+    One class for each base: torch.compile guards on types, and would recompile for a new one.
+    """
 
     class Branched(base):  # type: ignore[misc]
-        _spm_hub_beside: "_Effect | None" = None
+        _spm_hub_branch: "_Branch | None" = None
 
-        # Not `forward`: offloading and quantisation replace that on the module itself, and act inside of this.
+        # Not `forward`: offloading and quantisation replace that on the module itself; they run inside this call.
         def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            effect = self._spm_hub_beside
-            if effect is None:
+            branch = self._spm_hub_branch
+            if branch is None:
                 return base.__call__(self, x, *args, **kwargs)  # type: ignore[no-any-return]
-            output = base.__call__(self, effect.masked(self, x), *args, **kwargs)
-            return effect.added(self, x, output)
+            output = base.__call__(self, branch.mask_input(self, x), *args, **kwargs)
+            return branch.add_to(self, x, output)
 
     for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(Branched, attribute, getattr(base, attribute))
@@ -58,12 +61,13 @@ def _branched(base: Any) -> Any:
 
 @dataclass(eq=False)
 class Stack:
-    """The increments of several erasers on one module; tensors follow the module's input to its device and dtype.
+    """The increments of several erasers on one module, on the device and in the dtype of its input.
 
-    read: gives the increment of an eraser, again where an input is wider than the one that the tensors were cast for.
-    like: without elements, of the device and dtype where the tensors are.
+    read: returns the increment of an eraser; called again when an input has a wider dtype than the tensors.
+    like: an empty tensor with the device and dtype of the others.
     down: (sum of ranks, in[, kh, kw]), up: (out, sum of ranks[, 1, 1]), None without low-rank increments;
-    owners: for each rank, each dense increment and each mask the index of its eraser in `names`.
+    rank_owners, and the first element of each of dense and masks: the index of the eraser in `names`.
+    dense: (owner, delta, delta_bias).  masks: (owner, dimension of the weight, which neurons are switched off).
     """
 
     names: list[str]
@@ -85,7 +89,7 @@ class Stack:
         return stack
 
     def fill(self, module: nn.Module) -> None:
-        """The tensors, from the increments themselves, as they are beside `like`."""
+        """Build the tensors from the increments, on the device and in the dtype of `like`."""
         shape = shape_of(module)
         pairs: list[tuple[int, LowRank]] = []
         dense: list[tuple[int, Tensor, Tensor | None]] = []
@@ -97,7 +101,7 @@ class Stack:
             elif isinstance(increment, Dense):
                 dense.append((owner, increment.delta.view(shape), increment.delta_bias))
             elif isinstance(module, nn.Conv2d) and module.groups > 1:
-                # A grouped convolution has no skinny form: each group would need its own columns of `up`.
+                # Two small products cannot express a grouped convolution: each group needs its own columns of `up`.
                 dense.append((owner, increment.delta_for(torch.empty(shape, device="meta")), None))
             else:
                 pairs.append((owner, increment))
@@ -112,7 +116,7 @@ class Stack:
         self._cast(self.like)
 
     def follow(self, module: nn.Module, like: Tensor) -> None:
-        """Move to the device and dtype of `like`; a mask stays boolean."""
+        """Move the tensors to the device and dtype of `like`; a mask stays boolean."""
         rounded = torch.promote_types(like.dtype, self.like.dtype) != self.like.dtype
         self.like = like.new_empty(0)
         if rounded:
@@ -129,8 +133,8 @@ class Stack:
         self.masks = [(owner, dim, off.to(like.device)) for owner, dim, off in self.masks]
 
 
-class _Effect:
-    """What a stack does to the rows of a batch. gammas: (rows, erasers of the stack)."""
+class _Branch:
+    """A stack with the gammas of one batch: (rows, erasers of the stack)."""
 
     def __init__(self, stack: Stack, gammas: Tensor) -> None:
         self._stack = stack
@@ -138,81 +142,84 @@ class _Effect:
         self._gammas = gammas.to(stack.like)
         self._ranks = self._gammas[:, stack.rank_owners]
 
-    def masked(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The input without what masks switch off: the same as switching off columns of the weight."""
+    def mask_input(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return x without the channels that masks switch off, as if columns of the weight were zero."""
         if self._gammas.dtype != x.dtype or self._gammas.device != x.device:
-            # An offloaded module is elsewhere while it rests, a quantised one says little about its input.
+            # Between calls an offloaded weight is on another device; a quantised one has another dtype than the input.
             self._stack.follow(module, x)
             self._gammas = self._given.to(x)
             self._ranks = self._gammas[:, self._stack.rank_owners]
         scale = self._mask_scale(1, len(x))
         if scale is None:
             return x
-        # The columns of a grouped convolution stand for one channel of every group.
+        # A column of a grouped convolution's weight acts on one channel of every group.
         scale = scale.repeat(1, getattr(module, "groups", 1))
-        return x * _spread(scale, x.dim(), _channels(module, x))
+        return x * _broadcast(scale, x.dim(), _channel_dim(module, x))
 
-    def added(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        """`output`, what the module gave for the masked x, with everything else that is in the stack."""
-        stack, channels = self._stack, _channels(module, x)
+    def add_to(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """Return `output` with output masks, low-rank and dense increments applied.
+
+        output: what the module returned for `mask_input(x)`.
+        """
+        stack, dim = self._stack, _channel_dim(module, x)
         scale = self._mask_scale(0, len(x))
         if scale is not None:
-            output = output * _spread(scale, output.dim(), channels)
+            output = output * _broadcast(scale, output.dim(), dim)
         if stack.down is not None and stack.up is not None:
             inner = _product(module, x, stack.down)
-            inner = inner.mul_(_spread(_aligned(self._ranks, len(x)), x.dim(), channels))
-            output = _plus_product(output, inner, stack.up)
+            inner = inner.mul_(_broadcast(_for_rows(self._ranks, len(x)), x.dim(), dim))
+            output = _add_product(output, inner, stack.up)
         for owner, delta, delta_bias in stack.dense:
-            gamma = _aligned(self._gammas[:, owner, None], len(x))
-            output = output + _product(module, x * _spread(gamma, x.dim(), channels), delta)
+            gamma = _for_rows(self._gammas[:, owner, None], len(x))
+            output = output + _product(module, x * _broadcast(gamma, x.dim(), dim), delta)
             if delta_bias is not None:
-                output = output + _spread(gamma * delta_bias, output.dim(), channels)
+                output = output + _broadcast(gamma * delta_bias, output.dim(), dim)
         return output
 
     def _mask_scale(self, dim: int, rows: int) -> Tensor | None:
         scale = None
         for owner, along, off in self._stack.masks:
             if along == dim:
-                factor = 1 - _aligned(self._gammas[:, owner, None], rows) * off
+                factor = 1 - _for_rows(self._gammas[:, owner, None], rows) * off
                 scale = factor if scale is None else scale * factor
         return scale
 
 
-def _aligned(gammas: Tensor, rows: int) -> Tensor:
-    """Gammas for the rows that this module sees: (rows, n) of (rows of the batch, n)."""
+def _for_rows(gammas: Tensor, rows: int) -> Tensor:
+    """Return the gammas of the rows that this module receives: (rows, n) from (rows of the batch, n)."""
     if len(gammas) == rows:
         return gammas
     if rows % len(gammas) == 0:
-        # A video model folds its frames into the batch, the frames of a row side by side.
+        # A video model reshapes frames into the batch; the frames of a row are consecutive.
         return gammas.repeat_interleave(rows // len(gammas), dim=0)
     if rows < len(gammas):
-        # A part of the batch: the guided half alone (FasterCache), two thirds (PAG), or some rows at a time. Whatever
-        # part it is, a row gets what the most erased of those gets that may stand in its place.
+        # A part of the batch: the guided half alone (FasterCache), two thirds (PAG), or some rows at a time. Which part
+        # is unknown, so a row gets the greatest gamma of the rows that it may be.
         period = math.gcd(rows, len(gammas))
         return gammas.view(-1, period, gammas.shape[1]).amax(dim=0).repeat(rows // period, 1)
-    # Rows that are shared by the batch serve the one that is erased most: never silently off.
+    # Rows that are shared by the batch get its greatest gamma: an eraser is never silently off.
     return gammas.amax(dim=0, keepdim=True).expand(rows, -1)
 
 
-def _channels(module: nn.Module, x: Tensor) -> int:
+def _channel_dim(module: nn.Module, x: Tensor) -> int:
     return 1 if isinstance(module, nn.Conv2d) else x.dim() - 1
 
 
 def _product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """What `module` would give with another weight and no bias."""
+    """Return the output that `module` would have with another weight and no bias."""
     if isinstance(module, nn.Conv2d):
         product: Tensor = module._conv_forward(x, weight, None)
         return product
     return F.linear(x, weight)
 
 
-def _plus_product(output: Tensor, inner: Tensor, up: Tensor) -> Tensor:
-    """`output` + up @ inner along the channels, written into `output` itself where its layout lets one product do it.
+def _add_product(output: Tensor, inner: Tensor, up: Tensor) -> Tensor:
+    """Return `output` + up @ inner along the channels, in place where the layout allows one product.
 
     output: (n, ..., out) of a Linear, (n, out, h, w) of a Conv2d; inner: the same with the ranks in place of out;
     up: (out, ranks[, 1, 1]).
     """
-    # Under autocast the module gives another dtype than it is given; what writes in place is not cast there.
+    # Under autocast the output has another dtype than the input; in-place products are not cast there.
     inner, up = inner.to(output.dtype), up.to(output.dtype)
     if up.dim() == 4:
         if not (output.is_contiguous() and inner.is_contiguous()):
@@ -226,8 +233,8 @@ def _plus_product(output: Tensor, inner: Tensor, up: Tensor) -> Tensor:
     return output
 
 
-def _spread(values: Tensor, dims: int, channels: int) -> Tensor:
-    """(rows, channels) broadcast against a tensor of `dims` dimensions whose channels are dimension `channels`."""
+def _broadcast(values: Tensor, dims: int, channel_dim: int) -> Tensor:
+    """View (rows, channels) as a tensor of `dims` dimensions with the channels at `channel_dim`."""
     shape = [1] * dims
-    shape[0], shape[channels] = values.shape
+    shape[0], shape[channel_dim] = values.shape
     return values.view(shape)

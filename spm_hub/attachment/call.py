@@ -1,4 +1,4 @@
-"""What a picture is asked for: its prompts, learnt from what is encoded and from what the denoiser is given."""
+"""The prompts of one call of a pipeline, recorded from its `encode_prompt` and its denoiser."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,19 +8,28 @@ import torch
 from torch import Tensor
 
 from spm_hub.attachment.gate import Prompts
-from spm_hub.attachment.text_encoding import _OTHER_PROMPT, Settings, _as_texts, _settings, tokens_of
+from spm_hub.attachment.text_encoding import Settings, read_prompts, settings_among
 
 
 @dataclass(eq=False)
 class Call:
-    """What is known of one call of a pipeline: nothing until it has encoded its prompts.
+    """One call of a pipeline: its prompts, unknown until it has encoded them, and their gammas.
 
-    images: pictures for each prompt.  guided: whether unconditional rows precede the prompts' own.
-    negatives: what was encoded beside the prompts: states that some pipelines (FLUX, Qwen-Image) give the denoiser in a
-    call of their own.  gammas: by eraser, one for each prompt.
-    unconditional: of the denoiser's present batch, for each block of rows whether it is the negative prompts'.
-    plain: whether the denoiser is given states as they were encoded, as its first call in this picture tells.
-    others: prompts of this picture that are not its present ones.
+    images: pictures for each prompt.  guided: whether unconditional rows precede those of the prompts.
+    negatives: states of negative prompts.  gammas: by eraser, one for each prompt.
+    unconditional: for each block of rows in the denoiser's batch, whether it belongs to the negative prompts.
+    as_encoded: whether the denoiser receives states as `encode_prompt` returned them, which its first call shows.
+    replaced: prompts of this picture that are not its present ones.
+
+    A block is the rows of all prompts once (`rows_per_block`). What the denoiser receives under guidance:
+
+    | pipeline                      | calls a step | blocks of a call                             |
+    |-------------------------------|--------------|----------------------------------------------|
+    | SD 1 and 2, SDXL, SD3         | one          | negative prompts, prompts                    |
+    | the same, perturbed attention | one          | negative prompts, prompts, prompts           |
+    | FLUX, Qwen-Image              | two          | prompts; negative prompts, in their own call |
+
+    A tensor that `encode_prompt` returned is recognised by its `data_ptr`, a copy by its values.
     """
 
     prompts: Prompts | None = None
@@ -30,94 +39,88 @@ class Call:
     negatives: list[Tensor] = field(default_factory=list)
     gammas: dict[str, list[float]] = field(default_factory=dict)
     unconditional: tuple[bool, ...] = ()
-    plain: bool | None = None
-    others: list[Prompts] = field(default_factory=list)
-    _heard: tuple[Any, int | None] = field(default=(None, None), init=False)
+    as_encoded: bool | None = None
+    replaced: list[Prompts] = field(default_factory=list)
+    _last_input: tuple[Any, int | None] = field(default=(None, None), init=False)
 
-    def learn(self, pipe: Any, bound: Mapping[str, Any], result: Any) -> None:
-        """Note the prompts from the first `encode_prompt` of this call.
+    def record_encoding(self, pipe: Any, arguments: Mapping[str, Any], result: Any) -> None:
+        """Record the prompts from the first `encode_prompt` of this call: its arguments and its result.
 
-        What is encoded after them is negative prompts; once the denoiser was called, prompts that may replace them.
+        What is encoded after that is negative prompts; after the first call of the denoiser it is prompts that may
+        replace the present ones.
         """
-        states, *beside = result if isinstance(result, tuple | list) and result else [result]
+        states, *others = result if isinstance(result, tuple | list) and result else [result]
         if not isinstance(states, Tensor) or states.dim() != 3:
             return
-        if self.prompts is not None and self.plain is None:
+        if self.prompts is not None and self.as_encoded is None:
             self.negatives.append(states)
             return
-        images = int(bound.get("num_images_per_prompt") or bound.get("num_videos_per_prompt") or 1)
-        texts = tokens = None
-        if bound.get("prompt") is not None:
-            texts = _as_texts(bound["prompt"])
-            if len(texts) * images != len(states):
-                return
-            tokens = tokens_of(pipe, texts)
-            for other in (_as_texts(value) for key, value in bound.items() if _OTHER_PROMPT.fullmatch(key) and value):
-                # What another encoder is told is as much of the prompt: of FLUX it is what the denoiser attends to.
-                each = other * len(texts) if len(other) == 1 else other
-                tokens = tuple(map(frozenset.union, tokens, tokens_of(pipe, each)))
-                texts = tuple(one if one == two else f"{one}\n{two}" for one, two in zip(texts, each, strict=True))
+        images = int(arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1)
+        texts, tokens = read_prompts(pipe, arguments)
+        if texts is not None and len(texts) * images != len(states):
+            return
         prompts = Prompts(texts, tokens, states[::images].detach())
         if self.prompts is not None:
-            self.others.append(prompts)
+            self.replaced.append(prompts)
             return
-        self.images, self.guided = images, bool(bound.get("do_classifier_free_guidance"))
-        self.settings = _settings(bound)
-        self.negatives = [one for one in beside if isinstance(one, Tensor) and one.shape[2:] == states.shape[2:]]
+        self.images, self.guided = images, bool(arguments.get("do_classifier_free_guidance"))
+        self.settings = settings_among(arguments)
+        self.negatives = [one for one in others if isinstance(one, Tensor) and one.shape[2:] == states.shape[2:]]
         self.prompts = prompts
 
     @property
-    def block(self) -> int:
-        """Rows of the denoiser's batch for all prompts once: prompts in order, the pictures of each side by side."""
+    def rows_per_block(self) -> int:
+        """The rows of all prompts once: prompts in order, the pictures of each next to one another."""
         return 0 if self.prompts is None else len(self.prompts.states) * self.images
 
-    def hear(self, rows: int | None, states: Any) -> bool:
-        """Note what the denoiser is called with; whether that is other prompts than before, now those of this call.
+    def record_denoising(self, rows: int | None, states: Any) -> bool:
+        """Record the denoiser's inputs. Return whether the prompts were replaced during the call.
 
-        A callback may replace them in the middle of a picture. The last block of rows tells, being the prompts' own,
-        but not where the pipeline makes something else of what it encoded before the denoiser gets it.
+        A step callback may replace them. The last block of rows shows it, as it belongs to the prompts, unless the
+        pipeline changes the states between `encode_prompt` and the denoiser.
         """
-        if self.prompts is None or (self._heard[0] is states and self._heard[1] == rows):
+        if self.prompts is None or (self._last_input[0] is states and self._last_input[1] == rows):
             return False
-        self._heard = states, rows
-        whole = rows is not None and rows % self.block == 0
-        given = list(states.split(self.block)) if whole and isinstance(states, Tensor) and len(states) == rows else []
-        known = bool(given) and (self._are(self.prompts, given[-1]) or self._negative(given[-1]))
-        if self.plain is None:
-            self.plain = known
-        replaced = bool(given) and self.plain and not known
-        if replaced:
+        self._last_input = states, rows
+        block = self.rows_per_block
+        whole = rows is not None and rows % block == 0
+        blocks = list(states.split(block)) if whole and isinstance(states, Tensor) and len(states) == rows else []
+        known = bool(blocks) and (self._matches(self.prompts, blocks[-1]) or self._is_negative(blocks[-1]))
+        if self.as_encoded is None:
+            self.as_encoded = known
+        are_others = bool(blocks) and self.as_encoded and not known
+        if are_others:
             before = self.prompts
             self.prompts = next(
-                (other for other in self.others if self._are(other, given[-1])),
-                Prompts(None, None, given[-1][:: self.images].detach()),
+                (other for other in self.replaced if self._matches(other, blocks[-1])),
+                Prompts(None, None, blocks[-1][:: self.images].detach()),
             )
-            self.others = [before, *(other for other in self.others if other is not self.prompts)]
+            self.replaced = [before, *(other for other in self.replaced if other is not self.prompts)]
             self.gammas = {}
-        if rows == 2 * self.block:
+        if rows == 2 * block:
             # Under classifier-free guidance diffusers puts the unconditional rows first.
             self.unconditional = self.guided, False
         else:
-            self.unconditional = tuple(map(self._negative, given))
-        return replaced
+            self.unconditional = tuple(map(self._is_negative, blocks))
+        return are_others
 
-    def _negative(self, rows: Tensor) -> bool:
-        """Whether these are the states of the negative prompts, and not those of the prompts beside them.
+    def _is_negative(self, rows: Tensor) -> bool:
+        """Return whether these are states of the negative prompts, and not of the prompts too.
 
         States that are neither count as the prompts': an eraser is never silently off.
         """
         assert self.prompts is not None
-        at = rows.data_ptr()
-        if at in {each.data_ptr() for each in (self.prompts.states, *self.negatives)}:
-            # The very tensor, which tells even a negative prompt that is the prompt itself.
-            return at != self.prompts.states.data_ptr()
-        return any(_equal(rows, each.to(rows)) for each in self.negatives) and not self._are(self.prompts, rows)
+        address = rows.data_ptr()
+        if address in {each.data_ptr() for each in (self.prompts.states, *self.negatives)}:
+            # The same tensor: this recognises even a negative prompt with the text of the prompt.
+            return address != self.prompts.states.data_ptr()
+        return any(_equal(rows, each.to(rows)) for each in self.negatives) and not self._matches(self.prompts, rows)
 
-    def _are(self, prompts: Prompts, rows: Tensor) -> bool:
-        """Whether these are the states of `prompts`."""
+    def _matches(self, prompts: Prompts, rows: Tensor) -> bool:
+        """Return whether these rows are the states of `prompts`."""
         own = prompts.states
         if own.data_ptr() == rows.data_ptr() and (len(own) * self.images, *own.shape[1:]) == rows.shape:
-            return True  # the very tensor that was encoded
+            return True  # the same tensor
         return _equal(rows, own.to(rows).repeat_interleave(self.images, dim=0))
 
 

@@ -1,4 +1,7 @@
-"""Facilitated transport: how strongly each eraser acts on each prompt (SPM, arXiv 2312.16145, Eq. 10-11)."""
+"""Gates decide how strongly each eraser acts on each prompt.
+
+The gate of SPM is facilitated transport (arXiv 2312.16145, Eq. 10-11).
+"""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -7,15 +10,16 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from spm_hub.attachment.concept_index import WAY, Concepts, fixed_point
+from spm_hub.attachment.concept_index import WAY, ConceptIndex, fixed_point
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """The prompts of one call.
 
-    texts: as given, None where only embeddings were.  tokens: T(p) of each, as `token_sets` has it, None with `texts`.
-    states: (prompts, tokens, d_text), the text-encoder states that the denoiser is given, e(p).
+    texts: as given to the pipeline; None where it was given embeddings only.  tokens: T(p) of each prompt
+    (`text_encoding.token_sets`); None where `texts` is.  states: e(p), the text-encoder states that the denoiser
+    receives, (prompts, tokens, d_text).
     """
 
     texts: tuple[str, ...] | None
@@ -25,40 +29,40 @@ class Prompts:
 
 @runtime_checkable
 class Gate(Protocol):
-    """Decides the gammas of a call; any object with this method may be given to `attach(gate=...)`."""
+    """Computes the gammas of a call; `attach(gate=...)` takes any object with this method."""
 
-    def gammas(self, prompts: Prompts, concepts: Concepts) -> Tensor:
-        """One gamma for every prompt and eraser: (prompts, erasers), before the erasers' strength."""
+    def gammas(self, prompts: Prompts, concepts: ConceptIndex) -> Tensor:
+        """Return gamma of every prompt and eraser, before the erasers' strength: (prompts, erasers)."""
         ...
 
 
 @dataclass(frozen=True)
 class ConstantGate:
-    """The same gamma whatever the prompt; 1 is an eraser that is always fully on."""
+    """Gives every prompt the same gamma; at 1 an eraser is always fully on."""
 
     gamma: float
 
-    def gammas(self, prompts: Prompts, concepts: Concepts) -> Tensor:
+    def gammas(self, prompts: Prompts, concepts: ConceptIndex) -> Tensor:
         return torch.full((len(prompts.states), len(concepts)), self.gamma, dtype=torch.float64)
 
 
 class TransportGate:
-    """gamma(p, c) = max(cos(e(p), e(c)), |T(p) & T(c)| / |T(c)|), the greatest over the names of a concept.
+    """Facilitated transport: gamma(p, c) = max(cos(e(p), e(c)), |T(p) & T(c)| / |T(c)|).
 
-    The cosine is that of the flattened states (Eq. 10), T are sets of token ids without special ones (Eq. 11), and of
-    the ways to cut a text the one counts in which they share most. Prompts that are known by their embeddings alone
-    count as sharing no token.
+    SPM, arXiv 2312.16145. The cosine is between the flattened states (Eq. 10); T are sets of token ids without special
+    tokens (Eq. 11). gamma is the maximum over the names of a concept, and the overlap the maximum over the ways in
+    which tokenizers cut a text. Where only embeddings of a prompt are known, its overlap is 0.
     """
 
-    def gammas(self, prompts: Prompts, concepts: Concepts) -> Tensor:
+    def gammas(self, prompts: Prompts, concepts: ConceptIndex) -> Tensor:
         return concepts.greatest(torch.maximum(similarity(prompts.states, concepts), overlap(prompts, concepts)))
 
 
-def similarity(states: Tensor, concepts: Concepts) -> Tensor:
-    """Cosines of flattened states, (prompts, names), float64.
+def similarity(states: Tensor, concepts: ConceptIndex) -> Tensor:
+    """Compute the cosines of flattened states: (prompts, names), float64.
 
     states: (prompts, tokens, d_text). Embeddings longer than the encoder's window (several windows one after the other)
-    are compared window by window, and the most similar one counts.
+    are compared window by window; the greatest cosine counts.
     """
     if concepts.varying:
         rows = fixed_point(states)
@@ -70,22 +74,22 @@ def similarity(states: Tensor, concepts: Concepts) -> Tensor:
     for names in concepts.units:
         cosines = []
         for length, chunk in chunks:
-            # Of the last window there may be less: it is compared with as much of the names.
+            # The last window may be shorter: it is compared with the first states of each name.
             there = names if length == tokens else fixed_point(names.view(-1, tokens, width)[:, :length])
             cosines.append(chunk @ there.T)
         found.append(cosines[0] if len(cosines) == 1 else torch.stack(cosines).amax(dim=0))
-    # Rounded to fixed point, a vector may be longer than 1 by 1e-7; no gamma is.
+    # Rounding to fixed point may lengthen a vector to 1 + 1e-7; no gamma exceeds 1.
     return torch.cat(found, dim=1).clamp_(-1.0, 1.0)
 
 
-def overlap(prompts: Prompts, concepts: Concepts) -> Tensor:
-    """The share of each name's tokens that the prompt contains, (prompts, names), float64; 0 for unknown texts.
+def overlap(prompts: Prompts, concepts: ConceptIndex) -> Tensor:
+    """Compute the share of each name's tokens that the prompt contains: (prompts, names), float64.
 
-    The greatest over the ways that both are cut in.
+    The maximum over the ways in which tokenizers cut both texts; 0 for prompts without a known text.
     """
     shares = torch.zeros(len(prompts.states), len(concepts.owners), dtype=torch.float64)
     for row, tokens in enumerate(prompts.tokens or ()):
-        hits = Counter((name, token // WAY) for token in tokens for name in concepts.holders.get(token, ()))
+        hits = Counter((name, token // WAY) for token in tokens for name in concepts.names_by_token.get(token, ()))
         greatest: dict[int, float] = {}
         for (name, way), count in hits.items():
             greatest[name] = max(greatest.get(name, 0.0), count / concepts.sizes[name, way])

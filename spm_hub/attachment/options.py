@@ -1,4 +1,4 @@
-"""What a caller may ask of an attachment, checked, and what that means for each eraser."""
+"""The validated arguments of `attach`, and the settings of each eraser that follow from them."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -12,7 +12,7 @@ from torch import nn
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.lookup import named
-from spm_hub.attachment.concept_index import Concept
+from spm_hub.attachment.concept_index import EncodedConcept
 from spm_hub.attachment.gate import ConstantGate, Gate, TransportGate
 from spm_hub.attachment.text_encoding import Settings
 from spm_hub.errors import NotFoundError, UsageError
@@ -27,7 +27,7 @@ _ALWAYS = ConstantGate(1.0)
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `attach`, checked."""
+    """The arguments of `attach`; construction validates them. Raises UsageError."""
 
     gate: GateChoice | None
     strength: Mapping[str, float] | float | None
@@ -42,8 +42,8 @@ class Options:
         _one_of("rows", self.rows, (None, *get_args(Rows)))
         _one_of("mode", self.mode, get_args(Mode))
         for key in ("memory_budget", "increment_budget"):
-            _whole(key, getattr(self, key), 0, "a number of bytes, or None for no limit")
-        _whole("top_k", self.top_k, 1, "how many erasers may act on a prompt, or None for all")
+            _whole(key, getattr(self, key), 0, "a whole number of bytes, or None for no limit")
+        _whole("top_k", self.top_k, 1, "the number of erasers that may act on a prompt, at least 1, or None for all")
         if self.threshold is not None:
             finite("threshold", self.threshold)
         if isinstance(self.strength, Mapping):
@@ -59,7 +59,10 @@ class Options:
             raise UsageError(f'gate is {self.gate!r}; it is "transport", "always", a number, or has a method gammas()')
 
     def eraser(self, adapter: Adapter, modules: Mapping[str, tuple[nn.Module, str]]) -> "Eraser":
-        """An adapter on its modules (`architectures.resolve_modules`), under these options or else its manifest's."""
+        """Return the eraser of an adapter on its modules, with these options or else its manifest's settings.
+
+        modules: by path, each module and the adapter's name for it (`compatibility.resolve_modules`).
+        """
         default = adapter.manifest.gate
         gate = default.kind if self.gate is None else self.gate
         if isinstance(gate, str):
@@ -77,7 +80,10 @@ class Options:
 
 @dataclass(eq=False)
 class Eraser:
-    """An adapter on this pipeline: the modules it changes and by what, by path, and how it is gated."""
+    """One adapter on one pipeline: by path, its modules and their increments; and how it is gated.
+
+    concepts: the names of its concept, encoded under each set of settings that was needed.
+    """
 
     adapter: Adapter
     modules: Mapping[str, nn.Module]
@@ -85,7 +91,7 @@ class Eraser:
     gate: Gate
     strength: float
     rows: Rows
-    concepts: dict[Settings, Concept] = field(default_factory=dict)
+    concepts: dict[Settings, EncodedConcept] = field(default_factory=dict)
 
     def __str__(self) -> str:
         match self.gate:
@@ -99,7 +105,7 @@ class Eraser:
 
 
 def finite(key: str, value: object) -> None:
-    """Raise UsageError unless `value` is a finite number; `key` names it."""
+    """Raise UsageError unless the argument `key` is a finite number."""
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         raise UsageError(f"{key} is {value!r}; it has to be a finite number", mend=f"{key} = 1.0")
 
@@ -117,14 +123,14 @@ def _one_of(key: str, value: object, allowed: Sequence[object]) -> None:
 
 
 class Strength(MutableMapping[str, float]):
-    """What multiplies the gamma of each attached eraser, by name. `del` gives back the manifest's own."""
+    """The factor of each attached eraser's gamma, by name; `del` restores the manifest's strength."""
 
     def __init__(self, erasers: Mapping[str, Eraser], write: Callable[[str, float], None]) -> None:
-        """write: takes a name and its new number into effect."""
+        """Use `write(name, value)` to change a strength."""
         self._erasers, self._write = erasers, write
 
     def __getitem__(self, name: str) -> float:
-        with suppress(NotFoundError):  # a mapping's own KeyError, which its other methods count on
+        with suppress(NotFoundError):  # the mapping raises KeyError below, which its other methods rely on
             name = named(name, self._erasers)
         return self._erasers[name].strength
 

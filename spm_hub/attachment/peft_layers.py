@@ -1,4 +1,4 @@
-"""Other adapters on the same denoiser: PEFT's layers, each around a module that erasers may change."""
+"""Prepares PEFT's layers, which wrap modules that erasers change."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,13 +8,13 @@ from torch import nn
 from spm_hub.errors import UsageError
 
 
-def unmerge_disabled(body: nn.Module, modules: Iterable[nn.Module], bare: Callable[[], None]) -> None:
-    """To be called before erasers act: the weights become those that PEFT's layers would compute with.
+def unmerge_disabled(body: nn.Module, modules: Iterable[nn.Module], restore: Callable[[], None]) -> None:
+    """Un-merge fused LoRAs that were disabled since, before erasers act on the weights.
 
-    What is fused and then switched off, PEFT subtracts from the weight when the layer is next called: from one that
-    erasers were folded into, and their originals would bring it back. It is made to do so now. A DoRA scales by the
-    norm of the weight that it finds, and a sum with it would not be one: raises UsageError.
-    modules: those that erasers change.  bare: puts their own weights back.
+    PEFT un-merges a disabled adapter lazily, on the next forward. Un-merging after a fold would corrupt the weight, so
+    it is done now. modules: those that erasers change.  restore: restores the weights of these modules.
+    Raises UsageError for an active DoRA on one of the modules: it scales by the norm of the weight that it finds, so
+    its output is not a sum with the erasers' increments.
     """
     if not getattr(body, "peft_config", None):
         return
@@ -22,7 +22,7 @@ def unmerge_disabled(body: nn.Module, modules: Iterable[nn.Module], bare: Callab
 
     layers: list[Any] = [module for module in body.modules() if isinstance(module, BaseTunerLayer)]
     if late := [layer for layer in layers if layer.merged and layer.disable_adapters]:
-        bare()
+        restore()
         for layer in late:
             layer.unmerge()
     changed = set(map(id, modules))
@@ -31,6 +31,6 @@ def unmerge_disabled(body: nn.Module, modules: Iterable[nn.Module], bare: Callab
         if scaling and not layer.merged and not layer.disable_adapters:
             raise UsageError(
                 f"the pipeline's LoRA {min(scaling)!r} is a DoRA, which scales by the norm of the weights: erasers can "
-                "be added to what it makes of them, not to what it has yet to make",
+                "be added to the weights after its scaling, not before",
                 mend="pipe.fuse_lora()",
             )

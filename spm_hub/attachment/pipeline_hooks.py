@@ -1,4 +1,9 @@
-"""Where calls come by: what a pipeline is asked for, read off its own methods, without changing anybody's code."""
+"""Intercepts calls of a pipeline, its `encode_prompt` and its denoiser by swapping their classes.
+
+Both objects get a generated subclass of their class. Python looks `__call__` up on the type, so an attribute of the
+object would not do. torch.nn.utils.parametrize swaps the class of a module for a generated subclass in the same way,
+and swaps it back.
+"""
 
 import functools
 import inspect
@@ -14,102 +19,112 @@ from torch.utils.hooks import RemovableHandle
 from spm_hub.errors import UsageError
 from spm_hub.models.architectures import body_of, changeable
 
-HELD = "_spm_hub_attachment"
-"""The key in `__dict__` of a pipeline and of its denoiser under which their attachment is found."""
+ATTACHMENT = "_spm_hub_attachment"
+"""The key of the attachment in the `__dict__` of a pipeline and of its denoiser."""
 
-_GUARDED = "_spm_hub_guarded"
-"""The key in a denoiser's `__dict__` of the handles of hooks on its modules."""
+_HANDLES = "_spm_hub_handles"
+"""The key of the handles of hooks on a denoiser's modules in the denoiser's `__dict__`."""
 
 _FUSED = "fused query, key and value projections are weights of their own, which no eraser was trained on"
 
 
 def is_attached(pipe: Any) -> bool:
     """Return whether an attachment, perhaps an empty one, is on this pipeline."""
-    return HELD in pipe.__dict__
+    return ATTACHMENT in pipe.__dict__
 
 
-class Holder(Protocol):
-    """What the methods of a held pipeline and a held denoiser report to."""
+class Callbacks(Protocol):
+    """The methods that the hooks of a pipeline and of its denoiser call."""
 
     def picture(self) -> AbstractContextManager[None]:
-        """Around one call of the pipeline."""
+        """Surround one call of the pipeline."""
 
-    def encoded(self, bound: Mapping[str, Any], result: Any) -> None:
-        """After the pipeline has encoded prompts: the arguments by name, defaults included, and the result."""
+    def encoded(self, arguments: Mapping[str, Any], result: Any) -> None:
+        """Take the arguments of `encode_prompt` by name, defaults included, and its result."""
 
     def encoding(self) -> AbstractContextManager[None]:
-        """Around one call of `encode_prompt`."""
+        """Surround one call of `encode_prompt`."""
 
     def denoising(self, rows: int | None, states: Any) -> AbstractContextManager[None]:
-        """Around one call of the denoiser with `rows` rows, None where they cannot be told, and these text states."""
+        """Surround one call of the denoiser.
+
+        rows: of its batch, None where the input does not show them.  states: the text-encoder states that it is given.
+        """
 
     def bare_weights(self, *, moving: bool) -> AbstractContextManager[None]:
-        """Around whatever reads, replaces or, `moving`, moves or casts the denoiser's weights."""
+        """Surround code that reads or replaces the denoiser's weights or, if `moving`, moves or casts them."""
 
 
-def hold(pipe: Any, denoiser: Any, holder: Holder) -> None:
-    """Let `holder` know of every call of a pipeline and of its denoiser, whose classes become `Held` ones.
+def install_hooks(pipe: Any, denoiser: Any, callbacks: Callbacks) -> None:
+    """Call `callbacks` around every call of a pipeline and of its denoiser, until `remove_hooks`.
 
-    Raises UsageError where the denoiser has a holder already, or where erasers would have nothing to act on; the
-    pipeline is then unchanged. A call that is in progress in another thread is not waited for.
+    Raises UsageError where the denoiser has callbacks already, or where its projections are fused; the pipeline is then
+    unchanged. A call that is in progress in another thread is not waited for.
     """
     body = body_of(denoiser)
     if any(map(_is_fused, body.modules())):
         raise UsageError(_FUSED, mend="pipe.unfuse_qkv_projections(), and attach again")
-    if body.__dict__.setdefault(HELD, holder) is not holder:
+    if body.__dict__.setdefault(ATTACHMENT, callbacks) is not callbacks:
         raise UsageError("another thread has just attached erasers to this denoiser", mend="erasers.add(adapter)")
-    # Calls that begin from now on wait at the pipeline's door until its denoiser is held too.
-    with holder.bare_weights(moving=False):
+    # Calls that begin now wait for this lock, and so until the denoiser has its hooks too.
+    with callbacks.bare_weights(moving=False):
         try:
-            pipe.__dict__[HELD] = denoiser.__dict__[HELD] = holder
-            pipe.__class__ = _held_pipeline(pipe.__class__)
+            pipe.__dict__[ATTACHMENT] = denoiser.__dict__[ATTACHMENT] = callbacks
+            pipe.__class__ = _hooked_pipeline(pipe.__class__)
             # Plain assignment would pass through torch.compile's wrapper to the module inside it.
-            object.__setattr__(denoiser, "__class__", _held_denoiser(denoiser.__class__))
+            object.__setattr__(denoiser, "__class__", _hooked_denoiser(denoiser.__class__))
             if body is not denoiser:
-                # Its class stays, as torch.compile goes by that: the graph it has may be used further.
-                body.__dict__.update({name: MethodType(guard, body) for name, guard in _guards(type(body)).items()})
-            body.__dict__[_GUARDED] = _guarded_modules(body)
+                # The class of a compiled module stays: torch.compile guards on it, and its graph remains valid.
+                methods = {name: MethodType(method, body) for name, method in _hooked_methods(type(body)).items()}
+                body.__dict__.update(methods)
+            body.__dict__[_HANDLES] = _hook_modules(body)
         except BaseException:
-            release(pipe, denoiser)
+            remove_hooks(pipe, denoiser)
             raise
 
 
-def release(pipe: Any, denoiser: Any) -> None:
-    """Undo `hold`: the classes are the originals again, and nothing is left in any `__dict__`."""
+def remove_hooks(pipe: Any, denoiser: Any) -> None:
+    """Undo `install_hooks`: restore the classes, and leave nothing in any `__dict__`."""
     body = body_of(denoiser)
-    for held in (pipe, denoiser):
-        if type(held).__dict__.get(HELD):
-            object.__setattr__(held, "__class__", type(held).__mro__[1])
-    for name in _guards(type(body)) if body is not denoiser else ():
+    for part in (pipe, denoiser):
+        if type(part).__dict__.get(ATTACHMENT):
+            object.__setattr__(part, "__class__", type(part).__mro__[1])
+    for name in _hooked_methods(type(body)) if body is not denoiser else ():
         body.__dict__.pop(name, None)
-    for handle in body.__dict__.pop(_GUARDED, ()):
+    for handle in body.__dict__.pop(_HANDLES, ()):
         handle.remove()
-    for held in (pipe, denoiser, body):
-        held.__dict__.pop(HELD, None)
+    for part in (pipe, denoiser, body):
+        part.__dict__.pop(ATTACHMENT, None)
 
 
 def _is_fused(attention: Any) -> bool:
-    """Whether an attention layer computes with fused projections; older ones are not told when that ends."""
-    told = hasattr(attention, "unfuse_projections") or "Fused" in type(getattr(attention, "processor", None)).__name__
-    return told and getattr(attention, "fused_projections", False)
+    """Return whether an attention layer computes with fused projections.
 
-
-def _under(held: Any, enter: Callable[[Holder], AbstractContextManager[None]], run: Callable[[], Any]) -> Any:
-    """Call `run` inside the context that `enter` makes of the present holder; without a holder, call it alone.
-
-    A thread that waited for the holder's lock may find the holder gone, or replaced: it then starts over.
+    Older layers keep `fused_projections` set after unfusing; their processor shows the truth.
     """
-    while (holder := held.__dict__.get(HELD)) is not None:
-        with enter(holder):
-            if held.__dict__.get(HELD) is holder:
+    current = (
+        hasattr(attention, "unfuse_projections") or "Fused" in type(getattr(attention, "processor", None)).__name__
+    )
+    return current and getattr(attention, "fused_projections", False)
+
+
+def _run_within(part: Any, enter: Callable[[Callbacks], AbstractContextManager[None]], run: Callable[[], Any]) -> Any:
+    """Call `run` inside the context that `enter` makes of the part's callbacks, if it has any.
+
+    A thread that waited in `enter` may find the callbacks removed, or replaced: it then starts over.
+    """
+    while (callbacks := part.__dict__.get(ATTACHMENT)) is not None:
+        with enter(callbacks):
+            if part.__dict__.get(ATTACHMENT) is callbacks:
                 return run()
     return run()
 
 
-class _StandIn(type):
-    """The type of classes that stand for their base: `type(x) == Base` and `type(x) in (Base, ...)` hold of them too.
+class _EqualToBase(type):
+    """The metaclass of classes that compare equal to their base.
 
-    Diffusers' `from_pipe` asks that of a denoiser before it shares it.
+    `type(x) == Base` and `type(x) in (Base, ...)` are true for them. Diffusers' `from_pipe` compares the type of a
+    denoiser in this way before it shares it.
     """
 
     def __eq__(cls, other: object) -> bool:
@@ -120,16 +135,18 @@ class _StandIn(type):
 
 
 @functools.cache
-def _held_pipeline(base: Any) -> Any:
-    """A subclass of `base` to the world its equal, whose calls and prompts the attachment in `__dict__` gets to know.
+def _hooked_pipeline(base: Any) -> Any:
+    """Return the subclass of a pipeline's class that reports calls and prompts to its callbacks.
 
-    One class for each base, so that nothing that looks at types (torch.compile does) sees a new one at every attach.
+    One class for each base: torch.compile guards on types, and would recompile for a new one at every attach.
     """
 
-    class Held(base, metaclass=_StandIn):  # type: ignore[misc]
+    class Hooked(base, metaclass=_EqualToBase):  # type: ignore[misc]
         @functools.wraps(base.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return _under(self, lambda holder: holder.picture(), lambda: base.__call__(self, *args, **kwargs))
+            return _run_within(
+                self, lambda callbacks: callbacks.picture(), lambda: base.__call__(self, *args, **kwargs)
+            )
 
     if hasattr(base, "encode_prompt"):
         signature = inspect.signature(base.encode_prompt)
@@ -138,91 +155,95 @@ def _held_pipeline(base: Any) -> Any:
         def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
             def run() -> Any:
                 result = base.encode_prompt(self, *args, **kwargs)
-                if (holder := self.__dict__.get(HELD)) is not None:
+                if (callbacks := self.__dict__.get(ATTACHMENT)) is not None:
                     bound = signature.bind(self, *args, **kwargs)
                     bound.apply_defaults()
-                    holder.encoded(bound.arguments, result)
+                    callbacks.encoded(bound.arguments, result)
                 return result
 
-            return _under(self, lambda holder: holder.encoding(), run)
+            return _run_within(self, lambda callbacks: callbacks.encoding(), run)
 
-        Held.encode_prompt = encode_prompt
+        Hooked.encode_prompt = encode_prompt
     for name in ("fuse_lora", "unfuse_lora"):
         if hasattr(base, name):
-            setattr(Held, name, _bare_first(base, name))
-    return _disguised(Held, base)
+            setattr(Hooked, name, _with_bare_weights(base, name))
+    return _named_as(base, Hooked)
 
 
 @functools.cache
-def _held_denoiser(base: Any) -> Any:
-    """A subclass of `base` to the world its equal, whose calls and weights the attachment in `__dict__` looks after."""
+def _hooked_denoiser(base: Any) -> Any:
+    """Return the subclass of a denoiser's class that reports calls and uses of weights to its callbacks."""
 
-    class Held(base, metaclass=_StandIn):  # type: ignore[misc]
-        # What is compiled after attaching is compiled without this, which then still runs before it.
+    class Hooked(base, metaclass=_EqualToBase):  # type: ignore[misc]
+        # torch.compile leaves this method out of a graph that it compiles after attaching; it runs before the graph.
         @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            while (holder := self.__dict__.get(HELD)) is not None:
-                denoising = _entered(holder, args, kwargs)
+            while (callbacks := self.__dict__.get(ATTACHMENT)) is not None:
+                denoising = _enter_denoising(callbacks, args, kwargs)
                 try:
-                    if self.__dict__.get(HELD) is holder:
+                    if self.__dict__.get(ATTACHMENT) is callbacks:
                         return base.__call__(self, *args, **kwargs)
                 finally:
-                    _left(denoising)
+                    _leave_denoising(denoising)
             return base.__call__(self, *args, **kwargs)
 
-    for name, guard in _guards(base).items():
-        setattr(Held, name, guard)
-    return _disguised(Held, base)
+    for name, method in _hooked_methods(base).items():
+        setattr(Hooked, name, method)
+    return _named_as(base, Hooked)
 
 
-# Not a `with` around the call: under fullgraph=True torch.compile would trace what opens and closes it, and cannot.
+# Not a `with` around the call: under fullgraph=True torch.compile would trace its `__enter__` and `__exit__`, and fail.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _entered(holder: Holder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExitStack:
+def _enter_denoising(callbacks: Callbacks, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExitStack:
     stack = ExitStack()
-    stack.enter_context(holder.denoising(_batch_rows(args, kwargs), kwargs.get("encoder_hidden_states")))
+    stack.enter_context(callbacks.denoising(_batch_rows(args, kwargs), kwargs.get("encoder_hidden_states")))
     return stack
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _left(denoising: ExitStack) -> None:
+def _leave_denoising(denoising: ExitStack) -> None:
     denoising.close()
 
 
-def _guards(base: Any) -> dict[str, Any]:
-    """By name, the methods of a denoiser's class that read, move or change weights, in a form that is safe while held.
+def _hooked_methods(base: Any) -> dict[str, Any]:
+    """Return replacements for a denoiser's methods that read, move or change weights, by name.
 
-    Fusing a LoRA or taking it out again, and what copies weights to where it will read them from, need the
-    checkpoint's own as much as saving does.
+    They see the checkpoint's own weights, as saving must. Fusing and unfusing a LoRA change these weights; group
+    offloading, casting and dequantising copy them.
     """
     reading = ("state_dict", "_load_from_state_dict", "fuse_lora", "unfuse_lora")
     copying = ("enable_group_offload", "enable_layerwise_casting", "dequantize")
-    guards = {name: _bare_first(base, name) for name in (*reading, *copying) if hasattr(base, name)}
-    guards["_apply"] = _bare_first(base, "_apply", moving=True)
-    guards["__reduce_ex__"] = _not_copied
+    methods = {name: _with_bare_weights(base, name) for name in (*reading, *copying) if hasattr(base, name)}
+    methods["_apply"] = _with_bare_weights(base, "_apply", moving=True)
+    methods["__reduce_ex__"] = _refuse_copy
     if hasattr(base, "fuse_qkv_projections"):
-        guards["fuse_qkv_projections"] = _not_fused
-    return guards
+        methods["fuse_qkv_projections"] = _refuse_fusing
+    return methods
 
 
-def _guarded_modules(body: Any) -> list[RemovableHandle]:
-    """Hooks for who reads or loads the weights of a part of the denoiser only, as a ControlNet made from it does."""
+def _hook_modules(body: Any) -> list[RemovableHandle]:
+    """Restore the denoiser's weights whenever those of a part of it are read or loaded.
 
-    def bare_first(*_: Any) -> None:
-        _under(body, lambda holder: holder.bare_weights(moving=False), lambda: None)
+    ControlNetModel.from_unet, for one, reads the parts one by one.
+    """
+
+    def restore_first(*_: Any) -> None:
+        _run_within(body, lambda callbacks: callbacks.bare_weights(moving=False), lambda: None)
 
     modules: list[Any] = list(changeable(body).values())
-    reading = [module.register_state_dict_pre_hook(bare_first) for module in modules]
-    return reading + [module.register_load_state_dict_pre_hook(bare_first) for module in modules]
+    reading = [module.register_state_dict_pre_hook(restore_first) for module in modules]
+    return reading + [module.register_load_state_dict_pre_hook(restore_first) for module in modules]
 
 
-def _bare_first(base: Any, name: str, *, moving: bool = False) -> Any:
+def _with_bare_weights(base: Any, name: str, *, moving: bool = False) -> Any:
     method = getattr(base, name)
 
     @functools.wraps(method)
-    def bare_first(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _under(self, lambda holder: holder.bare_weights(moving=moving), lambda: method(self, *args, **kwargs))
+    def with_bare_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bare = functools.partial(method, self, *args, **kwargs)
+        return _run_within(self, lambda callbacks: callbacks.bare_weights(moving=moving), bare)
 
-    return bare_first
+    return with_bare_weights
 
 
 def _batch_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
@@ -230,21 +251,21 @@ def _batch_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     return len(noisy) if isinstance(noisy, Tensor) and noisy.dim() > 0 else None
 
 
-def _not_copied(held: Any, protocol: object) -> NoReturn:
-    """In place of `__reduce_ex__`: a copy would hold folded weights, and nobody who knows the originals."""
+def _refuse_copy(part: Any, protocol: object) -> NoReturn:
+    """Refuse `__reduce_ex__`: a copy would have folded weights without their originals."""
     raise UsageError(
-        f"a {type(held).__name__} that holds erasers cannot be copied or pickled", mend="erasers.detach() first"
+        f"a {type(part).__name__} with erasers attached cannot be copied or pickled", mend="erasers.detach() first"
     )
 
 
-def _not_fused(held: Any) -> NoReturn:
+def _refuse_fusing(part: Any) -> NoReturn:
     raise UsageError(_FUSED, mend="erasers.detach() first")
 
 
-def _disguised(held: Any, base: Any) -> Any:
-    """`held` under the names of `base`: configurations, error messages and look-ups by class name stay as they are."""
-    setattr(held, HELD, True)
-    held.__reduce_ex__ = _not_copied
+def _named_as(base: Any, hooked: Any) -> Any:
+    """Give `hooked` the names of `base`, which configurations, error messages and look-ups by name use."""
+    setattr(hooked, ATTACHMENT, True)
+    hooked.__reduce_ex__ = _refuse_copy
     for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
-        setattr(held, attribute, getattr(base, attribute))
-    return held
+        setattr(hooked, attribute, getattr(base, attribute))
+    return hooked

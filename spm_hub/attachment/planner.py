@@ -66,7 +66,7 @@ class Planner:
     def restore_weights(self) -> None:
         """Give every module its own class and the checkpoint's own weights, until the next denoiser call."""
         with self._writing():
-            self._layers.bare()
+            self._layers.restore()
         self._invalidate()
 
     def set_strength(self, name: str, value: float) -> None:
@@ -95,7 +95,7 @@ class Planner:
         the input does not show them. states: the text-encoder states that the denoiser is given.
         Raises UsageError where the rows need different factors and the mode is "fold".
         """
-        if call is not None and call.hear(rows, states):
+        if call is not None and call.record_denoising(rows, states):
             self._planned_for = None
         conditional = call is not None and any(eraser.rows == "conditional" for eraser in self.erasers.values())
         unconditional = call.unconditional if call is not None and conditional else ()
@@ -116,7 +116,7 @@ class Planner:
                 mend='mode="auto", or one prompt a call',
             )
         folds = shared and can_fold and self._options.mode != "branch"
-        if conditional and call is not None and call.negatives and rows == call.block:
+        if conditional and call is not None and call.negatives and rows == call.rows_per_block:
             # Negative prompts come in a denoiser call of their own at every step: folding and restoring the weights
             # each time would cost more than branching.
             folds = folds and self._options.mode == "fold"
@@ -147,17 +147,17 @@ class Planner:
             if not self._all_constant:
                 self.warn_once(f"the prompts of this call, or the text encoder, are unknown: {_FULLY_ON}")
             return self._factors_without_prompts()
-        if rows is None or rows % call.block:
-            self.warn_once(f"{rows} rows do not come from {call.block} prompts and pictures: {_FULLY_ON}")
+        if rows is None or rows % call.rows_per_block:
+            self.warn_once(f"{rows} rows do not come from {call.rows_per_block} prompts and pictures: {_FULLY_ON}")
             return self._factors_without_prompts()
-        gammas: Gammas = self._gates.selected({name: call.gammas[name] for name in self.erasers})
+        gammas: Gammas = self._gates.select({name: call.gammas[name] for name in self.erasers})
         factors = {}
         for name, eraser in self.erasers.items():
             block = [gamma * eraser.strength for gamma in gammas[name] for _ in range(call.images)]
-            blocks = [block] * (rows // call.block)
+            blocks = [block] * (rows // call.rows_per_block)
             for index, unconditional in enumerate(call.unconditional):
                 if unconditional and eraser.rows == "conditional":
-                    blocks[index] = [0.0] * call.block
+                    blocks[index] = [0.0] * call.rows_per_block
             factors[name] = [factor for each in blocks for factor in each]
         return factors
 
@@ -168,7 +168,7 @@ class Planner:
             for name, eraser in self.erasers.items()
         }
         if self._all_constant:
-            gammas = self._gates.selected(gammas)
+            gammas = self._gates.select(gammas)
         return {name: [gammas[name][0] * eraser.strength] for name, eraser in self.erasers.items()}
 
     @property
@@ -216,7 +216,7 @@ class Planner:
     def _invalidate(self) -> None:
         """Discard everything that was computed from the erasers and the weights."""
         self._plan = self._planned_for = self._storage = None
-        self._gates.forget()
+        self._gates.invalidate()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""How a pipeline reads a text: its text-encoder states, its token sets, and what changes either."""
+"""Encodes texts as a pipeline does: text-encoder states, token sets, and encoder settings."""
 
 import inspect
 import re
@@ -12,71 +12,87 @@ from torch import Tensor, nn
 from spm_hub.attachment.concept_index import WAY
 from spm_hub.errors import UsageError
 
-PLACES = ("", "_2", "_3", "_4")
-"""What follows the names of a pipeline's text encoders and of their tokenizers."""
-
-
-def tokens_of(pipe: Any, texts: Sequence[str]) -> tuple[frozenset[int], ...]:
-    """T(.) of each text, as this pipeline would cut it, the tokens of textual inversions included.
-
-    Of every tokenizer whose encoder is there, each in its own window: what FLUX's CLIP reads no more, its T5 does.
-    """
-    convert = getattr(pipe, "maybe_convert_prompt", None)
-    found = [frozenset[int]() for _ in texts]
-    for place, suffix in enumerate(PLACES):
-        tokenizer = getattr(pipe, f"tokenizer{suffix}", None)
-        # FLUX.2 has a processor of pictures and texts in its place, which holds the tokenizer.
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        if tokenizer is None or getattr(pipe, f"text_encoder{suffix}", tokenizer) is None:
-            continue
-        if place and type(tokenizer).__name__ == "ByT5Tokenizer":
-            continue  # HunyuanImage's second one cuts into bytes, which any longer text shares with any name.
-        given = texts if convert is None else convert(list(texts), tokenizer)
-        found = list(map(frozenset.union, found, token_sets(tokenizer, given, place)))
-    return tuple(found)
-
+_SUFFIXES = ("", "_2", "_3", "_4")
+"""The endings of a pipeline's attributes text_encoder* and tokenizer*."""
 
 Scalar = str | int | float
 
-
 Settings = tuple[tuple[str, Scalar | tuple[Scalar, ...]], ...]
-"""Arguments that change what the text encoder gives: clip_skip, lora_scale, max_sequence_length and the like.
+"""Arguments that change the text encoder's output, by name: clip_skip, lora_scale, max_sequence_length and the like.
 
-FLUX.2 takes the layers that it reads the text from, Sana the sentences of an instruction before it: tuples here.
+Some are tuples: the layers that FLUX.2 reads the text from, the sentences that Sana puts before it.
 """
 
-
 _OTHER_PROMPT = re.compile(r"prompt_\d")
-
 
 _NOT_SETTINGS = {"self", "prompt", "guidance", "device"}
 
 
 class CannotEncodeError(UsageError):
-    """The pipeline lacks a text encoder, or a tokenizer, that it needs to encode a text."""
+    """Raised where the pipeline lacks a text encoder or a tokenizer that it needs to encode a text."""
+
+
+def tokens_of(pipe: Any, texts: Sequence[str]) -> tuple[frozenset[int], ...]:
+    """Return T(.) of each text: the tokens of all the pipeline's tokenizers, textual inversions included.
+
+    Each tokenizer cuts the text in its own window: FLUX's T5 reads on where its CLIP stops. A tokenizer counts only
+    where its encoder is loaded.
+    """
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    found = [frozenset[int]() for _ in texts]
+    for position, suffix in enumerate(_SUFFIXES):
+        tokenizer = getattr(pipe, f"tokenizer{suffix}", None)
+        # FLUX.2 has a processor for pictures and texts there, whose attribute the tokenizer is.
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        if tokenizer is None or getattr(pipe, f"text_encoder{suffix}", tokenizer) is None:
+            continue
+        if position and type(tokenizer).__name__ == "ByT5Tokenizer":
+            continue  # HunyuanImage's second tokenizer gives bytes, which any longer text shares with any name.
+        given = texts if convert is None else convert(list(texts), tokenizer)
+        found = list(map(frozenset.union, found, token_sets(tokenizer, given, position)))
+    return tuple(found)
+
+
+def read_prompts(
+    pipe: Any, arguments: Mapping[str, Any]
+) -> tuple[tuple[str, ...], tuple[frozenset[int], ...]] | tuple[None, None]:
+    """Return the texts and the token sets of the prompts in the arguments of `encode_prompt`.
+
+    Both are None where the arguments have no prompt. What other encoders are given (prompt_2 of SDXL and FLUX) belongs
+    to the prompt: FLUX's denoiser attends to that.
+    """
+    if arguments.get("prompt") is None:
+        return None, None
+    texts = _as_texts(arguments["prompt"])
+    tokens = tokens_of(pipe, texts)
+    for other in (_as_texts(value) for key, value in arguments.items() if _OTHER_PROMPT.fullmatch(key) and value):
+        each = other * len(texts) if len(other) == 1 else other
+        tokens = tuple(map(frozenset.union, tokens, tokens_of(pipe, each)))
+        texts = tuple(one if one == two else f"{one}\n{two}" for one, two in zip(texts, each, strict=True))
+    return texts, tokens
 
 
 def encoder_settings(base: type[Any], options: Mapping[str, Any]) -> Settings:
-    """What a call of this class of pipelines with these options has its text encoder know beside the prompt.
+    """Return the settings with which a call with these options encodes its prompts, defaults included.
 
-    Raises UsageError for an option that does not reach the encoder.
+    base: the class of the pipeline. Raises UsageError for an option that `base.encode_prompt` does not have.
     """
     encoder = inspect.signature(base.encode_prompt).parameters if hasattr(base, "encode_prompt") else {}
     call = inspect.signature(base.__call__).parameters
     known = [name for name in encoder if name != "self" and _may_be_setting(name)]
-    if idle := next((name for name in options if name not in known), None):
+    if unknown := next((name for name in options if name not in known), None):
         raise UsageError(
-            f"{idle}={options[idle]!r} is nothing that {base.__name__} tells its text encoder beside the prompt",
-            mend=f"of these options: {', '.join(known) or 'none'}",
+            f"{base.__name__}.encode_prompt has no option {unknown!r}, which was given as {options[unknown]!r}",
+            mend=f"one of these options: {', '.join(known) or 'none'}",
         )
-    return _settings({name: call[name].default for name in encoder if name in call} | dict(options))
+    return settings_among({name: call[name].default for name in encoder if name in call} | dict(options))
 
 
 def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Tensor:
-    """The states of `text` as the class `base` of this pipeline encodes it: (1, tokens, d_text).
+    """Return the states of `text` as the pipeline's class `base` encodes it: (1, tokens, d_text).
 
-    Always one text at a time: what a text encoder gives for a row may depend on the rows beside it in the last bit.
-    Raises CannotEncodeError, which only trying can tell: SDXL does without its first encoder, FLUX without none.
+    One text at a time: the output of a text encoder for a row may depend on the other rows in the last bit. Raises
+    CannotEncodeError; only a try shows it, as SDXL encodes without its first encoder and FLUX needs both.
     """
     optional = {
         "device": getattr(pipe, "_execution_device", None),
@@ -85,7 +101,7 @@ def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Te
     }
     try:
         parameters = inspect.signature(base.encode_prompt).parameters
-        # SD3 wants its other encoders' prompts named; None stands for the same prompt.
+        # SD3 requires the other encoders' prompts as arguments; None means the same prompt.
         others = {
             name: None for name, one in parameters.items() if _OTHER_PROMPT.fullmatch(name) and one.default is one.empty
         }
@@ -94,23 +110,23 @@ def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Te
             result = base.encode_prompt(pipe, prompt=text, **others, **given)
     except (AttributeError, TypeError, ValueError) as error:
         raise CannotEncodeError(
-            f"this {base.__name__} cannot encode {text!r}, as it has to for the gates: {str(error).strip()}",
+            f"this {base.__name__} cannot encode {text!r}, which the gates need: {str(error).strip()}",
             mend='load it with its text encoders and tokenizers, or attach with gate="always"',
         ) from error
     states = result[0] if isinstance(result, tuple | list) else result
     if not isinstance(states, Tensor):
-        raise UsageError(f"{base.__name__}.encode_prompt gave {type(states).__name__}, not text-encoder states")
+        raise UsageError(f"{base.__name__}.encode_prompt returned {type(states).__name__}, not text-encoder states")
     return states[:1]
 
 
 def encoders_stamp(pipe: Any) -> tuple[object, ...]:
-    """Another one whenever a text may be encoded otherwise.
+    """Return a fingerprint that changes when the text encoders or tokenizers change.
 
-    That is: encoders replaced, cast, written to, given LoRAs or further tokens (textual inversion). Moving them changes
-    nothing: offloading does that for every picture.
+    They change when an encoder is replaced, cast, written to or given a LoRA, or a tokenizer gets more tokens (textual
+    inversion). Moving an encoder between devices changes nothing: offloading does that for every picture.
     """
     found: list[object] = []
-    for suffix in PLACES:
+    for suffix in _SUFFIXES:
         tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
         found.append(len(tokenizer) if hasattr(tokenizer, "__len__") else None)
         encoder = getattr(pipe, f"text_encoder{suffix}", None)
@@ -133,7 +149,8 @@ def _as_texts(prompt: str | Sequence[str]) -> tuple[str, ...]:
     return (prompt,) if isinstance(prompt, str) else tuple(prompt)
 
 
-def _settings(arguments: Mapping[str, Any]) -> Settings:
+def settings_among(arguments: Mapping[str, Any]) -> Settings:
+    """Return those of the arguments of `encode_prompt` that are settings, in the order of their names."""
     return tuple(
         (name, tuple(value) if isinstance(value, list) else value)
         for name, value in sorted(arguments.items())
@@ -151,12 +168,12 @@ def _is_setting(value: object) -> bool:
     )
 
 
-def token_sets(tokenizer: Any, texts: Sequence[str], place: int = 0) -> tuple[frozenset[int], ...]:
-    """T(.) of each text: the ids that the text encoder is given, without special ones and bare spaces.
+def token_sets(tokenizer: Any, texts: Sequence[str], position: int = 0) -> tuple[frozenset[int], ...]:
+    """Return T(.) of each text: the ids of its tokens, without special tokens and bare spaces.
 
-    CLIP's tokenizer knows neither capitals nor a word's place. To one that does, "snoopy", "a snoopy" and "Snoopy" may
-    share nothing, whatever the pipeline itself makes of capitals: there T(.) also has the ids of the text in small
-    letters after a space, as of another way (`WAY`) to cut it. place: of the tokenizer among those of its pipeline.
+    CLIP's tokenizer ignores case and position. To tokenizers that do not (T5, Qwen), "snoopy", "a snoopy" and "Snoopy"
+    may share no token: there T(.) also contains the ids of the lower-cased text after a space, offset by `WAY` so that
+    the two tokenizations are counted separately. position: of the tokenizer among those of its pipeline.
     """
     special = set(tokenizer.all_special_ids)
 
@@ -165,9 +182,9 @@ def token_sets(tokenizer: Any, texts: Sequence[str], place: int = 0) -> tuple[fr
 
     one, other = ids(["A b", " a b"])
     ways = [ids(texts)] if one == other else [ids(texts), ids([f" {text.lower()}" for text in texts])]
-    # SentencePiece may cut a space off the word after it, and every text has that.
+    # SentencePiece may make a token of the space before a word, which every text then contains.
     blank = {token for sets in ways for token in set[int]().union(*sets) if not tokenizer.decode([token]).strip()}
     return tuple(
-        frozenset(token + (2 * place + way) * WAY for way, tokens in enumerate(each) for token in tokens - blank)
+        frozenset(token + (2 * position + way) * WAY for way, tokens in enumerate(each) for token in tokens - blank)
         for each in zip(*ways, strict=True)
     )

@@ -146,10 +146,10 @@ def test_every_row_gets_its_own_prompts_sum_of_products(pipe, rows):
         recorded.check([denoisers[prompts[0]] if rows == "both" else bare, denoisers[prompts[0]]])
 
 
-@pytest.mark.parametrize("shelved", [False, True])
-def test_gates_are_those_of_the_paper_and_hear_aliases(pipe, shelved, monkeypatch):
-    if shelved:
-        monkeypatch.setattr("spm_hub.attachment.gate_evaluation._LONG", 1)
+@pytest.mark.parametrize("spilled", [False, True])
+def test_gates_are_those_of_the_paper_and_hear_aliases(pipe, spilled, monkeypatch):
+    if spilled:
+        monkeypatch.setattr("spm_hub.attachment.gate_evaluation._SPILLED_ABOVE", 1)
     adapters = [pico_eraser(pipe.unet, "snoopy", aliases=["beagle dog"]), pico_eraser(pipe.unet, "van gogh")]
     with attach(pipe, adapters) as erasers:
         for prompt in ("a dog on the beach", "snoopy by van gogh", "", "snoopy " * 30):
@@ -164,7 +164,7 @@ def test_gates_are_those_of_the_paper_and_hear_aliases(pipe, shelved, monkeypatc
 def test_without_a_temporary_folder_the_gates_stay_in_memory(pipe, monkeypatch):
     with attach(pipe, erasers_for(pipe, *TARGETS[:2])) as erasers:
         expected = erasers.gates("a dog on the beach")
-    monkeypatch.setattr("spm_hub.attachment.gate_evaluation._LONG", 1)
+    monkeypatch.setattr("spm_hub.attachment.gate_evaluation._SPILLED_ABOVE", 1)
 
     def full(**options):
         raise OSError("no room")
@@ -410,7 +410,7 @@ def test_the_planner_folds_what_is_shared_and_branches_what_is_not(pipe):
     hooks = []
     watch = {
         "callback_on_step_end": lambda *_: (
-            hooks.append(sum("_spm_hub_beside" in vars(m) for m in pipe.unet.modules())) or {}
+            hooks.append(sum("_spm_hub_branch" in vars(m) for m in pipe.unet.modules())) or {}
         )
     }
     count = len(target_modules(pipe.unet))

@@ -129,7 +129,7 @@ def test_a_word_that_is_taught_while_attached_counts_from_then_on() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_keeps_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """What big text encoders make of names lies in a file, which a process and its children would share."""
-    monkeypatch.setattr(gating, "_LONG", 0)
+    monkeypatch.setattr(gating, "_SPILLED_ABOVE", 0)
     pipe = pico_pipeline()
     with attach(pipe, [pico_eraser(pipe.unet), pico_eraser(pipe.unet, "mickey", seed=2)]) as erasers:
 
@@ -178,7 +178,7 @@ def test_gates_are_those_of_a_call_with_these_options(
             assert erasers.gates("a dog") != erasers.gates("a dog", **options)
         if family == "sd1":
             assert erasers.gates("a dog", clip_skip=None) == erasers.gates("a dog")
-        with pytest.raises(UsageError, match="height=8 is nothing that"):
+        with pytest.raises(UsageError, match="encode_prompt has no option 'height', which was given as 8"):
             erasers.gates("a dog", height=8)
         with pytest.raises(UsageError, match="takes one prompt"):
             erasers.gates(["a dog", "snoopy"])  # type: ignore[arg-type]

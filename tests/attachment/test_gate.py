@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from pico import pico_tokenizer
 from pico_families import pico_qwen_tokenizer, pico_t5
 
-from spm_hub.attachment.concept_index import WAY, Concept, Concepts, Shelf, fixed_point
+from spm_hub.attachment.concept_index import WAY, ConceptIndex, EncodedConcept, fixed_point
 from spm_hub.attachment.gate import ConstantGate, Gate, Prompts, TransportGate, overlap, similarity
+from spm_hub.attachment.spill_file import SpillFile
 from spm_hub.attachment.text_encoding import token_sets
 
 
@@ -19,7 +20,7 @@ def states_of(seed, *shape):
 
 def concept_of(seed, tokens=((1, 2),), window=5, width=7):
     names = tuple(f"name{index}" for index in range(len(tokens)))
-    return Concept(names, tuple(map(frozenset, tokens)), states_of(seed, len(tokens), window, width))
+    return EncodedConcept(names, tuple(map(frozenset, tokens)), states_of(seed, len(tokens), window, width))
 
 
 def paper_gamma(state, tokens, concept):
@@ -43,7 +44,7 @@ token_set = st.frozensets(st.integers(0, 12), min_size=1, max_size=6)
     st.lists(st.lists(token_set, min_size=1, max_size=3), min_size=1, max_size=4),
 )
 def test_gamma_is_that_of_the_paper(seed, prompt_tokens, concept_tokens):
-    concepts = Concepts(tuple(concept_of(seed + 1 + i, tokens) for i, tokens in enumerate(concept_tokens)))
+    concepts = ConceptIndex(tuple(concept_of(seed + 1 + i, tokens) for i, tokens in enumerate(concept_tokens)))
     # Half of each prompt's state is a concept's, so that both arguments of the maximum win at times.
     states = states_of(seed, len(prompt_tokens), 5, 7) + concepts.states[:1]
     prompts = Prompts(("?",) * len(states), tuple(prompt_tokens), states)
@@ -57,14 +58,14 @@ def test_gamma_is_that_of_the_paper(seed, prompt_tokens, concept_tokens):
 def test_a_concepts_own_prompt_is_fully_on():
     concept = concept_of(3)
     prompts = Prompts(("name0",), (frozenset({9}),), concept.states)
-    assert TransportGate().gammas(prompts, Concepts((concept,))).item() == pytest.approx(1, abs=1e-7)
+    assert TransportGate().gammas(prompts, ConceptIndex((concept,))).item() == pytest.approx(1, abs=1e-7)
 
 
 def test_no_gamma_is_above_one():
     states = torch.cat([concept_of(seed, window=12, width=16).states for seed in range(60)])
     own = torch.cat(
         [
-            similarity(state[None], Concepts((concept_of(seed, window=12, width=16),)))
+            similarity(state[None], ConceptIndex((concept_of(seed, window=12, width=16),)))
             for seed, state in enumerate(states)
         ]
     )
@@ -78,9 +79,9 @@ def test_a_gamma_does_not_depend_on_the_erasers_beside_it(seed, count, chosen):
     concepts = [concept_of(seed + i, window=11, width=96) for i in range(count)]
     prompts = Prompts(("?", "!"), (frozenset(), frozenset({1})), states_of(seed + 99, 2, 11, 96))
     chosen %= count
-    together = TransportGate().gammas(prompts, Concepts(tuple(concepts)))
-    alone = TransportGate().gammas(prompts, Concepts((concepts[chosen],)))
-    reversed_order = TransportGate().gammas(prompts, Concepts(tuple(reversed(concepts)))).flip(1)
+    together = TransportGate().gammas(prompts, ConceptIndex(tuple(concepts)))
+    alone = TransportGate().gammas(prompts, ConceptIndex((concepts[chosen],)))
+    reversed_order = TransportGate().gammas(prompts, ConceptIndex(tuple(reversed(concepts)))).flip(1)
     assert torch.equal(together[:, chosen], alone[:, 0])
     assert torch.equal(together, reversed_order)
 
@@ -97,16 +98,16 @@ def test_sums_of_fixed_point_rows_are_exact_in_any_order():
 def test_embeddings_alone_are_gated_by_similarity_and_never_below_zero():
     concept = concept_of(1)
     prompts = Prompts(None, None, torch.cat([concept.states, -concept.states]))
-    on, off = TransportGate().gammas(prompts, Concepts((concept,))).flatten().tolist()
+    on, off = TransportGate().gammas(prompts, ConceptIndex((concept,))).flatten().tolist()
     assert on == pytest.approx(1, abs=1e-7)
     assert off == 0
-    assert not overlap(prompts, Concepts((concept,))).any()
+    assert not overlap(prompts, ConceptIndex((concept,))).any()
 
 
 def test_embeddings_of_several_windows_count_by_the_nearest():
     concept = concept_of(1)
     long = torch.cat([states_of(5, 1, 5, 7), concept.states, states_of(6, 1, 2, 7)], dim=1)
-    assert similarity(long, Concepts((concept,))).item() == pytest.approx(1, abs=1e-7)
+    assert similarity(long, ConceptIndex((concept,))).item() == pytest.approx(1, abs=1e-7)
 
 
 @settings(max_examples=30, deadline=None)
@@ -116,7 +117,7 @@ def test_embeddings_of_several_windows_count_by_the_nearest():
 def test_states_of_different_lengths_count_as_followed_by_zeros(seed, windows, length, padding):
     concepts = tuple(concept_of(seed + window, window=window) for window in windows)
     states = torch.nn.functional.pad(states_of(seed + 99, 2, length, 7), (0, 0, 0, padding))
-    found = similarity(states, Concepts(concepts, varying=True)).numpy()
+    found = similarity(states, ConceptIndex(concepts, varying=True)).numpy()
     for row in range(2):
         for column, concept in enumerate(concepts):
             prompt, name = np.zeros((2, 20 * 7))
@@ -125,15 +126,15 @@ def test_states_of_different_lengths_count_as_followed_by_zeros(seed, windows, l
             cosine = prompt @ name / np.linalg.norm(prompt) / np.linalg.norm(name)
             assert found[row, column] == pytest.approx(cosine, abs=1e-7)
     # A batch with a longer prompt in it adds zeros: the same to the last bit.
-    assert np.array_equal(found, similarity(states[:, :length], Concepts(concepts, varying=True)).numpy())
+    assert np.array_equal(found, similarity(states[:, :length], ConceptIndex(concepts, varying=True)).numpy())
 
 
 def test_zero_states_are_similar_to_nothing():
-    assert similarity(torch.zeros(1, 5, 7), Concepts((concept_of(1),))).item() == 0
+    assert similarity(torch.zeros(1, 5, 7), ConceptIndex((concept_of(1),))).item() == 0
 
 
 def test_a_constant_gate_says_the_same_to_all():
-    concepts = Concepts((concept_of(1), concept_of(2)))
+    concepts = ConceptIndex((concept_of(1), concept_of(2)))
     gammas = ConstantGate(0.3).gammas(Prompts(None, None, states_of(1, 3, 5, 7)), concepts)
     assert gammas.tolist() == [[0.3, 0.3]] * 3
     assert isinstance(TransportGate(), Gate)
@@ -152,44 +153,44 @@ def test_token_sets_leave_special_ids_out_and_end_with_the_window():
 def test_a_name_is_heard_in_any_place_and_in_capitals_whatever_the_tokenizer(text):
     for tokenizer in (pico_tokenizer(), pico_t5()[1], pico_qwen_tokenizer()):
         name, other, prompt = token_sets(tokenizer, ["snoopy", "church", text])
-        concept = Concept(("snoopy", "church"), (name, other), states_of(0, 2, 5, 7))
+        concept = EncodedConcept(("snoopy", "church"), (name, other), states_of(0, 2, 5, 7))
         prompts = Prompts((text,), (prompt,), states_of(1, 1, 5, 7))
-        assert overlap(prompts, Concepts((concept,))).tolist() == [[1.0, 0.0]]
+        assert overlap(prompts, ConceptIndex((concept,))).tolist() == [[1.0, 0.0]]
 
 
 def test_clip_cuts_a_text_in_one_way_and_another_tokenizer_beside_it_in_ways_of_its_own():
     assert all(token < WAY for token in frozenset().union(*token_sets(pico_tokenizer(), ["Snoopy", "a dog"])))
     (first,), (second,) = (token_sets(pico_tokenizer(), ["snoopy"], place) for place in (0, 1))
     assert not first & second
-    concepts = Concepts((Concept(("snoopy",), (first | second | {2 * WAY + 1},), states_of(0, 1, 5, 7)),))
+    concepts = ConceptIndex((EncodedConcept(("snoopy",), (first | second | {2 * WAY + 1},), states_of(0, 1, 5, 7)),))
     # One of two tokens in the second tokenizer's way, all in the first's: they are not added up.
     assert overlap(Prompts(("?",), (second,), states_of(1, 1, 5, 7)), concepts).item() == 0.5
     assert overlap(Prompts(("?",), (first | second,), states_of(1, 1, 5, 7)), concepts).item() == 1
 
 
-def shelved(concept, shelf):
-    return Concept(concept.names, concept.tokens, concept.states, shelf)
+def spilled(concept, spill_file):
+    return EncodedConcept(concept.names, concept.tokens, concept.states, spill_file)
 
 
-def test_states_on_a_shelf_give_the_gammas_of_those_in_memory_to_the_last_bit():
-    shelf = Shelf()
+def test_spilled_states_give_the_gammas_of_those_in_memory_to_the_last_bit():
+    spill_file = SpillFile()
     concepts = [concept_of(seed, tokens) for seed, tokens in enumerate((((1, 2),), ((3,), (4, 5)), ((6,),)))]
-    far = Concepts(tuple(shelved(concept, shelf) for concept in concepts))
+    far = ConceptIndex(tuple(spilled(concept, spill_file) for concept in concepts))
     # One window, two, and one and a part of another.
     for tokens in (5, 10, 8):
         states = states_of(7, 3, tokens, 7) + 0.5
-        assert torch.equal(similarity(states, far), similarity(states, Concepts(tuple(concepts))))
-    assert torch.allclose(far.states, Concepts(tuple(concepts)).states, rtol=0, atol=2**-24 * 7)
+        assert torch.equal(similarity(states, far), similarity(states, ConceptIndex(tuple(concepts))))
+    assert torch.allclose(far.states, ConceptIndex(tuple(concepts)).states, rtol=0, atol=2**-24 * 7)
 
 
-def test_places_on_a_shelf_are_taken_again_when_their_concept_is_gone():
-    shelf = Shelf()
-    staying = shelved(concept_of(0), shelf)
+def test_the_place_of_spilled_rows_is_reused_when_their_concept_is_gone():
+    spill_file = SpillFile()
+    staying = spilled(concept_of(0), spill_file)
     before = staying.states.clone()
-    going = shelved(concept_of(1, ((1,), (2,))), shelf)
-    places = set(going._kept.at)
+    going = spilled(concept_of(1, ((1,), (2,))), spill_file)
+    places = set(going._kept.offsets)
     del going
-    coming = shelved(concept_of(2, ((1,), (2,))), shelf)
-    assert set(coming._kept.at) == places
+    coming = spilled(concept_of(2, ((1,), (2,))), spill_file)
+    assert set(coming._kept.offsets) == places
     assert torch.allclose(coming.states, concept_of(2, ((1,), (2,))).states, atol=1e-5)
     assert torch.equal(staying.states, before)

@@ -10,7 +10,7 @@ import spm_hub.adapters.folding
 import spm_hub.attachment.layers
 from spm_hub.adapters.folding import effective
 from spm_hub.adapters.increments import Dense, LowRank, Mask
-from spm_hub.attachment.branch import take_away
+from spm_hub.attachment.branch import remove
 from spm_hub.attachment.layers import Layers, foldable, kept_bytes
 
 KINDS = ("low_rank", "dense", "mask_out", "mask_in")
@@ -91,7 +91,7 @@ def make_module_like(module):
     import copy
 
     twin = copy.deepcopy(module).double()
-    take_away(twin)
+    remove(twin)
     return twin
 
 
@@ -131,7 +131,7 @@ def test_fold_and_branch_are_the_float64_sum_for_every_row(layer, kinds, seed, d
     for row in range(3):
         layers.fold({name: each[row] for name, each in factors.items()})
         assert ((module(x)[row] - expected[row]).abs().max() / scale).item() <= 2e-6
-    layers.bare()
+    layers.restore()
     assert torch.equal(module(x), bare)
     assert type(module) in (nn.Linear, nn.Conv2d)
 
@@ -191,7 +191,7 @@ def test_channels_last_weights_keep_their_layout():
     layers.fold({"e": 0.5})
     assert module.weight.stride() == before[1]
     torch.testing.assert_close(module.weight.double(), expected, rtol=1e-5, atol=1e-6)
-    layers.bare()
+    layers.restore()
     assert torch.equal(module.weight, before[0])
 
 
@@ -205,7 +205,7 @@ def test_four_dimensional_increments_fit_a_linear_and_the_other_way_round():
         folded = module(x)
         layers.branch({"e": [0.7, 0.7]})
         torch.testing.assert_close(module(x), folded, rtol=1e-5, atol=1e-5)
-        layers.bare()
+        layers.restore()
 
 
 def test_unchanged_factors_write_nothing_and_only_affected_modules_are_written(monkeypatch):
@@ -315,7 +315,7 @@ def test_a_module_that_is_cast_by_itself_is_bare_in_what_it_was_cast_to(kind):
     layers = installed(module, {"e": make_increment(kind, module, 1)})
     layers.fold({"e": 0.5})
     module.double()
-    layers.bare()
+    layers.restore()
     assert all(torch.equal(tensor, original[key].double()) for key, tensor in module.state_dict().items())
     assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float64}
 
@@ -330,7 +330,7 @@ def test_a_module_that_is_cast_by_itself_stays_as_it_was_cast():
     layers.fold({"e": 0.75})
     assert module.weight.dtype is torch.float64
     torch.testing.assert_close(module.weight.data, original.double() + 0.75 * increment.delta_for(original).double())
-    layers.bare()
+    layers.restore()
     assert torch.equal(module.weight, original.double())
 
 

@@ -15,7 +15,7 @@ from test_families import apart, draw, eraser
 from torch import Tensor
 
 import spm_hub
-from spm_hub.attachment.concept_index import Concepts
+from spm_hub.attachment.concept_index import ConceptIndex
 from spm_hub.attachment.gate import Prompts, TransportGate, similarity
 from spm_hub.errors import UsageError
 from spm_hub.models.architectures import denoiser_of
@@ -28,10 +28,10 @@ class Listening:
 
     def __init__(self) -> None:
         self.asked: list[Prompts] = []
-        self.concepts: list[Concepts] = []
+        self.concepts: list[ConceptIndex] = []
         self.said: list[Tensor] = []
 
-    def gammas(self, prompts: Prompts, concepts: Concepts) -> Tensor:
+    def gammas(self, prompts: Prompts, concepts: ConceptIndex) -> Tensor:
         self.asked.append(prompts)
         self.concepts.append(concepts)
         self.said.append(TransportGate().gammas(prompts, concepts))
