@@ -26,10 +26,10 @@ def bake(
     registry: str | Path | None = None,
     replace: bool = False,
 ) -> Provenance:
-    """Write a plain diffusers checkpoint with erasers folded in, and return the record of what is in it.
+    """Write a plain diffusers checkpoint with erasers folded in, and return its record of them.
 
-    For programs that know nothing of erasers: it erases at gamma 1, whatever the prompt. It keeps the precision of each
-    part of the base, and what is needed to take an eraser out again (`spm_hub.adapters.baking.recover`).
+    Any program can load it. It erases at gamma 1, for every prompt. Each part of the base keeps its precision, and the
+    folder has the data that `spm_hub.adapters.baking.recover` needs to take an eraser out again.
 
     adapters: one eraser or several: Adapters, files, names in a registry, or owner/name[@revision] on the Hub.
     out: the folder to write.  replace: replace a checkpoint that is there.

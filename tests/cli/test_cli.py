@@ -1,4 +1,4 @@
-"""The command line: exit codes, what goes to stdout and what to stderr, help with examples that parse, no traceback."""
+"""The command line: exit codes, stdout and stderr, help with examples that parse, no traceback."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ PICO_TRAINING += ["--set=x_t.chunks=1"]
 
 
 class Done(NamedTuple):
-    """What a command left: exit code, stdout, stderr."""
+    """Result of a command: exit code, stdout, stderr."""
 
     code: int
     out: str
@@ -127,7 +127,7 @@ def test_train_keeps_an_eraser_and_says_where(spmhub: Spmhub, registry: Registry
 def test_concepts_erased_together_or_after_others_leave_those_alone(
     spmhub: Spmhub, registry: Registry, tmp_path: Path
 ) -> None:
-    wide = tmp_path / "wide"  # enough for three prompts beside the concept
+    wide = tmp_path / "wide"  # enough for three prompts in addition to the concept
     pico_pipeline(text_width=64).save_pretrained(wide)
     options = ("--method", "sepme", "--set", "kind=style", "--model", wide, "--json")
     done = spmhub("train", "cat", "dog", *options, *PICO_TRAINING)

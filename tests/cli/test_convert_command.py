@@ -47,8 +47,8 @@ def spmhub(capsys: pytest.CaptureFixture[str]) -> Spmhub:
 
 def test_out_of_the_registry_and_in_again(spmhub: Spmhub, registry: Registry) -> None:
     code, out, _ = spmhub("convert", "snoopy", "--to", "kohya", "--json")
-    told = json.loads(out)
-    assert (code, told["read_as"], told["written_as"], told["files"]) == (
+    printed = json.loads(out)
+    assert (code, printed["read_as"], printed["written_as"], printed["files"]) == (
         0,
         "spm",
         "kohya",
@@ -96,8 +96,8 @@ def test_whole_weights_need_the_model(spmhub: Spmhub, registry: Registry, tmp_pa
     assert code == 2
     assert "--model" in err
     code, out, _ = spmhub("convert", "esd.safetensors", "--model", tmp_path / "model", "--name", "again", "--json")
-    told = json.loads(out)
-    assert (code, told["kind"], told["concept"], told["read_as"]) == (0, "dense", "snoopy", "esd")
+    printed = json.loads(out)
+    assert (code, printed["kind"], printed["concept"], printed["read_as"]) == (0, "dense", "snoopy", "esd")
     manifest = registry.get("again").read_manifest()
     assert (manifest.base.id, manifest.base.family) == ("model", "sd1")
     assert manifest.base.fingerprint

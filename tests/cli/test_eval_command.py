@@ -1,4 +1,4 @@
-"""spmhub eval: what is counted, what is refused, what is kept in a manifest."""
+"""spmhub eval: its counts, its refusals and the numbers it keeps in a manifest."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def registry(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures that tell who asked for them: red for a pipeline with erasers, green by the name that was asked for."""
+def recognisable_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw pictures whose red says whether erasers are attached, and whose green is the index of the case's name."""
     names = [*SUBJECTS, *STYLE_NAMES]
 
     def paint(
@@ -45,7 +45,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
         return [Image.new("RGB", (8, 8), (255 * is_attached(pipe), names.index(case.name), 0)) for case in wanted]
 
     def read(self: object, pictures: Sequence[Image.Image]) -> list[Reading]:
-        """Everything is what it was to be, but a cat with erasers every other time, and snoopy with erasers never."""
+        """Read every picture correctly, but with erasers every other cat wrongly, and every snoopy."""
         found = []
         for at, picture in enumerate(pictures):
             red, green, _ = np.asarray(picture)[0, 0].tolist()
@@ -65,16 +65,16 @@ def run(*given: str) -> Any:
 def test_the_table_tells_what_was_taken_away_and_what_else_went(registry: Path) -> None:
     done = run("snoopy", "--registry", str(registry), "--samples", "4", "--json")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    first, second, *rest = told["rows"]
+    printed = json.loads(done.stdout)
+    first, second, *rest = printed["rows"]
     assert first == {
         "kind": "subject", "name": "snoopy", "erased": True, "without": 1.0, "with": 0.0, "change_points": -100.0,
     }  # fmt: skip
     assert (second["name"], second["erased"], second["change_points"]) == ("cat", False, -50.0)
     assert len(rest) == len(SUBJECTS) + len(STYLE_NAMES) - 2
     assert not any(row["change_points"] or row["erased"] for row in rest)
-    assert told["others_worst_points"] == -50.0
-    assert told["others_mean_points"] == round(-50 / (len(rest) + 1), 2)
+    assert printed["others_worst_points"] == -50.0
+    assert printed["others_mean_points"] == round(-50 / (len(rest) + 1), 2)
 
 
 def test_numbers_are_kept_where_they_are_asked_for_and_only_there(registry: Path) -> None:

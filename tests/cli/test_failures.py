@@ -1,4 +1,4 @@
-"""What a command says when the machine, and not its user, is at fault; and archives of other kinds."""
+"""Errors that are the fault of the machine and not of the user; and archives of other kinds."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def test_too_little_memory_is_a_sentence(error: Exception, capsys: pytest.Captur
     with pytest.raises(SystemExit) as ended, exit_on_error(Output(json=True)):
         raise error
     assert ended.value.code == 1
-    told = capsys.readouterr()
-    assert json.loads(told.out)["error"]["message"].startswith("there is not enough memory")
-    assert "--dtype float16" in told.err
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["error"]["message"].startswith("there is not enough memory")
+    assert "--dtype float16" in printed.err
 
 
 def test_our_own_mistakes_stay_tracebacks() -> None:
@@ -48,7 +48,9 @@ def test_ctrl_c_is_an_error_for_machines_too(capsys: pytest.CaptureFixture[str])
     assert json.loads(capsys.readouterr().out)["error"]["message"] == "interrupted"
 
 
-def test_a_full_stdout_is_told_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_stdout_is_reported_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Full:
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")
@@ -109,9 +111,9 @@ def test_a_command_line_that_cannot_be_read_is_an_error_for_machines_too(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == code
-    told = capsys.readouterr()
-    assert words in json.loads(told.out)["error"]["message"]
-    assert words in told.err
+    printed = capsys.readouterr()
+    assert words in json.loads(printed.out)["error"]["message"]
+    assert words in printed.err
 
 
 def test_results_for_machines_come_through_the_same_door(

@@ -39,7 +39,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 @pytest.fixture
 def spmhub(capsys: pytest.CaptureFixture[str]) -> Spmhub:
-    """Runs a command with --json: its exit code and what it answered."""
+    """Run a command with --json and return its exit code and result."""
 
     def call(*arguments: object) -> tuple[int, Any]:
         capsys.readouterr()

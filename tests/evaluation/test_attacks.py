@@ -1,4 +1,4 @@
-"""Attacks: their arithmetic in float64, what they ask of the pipeline, and that they leave it as it was."""
+"""Attacks: their arithmetic in float64, their calls of the pipeline, and that they restore it."""
 
 from __future__ import annotations
 

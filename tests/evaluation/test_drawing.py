@@ -1,4 +1,4 @@
-"""Drawing pictures: what floats cannot hold, and folders that cannot be written."""
+"""Drawing pictures: overflowing latents, and folders that cannot be written."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_the_suite_finds_and_runs_the_technique(
     seen: list[Any] = []
 
     class Counting:
-        """A metric of the suite's interface that keeps what it is shown."""
+        """A metric with the suite's interface that keeps its inputs."""
 
         def __init__(self, **config: Any) -> None: ...
 
@@ -124,8 +124,8 @@ def test_hf_runs_our_program_as_its_extension(
     script = place / "hf-spm"  # as pip writes a console script
     script.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    told = {"owner": "spm-hub", "repo": "hf-spm", "repo_id": "spm-hub/hf-spm", "short_name": "spm", "type": "python"}
-    manifest = {**told, "executable_path": str(script), "installed_at": "2026-01-01T00:00:00+00:00"}
+    about = {"owner": "spm-hub", "repo": "hf-spm", "repo_id": "spm-hub/hf-spm", "short_name": "spm", "type": "python"}
+    manifest = {**about, "executable_path": str(script), "installed_at": "2026-01-01T00:00:00+00:00"}
     (place / "manifest.json").write_text(json.dumps(manifest))
     monkeypatch.setattr(extensions, "EXTENSIONS_ROOT", tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_UPDATE_CHECK", True)

@@ -1,4 +1,4 @@
-"""The loopback Hub answers the real client as the real one does: what is uploaded comes back, what fails fails so."""
+"""The loopback Hub answers the real client as the real Hub does: uploads come back, failures fail alike."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Adapters from the Hub: downloaded, pulled and named by a bare name; and what they leave behind when it fails."""
+"""Adapters from the Hub: downloads, pulls, bare names, and the state after a failure."""
 
 import hashlib
 import json
@@ -74,7 +74,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def cached(tmp_path: Path) -> list[str]:
-    """The bytes that the Hub's cache holds, by file name; what was broken off is told by its ending."""
+    """The bytes that the Hub's cache holds, by file name; an incomplete download has its own ending."""
     return sorted(path.name for path in (tmp_path / "hf").rglob("blobs/*"))
 
 
@@ -110,7 +110,7 @@ def test_a_hub_that_is_away(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -
         resolve("someone/other")
 
 
-def test_what_a_repository_may_hold(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_which_repositories_are_refused(hub: LoopbackHub, tmp_path: Path) -> None:
     files = repository(tmp_path / "made")
     hub.publish("someone/other-name", {"snoopy.safetensors": files[WEIGHTS_NAME]})
     hub.publish("someone/several", {"a.safetensors": b"", "b.safetensors": b""})
@@ -126,7 +126,7 @@ def test_what_a_repository_may_hold(hub: LoopbackHub, tmp_path: Path) -> None:
             resolve(repo)
 
 
-def test_pulled_pinned_and_had_again_without_the_hub(
+def test_a_pulled_eraser_is_pinned_and_used_without_the_hub(
     hub: LoopbackHub, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pulled = remote.pull(REPO, registry=registry)

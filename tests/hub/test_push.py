@@ -1,4 +1,4 @@
-"""An eraser's way through the Hub: pushed with its card, found by its tags, pulled elsewhere, and the same there."""
+"""Pushing an eraser with its card, finding it by its tags and pulling it, unchanged, elsewhere."""
 
 import hashlib
 import io
@@ -150,7 +150,7 @@ def test_pushing_again_replaces_what_was_pushed(hub: LoopbackHub, registry: Regi
     push(prepare(registry.get("snoopy"), REPO, (), tmp_path))
     card_and_more = {".gitattributes", MANIFEST_NAME, "README.md", *others}
     assert set(hub.content(REPO)) == {"snoopy-dense.safetensors", *card_and_more}
-    # What was there before any eraser is whoever's it is.
+    # Files from before the first eraser belong to the user.
     hub.publish("someone/loras", {WEIGHTS_NAME: b"a style"})
     push(prepare(registry.get("snoopy"), "someone/loras", (), tmp_path))
     assert hub.content("someone/loras")[WEIGHTS_NAME] == b"a style"
@@ -206,7 +206,7 @@ def test_every_fault_of_a_push_ends_well_or_in_one_clear_error(
     assert hub.content(REPO) == before
 
 
-def test_a_race_overwrites_nobody(hub: LoopbackHub, release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_race_overwrites_no_commit(hub: LoopbackHub, release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
     push(release)
     real = HfApi.preupload_lfs_files
 
@@ -237,7 +237,7 @@ def test_a_large_file_that_does_not_get_through(hub: LoopbackHub, release: Relea
 def test_a_commit_whose_answer_is_lost_is_not_taken_for_somebody_elses(
     hub: LoopbackHub, release: Release, fault: dict[str, Any]
 ) -> None:
-    """Asked again it finds another parent, which is its own work and nobody's race."""
+    """The second attempt finds another parent commit, which is its own and not a race."""
     hub.publish(REPO, {"README.md": b"before", "images/09-with.png": b"of an older eraser"})
     hub.fail("POST .*/commit/", **fault)
     made = push(release)
@@ -257,7 +257,7 @@ def test_a_commit_that_came_between_is_still_a_race(hub: LoopbackHub, release: R
 
 @pytest.mark.parametrize("place", ["POST /api/repos/create", "/preupload/", "/commit/"])
 def test_an_answer_that_is_no_answer(place: str, hub: LoopbackHub, release: Release) -> None:
-    """What stands between us and the Hub answers everything with 200 and something of its own."""
+    """A proxy answers every request with status 200 and a page of its own."""
     hub.publish(REPO, {"README.md": b"before"})
     hub.fail(place, status=200, times=None)
     with pytest.raises(NetworkError, match="its answer is not what the Hub writes"):
@@ -352,7 +352,7 @@ def test_pictures_are_read_from_what_apply_writes(tmp_path: Path, eraser: Adapte
 
 
 @pytest.mark.parametrize("repo", ["nonsense", "not a repo", "a/b/c", "someone/spm-snoopy@main", ""])
-def test_a_repository_that_cannot_be_is_told_before_anything_is_drawn_or_uploaded(
+def test_an_invalid_repository_is_an_error_before_anything_is_drawn_or_uploaded(
     repo: str, eraser: Adapter, tmp_path: Path
 ) -> None:
     kept = Registry(tmp_path)

@@ -72,7 +72,7 @@ def test_a_file_of_one_huge_product_is_reduced_in_little_memory(tmp_path: Path) 
     gc.collect()
     with hostile.watched(tmp_path) as cost:
         truncate(adapter, 2)
-    # The factors' float64 copies alone are twice the file; beside these the file itself and its reading need room.
+    # The factors' float64 copies alone are twice the file; the file itself and reading it need memory too.
     assert cost.bytes <= 8 * increments["a"].nbytes
 
 

@@ -29,7 +29,7 @@ def named(name: str, *, concept: str | None = None, aliases: tuple[str, ...] = (
 
 
 def files_of(root: Path) -> dict[str, bytes]:
-    """What the registry holds, less its lock and journal."""
+    """All files of the registry, except its lock and journal."""
     found = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith(storage.STATE)}
 
@@ -199,7 +199,7 @@ def test_a_registry_inside_a_file(tmp_path: Path) -> None:
         Registry(tmp_path / "file").add(named("snoopy"))
 
 
-def test_a_broken_neighbour_does_not_stand_in_the_way(registry: Registry) -> None:
+def test_a_broken_eraser_does_not_block_the_others(registry: Registry) -> None:
     (registry.root / "manifests" / "snoopy.json").write_text("{")
     assert registry.get("van gogh").load().name == "van-gogh"
     with pytest.raises(ManifestError):

@@ -31,7 +31,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 class KilledError(BaseException):
-    """In place of SIGKILL: nothing of ours catches it, and what cleans up is told not to."""
+    """Replaces SIGKILL: our code does not catch it, and clean-up code is skipped."""
 
 
 @pytest.fixture
@@ -183,11 +183,13 @@ def test_what_is_not_what_its_manifest_says_is_not_installed(registry: Registry,
     assert files_of(registry.root) == before
 
 
-def test_a_held_lock_is_waited_for_and_then_named(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_of_another_process_is_waited_for_and_then_named(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "SECONDS_TO_WAIT", 0.2)
     code = (
         "import sys, time; from pathlib import Path; from spm_hub.registry import storage\n"
-        "with storage.write_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "with storage.write_lock(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, registry.root], cwd=TESTS.parent, stdout=subprocess.PIPE)
     assert holder.stdout is not None
@@ -204,7 +206,7 @@ ACTS = ("install", "replace", "pull", "remove", "list", "load", "lazy")
 
 
 def work(root: Path, sources: Path, names: Sequence[str], seconds: float, seed: int, results: Any) -> None:
-    """Install, remove, list and load the same erasers as the others; tells how often what happened, and what failed."""
+    """Install, remove, list and load the same erasers as the others; count each kind of event, failures too."""
     kept, rng, seen = Registry(root), random.Random(seed), Counter[str]()
     end = time.monotonic() + seconds
     each_once = iter(rng.sample(ACTS, len(ACTS)))
@@ -218,7 +220,7 @@ def work(root: Path, sources: Path, names: Sequence[str], seconds: float, seed: 
 
 
 def step(act: str, kept: Registry, sources: Path, name: str, rng: random.Random) -> str:
-    """One step of a worker. Returns what happened; raises what must not."""
+    """Do one step of a worker and return the event; raise errors that must not happen."""
     try:
         if act in ("install", "replace"):
             folder = sources / f"{name}-{rng.randrange(2)}"
@@ -241,7 +243,7 @@ def step(act: str, kept: Registry, sources: Path, name: str, rng: random.Random)
         return f"{act}: not found"
     except RegistryError as error:
         if act == "install" and "already has an eraser" in str(error):
-            return "install: held already"
+            return "install: name is taken"
         raise
     except AdapterFileError as error:
         if act == "lazy" and "was replaced after it was attached" in str(error):
@@ -251,7 +253,7 @@ def step(act: str, kept: Registry, sources: Path, name: str, rng: random.Random)
 
 
 def stress(folder: Path, names: Sequence[str], hub: LoopbackHub, *, processes: int, seconds: float) -> Counter[str]:
-    """That many processes on one registry: what they saw, and under FAILED what none of them may see.
+    """Run that many processes on one registry and count their events; FAILED counts those that must not happen.
 
     `hub` is where they pull from; this process has to have adopted it.
     """
@@ -278,7 +280,7 @@ def stress(folder: Path, names: Sequence[str], hub: LoopbackHub, *, processes: i
 
 
 def assert_valid(root: Path) -> None:
-    """Everything listed is whole, what was pulled is pinned to what is there, and there is nothing else."""
+    """Check that listed erasers are complete, pulled ones match their pins, and no other file exists."""
     kept = Registry(root)
     assert kept.gc(dry_run=True) == ()
     pinned = {}

@@ -1,4 +1,4 @@
-"""What a stranger only claims decides nothing: where a file is from, what is held, how it is gated, where files go."""
+"""Claims in foreign files decide nothing: neither origin, nor pins, nor gates, nor paths."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def test_what_is_carried_about_only_claims_where_it_was_pulled_from(to: str, tmp
         resolve(REPO, there.root)
 
 
-# What is held.
+# Pins.
 
 
 @pytest.mark.parametrize("replace", [False, True])
@@ -104,7 +104,7 @@ def test_a_lock_file_that_version_control_brought(
     assert list(remote.restore(registry)) == []
 
 
-def test_a_newly_signed_copy_is_not_what_is_held(tmp_path: Path) -> None:
+def test_a_newly_signed_copy_replaces_an_unsigned_one_only_by_force(tmp_path: Path) -> None:
     kept, there = Registry(tmp_path / "kept"), Registry(tmp_path / "there")
     kept.add(named("snoopy"))
     export(kept.entries(), tmp_path / "bare.tar")

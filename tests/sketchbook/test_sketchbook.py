@@ -100,7 +100,7 @@ def test_evaluation_sentences_are_in_no_training_frame() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_no_evaluation_sentence_was_drawn_in_the_training_of_a_shipped_eraser(name: str) -> None:
-    """A frame with any word of the base's could make one; what was drawn follows from the recipe's seed alone."""
+    """A sentence frame with a word of the base could make one; the recipe's seed alone decides which are drawn."""
     recipe = Recipe.make(**Registry(ROOT).get(name).load().manifest.recipe)
     pipe = load_pipeline("sketchbook")
     base = BaseModel(pipe, recipe.resolution)

@@ -20,7 +20,7 @@ SMALLEST = ["--drawings", "24", "--probe-steps", "1", "--base-steps", "0", "--ch
 
 
 class KilledError(BaseException):
-    """In place of SIGKILL: nothing of ours catches it."""
+    """Replaces SIGKILL: our code does not catch it."""
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -70,7 +70,7 @@ def test_killed_at_any_file_it_goes_on_to_the_same_files(
         write = getattr(owner, name)
 
         def dying(*given: Any, write: Any = write, **options: Any) -> None:
-            """Leaves what a kill in the middle of a file does: the first half of it."""
+            """Leave half of the file, as a kill in the middle of writing does."""
             write(*given, **options)
             place = next(Path(one) for one in given if isinstance(one, str | Path))
             file = place if place.is_file() else max(place.rglob("*.json"), key=lambda file: file.stat().st_mtime_ns)
