@@ -1,14 +1,20 @@
-"""One hierarchy of errors: what happened, the offending key, both values, and the command that mends it."""
+"""The hierarchy of errors.
+
+A message says what happened, and names the offending key and both values; `mend` is a command that mends it.
+"""
 
 import difflib
 from collections.abc import Iterable
 
 GET_AGAIN = "get the adapter again: spmhub pull OWNER/NAME --force, or spmhub train CONCEPT --force"
-"""What mends an adapter file that is not what it was."""
+"""The mend for an adapter file that is damaged or was altered."""
 
 
 class SpmHubError(Exception):
-    """Root of the hierarchy; `mend` is the step that puts it right, `exit_code` what a command line ends with."""
+    """Root of the hierarchy.
+
+    mend: a command or step that mends the problem. exit_code: exit code of a command that ends with this error.
+    """
 
     exit_code = 1
 
@@ -30,13 +36,13 @@ def _rebuild(kind: type[SpmHubError], message: str, mend: str | None) -> SpmHubE
 
 
 class UsageError(SpmHubError):
-    """The request itself is wrong: an unknown name, a bad option value, an empty concept."""
+    """A wrong request: an unknown name, a bad option value, an empty concept."""
 
     exit_code = 2
 
 
 class NotFoundError(UsageError):
-    """A name that nothing answers to; the message suggests the nearest ones."""
+    """A name that does not exist; the message suggests the nearest ones."""
 
 
 class RecipeError(UsageError):
@@ -44,19 +50,19 @@ class RecipeError(UsageError):
 
 
 class AdapterFileError(SpmHubError):
-    """An adapter file that cannot be trusted or read: truncated, altered, not finite, or of an unknown layout."""
+    """An adapter file that is truncated, altered, not finite, or of an unknown layout."""
 
 
 class ManifestError(SpmHubError):
-    """A manifest that is not valid, or that does not describe the file beside it."""
+    """A manifest that is invalid or does not match its adapter file."""
 
 
 class SignatureError(SpmHubError):
-    """An adapter without the signature that is required, or with one that does not hold."""
+    """An adapter without the required signature, or with an invalid one."""
 
 
 class CompatibilityError(SpmHubError):
-    """An adapter and a model that do not fit together; the message names the module and both shapes."""
+    """An adapter and a model that do not fit; the message names the module and both shapes."""
 
 
 class RegistryError(SpmHubError):
@@ -68,15 +74,15 @@ class ModelError(SpmHubError):
 
 
 class NetworkError(SpmHubError):
-    """Something has to be downloaded or uploaded, and the network did not allow it."""
+    """A download or upload that the network did not allow."""
 
 
 class HubError(SpmHubError):
-    """The Hub answers, but refuses: access, a name, a change made meanwhile; or it sends what it should not."""
+    """A refusal by the Hub (access, name, conflicting change), or wrong data from it."""
 
 
 class HubNotFoundError(HubError):
-    """The Hub has no such repository, revision or file, or none for this user."""
+    """A repository, revision or file that the Hub does not have, or not for this user."""
 
 
 def did_you_mean(name: str, candidates: Iterable[str], otherwise: str = "") -> str:
@@ -97,6 +103,6 @@ def unknown_eraser(reference: str, names: Iterable[str], where: str) -> NotFound
 
 
 def nearest(name: str, candidates: Iterable[str]) -> tuple[str, ...]:
-    """Up to three of `candidates` that `name` was most likely meant to be, best first; case is ignored."""
+    """Return up to three of `candidates` that resemble `name` most, best first; case is ignored."""
     by_folded = {candidate.casefold(): candidate for candidate in candidates}
     return tuple(by_folded[match] for match in difflib.get_close_matches(name.casefold(), by_folded, n=3, cutoff=0.6))

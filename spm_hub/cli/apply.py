@@ -29,8 +29,8 @@ def apply(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next one has the next seed.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps. Unless given: the pipeline's own.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Unless given: the pipeline's own.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the pipeline's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
     num: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
     to: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("pictures"),
     compare: Annotated[

@@ -15,13 +15,13 @@ from spm_hub.evaluation.attacks.settings import ATTACKS, AttackSettings
 NAME = "The eraser to attack: a name, a file, or owner/name on the Hub."
 With = Annotated[str, typer.Option("--with", help="Which attack: " + ", ".join(ATTACKS) + ".")]
 Prompts = Annotated[str, typer.Option(help="How many sentences of the concept, or a file with one prompt a line.")]
-TOKENS = "Adversarial tokens. Unless given the papers': 5 for nudity, else 3; p4d 16."
+TOKENS = "Adversarial tokens. Default: the papers': 5 for nudity, else 3; p4d 16."
 EVERY = "p4d: keep the sentences, with a token in front and after every so many words (the paper's P4D-K: 3)."
-ITERATIONS = "Gradient steps before each try. Unless given the papers': 40; p4d 60."
+ITERATIONS = "Gradient steps before each try. Default: the papers': 40; p4d 60."
 TRIES = "Prompts drawn and judged for each; unlearndiff goes by one timestep for each try."
 Every = Annotated[int | None, typer.Option(min=1, help=EVERY, show_default=False)]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps. Unless given: the pipeline's own.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Unless given: the pipeline's own.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the pipeline's.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")]
 
 
 @command(

@@ -1,4 +1,4 @@
-"""spmhub bake and recover: bakes erasers into a checkpoint, and takes one out again."""
+"""Commands bake and recover: fold erasers into a checkpoint, and take one out again."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,8 +29,8 @@ def bake(
 ) -> None:
     """Write a plain checkpoint with erasers folded in: a diffusers folder, also of a single file.
 
-    For programs that know nothing of erasers: it erases at gamma 1, whatever the prompt. It keeps the precision of
-    each part of the base, and what is needed to take an eraser out again: see spmhub recover.
+    Any program can load the checkpoint. It erases at gamma 1, for every prompt. Each part of the base keeps its
+    precision, and spmhub recover can take an eraser out again.
     """
     from spm_hub.hub.bake import bake as run
     from spm_hub.models.references import parse_reference

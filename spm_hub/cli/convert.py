@@ -1,4 +1,4 @@
-"""spmhub convert: converts a file of any format into an eraser of the registry, and an eraser to any format."""
+"""Command convert: imports a file of any format into a registry, and exports an eraser to any format."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,7 +34,9 @@ def convert(
     place: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="File to write (a folder for peft). Unless given: here, by name.", show_default=False
+            "--out",
+            help="File to write (a folder for peft). Default: in the working folder, named by eraser and format.",
+            show_default=False,
         ),
     ] = None,
     svd_rank: Annotated[

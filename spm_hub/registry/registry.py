@@ -251,9 +251,9 @@ def registries(registry: Path | None = None) -> tuple[Registry, ...]:
 
 
 def registry_for_new(registry: Path | None = None) -> Registry:
-    """Return the registry to keep new erasers in: the one that the user named, else the first of `registries`.
+    """Return the registry to write new erasers to.
 
-    The folder need not exist yet.
+    It is the one that the user named, whose folder need not exist yet, else the first of `registries`.
     """
     asked = requested_root(registry)
     return Registry(asked) if asked is not None else registries()[0]
