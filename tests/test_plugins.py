@@ -31,7 +31,7 @@ from spm_hub.io.safetensors_file import encode
 from spm_hub.adapters.formats.format import WHOLE, Format, Writer
 from spm_hub.adapters.formats.slots import Slot
 from spm_hub.training.recipe.presets import Method
-from spm_hub.training.objectives.spm import SPM
+from spm_hub.training.methods.spm import SPM
 
 
 class Halfway(SPM):

@@ -14,7 +14,7 @@ from spm_hub.training.base_model import BaseModel
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.token_positions import concept_positions, last_position, window
 from spm_hub.training.data.trajectories import generator_for
-from spm_hub.training.objectives.uce import edit
+from spm_hub.training.methods.uce import edit
 from spm_hub.training.protection import strangers
 from spm_hub.training.recipe.recipe import Recipe
 

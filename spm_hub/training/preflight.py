@@ -15,7 +15,7 @@ from spm_hub.training.closed_form import not_editable
 from spm_hub.training.conditioning import GUIDANCE
 from spm_hub.training.data.adversary import check_goal
 from spm_hub.training.loop.prediction_run import check_told
-from spm_hub.training.objectives.fmn import cross_attentions, masked
+from spm_hub.training.methods.fmn import cross_attentions, masked
 from spm_hub.training.protection import check_room, not_separable
 from spm_hub.training.recipe.protected_prompts import protects
 from spm_hub.training.recipe.recipe import Recipe

@@ -5,7 +5,7 @@ import torch
 
 from spm_hub.training import Recipe
 from spm_hub.training.loop.anchor_weight import Steering
-from spm_hub.training.objectives.spm import SPM
+from spm_hub.training.methods.spm import SPM
 
 STEPS = 100
 

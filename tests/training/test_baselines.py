@@ -21,9 +21,9 @@ from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.token_positions import concept_positions, window
 from spm_hub.training.data.trajectories import StudentSource, TrajectorySource
 from spm_hub.training.loop.moving_average import MovingAverage
-from spm_hub.training.objectives import objective
-from spm_hub.training.objectives.fmn import attended, watched
-from spm_hub.training.objectives.uce import edit
+from spm_hub.training.methods import objective
+from spm_hub.training.methods.fmn import attended, watched
+from spm_hub.training.methods.uce import edit
 from spm_hub.training.trainable.dense import DenseInjection
 from spm_hub.training.trainable.module_selection import selected
 from spm_hub.training.trainer import train_together

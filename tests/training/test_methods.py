@@ -24,7 +24,7 @@ from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.token_positions import last_position
 from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, generator_for
-from spm_hub.training.objectives.esd import ESD
+from spm_hub.training.methods.esd import ESD
 from spm_hub.training.recipe.presets import METHODS
 from spm_hub.training.recipe.schema import IncrementRecipe
 from spm_hub.training.trainable.dense import DenseInjection

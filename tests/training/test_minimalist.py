@@ -29,7 +29,7 @@ from spm_hub.training.base_model import BaseModel
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.loop.backprop_through_sampling import Step, back_propagate, sampled
 from spm_hub.training.loop.mask_run import MinimalistRun
-from spm_hub.training.objectives.minimalist import final_latent_losses
+from spm_hub.training.methods.minimalist import final_latent_losses
 from spm_hub.training.trainable.mask import MaskInjection, expected_on, hard_concrete, neurons
 
 SMALL: dict[str, Any] = {

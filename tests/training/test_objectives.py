@@ -14,7 +14,7 @@ from torch import Tensor
 from spm_hub.training import Recipe
 from spm_hub.training.conditioning import Conditioning
 from spm_hub.training.data.batch import Batch
-from spm_hub.training.objectives import OWN, objective
+from spm_hub.training.methods import OWN, objective
 
 Arrays = dict[str, np.ndarray]
 Transcription = Callable[[Arrays, Recipe], float]

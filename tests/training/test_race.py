@@ -21,7 +21,7 @@ from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, denoised, generator_for, trained_prompt
-from spm_hub.training.objectives.esd import ESD
+from spm_hub.training.methods.esd import ESD
 from spm_hub.training.trainable.dense import DenseInjection
 from spm_hub.training.trainable.low_rank import Injection
 from spm_hub.training.trainable.module_selection import selected

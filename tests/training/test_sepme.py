@@ -23,7 +23,7 @@ from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.q_sample import QSampleSource, noised
 from spm_hub.training.data.trajectories import generator_for
 from spm_hub.training.loop.early_stopping import Stopping
-from spm_hub.training.objectives.sepme import SepME, balance
+from spm_hub.training.methods.sepme import SepME, balance
 from spm_hub.training.protection import PROTOCOL, check_room, space_left
 from spm_hub.training.recipe.protected_prompts import members
 from spm_hub.training.recipe.schema import EarlyStop

@@ -16,7 +16,7 @@ from spm_hub.training.base_model import BaseModel
 from spm_hub.training.data.anchors import AnchorSource, anchor_weights
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, generator_for
-from spm_hub.training.objectives.spm import SPM
+from spm_hub.training.methods.spm import SPM
 from spm_hub.training.trainable.low_rank import Injection
 
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from spm_hub.training.objectives.base import Objective
+from spm_hub.training.objective import Objective
 from spm_hub.training.recipe.recipe import Recipe
 
 _MEMORY = 0.9  # of the running means, per step

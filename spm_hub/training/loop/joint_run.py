@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from spm_hub.training.loop.interrupts import uninterrupted
-from spm_hub.training.objectives.base import Losses
-from spm_hub.training.objectives.sepme import balance
+from spm_hub.training.methods.sepme import balance
+from spm_hub.training.objective import Losses
 from spm_hub.training.trainable.null_space import NullSpaceInjection
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from spm_hub.training.loop.backprop_through_sampling import Step, back_propagate
 from spm_hub.training.loop.interrupts import uninterrupted
 from spm_hub.training.loop.optimiser_state import restore, tensors_of
 from spm_hub.training.loop.prediction_run import nothing_to_erase
-from spm_hub.training.objectives.minimalist import final_latent_losses
+from spm_hub.training.methods.minimalist import final_latent_losses
 from spm_hub.training.recipe.recipe import Recipe
 from spm_hub.training.trainable.mask import MaskInjection
 

@@ -22,8 +22,8 @@ from spm_hub.training.loop.early_stopping import Stopping
 from spm_hub.training.loop.interrupts import uninterrupted
 from spm_hub.training.loop.moving_average import MovingAverage
 from spm_hub.training.loop.optimiser_state import restore, tensors_of
-from spm_hub.training.objectives import objective
-from spm_hub.training.objectives.base import Losses
+from spm_hub.training.methods import objective
+from spm_hub.training.objective import Losses
 from spm_hub.training.protection import space_left
 from spm_hub.training.recipe.protected_prompts import protects
 from spm_hub.training.recipe.recipe import Recipe

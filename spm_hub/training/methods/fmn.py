@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spm_hub.errors import RecipeError
 from spm_hub.training.data.token_positions import concept_positions
-from spm_hub.training.objectives.base import Losses, Objective
+from spm_hub.training.objective import Losses, Objective
 
 if TYPE_CHECKING:
     from spm_hub.training.base_model import BaseModel

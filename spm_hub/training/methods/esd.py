@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from spm_hub.training.objectives.base import Objective
+from spm_hub.training.objective import Objective
 
 
 @dataclass(frozen=True)

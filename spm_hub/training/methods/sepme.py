@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from spm_hub.training.objectives.base import Losses, Objective
+from spm_hub.training.objective import Losses, Objective
 
 if TYPE_CHECKING:
     from spm_hub.training.base_model import BaseModel

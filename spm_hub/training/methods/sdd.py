@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from spm_hub.training.objectives.base import SelfDistillation
+from spm_hub.training.objective import SelfDistillation
 
 
 @dataclass(frozen=True)

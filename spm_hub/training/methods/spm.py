@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spm_hub.training.objectives.base import Objective
+from spm_hub.training.objective import Objective
 
 
 @dataclass(frozen=True)

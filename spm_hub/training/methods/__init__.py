@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spm_hub.training.objectives.base import Objective
-from spm_hub.training.objectives.ca import ConceptAblation
-from spm_hub.training.objectives.esd import ESD
-from spm_hub.training.objectives.fmn import ForgetMeNot
-from spm_hub.training.objectives.sdd import SDD
-from spm_hub.training.objectives.sepme import SepME
-from spm_hub.training.objectives.spm import SPM
+from spm_hub.training.methods.ca import ConceptAblation
+from spm_hub.training.methods.esd import ESD
+from spm_hub.training.methods.fmn import ForgetMeNot
+from spm_hub.training.methods.sdd import SDD
+from spm_hub.training.methods.sepme import SepME
+from spm_hub.training.methods.spm import SPM
+from spm_hub.training.objective import Objective
 from spm_hub.training.recipe.presets import plugged
 from spm_hub.training.recipe.recipe import Recipe
 
