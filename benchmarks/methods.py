@@ -35,7 +35,7 @@ from spm_hub.evaluation.judging import probe_judge, sentences
 from spm_hub.evaluation.metrics import frechet_distance
 from spm_hub.evaluation.sketchbook import DetectionCase, cases, count, paint, probe
 from spm_hub.models.loading import load_pipeline
-from spm_hub.training.recipe.presets import METHODS
+from spm_hub.training.methods import METHODS
 from spm_hub.training.recipe.recipe import Recipe
 from spm_hub.training.trainer import train
 

@@ -27,7 +27,7 @@ from spm_hub.adapters.manifest import Base, Concept, Manifest
 from spm_hub.evaluation.sketchbook import DetectionRow, detection_table
 from spm_hub.models.loading import load_pipeline
 from spm_hub.training import Recipe, train
-from spm_hub.training.trainable.low_rank import Injection
+from spm_hub.training.trainable.low_rank import TrainableLowRank
 
 OTHERS = ("mickey", "spongebob", "pikachu", "dog", "cat", "legislator", "church", "golf ball", "person", "apple")
 OURS_AT = (40, 50, 60, 70, 80, 100, 120, 140, 160)
@@ -69,7 +69,7 @@ def run(
     looks: list[dict[str, Any]] = []
     clock = {"spent": 0.0, "since": time.perf_counter()}
 
-    def look(step: int, injection: Injection) -> bool:
+    def look(step: int, injection: TrainableLowRank) -> bool:
         spent = clock["spent"] + time.perf_counter() - clock["since"]
         if step not in at and spent < give_up:
             return False

@@ -58,6 +58,6 @@ def _imported(entry: EntryPoint, expected: type[object], *, twice: bool) -> Plug
     if not isinstance(value, expected):
         what = f"{entry.value} is of type {type(value).__name__}, not {expected.__name__}"
         return Plugin(entry.name, distribution, broken=what)
-    if (own := getattr(value, "name", entry.name)) != entry.name:
+    if (own := getattr(value, "name", "") or entry.name) != entry.name:
         return Plugin(entry.name, distribution, broken=f"{entry.value} calls itself {own!r}")
     return Plugin(entry.name, distribution, value)

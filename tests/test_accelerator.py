@@ -23,7 +23,7 @@ import spm_hub
 from spm_hub.evaluation import attacks
 from spm_hub.models.architectures import denoiser_of
 from spm_hub.training import Recipe, train
-from spm_hub.training.recipe.presets import METHODS
+from spm_hub.training.methods import METHODS
 from spm_hub.training.trainer import TrainingInterruptedError
 
 DEVICE = "cuda"

@@ -30,7 +30,7 @@ from spm_hub.models.architectures import Family
 from spm_hub.io.safetensors_file import encode
 from spm_hub.adapters.formats.format import WHOLE, Format, Writer
 from spm_hub.adapters.formats.slots import Slot
-from spm_hub.training.recipe.presets import Method
+from spm_hub.training.methods import Method
 from spm_hub.training.methods.spm import SPM
 
 

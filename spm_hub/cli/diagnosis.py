@@ -22,7 +22,7 @@ from spm_hub.models.aliases import ALIASES
 from spm_hub.models.architectures import FAMILIES, Family
 from spm_hub.models.references import is_available
 from spm_hub.plugins import Kind, examine
-from spm_hub.training.recipe.presets import METHODS, Method
+from spm_hub.training.methods import METHODS, Method
 
 PACKAGE = "spm-hub"
 LITTLE_SPACE = 2 * 10**9  # bytes: less than one checkpoint of Stable Diffusion in half precision

@@ -29,7 +29,7 @@ class _ReachedError(Exception):
     """Thrown through a pipeline to stop it where it has shown what is asked of it."""
 
 
-class BaseModel:
+class TeacherModel:
     """A pipeline's text encoder, denoiser and schedule; the denoiser may carry trainable increments."""
 
     def __init__(self, pipe: DiffusionPipeline, resolution: int | None = None) -> None:

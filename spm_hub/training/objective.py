@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.conditioning import Conditioning
-
-if TYPE_CHECKING:
-    from spm_hub.training.base_model import BaseModel
-    from spm_hub.training.data.batch import Batch
+from spm_hub.training.data.batch import Batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +40,7 @@ class Objective(ABC):
     def target(self, concept: Tensor, neutral: Tensor) -> Tensor:
         """What the prediction is pulled to."""
 
-    def losses(self, base: BaseModel, batch: Batch) -> Losses:
+    def losses(self, base: TeacherModel, batch: Batch) -> Losses:
         """Of the model being erased on one batch, with gradients. An objective that needs more of it does so here."""
         prediction, anchors = self.predicted(base, batch)
         return Losses(
@@ -51,7 +49,7 @@ class Objective(ABC):
             self.distance(batch.concept, batch.neutral),
         )
 
-    def predicted(self, base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    def predicted(self, base: TeacherModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """Its predictions for a batch's target rows and anchor rows, in one call of the denoiser."""
         latents = torch.cat([batch.latents, batch.anchor_latents])
         times = torch.cat([batch.times, batch.anchor_times])
@@ -92,7 +90,7 @@ class SelfDistillation(Objective):
         """The surrogate's prediction."""
         return neutral
 
-    def losses(self, base: BaseModel, batch: Batch) -> Losses:
+    def losses(self, base: TeacherModel, batch: Batch) -> Losses:
         """With the teacher "student" the surrogate's prediction is what the model being erased makes of it now."""
         if self.teacher == "student":
             with torch.no_grad():

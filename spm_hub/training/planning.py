@@ -9,8 +9,7 @@ from typing import Any
 from spm_hub.adapters.manifest import slug
 from spm_hub.errors import UsageError
 from spm_hub.training.recipe.known_concepts import known
-from spm_hub.training.recipe.presets import merged
-from spm_hub.training.recipe.protected_prompts import jointly
+from spm_hub.training.recipe.presets import deep_merge
 from spm_hub.training.recipe.recipe import Recipe
 
 
@@ -22,7 +21,7 @@ def plan(concept: str | Recipe | Sequence[str], keys: Mapping[str, Any]) -> tupl
     Raises UsageError for anything else, and as `plan_runs` does.
     """
     if isinstance(concept, Recipe):
-        return plan_runs((), merged(concept.model_dump(mode="json"), dict(keys)))
+        return plan_runs((), deep_merge(concept.model_dump(mode="json"), dict(keys)))
     concepts = [concept] if isinstance(concept, str) else concept
     if not isinstance(concepts, list | tuple) or not concepts or not all(isinstance(one, str) for one in concepts):
         raise UsageError(
@@ -52,7 +51,7 @@ def plan_runs(
     if len(concepts) < 2:
         return (first,)
     _check_shared(first, concepts, named="name" in given)
-    if not jointly(first):
+    if not first.trains_jointly:
         return (first, *(Recipe.plan(file, sets, **given, target=concept) for concept in concepts[1:]))
     # A kind from the file or from --set counts for all concepts, as it does where they are trained one by one.
     given_kind = {} if first.kind == known(first.target).get("kind", "other") else {"kind": first.kind}

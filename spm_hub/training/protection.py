@@ -18,9 +18,9 @@ from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.adapters.manifest import Evaluation
 from spm_hub.errors import RecipeError
 from spm_hub.models.architectures import weight_of
-from spm_hub.training.base_model import BaseModel
-from spm_hub.training.recipe.protected_prompts import held_exactly, members
-from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.base_model import TeacherModel
+from spm_hub.training.recipe.fields import RecipeFields
+from spm_hub.training.recipe.protected_prompts import exactly_protected, members
 
 PROTOCOL = "protected-prompts"
 _NOISE = 1e-7  # of the largest singular value: below is float32's rounding of states that are the same
@@ -66,7 +66,7 @@ class Space:
         return found
 
     def measured(
-        self, increments: Mapping[str, Increment], modules: Mapping[str, nn.Module], recipe: Recipe
+        self, increments: Mapping[str, Increment], modules: Mapping[str, nn.Module], recipe: RecipeFields
     ) -> tuple[Evaluation, Evaluation]:
         """How far keys and values move, in float64: |dW e| / |W e|, the greatest over the modules.
 
@@ -91,14 +91,14 @@ class Space:
         return entry(self.held[most], most, len(self.held)), entry(recipe.target, -1, 1)
 
 
-def space_left(recipe: Recipe, base: BaseModel, modules: Mapping[str, nn.Module]) -> Space:
+def space_left(recipe: RecipeFields, base: TeacherModel, modules: Mapping[str, nn.Module]) -> Space:
     """What a recipe's protection leaves of the text states of `base`.
 
     Raises RecipeError where some module reads more than the text states, where nothing is left, or where nothing is
     left of the target.
     """
     _check_modules(base, modules, recipe.target)
-    exact = held_exactly(recipe)
+    exact = exactly_protected(recipe)
     further = tuple(prompt for prompt in dict.fromkeys(recipe.protection.prompts) if prompt not in exact)
     states, target = _states(base, (*exact, *further)), _states(base, [recipe.target])
     width = states.shape[-1]
@@ -126,7 +126,7 @@ def space_left(recipe: Recipe, base: BaseModel, modules: Mapping[str, nn.Module]
     return Space(basis, exact, (*exact, *further), states, target)
 
 
-def check_room(recipe: Recipe, folder: Path) -> None:
+def check_room(recipe: RecipeFields, folder: Path) -> None:
     """Raises RecipeError for prompts that leave no null space, as far as the tokenizer in a diffusers folder tells.
 
     CLIP's text encoder is causal: prompts that begin with the same tokens have the same states so far, so that the
@@ -142,7 +142,7 @@ def check_room(recipe: Recipe, folder: Path) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     window = tokenizer.model_max_length
     for member in members(recipe):
-        exact = held_exactly(member)
+        exact = exactly_protected(member)
         beginnings: set[tuple[int, ...]] = set()
         for done, prompt in enumerate(exact):
             ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=window).input_ids
@@ -174,7 +174,7 @@ def _too_many_directions(width: int, taken: int, wanted: int) -> RecipeError:
     )
 
 
-def _states(base: BaseModel, prompts: Sequence[str]) -> Tensor:
+def _states(base: TeacherModel, prompts: Sequence[str]) -> Tensor:
     """(n, tokens, d_text), float64, on the CPU: what the denoiser is given, and exactly that.
 
     Of the empty prompt too where guidance puts zeros in its place: those no weight makes anything of.
@@ -201,7 +201,7 @@ def _spanned(triangle: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def strangers(base: BaseModel, modules: Mapping[str, nn.Module], prompt: str) -> list[str]:
+def modules_not_reading_text(base: TeacherModel, modules: Mapping[str, nn.Module], prompt: str) -> list[str]:
     """Paths of those modules that read anything but the text encoder's states of a prompt, or are never asked."""
     told = base.encode([prompt])
     given: dict[str, Tensor] = {}
@@ -219,11 +219,21 @@ def strangers(base: BaseModel, modules: Mapping[str, nn.Module], prompt: str) ->
     return [path for path in modules if path not in given or not torch.equal(given[path], told.states)]
 
 
-def _check_modules(base: BaseModel, modules: Mapping[str, nn.Module], prompt: str) -> None:
+def changes_text_states(denoiser: nn.Module) -> bool:
+    """Return whether a layer changes the text states before attention reads them, as in PixArt and Sana."""
+    return getattr(denoiser, "caption_projection", None) is not None
+
+
+def modules_reading_more(denoiser: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the paths of those modules that read more than the text states, by the names of the modules alone."""
+    return [path for path in modules if changes_text_states(denoiser) or "attn2" not in path]
+
+
+def _check_modules(base: TeacherModel, modules: Mapping[str, nn.Module], prompt: str) -> None:
     """Raises RecipeError for modules that read anything but the text states, or whose weights are quantised."""
     if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
         raise RecipeError(f"{path} is quantised: what its increments leave alone cannot be measured there")
-    if others := strangers(base, modules, prompt):
+    if others := modules_not_reading_text(base, modules, prompt):
         raise not_separable(others, len(modules))
 
 

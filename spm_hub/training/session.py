@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from spm_hub.registry.registry import Registry
     from spm_hub.training.loop.checkpoint import Checkpoint
     from spm_hub.training.recipe.recipe import Recipe
-    from spm_hub.training.trainable.low_rank import Trainable
+    from spm_hub.training.trainable.trainable import Trainable
 
 _KNOWN_AFTER_LOADING = ("model", "start_from", "start_sha256")
 """Recipe keys whose final values, those in the manifest, come from the base and from the eraser that training starts
@@ -142,10 +142,10 @@ class Session:
         If there is no registry, the checkpoint is added to `finished`.
         """
         from spm_hub.training.loop.checkpoint import Checkpoint
-        from spm_hub.training.trainable.warm_start import started
+        from spm_hub.training.trainable.warm_start import with_start_recorded
 
         start = None if plan.start_from is None else self._starts[plan.start_from].load()
-        recipe = started(plan.model_copy(update={"model": base.name}), start)
+        recipe = with_start_recorded(plan.model_copy(update={"model": base.name}), start)
         concepts = [plan.target, *(other.target for other in plan.together)]
         by_concept = {member.target: member for member in members(recipe)}
         kept = {

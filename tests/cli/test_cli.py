@@ -388,15 +388,15 @@ def test_ctrl_c_in_training_keeps_the_run(
     from spm_hub.training.loop import prediction_run as run
 
     arguments = ("train", "church", "-m", model, "--checkpoint-dir", tmp_path / "run", *PICO_TRAINING, "--set=steps=4")
-    step = run.Run.step
+    step = run.PredictionRun.step
 
-    def interrupted(self: run.Run, number: int) -> dict[str, float]:
+    def interrupted(self: run.PredictionRun, number: int) -> dict[str, float]:
         if number == 2:
             raise KeyboardInterrupt
         return step(self, number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run.Run, "step", interrupted)
+        patched.setattr(run.PredictionRun, "step", interrupted)
         stopped = spmhub(*arguments)
     assert stopped.code == 130
     assert "--resume" in stopped.err
@@ -412,15 +412,15 @@ def test_several_concepts_go_on_with_the_one_that_was_interrupted(
     from spm_hub.training.loop import prediction_run as run
 
     arguments = ("train", "church", "dog", "-m", model, *PICO_TRAINING)
-    step = run.Run.step
+    step = run.PredictionRun.step
 
-    def interrupted(self: run.Run, number: int) -> dict[str, float]:
+    def interrupted(self: run.PredictionRun, number: int) -> dict[str, float]:
         if (self.recipe.target, number) == ("dog", 1):
             raise KeyboardInterrupt
         return step(self, number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run.Run, "step", interrupted)
+        patched.setattr(run.PredictionRun, "step", interrupted)
         assert spmhub(*arguments).code == 130
     church = registry.get("church")
     before = church.adapter_path.stat()
@@ -439,16 +439,16 @@ def test_runs_on_bases_of_one_name_leave_each_other_alone(
 
     other = tmp_path / "other" / model.name
     pico_pipeline(seed=1).save_pretrained(other)
-    step = run.Run.step
+    step = run.PredictionRun.step
 
-    def interrupted(self: run.Run, number: int) -> dict[str, float]:
+    def interrupted(self: run.PredictionRun, number: int) -> dict[str, float]:
         if number == 1:
             raise KeyboardInterrupt
         return step(self, number)
 
     arguments = ("train", "church", *PICO_TRAINING, "-m")
     with monkeypatch.context() as patched:
-        patched.setattr(run.Run, "step", interrupted)
+        patched.setattr(run.PredictionRun, "step", interrupted)
         assert [spmhub(*arguments, base).code for base in (model, other)] == [130, 130]
     assert len(list((tmp_path / "cache").rglob("training.safetensors"))) == 2
     anew = spmhub(*arguments, model, "--resume", "--name", "another")
@@ -488,7 +488,7 @@ def test_a_full_registry_does_not_cost_the_training(
     assert refused.err.splitlines()[-1].startswith("  try: the same command with --resume")
     assert registry.find("church") is None
     with monkeypatch.context() as patched:
-        patched.setattr(run.Run, "step", never)
+        patched.setattr(run.PredictionRun, "step", never)
         assert spmhub(*arguments, "--resume").code == 0
     assert spmhub(*arguments, "--name", "again").code == 0
     kept = [registry.get(name).load().increments for name in ("church", "again")]

@@ -21,7 +21,7 @@ from spm_hub.sketchbook.looks import BACKGROUNDS, Dice
 from spm_hub.sketchbook.probe import STYLE_CLASSES, SUBJECT_CLASSES, labels
 from spm_hub.sketchbook.train import Reporter, train_unet
 from spm_hub.sketchbook.world import STYLE_NAMES, Drawing, draw, drawings
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.conditioning import Conditioning
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import STYLE_FRAMES, SUBJECT_FRAMES, PromptMaker, Words, vocabulary_words
@@ -103,7 +103,7 @@ def test_no_evaluation_sentence_was_drawn_in_the_training_of_a_shipped_eraser(na
     """A sentence frame with a word of the base could make one; the recipe's seed alone decides which are drawn."""
     recipe = Recipe.make(**Registry(ROOT).get(name).load().manifest.recipe)
     pipe = load_pipeline("sketchbook")
-    base = BaseModel(pipe, recipe.resolution)
+    base = TeacherModel(pipe, recipe.resolution)
     maker = PromptMaker((recipe.target, *recipe.aliases), recipe.kind, Words.load(), vocabulary_words(pipe.tokenizer))
     # Neither what is encoded nor what is predicted decides which sentences are drawn.
     base.encode = lambda prompts: Conditioning(torch.ones(len(prompts), 2, 3))

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from spm_hub.training import Recipe
-from spm_hub.training.loop.anchor_weight import Steering
+from spm_hub.training.loop.anchor_weight import AnchorWeight
 from spm_hub.training.methods.spm import SPM
 
 STEPS = 100
 
 
 def steered(left, *, steps=STEPS, **anchoring):
-    steering = Steering(Recipe.make(target="snoopy", steps=STEPS, anchoring={"weight": 40.0, **anchoring}))
+    steering = AnchorWeight(Recipe.make(target="snoopy", steps=STEPS, anchoring={"weight": 40.0, **anchoring}))
     for step in range(steps):
         steering.note(step, left * 3.0, 3.0, SPM(1.0))
     return steering
@@ -38,7 +38,7 @@ def test_lambda_stays_in_its_range(left):
 
 def test_a_resumed_run_steers_on_exactly():
     first = steered(0.5, steps=60)
-    again = Steering(Recipe.make(target="snoopy", steps=STEPS, anchoring={"weight": 40.0}))
+    again = AnchorWeight(Recipe.make(target="snoopy", steps=STEPS, anchoring={"weight": 40.0}))
     again.load(first.state())
     for steering in (first, again):
         steering.note(60, 1.0, 3.0, SPM(1.0))

@@ -14,18 +14,18 @@ from pico_families import family_pipeline
 from spm_hub.adapters.increments import LowRank
 from spm_hub.errors import RecipeError
 from spm_hub.training import Recipe, train
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.token_positions import concept_positions, window
 from spm_hub.training.data.trajectories import StudentSource, TrajectorySource
-from spm_hub.training.loop.moving_average import MovingAverage
-from spm_hub.training.methods import objective
-from spm_hub.training.methods.fmn import attended, watched
+from spm_hub.training.loop.moving_average import EMA
+from spm_hub.training.methods import METHODS
+from spm_hub.training.methods.fmn import attention_norm, record_attention
 from spm_hub.training.methods.uce import edit
-from spm_hub.training.trainable.dense import DenseInjection
-from spm_hub.training.trainable.module_selection import selected
+from spm_hub.training.trainable.dense import TrainableDense
+from spm_hub.training.trainable.module_selection import select_modules
 from spm_hub.training.trainer import train_together
 
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 4, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}
@@ -35,13 +35,13 @@ def recipe(**values: Any) -> Recipe:
     return Recipe.make(**{**SMALL, **values})
 
 
-def room(plan: Recipe, strength: float = 0.03) -> tuple[BaseModel, Batch]:
+def room(plan: Recipe, strength: float = 0.03) -> tuple[TeacherModel, Batch]:
     """A model that is being erased already, and one batch for it."""
-    base = BaseModel(pico_pipeline())
+    base = TeacherModel(pico_pipeline())
     words = vocabulary_words(base.pipe.tokenizer)
     maker = PromptMaker((plan.target, *plan.aliases), plan.kind, Words.load(), words)
     anchors = AnchorSource(base, plan.anchoring, plan.target, maker, plan.surrogate)
-    injection = DenseInjection(selected(base.denoiser, plan.increment.modules))
+    injection = TrainableDense(select_modules(base.denoiser, plan.increment.modules))
     batch = TrajectorySource(base, plan, maker, anchors).batch(1)
     generator = torch.Generator().manual_seed(4)
     for delta in injection.state().values():
@@ -49,7 +49,7 @@ def room(plan: Recipe, strength: float = 0.03) -> tuple[BaseModel, Batch]:
     return base, batch
 
 
-def predicted(base: BaseModel, latents: Any, times: Any, states: Any) -> np.ndarray:
+def predicted(base: TeacherModel, latents: Any, times: Any, states: Any) -> np.ndarray:
     with torch.no_grad():
         return base.predict(latents, times, states).double().numpy()
 
@@ -64,7 +64,7 @@ def test_self_distillation_is_its_equation_and_sends_no_gradient_through_the_tea
     goal = predicted(base, batch.latents, batch.times, base.encode([surrogate] * 4))
     if teacher == "base":
         goal = batch.neutral.double().numpy()
-    losses = objective(plan).losses(base, batch)
+    losses = METHODS[plan.method].objective(plan).losses(base, batch)
     assert float(losses.erase.detach()) == pytest.approx(np.mean((concept - goal) ** 2), rel=1e-4)
     if method == "ca":
         kept = predicted(base, batch.anchor_latents, batch.anchor_times, batch.anchor_states)
@@ -75,7 +75,7 @@ def test_self_distillation_is_its_equation_and_sends_no_gradient_through_the_tea
     assert parameters is None
     latents = batch.latents.clone().requires_grad_(True)
     moved = Batch(**{**vars(batch), "latents": latents, "neutral": torch.from_numpy(goal).float()})
-    found = torch.autograd.grad(objective(plan).losses(base, moved).erase, latents)[0]
+    found = torch.autograd.grad(METHODS[plan.method].objective(plan).losses(base, moved).erase, latents)[0]
     prediction = base.predict(latents, batch.times, base.encode(["snoopy"] * 4))
     expected = torch.autograd.grad((prediction - torch.from_numpy(goal).float()).pow(2).mean(), latents)[0]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
@@ -108,7 +108,7 @@ def test_a_name_without_letters_is_told_in_a_sentence() -> None:
 
 def test_trajectories_may_be_driven_by_the_surrogate_whose_sentences_anchor() -> None:
     plan = recipe(method="ca", x_t={**SMALL["x_t"], "driver": "surrogate", "guidance": [3.0]}, batch_size=2)
-    base = BaseModel(pico_pipeline())
+    base = TeacherModel(pico_pipeline())
     maker = PromptMaker(("snoopy",), plan.kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
     source = TrajectorySource(base, plan, maker, AnchorSource(base, plan.anchoring, plan.target, maker, plan.surrogate))
     chunk = source.chunk(0)
@@ -134,7 +134,7 @@ def test_watched_probabilities_are_the_attentions_own() -> None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
 
     pipe.unet.set_attn_processor(Recording())
-    with torch.no_grad(), watched(pipe.unet) as seen:
+    with torch.no_grad(), record_attention(pipe.unet) as seen:
         pipe.unet(torch.randn(2, 4, 8, 8), 500, torch.randn(2, 12, 16))
     assert len(seen) == len(own) > 1
     for ours, theirs in zip(seen, own, strict=True):
@@ -148,7 +148,7 @@ def test_forget_me_not_is_the_norm_of_what_is_looked_at_in_float64(tokens: str) 
     base, batch = room(plan)
     tokenizer = base.pipe.tokenizer
     (snoopy,) = window(tokenizer, "snoopy")[1:-1]
-    with torch.no_grad(), watched(base.denoiser) as seen:
+    with torch.no_grad(), record_attention(base.denoiser) as seen:
         base.predict(batch.latents, batch.times, batch.states)
     total = 0.0
     for layer in seen:
@@ -158,7 +158,7 @@ def test_forget_me_not_is_the_norm_of_what_is_looked_at_in_float64(tokens: str) 
             if tokens == "onwards" and places:
                 places = list(range(places[0], layer.shape[-1]))
             total += float((layer[row].double().numpy()[..., places] ** 2).sum())
-    losses = objective(plan).losses(base, batch)
+    losses = METHODS[plan.method].objective(plan).losses(base, batch)
     assert total > 0
     assert float(losses.erase.detach()) == pytest.approx(np.sqrt(total), rel=1e-5)
 
@@ -167,7 +167,7 @@ def test_attended_in_float64() -> None:
     layers = np.random.default_rng(0).random(size=(2, 3, 2, 5, 7))
     chosen = np.random.default_rng(1).random(size=(3, 7)) < 0.4
     expected = np.sqrt(sum((layer.transpose(0, 3, 1, 2)[chosen] ** 2).sum() for layer in layers))
-    found = attended([torch.from_numpy(layer) for layer in layers], torch.from_numpy(chosen))
+    found = attention_norm([torch.from_numpy(layer) for layer in layers], torch.from_numpy(chosen))
     assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
@@ -185,7 +185,7 @@ def test_forget_me_not_needs_cross_attention() -> None:
 
 def test_a_moving_average_is_one() -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    average = MovingAverage({"w": weight}, 0.9)
+    average = EMA({"w": weight}, 0.9)
     expected = np.array([1.0, 2.0])
     for step in range(5):
         weight.data = torch.tensor([step * 1.0, -step * 2.0])
@@ -206,7 +206,7 @@ def test_the_average_is_what_is_saved_and_what_draws() -> None:
     sample = StudentSource.batch
 
     def watch(source: StudentSource, step: int) -> Batch:
-        drawn.append(sum(float(delta.detach().abs().sum()) for delta in source._injection.state().values()))
+        drawn.append(sum(float(delta.detach().abs().sum()) for delta in source._trainable.state().values()))
         return sample(source, step)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -262,17 +262,32 @@ def test_per_concept_erasers_that_name_each_other_are_the_joint_solution(closed_
     ("values", "words"),
     [
         ({"method": "ca", "target": "gadget"}, "anchor concept.*surrogate: dog"),
-        ({"method": "sdd", "objective": {"eta": 2}}, "'sdd' has no eta"),
-        ({"method": "fmn", "erase_from": "a dog", "templates": False}, "no erase_from; esd-x has"),
+        (
+            {"method": "sdd", "objective": {"eta": 2}},
+            "objective.eta 2.0 would change nothing: method 'sdd' does not read it; the unconditional prediction",
+        ),
+        (
+            {"method": "fmn", "erase_from": "a dog", "templates": False},
+            "erase_from 'a dog' would change nothing: method 'fmn' does not read it(.|\n)*'esd-x'",
+        ),
         ({"method": "fmn", "anchoring": {"weight": 1, "reach": 0.9}}, "reach has to be null"),
-        ({"objective": {"teacher": "student"}}, "belongs to objectives 'ca' and 'sdd'"),
-        ({"objective": {"tokens": "onwards"}}, "belongs to objective 'fmn'"),
+        (
+            {"objective": {"teacher": "student"}},
+            "teacher 'student' would change nothing: method 'spm' does not read it(.|\n)*: 'ca', 'sdd'\n",
+        ),
+        (
+            {"objective": {"tokens": "onwards"}},
+            "tokens 'onwards' would change nothing: method 'spm' does not read it(.|\n)*: 'fmn'\n",
+        ),
         ({"objective": {"paired": True}}, "need a surrogate"),
         ({"method": "uce", "closed_form": {"preserve": ["snoopy"]}}, "'snoopy' is both"),
         ({"method": "uce", "closed_form": {"preserve": ["dog"]}, "together": [{"target": "dog"}]}, "'dog' is both"),
         ({"method": "esd-x", "together": [{"target": "dog"}]}, "try --method sepme or uce"),
         ({"increment": {"kind": "dora", "modules": "esd-x"}, "regulariser": {"l1": 1}}, "regulariser.l1 goes with"),
-        ({"method": "sdd", "closed_form": {"ridge": 1}}, "belongs to method 'uce'"),
+        (
+            {"method": "sdd", "closed_form": {"ridge": 1}},
+            "closed_form.ridge 1.0 would change nothing: method 'sdd' does not read it(.|\n)*: 'uce'\n",
+        ),
         ({"optimiser": {"ema": 1.0}}, "optimiser.ema"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from pico import pico_pipeline
 
 from spm_hub.training import Recipe, train
-from spm_hub.training.loop.prediction_run import Run
+from spm_hub.training.loop.prediction_run import PredictionRun
 
 SMALL = {"target": "snoopy", "steps": 3, "batch_size": 2, "x_t": {"steps": 3, "trajectories": 2, "chunks": 1}}
 
@@ -24,9 +24,9 @@ def switches() -> tuple[object, ...]:
 @pytest.mark.parametrize("kernel", [True, False], ids=["with a repeatable kernel", "without one"])
 def test_switched_on_for_the_training_and_for_nothing_else(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = train(Recipe.make(**SMALL), pipe=pico_pipeline())
-    step, seen = Run.step, []
+    step, seen = PredictionRun.step, []
 
-    def watched(self: Run, number: int) -> dict[str, float]:
+    def watched(self: PredictionRun, number: int) -> dict[str, float]:
         seen.append(torch.are_deterministic_algorithms_enabled())
         if seen[-1] and not kernel:
             raise RuntimeError("grid_sampler_2d_backward_cuda does not have a deterministic implementation")
@@ -34,7 +34,7 @@ def test_switched_on_for_the_training_and_for_nothing_else(kernel: bool, monkeyp
 
     before = switches()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(Run, "step", watched)
+    monkeypatch.setattr(PredictionRun, "step", watched)
     if kernel:
         found = train(Recipe.make(**SMALL), pipe=pico_pipeline())
     else:
@@ -48,12 +48,12 @@ def test_switched_on_for_the_training_and_for_nothing_else(kernel: bool, monkeyp
 
 
 def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Run, number: int) -> dict[str, float]:
+    def broken(self: PredictionRun, number: int) -> dict[str, float]:
         raise RuntimeError("CUDA out of memory")
 
     before = switches()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(Run, "step", broken)
+    monkeypatch.setattr(PredictionRun, "step", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         train(Recipe.make(**SMALL), pipe=pico_pipeline())
     assert switches() == before

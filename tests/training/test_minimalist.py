@@ -25,12 +25,12 @@ from spm_hub.adapters.increments import Mask, spread
 from spm_hub.errors import ModelError, RecipeError, SpmHubError
 from spm_hub.models.architectures import denoiser_of
 from spm_hub.training import Recipe, train
-from spm_hub.training.base_model import BaseModel
-from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.loop.backprop_through_sampling import Step, back_propagate, sampled
-from spm_hub.training.loop.mask_run import MinimalistRun
-from spm_hub.training.methods.minimalist import final_latent_losses
-from spm_hub.training.trainable.mask import MaskInjection, expected_on, hard_concrete, neurons
+from spm_hub.training.base_model import TeacherModel
+from spm_hub.training.data.prompts import PromptMaker, Words
+from spm_hub.training.loop.backprop_through_sampling import Step, back_propagate, sample_latents
+from spm_hub.training.loop.mask_run import MaskRun, final_latent_losses
+from spm_hub.training.loop.run import Task
+from spm_hub.training.trainable.mask import TrainableMask, expected_on, hard_concrete, neurons
 
 SMALL: dict[str, Any] = {
     "target": "snoopy", "method": "minimalist", "steps": 6, "batch_size": 2, "x_t": {"steps": 3},
@@ -53,14 +53,13 @@ def recipe(**values: Any) -> Recipe:
 
 
 @contextmanager
-def room(plan: Recipe, pipe: DiffusionPipeline) -> Iterator[tuple[MinimalistRun, MaskInjection, BaseModel]]:
-    base = BaseModel(pipe, plan.resolution)
-    injection = MaskInjection(base.denoiser, plan.masks)
-    maker = PromptMaker(("snoopy",), plan.kind, Words.load(), vocabulary_words(pipe.tokenizer))
+def room(plan: Recipe, pipe: DiffusionPipeline) -> Iterator[tuple[MaskRun, TrainableMask, TeacherModel]]:
+    base = TeacherModel(pipe, plan.resolution)
+    run = MaskRun(Task(plan, base, {}))
     try:
-        yield MinimalistRun(plan, base, injection, maker), injection, base
+        yield run, run.masks, base
     finally:
-        injection.remove()
+        run.masks.remove()
 
 
 def test_a_sample_of_a_mask_is_the_hard_concrete_distribution_in_float64() -> None:
@@ -112,7 +111,7 @@ def test_the_gradient_is_that_of_back_propagation_through_all_steps(family: str)
             latents = step(index, latents)
         whole = torch.autograd.grad((latents - goals).pow(2).mean(), list(parameters.values()))
 
-        kept = sampled(step, noise, 4)
+        kept = sample_latents(step, noise, 4)
         torch.testing.assert_close(kept[-1], latents.detach(), rtol=1e-9, atol=1e-9)
         back_propagate(step, kept, 2 * (kept[-1] - goals) / goals.numel())
         for (key, parameter), expected in zip(parameters.items(), whole, strict=True):
@@ -131,9 +130,9 @@ def test_the_gradient_is_the_slope_of_the_loss() -> None:
             parameter.data = torch.full_like(parameter, 0.3, dtype=torch.float64)
 
         def loss() -> float:
-            return float(sampled(step, noise, 3)[-1].pow(2).sum())
+            return float(sample_latents(step, noise, 3)[-1].pow(2).sum())
 
-        kept = sampled(step, noise, 3)
+        kept = sample_latents(step, noise, 3)
         back_propagate(step, kept, 2 * kept[-1])
         generator = torch.Generator().manual_seed(6)
         directions = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
@@ -182,7 +181,7 @@ def peak_of(work: Callable[[Step, Tensor, int], None], steps: int) -> int:
 
 def test_memory_does_not_grow_with_the_number_of_steps() -> None:
     def step_wise(step: Step, noise: Tensor, steps: int) -> None:
-        latents = sampled(step, noise, steps)
+        latents = sample_latents(step, noise, steps)
         back_propagate(step, latents, latents[-1])
 
     def at_once(step: Step, noise: Tensor, steps: int) -> None:
@@ -199,7 +198,7 @@ def test_memory_does_not_grow_with_the_number_of_steps() -> None:
 def test_a_step_that_is_not_itself_again_is_refused() -> None:
     with room(recipe(), pico_pipeline()) as (run, injection, base):
         step = run.denoising(["snoopy"], masks=0)
-        latents = sampled(step, base.noise(1, torch.Generator().manual_seed(0)), 3)
+        latents = sample_latents(step, base.noise(1, torch.Generator().manual_seed(0)), 3)
         for parameter in injection.state().values():
             parameter.data.zero_()
         with pytest.raises(ModelError, match=r"step \d.*run again"):
@@ -442,10 +441,10 @@ def test_ctrl_c_saves_what_there_is_and_leaves_the_pipeline_as_it_was(tmp_path: 
 
 
 def test_ctrl_c_before_the_first_step_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(self: MinimalistRun, step: int) -> dict[str, float]:
+    def interrupt(self: MaskRun, step: int) -> dict[str, float]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(MinimalistRun, "step", interrupt)
+    monkeypatch.setattr(MaskRun, "step", interrupt)
     with pytest.raises(SpmHubError, match="step 0 of 6; nothing was saved"):
         train(recipe(), pipe=pico_pipeline(), checkpoint_dir=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -17,9 +17,9 @@ from spm_hub.models.architectures import targets
 from spm_hub.training import Recipe, train
 from spm_hub.training.data.trajectories import generator_for
 from spm_hub.training.recipe.schema import PEFT_KINDS
-from spm_hub.training.trainable.low_rank import Injection
-from spm_hub.training.trainable.module_selection import selected
-from spm_hub.training.trainable.peft import PeftInjection
+from spm_hub.training.trainable.low_rank import TrainableLowRank
+from spm_hub.training.trainable.module_selection import select_modules
+from spm_hub.training.trainable.peft import TrainablePeft
 
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 4, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}
 
@@ -30,10 +30,10 @@ def recipe(kind: str, **values: Any) -> Recipe:
 
 
 def modules_for(unet: Any, kind: str) -> Any:
-    return selected(unet, "esd-x") if kind == "vera" else targets(unet)
+    return select_modules(unet, "esd-x") if kind == "vera" else targets(unet)
 
 
-def shaken(injection: PeftInjection) -> None:
+def shaken(injection: TrainablePeft) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in injection.state().values():
@@ -52,7 +52,7 @@ def test_nothing_changes_at_first_nor_after_removal_and_masters_are_float32(kind
     torch.manual_seed(5)
     with torch.no_grad():
         plain = unet(latents, 500, states).sample
-        injection = PeftInjection(unet, kind, 2, torch.Generator().manual_seed(1), modules_for(unet, kind))
+        injection = TrainablePeft(unet, kind, 2, torch.Generator().manual_seed(1), modules_for(unet, kind))
         assert torch.equal(torch.rand(3), expected), "the global random state is left alone"
         assert torch.equal(unet(latents, 500, states).sample, plain)
         assert {parameter.dtype for parameter in injection.state().values()} == {torch.float32}
@@ -74,16 +74,16 @@ def test_nothing_changes_at_first_nor_after_removal_and_masters_are_float32(kind
 def test_what_is_saved_does_what_peft_does(kind: str, selection: str) -> None:
     """The whole U-Net with PEFT's layers in it, against the bare one with our increments added to its weights."""
     unet = pico_pipeline().unet
-    chosen = selected(unet, "esd-x" if kind == "vera" else selection)
+    chosen = select_modules(unet, "esd-x" if kind == "vera" else selection)
     latents, states = torch.randn(2, 4, 8, 8), torch.randn(2, 12, 16)
-    injection = PeftInjection(unet, kind, 2, torch.Generator().manual_seed(1), chosen)
+    injection = TrainablePeft(unet, kind, 2, torch.Generator().manual_seed(1), chosen)
     shaken(injection)
     with torch.no_grad():
         trained = unet(latents, 500, states).sample
         increments = injection.increments()
-        assert injection.conversion_error(increments) < 1e-4
+        assert injection.conversion_error(increments)[1] < 1e-4
         wrong = {path: found.to(dtype=torch.bfloat16) for path, found in increments.items()}
-        assert 1e-4 < injection.conversion_error(wrong) < 2e-2, "rounding shows"
+        assert 1e-4 < injection.conversion_error(wrong)[1] < 2e-2, "rounding shows"
         injection.remove()
         plain = unet(latents, 500, states).sample
         for path, increment in increments.items():
@@ -100,8 +100,8 @@ def test_thin_kinds_are_thin_where_that_is_less() -> None:
     unet = pico_pipeline(channels=(64, 64), text_width=64).unet
     for kind, rank in (("loha", 4), ("lokr", 2)):
         # LoKr on all, 3x3 convolutions too; the pairs of LoHa are too many for the narrow ones.
-        chosen = selected(unet, {"loha": "esd-x", "lokr": "esd-all"}[kind])
-        injection = PeftInjection(unet, kind, 2, torch.Generator().manual_seed(1), chosen)
+        chosen = select_modules(unet, {"loha": "esd-x", "lokr": "esd-all"}[kind])
+        injection = TrainablePeft(unet, kind, 2, torch.Generator().manual_seed(1), chosen)
         shaken(injection)
         with torch.no_grad():
             increments = injection.increments()
@@ -112,7 +112,7 @@ def test_thin_kinds_are_thin_where_that_is_less() -> None:
                 if kind == "loha":
                     assert increment.rank == rank == np.linalg.matrix_rank(delta, tol=1e-5)
         injection.remove()
-        thick = PeftInjection(unet, kind, 16, torch.Generator().manual_seed(1), selected(unet, "esd-x"))
+        thick = TrainablePeft(unet, kind, 16, torch.Generator().manual_seed(1), select_modules(unet, "esd-x"))
         assert {type(increment) for increment in thick.increments().values()} == {Dense}
         thick.remove()
 
@@ -164,9 +164,9 @@ def test_a_quantised_base_is_trained_on_and_the_eraser_acts_beside_it(kind: str)
 def test_what_peft_cannot_do_is_refused_with_the_nearest_choice() -> None:
     unet = pico_pipeline().unet
     with pytest.raises(RecipeError, match=r"PEFT has none for .*proj_in, a Conv2d(.|\n)*increment\.modules=esd-x"):
-        PeftInjection(unet, "vera", 2, generator_for(0, 2, 0), targets(unet))
-    Injection(unet, 1, generator_for(0, 2, 0), selected(unet, "esd-x"))
-    with pytest.raises(ModelError, match="already has an eraser"):
-        PeftInjection(unet, "loha", 2, generator_for(0, 2, 0), selected(unet, "esd-x"))
+        TrainablePeft(unet, "vera", 2, generator_for(0, 2, 0), targets(unet))
+    TrainableLowRank(unet, 1, generator_for(0, 2, 0), select_modules(unet, "esd-x"))
+    with pytest.raises(ModelError, match="already has LoRA layers"):
+        TrainablePeft(unet, "loha", 2, generator_for(0, 2, 0), select_modules(unet, "esd-x"))
     with pytest.raises(RecipeError, match="start_from goes with"):
         recipe("loha", start_from="snoopy")

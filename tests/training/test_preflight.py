@@ -15,7 +15,7 @@ import spm_hub
 from spm_hub.errors import RecipeError
 from spm_hub.evaluation.attacks.noising import Noising
 from spm_hub.training import Recipe, train
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.preflight import check_before_loading
 from spm_hub.training.trainer import TrainingDivergedError
 
@@ -54,8 +54,12 @@ def outlines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ("sd3", {"method": "sepme"}, "cannot be made separable"),
         ("pixart", {"method": "fmn"}, "knows no denoiser whose prompts are masked"),
         ("pixart", {"method": "sepme"}, "cannot be made separable"),
-        ("sd1", {"x_t": {**SMALL["x_t"], "told": 2.0}}, "x_t.told: 2 is for models that are told their guidance"),
-        ("flux-schnell", {"x_t": {**SMALL["x_t"], "told": 2.0}}, "FluxTransformer2DModel is not"),
+        (
+            "sd1",
+            {"x_t": {**SMALL["x_t"], "told": 2.0}},
+            "x_t.guidance_embedding: 2 is for models with a guidance input",
+        ),
+        ("flux-schnell", {"x_t": {**SMALL["x_t"], "guidance_embedding": 2.0}}, "FluxTransformer2DModel has none"),
     ],
 )
 def test_what_a_models_outline_rules_out_is_refused_without_its_weights_and_with_them(
@@ -136,7 +140,7 @@ def test_the_finest_schedules_stay_inside_the_models_own() -> None:
     """SD1's schedule begins at 1: the last of a thousand steps would be the thousandth of times 0 to 999."""
     pipe = pico_pipeline()
     plan = Recipe.make(**{**SMALL, "steps": 1, "x_t": {"source": "student", "steps": 999}})
-    base = BaseModel(pipe)
+    base = TeacherModel(pipe)
     assert int(base.scheduler(plan.x_t.steps).timesteps.max()) <= 999
     noising = Noising(base)
     latents = torch.randn(1, *base.latent_shape, generator=torch.Generator().manual_seed(0))

@@ -16,20 +16,21 @@ from spm_hub.adapters.increments import Dense, LowRank
 from spm_hub.attachment.attachment import attach
 from spm_hub.errors import RecipeError
 from spm_hub.training import Recipe, train
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.data.q_sample import QSampleSource, noised
+from spm_hub.training.data.q_sample import QSampleSource, add_noise
 from spm_hub.training.data.trajectories import generator_for
-from spm_hub.training.loop.early_stopping import Stopping
-from spm_hub.training.methods.sepme import SepME, balance
+from spm_hub.training.loop.early_stopping import EarlyStopping
+from spm_hub.training.loop.joint_run import balance
+from spm_hub.training.methods.sepme import SepME
 from spm_hub.training.protection import PROTOCOL, check_room, space_left
 from spm_hub.training.recipe.protected_prompts import members
 from spm_hub.training.recipe.schema import EarlyStop
-from spm_hub.training.trainable.low_rank import Injection
-from spm_hub.training.trainable.module_selection import selected
-from spm_hub.training.trainable.null_space import NullSpaceInjection
+from spm_hub.training.trainable.low_rank import TrainableLowRank
+from spm_hub.training.trainable.module_selection import select_modules
+from spm_hub.training.trainable.null_space import TrainableNullSpace
 from spm_hub.training.trainer import train_together
 
 WIDTH = 64  # of text states: 12 tokens for the first prompt and 11 for each further one leave room for four
@@ -69,7 +70,7 @@ def test_the_loss_is_the_correlation_in_float64() -> None:
 
 def pico_stub(at_concept, at_empty, concept, empty):
     """A base whose student gives the first two arrays for a concept and for the empty prompt."""
-    base = BaseModel(pico_pipeline())
+    base = TeacherModel(pico_pipeline())
     size, given = len(concept), base.encode(["snoopy", ""])
     told, blank = (row.expand(size) for row in given)
 
@@ -91,7 +92,7 @@ def test_balancing_and_the_momentum_statistic_are_the_papers() -> None:
     expected = np.abs(values).max() / np.abs(values)
     np.testing.assert_allclose(balance([torch.tensor(v, dtype=torch.float64) for v in values]), expected, rtol=1e-12)
     seen = np.random.default_rng(1).normal(0.3, 0.4, size=200)
-    stopping = Stopping(EarlyStop(below=0.0))
+    stopping = EarlyStopping(EarlyStop(below=0.0))
     mean, due_at = None, None
     for step, loss in enumerate(seen):
         mean = loss if mean is None else 0.9 * mean + 0.1 * loss
@@ -99,7 +100,7 @@ def test_balancing_and_the_momentum_statistic_are_the_papers() -> None:
             due_at = step
         stopping.note(step, float(loss))
         assert stopping.due == (due_at is not None)
-    first = Stopping(EarlyStop(below=1.0))
+    first = EarlyStopping(EarlyStop(below=1.0))
     for step in range(11):
         first.note(step, 0.0)
         assert not first.due
@@ -110,10 +111,10 @@ def test_balancing_and_the_momentum_statistic_are_the_papers() -> None:
 def test_q_sample_is_the_forward_process_of_diffusions_and_of_flows() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    base = BaseModel(pico_pipeline())
+    base = TeacherModel(pico_pipeline())
     scheduler = base.scheduler(999)
     x0, noise = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found, times = noised(scheduler, x0, noise, torch.tensor([0, 500, 998]))
+    found, times = add_noise(scheduler, x0, noise, torch.tensor([0, 500, 998]))
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     bar = np.cumprod(1 - betas)[times.numpy()][:, None, None, None]
     expected = np.sqrt(bar) * x0.numpy() + np.sqrt(1 - bar) * noise.numpy()
@@ -121,16 +122,16 @@ def test_q_sample_is_the_forward_process_of_diffusions_and_of_flows() -> None:
     assert times.tolist() == [999, 499, 1]
     flow = FlowMatchEulerDiscreteScheduler(shift=1.0)
     flow.set_timesteps(10)
-    found, times = noised(flow, x0, noise, torch.tensor([0, 4, 9]))
+    found, times = add_noise(flow, x0, noise, torch.tensor([0, 4, 9]))
     sigma = (times.double() / 1000).numpy()[:, None, None, None]
     np.testing.assert_allclose(found.numpy(), (1 - sigma) * x0.numpy() + sigma * noise.numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_q_samples_come_from_the_bases_pictures_at_all_times_and_carry_its_predictions() -> None:
     plan = recipe(batch_size=16, surrogate="dog", anchoring={"weight": 1.0, "per_target": 2})
-    base = BaseModel(pipeline())
+    base = TeacherModel(pipeline())
     maker = PromptMaker(("snoopy",), plan.kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
-    injection = NullSpaceInjection(selected(base.denoiser, "esd-x-strict"), torch.eye(WIDTH), 1.0)
+    injection = TrainableNullSpace(select_modules(base.denoiser, "esd-x-strict"), torch.eye(WIDTH), 1.0)
     source = QSampleSource(base, plan, maker, AnchorSource(base, plan.anchoring, "snoopy", maker), injection)
     _, before = source.pictures(0)
     with torch.no_grad():
@@ -182,7 +183,7 @@ def test_null_space_increments_begin_at_nothing_and_go(dtype: torch.dtype) -> No
     latents, states = torch.randn(2, 4, 8, 8).to(dtype), torch.randn(2, WINDOW, TEXT_WIDTH).to(dtype)
     with torch.no_grad():
         plain = unet(latents, 500, states).sample
-        injection = NullSpaceInjection(selected(unet, "esd-x-strict"), torch.eye(TEXT_WIDTH)[:5], 0.5)
+        injection = TrainableNullSpace(select_modules(unet, "esd-x-strict"), torch.eye(TEXT_WIDTH)[:5], 0.5)
         assert torch.equal(unet(latents, 500, states).sample, plain)
         for weight in injection.state().values():
             weight.add_(0.2)
@@ -281,8 +282,8 @@ def test_the_empty_prompt_of_sdxl_is_protected_as_its_encoders_have_it() -> None
 def test_the_null_space_is_numpys_and_the_measured_move_is_its_definition() -> None:
     pipe = pipeline()
     plan = recipe(protection={"prompts": ["mickey", "dog"]})
-    base = BaseModel(pipe)
-    modules = selected(base.denoiser, "esd-x-strict")
+    base = TeacherModel(pipe)
+    modules = select_modules(base.denoiser, "esd-x-strict")
     space = space_left(plan, base, modules)
     a = states_of(pipe, "", "mickey", "dog").reshape(-1, WIDTH)
     rank = np.linalg.matrix_rank(a, tol=1e-5)
@@ -310,7 +311,7 @@ def test_at_the_width_of_stable_diffusion_the_null_space_has_the_rank_of_the_pap
     start = torch.randn(1, 768, generator=generator)
     pipe = pico_pipeline(text_width=768)
     plan = recipe(protection={"prompts": [f"prompt {n}" for n in range(9)]})
-    base = BaseModel(pipe)
+    base = TeacherModel(pipe)
     known = {
         prompt: torch.cat([start, torch.randn(76, 768, generator=generator)])
         for prompt in ("", *plan.protection.prompts, "snoopy", "one more")
@@ -319,7 +320,7 @@ def test_at_the_width_of_stable_diffusion_the_null_space_has_the_rank_of_the_pap
     base.encode = lambda prompts, literally=False: real([""] * len(prompts)).map(
         lambda part: torch.stack([known[prompt] for prompt in prompts])
     )
-    modules = selected(base.denoiser, "esd-x-strict")
+    modules = select_modules(base.denoiser, "esd-x-strict")
     begun = time.process_time()
     space = space_left(plan, base, modules)
     assert time.process_time() - begun < 30
@@ -336,8 +337,8 @@ def test_hundreds_of_prompts_are_held_by_principal_directions_and_leak_less_the_
     pipe = pipeline()
     words = ["dog", "cat", "church", "beach", "person", "nude", "mickey", "pikachu", "red", "blue"]
     prompts = [f"a photo of {one} {of} {other}" for one in words for of in ("and", "by") for other in words[:5]]
-    base = BaseModel(pipe)
-    modules = selected(base.denoiser, "esd-x-strict")
+    base = TeacherModel(pipe)
+    modules = select_modules(base.denoiser, "esd-x-strict")
     generator = torch.Generator().manual_seed(0)
     loose = {path: Dense(torch.randn(m.weight.shape, generator=generator)) for path, m in modules.items()}
     leaks = []
@@ -467,10 +468,10 @@ def test_the_early_stop_ends_a_run_and_survives_a_resume(tmp_path: Path) -> None
 def test_the_l1_term_is_sum_of_changes_over_the_number_of_tensors() -> None:
     """Of one step from nothing: with the term alone, its gradient's sign is all that Adam follows."""
     pipe = pipeline()
-    modules = selected(pipe.unet, "esd-x-strict")
+    modules = select_modules(pipe.unet, "esd-x-strict")
     basis = torch.linalg.qr(torch.randn(WIDTH, 5, generator=torch.Generator().manual_seed(0))).Q.T
-    injection = NullSpaceInjection(modules, basis, 0.5)
-    low_rank = Injection(pico_pipeline(text_width=WIDTH).unet, 2, generator_for(0, 2, 0), modules)
+    injection = TrainableNullSpace(modules, basis, 0.5)
+    low_rank = TrainableLowRank(pico_pipeline(text_width=WIDTH).unet, 2, generator_for(0, 2, 0), modules)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in (*injection.state().values(), *low_rank.state().values()):
@@ -493,10 +494,10 @@ def test_the_l1_term_is_sum_of_changes_over_the_number_of_tensors() -> None:
 
 def test_stored_as_products_or_multiplied_out_whichever_is_smaller() -> None:
     pipe = pipeline()
-    modules = selected(pipe.unet, "esd-x-strict")
-    few = NullSpaceInjection(modules, torch.eye(WIDTH)[:4], 1.0)
+    modules = select_modules(pipe.unet, "esd-x-strict")
+    few = TrainableNullSpace(modules, torch.eye(WIDTH)[:4], 1.0)
     few.remove()
-    many = NullSpaceInjection(modules, torch.eye(WIDTH)[:50], 1.0)
+    many = TrainableNullSpace(modules, torch.eye(WIDTH)[:50], 1.0)
     many.remove()
     assert {type(found) for found in few.increments().values()} == {LowRank}
     assert {type(found) for found in many.increments().values()} == {Dense}
@@ -514,9 +515,15 @@ def test_stored_as_products_or_multiplied_out_whichever_is_smaller() -> None:
         ({"method": "esd-x-strict", "together": [{"target": "dog"}]}, "together.*--method sepme"),
         ({"together": [{"target": "Snoopy "}]}, "together|protected at once"),
         ({"objective": {"eta": 2.0}}, "stop.below"),
-        ({"method": "uce", "stop": {"below": 0.1}}, "no stop"),
+        (
+            {"method": "uce", "stop": {"below": 0.1}},
+            "stop.below 0.1 would change nothing: method 'uce' does not read it",
+        ),
         ({"method": "spm", "increment": {"kind": "null_space"}}, "null_space.*esd-x-strict"),
-        ({"increment": {"dtype": "bfloat16"}}, "'bfloat16' would round what sends protected prompts to zero.*float32"),
+        (
+            {"increment": {"dtype": "bfloat16"}},
+            "'bfloat16' would round the numbers that send protected prompts to zero.*float32",
+        ),
         (
             {"method": "uce", "increment": {"dtype": "float16"}, "protection": {"separable": True}},
             "'float16' would round",
@@ -542,7 +549,7 @@ def test_prompts_that_leave_nothing_are_refused_with_the_nearest_choice() -> Non
     with pytest.raises(RecipeError, match=r"directions: 60 of 64.*take 12") as caught:
         train(recipe(protection={"prompts": prompts, "directions": 60}), pipe=pipe)
     assert "protection.directions=51" in str(caught.value)
-    base = BaseModel(pipe)
+    base = TeacherModel(pipe)
     queries = {path: module for path, module in base.denoiser.named_modules() if path.endswith("attn2.to_q")}
     with pytest.raises(RecipeError, match=r"cannot be made separable.*to_q"):
         space_left(recipe(), base, queries)
@@ -563,8 +570,8 @@ def test_crowded_prompts_are_refused_by_the_tokenizer_alone_wherever_the_encoder
     alike = [f"a photo of a painting by the red {word}" for word in ("dog", "cat", "church", "beach", "person")]
     plan = recipe(protection={"prompts": alike}, steps=1)
     check_room(plan, tmp_path)
-    base = BaseModel(pipe)
-    left = len(space_left(plan, base, selected(base.denoiser, "esd-x-strict")).basis)
+    base = TeacherModel(pipe)
+    left = len(space_left(plan, base, select_modules(base.denoiser, "esd-x-strict")).basis)
     assert left == WIDTH - WINDOW - (WINDOW - 1) - 4 * (WINDOW - 9)
     with pytest.raises(RecipeError, match="directions: 52 of 64"):
         check_room(recipe(protection={"prompts": alike, "directions": 52}), tmp_path)

@@ -12,12 +12,12 @@ from pico import pico_pipeline
 
 from spm_hub.errors import RecipeError, SpmHubError
 from spm_hub.training import Recipe, train
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.anchors import AnchorSource, anchor_weights
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, generator_for
 from spm_hub.training.methods.spm import SPM
-from spm_hub.training.trainable.low_rank import Injection
+from spm_hub.training.trainable.low_rank import TrainableLowRank
 
 
 def recipe(**values: object) -> Recipe:
@@ -25,8 +25,8 @@ def recipe(**values: object) -> Recipe:
     return Recipe.make(**{**small, **values})
 
 
-def room(plan: Recipe, seed: int = 0) -> tuple[BaseModel, PromptMaker, AnchorSource]:
-    base = BaseModel(pico_pipeline(seed))
+def room(plan: Recipe, seed: int = 0) -> tuple[TeacherModel, PromptMaker, AnchorSource]:
+    base = TeacherModel(pico_pipeline(seed))
     maker = PromptMaker((plan.target, *plan.aliases), plan.kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
     return base, maker, AnchorSource(base, plan.anchoring, plan.target, maker)
 
@@ -124,7 +124,7 @@ def test_a_pipeline_is_asked_once_where_it_runs(monkeypatch: pytest.MonkeyPatch)
     asked = []
     where = type(pipe)._execution_device.fget
     monkeypatch.setattr(type(pipe), "_execution_device", property(lambda self: (asked.append(1), where(self))[1]))
-    base = BaseModel(pipe)
+    base = TeacherModel(pipe)
     known = len(asked)
     assert known
     base.encode(["a dog", "a cat"])
@@ -147,7 +147,7 @@ def test_trajectories_visit_many_timesteps_and_begin_in_noise() -> None:
 def test_student_x_t_is_sampled_by_the_student() -> None:
     plan = recipe(x_t={"source": "student", "steps": 6, "guidance": [3.0]}, anchoring={"per_target": 2})
     base, maker, anchors = room(plan)
-    injection = Injection(base.denoiser, 1, generator_for(0, 2, 0))
+    injection = TrainableLowRank(base.denoiser, 1, generator_for(0, 2, 0))
     source = StudentSource(base, plan, maker, anchors, injection)
     steps = [step for step in range(12) if int(source.batch(step).times[0]) < 800][:2]
     before = [source.batch(step) for step in steps]
@@ -172,7 +172,7 @@ def test_injection_changes_nothing_before_training_and_nothing_after_removal() -
     latents, states = torch.randn(2, 4, 8, 8), torch.randn(2, 12, 16)
     with torch.no_grad():
         plain = unet(latents, 500, states).sample
-        injection = Injection(unet, 1, torch.Generator().manual_seed(1))
+        injection = TrainableLowRank(unet, 1, torch.Generator().manual_seed(1))
         assert torch.equal(unet(latents, 500, states).sample, plain)
     injection.remove()
     after = unet.state_dict()

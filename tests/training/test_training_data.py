@@ -11,19 +11,22 @@ import torch
 from pico import pico_pipeline
 
 from spm_hub.training import Recipe
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.trajectories import StudentSource, generator_for
-from spm_hub.training.loop.prediction_run import Run
-from spm_hub.training.trainable.low_rank import Injection, Trainable
+from spm_hub.training.loop.prediction_run import PredictionRun
+from spm_hub.training.loop.run import Task
+from spm_hub.training.methods import METHODS
+from spm_hub.training.trainable.low_rank import TrainableLowRank
+from spm_hub.training.trainable.trainable import Trainable
 
 SMALL: dict[str, Any] = {"target": "snoopy", "steps": 4, "batch_size": 3, "x_t": {"source": "student", "steps": 3}}
 
 
-def drawn(count: int, **values: Any) -> tuple[BaseModel, torch.Tensor]:
+def drawn(count: int, **values: Any) -> tuple[TeacherModel, torch.Tensor]:
     plan = Recipe.make(**SMALL, **values)
-    base = BaseModel(pico_pipeline())
+    base = TeacherModel(pico_pipeline())
     maker = PromptMaker(("snoopy",), plan.kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
     source = AnchorSource(base, plan.anchoring, plan.target, maker, plan.surrogate)
     return base, source.draw(count, generator_for(0, 9, 0)).states
@@ -51,7 +54,7 @@ def test_gaussian_anchors_have_the_released_codes_lengths_and_no_favourite_direc
 
 def test_surrogate_anchors_are_the_concepts_sentences_without_the_concept() -> None:
     _, states = drawn(50, surrogate="dog", anchoring={"source": "surrogate"})
-    base = BaseModel(pico_pipeline())
+    base = TeacherModel(pico_pipeline())
     maker = PromptMaker(("snoopy",), "other", Words.load(), vocabulary_words(base.pipe.tokenizer))
     generator = generator_for(0, 9, 0)
     sentences = [maker.target(generator) for _ in range(50)]
@@ -65,10 +68,10 @@ def test_concept_ablations_prior_asks_each_picture_for_its_own_sentence() -> Non
         **{**SMALL, "x_t": {**SMALL["x_t"], "driver": "surrogate", "guidance": [3.0]}}, method="ca", surrogate="dog",
         anchoring={"per_target": 2},
     )  # fmt: skip
-    base = BaseModel(pico_pipeline())
+    base = TeacherModel(pico_pipeline())
     maker = PromptMaker(("snoopy",), plan.kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
     anchors = AnchorSource(base, plan.anchoring, plan.target, maker, plan.surrogate)
-    injection: Trainable = Injection(base.denoiser, 1, generator_for(0, 2, 0))
+    injection: Trainable = TrainableLowRank(base.denoiser, 1, generator_for(0, 2, 0))
     batch = StudentSource(base, plan, maker, anchors, injection).batch(0)
     injection.remove()
     own = base.encode([prompt.replace("snoopy", "dog") for prompt in batch.prompts for _ in range(2)]).states
@@ -98,36 +101,34 @@ def test_learning_rates_rise_and_fall_as_their_schedules_say(
 def test_the_first_step_moves_every_number_by_the_rate_of_its_layer(scaled: bool) -> None:
     """AdamW's first step is lr * g / (|g| + eps): the rate itself, wherever there is a gradient."""
     plan = Recipe.make(**SMALL, optimiser={"lr": 1e-3, "scale_lr": scaled, "warmup": 0}, objective={"eta": 1.0})
-    base = BaseModel(pico_pipeline())
+    base = TeacherModel(pico_pipeline())
     base.denoiser.requires_grad_(False)
-    maker = PromptMaker(("snoopy",), plan.kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
     modules = {path: m for path, m in base.denoiser.named_modules() if path.endswith(("to_q", "to_k", "ff.net.2"))}
-    run = Run(plan, base, modules, maker, None)
-    assert isinstance(run.injection, Injection)
+    run = PredictionRun(Task(plan, base, modules, METHODS[plan.method].objective(plan)))
+    assert isinstance(run.trainable, TrainableLowRank)
     before = {
-        path: (run.injection.downs[path].detach().clone(), run.injection.ups[path].detach().clone()) for path in modules
+        path: (run.trainable.downs[path].detach().clone(), run.trainable.ups[path].detach().clone()) for path in modules
     }
     run.differentiate(
-        torch.stack([p.sum() for p in (*run.injection.downs.values(), *run.injection.ups.values())]).sum()
+        torch.stack([p.sum() for p in (*run.trainable.downs.values(), *run.trainable.ups.values())]).sum()
     )
     run.update(0)
     for path, (down, up) in before.items():
         fan_in = down[0].numel()
         wanted = 1e-3 * (128 / fan_in if scaled else 1.0)
-        np.testing.assert_allclose((down - run.injection.downs[path].detach()).numpy(), wanted, rtol=1e-3)
-        np.testing.assert_allclose((up - run.injection.ups[path].detach()).numpy(), 1e-3, rtol=1e-3)
-    run.injection.remove()
+        np.testing.assert_allclose((down - run.trainable.downs[path].detach()).numpy(), wanted, rtol=1e-3)
+        np.testing.assert_allclose((up - run.trainable.ups[path].detach()).numpy(), 1e-3, rtol=1e-3)
+    run.trainable.remove()
 
 
 def test_sepme_minimises_its_loss_and_no_share_of_it() -> None:
     """At the paper's beta gradients lie below Adam's epsilon: a loss divided by anything would make other steps."""
     plan = Recipe.make(**{**SMALL, "x_t": {"source": "q_sample", "steps": 3, "trajectories": 2}}, method="sepme")
-    base = BaseModel(pico_pipeline())
+    base = TeacherModel(pico_pipeline())
     base.denoiser.requires_grad_(False)
-    maker = PromptMaker(("snoopy",), plan.kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
     modules = {path: m for path, m in base.denoiser.named_modules() if path.endswith(("attn2.to_k", "attn2.to_v"))}
-    run = Run(plan, base, modules, maker, None)
+    run = PredictionRun(Task(plan, base, modules, METHODS[plan.method].objective(plan)))
     losses = run.losses(0)
     assert float(run.total(0, losses).detach()) == pytest.approx(float(losses.erase.detach()), rel=1e-6)
     assert run.note(0, losses)["erase"] == pytest.approx(float((losses.erase / losses.distance).detach()), rel=1e-6)
-    run.injection.remove()
+    run.trainable.remove()

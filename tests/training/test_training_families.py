@@ -18,7 +18,7 @@ import spm_hub
 from spm_hub.errors import ModelError, RecipeError
 from spm_hub.models.architectures import denoiser_of, family_of, targets
 from spm_hub.training import Recipe, train
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.conditioning import Conditioning
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
@@ -67,7 +67,7 @@ def test_the_loss_falls_and_the_eraser_attaches_and_is_taken_away(pipe: Diffusio
 
 def test_a_trajectory_is_the_pipelines_own(pipe: Any) -> None:
     """Ours, from the first noise to the last step, against the pipeline's with the same noise and memoryless steps."""
-    base = BaseModel(pipe, resolution=16)
+    base = TeacherModel(pipe, resolution=16)
     steps = base.steps(3)
     scheduler = base.scheduler(steps)
     (told,) = base.encode(["snoopy"])[None]
@@ -89,7 +89,7 @@ def test_a_trajectory_is_the_pipelines_own(pipe: Any) -> None:
 
 
 def test_distilled_guidance_is_told_and_never_pushed_further() -> None:
-    base = BaseModel(family_pipeline("flux-dev"), resolution=16)
+    base = TeacherModel(family_pipeline("flux-dev"), resolution=16)
     assert base.steps(16) == 16
     empty, given = torch.zeros(4, 5, 3), torch.ones(4, 5, 3)
     scales = torch.tensor([0.0, 0.5, 3.5, 7.5])
@@ -105,10 +105,10 @@ def test_distilled_guidance_is_told_and_never_pushed_further() -> None:
 
 
 def test_the_losses_may_hear_another_guidance_than_leads_the_trajectories() -> None:
-    def run(**x_t: Any) -> tuple[BaseModel, Chunk]:
+    def run(**x_t: Any) -> tuple[TeacherModel, Chunk]:
         given = {"steps": 4, "trajectories": 2, "chunks": 1, "guidance": [3.5], **x_t}
         plan = recipe(x_t=given, anchoring={"per_target": 2}, erase_from="a dog")
-        base = BaseModel(family_pipeline("flux-dev"), resolution=16)
+        base = TeacherModel(family_pipeline("flux-dev"), resolution=16)
         maker = PromptMaker(("snoopy",), "other", Words.load(), vocabulary_words(base.pipe.tokenizer))
         return base, TrajectorySource(base, plan, maker, AnchorSource(base, plan.anchoring, "snoopy", maker)).chunk(0)
 
@@ -134,14 +134,14 @@ def test_a_guidance_that_nothing_would_hear_is_refused() -> None:
 
 
 def test_a_step_distilled_model_is_trained_where_it_draws() -> None:
-    base = BaseModel(family_pipeline("flux-schnell"), resolution=16)
+    base = TeacherModel(family_pipeline("flux-schnell"), resolution=16)
     assert [base.steps(wanted) for wanted in (1, 4, 16)] == [1, 4, 4]
     assert base.scheduler(4).timesteps.tolist() == [1000.0, 750.0, 500.0, 250.0]
     assert "guidance" not in base.encode(["a dog"]).others
 
 
 def test_no_prompt_is_zeros_where_the_pipeline_guides_with_zeros() -> None:
-    base = BaseModel(family_pipeline("sdxl"))
+    base = TeacherModel(family_pipeline("sdxl"))
     empty, dog = base.encode(["", "dog"])
     assert not empty.states.any()
     assert not empty.pooled.any()
@@ -189,12 +189,12 @@ def test_a_pipeline_whose_predictions_are_changed_on_the_way_is_refused() -> Non
     pipe = family_pipeline("sd1")
     pipe.__class__ = Brightened
     with pytest.raises(ModelError, match="what Brightened makes of its denoiser's predictions"):
-        BaseModel(pipe)
+        TeacherModel(pipe)
 
 
 def test_a_resolution_that_the_pipeline_refuses_is_a_plain_error() -> None:
     with pytest.raises(ModelError, match="divisible by 8"):
-        BaseModel(family_pipeline("sdxl"), resolution=20)
+        TeacherModel(family_pipeline("sdxl"), resolution=20)
 
 
 def test_rows_of_different_lengths_are_padded_and_masked() -> None:
@@ -205,4 +205,4 @@ def test_rows_of_different_lengths_are_padded_and_masked() -> None:
     assert joined.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
     assert joined.states[0].sum() == 6
     with pytest.raises(ModelError, match="different lengths"):
-        BaseModel(family_pipeline("flux-dev"), resolution=16).predict(torch.zeros(3, 16, 16), torch.ones(3), joined)
+        TeacherModel(family_pipeline("flux-dev"), resolution=16).predict(torch.zeros(3, 16, 16), torch.ones(3), joined)

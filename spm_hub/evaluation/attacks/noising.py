@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 
 _STEPS = 999  # with 1000 steps, a schedule with an offset would have a timestep outside its range
 
@@ -13,7 +13,7 @@ _STEPS = 999  # with 1000 steps, a schedule with an offset would have a timestep
 class Noising:
     """The noise schedule of a base model; create it while no erasers are attached."""
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: TeacherModel) -> None:
         self._device, self._scheduler = base.device, base.scheduler(base.steps(_STEPS))
 
     def times(self, count: int) -> list[Tensor]:

@@ -26,7 +26,7 @@ from spm_hub.errors import ModelError, UsageError
 from spm_hub.evaluation.attacks.noising import Noising
 from spm_hub.evaluation.attacks.outcome import Case
 from spm_hub.evaluation.step_callback import StepCallback
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.conditioning import Conditioning
 
 
@@ -85,7 +85,7 @@ class Victim:
             raise UsageError(
                 "the pipeline already has erasers attached", mend="erasers.detach(), then pass them to the attack"
             )
-        self.pipe, self.base = pipe, BaseModel(pipe)
+        self.pipe, self.base = pipe, TeacherModel(pipe)
         self.noising = Noising(self.base)
         self._like = self.base.encode([""])[0]
         self._erasers: Attachment | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spm_hub.errors import RecipeError
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.trajectories import generator_for
 from spm_hub.training.recipe.schema import Adversary
@@ -57,12 +57,12 @@ def check_goal(recipe: Adversary, predicts: str) -> None:
 class Attacker:
     """The adversary of a running training: harms its batches, whatever objective they go to."""
 
-    def __init__(self, recipe: Adversary, base: BaseModel, seed: int) -> None:
+    def __init__(self, recipe: Adversary, base: TeacherModel, seed: int) -> None:
         """Raises RecipeError where the model does not predict the noise that the adversary is to aim at."""
         check_goal(recipe, str(base.pipe.scheduler.config.get("prediction_type", "a flow")))
         self._recipe, self._base, self._seed = recipe, base, seed
 
-    def harmed(self, batch: Batch, step: int) -> Batch:
+    def attacked(self, batch: Batch, step: int) -> Batch:
         """The batch with e(c) + delta* in the place of e(c) in its target rows; the targets stay those of e(c).
 
         delta* = argmin over |delta|_inf <= epsilon of || n - eps(x_t, e(c) + delta, t) ||^2 at the one timestep of each

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.conditioning import Conditioning
 from spm_hub.training.data.prompts import PromptMaker
 from spm_hub.training.recipe.schema import Anchoring
@@ -32,7 +32,7 @@ class AnchorSource:
     """Draws what must stay: rows that the denoiser is told."""
 
     def __init__(
-        self, base: BaseModel, recipe: Anchoring, target: str, maker: PromptMaker, surrogate: str = ""
+        self, base: TeacherModel, recipe: Anchoring, target: str, maker: PromptMaker, surrogate: str = ""
     ) -> None:
         self._base, self._recipe, self._target, self._maker, self._surrogate = base, recipe, target, maker, surrogate
 

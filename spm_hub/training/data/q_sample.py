@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker
 from spm_hub.training.data.trajectories import (
-    denoised,
+    denoise,
     generator_for,
     initial_sigma,
     neutral_prompts,
-    scaled,
-    taught,
+    scale_model_input,
+    teacher_batch,
     trained_prompt,
 )
-from spm_hub.training.recipe.recipe import Recipe
-from spm_hub.training.trainable.low_rank import Trainable
+from spm_hub.training.recipe.fields import RecipeFields
+from spm_hub.training.trainable.trainable import Trainable
 
 _TIMES = 999
 """Steps of the schedule that t is drawn from: as fine as the thousand that models are trained on."""
@@ -35,9 +35,9 @@ class QSampleSource:
     """
 
     def __init__(
-        self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource, injection: Trainable
+        self, base: TeacherModel, recipe: RecipeFields, maker: PromptMaker, anchors: AnchorSource, trainable: Trainable
     ) -> None:
-        self._base, self._recipe, self._maker, self._anchors, self._injection = base, recipe, maker, anchors, injection
+        self._base, self._recipe, self._maker, self._anchors, self._trainable = base, recipe, maker, anchors, trainable
         self._scheduler = base.scheduler(base.steps(_TIMES))
         self._drawn: tuple[int, tuple[str, ...], Tensor] | None = None
 
@@ -57,8 +57,8 @@ class QSampleSource:
             empty = base.encode([""])[0].expand(count).under(guidance)
             scheduler = base.scheduler(base.steps(source.steps))
             latents = base.noise(count, generator) * initial_sigma(scheduler)
-            with self._injection.frozen():
-                latents = denoised(base, scheduler, len(scheduler.timesteps), latents, empty, given, guidance)
+            with self._trainable.frozen():
+                latents = denoise(base, scheduler, len(scheduler.timesteps), latents, empty, given, guidance)
             self._drawn = index, prompts, latents
         return self._drawn[1:]
 
@@ -74,17 +74,17 @@ class QSampleSource:
         rows = torch.randint(len(pictures), (size,), generator=generator)
         moments = torch.randint(len(self._scheduler.timesteps), (size,), generator=generator)
         noise = base.noise(size, generator)
-        latents, times = noised(self._scheduler, pictures[rows.to(pictures.device)], noise, moments)
+        latents, times = add_noise(self._scheduler, pictures[rows.to(pictures.device)], noise, moments)
         prompts = tuple(drawn_for[row] for row in rows.tolist())
         guidance = torch.full((size,), recipe.x_t.guidance[0], device=base.device)
         neutral_states = base.encode(neutral_prompts(recipe, self._maker, prompts)).under(guidance)
-        return taught(
-            base, recipe, self._anchors, self._injection, generator,
+        return teacher_batch(
+            base, recipe, self._anchors, self._trainable, generator,
             latents, times, noise, prompts, neutral_states, guidance,
         )  # fmt: skip
 
 
-def noised(scheduler: Any, pictures: Tensor, noise: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+def add_noise(scheduler: Any, pictures: Tensor, noise: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
     """q(x_t | x_0) as the denoiser takes it, and the times (n,); `moments` (n,) index the scheduler's timesteps.
 
     Diffusion: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise; a flow: (1 - sigma_t) x_0 + sigma_t noise.
@@ -94,4 +94,4 @@ def noised(scheduler: Any, pictures: Tensor, noise: Tensor, moments: Tensor) -> 
         sigma = scheduler.sigmas[moments].to(pictures).view(-1, *[1] * (pictures.dim() - 1))
         return (1 - sigma) * pictures + sigma * noise, times
     latents = scheduler.add_noise(pictures, noise, times)
-    return scaled(scheduler, latents, times), times
+    return scale_model_input(scheduler, latents, times), times

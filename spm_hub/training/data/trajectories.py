@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.conditioning import GUIDANCE, Conditioning
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker
-from spm_hub.training.recipe.recipe import Recipe
-from spm_hub.training.trainable.low_rank import Trainable
+from spm_hub.training.recipe.fields import RecipeFields
+from spm_hub.training.trainable.trainable import Trainable
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class TrajectorySource:
 
     def __init__(
         self,
-        base: BaseModel,
-        recipe: Recipe,
+        base: TeacherModel,
+        recipe: RecipeFields,
         maker: PromptMaker,
         anchors: AnchorSource,
-        injection: Trainable | None = None,
+        trainable: Trainable | None = None,
     ) -> None:
-        """injection: what the base carries in training, and does without here; None where it carries nothing."""
-        self._base, self._recipe, self._maker, self._anchors, self._injection = base, recipe, maker, anchors, injection
+        """trainable: what the base carries in training, and does without here; None where it carries nothing."""
+        self._base, self._recipe, self._maker, self._anchors, self._trainable = base, recipe, maker, anchors, trainable
         self._kept: dict[int, Chunk] = {}
 
     @torch.no_grad()
@@ -93,8 +93,8 @@ class TrajectorySource:
         by_anchor = (torch.arange(count) % 2 == 1) & held
         guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)
         # What a model that is told its guidance hears in the losses need not be what leads its trajectories.
-        told = guidance if source.told is None else torch.full_like(guidance, source.told)
-        apart = source.told is not None and GUIDANCE in empty.others
+        told = guidance if source.guidance_embedding is None else torch.full_like(guidance, source.guidance_embedding)
+        apart = source.guidance_embedding is not None and GUIDANCE in empty.others
         leader = torch.where(by_anchor, torch.arange(count) + count, torch.arange(count)).to(base.device)
         empty_states = empty.expand(count).under(told)
         driving = driving.under(told)
@@ -133,7 +133,7 @@ class TrajectorySource:
             target_states.append(asked)
             neutral_states.append(without)
             anchor_states += anchors
-            model_input = scaled(scheduler, latents, time)
+            model_input = scale_model_input(scheduler, latents, time)
             repeated = torch.cat([model_input] * (len(states) // count))
             parts = list(base.predict(repeated, time.expand(len(repeated)), states).split(count))
             concept, neutral = parts[0], parts[1]
@@ -165,7 +165,7 @@ class TrajectorySource:
         """The index-th group; the current and the previous one are kept."""
         if index not in self._kept:
             self._kept = {kept: chunk for kept, chunk in self._kept.items() if kept == index - 1}
-            with nullcontext() if self._injection is None else self._injection.frozen():
+            with nullcontext() if self._trainable is None else self._trainable.frozen():
                 self._kept[index] = self._run(index)
         return self._kept[index]
 
@@ -183,7 +183,7 @@ class TrajectorySource:
         return _assemble([(previous, size // 2), (current, size - size // 2)], recipe, generator)
 
 
-def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.Generator) -> Batch:
+def _assemble(shares: list[tuple[Chunk, int]], recipe: RecipeFields, generator: torch.Generator) -> Batch:
     targets: list[tuple[Tensor, ...]] = []
     anchors: list[tuple[Tensor, ...]] = []
     prompts: list[str] = []
@@ -219,7 +219,7 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: Recipe, generator: torch.
     )  # fmt: skip
 
 
-def trained_prompt(recipe: Recipe, maker: PromptMaker, generator: torch.Generator) -> str:
+def trained_prompt(recipe: RecipeFields, maker: PromptMaker, generator: torch.Generator) -> str:
     """What the student is told: a sentence of the concept, or its bare name, or the prompt it is erased from."""
     if recipe.erase_from is not None:
         return recipe.erase_from
@@ -228,7 +228,7 @@ def trained_prompt(recipe: Recipe, maker: PromptMaker, generator: torch.Generato
     return maker.target(generator) if recipe.templates else recipe.target
 
 
-def neutral_prompts(recipe: Recipe, maker: PromptMaker, prompts: Sequence[str]) -> list[str]:
+def neutral_prompts(recipe: RecipeFields, maker: PromptMaker, prompts: Sequence[str]) -> list[str]:
     """For each prompt that is trained on, the one whose prediction is without the concept."""
     return [
         maker.without(prompt, recipe.surrogate) if recipe.objective.paired else recipe.surrogate for prompt in prompts
@@ -249,7 +249,7 @@ def initial_sigma(scheduler: Any) -> float:
     return float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
-def scaled(scheduler: Any, latents: Tensor, time: Tensor) -> Tensor:
+def scale_model_input(scheduler: Any, latents: Tensor, time: Tensor) -> Tensor:
     """The latents as the denoiser takes them at `time`."""
     if not hasattr(scheduler, "scale_model_input"):
         return latents
@@ -265,9 +265,9 @@ class StudentSource:
     """
 
     def __init__(
-        self, base: BaseModel, recipe: Recipe, maker: PromptMaker, anchors: AnchorSource, injection: Trainable
+        self, base: TeacherModel, recipe: RecipeFields, maker: PromptMaker, anchors: AnchorSource, trainable: Trainable
     ) -> None:
-        self._base, self._recipe, self._maker, self._anchors, self._injection = base, recipe, maker, anchors, injection
+        self._base, self._recipe, self._maker, self._anchors, self._trainable = base, recipe, maker, anchors, trainable
 
     @torch.no_grad()
     def batch(self, step: int) -> Batch:
@@ -285,16 +285,16 @@ class StudentSource:
         noise = base.noise(size, generator)
         latents = noise * initial_sigma(scheduler)
         given = states if recipe.x_t.driver == "concept" else neutral_states
-        latents = denoised(base, scheduler, reached, latents, empty, given, guidance)
+        latents = denoise(base, scheduler, reached, latents, empty, given, guidance)
         time = scheduler.timesteps[reached]
-        return taught(
-            base, recipe, self._anchors, self._injection, generator,
-            scaled(scheduler, latents, time), time.expand(size), noise, prompts, neutral_states, guidance,
+        return teacher_batch(
+            base, recipe, self._anchors, self._trainable, generator,
+            scale_model_input(scheduler, latents, time), time.expand(size), noise, prompts, neutral_states, guidance,
         )  # fmt: skip
 
 
-def denoised(
-    base: BaseModel,
+def denoise(
+    base: TeacherModel,
     scheduler: Any,
     steps: int,
     latents: Tensor,
@@ -305,17 +305,17 @@ def denoised(
     """Latents (n, *latent_shape) after the first `steps` steps of the schedule, under guidance (n,)."""
     both = Conditioning.cat([empty, given])
     for time in scheduler.timesteps[:steps]:
-        model_input = torch.cat([scaled(scheduler, latents, time)] * 2)
+        model_input = torch.cat([scale_model_input(scheduler, latents, time)] * 2)
         without, told = base.predict(model_input, time.expand(len(model_input)), both).chunk(2)
         latents = scheduler.step(base.guide(without, told, guidance), time, latents).prev_sample
     return latents
 
 
-def taught(
-    base: BaseModel,
-    recipe: Recipe,
+def teacher_batch(
+    base: TeacherModel,
+    recipe: RecipeFields,
     anchors: AnchorSource,
-    injection: Trainable,
+    trainable: Trainable,
     generator: torch.Generator,
     latents: Tensor,
     times: Tensor,
@@ -327,8 +327,8 @@ def taught(
     """A batch at these latents (n, *latent_shape) and times (n,): freshly drawn anchors, the base asked for all."""
     size, per = len(latents), recipe.anchoring.per_target if recipe.anchoring.weight > 0 else 0
     led = (guidance > 0) & (recipe.x_t.driver == "concept")
-    if recipe.x_t.told is not None:
-        guidance = torch.full_like(guidance, recipe.x_t.told)
+    if recipe.x_t.guidance_embedding is not None:
+        guidance = torch.full_like(guidance, recipe.x_t.guidance_embedding)
     neutral_states = neutral_states.under(guidance)
     states = base.encode(prompts).under(guidance)
     if recipe.anchoring.source == "surrogate" and per:
@@ -343,7 +343,7 @@ def taught(
         teacher.append(base.encode([recipe.target])[0].expand(size).under(guidance))
     every = Conditioning.cat([*teacher, anchor_states])
     inputs = torch.cat([*[latents] * len(teacher), anchor_latents])
-    with injection.frozen():
+    with trainable.frozen():
         concept, neutral, *rest, kept = base.predict(
             inputs, torch.cat([*[times] * len(teacher), anchor_times]), every
         ).split([*[size] * len(teacher), size * per])

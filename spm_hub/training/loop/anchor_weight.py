@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spm_hub.training.objective import Objective
-from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.recipe.fields import RecipeFields
 
 _MEMORY = 0.9  # of the running means, per step
 _PACE = 8.0  # the most that lambda can grow over a training, as a power of e, for each unit of relative error
@@ -21,10 +21,10 @@ _RANGE = 8.0  # times the recipe's lambda, up and down
 _BEGINS = 0.25  # of the steps: before, nothing is erased yet, which says nothing of lambda
 
 
-class Steering:
+class AnchorWeight:
     """Lambda of a running training."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: RecipeFields) -> None:
         self._recipe = recipe
         self.weight = recipe.anchoring.weight
         self._erase = self._whole = 0.0

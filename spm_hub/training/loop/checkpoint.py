@@ -1,4 +1,4 @@
-"""The state of a training run on disk, and what tells one base model from another."""
+"""Saves the state of a training run, and computes the stamp that identifies its base model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from spm_hub.errors import RecipeError, RegistryError, SpmHubError
 from spm_hub.io.atomic import write_atomic
 from spm_hub.models.architectures import denoiser_of
-from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.recipe.fields import RecipeFields
+from spm_hub.training.trainable.trainable import Trainable
 
 _CHECKPOINT = "training.safetensors"
 
@@ -28,9 +29,9 @@ _SAMPLED = 16  # numbers of a parameter, or a few more
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run stands on disk. Its random state is its step: every draw is seeded by (seed, step).
+    """The state of a run on disk. No random state is saved: every draw is seeded by (seed, step).
 
-    base: what `base_stamp` says of the model that it trains on.
+    base: the `base_stamp` of the model that the run trains on.
     """
 
     folder: Path
@@ -40,13 +41,13 @@ class Checkpoint:
     def path(self) -> Path:
         return self.folder / _CHECKPOINT
 
-    def write(self, recipe: Recipe, step: int, tensors: dict[str, Tensor]) -> None:
+    def write(self, recipe: RecipeFields, step: int, tensors: dict[str, Tensor]) -> None:
         metadata = {"recipe": recipe.model_dump_json(), "step": str(step), **self.base}
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         write_atomic(self.path, save(contiguous, metadata))
 
     def check_room(self) -> None:
-        """Asked before a training and not after it. Raises RegistryError where the folder cannot be written."""
+        """Raise RegistryError if the folder cannot be written. Called before a training, not after it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -57,8 +58,8 @@ class Checkpoint:
                 mend="name another folder with --checkpoint-dir DIR, in Python checkpoint_dir=DIR",
             ) from error
 
-    def read(self, recipe: Recipe) -> tuple[int, dict[str, Tensor]]:
-        """The step reached and the tensors. Raises RecipeError when it belongs to another recipe or another base."""
+    def read(self, recipe: RecipeFields) -> tuple[int, dict[str, Tensor]]:
+        """Return the steps taken and the tensors. Raises RecipeError if recipe or base differ."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -67,7 +68,7 @@ class Checkpoint:
             raise SpmHubError(
                 f"the checkpoint {self.path} cannot be read: {error}", mend="train again without --resume"
             ) from None
-        if json.loads(metadata.get("recipe", "{}")) != recipe.model_dump(mode="json"):
+        if not _is_same(metadata.get("recipe", "{}"), recipe):
             raise RecipeError(
                 f"the checkpoint {self.path} belongs to another recipe",
                 mend="resume with the recipe it was started with, or train again without --resume",
@@ -85,8 +86,19 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
+def _is_same(dumped: str, recipe: RecipeFields) -> bool:
+    """Return whether `dumped`, JSON that an earlier version may have written, is this recipe."""
+    try:
+        return type(recipe).model_validate(json.loads(dumped)) == recipe
+    except ValueError:
+        return False
+
+
 def base_stamp(pipe: DiffusionPipeline) -> dict[str, str]:
-    """What tells a base from another one of its name: its precision, and a hash of some numbers of every parameter."""
+    """Return a base's precision, and a hash of some numbers of every parameter.
+
+    It differs between two bases of the same name.
+    """
     whole = hashlib.sha256()
     for part, module in sorted(pipe.components.items()):
         for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
@@ -98,3 +110,29 @@ def base_stamp(pipe: DiffusionPipeline) -> dict[str, str]:
                 whole.update(some.view(torch.uint8).numpy().tobytes())
     precision = str(next(denoiser_of(pipe).parameters()).dtype).removeprefix("torch.")
     return {"base-dtype": precision, "base-weights": whole.hexdigest()[:16]}
+
+
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+def tensors_of(trainable: Trainable, optimiser: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Return the parameters and AdamW's state by name.
+
+    Call it after the first step; parameters without a gradient have no state.
+    """
+    tensors: dict[str, Tensor] = {}
+    for key, parameter in trainable.state().items():
+        tensors[f"increment.{key}"] = parameter
+        if known := optimiser.state.get(parameter):
+            tensors |= {f"optimiser.{name}.{key}": known[name] for name in _ADAM}
+    return tensors
+
+
+def restore(trainable: Trainable, optimiser: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
+    """Restore the state that `tensors_of` returned."""
+    parameters = trainable.state()
+    trainable.load_state({key: tensors[f"increment.{key}"] for key in parameters})
+    for key, parameter in parameters.items():
+        for name in _ADAM if f"optimiser.step.{key}" in tensors else ():
+            value = tensors[f"optimiser.{name}.{key}"]
+            optimiser.state[parameter][name] = value if name == "step" else value.to(parameter.device)

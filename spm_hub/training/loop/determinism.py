@@ -14,8 +14,8 @@ _FILLING: Any = torch.utils.deterministic
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
-    """Inside, an operation on a GPU either gives the same bits every time or raises, see `without_repeatable_kernel`.
+def deterministic() -> Iterator[None]:
+    """Inside, an operation on a GPU either gives the same bits every time or raises, see `lacks_deterministic_kernel`.
 
     Nothing changes for who computes on a CPU, where they are the same in any case.
     """
@@ -42,6 +42,6 @@ def repeatable() -> Iterator[None]:
             os.environ.pop(_CUBLAS, None)
 
 
-def without_repeatable_kernel(error: RuntimeError) -> bool:
+def lacks_deterministic_kernel(error: RuntimeError) -> bool:
     """Whether this is what torch raises where an operation of the model has no kernel that repeats itself."""
     return "deterministic" in str(error)

@@ -8,7 +8,7 @@ from torch import Tensor
 from spm_hub.training.recipe.schema import EarlyStop
 
 
-class Stopping:
+class EarlyStopping:
     """L_mom <- memory L_mom + (1 - memory) L, beginning with the first L.
 
     Eq. 37 of SepME's authors' later text (SRS-ME).

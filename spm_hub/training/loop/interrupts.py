@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def delay_interrupts() -> Iterator[None]:
     """Ctrl-C inside is raised at the end, so that a checkpoint never holds half of a step.
 
     Only the main thread hears of signals, and only it may choose who does; elsewhere this does nothing.

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from spm_hub.training.loop.interrupts import uninterrupted
-from spm_hub.training.methods.sepme import balance
+from spm_hub.training.loop.interrupts import delay_interrupts
+from spm_hub.training.loop.prediction_run import PredictionRun
+from spm_hub.training.loop.run import Run
 from spm_hub.training.objective import Losses
-from spm_hub.training.trainable.null_space import NullSpaceInjection
-
-if TYPE_CHECKING:
-    from spm_hub.training.loop.prediction_run import Run
 
 _MOST = 10.0
 """Above this eta is cut: beside a loss that crosses zero it has no bound, and one such step would fill Adam's second
 moment, which then holds the concept still for hundreds of steps."""
 
 
-class Together:
+class JointRun(Run):
     """Minimises sum_i eta_i L_cor(c_i), each eraser's increment alone in effect on its own concept.
 
     The sum of all increments, in the paper's place, is the same on the concepts themselves, as each sends the others'
@@ -28,10 +25,13 @@ class Together:
     A concept whose early stop is due rests while the others go on.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        """runs: with their injections taken out of the denoiser, which holds one of them at a time."""
+    def __init__(self, runs: Sequence[PredictionRun]) -> None:
+        """runs: with their trainables removed from the denoiser, which carries one of them at a time.
+
+        The first run's recipe and trainable are those of the whole.
+        """
         self._runs = tuple(runs)
-        self.taken = 0
+        self.recipe, self.trainable = runs[0].recipe, runs[0].trainable
 
     @property
     def finished(self) -> bool:
@@ -46,7 +46,7 @@ class Together:
         for run, loss, weight in zip(going, losses, weights, strict=True):
             run.differentiate(run.total(step, loss, weight))
         seen = []
-        with uninterrupted():
+        with delay_interrupts():
             for run, loss in zip(going, losses, strict=True):
                 run.update(step)
                 seen.append(run.note(step, loss))
@@ -54,13 +54,12 @@ class Together:
         return {key: sum(each[key] for each in seen) / len(seen) for key in seen[0]}
 
     @staticmethod
-    def _losses(run: Run, step: int) -> Losses:
-        assert isinstance(run.injection, NullSpaceInjection)
-        run.injection.install()
+    def _losses(run: PredictionRun, step: int) -> Losses:
+        run.trainable.install()
         try:
             return run.losses(step)
         finally:
-            run.injection.remove()
+            run.trainable.remove()
 
     def tensors(self) -> dict[str, Tensor]:
         """All runs' tensors, for checkpoints."""
@@ -71,3 +70,12 @@ class Together:
         for at, run in enumerate(self._runs):
             prefix = f"{at}/"
             run.load({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+
+
+def balance(losses: Sequence[Tensor]) -> Tensor:
+    """Return eta_i = max_k |L_cor(c_k)| / |L_cor(c_i)| of several concepts, (concepts,), without gradient.
+
+    SRS-ME, Eq. 35.
+    """
+    sizes = torch.stack([loss.detach().abs() for loss in losses])
+    return sizes.max() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)

@@ -1,4 +1,7 @@
-"""The loop of Minimalist erasure: pictures are drawn under sampled masks, and their errors go all the way back."""
+"""The loop that trains masks: draws pictures under sampled masks, and back-propagates their final errors.
+
+Zhang et al., Minimalist Concept Erasure in Generative Models, ICML 2025, arXiv 2507.13386.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from spm_hub.training.base_model import BaseModel
 from spm_hub.training.conditioning import Conditioning
-from spm_hub.training.data.prompts import PromptMaker
-from spm_hub.training.data.trajectories import generator_for, initial_sigma, scaled
-from spm_hub.training.loop.backprop_through_sampling import Step, back_propagate, sampled
-from spm_hub.training.loop.interrupts import uninterrupted
-from spm_hub.training.loop.optimiser_state import restore, tensors_of
+from spm_hub.training.data.trajectories import generator_for, initial_sigma, scale_model_input
+from spm_hub.training.loop.backprop_through_sampling import Step, back_propagate, sample_latents
+from spm_hub.training.loop.checkpoint import restore, tensors_of
+from spm_hub.training.loop.interrupts import delay_interrupts
 from spm_hub.training.loop.prediction_run import nothing_to_erase
-from spm_hub.training.methods.minimalist import final_latent_losses
-from spm_hub.training.recipe.recipe import Recipe
-from spm_hub.training.trainable.mask import MaskInjection
+from spm_hub.training.loop.run import Run, Task
+from spm_hub.training.trainable.mask import TrainableMask
 
 _DRAWN_AT_ONCE = 8  # pictures, while goals are drawn
 _SET, _ORDER, _MASKS = 3, 4, 5  # streams of `generator_for`
@@ -39,19 +39,19 @@ class PictureSet:
     distance: float
 
 
-class MinimalistRun:
+class MaskRun(Run):
     """The state that training changes: the masks' logits and the optimiser."""
 
-    space = None  # masks leave no prompt alone
-    finished = False  # before the last step
-
-    def __init__(self, recipe: Recipe, base: BaseModel, injection: MaskInjection, maker: PromptMaker) -> None:
-        self.recipe, self._base, self.injection, self._maker = recipe, base, injection, maker
+    def __init__(self, task: Task) -> None:
+        """Mask the groups of the recipe's `masks`. Raises RecipeError for a group that the denoiser does not have."""
+        self.recipe = recipe = task.recipe
+        self._base = base = task.base
+        self._maker = task.prompts
+        self.masks = self.trainable = TrainableMask(base.denoiser, recipe.masks)
         self._scheduler = base.scheduler(recipe.x_t.steps)
-        self.taken = 0
         lr = recipe.optimiser.lr
         self._optimiser = torch.optim.AdamW(
-            injection.groups(lr, recipe.optimiser.scale_lr), lr=lr, weight_decay=recipe.optimiser.weight_decay
+            self.masks.parameters(lr, recipe.optimiser.scale_lr), lr=lr, weight_decay=recipe.optimiser.weight_decay
         )
 
     @cached_property
@@ -76,11 +76,11 @@ class MinimalistRun:
     def _drawn(self, prompts: list[str], noise: Tensor) -> Tensor:
         """What the base draws."""
         parts = []
-        with self.injection.frozen():
+        with self.masks.frozen():
             for start in range(0, len(prompts), _DRAWN_AT_ONCE):
                 rows = slice(start, start + _DRAWN_AT_ONCE)
                 self._base.forget()
-                parts.append(sampled(self.denoising(prompts[rows]), noise[rows], self.recipe.x_t.steps)[-1])
+                parts.append(sample_latents(self.denoising(prompts[rows]), noise[rows], self.recipe.x_t.steps)[-1])
         return torch.cat(parts)
 
     def denoising(self, prompts: list[str], masks: int | None = None) -> Step:
@@ -94,11 +94,11 @@ class MinimalistRun:
 
         def step(index: int, latents: Tensor) -> Tensor:
             if masks is not None:
-                self.injection.draw(generator_for(self.recipe.seed, _MASKS, masks + index))
+                self.masks.draw(generator_for(self.recipe.seed, _MASKS, masks + index))
             if hasattr(scheduler, "_step_index"):
                 scheduler._step_index = index  # it counts its calls, which come backwards too
             time = scheduler.timesteps[index]
-            model_input = scaled(scheduler, latents, time)
+            model_input = scale_model_input(scheduler, latents, time)
             prediction = base.predict(torch.cat([model_input] * (len(both) // count)), time.expand(len(both)), both)
             if not alone:
                 prediction = base.guide(prediction[:count], prediction[count:], guidance)
@@ -109,7 +109,7 @@ class MinimalistRun:
 
     def step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns the losses as shares of the distance the erasure has to go."""
-        recipe, injection = self.recipe, self.injection
+        recipe = self.recipe
         passes, size, steps = recipe.masks.accumulate, recipe.batch_size, recipe.x_t.steps
         pictures = self.pictures
         for group in self._optimiser.param_groups:
@@ -120,19 +120,19 @@ class MinimalistRun:
             rows = self._rows(number * size, size)
             self._base.forget()
             step_of = self.denoising([pictures.prompts[row] for row in rows], masks=number * steps)
-            latents = sampled(step_of, pictures.noise[rows], steps)
+            latents = sample_latents(step_of, pictures.noise[rows], steps)
             drawn = latents[-1].clone().requires_grad_()
             to_erase, to_keep = final_latent_losses(drawn, pictures.goals[rows], pictures.concept[rows])
             loss = (to_erase + recipe.masks.beta * to_keep) / (size * passes * pictures.distance)
             (gradient,) = torch.autograd.grad(loss, drawn)
             back_propagate(step_of, latents, gradient)
             erase, keep = erase + float(to_erase.detach()), keep + float(to_keep.detach())
-        (recipe.masks.l0 * injection.on()).backward()
-        with uninterrupted():
+        (recipe.masks.l0 * self.masks.on()).backward()
+        with delay_interrupts():
             self._optimiser.step()
             self.taken = step + 1
         share = 2 / (size * passes * pictures.distance)
-        return {"erase": erase * share, "keep": keep * share, "on": injection.kept()}
+        return {"erase": erase * share, "keep": keep * share, "on": self.masks.kept()}
 
     def _rows(self, start: int, count: int) -> list[int]:
         """Rows `start` to `start + count` of the set gone through again and again, each time in another order.
@@ -148,7 +148,19 @@ class MinimalistRun:
         return rows
 
     def tensors(self) -> dict[str, Tensor]:
-        return tensors_of(self.injection, self._optimiser)
+        return tensors_of(self.masks, self._optimiser)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        restore(self.injection, self._optimiser, tensors)
+        restore(self.masks, self._optimiser, tensors)
+
+
+def final_latent_losses(drawn: Tensor, goals: Tensor, concept: Tensor) -> tuple[Tensor, Tensor]:
+    """What there is to erase and what there is to keep, each summed over its rows; the loss is erase + beta * keep.
+
+    drawn z_0, goals: (n, *latent_shape).  concept: (n,) bool, which rows are prompts of the concept.
+
+    erase: MSE(z_0(c), goal), the goal being what the base draws of the same noise without the concept.  keep:
+    MSE(z_0(n), z_0*(n)) of the other prompts, z_0* being what the base draws itself.
+    """
+    each = (drawn - goals).pow(2).flatten(1).mean(1)
+    return each[concept].sum(), each[~concept].sum()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class MovingAverage:
+class EMA:
     """a <- decay a + (1 - decay) w after each step, over the named parameters of an increment.
 
     Of a dense increment it is that of the weights themselves, W + delta; of a low-rank one, that of its factors.

@@ -1,30 +1,53 @@
-"""Objectives: one file per paper, one line of registration here."""
+"""All methods: one file for each paper, and one line here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
-from spm_hub.training.methods.ca import ConceptAblation
-from spm_hub.training.methods.esd import ESD
-from spm_hub.training.methods.fmn import ForgetMeNot
-from spm_hub.training.methods.sdd import SDD
-from spm_hub.training.methods.sepme import SepME
-from spm_hub.training.methods.spm import SPM
-from spm_hub.training.objective import Objective
-from spm_hub.training.recipe.presets import plugged
-from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.plugins import plugins
+from spm_hub.training.methods import ca, esd, fmn, minimalist, race, sdd, sepme, spm, uce
+from spm_hub.training.methods.method import Method
 
-OWN: dict[str, Callable[[Recipe], Objective]] = {
-    "spm": lambda recipe: SPM(recipe.objective.eta),
-    "esd": lambda recipe: ESD(recipe.objective.eta, recipe.objective.convention),
-    "sepme": lambda recipe: SepME(),
-    "ca": lambda recipe: ConceptAblation(recipe.objective.teacher),
-    "sdd": lambda recipe: SDD(recipe.objective.teacher),
-    "fmn": lambda recipe: ForgetMeNot((recipe.target, *recipe.aliases), recipe.objective.tokens),
+__all__ = ["METHODS", "Method", "all_methods", "find_method"]
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        spm.METHOD,
+        *race.METHODS,
+        *esd.METHODS,
+        minimalist.METHOD,
+        sepme.METHOD,
+        ca.METHOD,
+        sdd.METHOD,
+        fmn.METHOD,
+        uce.METHOD,
+    )
 }
+"""The methods that come with spm-hub, by name."""
 
 
-def objective(recipe: Recipe) -> Objective:
-    """The objective of a recipe: one of our own or a plug-in's."""
-    plugin = plugged(recipe.objective.name)
-    return OWN[recipe.objective.name](recipe) if plugin is None else plugin.objective(recipe.objective)
+def find_method(name: str) -> Method | None:
+    """Return the method of that name, of spm-hub or of a plug-in, or None."""
+    if name in METHODS:
+        return METHODS[name]
+    found = plugins("objectives", Method).get(name)
+    return None if found is None else _plugin_method(name, found)
+
+
+def all_methods() -> dict[str, Method]:
+    """Return all methods by name, those of plug-ins last."""
+    found = {name: _plugin_method(name, one) for name, one in plugins("objectives", Method).items()}
+    return METHODS | {name: method for name, method in found.items() if name not in METHODS}
+
+
+def _plugin_method(name: str, found: Method) -> Method:
+    """Return a plug-in's method, whose objective always has the method's own name.
+
+    A `Method` without a name is of the older form: an objective of the recipe's `objective` part, and a preset.
+    """
+    preset = {**found.preset, "objective": {**found.preset.get("objective", {}), "name": name}}
+    make = found.objective
+    if found.name or make is None:
+        return replace(found, name=name, preset=preset)
+    return replace(found, name=name, title=name, preset=preset, objective=lambda recipe: make(recipe.objective))

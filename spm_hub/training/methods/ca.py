@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from spm_hub.training.methods.method import PREDICTION_KEYS, Method
 from spm_hub.training.objective import SelfDistillation
+from spm_hub.training.recipe.fields import RecipeFields
+from spm_hub.training.recipe.validation import check_prediction
 
 
 @dataclass(frozen=True)
@@ -23,3 +26,35 @@ class ConceptAblation(SelfDistillation):
     """
 
     teacher: Literal["base", "student"] = "student"
+
+
+def check(recipe: RecipeFields) -> None:
+    """Refuse a recipe without an anchor concept."""
+    check_prediction(recipe)
+    if not recipe.surrogate:
+        raise ValueError(
+            "method 'ca' makes the concept into an anchor concept, which surrogate has to name: "
+            "surrogate: dog for snoopy, surrogate: painting for a style; method 'sdd' needs none"
+        )
+
+
+# The surrogate is the anchor concept, and the prior loss is the anchoring on its sentences.
+METHOD = Method(
+    name="ca",
+    title="Concept Ablation",
+    paper="Kumari et al., ICCV 2023, arXiv 2303.13516",
+    summary="Turns the concept into a given anchor concept: for a concept with a natural substitute.",
+    cost="One short training; a file of the size of the keys and values of cross-attention.",
+    harm="Close relatives of the concept move towards the anchor concept too.",
+    preset={
+        "objective": {"name": "ca", "teacher": "student", "paired": True},
+        "increment": {"kind": "dense", "modules": "esd-x-strict"},
+        "x_t": {"guidance": (3.0,)},
+        "anchoring": {"source": "surrogate", "weight": 1.0, "reach": None, "per_target": 1},
+        "optimiser": {"lr": 1e-3},
+    },
+    objective=lambda recipe: ConceptAblation(recipe.objective.teacher),
+    uses=PREDICTION_KEYS | {"objective.teacher", "objective.paired"},
+    instead={"objective.eta": "the surrogate's prediction is its target; methods 'spm' and 'esd-x' go beyond it"},
+    check=check,
+)

@@ -6,11 +6,13 @@ Gandikota et al., Erasing Concepts from Diffusion Models, ICCV 2023, arXiv 2303.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from spm_hub.training.methods.method import TARGET_KEYS, Method
 from spm_hub.training.objective import Objective
+from spm_hub.training.recipe.fields import RecipeFields
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,42 @@ class ESD(Objective):
         """What the loss pulls to, in either convention."""
         start = neutral if self.convention == "paper" else concept
         return start - self.eta * (concept - neutral)
+
+
+def make_objective(recipe: RecipeFields) -> ESD:
+    """Return the objective of a recipe."""
+    return ESD(recipe.objective.eta, recipe.objective.convention)
+
+
+KEYS = TARGET_KEYS | {"objective.convention"}
+# For the sketchbook, in SPM's time; the paper's own settings are in manifests/recipes. Its text encoder is small:
+# a training on the bare name alone leaves the concept in sentences.
+PRESET: dict[str, Any] = {
+    "objective": {"name": "esd", "eta": 2.0, "convention": "rewrite"},
+    "x_t": {"guidance": (3.0,)},
+    "anchoring": {"weight": 0.0, "reach": None, "per_target": 0},
+    "optimiser": {"lr": 1e-3},
+}
+_MODULES = {
+    "esd-x": "cross-attention: for styles, artists and concepts that a prompt names",
+    "esd-x-strict": "keys and values of cross-attention: the least that can erase a named concept",
+    "esd-x-strict-text": "keys and values of attention, on FLUX and SD3 also those of the text",
+    "esd-u": "everything but cross-attention: for nudity and objects that no prompt names",
+    "esd-all": "all of the denoiser: the strongest, where damage does not matter",
+    "esd-selfattn": "self-attention: for a comparison with the other choices of modules",
+}
+
+METHODS = tuple(
+    Method(
+        name=name,
+        title=f"ESD on {name.removeprefix('esd-')}",
+        paper="Gandikota et al., ICCV 2023, arXiv 2303.07345",
+        summary=f"Trains whole weights of {modules}.",
+        cost="One short training; a file of the size of the trained modules, up to the denoiser's own.",
+        harm="Nothing is anchored: related concepts change with the erased one.",
+        preset={**PRESET, "increment": {"kind": "dense", "modules": name}},
+        objective=make_objective,
+        uses=KEYS,
+    )
+    for name, modules in _MODULES.items()
+)

@@ -8,18 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from spm_hub.errors import RecipeError
+from spm_hub.training.base_model import TeacherModel
+from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.token_positions import concept_positions
+from spm_hub.training.loop.prediction_run import check_prediction_model
+from spm_hub.training.methods.method import PREDICTION_KEYS, Method
 from spm_hub.training.objective import Losses, Objective
-
-if TYPE_CHECKING:
-    from spm_hub.training.base_model import BaseModel
-    from spm_hub.training.data.batch import Batch
+from spm_hub.training.protection import changes_text_states
+from spm_hub.training.recipe.fields import RecipeFields
+from spm_hub.training.recipe.validation import check_prediction
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class ForgetMeNot(Objective):
         """Of the prediction there is none: what is lost is lost in attention."""
         return neutral
 
-    def losses(self, base: BaseModel, batch: Batch) -> Losses:
+    def losses(self, base: TeacherModel, batch: Batch) -> Losses:
         """Raises RecipeError for a denoiser without cross-attention, one whose prompts are masked, or too long ones."""
         if batch.states.mask is not None:
             raise masked()
@@ -55,14 +58,14 @@ class ForgetMeNot(Objective):
                 f"the window of {type(base.pipe.tokenizer).__name__} ends before the concept in {batch.prompts[0]!r}",
                 mend="--set templates=false, which trains on the concept's name alone",
             )
-        with watched(base.denoiser) as seen:
+        with record_attention(base.denoiser) as seen:
             _, anchors = self.predicted(base, batch)
-        erase = attended(seen, chosen)
+        erase = attention_norm(seen, chosen)
         kept = self.anchor(anchors, batch.anchor_predictions) if len(anchors) else anchors.new_zeros(())
         return Losses(erase, kept, erase.detach())
 
 
-def attended(probabilities: Sequence[Tensor], chosen: Tensor) -> Tensor:
+def attention_norm(probabilities: Sequence[Tensor], chosen: Tensor) -> Tensor:
     """The norm of the probabilities at the chosen tokens, of all layers.
 
     probabilities: each (n, heads, pixels, tokens); chosen: (rows, tokens), bool, of the first `rows` of n.
@@ -95,7 +98,7 @@ def masked() -> RecipeError:
 
 
 @contextmanager
-def watched(denoiser: nn.Module) -> Iterator[list[Tensor]]:
+def record_attention(denoiser: nn.Module) -> Iterator[list[Tensor]]:
     """Fills a list with all cross-attention probabilities, (n, heads, pixels, tokens) float32, as the denoiser runs.
 
     Raises RecipeError where there is no cross-attention.
@@ -118,3 +121,51 @@ def watched(denoiser: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def check(recipe: RecipeFields) -> None:
+    """Refuse steering by a prediction that the method does not have, and a surrogate that it does not read."""
+    check_prediction(recipe)
+    anchoring = recipe.anchoring
+    if anchoring.weight and anchoring.reach is not None:
+        raise ValueError("method 'fmn' has no prediction to steer by: anchoring.reach has to be null with it")
+    if recipe.surrogate and "surrogate" not in (anchoring.source, recipe.x_t.driver):
+        raise ValueError(
+            f"method 'fmn' turns attention away from the concept, to nothing else, and does not read surrogate "
+            f"{recipe.surrogate!r}: leave it out, or take method 'ca' or 'esd-x'"
+        )
+
+
+def check_model(recipe: RecipeFields, denoiser: nn.Module) -> None:
+    """Raise RecipeError for a denoiser without cross-attention, or whose prompts are masked."""
+    check_prediction_model(recipe, denoiser)
+    cross_attentions(denoiser)
+    if changes_text_states(denoiser):  # a mask then says which of the states count
+        raise masked()
+
+
+METHOD = Method(
+    name="fmn",
+    title="Forget-Me-Not",
+    paper="Zhang et al., 2023, arXiv 2303.17591",
+    summary="Turns cross-attention away from the concept's words: the shortest training, on SD 1, SD 2 and SDXL.",
+    cost="A few dozen steps; a file of the size of cross-attention.",
+    harm="Prompts that share words with the concept's name lose those words too.",
+    preset={
+        "objective": {"name": "fmn", "tokens": "onwards"},
+        "increment": {"kind": "dense", "modules": "esd-x"},
+        "anchoring": {"weight": 0.0, "reach": None, "per_target": 0},
+        "optimiser": {"lr": 1e-3, "schedule": "constant", "warmup": 0},
+        "x_t": {"guidance": (3.0,), "chunks": 1},
+        "steps": 35,
+    },
+    objective=lambda recipe: ForgetMeNot((recipe.target, *recipe.aliases), recipe.objective.tokens),
+    uses=PREDICTION_KEYS - {"erase_from"} | {"objective.tokens"},
+    instead={
+        "objective.eta": "it turns attention away, without a target; methods 'spm' and 'esd-x' have one",
+        "objective.paired": "it asks for no surrogate's prediction",
+        "erase_from": "it turns attention away from the concept's own words",
+    },
+    check=check,
+    check_model=check_model,
+)

@@ -1,20 +1,68 @@
-"""Minimalist concept erasure: nothing counts but what is drawn in the end.
+"""Minimalist concept erasure: masks neurons so that the pictures drawn in the end lack the concept.
 
-Zhang et al., Minimalist Concept Erasure in Generative Models, ICML 2025, arXiv 2507.13386.
+Zhang et al., Minimalist Concept Erasure in Generative Models, ICML 2025, arXiv 2507.13386. Its loop and its loss are in
+`loop.mask_run`.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import nn
+
+from spm_hub.training.loop.mask_run import MaskRun
+from spm_hub.training.methods.method import Method
+from spm_hub.training.recipe.fields import RecipeFields
+from spm_hub.training.trainable.mask import neurons
 
 
-def final_latent_losses(drawn: Tensor, goals: Tensor, concept: Tensor) -> tuple[Tensor, Tensor]:
-    """What there is to erase and what there is to keep, each summed over its rows; the loss is erase + beta * keep.
+def check(recipe: RecipeFields) -> None:
+    """Refuse more than one guidance scale, and batches that do not balance the concept with everything else."""
+    if len(recipe.x_t.guidance) != 1 or recipe.x_t.guidance[0] < 1:
+        raise ValueError(
+            f"method {recipe.method!r} draws under one guidance of 1 or more, for instance x_t.guidance=[3.0] "
+            f"(got {list(recipe.x_t.guidance)})"
+        )
+    if recipe.batch_size * recipe.masks.accumulate % 2:
+        raise ValueError(
+            f"method {recipe.method!r} trains on the concept and on anything else by turns: batch_size "
+            f"{recipe.batch_size} times masks.accumulate {recipe.masks.accumulate} has to be even"
+        )
 
-    drawn z_0, goals: (n, *latent_shape).  concept: (n,) bool, which rows are prompts of the concept.
 
-    erase: MSE(z_0(c), goal), the goal being what the base draws of the same noise without the concept.  keep:
-    MSE(z_0(n), z_0*(n)) of the other prompts, z_0* being what the base draws itself.
-    """
-    each = (drawn - goals).pow(2).flatten(1).mean(1)
-    return each[concept].sum(), each[~concept].sum()
+def check_model(recipe: RecipeFields, denoiser: nn.Module) -> None:
+    """Raise RecipeError for a denoiser without neurons of one of the groups."""
+    neurons(denoiser, recipe.masks.groups)
+
+
+METHOD = Method(
+    name="minimalist",
+    title="Minimalist concept erasure",
+    paper="Zhang et al., ICML 2025, arXiv 2507.13386",
+    summary="Switches neurons off by the final picture alone: for FLUX and few-step models, and for tiny files.",
+    cost="Back-propagation through whole samplings, in the memory of one step: slow for each step.",
+    harm="A mask acts on every prompt for which the eraser is on, so that quality may fall with many neurons off.",
+    preset={
+        "objective": {"name": "minimalist"},
+        "increment": {"kind": "mask"},
+        "x_t": {"steps": 5, "guidance": (5.0,)},
+        "masks": {"groups": ("linear",), "beta": 0.05},
+        "optimiser": {"lr": 0.5, "schedule": "constant", "warmup": 10, "scale_lr": False},
+        "steps": 50,
+    },
+    trains=MaskRun,
+    uses=frozenset({
+        "masks", "x_t.steps", "x_t.guidance", "optimiser.lr", "optimiser.schedule", "optimiser.warmup",
+        "optimiser.cycles", "optimiser.weight_decay", "steps", "batch_size", "templates",
+    }),
+    instead={
+        "increment": "it switches neurons off; methods 'spm' and 'esd-x' train other increments",
+        "anchoring": "masks.beta sets how hard everything else is held",
+        "x_t": "it draws whole pictures: of x_t it reads steps and guidance",
+        "objective.eta": "it goes to a drawn goal and not beyond",
+        "objective.paired": "it draws the same sentence with and without the concept in any case",
+        "optimiser.scale_lr": "it has one lr for all neurons",
+        "optimiser.ema": "it keeps no moving average",
+    },
+    together=lambda recipe: False,
+    check=check,
+    check_model=check_model,
+)  # fmt: skip

@@ -7,18 +7,15 @@ Separable, Recoverable, and Sustainable Multi-Concept Erasure from Diffusion Mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from spm_hub.training.base_model import TeacherModel
+from spm_hub.training.data.batch import Batch
+from spm_hub.training.methods.method import PREDICTION_KEYS, Method
 from spm_hub.training.objective import Losses, Objective
-
-if TYPE_CHECKING:
-    from spm_hub.training.base_model import BaseModel
-    from spm_hub.training.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class SepME(Objective):
         """eps*(x_t, c0), the nearest prediction at which nothing of r_c is left."""
         return neutral
 
-    def losses(self, base: BaseModel, batch: Batch) -> Losses:
+    def losses(self, base: TeacherModel, batch: Batch) -> Losses:
         prediction, anchors = self.predicted(base, batch)
         without = base.predict(batch.latents, batch.times, batch.neutral_states)
         before = batch.concept - batch.neutral
@@ -64,7 +61,26 @@ def correlation(now: Tensor, before: Tensor) -> Tensor:
     return (now * before).mean()
 
 
-def balance(losses: Sequence[Tensor]) -> Tensor:
-    """Eq. 35: eta_i = max_k |L_cor(c_k)| / |L_cor(c_i)| of several concepts, (concepts,), without gradient."""
-    sizes = torch.stack([loss.detach().abs() for loss in losses])
-    return sizes.max() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
+METHOD = Method(
+    name="sepme",
+    title="SepME, separable multi-concept erasure",
+    paper="Zhao et al., arXiv 2402.05947",
+    summary="Trains erasers that leave each other's concepts and given prompts alone, exactly: for several concepts.",
+    cost="One training of all concepts together; needs a U-Net (SD 1, SD 2, SDXL).",
+    harm="None on the protected prompts to the letter; paraphrases of these may still change.",
+    preset={
+        "objective": {"name": "sepme"},
+        "increment": {"kind": "null_space", "modules": "esd-x-strict", "beta": 1e-2},
+        "x_t": {"source": "q_sample", "guidance": (3.0, 7.5)},
+        "anchoring": {"weight": 0.0, "reach": None, "per_target": 0},
+        "regulariser": {"l1": 1e-6},
+        "stop": {"below": 0.0},
+        "optimiser": {"lr": 0.1, "schedule": "constant", "warmup": 0, "scale_lr": False},
+    },
+    objective=lambda recipe: SepME(),
+    uses=PREDICTION_KEYS - {"erase_from"} | {"objective.paired"},
+    instead={
+        "objective.eta": "stop.below sets how far it goes",
+        "erase_from": "its loss has no target prediction; method 'esd-x' has one",
+    },
+)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from spm_hub.training.methods.method import Method
 from spm_hub.training.objective import Objective
+from spm_hub.training.recipe.fields import RecipeFields
 
 
 @dataclass(frozen=True)
@@ -25,3 +27,20 @@ class SPM(Objective):
     def target(self, concept: Tensor, neutral: Tensor) -> Tensor:
         """eps*(x_t, c0) - eta (eps*(x_t, c_tar) - eps*(x_t, c0)): what Eq. 4 pulls to."""
         return neutral - self.eta * (concept - neutral)
+
+
+def make_objective(recipe: RecipeFields) -> SPM:
+    """Return the objective of a recipe."""
+    return SPM(recipe.objective.eta)
+
+
+METHOD = Method(
+    name="spm",
+    title="SPM, one-dimensional adapters",
+    paper="Lyu et al., CVPR 2024, arXiv 2312.16145",
+    summary="Trains a rank-1 adapter and anchors everything else: the default, for one concept with little damage.",
+    cost="One short training; the smallest file.",
+    harm="Little beyond near neighbours of the concept; strong attacks bring the concept back.",
+    preset={},
+    objective=make_objective,
+)

@@ -1,10 +1,13 @@
-"""The keys of a training recipe, and what follows from them alone; checks and presets are in `recipe`."""
+"""The keys of a training recipe, and values that follow from them alone.
+
+Presets are in `methods`, checks in `validation` and `recipe`.
+"""
 
 from __future__ import annotations
 
 import math
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 
 from spm_hub.adapters.manifest import slug
 from spm_hub.training.recipe.schema import (
@@ -19,15 +22,15 @@ from spm_hub.training.recipe.schema import (
     NonBlank,
     Objective,
     Optimiser,
-    Part,
     Protection,
+    RecipePart,
     Regulariser,
     XtSource,
 )
 
 
-class RecipeFields(Part):
-    """All keys of a recipe; `Recipe` adds how they are checked, read and written."""
+class RecipeFields(RecipePart):
+    """All keys of a recipe; `Recipe` adds presets, checks, reading and writing."""
 
     target: NonBlank
     aliases: tuple[NonBlank, ...] = ()
@@ -59,6 +62,9 @@ class RecipeFields(Part):
     stop: EarlyStop = EarlyStop()
     closed_form: ClosedForm = ClosedForm()
     masks: Masks = Masks()
+    options: SerializeAsAny[RecipePart] | None = Field(
+        default=None, validate_default=True, description="the keys of the method's own, if it has any"
+    )
     steps: int = Field(default=300, ge=1)
     batch_size: int = Field(default=8, ge=1)
     templates: bool = Field(
@@ -79,7 +85,7 @@ class RecipeFields(Part):
 
     @property
     def adversary_from(self) -> int:
-        """The first step that is attacked; `steps` where there is no adversary."""
+        """The first step that is attacked; `steps` if there is no adversary."""
         if self.adversary.steps == 0:
             return self.steps
         begins = self.adversary.begins
@@ -88,7 +94,7 @@ class RecipeFields(Part):
         return int(begins * self.steps)
 
     def learning_rate(self, step: int) -> float:
-        """Factor of the learning rate at `step` (from 0)."""
+        """Return the factor of the learning rate at `step` (from 0)."""
         warmup = min(self.optimiser.warmup, self.steps - 1)
         if step < warmup:
             return (step + 1) / (warmup + 1)

@@ -1,7 +1,7 @@
 """A training recipe: objective x increment x source of x_t x anchoring x optimiser, as ten lines of YAML.
 
-Everything that decides the trained weights stands here, so that the manifest, which embeds the recipe whole, is enough
-to train the same eraser again. Defaults are scaled by the trainer to the base model at hand, never tuned to one.
+It holds everything that decides the trained weights, so that the manifest, which embeds the whole recipe, is enough to
+train the same eraser again. The trainer scales defaults to the base model; they are never tuned to one.
 """
 
 from __future__ import annotations
@@ -12,29 +12,26 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 
 from spm_hub.adapters.manifest import NAME, slug
 from spm_hub.errors import RecipeError, UsageError
+from spm_hub.training.methods import METHODS, Method, all_methods, find_method
 from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.recipe.known_concepts import anchor_concept, known
-from spm_hub.training.recipe.presets import known_methods, merged, objective_of, preset_of
-from spm_hub.training.recipe.protected_prompts import folded
-from spm_hub.training.recipe.schema import (
-    PEFT_KINDS,
-    Masks,
-    XtSource,
-    hint,
-)
+from spm_hub.training.recipe.presets import deep_merge, with_preset
+from spm_hub.training.recipe.protected_prompts import normalise_prompt
+from spm_hub.training.recipe.schema import RecipePart, hint
 from spm_hub.training.recipe.validation import (
-    check_closed,
-    check_masks,
-    check_separable,
+    check_combinations,
+    check_idle_keys,
+    check_protection,
     check_surrogate,
-    check_trained,
+    check_unused_keys,
 )
 
 _OF_TARGET = ("target", "aliases", "kind", "surrogate", "name")
+_RENAMED = (("x_t", "told", "guidance_embedding"),)  # (part, the key's old name, its name of today)
 
 
 class Recipe(RecipeFields):
@@ -42,20 +39,21 @@ class Recipe(RecipeFields):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_method(cls, values: Any) -> Any:
-        """What the method presets, under what is given; and the anchor concept, where the method needs one."""
-        preset = preset_of(str(values.get("method", "spm"))) if isinstance(values, dict) else None
-        if preset is None:
+    def _over_preset(cls, values: Any) -> Any:
+        """Lay `values` over what the method presets; add the anchor concept if the method needs one."""
+        method = find_method(str(values.get("method", "spm"))) if isinstance(values, dict) else None
+        if method is None:
             return values
-        if preset.get("objective", {}).get("paired") and "surrogate" not in values:
+        values = _renamed(values)
+        if method.preset.get("objective", {}).get("paired") and "surrogate" not in values:
             values = {**values, "surrogate": anchor_concept(str(values.get("target")), values.get("kind"))}
-        return merged(merged(preset, _implied(preset, values)), values)
+        return with_preset(method.preset, values)
 
     @field_validator("method")
     @classmethod
     def _known(cls, method: str) -> str:
-        if preset_of(method) is None:
-            raise ValueError(f"unknown method{hint(method, known_methods())}")
+        if find_method(method) is None:
+            raise ValueError(f"unknown method{hint(method, all_methods())}")
         return method
 
     @field_validator("name")
@@ -66,36 +64,55 @@ class Recipe(RecipeFields):
             raise ValueError(f"an eraser's name is of small letters, digits and hyphens, dots, underscores{instead}")
         return name
 
+    @field_validator("options", mode="plain")
+    @classmethod
+    def _of_the_method(cls, given: Any, info: ValidationInfo) -> RecipePart | None:
+        """Read the method's own keys; unknown ones are refused with the nearest name."""
+        name = info.data.get("method", "")
+        kind = None if (method := find_method(name)) is None else method.options
+        if kind is None:
+            if given:
+                raise ValueError(f"method {name!r} has no options of its own: leave them out")
+            return None
+        try:
+            return kind.model_validate({} if given is None else given)
+        except ValidationError as error:
+            raise ValueError("\n".join(_explain(kind, dict(one), "options") for one in error.errors())) from None
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        wanted = objective_of(self.method)
-        if self.objective.name != wanted:
-            raise ValueError(f"method {self.method!r} has the objective {wanted!r}, not {self.objective.name!r}")
-        if self.erase_from is not None and self.templates:
-            raise ValueError("erase_from is one whole prompt: templates has to be false with it")
-        if self.adversary.keywords and (self.templates or not self.aliases or self.erase_from is not None):
+        method = self._method
+        if self.objective.name != method.objective_name:
+            known = {one.objective_name for one in METHODS.values()} | {method.objective_name}
             raise ValueError(
-                "adversary.keywords trains on the bare target and its aliases in turn: it needs aliases, and goes with "
-                "neither templates nor erase_from"
+                f"method {self.method!r} has the objective {method.objective_name!r}, not {self.objective.name!r}"
+                + ("" if self.objective.name in known else hint(self.objective.name, sorted(known)))
             )
-        if self.start_sha256 is not None and self.start_from is None:
-            raise ValueError("start_sha256 is given, but no start_from")
-        if self.objective.name == "uce":
-            check_closed(self)
-        else:
-            check_trained(self)
-        if self.objective.name == "minimalist":
-            check_masks(self)
-        elif self.increment.kind == "mask" or self.masks != Masks():
-            what = "increment.kind 'mask'" if self.increment.kind == "mask" else "masks"
-            raise ValueError(f"{what} belongs to method 'minimalist', not to {self.method!r}")
-        check_separable(self)
+        check_unused_keys(
+            self, method.preset, method.reads, method.reason,
+            lambda key: [name for name, one in METHODS.items() if one.reads(key)],
+        )  # fmt: skip
+        method.check(self)
+        check_combinations(self)
+        check_idle_keys(self, method.preset)
+        check_protection(self, self.trains_jointly)
         check_surrogate(self)
         return self
 
+    @property
+    def _method(self) -> Method:
+        method = find_method(self.method)
+        assert method is not None, "checked by _known"
+        return method
+
+    @property
+    def trains_jointly(self) -> bool:
+        """Whether several concepts of this recipe become erasers in one run, each without effect on the others."""
+        return self._method.together(self)
+
     @classmethod
     def make(cls, **values: Any) -> Recipe:
-        """Checks `values`; RecipeError names the offending key and the nearest known one."""
+        """Return the checked recipe; RecipeError names the offending key and the nearest known one."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -107,23 +124,25 @@ class Recipe(RecipeFields):
 
     @classmethod
     def plan(cls, path: Path | None = None, sets: Sequence[str] = (), **given: Any) -> Recipe:
-        """What a user asks for: a file, then options over it, then `--set`.
+        """Return the recipe that a user asks for: a file, options over it, and `--set` over both.
 
         Well-known concepts bring their kind and aliases along, unless the file or the options say otherwise. A file's
-        own aliases, kind, surrogate and name are its target's: of another target nothing is taken from them.
+        own aliases, kind, surrogate and name belong to its target: they are dropped for another target.
         Raises RecipeError for what the recipe cannot hold, UsageError for an empty concept.
         """
         values = _read(path) if path is not None else {}
-        over = merged(given, _assigned(sets))
-        if {"target"} <= values.keys() & over.keys() and folded(str(values["target"])) != folded(str(over["target"])):
+        over = deep_merge(_renamed(given), _assigned(sets))
+        if {"target"} <= values.keys() & over.keys() and normalise_prompt(str(values["target"])) != normalise_prompt(
+            str(over["target"])
+        ):
             values = {key: value for key, value in values.items() if key not in _OF_TARGET}
-        values = merged(values, over)
+        values = deep_merge(values, over)
         if not str(values.get("target") or "").strip():
             raise UsageError("the concept is empty: there is nothing to erase", mend='spmhub train "van gogh"')
         return cls.make(**{**known(str(values["target"])), **values})
 
     def to_yaml(self) -> str:
-        """The concept, and whatever else differs from what the method presets."""
+        """Return YAML of the concept, and of everything that differs from the method's preset."""
         preset = self.make(target=self.target, method=self.method, surrogate=self.surrogate).model_dump(mode="json")
         concept = self.model_dump(mode="json", include={"target", "aliases", "kind"})
         concept |= {"surrogate": self.surrogate} if self.surrogate else {}
@@ -132,26 +151,12 @@ class Recipe(RecipeFields):
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def with_set(self, *assignments: str) -> Recipe:
-        """`objective.eta=2`, `anchoring.prompts=[a dog, a cat]`: values are YAML. Raises RecipeError."""
-        return self.make(**merged(self.model_dump(mode="json"), _assigned(assignments)))
-
-
-def _implied(preset: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """What the given parts make of a preset that was made for others."""
-    implied: dict[str, Any] = {}
-    increment, x_t = (part if isinstance(part := values.get(name), dict) else {} for name in ("increment", "x_t"))
-    if increment.get("kind") == "null_space" and preset.get("increment", {}).get("kind") != "null_space":
-        # SepME's small beta belongs to its great learning rate.
-        implied["increment"] = {"beta": 1.0}
-    if increment.get("kind") in PEFT_KINDS and preset.get("regulariser"):
-        implied["regulariser"] = {"l1": 0.0}
-    if x_t.get("source") == "student" and len(preset.get("x_t", {}).get("guidance", XtSource().guidance)) > 1:
-        implied["x_t"] = {"guidance": (3.0,)}
-    return implied
+        """Return the recipe with changes such as `objective.eta=2`; values are YAML. Raises RecipeError."""
+        return self.make(**deep_merge(self.model_dump(mode="json"), _assigned(assignments)))
 
 
 def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE, with dots down into the parts, as nested dictionaries."""
+    """Return assignments KEY=VALUE, with dots down into the parts, as nested dictionaries."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
@@ -163,7 +168,21 @@ def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
             raise RecipeError(f"--set {key}: {text!r} is not YAML: {error}") from None
         for step in reversed(key.strip().split(".")):
             value = {step: value}
-        values = merged(values, value)
+        values = deep_merge(values, value)
+    return _renamed(values)
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` with keys of earlier versions under their names of today; RecipeError if both are given."""
+    for part, old, new in _RENAMED:
+        keys = values.get(part)
+        if isinstance(keys, dict) and old in keys:
+            if new in keys:
+                raise RecipeError(
+                    f"recipe key {part}.{old} is the old name of {part}.{new}: both are given",
+                    mend=f"--set {part}.{new}=...",
+                )
+            values = {**values, part: {new if key == old else key: value for key, value in keys.items()}}
     return values
 
 
@@ -191,17 +210,23 @@ def _read(path: Path) -> dict[str, Any]:
             f"the recipe {path} has the key {odd!r}, which YAML reads as {type(odd).__name__}, not as a name",
             mend="see the recipe in `spmhub show NAME`",
         )
-    return values
+    return _renamed(values)
 
 
-def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
-    where = ".".join(str(step) for step in problem["loc"]) or "recipe"
+def _explain(model: type[BaseModel], problem: dict[str, Any], part: str = "") -> str:
+    """Return one line for a problem of pydantic's; `part` is the recipe key that holds `model`, if it is not whole."""
+    where = ".".join(str(step) for step in ((part,) if part else ()) + problem["loc"]) or "recipe"
     if problem["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         given = str(problem["input"])
         return f"recipe key {where}: unknown {where.split('.')[-1]} {given!r}{hint(given, choices)}"
-    if problem["type"] == "value_error" and not problem["loc"]:
-        return f"recipe: {problem['ctx']['error']}"
+    if problem["type"] == "value_error" and problem["loc"] in ((), ("options",)):
+        said = str(problem["ctx"]["error"])
+        return (
+            said
+            if said.startswith("recipe key")
+            else f"{'recipe' if where == 'recipe' else f'recipe key {where}'}: {said}"
+        )
     if problem["type"] != "extra_forbidden":
         said = problem["msg"].removeprefix("Value error, ")
         return f"recipe key {where}: {said} (got {str(problem['input'])[:80]!r})"

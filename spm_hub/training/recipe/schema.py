@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from spm_hub.errors import UsageError, nearest
-from spm_hub.plugins import plugins
-from spm_hub.training.recipe.presets import Method, plugged
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S", strip_whitespace=True)]
 ConceptKind = Literal["object", "character", "person", "style", "nsfw", "other"]
@@ -23,33 +21,16 @@ def hint(key: str, known: Any) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(known)}"
 
 
-class Part(BaseModel):
+class RecipePart(BaseModel):
     """What all parts are: frozen, finite, and strict about their keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-OWN_OBJECTIVES = ("spm", "esd", "uce", "minimalist", "sepme", "ca", "sdd", "fmn")
 PEFT_KINDS = ("loha", "lokr", "vera", "dora")
-# Of the objectives without an eta: why there is none, or what stands in its place.
-_WITHOUT_ETA = {
-    "uce": ": it is a closed form with closed_form.ridge",
-    "minimalist": ": it goes to a drawn goal and not beyond",
-    "sepme": "; how far it goes is told by stop.below",
-    "ca": ": the surrogate's prediction is the target; objectives 'spm' and 'esd' go beyond it",
-    "sdd": ": the unconditional prediction is the target; objectives 'spm' and 'esd' go beyond it",
-    "fmn": ": it turns attention away, without a target; objectives 'spm' and 'esd' have one",
-}
-
-# Of those to which `paired` means nothing: why.
-_UNPAIRED = {
-    "uce": "always edits the concept's states into those of the same sentence with the surrogate in it",
-    "minimalist": "draws the same sentence with and without the concept in any case",
-    "fmn": "asks for no surrogate's prediction",
-}
 
 
-class Objective(Part):
+class Objective(RecipePart):
     """What the erased prediction is pulled to: a file in `objectives/`."""
 
     name: str = Field(default="spm", description="spm, esd, ca, sdd, fmn, uce, minimalist, sepme, or a plug-in's")
@@ -69,31 +50,14 @@ class Objective(Part):
         default="concept", description="of fmn: which tokens attention is to leave, the concept's or all from it on"
     )
 
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in OWN_OBJECTIVES and plugged(name) is None:
-            raise ValueError(f"unknown name{hint(name, [*OWN_OBJECTIVES, *plugins('objectives', Method)])}")
-        return name
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.convention == "rewrite" and self.name != "esd":
-            raise ValueError(f"convention 'rewrite' belongs to objective 'esd', not {self.name!r}")
         if self.convention == "rewrite" and self.eta == 0:
             raise ValueError("convention 'rewrite' with eta 0 asks for the base's own prediction: nothing is erased")
-        if self.name in _WITHOUT_ETA and self.eta != 1.0:
-            raise ValueError(f"{self.name!r} has no eta (got {self.eta}){_WITHOUT_ETA[self.name]}")
-        if self.teacher == "student" and self.name not in ("ca", "sdd"):
-            raise ValueError(f"teacher 'student' belongs to objectives 'ca' and 'sdd', not {self.name!r}")
-        if self.paired and self.name in _UNPAIRED:
-            raise ValueError(f"paired is true, but {self.name!r} {_UNPAIRED[self.name]}: leave it out")
-        if self.tokens != "concept" and self.name != "fmn":
-            raise ValueError(f"tokens {self.tokens!r} belongs to objective 'fmn', not {self.name!r}")
         return self
 
 
-class ClosedForm(Part):
+class ClosedForm(RecipePart):
     """What a closed form (UCE) is told in place of a training."""
 
     ridge: float = Field(default=0.5, gt=0, description="lambda: how hard everything else is held")
@@ -112,7 +76,7 @@ class ClosedForm(Part):
 MaskGroup = Literal["ff", "norm", "attn", "linear"]
 
 
-class Masks(Part):
+class Masks(RecipePart):
     """Minimalist: which neurons are masked, the pictures they are trained on, and what each of its terms weighs."""
 
     groups: tuple[MaskGroup, ...] = Field(
@@ -145,7 +109,7 @@ class Masks(Part):
         return self
 
 
-class IncrementRecipe(Part):
+class IncrementRecipe(RecipePart):
     """What is trained: low-rank of `rank` 1 is SPM's one-dimensional adapter; dense, full weights and biases.
 
     mask: neurons switched off, which `masks` says more of. loha, lokr, vera, dora: PEFT's, of `rank`, saved as low-rank
@@ -189,7 +153,7 @@ class IncrementRecipe(Part):
         raise UsageError(f"unknown increment {text!r}{hint(kind, known)}", mend="--increment lora:4")
 
 
-class XtSource(Part):
+class XtSource(RecipePart):
     """Where the noisy latents x_t come from.
 
     trajectory: trajectories of the frozen base, whose predictions are the free targets.
@@ -204,11 +168,11 @@ class XtSource(Part):
         min_length=1,
         description="guidance scales a trajectory is driven with, one drawn for each; the student uses the first",
     )
-    told: float | None = Field(
+    guidance_embedding: float | None = Field(
         default=None,
         ge=1,
-        description="guidance that a model which is told its own (FLUX.1 dev) hears in the losses; unless given, the "
-        "one that x_t is drawn under",
+        description="guidance scale that a guidance-distilled model (FLUX.1 dev) receives in the losses; unless given, "
+        "the one that x_t is drawn under",
     )
     driver: Literal["concept", "surrogate"] = Field(
         default="concept",
@@ -223,7 +187,7 @@ class XtSource(Part):
 _STEEPEST = 100.0  # powers beyond it leave float64
 
 
-class Anchoring(Part):
+class Anchoring(RecipePart):
     """Latent anchoring (Eq. 7): what must stay, and how hard it is held."""
 
     weight: float = Field(default=40.0, ge=0, description="lambda; where it begins when there is a `reach`; 0: none")
@@ -260,7 +224,7 @@ class Anchoring(Part):
         return self
 
 
-class Adversary(Part):
+class Adversary(RecipePart):
     """R.A.C.E.'s inner loop (arXiv 2405.16341), beside any objective: the student is asked not the prompt's own text
     states but those within reach of them that bring the concept back best.
     """
@@ -299,7 +263,7 @@ class Adversary(Part):
         return self
 
 
-class Optimiser(Part):
+class Optimiser(RecipePart):
     """AdamW over the increments."""
 
     lr: float = Field(default=3e-3, gt=0)
@@ -315,13 +279,13 @@ class Optimiser(Part):
     )
 
 
-class Regulariser(Part):
+class Regulariser(RecipePart):
     """What any objective may add to its loss."""
 
     l1: float = Field(default=0.0, ge=0, description="lambda of lambda * sum|dW| / (number of changed tensors) (SepME)")
 
 
-class EarlyStop(Part):
+class EarlyStop(RecipePart):
     """When a training ends before its last step: SepME's momentum statistic of the erase loss."""
 
     below: float | None = Field(
@@ -340,7 +304,7 @@ class EarlyStop(Part):
         return self
 
 
-class Companion(Part):
+class Companion(RecipePart):
     """Another concept that is erased in the same run, into an eraser of its own."""
 
     target: NonBlank
@@ -348,7 +312,7 @@ class Companion(Part):
     kind: ConceptKind = "other"
 
 
-class Protection(Part):
+class Protection(RecipePart):
     """Prompts on which the increment has no effect: keys and values send their text states to zero (SepME).
 
     The empty prompt and the surrogate are among them whenever anything is. A guarantee holds for these prompts to the

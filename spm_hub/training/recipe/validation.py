@@ -1,25 +1,83 @@
-"""Refuses impossible recipes and keys that nothing would read, before any model is loaded.
+"""Refuses impossible recipes and keys that a method does not read, before any model is loaded.
 
 Each check raises ValueError with the key, both values and the nearest valid choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from spm_hub.training.recipe.fields import RecipeFields
-from spm_hub.training.recipe.presets import preset_of
-from spm_hub.training.recipe.protected_prompts import TEXT_MODULES, folded, held_exactly, jointly, members, protects
+from spm_hub.training.recipe.protected_prompts import (
+    TEXT_MODULES,
+    exactly_protected,
+    members,
+    normalise_prompt,
+    protects,
+)
 from spm_hub.training.recipe.schema import (
     PEFT_KINDS,
     Anchoring,
-    ClosedForm,
     IncrementRecipe,
     Optimiser,
     Protection,
-    XtSource,
+    RecipePart,
 )
+
+_ALWAYS_READ = frozenset({
+    "target", "aliases", "kind", "surrogate", "name", "model", "method", "objective.name", "options", "resolution",
+    "seed", "strength",
+})  # fmt: skip
+_MOST_NAMES = 4  # of methods, in a message
+
+
+def check_unused_keys(
+    recipe: RecipeFields,
+    preset: Mapping[str, Any],
+    reads: Callable[[str], bool],
+    reason: Callable[[str], str | None],
+    readers: Callable[[str], Sequence[str]],
+) -> None:
+    """Refuse a key that is set and that the recipe's method does not read.
+
+    preset: what the method presets.  reads, reason: of a key, whether the method reads it, and why not.  readers: of a
+    key, the names of the methods that read it.
+    """
+    for key, value, usual in _leaves(recipe, preset):
+        if value == usual or key in _ALWAYS_READ or reads(key):
+            continue
+        names = readers(key)
+        others = ", ".join(map(repr, names[:_MOST_NAMES])) + (
+            f" and {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else ""
+        )
+        why = reason(key)
+        raise ValueError(
+            f"{key} {value!r} would change nothing: method {recipe.method!r} does not read it"
+            + (f"; {why}" if why else "")
+            + f". Leave it out{f', or take a method that reads it: {others}' if others else ''}"
+        )
+
+
+def _leaves(recipe: RecipeFields, preset: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, value, value without any choice of the user) of every key, as "part.key" in parts."""
+    for name, field in RecipeFields.model_fields.items():
+        value = getattr(recipe, name)
+        if name == "options" or not isinstance(value, RecipePart):
+            yield name, value, preset.get(name, field.default)
+            continue
+        usual = type(value).model_validate(preset.get(name, {}))
+        for key in type(value).model_fields:
+            yield f"{name}.{key}", getattr(value, key), getattr(usual, key)
+
+
+def refuse_erased(recipe: RecipeFields, key: str, prompts: Sequence[str]) -> None:
+    """Refuse `prompts`, the value of `key`, that keep a concept of the run."""
+    names = [recipe.target, *recipe.aliases]
+    for companion in recipe.together:
+        names += [companion.target, *companion.aliases]
+    if clash := set(map(normalise_prompt, names)).intersection(map(normalise_prompt, prompts)):
+        raise ValueError(f"{key}: {sorted(clash)[0]!r} is both to be erased and to be held")
 
 
 def check_surrogate(recipe: RecipeFields) -> None:
@@ -27,19 +85,26 @@ def check_surrogate(recipe: RecipeFields) -> None:
     names = [recipe.target, *recipe.aliases]
     for companion in recipe.together:
         names += [companion.target, *companion.aliases]
-    if (put := folded(recipe.surrogate)) in map(folded, names):
+    if (put := normalise_prompt(recipe.surrogate)) in map(normalise_prompt, names):
         raise ValueError(
             f"surrogate {put!r} is itself to be erased, so that nothing would change: surrogate is what is drawn "
             "in the concept's place; leave it out for nothing at all"
         )
 
 
-def check_trained(recipe: RecipeFields) -> None:
-    """Refuse what a trained method cannot do."""
-    if recipe.closed_form != ClosedForm():
-        raise ValueError(f"closed_form belongs to method 'uce', not to {recipe.method!r}")
-    held = set(map(folded, recipe.anchoring.prompts))
-    if clash := held.intersection(map(folded, (recipe.target, *recipe.aliases))):
+def check_combinations(recipe: RecipeFields) -> None:
+    """Refuse keys that contradict each other whatever the method."""
+    if recipe.erase_from is not None and recipe.templates:
+        raise ValueError("erase_from is one whole prompt: templates has to be false with it")
+    if recipe.adversary.keywords and (recipe.templates or not recipe.aliases or recipe.erase_from is not None):
+        raise ValueError(
+            "adversary.keywords trains on the bare target and its aliases in turn: it needs aliases, and goes with "
+            "neither templates nor erase_from"
+        )
+    if recipe.start_sha256 is not None and recipe.start_from is None:
+        raise ValueError("start_sha256 is given, but no start_from")
+    held = set(map(normalise_prompt, recipe.anchoring.prompts))
+    if clash := held.intersection(map(normalise_prompt, (recipe.target, *recipe.aliases))):
         raise ValueError(f"anchoring.prompts: {sorted(clash)[0]!r} is both to be erased and to be held")
     if recipe.increment.kind in PEFT_KINDS:
         for what, given in (
@@ -58,92 +123,31 @@ def check_trained(recipe: RecipeFields) -> None:
         )
     if recipe.erase_from is not None and recipe.objective.paired:
         raise ValueError(
-            f"erase_from {recipe.erase_from!r} has the empty prompt beside it, and objective.paired another "
+            f"erase_from {recipe.erase_from!r} compares with the empty prompt, and objective.paired with another "
             "sentence: choose one of them"
-        )
-    if recipe.objective.name == "ca" and not recipe.surrogate:
-        raise ValueError(
-            "method 'ca' makes the concept into an anchor concept, which surrogate has to name: "
-            "surrogate: dog for snoopy, surrogate: painting for a style; method 'sdd' needs none"
         )
     if (recipe.objective.paired or recipe.anchoring.source == "surrogate") and not recipe.surrogate:
         raise ValueError("objective.paired and anchoring.source 'surrogate' need a surrogate, and it is empty")
-    if recipe.objective.name == "fmn":
-        if recipe.erase_from is not None:
-            raise ValueError("method 'fmn' looks away from the concept's own words and has no erase_from; esd-x has")
-        if recipe.anchoring.weight and recipe.anchoring.reach is not None:
-            raise ValueError("method 'fmn' has no prediction to steer by: anchoring.reach has to be null with it")
-    check_idle(recipe)
 
 
-def check_masks(recipe: RecipeFields) -> None:
-    """Refuse what Minimalist's masks cannot do."""
-    unused = {"trajectories", "chunks", "source", "driver", "told"}
-    if recipe.increment != IncrementRecipe(kind="mask"):
+def is_separable(recipe: RecipeFields) -> bool:
+    """Return whether the increment leaves other concepts alone by its kind."""
+    return recipe.increment.kind == "null_space"
+
+
+def check_prediction(recipe: RecipeFields) -> None:
+    """Refuse an increment that cannot be trained by comparing predictions."""
+    if recipe.increment.kind == "mask":
         raise ValueError(
-            f"method {recipe.method!r} switches neurons off: its increment is of kind 'mask'; "
-            "another increment has method 'spm' or 'esd-x'"
-        )
-    if recipe.anchoring != Anchoring():
-        raise ValueError(f"method {recipe.method!r} has no anchoring: it holds the rest by masks.beta")
-    for key, other in (
-        ("erase_from", "esd-x"),
-        ("start_from", "esd-x"),
-        ("adversary", "race"),
-        ("regulariser", "sepme"),
-        ("stop", "sepme"),
-        ("together", "sepme"),
-        ("protection", "sepme"),
-    ):
-        if getattr(recipe, key) != RecipeFields.model_fields[key].default:
-            raise ValueError(f"method {recipe.method!r} has no {key}; method {other!r} has")
-    if recipe.x_t.model_dump(include=unused) != XtSource().model_dump(include=unused):
-        raise ValueError(
-            f"method {recipe.method!r} draws whole pictures: of x_t it has steps and guidance, not {sorted(unused)}"
-        )
-    if len(recipe.x_t.guidance) != 1 or recipe.x_t.guidance[0] < 1:
-        raise ValueError(
-            f"method {recipe.method!r} draws under one guidance of 1 or more, for instance x_t.guidance=[3.0] "
-            f"(got {list(recipe.x_t.guidance)})"
-        )
-    if recipe.optimiser.ema is not None:
-        raise ValueError(f"method {recipe.method!r} keeps no moving average: optimiser.ema has to be null")
-    if recipe.optimiser.scale_lr:
-        raise ValueError(f"method {recipe.method!r} has one lr for all neurons: optimiser.scale_lr has to be false")
-    if recipe.batch_size * recipe.masks.accumulate % 2:
-        raise ValueError(
-            f"method {recipe.method!r} trains on the concept and on anything else by turns: batch_size "
-            f"{recipe.batch_size} times masks.accumulate {recipe.masks.accumulate} has to be even"
+            f"increment.kind 'mask' cannot be trained by method {recipe.method!r}: method 'minimalist' trains masks"
         )
 
 
-def check_closed(recipe: RecipeFields) -> None:
-    """Refuse what a closed form would not read."""
-    names = [recipe.target, *recipe.aliases]
-    for companion in recipe.together:
-        names += [companion.target, *companion.aliases]
-    if clash := set(map(folded, names)).intersection(map(folded, recipe.closed_form.preserve)):
-        raise ValueError(f"closed_form.preserve: {sorted(clash)[0]!r} is both to be erased and to be held")
-    fields = RecipeFields.model_fields
-    loops = (
-        "erase_from", "x_t", "anchoring", "adversary", "start_from", "optimiser", "regulariser", "stop",
-        "steps", "batch_size", "templates",
-    )  # fmt: skip
-    preset = preset_of(recipe.method) or {}
-    for key in loops:
-        if getattr(recipe, key) != preset.get(key, fields[key].default):
-            raise ValueError(f"method {recipe.method!r} is a closed form, without a training loop: it has no {key}")
-    if recipe.increment.kind != "low_rank" or recipe.increment.rank != 1:
-        raise ValueError(
-            f"method {recipe.method!r} gives an exact low_rank increment: increment.kind cannot be chosen, "
-            "and in place of increment.rank it has closed_form.rank"
-        )
-    if recipe.increment.modules != "esd-x-strict":
-        raise ValueError(f"method {recipe.method!r} edits keys and values of cross-attention, 'esd-x-strict', only")
+def check_protection(recipe: RecipeFields, is_joint: bool) -> None:
+    """Refuse protection that no model could give.
 
-
-def check_separable(recipe: RecipeFields) -> None:
-    """Raises ValueError for a recipe whose protection no model could give it, with the nearest valid choice."""
+    is_joint: whether the method trains several concepts in one run into erasers that leave each other's alone.
+    """
     kind, modules = recipe.increment.kind, recipe.increment.modules
     if kind == "null_space" and modules not in TEXT_MODULES:
         raise ValueError(
@@ -163,22 +167,20 @@ def check_separable(recipe: RecipeFields) -> None:
         )
     if protects(recipe) and recipe.increment.dtype != "float32":
         raise ValueError(
-            f"increment.dtype {recipe.increment.dtype!r} would round what sends protected prompts to zero: a "
-            "protecting increment has to be of 'float32'"
+            f"increment.dtype {recipe.increment.dtype!r} would round the numbers that send protected prompts to zero; "
+            "a protecting increment has to be of 'float32'"
         )
-    names = [folded(recipe.target), *(folded(companion.target) for companion in recipe.together)]
+    names = [normalise_prompt(recipe.target), *(normalise_prompt(companion.target) for companion in recipe.together)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"together names {twice!r} twice")
     for member in members(recipe) if protects(recipe) else ():
-        held = set(map(folded, (*held_exactly(member), *recipe.protection.prompts)))
-        if clash := held.intersection(map(folded, (member.target, *member.aliases))):
+        held = set(map(normalise_prompt, (*exactly_protected(member), *recipe.protection.prompts)))
+        if clash := held.intersection(map(normalise_prompt, (member.target, *member.aliases))):
             name = sorted(clash)[0]
             raise ValueError(
                 f"{name!r} cannot be erased and protected at once: take it out of protection, or surrogate"
             )
-    if recipe.objective.name == "sepme" and recipe.erase_from is not None:
-        raise ValueError("erase_from belongs to targets that are predictions: objective 'sepme' has none; try esd-x")
-    if recipe.together and not jointly(recipe):
+    if recipe.together and not is_joint:
         raise ValueError(
             f"together needs increments that leave each other's concepts alone, and kind {kind!r} does not: "
             "try --method sepme or uce, or train one after the other"
@@ -187,14 +189,16 @@ def check_separable(recipe: RecipeFields) -> None:
         raise ValueError("start_from belongs to low_rank and dense increments: null_space begins with nothing erased")
 
 
-# What stands for none of it, whoever presets something else.
+# Values that mean "disabled"; allowed even where a preset sets something else.
 _OFF: Mapping[str, object] = {"reach": None, "per_target": 0}
 
 
-def check_idle(recipe: RecipeFields) -> None:
-    """Raises ValueError, naming the key and what makes it idle, for a recipe that is trained in a loop."""
+def check_idle_keys(recipe: RecipeFields, preset: Mapping[str, Any]) -> None:
+    """Refuse a key that the values of other keys make idle.
+
+    preset: what the method presets.
+    """
     anchoring, increment = recipe.anchoring, recipe.increment
-    preset = preset_of(recipe.method) or {}
     usual = IncrementRecipe.model_fields["beta"].default, preset.get("increment", {}).get("beta")
     if increment.kind != "null_space" and increment.beta not in usual:
         raise ValueError(
@@ -230,15 +234,10 @@ def check_idle(recipe: RecipeFields) -> None:
             f"anchoring.weight is {anchoring.weight:g}, but anchoring.per_target 0: nothing would be held; set "
             "anchoring.per_target to 1 or more"
         )
-    if recipe.objective.name == "fmn" and recipe.surrogate and "surrogate" not in (anchoring.source, recipe.x_t.driver):
-        raise ValueError(
-            f"method 'fmn' turns attention away from the concept, to nothing else: nobody would ask for surrogate "
-            f"{recipe.surrogate!r}; leave it out, or method 'ca' or 'esd-x'"
-        )
 
 
 def _changed(anchoring: Anchoring, preset: Mapping[str, Any]) -> set[str]:
-    """The keys that are neither as the method presets them nor as they are by default."""
+    """Return the keys whose values are neither the preset's nor the default ones."""
     default = Anchoring()
     return {
         key

@@ -1,8 +1,8 @@
-"""Trainable increments of whole weights: float32 deltas beside the weights and biases of the chosen modules."""
+"""Trainable increments of whole weights: float32 deltas of the weights and biases of chosen modules."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,19 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spm_hub.adapters.increments import Dense, LowRank
+from spm_hub.adapters.adapter import Adapter
+from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.errors import ModelError
 from spm_hub.models.architectures import bias_of, weight_of
+from spm_hub.training.trainable.trainable import Trainable, misfit
 
 
-class WeightInjection(ABC):
-    """Modules that add a delta to their weights, and to their biases where there is one, as they run.
+class TrainableWeights(Trainable):
+    """Modules that add a delta to their weight, and to their bias if they have one, as they run.
 
-    They live beside the modules, not in them, so that the denoiser's own parameters stay all it has.
+    The deltas are kept outside the modules, so that the denoiser's own parameters do not change.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        """Raises ModelError for a module whose weight is quantised, or that something else has taken over."""
+        """Raises ModelError for a module whose weight is quantised, or whose `forward` was replaced."""
         self._modules = dict(modules)
         self.paths = tuple(modules)
         self._enabled = True
@@ -31,26 +33,14 @@ class WeightInjection(ABC):
 
     @abstractmethod
     def delta(self, path: str) -> Tensor:
-        """Float32, shaped like the weight at `path`; with gradient."""
+        """Return the delta of the weight at `path`: float32, of its shape, with gradient."""
 
     def delta_bias(self, path: str) -> Tensor | None:
-        """The same of the bias; None where it is not trained."""
+        """Return the delta of the bias at `path`; None if it is not trained."""
         return None
 
-    @abstractmethod
-    def groups(self, lr: float, scale: bool) -> list[dict[str, Any]]:
-        """Parameters for the optimiser; with `scale`, a weight's lr is proportional to 1 / fan-in."""
-
-    @abstractmethod
-    def increments(self) -> dict[str, Dense] | dict[str, LowRank]:
-        """What has been trained so far, as float32 on the CPU."""
-
-    @abstractmethod
-    def state(self) -> dict[str, nn.Parameter]:
-        """Named parameters, for checkpoints."""
-
     def install(self) -> None:
-        """Puts the deltas in effect. Raises ModelError as the constructor does."""
+        """Put the deltas in effect. Raises ModelError as the constructor does."""
         for path, module in self._modules.items():
             if not weight_of(module).is_floating_point() or "forward" in module.__dict__:
                 raise ModelError(
@@ -86,23 +76,21 @@ class WeightInjection(ABC):
             self._enabled = True
 
     def deltas(self) -> list[Tensor]:
-        """The changes of all weights and biases, with gradient."""
+        """Return the changes of all weights and biases, with gradient."""
         biases = (self.delta_bias(path) for path in self.paths)
         return [*(self.delta(path) for path in self.paths), *(bias for bias in biases if bias is not None)]
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for key, parameter in self.state().items():
-                parameter.copy_(state[key])
-
     def remove(self) -> None:
-        """Gives the modules their own weights and ways back."""
+        """Restore the modules' own `forward`."""
         for module in self._modules.values():
             module.__dict__.pop("forward", None)
 
 
-class DenseInjection(WeightInjection):
-    """Full deltas, zero at first. They are masters: a base in half precision would round most small steps away."""
+class TrainableDense(TrainableWeights):
+    """Full float32 deltas, zero at first, of weights and biases.
+
+    They are masters: a base in half precision would round most small steps away.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._deltas = {path: zeros(weight_of(module).shape, module) for path, module in modules.items()}
@@ -117,7 +105,7 @@ class DenseInjection(WeightInjection):
     def delta_bias(self, path: str) -> Tensor | None:
         return self._biases.get(path)
 
-    def groups(self, lr: float, scale: bool) -> list[dict[str, Any]]:
+    def parameters(self, lr: float, scale: bool) -> list[dict[str, Any]]:
         weights = [{"params": [d], "lr": lr * 128 / d[0].numel() if scale else lr} for d in self._deltas.values()]
         return [*weights, {"params": list(self._biases.values()), "lr": lr}] if self._biases else weights
 
@@ -138,15 +126,28 @@ class DenseInjection(WeightInjection):
 
     @torch.no_grad()
     def project(self, projector: Tensor) -> None:
-        """Takes out of every delta what `projector` (d_text, d_text) takes out of the states; biases go to zero."""
+        """Multiply every delta by `projector` (d_text, d_text), and set the biases to zero."""
         for delta in self._deltas.values():
             delta.copy_(delta @ projector.to(delta))
         for bias in self._biases.values():
             bias.zero_()
 
+    def start_values(self, path: str, increment: Increment, start: Adapter) -> dict[str, Tensor]:
+        """Return the delta, and the bias's if there is one, of a dense or a low-rank increment."""
+        delta = self._deltas[path]
+        if isinstance(increment, LowRank) and increment.weight_shape == tuple(delta.shape):
+            return {f"{path}.delta": increment.delta_for(delta.detach().cpu())}
+        if not isinstance(increment, Dense) or increment.delta.shape != delta.shape:
+            raise misfit(start, path, f"a {increment.kind} increment", f"a dense {tuple(delta.shape)}", None)
+        if increment.delta_bias is None:
+            return {f"{path}.delta": increment.delta}
+        if path not in self._biases:
+            raise misfit(start, path, "a change of the bias", "weights only", None)
+        return {f"{path}.delta": increment.delta, f"{path}.delta_bias": increment.delta_bias}
+
 
 def zeros(shape: torch.Size | tuple[int, ...], module: nn.Module) -> nn.Parameter:
-    """A float32 parameter where the module's weight is."""
+    """Return a float32 parameter of zeros on the device of the module's weight."""
     return nn.Parameter(torch.zeros(shape, device=weight_of(module).device))
 
 

@@ -1,4 +1,7 @@
-"""Trainable masks: a logit for every neuron, under which the neuron is on, off or, while training, in between."""
+"""Trainable masks: one logit for each neuron, which switches the neuron on or off.
+
+During training a neuron may be in between.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from spm_hub.adapters.increments import Mask, spread, without_no_op_masks
 from spm_hub.errors import RecipeError
 from spm_hub.models.architectures import body_of, family_of
 from spm_hub.training.recipe.schema import MaskGroup, Masks
+from spm_hub.training.trainable.trainable import Trainable
 
 TEMPERATURE = 0.83
 LOW, HIGH = -0.1, 1.1
@@ -23,7 +27,7 @@ LOW, HIGH = -0.1, 1.1
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row of neurons stands in a Linear: `width` entries of dimension `dim` for each, out of `total`."""
+    """A row of neurons in a Linear: `width` entries of dimension `dim` for each neuron, out of `total`."""
 
     path: str
     dim: Literal[0, 1]
@@ -33,14 +37,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Neurons:
-    """`count` neurons (or heads) that are switched together at every one of `places`."""
+    """`count` neurons (or heads), each switched at all of `places` at once."""
 
     count: int
     places: tuple[Place, ...]
 
 
 def neurons(denoiser: nn.Module, groups: Sequence[MaskGroup]) -> dict[str, Neurons]:
-    """The rows of neurons of these groups, by the module they belong to, in the denoiser's own order.
+    """Return the rows of neurons of these groups by their module, in the denoiser's own order.
 
     ff: what a feed-forward has after its activation, columns of its last layer.  attn: heads, columns of to_out and
     to_add_out, in FLUX's single blocks of proj_out.  norm: outputs of norm1_context, rows of its linear (arXiv
@@ -107,7 +111,7 @@ _FINDERS: dict[MaskGroup, Callable[[str, nn.Module, Mapping[str, nn.Module]], Ne
 
 
 def hard_concrete(logits: Tensor, u: Tensor, epsilon: float = 0.0) -> Tensor:
-    """A sample of the mask, in [0, 1], from uniform u in [0, 1]; both (n,).
+    """Return a sample (n,) of the mask, in [0, 1], for uniform u (n,) in [0, 1].
 
     s = clamp(stretch(sigma((log u - log(1 - u) + logits) / 0.83))), stretched to [-0.1, 1.1]: zero and one have
     probability of their own (Louizos et al., arXiv 1712.01312). With `epsilon` the logarithms are of u + epsilon and
@@ -118,15 +122,15 @@ def hard_concrete(logits: Tensor, u: Tensor, epsilon: float = 0.0) -> Tensor:
 
 
 def expected_on(logits: Tensor) -> Tensor:
-    """P(s > 0) of every neuron, (n,): their sum is the expected L0 norm of the mask (arXiv 1712.01312)."""
+    """Return P(s > 0) of every neuron, (n,); the sum is the mask's expected L0 norm (arXiv 1712.01312)."""
     shift: Tensor = logits.new_tensor(-LOW / HIGH).log() * TEMPERATURE
     return torch.sigmoid(logits - shift)
 
 
-class MaskInjection:
-    """Float32 logits, one for each neuron, by which what passes through the neurons is multiplied as the modules run.
+class TrainableMask(Trainable):
+    """Float32 logits, one for each neuron; samples of the mask multiply the neurons' values.
 
-    It is by hooks that do nothing until a sample is drawn: the denoiser's own parameters stay all it has.
+    Hooks do this, and do nothing until a sample is drawn. The denoiser's own parameters do not change.
     """
 
     def __init__(self, denoiser: nn.Module, recipe: Masks) -> None:
@@ -156,7 +160,7 @@ class MaskInjection:
         return module.register_forward_pre_hook(inputs) if place.dim == 1 else module.register_forward_hook(outputs)
 
     def draw(self, generator: torch.Generator) -> None:
-        """From now on a sample of the masks is in effect; the same generator gives the same one."""
+        """Put a sample of the masks in effect; the same generator gives the same sample."""
         for name, row in self._rows.items():
             logits = self._logits[name]
             u = torch.rand(row.count, generator=generator).to(logits.device)
@@ -174,16 +178,16 @@ class MaskInjection:
             self._factors = factors
 
     def on(self) -> Tensor:
-        """The expected share of neurons that are on: the L0 norm of the masks over their number."""
+        """Return the expected share of neurons that are on: the masks' L0 norm over their number."""
         return torch.cat([expected_on(logits) for logits in self._logits.values()]).mean()
 
     def kept(self) -> float:
-        """The share of neurons that stay on when the masks are saved."""
+        """Return the share of neurons that stay on when the masks are saved."""
         kept = torch.cat([logits.detach() > 0 for logits in self._logits.values()])
         return float(kept.float().mean())
 
-    def groups(self, lr: float, scale: bool) -> list[dict[str, Any]]:
-        """Parameters for the optimiser; there is no fan-in to scale by."""
+    def parameters(self, lr: float, scale: bool) -> list[dict[str, Any]]:
+        """Return one parameter group for the optimiser; there is no fan-in to scale by."""
         return [{"params": list(self._logits.values()), "lr": lr}]
 
     def increments(self) -> dict[str, Mask]:
@@ -197,15 +201,10 @@ class MaskInjection:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Named parameters, for checkpoints."""
+        """Return the logits by name, for checkpoints."""
         return dict(self._logits)
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for key, parameter in self.state().items():
-                parameter.copy_(state[key])
-
     def remove(self) -> None:
-        """Gives the modules their own ways back."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()

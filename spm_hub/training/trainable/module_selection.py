@@ -13,7 +13,7 @@ from spm_hub.models.architectures import changeable, family_of, targets
 _JOINT = ("flux", "sd3")  # one attention over picture and text: there is no attn1 and attn2 to tell apart
 
 
-def selected(denoiser: nn.Module, selection: str) -> dict[str, nn.Module]:
+def select_modules(denoiser: nn.Module, selection: str) -> dict[str, nn.Module]:
     """The modules of a selection by dotted path: "targets" is SPM's, the others are ESD's (arXiv 2303.07345).
 
     ESD's are told by their names, of all Linear and Conv2d (norms never): esd-x cross-attention, esd-x-strict its keys

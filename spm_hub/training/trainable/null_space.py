@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from spm_hub.adapters.increments import Dense, LowRank
 from spm_hub.models.architectures import shape_of
-from spm_hub.training.trainable.dense import WeightInjection, zeros
+from spm_hub.training.trainable.dense import TrainableWeights, zeros
 
 
-class NullSpaceInjection(WeightInjection):
-    """Weights w (out, k), zero at first, on the k directions S that no protected prompt has (SRS-ME, Eq. 36).
+class TrainableNullSpace(TrainableWeights):
+    """Weights w (out, k), zero at first, on the k directions S that no protected prompt has.
+
+    SRS-ME, Eq. 36.
 
     However far w is trained, the increment sends the states of every protected prompt to zero. Biases are left alone.
     """
@@ -29,17 +31,23 @@ class NullSpaceInjection(WeightInjection):
     def delta(self, path: str) -> Tensor:
         return self._weights[path] @ self._scaled.to(self._weights[path].device)
 
-    def groups(self, lr: float, scale: bool) -> list[dict[str, Any]]:
+    def parameters(self, lr: float, scale: bool) -> list[dict[str, Any]]:
         rate = lr * 128 / len(self._directions) if scale else lr
         return [{"params": list(self._weights.values()), "lr": rate}]
 
     def increments(self) -> dict[str, Dense] | dict[str, LowRank]:
-        """Products w (beta S) as they are, or multiplied out, in float64, where that is smaller."""
+        """Return the products w (beta S), as low-rank or, where that is smaller, as dense increments.
+
+        Dense ones are multiplied out in float64.
+        """
         weights = {path: weight.detach().cpu() for path, weight in self._weights.items()}
         k, width = self._directions.shape
         if sum(k * (len(w) + width) for w in weights.values()) < sum(len(w) * width for w in weights.values()):
             return {path: LowRank(self._directions.float(), weight.clone()) for path, weight in weights.items()}
         return {path: Dense((weight.double() @ self._directions).float()) for path, weight in weights.items()}
+
+    def project(self, projector: Tensor) -> None:
+        """Change nothing: these increments are in the null space already."""
 
     def state(self) -> dict[str, nn.Parameter]:
         return {f"{path}.w": weight for path, weight in self._weights.items()}

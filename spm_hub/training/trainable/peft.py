@@ -1,4 +1,4 @@
-"""Other increments that PEFT trains: LoHa, LoKr, VeRA and DoRA, turned into ours when they are saved.
+"""Trains PEFT's LoHa, LoKr, VeRA and DoRA layers, and converts them to increments when saved.
 
 What they learn is a change of a weight like any other's: a product of two thin matrices where theirs is one, exactly
 (VeRA always; LoHa and LoKr where that is the smaller file), and else the full change.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.errors import ModelError, RecipeError
 from spm_hub.models.architectures import shape_of, weight_of
+from spm_hub.training.trainable.trainable import Trainable
 
 PeftKind = Literal["loha", "lokr", "vera", "dora"]
 _NAME = "spmhub_training"
@@ -28,8 +29,8 @@ _NAME = "spmhub_training"
 _READS_INPUT = ("hada_w1_b", "hada_w2_b", "lokr_w2_b", "lora_A")
 
 
-class PeftInjection:
-    """Layers of one of PEFT's kinds on the chosen modules; nothing changes before training."""
+class TrainablePeft(Trainable):
+    """Layers of one of PEFT's kinds on the chosen modules; before training the denoiser is the base."""
 
     def __init__(
         self, denoiser: nn.Module, kind: PeftKind, rank: int, generator: torch.Generator, modules: Iterable[str]
@@ -41,7 +42,7 @@ class PeftInjection:
         """
         if held := getattr(denoiser, "peft_config", None):
             raise ModelError(
-                f"the denoiser already holds LoRA layers ({', '.join(held)})",
+                f"the denoiser already has LoRA layers ({', '.join(held)})",
                 mend="call pipe.unload_lora_weights() before training",
             )
         self._denoiser, self.kind, self.paths = denoiser, kind, tuple(modules)
@@ -72,7 +73,7 @@ class PeftInjection:
                 shared[_NAME] = shared[_NAME].float()
 
     def _measure_magnitudes(self) -> None:
-        """DoRA's magnitudes are the weights' norms; PEFT took them in the base's dtype, and runs in the masters'."""
+        """Compute DoRA's magnitudes, the weights' norms, in float32; PEFT took them in the base's dtype."""
         for layer in self._layers.values():
             weight = dequantize_module_weight(layer.get_base_layer()).float()
             dora = layer.lora_magnitude_vector[_NAME]
@@ -89,8 +90,8 @@ class PeftInjection:
             for layer in self._layers.values():
                 layer.enable_adapters(enabled=True)
 
-    def groups(self, lr: float, scale: bool) -> list[dict[str, Any]]:
-        """Parameters for the optimiser; with `scale`, the lr of what reads the input is proportional to 1 / fan-in."""
+    def parameters(self, lr: float, scale: bool) -> list[dict[str, Any]]:
+        """Return the optimiser's groups; with `scale`, lr of input-side factors is proportional to 1 / fan-in."""
         groups = []
         for name, parameter in self._parameters.items():
             reads = scale and any(part in name for part in _READS_INPUT)
@@ -99,7 +100,7 @@ class PeftInjection:
 
     @torch.no_grad()
     def increments(self) -> dict[str, Increment]:
-        """What has been trained so far, as float32 on the CPU: all low-rank or all dense, whichever is the less."""
+        """Return float32 increments on the CPU, all low-rank or all dense, whichever is smaller."""
         factors = {path: _FACTORS[self.kind](layer) for path, layer in self._layers.items()}
         thin = [pair for pair in factors.values() if pair is not None]
         numbers = sum(down.numel() + up.numel() for down, up in thin)
@@ -109,9 +110,12 @@ class PeftInjection:
             return {path: _low_rank(*pair, shapes[path]) for path, pair in factors.items() if pair is not None}
         return {path: Dense(self._delta(path).float().cpu().reshape(shapes[path]).clone()) for path in self._layers}
 
+    def project(self, projector: Tensor) -> None:
+        """Change nothing: what these kinds learn is projected when it is saved."""
+
     @torch.no_grad()
-    def conversion_error(self, increments: Mapping[str, Increment]) -> float:
-        """The largest relative error of any module's change against PEFT's own.
+    def conversion_error(self, increments: Mapping[str, Increment]) -> tuple[str, float]:
+        """Return the kind, and the largest relative error of any module's change against PEFT's own.
 
         increments: those of `increments()`, maybe rounded since. PEFT's change of a weight is compared, but for DoRA,
         which has none: there it is that of the layer's output on random inputs, the base's own rounding included.
@@ -131,7 +135,7 @@ class PeftInjection:
                 found = delta.reshape(expected.shape)
             if bool(expected.any()):
                 worst = max(worst, float((found - expected).norm() / expected.norm()))
-        return worst
+        return self.kind, worst
 
     def _delta(self, path: str) -> Tensor:
         layer = self._layers[path]
@@ -147,22 +151,17 @@ class PeftInjection:
         return whole
 
     def state(self) -> dict[str, Tensor]:
-        """Named parameters, for checkpoints."""
+        """Return the parameters by name, for checkpoints."""
         return dict(self._parameters)
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for key, parameter in self._parameters.items():
-                parameter.copy_(state[key])
-
     def remove(self) -> None:
-        """Gives the denoiser its own layers back."""
+        """Restore the denoiser's own layers."""
         recurse_remove_peft_layers(self._denoiser)
         self._denoiser.__dict__.pop("peft_config", None)
 
 
 def _output(module: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
-    """What `weight` in the place of the module's own, without a bias, makes of `inputs`."""
+    """Return the module's output for `inputs` with `weight` in place of its own and no bias."""
     if isinstance(module, nn.Conv2d):
         output: Tensor = module._conv_forward(inputs, weight, None)
         return output
@@ -170,7 +169,7 @@ def _output(module: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
 
 
 def check_kind(kind: PeftKind, path: str, module: nn.Module) -> None:
-    """Raises RecipeError where PEFT has no layer of this kind for a module."""
+    """Raise RecipeError for a module for which PEFT has no layer of this kind."""
     linear = isinstance(module, nn.Linear)
     if (kind == "vera" and not linear) or getattr(module, "groups", 1) > 1:
         raise RecipeError(
@@ -201,21 +200,21 @@ def _config(kind: PeftKind, rank: int, modules: list[str], seed: int) -> PeftCon
 
 
 def _low_rank(down: Tensor, up: Tensor, shape: tuple[int, ...]) -> LowRank:
-    """down (r, in * kernel), up (out, r), as those of a Linear or a Conv2d of that weight."""
+    """Return down (r, in * kernel), up (out, r) as the factors of a Linear or Conv2d of that shape."""
     conv = len(shape) == 4
     down, up = down.float().cpu().contiguous(), up.float().cpu().contiguous()
     return LowRank(down.reshape(len(down), *shape[1:]), up.reshape(*up.shape, *([1, 1] if conv else [])))
 
 
 def _loha(layer: Any) -> tuple[Tensor, Tensor]:
-    """(A1 B1) * (A2 B2) element-wise is one product of rank r^2: all pairs of columns, all pairs of rows."""
+    """Return (A1 B1) * (A2 B2), element-wise, as one product of rank r^2: pairs of columns and of rows."""
     a1, b1, a2, b2 = (getattr(layer, f"hada_{part}")[_NAME].detach() for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
     up = (a1[:, :, None] * a2[:, None, :]).flatten(1) * layer.scaling[_NAME]
     return (b1[:, None, :] * b2[None, :, :]).flatten(0, 1), up
 
 
 def _lokr(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """w1 (x) (A B) = (w1 (x) A)(1 (x) B), a product of rank r times w1's columns; where w2 is whole there is none."""
+    """Return w1 (x) (A B) = (w1 (x) A)(1 (x) B), of rank r times w1's columns; None if w2 is not factored."""
     if _NAME not in layer.lokr_w2_a or _NAME in layer.lokr_t2:
         return None
     w1, a, b = (getattr(layer, f"lokr_{part}")[_NAME].detach() for part in ("w1", "w2_a", "w2_b"))
@@ -223,7 +222,7 @@ def _lokr(layer: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def _vera(layer: Any) -> tuple[Tensor, Tensor]:
-    """diag(b) B diag(d) A, with A and B cut to the layer's widths."""
+    """Return diag(b) B diag(d) A, with A and B cut to the layer's widths."""
     outputs, inputs = shape_of(layer.get_base_layer())
     a, b = layer.vera_A[_NAME][:, :inputs], layer.vera_B[_NAME][:outputs]
     down = layer.vera_lambda_d[_NAME].detach()[:, None] * a.to(layer.vera_lambda_d[_NAME])

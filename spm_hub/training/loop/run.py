@@ -1,0 +1,76 @@
+"""The interface of a training loop: a task in, a run out that steps, saves its state and gives increments."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from spm_hub.adapters.adapter import Adapter
+from spm_hub.adapters.increments import Increment
+from spm_hub.training.base_model import TeacherModel
+from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.objective import Objective
+from spm_hub.training.protection import Space
+from spm_hub.training.recipe.fields import RecipeFields
+from spm_hub.training.trainable.trainable import Trainable
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything that a method needs to make one eraser.
+
+    modules: those of `increment.modules`, by path.  objective: the method's, None if it has none.  start: the eraser
+    that the training begins with, None for nothing erased.
+    """
+
+    recipe: RecipeFields
+    base: TeacherModel
+    modules: Mapping[str, nn.Module]
+    objective: Objective | None = None
+    start: Adapter | None = None
+
+    @cached_property
+    def prompts(self) -> PromptMaker:
+        """The maker of prompts about the concept, and about everything else."""
+        recipe, vocabulary = self.recipe, vocabulary_words(self.base.pipe.tokenizer)
+        return PromptMaker((recipe.target, *recipe.aliases), recipe.kind, Words.load(), vocabulary)
+
+
+class Run(ABC):
+    """One eraser in the making: a trainable, and all other state that training changes.
+
+    Every random draw has to be a function of (recipe, step), and everything else that a step changes has to be in
+    `tensors`: then a run that is killed and resumed ends in the same bits.
+    """
+
+    recipe: RecipeFields
+    trainable: Trainable
+    space: Space | None = None
+    """The directions that protected prompts leave to the increment; None if no prompt is protected."""
+    taken: int = 0
+    """The number of steps that the state includes. `step` sets it together with the state (`delay_interrupts`)."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether no further step is needed."""
+        return False
+
+    @abstractmethod
+    def step(self, step: int) -> Mapping[str, float]:
+        """Take one step (from 0) and set `taken`; return losses by name, as shares of those before training."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all state by name, for checkpoints."""
+
+    @abstractmethod
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the state that `tensors` returned."""
+
+    def increments(self) -> Mapping[str, Increment]:
+        """Return what is to be saved, by module path."""
+        return self.trainable.increments()

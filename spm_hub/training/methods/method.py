@@ -1,0 +1,78 @@
+"""A method as one object: what it is, which part of a recipe it reads, and how it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from spm_hub.training.loop.joint_run import JointRun
+from spm_hub.training.loop.prediction_run import PredictionRun, check_prediction_model
+from spm_hub.training.loop.run import Run, Task
+from spm_hub.training.objective import Objective
+from spm_hub.training.recipe.fields import RecipeFields
+from spm_hub.training.recipe.schema import RecipePart
+from spm_hub.training.recipe.validation import check_prediction, is_separable
+
+PREDICTION_KEYS = frozenset({
+    "erase_from", "increment", "x_t", "anchoring", "adversary", "start_from", "start_sha256", "optimiser",
+    "regulariser", "protection", "together", "stop", "steps", "batch_size", "templates",
+})  # fmt: skip
+"""The recipe keys that `PredictionRun` reads; an objective may read more."""
+TARGET_KEYS = PREDICTION_KEYS | {"objective.eta", "objective.paired"}
+"""Those, and the keys of objectives that pull the prediction to a target beyond the surrogate's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A way to erase, for `spmhub train --method NAME`: one file in `methods/`, or a plug-in's.
+
+    objective: recipe -> the loss, for a loop that compares predictions; None for any other.
+    preset: values of recipe keys that differ from the defaults; whoever trains may change each of them.
+    name, title, paper: what it is called, in commands and in words, and where it was published.
+    summary, cost, harm: one short sentence each: which eraser is it for, what does it take, what does it damage.
+    trains: task -> run. `PredictionRun`, `MaskRun`, `ClosedForm(solve)`, or a loop of its own.
+    uses: the recipe keys that it reads, "part" or "part.key"; a recipe that sets any other is refused. Keys about the
+    concept, the model, the seed, the name and the strength are read for every method.
+    instead: reasons shown when a key that it does not read is set, by "part.key", "part", or "*" for all others.
+    options: a `RecipePart` of keys of its own, under the recipe key `options`; None if it has none.
+    together: recipe -> whether it can erase several concepts in one run, into erasers that do not affect each other.
+    joins: the runs of several concepts, their trainables removed -> one run that steps all of them.
+    check: raises ValueError for a recipe that the method cannot train.
+    check_model: (recipe, the denoiser without weights, on the meta device); raises RecipeError for a model that the
+    method cannot train.
+    """
+
+    objective: Callable[[Any], Objective] | None = None
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    title: str = ""
+    paper: str = ""
+    summary: str = ""
+    cost: str = ""
+    harm: str = ""
+    trains: Callable[[Task], Run] = PredictionRun
+    uses: frozenset[str] = TARGET_KEYS
+    instead: Mapping[str, str] = field(default_factory=dict)
+    options: type[RecipePart] | None = None
+    together: Callable[[RecipeFields], bool] = is_separable
+    joins: Callable[[Sequence[Any]], Run] = JointRun
+    check: Callable[[RecipeFields], None] = check_prediction
+    check_model: Callable[[RecipeFields, nn.Module], None] = check_prediction_model
+
+    @property
+    def objective_name(self) -> str:
+        """The recipe's `objective.name` for this method."""
+        name: str = self.preset.get("objective", {}).get("name", self.name)
+        return name
+
+    def reads(self, key: str) -> bool:
+        """Return whether the method reads a recipe key of the form "part.key" or "key"."""
+        return key in self.uses or key.partition(".")[0] in self.uses
+
+    def reason(self, key: str) -> str | None:
+        """Return why the method does not read `key`, or None if it does not say."""
+        reasons = (self.instead.get(name) for name in (key, key.partition(".")[0], "*"))
+        return next((reason for reason in reasons if reason is not None), None)
