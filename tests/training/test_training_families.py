@@ -127,7 +127,10 @@ def test_the_losses_may_hear_another_guidance_than_leads_the_trajectories() -> N
 
 
 def test_a_guidance_that_nothing_would_hear_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"x_t.told: 1 is for models that are told(.|\n)*UNet2DConditionModel is not"):
+    with pytest.raises(
+        RecipeError,
+        match=r"x_t.guidance_embedding: 1 is for models with a guidance input(.|\n)*UNet2DConditionModel has",
+    ):
         train(recipe(steps=1, x_t={"steps": 2, "told": 1.0}), pipe=family_pipeline("sd1"))
     with pytest.raises(RecipeError, match="draws whole pictures"):
         Recipe.make(target="snoopy", method="minimalist", x_t={"told": 1.0})

@@ -55,7 +55,7 @@ def check_unused_keys(
         raise ValueError(
             f"{key} {value!r} would change nothing: method {recipe.method!r} does not read it"
             + (f"; {why}" if why else "")
-            + f". Leave it out{f', or take a method that reads it: {others}' if others else ''}"
+            + f". Leave it at {usual!r}{f', or take a method that reads it: {others}' if others else ''}"
         )
 
 
