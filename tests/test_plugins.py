@@ -114,7 +114,7 @@ def test_the_doctor_names_what_is_broken_and_nothing_else_minds(site: Path, spmh
         "wrong": "of type Method, not Format",
         "missing": "no_such_name",
         "big": "calls itself 'tiny'",
-        "spm": "taken by one of our own",
+        "spm": "spm-hub itself uses its name",
     }.items():
         assert found[name]["status"] == "warn"
         assert why in found[name]["detail"]

@@ -306,7 +306,7 @@ def test_the_door_loads_what_a_recipe_starts_from(tmp_path: Path, monkeypatch: p
     pipe = pico_pipeline()
     start = pico_eraser(pipe.unet)
     start.save(tmp_path / "start.safetensors")
-    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", lambda model, config: pipe)
+    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", lambda model, **given: pipe)
     monkeypatch.setattr("spm_hub.models.references.identity_of", lambda model, loaded: (model, None))
     path = str(tmp_path / "start.safetensors")
     made = spm_hub.train("snoopy", method="race-spm", steps=1, start_from=path, x_t=SMALL["x_t"])
