@@ -12,8 +12,8 @@ folder.mkdir(exist_ok=True)
 
 # A file as kohya's scripts write it; any LoRA from elsewhere will do.
 lora = spm_hub.convert("snoopy", to="kohya", out=folder / "some-lora.safetensors", replace=True)
-eraser = spm_hub.convert(folder / "some-lora.safetensors", concept="snoopy")
-print("read", lora, "as", eraser)
+eraser = spm_hub.convert(lora.files[0], concept="snoopy").adapter
+print("read", lora.files[0], "as", eraser)
 
 # And back: diffusers loads it, at full strength, without spm-hub.
 spm_hub.convert(eraser, to="diffusers", out=folder / "pytorch_lora_weights.safetensors", replace=True)

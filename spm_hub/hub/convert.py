@@ -38,7 +38,7 @@ class Conversion:
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Adapter,
     *,
     to: str | None = None,
     out: str | Path | None = None,
@@ -62,7 +62,7 @@ def convert(
     Minimalist files, those of plug-ins, and pickles (.pt, .ckpt, .bin) as tensors only. Nothing is written unless `to`
     or `keep` is given.
 
-    source: a file or folder of any format, or an eraser's name in a registry or on the Hub.
+    source: a file or folder of any format, an eraser's name in a registry or on the Hub, or an Adapter.
     to: the format to write, for instance "diffusers".  out: the file to write, or the folder for a format of several
     files; unless given, a name in the working folder made from the eraser's and the format's.
     keep: store the eraser in a registry.  registry: the folder for this, and for names; unless given, the working
@@ -94,12 +94,12 @@ def convert(
         reporter.say(f"reading {model} ...")
     base = _base(model, config, pipe)
     said = Description(None if name is None else slug(name), concept, family, without_text_encoder)
-    path = Path(source).expanduser()
-    if path.exists():
+    if isinstance(source, str | Path) and (path := Path(source).expanduser()).exists():
         with reporter.progress("reading") as move:
             adapter, read_as = conversion.read(path, said, base, move)
     else:
-        adapter, read_as = apply_description(resolve(str(source), folder).load(), said), "spm"
+        known = resolve(str(source), folder).load() if isinstance(source, str | Path) else source
+        adapter, read_as = apply_description(known, said), "spm"
     error = biases = None
     if svd_rank is not None:
         if base is not None:
