@@ -158,7 +158,7 @@ def test_parts_that_a_file_lacks_are_lent_by_its_base(folder: Path, config: Path
     for ours, theirs in ((pipe.unet, other.unet), (pipe.vae, base.vae), (pipe.text_encoder, base.text_encoder)):
         assert all(torch.equal(tensor, ours.state_dict()[key]) for key, tensor in theirs.state_dict().items())
     remark = parse_reference(str(path), config=str(folder)).remark
-    assert remark == "bare.safetensors has no text encoder and no VAE of its own; its base lends them"
+    assert remark == "bare.safetensors has no text encoder and no VAE of its own; they are taken from its base"
     with pytest.raises(ModelError, match="holds no text_encoder and no vae, and its configuration") as caught:
         load_pipeline(str(path), config=str(config))
     assert "--config" in str(caught.value)
@@ -253,7 +253,7 @@ def test_a_file_that_does_not_say_enough_asks_for_a_configuration(tmp_path: Path
     with pytest.raises(ModelError, match=r"predicts noise \(512 pixels\) or v") as caught:
         load_pipeline(str(tmp_path / "two.safetensors"))
     assert "--config" in str(caught.value)
-    with pytest.raises(ModelError, match="of no family that its tensors tell"):
+    with pytest.raises(ModelError, match="of no family known by its tensors"):
         load_pipeline(str(file))
 
 
