@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_cli
 import torch
 from pico import pico_pipeline, target_modules
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file
-from test_plugins import install, spmhub
+from test_cli import Spmhub
+from test_plugins import install
 from torch import Tensor
 
 import spm_hub
 from spm_hub import plugins
 from spm_hub.adapters.increments import LowRank
 from spm_hub.errors import AdapterFileError, CompatibilityError, UsageError
+
+spmhub = test_cli.spmhub
 
 MODULE = """
 import spm_hub
@@ -205,28 +209,30 @@ def test_a_format_that_needs_its_base_gets_it(pipe: Any, tmp_path: Path) -> None
         spm_hub.convert(done.adapter, pipe=pico_pipeline(channels=(8, 16)), to="lycoris", out=tmp_path / "x")
 
 
-def test_the_command_converts_lists_and_refuses(site: Path, pipe: Any, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("installed")
+def test_the_command_converts_lists_and_refuses(
+    spmhub: Spmhub, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     pipe.save_pretrained(tmp_path / "model")
     two_files(tmp_path / "brown", pairs_of(pipe))
     scaled_file(tmp_path / "dim.safetensors", pipe)
     registry = ("--registry", str(tmp_path / "registry"))
-    done = spmhub(site, "convert", "brown", "--base", "sd1", "--json", *registry)
-    assert (done.returncode, json.loads(done.stdout)["read_as"]) == (0, "halves"), done.stderr
-    done = spmhub(site, "convert", "dim.safetensors", "--model", "model", "--json", *registry)
-    assert (done.returncode, json.loads(done.stdout)["read_as"]) == (0, "scaled"), done.stderr
-    done = spmhub(site, "convert", "charlie brown", "--to", "halves", "--json", *registry)
-    assert (done.returncode, Path(json.loads(done.stdout)["files"][0]).parts[0]) == (0, "brown-halves"), done.stderr
-    refused = spmhub(site, "convert", "dim.safetensors", *registry)
-    assert refused.returncode == 2
-    assert "--model M" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    done = spmhub("convert", "brown", "--base", "sd1", "--json", *registry)
+    assert (done.code, json.loads(done.out)["read_as"]) == (0, "halves"), done.err
+    done = spmhub("convert", "dim.safetensors", "--model", "model", "--json", *registry)
+    assert (done.code, json.loads(done.out)["read_as"]) == (0, "scaled"), done.err
+    done = spmhub("convert", "charlie brown", "--to", "halves", "--json", *registry)
+    assert (done.code, Path(json.loads(done.out)["files"][0]).parts[0]) == (0, "brown-halves"), done.err
+    refused = spmhub("convert", "dim.safetensors", *registry)
+    assert refused.code == 2
+    assert "--model M" in refused.err
     (tmp_path / "brown" / "down.safetensors").write_bytes(b"nonsense")
-    refused = spmhub(site, "convert", "brown", "--base", "sd1", "--force", *registry)
-    assert refused.returncode == 1
-    assert "down.safetensors" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    listed = spmhub(site, "convert", "brown", "--to", "no-such")
-    assert "halves" in listed.stderr
-    assert "scaled" not in listed.stderr, "it is read only"
-    found = {one["subject"]: one["status"] for one in json.loads(spmhub(site, "doctor", "--json").stdout)}
+    refused = spmhub("convert", "brown", "--base", "sd1", "--force", *registry)
+    assert refused.code == 1
+    assert "down.safetensors" in refused.err
+    listed = spmhub("convert", "brown", "--to", "no-such")
+    assert "halves" in listed.err
+    assert "scaled" not in listed.err, "it is read only"
+    found = {one["subject"]: one["status"] for one in json.loads(spmhub("doctor", "--json").out)}
     assert found["plug-in halves"] == found["plug-in scaled"] == "ok"
