@@ -141,7 +141,7 @@ def good(kind: str) -> Repository:
     elif kind == "half":
         increments = {path: increment.to(dtype=torch.bfloat16) for path, increment in increments.items()}
     adapter = Adapter(snoopy().manifest.model_copy(update={"increment": increment_info(increments)}), increments)
-    image, manifest = adapter.encoded("pytorch_lora_weights.safetensors")
+    image, manifest = adapter.encode("pytorch_lora_weights.safetensors")
     weights = image.head + b"".join(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in image.tensors)
     if kind == "foreign":
         header, payload = split(weights)

@@ -1,4 +1,4 @@
-"""An eraser: a manifest and the increments it speaks of, loaded from and saved to one safetensors file."""
+"""An eraser: its manifest and its increments, loaded from and saved to one safetensors file."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -20,21 +20,23 @@ from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import Base, Concept, IncrementInfo, Manifest, slug
 from spm_hub.errors import GET_AGAIN, AdapterFileError, ManifestError
 from spm_hub.io.atomic import Content, write_together
-from spm_hub.io.safetensors_file import MANIFEST_KEY, Header, Image, encode, read_header, read_tensors
+from spm_hub.io.safetensors_file import MANIFEST_KEY, Header, Image, read_header, read_tensors
+from spm_hub.io.safetensors_file import encode as encode_tensors
 
 UNKNOWN_FAMILY = "unknown"
-"""Of a file that no header and no tensor tells the base of."""
+"""The family of a file whose header and tensors do not show it."""
 
-# What decides on which prompts and models an eraser acts, and how; into the rest, people write (author, licence).
+# The keys that decide on which prompts and models an eraser acts, and how; people edit others (author, licence).
 _DECISIVE = ("concept", "increment", "base", "gate")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
-    """One eraser. `increments` maps the dotted path of a module inside the denoiser to what is added to it.
+    """One eraser: a manifest, and the increments of a denoiser's modules by their dotted path.
 
-    Files of other programs may know their modules only with . as _ (`formats.spm.flat`); models are matched by it.
-    `source` says where the adapter came from, for messages.
+    Files of other programs may have . written as _ in the paths (`formats.module_names.flat`); a model's modules are
+    then matched by that. source: the file that the adapter was loaded from, for messages.
+    Raises ManifestError where the manifest and the increments differ in their modules, kind, rank or dtype.
     """
 
     manifest: Manifest
@@ -47,14 +49,12 @@ class Adapter:
         stated, actual = self.manifest.increment, increment_info(self.outline)
         if missing := sorted(set(stated.modules) ^ set(actual.modules)):
             where = "manifest" if missing[0] in stated.modules else "increments"
-            raise ManifestError(
-                f"{self.source}: {missing[0]} is named by the {where} only ({len(missing)} such modules)"
-            )
+            raise ManifestError(f"{self.source}: {missing[0]} is in the {where} only ({len(missing)} such modules)")
         for key in ("kind", "rank", "dtype"):
-            said, found = getattr(stated, key), getattr(actual, key)
-            if said != found:
+            expected, found = getattr(stated, key), getattr(actual, key)
+            if expected != found:
                 raise ManifestError(
-                    f"{self.source}: increment.{key} is {said!r} in the manifest, the tensors say {found!r}"
+                    f"{self.source}: increment.{key} is {expected!r} in the manifest and {found!r} in the tensors"
                 )
 
     @property
@@ -71,44 +71,44 @@ class Adapter:
 
     @property
     def outline(self) -> Mapping[str, Increment]:
-        """The increments for whoever asks for their kinds and shapes only: those of a file may be unread, on meta."""
+        """The increments with their kinds and shapes only: unread ones have tensors on the meta device."""
         return self.increments.outline if isinstance(self.increments, StoredIncrements) else self.increments
 
     def with_increments(self, increments: Mapping[str, Increment]) -> "Adapter":
-        """The same eraser with other increments, and a manifest that says so."""
+        """Return the eraser with other increments; its manifest describes them."""
         manifest = self.manifest.model_copy(update={"increment": increment_info(increments)})
         return Adapter(manifest, increments, self.source)
 
     def save(self, path: Path | str, manifest_path: Path | str | None = None) -> Manifest:
-        """Write the adapter, and the manifest beside it when `manifest_path` is given: both wholly, or neither.
+        """Write the adapter file and, if `manifest_path` is given, its manifest: both or neither.
 
-        Returns the manifest as it stands in that file. Raises as `encoded` does, and RegistryError when the files
-        cannot be written.
+        Returns the manifest with the file's name, size and sha256. Raises AdapterFileError when a tensor is not finite,
+        RegistryError when the files cannot be written.
         """
         path = Path(path)
-        image, written = self.encoded(path.name)
+        image, written = self.encode(path.name)
         files: dict[Path, Content] = {path: image.write_to}
         if manifest_path is not None:
             files[Path(manifest_path)] = written.to_json().encode()
         write_together(files)
         return written
 
-    def encoded(self, file_name: str) -> tuple[Image, Manifest]:
-        """The adapter file, and the manifest to stand beside it, with name, size and sha256 of that file.
+    def encode(self, file_name: str) -> tuple[Image, Manifest]:
+        """Return the adapter file, and the manifest with the name, size and sha256 of that file.
 
-        The adapter file depends on increments and manifest alone: no clock, no path.
+        The adapter file depends on increments and manifest alone, and not on the clock or a path.
         Raises AdapterFileError when a tensor is not finite.
         """
         for module, increment in self.increments.items():
             for part, tensor in increment.tensors().items():
                 if not torch.isfinite(tensor).all():
                     raise AdapterFileError(
-                        f"{self.name}: {part} of {module} is not finite, nothing was written",
+                        f"{self.name}: {part} of {module} is not finite; nothing was written",
                         mend="train with a smaller learning rate",
                     )
-        # From the numbers themselves: the manifest of a lazily loaded file knows less of them (`load_file`).
+        # From the tensors: the manifest of a lazily loaded file may have a narrower dtype (`load_file`).
         manifest = self.manifest.model_copy(update={"increment": increment_info(self.increments)})
-        image = encode(spm.to_tensors(self.increments), header_metadata(manifest))
+        image = encode_tensors(spm.to_tensors(self.increments), header_metadata(manifest))
         about_file = {"file": file_name, "bytes": image.nbytes, "sha256": image.sha256}
         return image, manifest.model_copy(
             update={
@@ -119,19 +119,20 @@ class Adapter:
 
 
 def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy: bool = False) -> Adapter:
-    """Load an adapter file, checked against `manifest_path` where one is given, and against the hashes in its header.
+    """Load an adapter file; check it against the hashes in its header and against its manifest.
 
-    lazy: read the header only, and the increments, with all checks of their numbers and hashes, when they are first
-    needed (`formats.stored`). A file of another program gets a manifest made from its header, name and tensors; where
-    its scales lead to a wider dtype than the tensors have, the manifest of a lazy one says that of the tensors.
-    Raises AdapterFileError (truncated, altered, not finite, unknown layout), NotFoundError, and ManifestError: not
-    valid, of other tensors, or one beside the file that contradicts the one inside.
+    manifest_path: the manifest file of the adapter, if there is one.  lazy: read only the header now, and the
+    increments, with all checks of their values and hashes, when they are first needed (`formats.lazy`). A file of
+    another program gets a manifest made from its header, name and tensors. Where its scales lead to a wider dtype than
+    the tensors have, the manifest of a lazily loaded one has the dtype of the tensors.
+    Raises AdapterFileError for a file that is truncated, altered, not finite or of an unknown layout; NotFoundError;
+    ManifestError for a manifest that is not valid, describes other tensors, or contradicts the one inside the file.
     """
     path = Path(path)
     sidecar = None if manifest_path is None else Manifest.read(Path(manifest_path))
     if sidecar is not None and sidecar.increment.sha256 is None:
         raise AdapterFileError(
-            f"{manifest_path} tells {path} from no other file: its increment.sha256 is None", mend=GET_AGAIN
+            f"{manifest_path} cannot confirm that {path} is its file: its increment.sha256 is None", mend=GET_AGAIN
         )
     if sidecar is not None and path.is_file() and sidecar.increment.bytes not in (None, size := path.stat().st_size):
         raise AdapterFileError(
@@ -161,10 +162,13 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
 
 
 def increment_info(increments: Mapping[str, Increment]) -> IncrementInfo:
-    """What a manifest says about these increments. Raises AdapterFileError when there are none, or several kinds."""
+    """Return the description of these increments for a manifest.
+
+    Raises AdapterFileError when there are none, or increments of several kinds.
+    """
     kinds = sorted({increment.kind for increment in increments.values()})
     if len(kinds) != 1:
-        raise AdapterFileError(f"an adapter holds increments of one kind, not of {' and '.join(kinds) or 'none'}")
+        raise AdapterFileError(f"an adapter has increments of one kind; these are of {' and '.join(kinds) or 'none'}")
     dtype = reduce(torch.promote_types, (increment.dtype for increment in increments.values()))
     ranks = [increment.rank for increment in increments.values() if isinstance(increment, LowRank)]
     return IncrementInfo(
@@ -175,54 +179,59 @@ def increment_info(increments: Mapping[str, Increment]) -> IncrementInfo:
     )
 
 
-def disagreement(
-    beside: Manifest, embedded: str, path: Path, keys: Iterable[str] = tuple(Manifest.model_fields)
+def manifest_difference(
+    outside: Manifest, embedded: str, path: Path, keys: Iterable[str] = tuple(Manifest.model_fields)
 ) -> str | None:
-    """What the manifest inside the file at `path` says otherwise than the one beside it, of `keys`; None for nothing.
+    """Describe how the manifest embedded in the file at `path` differs from the one outside.
 
-    A copy may be kept under another name, and what is learnt of a file once it is written does not stand in it.
-    Raises ManifestError where the one inside is none.
+    Returns None if they do not differ.
+    keys: those to compare; the name never counts, as a copy may be stored under another one.  embedded: the JSON text
+    in the file, without the keys that are known only once the file is written. Raises ManifestError where that text is
+    no manifest.
     """
-    if embedded == beside.to_embedded_json():
+    if embedded == outside.to_embedded_json():
         return None
     inside = Manifest.from_json(embedded, source=f"{path} ({MANIFEST_KEY})")
-    theirs, ours = (json.loads(one.to_embedded_json()) for one in (inside, beside))
+    theirs, ours = (json.loads(one.to_embedded_json()) for one in (inside, outside))
     differing = [key for key in keys if key != "name" and theirs.get(key) != ours.get(key)]
     if not differing:
         return None
-    said, but = (str([one[key] for key in differing])[:200] for one in (theirs, ours))
-    return f"{', '.join(differing)}: {said} inside, {but} beside"
+    embedded_values, outside_values = (str([one[key] for key in differing])[:200] for one in (theirs, ours))
+    return f"{', '.join(differing)}: {embedded_values} inside the file, {outside_values} outside it"
 
 
-def _manifest_of(path: Path, header: Header, beside: Manifest | None) -> Manifest | None:
-    """Of a file with a manifest inside: that beside it, where there is one, or else that inside; None of others."""
+def _manifest_of(path: Path, header: Header, outside: Manifest | None) -> Manifest | None:
+    """Return the manifest of a file with an embedded one: `outside` if there is one, or the embedded.
+
+    Returns None for a file without an embedded manifest. Raises ManifestError where the two contradict each other.
+    """
     embedded = header.metadata.get(MANIFEST_KEY)
     if embedded is None:
         return None
-    if beside is None:
-        # Where a file was pulled from is known to whoever pulled it, and never to the file.
+    if outside is None:
+        # The manifest outside records where a file was pulled from; the embedded one was written before that.
         return Manifest.from_json(embedded, source=f"{path} ({MANIFEST_KEY})").model_copy(update={"origin": None})
-    if said := disagreement(beside, embedded, path, _DECISIVE):
-        raise ManifestError(f"{path}: its manifests contradict each other in {said}", mend=GET_AGAIN)
-    return beside
+    if difference := manifest_difference(outside, embedded, path, _DECISIVE):
+        raise ManifestError(f"{path}: its manifests contradict each other in {difference}", mend=GET_AGAIN)
+    return outside
 
 
 def _manifest_of_foreign(
-    path: Path, header: Header, increments: Mapping[str, Increment], beside: Manifest | None
+    path: Path, header: Header, increments: Mapping[str, Increment], outside: Manifest | None
 ) -> Manifest:
-    """A manifest for a file that brings none: SPM's legacy `prompts` or the file's name say what it erases.
+    """Return a manifest for a file without one: its target is SPM's legacy `prompts`, or the file's name.
 
-    One beside it is right in all but the dtype, which is that of the increments as they were read, lazily or not.
+    outside: a manifest file for it, which counts in all but the dtype: that is the dtype of the increments as read.
     """
     try:
         info = increment_info(increments)
     except AdapterFileError as error:
         raise AdapterFileError(f"{path}: {error.message}", mend=f"spmhub convert {path}") from error
-    if beside is not None:
-        return beside.model_copy(update={"increment": beside.increment.model_copy(update={"dtype": info.dtype})})
+    if outside is not None:
+        return outside.model_copy(update={"increment": outside.increment.model_copy(update={"dtype": info.dtype})})
     family = family_of(increments) or UNKNOWN_FAMILY
     check_roots(path, family, increments)
-    # SPM joins several targets with commas; they are names of one eraser, so the gate listens to each.
+    # SPM joins several targets with commas; each of them becomes a name of the concept, for the gate.
     prompts = [prompt.strip() for prompt in header.metadata.get("prompts", "").split(",") if prompt.strip()] or [
         path.stem
     ]

@@ -283,7 +283,7 @@ def registry_with(name: str, registry: Path | None = None) -> Registry:
 
 
 def _new_eraser_from(adapter: "Adapter") -> _NewEraser:
-    image, manifest = adapter.encoded(f"{adapter.name}{_SUFFIX}")
+    image, manifest = adapter.encode(f"{adapter.name}{_SUFFIX}")
     return _NewEraser(manifest.model_copy(update={"origin": None}), image.write_to)
 
 

@@ -77,9 +77,9 @@ def _contents(entry: EraserEntry) -> str:
 
 
 def _agree(manifest: Manifest, embedded: str, path: Path) -> str:
-    from spm_hub.adapters.adapter import disagreement
+    from spm_hub.adapters.adapter import manifest_difference
 
-    if said := disagreement(manifest, embedded, path):
+    if said := manifest_difference(manifest, embedded, path):
         raise SpmHubError(said)
     return "agrees with the manifest file"
 

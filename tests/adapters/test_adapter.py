@@ -282,11 +282,11 @@ def test_a_manifest_without_a_hash_vouches_for_nothing(saved: tuple[Path, Path])
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"kind": "dense", "rank": None}, "kind is 'dense' in the manifest, the tensors say 'low_rank'"),
-        ({"rank": 2}, "rank is 2 in the manifest, the tensors say 1"),
+        ({"kind": "dense", "rank": None}, "kind is 'dense' in the manifest and 'low_rank' in the tensors"),
+        ({"rank": 2}, "rank is 2 in the manifest and 1 in the tensors"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
-        ({"modules": (PATH,)}, "mid_block.attentions.0.proj_in is named by the increments only"),
-        ({"modules": (PATH, "mid_block.attentions.0.proj_in", "conv_in")}, "conv_in is named by the manifest only"),
+        ({"modules": (PATH,)}, "mid_block.attentions.0.proj_in is in the increments only"),
+        ({"modules": (PATH, "mid_block.attentions.0.proj_in", "conv_in")}, "conv_in is in the manifest only"),
     ],
 )
 def test_a_manifest_that_describes_other_increments(change: dict[str, Any], complaint: str) -> None:

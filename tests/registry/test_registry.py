@@ -251,7 +251,7 @@ def test_a_writer_that_comes_second_does_not_overwrite_the_first(
     monkeypatch.setattr(storage, "write_lock", after_the_first)
     with pytest.raises(RegistryError, match="already has an eraser named 'mickey'"):
         registry.add(named("mickey", seed=2))
-    kept, (expected, _) = registry.get("mickey"), first.encoded("mickey.safetensors")
+    kept, (expected, _) = registry.get("mickey"), first.encode("mickey.safetensors")
     assert kept.load().manifest.increment.sha256 == expected.sha256
 
 

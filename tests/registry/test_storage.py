@@ -63,7 +63,7 @@ def killed_after(renames: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[]
 def test_a_writer_killed_while_replacing_leaves_the_one_or_the_other(
     renames: int, found: int, in_the_end: int, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    versions = [named("snoopy", seed=seed).encoded("snoopy.safetensors")[1].increment.sha256 for seed in (0, 1)]
+    versions = [named("snoopy", seed=seed).encode("snoopy.safetensors")[1].increment.sha256 for seed in (0, 1)]
     killed_after(renames, monkeypatch, lambda: registry.add(named("snoopy", seed=1), replace=True))
     assert registry.get("snoopy").load().manifest.increment.sha256 == versions[found]
     registry.gc()
