@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @command(
     "eval",
-    Example("spmhub eval snoopy", "what of snoopy and of everything else is drawn without it, and with it"),
+    Example("spmhub eval snoopy", "how often snoopy and all other concepts are drawn, without it and with it"),
     Example("spmhub eval snoopy --samples 50 --record", "more pictures, and the numbers kept for spmhub show"),
     Example("spmhub eval snoopy mickey --model sketchbook-chalk", "both at once, on another checkpoint"),
     Example(

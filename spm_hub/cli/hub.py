@@ -154,9 +154,9 @@ def pull(
     force: options.Force = False,
 ) -> None:
     """Download an eraser from the Hub into the registry, pinned to its commit."""
-    from spm_hub.registry.registry import HUB_REFERENCE, Registry, registries
+    from spm_hub.registry.registry import HUB_REFERENCE, registry_for_new
 
-    kept_in = Registry(registry) if registry is not None else registries()[0]
+    kept_in = registry_for_new(registry)
     match = None if repo is None else HUB_REFERENCE.fullmatch(repo)
     if repo is not None and match is None:
         raise UsageError(f"{repo!r} is not of the form USER/REPO or USER/REPO@REVISION", mend="spmhub search snoopy")

@@ -104,9 +104,9 @@ def import_(
     All are verified first; if one is invalid, none is installed.
     """
     from spm_hub.registry.archive import import_ as run
-    from spm_hub.registry.registry import Registry, registries
+    from spm_hub.registry.registry import registry_for_new
 
-    kept = Registry(registry) if registry is not None else registries()[0]
+    kept = registry_for_new(registry)
     _show(out, run(source, kept, replace=force), kept.root)
 
 

@@ -37,10 +37,10 @@ def doctor(out: Output, *, registry: options.Registry = None) -> None:
     The exit code is 1 if something is missing or broken.
     """
     from spm_hub.cli.diagnosis import diagnose
-    from spm_hub.registry.registry import Registry, registries
+    from spm_hub.registry.registry import registry_for_new
 
     with silence_libraries():
-        findings = list(diagnose(Registry(registry).root if registry is not None else registries()[0].root))
+        findings = list(diagnose(registry_for_new(registry).root))
     lines = [
         f"{one.status:5} {one.subject:18} {one.detail}" + f"\n      try: {one.mend}" * bool(one.mend)
         for one in findings

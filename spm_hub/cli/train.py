@@ -40,7 +40,7 @@ Sets = Annotated[
     Example('spmhub train "van gogh" --model sd-v1-4 --device cuda', "erase a style from Stable Diffusion 1.4"),
     Example("spmhub train church --set objective.eta=2 --seed 3", "another hyper-parameter, another seed"),
     Example("spmhub train mickey --method esd-x --increment lora:4", "another method, another increment"),
-    Example('spmhub train snoopy mickey "van gogh" --method sepme', "an eraser each, none of which affects the others"),
+    Example('spmhub train snoopy mickey "van gogh" --method sepme', "one eraser each, made not to interfere"),
     Example('spmhub train pikachu --method sepme --after snoopy --protect "a dog"', "leave snoopy and dogs alone"),
     Example("spmhub train snoopy --resume", "go on after Ctrl-C or a crash"),
     panel="Make",

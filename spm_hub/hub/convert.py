@@ -11,7 +11,7 @@ from spm_hub.adapters.manifest import slug
 from spm_hub.errors import UsageError
 from spm_hub.hub.resolve import resolve
 from spm_hub.io.progress import Bars, Reporter
-from spm_hub.registry.registry import Registry, registries
+from spm_hub.registry.registry import registry_for_new
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -109,7 +109,7 @@ def convert(
         adapter, error, biases = near.adapter, near.relative_error, near.biases_left_out
     files: list[Path] = []
     if keep:
-        kept_in = Registry(folder) if folder is not None else registries()[0]
+        kept_in = registry_for_new(folder)
         files.append(kept_in.add(adapter, replace=replace).adapter_path)
     if target is not None and target.writer is not None:
         here = f"{adapter.name}-{target.name}{target.writer.suffix}"

@@ -315,6 +315,8 @@ NEEDS_NO_MODEL = [
     (["bake", "-a", "snoopy", "--out", "{registry}", "--force"], "name another folder with --out"),
     (["train", "church", "--set", "objektive.eta=1"], "spmhub show NAME"),
     (["train", "church", "--method", "smp"], "spmhub train --help"),
+    (["train", "church", "--device", "meta"], 'device="cpu"'),
+    (["apply", "-a", "snoopy", "-p", "x", "--device", "meta"], 'device="cpu"'),
 ]
 
 
