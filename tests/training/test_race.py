@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pico import pico_eraser, pico_pipeline
+from spm_hub.training.objectives.esd import ESD
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter, increment_info
@@ -21,7 +22,6 @@ from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, denoised, generator_for, trained_prompt
-from spm_hub.training.objectives.esd import ESD
 from spm_hub.training.trainable.dense import DenseInjection
 from spm_hub.training.trainable.low_rank import Injection
 from spm_hub.training.trainable.module_selection import selected
