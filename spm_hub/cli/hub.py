@@ -62,16 +62,16 @@ def push(
         raise UsageError("--pr opens a pull request to the main branch, so --revision cannot be used with it")
     entry = resolve(name, registry)
     with tempfile.TemporaryDirectory() as staging, silence_libraries():
-        from spm_hub.hub import push as pushing
+        from spm_hub.hub import push as hub_push
         from spm_hub.hub.card import read_pairs
 
-        pushing.check_repo(repo)
+        hub_push.check_repo(repo)
         pairs: tuple[PicturePair, ...] = ()
         if pictures is not None:
             pairs = read_pairs(pictures, entry.read_manifest().name)
         elif not no_pictures:
             pairs = _draw_pairs(out, entry, prompt, Path(staging) / "pictures", device)
-        release = pushing.prepare(entry, repo, pairs, Path(staging))
+        release = hub_push.prepare(entry, repo, pairs, Path(staging))
         files = release.listing()
         described: dict[str, Any] = {"repo": repo, "files": files, "card": release.card}
         if dry_run:
@@ -79,7 +79,7 @@ def push(
             out.say("nothing was uploaded; to upload, run it without --dry-run")
             return
         out.say(f"uploading {len(files)} files to {repo} ...")
-        made = pushing.push(release, private=private, revision=revision, pull_request=pr)
+        made = hub_push.push(release, private=private, revision=revision, pull_request=pr)
     address = made.pull_request or made.url
     out.data({**described, **asdict(made)}, f"{repo}@{made.commit}: {address}", brief=[address])
     out.say(f"others can download it with: spmhub pull {repo}")
@@ -164,14 +164,14 @@ def pull(
         raise UsageError("--name and --force need a repository", mend="spmhub pull USER/REPO --name NAME")
     options.require_signature(require_signature)
     silence_hub()
-    from spm_hub.hub import pull as remote
+    from spm_hub.hub import pull as hub_pull
 
     with out.progress("downloading") as progress:
         if match is None:
-            pulled = list(remote.restore(kept_in, progress=progress))
+            pulled = list(hub_pull.restore(kept_in, progress=progress))
         else:
             repo, revision = match["repo"], match["revision"]
-            pulled = [remote.pull(repo, revision, registry=kept_in, name=name, replace=force, progress=progress)]
+            pulled = [hub_pull.pull(repo, revision, registry=kept_in, name=name, replace=force, progress=progress)]
     for one in pulled if require_signature is not None else ():
         one.entry.load()  # an unchanged eraser was not loaded by the pull, so check its signature now
     rows = [
@@ -220,11 +220,11 @@ def outdated(out: Output, *, registry: options.Registry = None) -> None:
     from spm_hub.registry.registry import editable_registries
 
     silence_hub()
-    from spm_hub.hub import pull as remote
+    from spm_hub.hub import pull as hub_pull
 
     rows = []
     for place in editable_registries(registry):
-        for age in remote.ages(place):
+        for age in hub_pull.ages(place):
             row = {"name": age.name, "repo": age.pin.repo, "revision": age.pin.revision, "pinned": age.pin.commit}
             rows.append({**row, "newest": age.newest, "state": age.state, "registry": str(place.root)})
             if age.remark is not None:

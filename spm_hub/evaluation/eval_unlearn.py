@@ -14,7 +14,7 @@ import torch
 
 from spm_hub.attachment.attachment import attach
 from spm_hub.errors import UsageError, did_you_mean
-from spm_hub.hub import resolve as resolving
+from spm_hub.hub.resolve import load
 from spm_hub.models.loading import load_pipeline
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class SpmHubTechnique:
             self.config.model_id, dtype=torch.float16 if half else None, device=self.config.device
         )
         place = None if self.config.registry is None else Path(self.config.registry)
-        erasers = [resolving.load(name, place) for name in self.config.references]
+        erasers = [load(name, place) for name in self.config.references]
         self.erasers = attach(self.pipe, erasers, gate=self.config.gate, strength=self.config.strength)
 
     def generate(self, prompts: list[str], seed: int | None = None, **given: Any) -> list[Image]:

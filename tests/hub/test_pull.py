@@ -21,7 +21,7 @@ from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import MAX_BYTES, Base, Concept, Manifest
 from spm_hub.errors import AdapterFileError, HubError, ManifestError, NetworkError, NotFoundError, SpmHubError
-from spm_hub.hub import pull as remote
+from spm_hub.hub import pull as hub_pull
 from spm_hub.hub.resolve import resolve
 from spm_hub.io import hub_client as network
 from spm_hub.registry import lockfile
@@ -129,7 +129,7 @@ def test_which_repositories_are_refused(hub: LoopbackHub, tmp_path: Path) -> Non
 def test_a_pulled_eraser_is_pinned_and_used_without_the_hub(
     hub: LoopbackHub, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pulled = remote.pull(REPO, registry=registry)
+    pulled = hub_pull.pull(REPO, registry=registry)
     assert (pulled.state, pulled.entry.name) == ("new", "snoopy")
     assert pulled.entry.adapter_path.read_bytes() == hub.content(REPO)[WEIGHTS_NAME]
     origin = pulled.entry.read_manifest().origin
@@ -137,38 +137,38 @@ def test_a_pulled_eraser_is_pinned_and_used_without_the_hub(
     assert (origin.repo, origin.commit, origin.revision) == (REPO, COMMIT, None)
     pin = lockfile.read(registry.root)["snoopy"]
     assert (pin.repo, pin.commit) == (REPO, COMMIT)
-    assert remote.pull(REPO, registry=registry).state == "unchanged"
+    assert hub_pull.pull(REPO, registry=registry).state == "unchanged"
 
     offline(hub, monkeypatch)
-    assert remote.pull(REPO, registry=registry).state == "unchanged"
+    assert hub_pull.pull(REPO, registry=registry).state == "unchanged"
     # What was pulled is found by its repository's name, too.
     assert resolve(REPO, registry.root).adapter_path == pulled.entry.adapter_path
     assert resolve(f"{REPO}@{COMMIT}", registry.root).adapter_path == pulled.entry.adapter_path
     # The lock file alone brings it back; removing it on purpose does not.
     pulled.entry.adapter_path.unlink()
-    assert [one.entry.name for one in remote.restore(registry)] == ["snoopy"]
+    assert [one.entry.name for one in hub_pull.restore(registry)] == ["snoopy"]
     assert registry.get("snoopy").load().name == "snoopy"
     assert lockfile.read(registry.root)["snoopy"] == pin
     with pytest.raises(HubError, match=r"does not match spmhub-lock\.json"):
-        remote.pull(REPO, registry=registry, name="x", pin=pin.model_copy(update={"sha256": "0" * 64}))
+        hub_pull.pull(REPO, registry=registry, name="x", pin=pin.model_copy(update={"sha256": "0" * 64}))
     registry.remove("snoopy")
-    assert list(remote.restore(registry)) == []
+    assert list(hub_pull.restore(registry)) == []
     assert hub.requests == []
 
 
 def test_a_newer_commit(hub: LoopbackHub, registry: Registry, tmp_path: Path) -> None:
-    remote.pull(REPO, registry=registry)
-    remote.pull(REPO, COMMIT, registry=registry, name="kept")
-    assert [(age.name, age.state) for age in remote.ages(registry)] == [("kept", "pinned"), ("snoopy", "current")]
+    hub_pull.pull(REPO, registry=registry)
+    hub_pull.pull(REPO, COMMIT, registry=registry, name="kept")
+    assert [(age.name, age.state) for age in hub_pull.ages(registry)] == [("kept", "pinned"), ("snoopy", "current")]
     newer = hub.publish(REPO, repository(tmp_path / "new", eraser(seed=7)))
-    assert [(age.name, age.state) for age in remote.ages(registry)] == [("kept", "pinned"), ("snoopy", "outdated")]
+    assert [(age.name, age.state) for age in hub_pull.ages(registry)] == [("kept", "pinned"), ("snoopy", "outdated")]
     assert resolve(REPO, registry.root).read_manifest().origin.commit == COMMIT  # type: ignore[union-attr]
-    pulled = remote.pull(REPO, registry=registry)
+    pulled = hub_pull.pull(REPO, registry=registry)
     assert (pulled.state, pulled.origin.commit) == ("updated", newer)
     assert pulled.entry.adapter_path.read_bytes() == hub.content(REPO)[WEIGHTS_NAME]
     assert registry.get("kept").read_manifest().origin.commit == COMMIT  # type: ignore[union-attr]
     del hub.repositories[REPO]
-    ages = {age.name: age for age in remote.ages(registry)}
+    ages = {age.name: age for age in hub_pull.ages(registry)}
     assert ages["snoopy"].state == "unknown"
     assert "there is no someone/whole" in str(ages["snoopy"].remark)
 
@@ -177,14 +177,14 @@ def test_a_newer_commit(hub: LoopbackHub, registry: Registry, tmp_path: Path) ->
 def test_the_lock_file_brings_back_its_own_commit_and_not_the_newest(
     cached: bool, hub: LoopbackHub, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remote.pull(REPO, registry=registry)
+    hub_pull.pull(REPO, registry=registry)
     first, pin = hub.content(REPO)[WEIGHTS_NAME], lockfile.read(registry.root)["snoopy"]
     newer = hub.publish(REPO, repository(tmp_path / "new", eraser(seed=7)))
     assert (newer, hub.content(REPO)[WEIGHTS_NAME]) != (COMMIT, first)
     registry.get("snoopy").adapter_path.unlink()
     if not cached:
         hub.adopt(monkeypatch, tmp_path / "another machine")
-    assert [one.origin.commit for one in remote.restore(registry)] == [COMMIT]
+    assert [one.origin.commit for one in hub_pull.restore(registry)] == [COMMIT]
     kept = registry.get("snoopy")
     assert hashlib.sha256(kept.adapter_path.read_bytes()).hexdigest() == pin.sha256 == hashlib.sha256(first).hexdigest()
     assert kept.pin == pin
@@ -195,10 +195,10 @@ def test_an_eraser_of_that_name_from_elsewhere_is_not_replaced(hub: LoopbackHub,
     registry.add(eraser(seed=3))
     before = registry.get("snoopy").adapter_path.read_bytes()
     with pytest.raises(SpmHubError, match="already has an eraser named 'snoopy'"):
-        remote.pull(REPO, registry=registry)
+        hub_pull.pull(REPO, registry=registry)
     assert registry.get("snoopy").adapter_path.read_bytes() == before
-    assert remote.pull(REPO, registry=registry, name="other").entry.load().name == "other"
-    assert remote.pull(REPO, registry=registry, replace=True).state == "updated"
+    assert hub_pull.pull(REPO, registry=registry, name="other").entry.load().name == "other"
+    assert hub_pull.pull(REPO, registry=registry, replace=True).state == "updated"
     # One that is trained here after all is no longer pinned.
     registry.add(eraser(seed=3), replace=True)
     assert set(lockfile.read(registry.root)) == {"other"}
@@ -216,9 +216,9 @@ def test_a_bare_name_is_the_owners_repository(
     assert str(registry.root) in entry.describe_source()
     with pytest.raises(NotFoundError, match="nor on the Hub as spm-hub/mickey"):
         resolve("mickey", registry.root)
-    monkeypatch.setenv(remote.OWNER_VARIABLE, "mine")
+    monkeypatch.setenv(hub_pull.OWNER_VARIABLE, "mine")
     assert "mine/mickey@" in resolve("mickey", registry.root).describe_source()
-    monkeypatch.setenv(remote.OWNER_VARIABLE, "")
+    monkeypatch.setenv(hub_pull.OWNER_VARIABLE, "")
     hub.requests.clear()
     with pytest.raises(NotFoundError) as caught:
         resolve("van gogh", registry.root)
@@ -271,16 +271,16 @@ def test_every_fault_ends_well_or_in_one_clear_error(
     given, message = {**FAULTS, **BODY_FAULTS, **HEAD_FAULTS}[fault]
     hub.fail(pattern, **{"times": None, **given})
     if message is None:
-        assert remote.pull(REPO, registry=registry).entry.load().name == "snoopy"
+        assert hub_pull.pull(REPO, registry=registry).entry.load().name == "snoopy"
     else:
         with pytest.raises(SpmHubError, match=message) as caught:
-            remote.pull(REPO, registry=registry)
+            hub_pull.pull(REPO, registry=registry)
         assert caught.value.exit_code == 1
         assert registry.entries() == ()
         assert lockfile.read(registry.root) == {}
     # Nothing but whole files, and at most what the next attempt goes on from; which then succeeds.
     hub.mend()
-    assert remote.pull(REPO, registry=registry).entry.load().name == "snoopy"
+    assert hub_pull.pull(REPO, registry=registry).entry.load().name == "snoopy"
     assert not [name for name in cached(tmp_path) if name.endswith("incomplete")]
     assert [entry.name for entry in registry.entries()] == ["snoopy"]
 
@@ -290,7 +290,7 @@ def test_every_fault_ends_well_or_in_one_clear_error(
 def test_a_size_that_stays_wrong(short_by: int, hub: LoopbackHub, registry: Registry, tmp_path: Path) -> None:
     hub.fail(f"HEAD .*/{WEIGHTS_NAME}", short_by=short_by, times=None)
     with pytest.raises(HubError, match=r"bytes were announced, then \d+|more than the limit of \d+"):
-        remote.pull(REPO, registry=registry)
+        hub_pull.pull(REPO, registry=registry)
     assert registry.entries() == ()
     assert not [name for name in cached(tmp_path) if name.endswith("incomplete")]
 
@@ -309,7 +309,7 @@ def test_a_fault_at_any_request_of_a_pull(fault: str, hub: LoopbackHub, tmp_path
         hub.requests.clear()
         hub.fail(".", **{**given, "times": 1, "skip": at})
         registry = Registry(tmp_path / "registry")
-        assert remote.pull(REPO, registry=registry).entry.load().name == "snoopy", f"at request {at}"
+        assert hub_pull.pull(REPO, registry=registry).entry.load().name == "snoopy", f"at request {at}"
         assert not [name for name in cached(tmp_path) if name.endswith("incomplete")]
         hub.mend()
         if at >= len(hub.requests):
@@ -324,21 +324,21 @@ def test_a_file_that_is_not_the_manifests(hub: LoopbackHub, registry: Registry, 
     assert len(other[WEIGHTS_NAME]) == len(files[WEIGHTS_NAME])
     hub.publish("someone/swapped", {**files, WEIGHTS_NAME: other[WEIGHTS_NAME]})
     with pytest.raises(HubError, match=r"increment\.sha256"):
-        remote.pull("someone/swapped", registry=registry)
+        hub_pull.pull("someone/swapped", registry=registry)
     hub.publish("someone/longer", {**files, WEIGHTS_NAME: files[WEIGHTS_NAME] + b" "})
     hub.requests.clear()
     with pytest.raises(HubError, match=r"increment\.bytes"):
-        remote.pull("someone/longer", registry=registry)
+        hub_pull.pull("someone/longer", registry=registry)
     assert not any(WEIGHTS_NAME in line for line in hub.requests)
     hub.publish("someone/broken", {**files, MANIFEST_NAME: b"{"})
     with pytest.raises(ManifestError):
-        remote.pull("someone/broken", registry=registry)
+        hub_pull.pull("someone/broken", registry=registry)
     hub.publish("someone/alone", {WEIGHTS_NAME: files[WEIGHTS_NAME][:-1] + b"?"})
     with pytest.raises(AdapterFileError):
-        remote.pull("someone/alone", registry=registry)
+        hub_pull.pull("someone/alone", registry=registry)
     hub.publish("someone/huge", {**files, MANIFEST_NAME: b" " * (MAX_BYTES + 1)})
     with pytest.raises(HubError, match="more than the"):
-        remote.pull("someone/huge", registry=registry)
+        hub_pull.pull("someone/huge", registry=registry)
     assert registry.entries() == ()
 
 
@@ -358,14 +358,14 @@ def test_a_killed_pull_goes_on_where_it_was(hub: LoopbackHub, registry: Registry
     (left,) = tmp_path.rglob("*.incomplete")
     had = left.stat().st_size
     hub.requests.clear()
-    remote.pull(REPO, registry=registry)
+    hub_pull.pull(REPO, registry=registry)
     assert hub.ranges == [f"bytes={had}-"] * len(hub.ranges)
     assert hub.ranges
     assert registry.get("snoopy").load().name == "snoopy"
 
 
 def test_the_lock_file_is_json_for_people(hub: LoopbackHub, registry: Registry) -> None:
-    remote.pull(REPO, registry=registry)
+    hub_pull.pull(REPO, registry=registry)
     text = (registry.root / lockfile.LOCK_NAME).read_text()
     sha256 = registry.get("snoopy").read_manifest().increment.sha256
     pin = {"repo": REPO, "commit": COMMIT, "revision": None, "sha256": sha256}
@@ -384,7 +384,7 @@ def test_an_answer_that_is_no_answer(
     hub.fail("GET /api/models/", times=times, **fault)
     if times is None:
         with pytest.raises(NetworkError, match="its answer is not what the Hub writes"):
-            remote.pull(REPO, registry=registry)
+            hub_pull.pull(REPO, registry=registry)
         assert registry.entries() == ()
         hub.mend()
-    assert remote.pull(REPO, registry=registry).entry.load().name == "snoopy"
+    assert hub_pull.pull(REPO, registry=registry).entry.load().name == "snoopy"

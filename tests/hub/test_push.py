@@ -23,7 +23,7 @@ from spm_hub.cli import app
 from spm_hub.errors import HubError, NetworkError, NotFoundError, SpmHubError, UsageError
 from spm_hub.evaluation.pictures import DrawingOptions, save, show
 from spm_hub.hub import card
-from spm_hub.hub import pull as remote
+from spm_hub.hub import pull as hub_pull
 from spm_hub.hub.push import Release, prepare, push
 from spm_hub.hub.search import search
 from spm_hub.io import hub_client as network
@@ -103,7 +103,7 @@ def test_pushed_found_pulled_on_an_empty_machine_and_the_same_there(
 
     hub.adopt(monkeypatch, tmp_path / "elsewhere")
     there = Registry(tmp_path / "elsewhere" / "registry")
-    pulled = remote.pull(REPO, registry=there)
+    pulled = hub_pull.pull(REPO, registry=there)
     assert pulled.origin.commit == pushed.commit
     pipe = pico_pipeline()
     bare = drawn(pipe)
@@ -230,7 +230,7 @@ def test_a_large_file_that_does_not_get_through(hub: LoopbackHub, release: Relea
         assert WEIGHTS_NAME not in hub.content(REPO)
     else:
         push(release)
-        assert remote.download(REPO).load().name == "snoopy"
+        assert hub_pull.download(REPO).load().name == "snoopy"
 
 
 @pytest.mark.parametrize("fault", [{"reset_after": 0}, {"reset_after": 30}, {"short_by": 20}])
@@ -319,7 +319,7 @@ def test_what_is_no_lora_goes_by_another_name(
     assert "spmhub bake" in release.card
     push(release)
     hub.adopt(monkeypatch, tmp_path / "elsewhere")
-    pulled = remote.pull(REPO, registry=Registry(tmp_path / "elsewhere"))
+    pulled = hub_pull.pull(REPO, registry=Registry(tmp_path / "elsewhere"))
     assert pulled.entry.load().manifest.increment.kind == kind
 
 

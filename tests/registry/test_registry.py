@@ -15,7 +15,7 @@ import spm_hub
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.manifest import Concept, Evaluation
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, UsageError
-from spm_hub.hub import pull as remote
+from spm_hub.hub import pull as hub_pull
 from spm_hub.hub.resolve import resolve
 from spm_hub.io import atomic
 from spm_hub.registry import registry as registries
@@ -281,7 +281,7 @@ def test_an_empty_variable_names_no_registry(monkeypatch: pytest.MonkeyPatch) ->
     Registry(Path.cwd()).add(named("snoopy"))
     monkeypatch.setenv(registries.REGISTRY_VARIABLE, "")
     pulled_into = []
-    monkeypatch.setattr(remote, "pull_by_name", lambda name, registry, progress: pulled_into.append(registry))
+    monkeypatch.setattr(hub_pull, "pull_by_name", lambda name, registry, progress: pulled_into.append(registry))
     with pytest.raises(NotFoundError, match="mickey"):
         resolve("mickey")
     assert pulled_into == [registries.user_registry()]

@@ -17,7 +17,7 @@ from spm_hub.adapters.formats import spm
 from spm_hub.adapters.manifest import GateDefaults, Manifest, Origin
 from spm_hub.errors import AdapterFileError, HubError, ManifestError, RegistryError, SpmHubError
 from spm_hub.hub import download as fetching
-from spm_hub.hub import pull as remote
+from spm_hub.hub import pull as hub_pull
 from spm_hub.hub.resolve import resolve
 from spm_hub.io.safetensors_file import MANIFEST_KEY, encode
 from spm_hub.registry import lockfile, signing, storage
@@ -46,7 +46,7 @@ def test_a_file_does_not_know_where_it_was_pulled_from(tmp_path: Path) -> None:
 
 
 def test_what_is_made_here_replaces_nothing_that_was_pulled(hub: LoopbackHub, registry: Registry) -> None:  # noqa: F811
-    remote.pull(REPO, registry=registry)
+    hub_pull.pull(REPO, registry=registry)
     before, pins = files_of(registry.root), lockfile.read(registry.root)
     with pytest.raises(RegistryError, match="already has an eraser named 'snoopy'"):
         registry.add(claiming(eraser(seed=5)))
@@ -79,10 +79,10 @@ def test_what_is_carried_about_only_claims_where_it_was_pulled_from(to: str, tmp
 
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_damaged_copy_is_pulled_again(replace: bool, hub: LoopbackHub, registry: Registry) -> None:  # noqa: F811
-    file = remote.pull(REPO, registry=registry).entry.adapter_path
+    file = hub_pull.pull(REPO, registry=registry).entry.adapter_path
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + b"?")
-    assert remote.pull(REPO, registry=registry, replace=replace).state == "updated"
+    assert hub_pull.pull(REPO, registry=registry, replace=replace).state == "updated"
     assert file.read_bytes() == whole
 
 
@@ -91,17 +91,17 @@ def test_a_lock_file_that_version_control_brought(
     registry: Registry,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    remote.pull(REPO, registry=registry)
+    hub_pull.pull(REPO, registry=registry)
     newer = hub.publish(REPO, repository(tmp_path / "new", eraser(seed=7)))
     elsewhere = Registry(tmp_path / "elsewhere")
-    remote.pull(REPO, registry=elsewhere)
+    hub_pull.pull(REPO, registry=elsewhere)
     shutil.copyfile(elsewhere.root / lockfile.LOCK_NAME, registry.root / lockfile.LOCK_NAME)
-    (age,) = remote.ages(registry)
+    (age,) = hub_pull.ages(registry)
     assert (age.state, "spmhub pull" in str(age.remark)) == ("unknown", True)
     assert not resolve(REPO, registry.root).adapter_path.is_relative_to(registry.root)
-    assert [(one.state, one.origin.commit) for one in remote.restore(registry)] == [("updated", newer)]
+    assert [(one.state, one.origin.commit) for one in hub_pull.restore(registry)] == [("updated", newer)]
     assert files_of(registry.root) == files_of(elsewhere.root)
-    assert list(remote.restore(registry)) == []
+    assert list(hub_pull.restore(registry)) == []
 
 
 def test_a_newly_signed_copy_replaces_an_unsigned_one_only_by_force(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_no_file_is_larger_than_any_adapter(
     hub.publish("someone/alone", {WEIGHTS_NAME: hub.content(REPO)[WEIGHTS_NAME]})
     for repo in (REPO, "someone/alone"):
         with pytest.raises(HubError, match="more than the limit of 1000"):
-            remote.pull(repo, registry=registry)
+            hub_pull.pull(repo, registry=registry)
     assert not [line for line in hub.requests if line.startswith("GET") and WEIGHTS_NAME in line]
     with pytest.raises(HubError, match="is not a valid file name"):
         fetching.fetch(REPO, "../../x.safetensors", COMMIT)
@@ -212,9 +212,9 @@ def test_no_signature_is_lost_when_a_pull_breaks_off(hub: LoopbackHub, registry:
     commit = hub.publish("someone/signed", {**hub.content(REPO), signing.SIGNATURE_NAME: b"sigstore"})
     hub.fail(signing.SIGNATURE_NAME, status=403, times=None)
     with pytest.raises(HubError):
-        remote.pull("someone/signed", commit, registry=registry)
+        hub_pull.pull("someone/signed", commit, registry=registry)
     hub.mend()
-    pulled = remote.pull("someone/signed", commit, registry=registry)
+    pulled = hub_pull.pull("someone/signed", commit, registry=registry)
     assert pulled.entry.signature_path is not None
 
 
