@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 import torch
 from pico import pico_eraser, pico_pipeline
-from spm_hub.training.objectives.esd import ESD
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.increments import Dense, LowRank
 from spm_hub.errors import RecipeError
 from spm_hub.training import Recipe, train
-from spm_hub.training.base_model import BaseModel
+from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.adversary import Attacker, drift, worst_states
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, denoised, generator_for, trained_prompt
-from spm_hub.training.trainable.dense import DenseInjection
-from spm_hub.training.trainable.low_rank import Injection
-from spm_hub.training.trainable.module_selection import selected
+from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, denoise, generator_for, trained_prompt
+from spm_hub.training.methods.esd import ESD
+from spm_hub.training.trainable.dense import TrainableDense
+from spm_hub.training.trainable.low_rank import TrainableLowRank
+from spm_hub.training.trainable.module_selection import select_modules
 from spm_hub.training.trainable.warm_start import begin_with, tensors_sha256
 
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 3, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}
@@ -34,13 +34,13 @@ def recipe(**values: object) -> Recipe:
     return Recipe.make(**{**SMALL, "method": "race-spm", **values})
 
 
-def room(plan: Recipe) -> tuple[BaseModel, PromptMaker, AnchorSource]:
-    base = BaseModel(pico_pipeline())
+def room(plan: Recipe) -> tuple[TeacherModel, PromptMaker, AnchorSource]:
+    base = TeacherModel(pico_pipeline())
     maker = PromptMaker((plan.target, *plan.aliases), plan.kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
     return base, maker, AnchorSource(base, plan.anchoring, plan.target, maker)
 
 
-def batch_of(plan: Recipe) -> tuple[BaseModel, Batch]:
+def batch_of(plan: Recipe) -> tuple[TeacherModel, Batch]:
     base, maker, anchors = room(plan)
     return base, TrajectorySource(base, plan, maker, anchors).batch(0)
 
@@ -78,9 +78,9 @@ def test_the_inner_loop_is_projected_sign_descent_in_float64(steps: int) -> None
 def test_the_adversary_lowers_what_it_aims_at_within_its_reach(goal: str, unit: str) -> None:
     plan = recipe(adversary={"steps": 10, "epsilon": 0.3, "goal": goal, "unit": unit}, batch_size=12)
     base, batch = batch_of(plan)
-    injection = Injection(base.denoiser, 1, generator_for(0, 2, 0))
+    injection = TrainableLowRank(base.denoiser, 1, generator_for(0, 2, 0))
     begin_with(injection, pico_eraser(pico_pipeline().unet))
-    harmed = Attacker(plan.adversary, base, plan.seed).harmed(batch, 2)
+    harmed = Attacker(plan.adversary, base, plan.seed).attacked(batch, 2)
     clean, moved = batch.states.states, harmed.states.states
     scale = clean.pow(2).mean(dim=(1, 2)).sqrt() if unit == "rms" else torch.ones(len(clean))
     assert ((moved - clean).abs().amax(dim=(1, 2)) <= 0.3 * scale * (1 + 1e-6)).all()
@@ -113,7 +113,7 @@ def test_the_noise_is_the_goal_only_where_the_concept_has_led_from_it() -> None:
     empty, asked = base.encode([""])[0].expand(4), base.encode(chunk.prompts[:4])
     steps = len(chunk.owner) // 4
     with torch.no_grad():
-        again = denoised(base, base.scheduler(steps), steps - 1, chunk.noise, empty, asked, guidance)
+        again = denoise(base, base.scheduler(steps), steps - 1, chunk.noise, empty, asked, guidance)
     same = [torch.allclose(one, other, atol=1e-4) for one, other in zip(again, chunk.latents[-4:], strict=True)]
     assert same == chunk.led.tolist() == [True, False, True, False]
 
@@ -121,7 +121,7 @@ def test_the_noise_is_the_goal_only_where_the_concept_has_led_from_it() -> None:
 def test_the_outer_loss_asks_the_harmed_states_for_the_clean_target() -> None:
     plan = recipe(method="race")
     base, batch = batch_of(plan)
-    harmed = Attacker(plan.adversary, base, plan.seed).harmed(batch, 0)
+    harmed = Attacker(plan.adversary, base, plan.seed).attacked(batch, 0)
     losses = ESD(2.0, "rewrite").losses(base, harmed)
     with torch.no_grad():
         student = base.predict(batch.latents, batch.times, harmed.states).double().numpy()
@@ -134,7 +134,7 @@ def test_the_outer_loss_asks_the_harmed_states_for_the_clean_target() -> None:
 def test_the_noise_of_a_batch_is_what_its_latents_began_as(source: str) -> None:
     plan = recipe(x_t={"source": source, "steps": 4, "trajectories": 4, "chunks": 2, "guidance": [1.0]}, batch_size=8)
     base, maker, anchors = room(plan)
-    injection = Injection(base.denoiser, 1, generator_for(0, 2, 0))
+    injection = TrainableLowRank(base.denoiser, 1, generator_for(0, 2, 0))
     made = (
         TrajectorySource(base, plan, maker, anchors)
         if source == "trajectory"
@@ -187,7 +187,7 @@ def as_dense(adapter: Adapter) -> Adapter:
 def test_a_low_rank_start_is_exact_and_further_ranks_add_nothing(rank: int) -> None:
     unet = pico_pipeline().unet
     start = pico_eraser(unet, rank=1)
-    injection = Injection(unet, rank, generator_for(0, 2, 0))
+    injection = TrainableLowRank(unet, rank, generator_for(0, 2, 0))
     begin_with(injection, start)
     for path, found in injection.increments().items():
         wanted = start.increments[path]
@@ -204,7 +204,7 @@ def test_a_low_rank_start_is_exact_and_further_ranks_add_nothing(rank: int) -> N
 def test_a_dense_increment_starts_exactly_from_either_kind(kind: str) -> None:
     unet = pico_pipeline().unet
     start = pico_eraser(unet, kind=kind, rank=2) if kind == "low_rank" else pico_eraser(unet, kind=kind)
-    injection = DenseInjection(selected(unet, "targets"))
+    injection = TrainableDense(select_modules(unet, "targets"))
     begin_with(injection, start)
     for path, found in injection.increments().items():
         wanted = start.increments[path]
@@ -217,9 +217,9 @@ def test_a_dense_increment_starts_exactly_from_either_kind(kind: str) -> None:
 def test_starts_that_do_not_fit_are_refused_and_nothing_is_set() -> None:
     unet = pico_pipeline().unet
     bare = pico_pipeline().unet
-    injection = Injection(unet, 1, generator_for(0, 2, 0), selected(unet, "esd-x"))
+    injection = TrainableLowRank(unet, 1, generator_for(0, 2, 0), select_modules(unet, "esd-x"))
     before = {key: value.detach().clone() for key, value in injection.state().items()}
-    cross = tuple(selected(bare, "esd-x"))
+    cross = tuple(select_modules(bare, "esd-x"))
     with pytest.raises(RecipeError, match="which is not trained"):
         begin_with(injection, pico_eraser(bare))
     with pytest.raises(RecipeError, match="rank 2"):
@@ -319,8 +319,14 @@ def test_the_door_loads_what_a_recipe_starts_from(tmp_path: Path) -> None:
         ({"adversary": {"keywords": True}}, "it needs aliases"),
         ({"adversary": {"goal": "nois"}}, "adversary.goal: unknown goal 'nois'; did you mean noise"),
         ({"start_sha256": "00"}, "no start_from"),
-        ({"method": "uce", "adversary": {"steps": 10}}, "it has no adversary"),
-        ({"method": "uce", "start_from": "x"}, "it has no start_from"),
+        (
+            {"method": "uce", "adversary": {"steps": 10}},
+            "^recipe: adversary.steps 10 would change nothing: method 'uce' does not read it; it is a closed form",
+        ),
+        (
+            {"method": "uce", "start_from": "x"},
+            "^recipe: start_from 'x' would change nothing: method 'uce' does not read it",
+        ),
     ],
 )
 def test_impossible_adversaries_are_refused(values: dict[str, object], words: str) -> None:
