@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from spm_hub.errors import SpmHubError
+from spm_hub.io.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,12 +33,6 @@ LONG = 100
 
 class InterruptedByUserError(SpmHubError):
     """Ctrl-C."""
-
-
-class Progress(Protocol):
-    """Callback that moves a progress bar: `step` of `total` are done, with figures to show."""
-
-    def __call__(self, step: int, total: int, info: Mapping[str, float] | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class Output:
         Yields the callback that moves it.
         """
         if self.quiet:
-            yield lambda step, total, info=None: None
+            yield no_progress
         elif sys.stderr.isatty():
             with _bar(label) as move:
                 yield move

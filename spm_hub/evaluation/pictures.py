@@ -20,6 +20,7 @@ from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.evaluation.grid import GridRow, draw_grid
 from spm_hub.evaluation.step_callback import StepCallback
 from spm_hub.io.atomic import write_atomic
+from spm_hub.io.progress import ProgressCallback
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,8 +32,6 @@ WITHOUT, WITH = "without", "with"
 METADATA_KEY = "spmhub"
 SEEDS = 2**64
 """Number of seeds that torch accepts: 0 to 2^64 - 1."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def show(
     threshold: float | None = None,
     top_k: int | None = None,
     compare: bool = True,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     each: Callable[[int, PromptPictures], None] = lambda index, shown: None,
 ) -> tuple[PromptPictures, ...]:
     """Draw every prompt with `adapters` attached and, if `compare`, from the same noise without them.
@@ -129,7 +128,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def draw(
-    pipe: DiffusionPipeline, prompt: str, drawing: DrawingOptions, progress: Progress | None = None
+    pipe: DiffusionPipeline, prompt: str, drawing: DrawingOptions, progress: ProgressCallback | None = None
 ) -> tuple[Image.Image, ...]:
     """Draw `drawing.number` pictures of one prompt.
 
@@ -256,7 +255,7 @@ def read_prompts(path: Path) -> list[str]:
 class _Counter:
     """Reports the steps of several drawings as one total, for a single progress bar."""
 
-    def __init__(self, drawings: int, progress: Progress | None) -> None:
+    def __init__(self, drawings: int, progress: ProgressCallback | None) -> None:
         self._drawings, self._progress, self._done = drawings, progress, 0
 
     def __call__(self, step: int, total: int) -> None:

@@ -6,7 +6,7 @@ differ only by the erasers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 
 from spm_hub.adapters.manifest import Evaluation
 from spm_hub.evaluation.step_callback import StepCallback
+from spm_hub.io.progress import ProgressCallback
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.probe import Probe
 from spm_hub.sketchbook.world import STYLE_NAMES
@@ -37,7 +38,6 @@ BATCH_SIZE = 50
 """Number of pictures in one call of the pipeline."""
 
 _PROPER = ("snoopy", "mickey", "spongebob", "pikachu")
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def paint(
     *,
     steps: int = 25,
     guidance_scale: float = 7.5,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[Image.Image]:
     """Draw one picture for each case, in order. Raises UsageError if the latents overflow."""
     pictures: list[Image.Image] = []
@@ -145,7 +145,7 @@ def detection_table(
     samples: int = 50,
     seed: int = 2024,
     steps: int = 25,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[DetectionRow]:
     """Draw pictures of each subject and style and count how often the probe names it.
 

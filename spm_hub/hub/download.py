@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from filelock import FileLock
@@ -29,8 +29,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 
 from spm_hub.errors import HubError
 from spm_hub.io.hub_client import SECONDS_TO_REACH_THE_HUB, TRIES, patiently, pause_after
-
-Progress = Callable[[int, int], None]
+from spm_hub.io.progress import ProgressCallback
 
 _ETAG = re.compile(r"[\w.-]{1,128}")
 
@@ -42,7 +41,7 @@ def fetch(
     *,
     sha256: str | None = None,
     largest: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Path:
     """Return the path of the file `name` of a commit in the cache, downloading it if needed.
 
@@ -107,7 +106,9 @@ def _metadata(url: str) -> HfFileMetadata:
     return patiently(lambda: get_hf_file_metadata(url, timeout=SECONDS_TO_REACH_THE_HUB))
 
 
-def _download(url: str, partial: Path, size: int | None, largest: int | None, progress: Progress | None) -> None:
+def _download(
+    url: str, partial: Path, size: int | None, largest: int | None, progress: ProgressCallback | None
+) -> None:
     """Append to `partial` until it has `size` bytes, resuming at its end.
 
     Raises the last error after TRIES attempts in a row that brought no byte.
@@ -138,7 +139,7 @@ def _download(url: str, partial: Path, size: int | None, largest: int | None, pr
 
 
 def _stream(
-    url: str, partial: Path, have: int, size: int | None, largest: int | None, progress: Progress | None
+    url: str, partial: Path, have: int, size: int | None, largest: int | None, progress: ProgressCallback | None
 ) -> None:
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if have:

@@ -11,11 +11,12 @@ from huggingface_hub import ModelInfo, constants, errors, hf_hub_download
 
 from spm_hub.adapters.manifest import MAX_BYTES, Manifest, Origin, slug
 from spm_hub.errors import HubError, HubNotFoundError, NetworkError, NotFoundError, SpmHubError, UsageError
-from spm_hub.hub.download import Progress, fetch
+from spm_hub.hub.download import fetch
 from spm_hub.io.atomic import write_atomic
 from spm_hub.io.environment import OWNER_VARIABLE
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.hub_client import is_commit, reaching, repository_info
+from spm_hub.io.progress import ProgressCallback
 from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry
 from spm_hub.registry.registry import Registry
@@ -33,7 +34,7 @@ def owner() -> str | None:
     return os.environ.get(OWNER_VARIABLE, DEFAULT_OWNER).strip() or None
 
 
-def download(repo: str, revision: str | None = None, *, progress: Progress | None = None) -> EraserEntry:
+def download(repo: str, revision: str | None = None, *, progress: ProgressCallback | None = None) -> EraserEntry:
     """Download a repository's adapter and manifest, of one commit, into the Hub's cache.
 
     A commit that is already in the cache needs no request; a cached branch or tag is used if the Hub is out of reach.
@@ -100,7 +101,7 @@ def pull(
     name: str | None = None,
     pin: lockfile.Pin | None = None,
     replace: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> PullResult:
     """Download a repository's eraser into `registry`, pinned to its commit in the registry's lock file.
 
@@ -136,7 +137,7 @@ def pull(
     )
 
 
-def restore(registry: Registry, *, progress: Progress | None = None) -> Iterator[PullResult]:
+def restore(registry: Registry, *, progress: ProgressCallback | None = None) -> Iterator[PullResult]:
     """Pull, at their pinned commits, all erasers of the lock file that the registry lacks.
 
     An eraser whose file does not match its pin is pulled too.
@@ -190,7 +191,7 @@ def _has_pinned(registry: Registry, name: str, pin: lockfile.Pin) -> bool:
     return existing is not None and existing.pin == pin
 
 
-def pull_by_name(name: str, registry: Registry, progress: Progress | None = None) -> EraserEntry | None:
+def pull_by_name(name: str, registry: Registry, progress: ProgressCallback | None = None) -> EraserEntry | None:
     """Pull the repository `name` of `owner()` into `registry`; None if there is no such repository."""
     user = owner()
     if user is None:

@@ -4,12 +4,13 @@ The Hub's client is imported only when it is needed: importing it takes longer t
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spm_hub.adapters.manifest import NAME, slug
 from spm_hub.errors import NetworkError, NotFoundError, UsageError, ambiguous_eraser, unknown_eraser
+from spm_hub.io.progress import ProgressCallback
 from spm_hub.registry import lockfile, storage
 from spm_hub.registry.entry import WEIGHTS_NAME, EraserEntry, entry_of
 from spm_hub.registry.registry import HUB_REFERENCE, Registry, registries, requested_root
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 _SUFFIX = storage.SUFFIXES[storage.ADAPTERS]
 
 
-def resolve(
-    reference: str, registry: Path | None = None, *, progress: Callable[[int, int], None] | None = None
-) -> EraserEntry:
+def resolve(reference: str, registry: Path | None = None, *, progress: ProgressCallback | None = None) -> EraserEntry:
     """Find an eraser by path, by name or concept in a registry, or by owner/name[@revision] on the Hub.
 
     An unknown name is pulled from the repositories of `pull.owner()` into `registry` or the user's own registry. A Hub
@@ -77,7 +76,7 @@ def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> Erase
 
 
 def _from_owner(
-    reference: str, registry: Path | None, names: list[str], progress: Callable[[int, int], None] | None
+    reference: str, registry: Path | None, names: list[str], progress: ProgressCallback | None
 ) -> EraserEntry:
     """Pull a name that no registry has from the Hub.
 

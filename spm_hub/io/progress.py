@@ -16,6 +16,10 @@ class Progress(Protocol):
     def __call__(self, step: int, total: int, info: Mapping[str, float] | None = None) -> None: ...
 
 
+ProgressCallback = Callable[[int, int], None]
+"""Called with the number of steps (or bytes) done, and their total."""
+
+
 def no_progress(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
     """Show nothing."""
 

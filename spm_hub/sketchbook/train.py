@@ -47,7 +47,7 @@ def _print_progress(stage: str, step: int, total: int, loss: float, start: float
     print(f"{stage:9s} {step:6d}/{total}  loss {loss:.4f}  {left / 60:5.1f} min left", file=sys.stderr, flush=True)
 
 
-class Reporter:
+class LossPrinter:
     """Prints a stage's smoothed loss every hundred steps."""
 
     def __init__(self, stage: str, total: int, first: int = 0) -> None:
@@ -108,7 +108,7 @@ def _loop(
 ) -> None:  # fmt: skip
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps, pct_start=0.08)
-    report = Reporter(stage, steps)
+    report = LossPrinter(stage, steps)
     for step in range(steps):
         loss = loss_of(step)
         optimiser.zero_grad()
@@ -212,7 +212,7 @@ def train_unet(
         schedule.load_state_dict(state["schedule"])
         generator.set_state(state["generator"])
         average, first = state["average"], state["step"]
-    report = Reporter(stage, steps, first=first)
+    report = LossPrinter(stage, steps, first=first)
     unet.train()
     for step in range(first, steps):
         rows = torch.randint(len(latents), (batch_size,), generator=generator)
@@ -283,7 +283,7 @@ def make_clip_stage(out: Path, captions: list[str], pictures: torch.Tensor, step
 def make_probe_stage(out: Path, pictures: torch.Tensor, targets: torch.Tensor, steps: int, seed: int) -> None:
     """Train the probe and save it as `probe`."""
     with record_seconds(out, "probe"):
-        generator, report = _generator(seed, 2), Reporter("probe", steps)
+        generator, report = _generator(seed, 2), LossPrinter("probe", steps)
         probe = train_probe(pictures, targets, steps=steps, generator=generator, report=report)
         with atomic_path(out / "probe") as place:
             probe.model.save_pretrained(place)

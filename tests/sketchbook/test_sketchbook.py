@@ -19,7 +19,7 @@ from spm_hub.registry.registry import Registry
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.looks import BACKGROUNDS, Dice
 from spm_hub.sketchbook.probe import STYLE_CLASSES, SUBJECT_CLASSES, labels
-from spm_hub.sketchbook.train import Reporter, train_unet
+from spm_hub.sketchbook.train import LossPrinter, train_unet
 from spm_hub.sketchbook.world import STYLE_NAMES, Drawing, draw, drawings
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.conditioning import Conditioning
@@ -188,13 +188,13 @@ def test_an_interrupted_denoiser_training_goes_on_bit_for_bit(tmp_path: Path, mo
         )  # fmt: skip
         return {key: value.clone() for key, value in unet.state_dict().items()}
 
-    def interrupt(self: Reporter, step: int, loss: float) -> None:
+    def interrupt(self: LossPrinter, step: int, loss: float) -> None:
         if step == 5:
             raise KeyboardInterrupt
 
     whole = run(tmp_path / "whole.pt")
     with monkeypatch.context() as patched:
-        patched.setattr(Reporter, "__call__", interrupt)
+        patched.setattr(LossPrinter, "__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "half.pt")
     resumed = run(tmp_path / "half.pt")
