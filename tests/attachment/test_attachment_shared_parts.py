@@ -1,5 +1,7 @@
 """Erasers among what else people do to a pipeline: LoRAs, fusing, offloading, and pipelines that share its parts."""
 
+from functools import cache
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
@@ -350,23 +352,31 @@ def whole_models(pipe, _):
     pipe.enable_model_cpu_offload(device="cpu")
 
 
+PROMPTS = ["snoopy", "a dog"]
+
+
+@cache
+def in_memory(kind):
+    """What nothing is offloaded draws: bare, erased alone, erased beside another prompt."""
+    twin = pico_pipeline()
+    bare = draw(twin)
+    with attach(twin, erasers_for(twin, kind=kind)):
+        return bare, draw(twin), draw(twin, PROMPTS)
+
+
 @pytest.mark.parametrize("kind", ["low_rank", "dense", "mask"])
 @pytest.mark.parametrize("offload", [one_by_one, onto_disk, in_groups, in_groups_on_disk, whole_models])
 @pytest.mark.parametrize("when", ["before", "while folded", "while branched"])
 def test_offloaded_weights_are_erased_and_come_back(pipe, offload, when, kind, tmp_path):
-    adapters, bare = erasers_for(pipe, kind=kind), draw(pipe)
-    prompts = ["snoopy", "a dog"]
-    twin = pico_pipeline()
-    with attach(twin, adapters):
-        alone, both = draw(twin), draw(twin, prompts)
+    bare, alone, both = in_memory(kind)
     if when == "before":
         offload(pipe, tmp_path)
-    with attach(pipe, adapters):
+    with attach(pipe, erasers_for(pico_pipeline(), kind=kind)):
         if when != "before":
-            draw(pipe, "snoopy" if when == "while folded" else prompts)
+            draw(pipe, "snoopy" if when == "while folded" else PROMPTS)
             offload(pipe, tmp_path)
         assert agrees(draw(pipe), alone)
-        assert agrees(draw(pipe, prompts), both)
+        assert agrees(draw(pipe, PROMPTS), both)
         assert agrees(draw(pipe), alone)
     assert torch.equal(draw(pipe), bare)
     assert {type(module) for module in target_modules(pipe.unet).values()} == {torch.nn.Linear, torch.nn.Conv2d}
