@@ -105,6 +105,7 @@ def test_the_payload_hash_is_that_of_the_bytes_after_the_header(saved: tuple[Pat
     assert start % 8 == 0
 
 
+@pytest.mark.slow
 def test_the_same_adapter_is_the_same_file_in_every_process(tmp_path: Path, saved: tuple[Path, Path]) -> None:
     code = (
         "import sys; sys.path.insert(0, 'tests/adapters'); from test_adapter import snoopy; "

@@ -32,6 +32,8 @@ from spm_hub.errors import AdapterFileError, NotFoundError, UsageError
 from spm_hub.io.safetensors_file import MANIFEST_KEY, read_header
 from spm_hub.models.architectures import changeable, family_of
 
+pytestmark = pytest.mark.slow
+
 CONFORMANCE = Path(__file__).resolve().parents[3] / "shared" / "conformance"
 needs_conformance = pytest.mark.skipif(not CONFORMANCE.is_dir(), reason="no conformance files beside this checkout")
 LOW_RANK = ["spm", "kohya", "lycoris", "diffusers", "peft"]

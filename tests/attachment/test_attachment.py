@@ -489,6 +489,7 @@ def test_a_recovered_eraser_was_never_there(dtype, prompt):
     assert torch.equal(denoise(one.unet, dtype=dtype), denoise(other.unet, dtype=dtype))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(TARGETS), st.sampled_from(["toggle", "strength", "draw", "mixed"])), max_size=8)
@@ -719,6 +720,7 @@ def test_recover_waits_for_the_picture_in_progress(pipe):
     assert erasers.names == ("mickey",)
 
 
+@pytest.mark.slow
 def test_attachments_leave_no_memory_behind(pipe):
     def attached_and_gone():
         with attach(pipe, erasers_for(pipe, "snoopy")):

@@ -18,6 +18,8 @@ from pico import pico_eraser, pico_pipeline, target_modules
 from spm_hub.attachment.attachment import attach
 from spm_hub.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def pipe():

@@ -11,6 +11,8 @@ from torch._dynamo.utils import counters
 from spm_hub.attachment.attachment import attach
 from spm_hub.models.architectures import body_of
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ("a dog", "snoopy", "mickey mouse", "a cat on the beach", "van gogh", "snoopy by picasso")
 
 

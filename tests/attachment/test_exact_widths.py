@@ -19,6 +19,8 @@ import spm_hub
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.models.architectures import denoiser_of, family_of, targets
 
+pytestmark = pytest.mark.slow
+
 UNET: dict[str, Any] = {"layers_per_block": 1, "up_block_types": ("UpBlock2D",), "down_block_types": ("DownBlock2D",)}
 ATTENDING: dict[str, Any] = {
     "layers_per_block": 1, "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",),

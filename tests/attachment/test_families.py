@@ -158,6 +158,7 @@ def weights(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in denoiser_of(pipe).state_dict().items()}
 
 
+@pytest.mark.slow
 def test_attached_gated_per_prompt_and_taken_away_again(
     pipe: DiffusionPipeline, request: pytest.FixtureRequest
 ) -> None:

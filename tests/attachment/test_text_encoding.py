@@ -73,6 +73,7 @@ class Heard:
         self.calls.append((args, kwargs, output[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "fold", "branch"])
 @pytest.mark.parametrize("name", ["flux-dev", "qwen-image"])
 def test_negative_prompts_in_a_call_of_their_own_are_spared_where_that_was_asked(name: str, mode: Any) -> None:

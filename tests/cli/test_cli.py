@@ -124,6 +124,7 @@ def test_train_keeps_an_eraser_and_says_where(spmhub: Spmhub, registry: Registry
     assert registry.get("church").adapter_path.read_bytes() == before, "the same seed gives the identical file"
 
 
+@pytest.mark.slow
 def test_concepts_erased_together_or_after_others_leave_those_alone(
     spmhub: Spmhub, registry: Registry, tmp_path: Path
 ) -> None:
@@ -384,6 +385,7 @@ def test_ctrl_c_and_a_reader_that_leaves(capsys: pytest.CaptureFixture[str]) -> 
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_keeps_the_run(
     spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +410,7 @@ def test_ctrl_c_in_training_keeps_the_run(
     assert registry.get("church").adapter_path.read_bytes() == resumed
 
 
+@pytest.mark.slow
 def test_several_concepts_go_on_with_the_one_that_was_interrupted(
     spmhub: Spmhub, registry: Registry, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,6 +437,7 @@ def test_several_concepts_go_on_with_the_one_that_was_interrupted(
     assert church.adapter_path.stat() == before
 
 
+@pytest.mark.slow
 def test_runs_on_bases_of_one_name_leave_each_other_alone(
     spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,6 +473,7 @@ def test_what_we_warn_of_ourselves_is_a_line_and_what_libraries_do_is_not(capsys
     assert capsys.readouterr().err == "warning: this model cannot be trained to the same bits twice\n"
 
 
+@pytest.mark.slow
 def test_a_full_registry_does_not_cost_the_training(
     spmhub: Spmhub, registry: Registry, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

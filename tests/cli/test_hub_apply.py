@@ -23,6 +23,8 @@ from spm_hub.hub.push import prepare
 from spm_hub.models.aliases import ALIASES
 from spm_hub.registry.registry import Registry
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "snoopy on the beach"
 COMMAND = ["apply", "--model", "dreamshaper-8", "--adapters", "nudity,snoopy", "--prompt", PROMPT]
 COMMAND += ["--seed", "1", "--steps", "2", "--json"]

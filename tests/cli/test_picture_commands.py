@@ -44,6 +44,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
         yield served
 
 
+@pytest.mark.slow
 def test_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned, trained, looked_at, shipped = [], [], [], Registry(ROOT).get("snoopy").load()
     train, table = training.train, sketchbook.detection_table

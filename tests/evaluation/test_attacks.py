@@ -277,6 +277,7 @@ def test_unlearndiff_walks_down_its_loss() -> None:
     assert int((away < away[every.index(found[cases[0]])]).sum()) < len(ids) / 20
 
 
+@pytest.mark.slow
 def test_p4d_imitates_the_base_by_a_prompt_of_its_own() -> None:
     pipe = pico_pipeline()
     same = untouched(pipe)

@@ -24,6 +24,7 @@ def draw(pipe: Any, prompt: Any, **options: Any) -> torch.Tensor:
     return pipe(prompt, generator=[torch.Generator().manual_seed(seed) for seed in range(count)], **given).images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_levels_are_diffusers_own_safe_latent_diffusion(level: str) -> None:
     pipe = pico_pipeline()

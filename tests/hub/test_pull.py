@@ -264,6 +264,7 @@ CASES = [(where, pattern, fault) for where, pattern in PLACES.items() for fault 
 CASES += [("a file's head", rf"HEAD .*/resolve/\w+/{re.escape(WEIGHTS_NAME)}", fault) for fault in HEAD_FAULTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "pattern", "fault"), CASES, ids=[f"{case[0]}: {case[2]}" for case in CASES])
 def test_every_fault_ends_well_or_in_one_clear_error(
     where: str, pattern: str, fault: str, hub: LoopbackHub, registry: Registry, tmp_path: Path
@@ -298,6 +299,7 @@ def test_a_size_that_stays_wrong(short_by: int, hub: LoopbackHub, registry: Regi
 PASSING = ("429 once", "500 once", "reset once", "short once", "longer than announced", "corrupt once")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_fault_at_any_request_of_a_pull(fault: str, hub: LoopbackHub, tmp_path: Path) -> None:
     """The first request, the second, ...: none of them is one that a pull does not survive."""

@@ -185,6 +185,7 @@ PUSH_FAULTS: dict[str, tuple[dict[str, Any], str | None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", PUSH_FAULTS)
 @pytest.mark.parametrize("place", PLACES)
 def test_every_fault_of_a_push_ends_well_or_in_one_clear_error(

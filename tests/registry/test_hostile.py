@@ -21,6 +21,8 @@ from spm_hub.errors import SpmHubError
 from spm_hub.io import untrusted_json as untrusted
 from spm_hub.registry.registry import Registry
 
+pytestmark = pytest.mark.slow
+
 CASES, AT_LEAST, SECONDS = 300, 60, 10.0
 
 

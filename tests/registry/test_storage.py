@@ -292,6 +292,7 @@ def assert_valid(root: Path) -> None:
     assert len(files_of(root)) - (root / lockfile.LOCK_NAME).exists() == 2 * len(kept.entries())
 
 
+@pytest.mark.slow
 def test_several_processes_share_a_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LoopbackHub() as hub:
         hub.adopt(monkeypatch, tmp_path)

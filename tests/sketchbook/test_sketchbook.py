@@ -28,6 +28,8 @@ from spm_hub.training.data.prompts import STYLE_FRAMES, SUBJECT_FRAMES, PromptMa
 from spm_hub.training.data.trajectories import TrajectorySource
 from spm_hub.training.recipe.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("mickey", "nudity", "snoopy", "spongebob", "van-gogh")
 

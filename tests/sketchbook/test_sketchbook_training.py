@@ -16,6 +16,8 @@ from transformers import CLIPModel, ResNetForImageClassification
 
 from spm_hub.sketchbook import train
 
+pytestmark = pytest.mark.slow
+
 SMALLEST = ["--drawings", "24", "--probe-steps", "1", "--base-steps", "0", "--chalk-steps", "0"]
 
 

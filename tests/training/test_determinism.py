@@ -21,6 +21,7 @@ def switches() -> tuple[object, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [True, False], ids=["with a repeatable kernel", "without one"])
 def test_switched_on_for_the_training_and_for_nothing_else(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = train(Recipe.make(**SMALL), pipe=pico_pipeline())

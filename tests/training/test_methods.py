@@ -155,6 +155,7 @@ def test_dense_increments_begin_at_nothing_freeze_to_the_base_and_go(dtype: torc
     assert not any("forward" in module.__dict__ for module in unet.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("increment", "x_t"), [({"kind": "dense"}, "student"), ({"kind": "low_rank", "rank": 2}, "trajectory")]
 )

@@ -32,6 +32,8 @@ from spm_hub.training.loop.mask_run import MaskRun, final_latent_losses
 from spm_hub.training.loop.run import Task
 from spm_hub.training.trainable.mask import TrainableMask, expected_on, hard_concrete, neurons
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {
     "target": "snoopy", "method": "minimalist", "steps": 6, "batch_size": 2, "x_t": {"steps": 3},
     "masks": {"prompts": 3, "groups": ("ff", "attn")}, "optimiser": {"warmup": 1},

@@ -21,6 +21,8 @@ from spm_hub.training.trainable.low_rank import TrainableLowRank
 from spm_hub.training.trainable.module_selection import select_modules
 from spm_hub.training.trainable.peft import TrainablePeft
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 4, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}
 
 

@@ -27,6 +27,8 @@ from spm_hub.training.trainable.low_rank import TrainableLowRank
 from spm_hub.training.trainable.module_selection import select_modules
 from spm_hub.training.trainable.warm_start import begin_with, tensors_sha256
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 3, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}
 
 

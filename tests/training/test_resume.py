@@ -16,6 +16,8 @@ from pico import pico_pipeline
 from spm_hub.training import Recipe, train
 from spm_hub.training.trainer import TrainingInterruptedError
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"target": "snoopy", "steps": 6, "batch_size": 2, "x_t": {"steps": 3, "trajectories": 2, "chunks": 2}}
 THREE = [{"target": "mickey"}, {"target": "picasso", "kind": "style"}]
 CASES: dict[str, dict[str, Any]] = {

@@ -33,6 +33,8 @@ from spm_hub.training.trainable.module_selection import select_modules
 from spm_hub.training.trainable.null_space import TrainableNullSpace
 from spm_hub.training.trainer import train_together
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 64  # of text states: 12 tokens for the first prompt and 11 for each further one leave room for four
 SMALL = {
     "target": "snoopy", "method": "sepme", "steps": 6, "batch_size": 4, "templates": False,

@@ -19,6 +19,8 @@ from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, 
 from spm_hub.training.methods.spm import SPM
 from spm_hub.training.trainable.low_rank import TrainableLowRank
 
+pytestmark = pytest.mark.slow
+
 
 def recipe(**values: object) -> Recipe:
     small = {"target": "snoopy", "steps": 6, "batch_size": 4, "x_t": {"steps": 5, "trajectories": 4, "chunks": 3}}

@@ -24,6 +24,8 @@ from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.trajectories import Chunk, TrajectorySource
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
