@@ -271,7 +271,8 @@ def train(
     50 steps and at Ctrl-C, with or without a registry, and deleted at the end. Unless given it is in the user's cache,
     the one that `spmhub train` uses for this recipe on this base.
     progress: True for a bar in terminals and notebooks, False for none, or a function of (steps done, steps in all,
-    losses). callbacks: called after every step with a `TrainingStep`; one that returns True ends the training there.
+    losses). callbacks: called after every step with a `TrainingStep`; one that returns True ends the training there,
+    although the recipe in the manifest still names all steps.
 
     Raises TrainingInterruptedError at Ctrl-C, UsageError for an empty concept, the device "meta" or a pipeline that is
     not what `device` and `dtype` ask for, RecipeError for an unknown key or an impossible value, RegistryError for a
