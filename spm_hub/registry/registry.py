@@ -148,7 +148,7 @@ class Registry:
         if entry.adapter_path.exists() and not replace and not _same_repository(entry, origin):
             raise RegistryError(
                 f"{self.root} already has an eraser named {name!r}",
-                mend="choose another name with --name, or replace that eraser with --force (in Python name= and replace=True)",
+                mend="another name with --name, or replace that eraser with --force; in Python name=, replace=True",
             )
         for folder in (entry.adapter_path.parent, manifest.parent):
             existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())

@@ -212,7 +212,7 @@ class Session:
                 raise
             raise RegistryError(
                 f"{error.message}; the training is not lost, its result is in {checkpoint.folder}",
-                mend="the same command with --resume, in Python resume=True, when there is room or with another registry",
+                mend="the same command with --resume, in Python resume=True, with room or in another registry",
             ) from error
         for remark in _remarks(adapter.manifest):
             self.reporter.say(remark)
