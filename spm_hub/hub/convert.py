@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from spm_hub.adapters.adapter import Adapter
+    from spm_hub.adapters.description import Description
     from spm_hub.adapters.formats.format import BaseModel
 
 
@@ -81,7 +82,7 @@ def convert(
     AdapterFileError (a broken or unknown file), CompatibilityError (another base), ModelError, RegistryError.
     """
     from spm_hub.adapters import conversion, low_rank_approximation
-    from spm_hub.adapters.description import Description, apply_description
+    from spm_hub.adapters.description import Description
 
     if config is not None and (model is None or pipe is not None):
         raise UsageError("config is for a model that is a single file, and there is none to load", mend="model=FILE")
@@ -90,16 +91,9 @@ def convert(
     folder = None if registry is None else Path(registry)
     reporter = reporter or Bars(progress)
     target = None if to is None else conversion.writer_named(to)
-    if model is not None and pipe is None:
-        reporter.say(f"reading {model} ...")
-    base = _base(model, config, pipe)
-    said = Description(None if name is None else slug(name), concept, family, without_text_encoder)
-    if isinstance(source, str | Path) and (path := Path(source).expanduser()).exists():
-        with reporter.progress("reading") as move:
-            adapter, read_as = conversion.read(path, said, base, move)
-    else:
-        known = resolve(str(source), folder).load() if isinstance(source, str | Path) else source
-        adapter, read_as = apply_description(known, said), "spm"
+    base = _base(model, config, pipe, reporter)
+    description = Description(None if name is None else slug(name), concept, family, without_text_encoder)
+    adapter, read_as = _read(source, folder, description, base, reporter)
     error = biases = None
     if svd_rank is not None:
         if base is not None:
@@ -109,21 +103,38 @@ def convert(
         adapter, error, biases = near.adapter, near.relative_error, near.biases_left_out
     files: list[Path] = []
     if keep:
-        kept_in = registry_for_new(folder)
-        files.append(kept_in.add(adapter, replace=replace).adapter_path)
+        files.append(registry_for_new(folder).add(adapter, replace=replace).adapter_path)
     if target is not None and target.writer is not None:
         here = f"{adapter.name}-{target.name}{target.writer.suffix}"
         files += conversion.write(adapter, target, Path(out or here), base, replace=replace)
     return Conversion(adapter, read_as, to or ("spm" if keep else None), tuple(files), error, biases)
 
 
-def _base(model: str | None, config: str | None, pipe: DiffusionPipeline | None) -> BaseModel | None:
+def _read(
+    source: str | Path | Adapter, registry: Path | None, description: Description, base: BaseModel | None, to: Reporter
+) -> tuple[Adapter, str]:
+    """Read an eraser from a file, a reference or an Adapter; return it with the name of its format."""
+    from spm_hub.adapters import conversion
+    from spm_hub.adapters.description import apply_description
+
+    if isinstance(source, str | Path) and (path := Path(source).expanduser()).exists():
+        with to.progress("reading") as move:
+            return conversion.read(path, description, base, move)
+    known = resolve(str(source), registry).load() if isinstance(source, str | Path) else source
+    return apply_description(known, description), "spm"
+
+
+def _base(
+    model: str | None, config: str | None, pipe: DiffusionPipeline | None, reporter: Reporter
+) -> BaseModel | None:
+    """Return the base model, loading it if `pipe` is None; None if neither `model` nor `pipe` is given."""
     from spm_hub.adapters.formats.format import BaseModel
     from spm_hub.models.architectures import denoiser_of
     from spm_hub.models.loading import load_pipeline
     from spm_hub.models.references import identity_of, identity_of_pipeline
 
     if pipe is None and model is not None:
+        reporter.say(f"reading {model} ...")
         pipe = load_pipeline(model, config=config)
     if pipe is None:
         return None
