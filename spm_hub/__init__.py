@@ -30,19 +30,35 @@ if TYPE_CHECKING:
     from spm_hub.models.architectures import Family
     from spm_hub.models.loading import load_pipeline
     from spm_hub.registry.registry import Registry
+    from spm_hub.training.loop.closed_form import ClosedForm
+    from spm_hub.training.loop.prediction_run import PredictionRun
+    from spm_hub.training.loop.run import Run, Task
+    from spm_hub.training.methods.method import Method
+    from spm_hub.training.objective import Losses, Objective
     from spm_hub.training.recipe.recipe import Recipe
+    from spm_hub.training.recipe.schema import RecipePart
     from spm_hub.training.session import TrainingStep
+    from spm_hub.training.trainable.trainable import Trainable
     from spm_hub.training.trainer import TrainingInterruptedError
 
 __all__ = [
     "Adapter",
     "Applied",
+    "ClosedForm",
     "Conversion",
     "Family",
     "Format",
+    "Losses",
     "Manifest",
+    "Method",
+    "Objective",
+    "PredictionRun",
     "Recipe",
+    "RecipePart",
     "Registry",
+    "Run",
+    "Task",
+    "Trainable",
     "TrainingInterruptedError",
     "TrainingStep",
     "__version__",
@@ -60,12 +76,21 @@ __all__ = [
 _ROOMS = {
     "Adapter": "spm_hub.adapters.adapter",
     "Applied": "spm_hub.evaluation.application",
+    "ClosedForm": "spm_hub.training.loop.closed_form",
     "Conversion": "spm_hub.hub.convert",
     "Family": "spm_hub.models.architectures",
     "Format": "spm_hub.adapters.formats.format",
+    "Losses": "spm_hub.training.objective",
     "Manifest": "spm_hub.adapters.manifest",
+    "Method": "spm_hub.training.methods.method",
+    "Objective": "spm_hub.training.objective",
+    "PredictionRun": "spm_hub.training.loop.prediction_run",
     "Recipe": "spm_hub.training.recipe.recipe",
+    "RecipePart": "spm_hub.training.recipe.schema",
     "Registry": "spm_hub.registry.registry",
+    "Run": "spm_hub.training.loop.run",
+    "Task": "spm_hub.training.loop.run",
+    "Trainable": "spm_hub.training.trainable.trainable",
     "TrainingInterruptedError": "spm_hub.training.trainer",
     "TrainingStep": "spm_hub.training.session",
     "bake": "spm_hub.hub.bake",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from spm_hub.cli.output import Output, exit_on_error
 
@@ -55,11 +56,14 @@ class Example:
 EXAMPLES: dict[str, tuple[Example, ...]] = {}
 
 
-def command(name: str, *examples: Example, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    name: str, *examples: Example, panel: str, help_values: Callable[[], Mapping[str, str]] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register `f(out: Output, ...)` as the command `name`, in the help panel `panel`.
 
     The function's docstring is the command's help text. Its first argument is an Output made from --json and --quiet,
     which are added here. `output.exit_on_error` turns its exceptions into a message and an exit code.
+    help_values: computes the values of `{name}` in the options' help texts, when the help of this command is shown.
     """
 
     def register(body: Callable[..., None]) -> Callable[..., None]:
@@ -84,10 +88,29 @@ def command(name: str, *examples: Example, panel: str) -> Callable[[Callable[...
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         EXAMPLES[name] = examples
-        app.command(name, epilog=_epilog(examples), rich_help_panel=panel)(run)
+        kind = None if help_values is None else type("LateHelp", (_LateHelp,), {"values": staticmethod(help_values)})
+        app.command(name, cls=kind, epilog=_epilog(examples), rich_help_panel=panel)(run)
         return body
 
     return register
+
+
+class _LateHelp(TyperCommand):
+    """A command that completes its options' help texts when its help is shown."""
+
+    values: Callable[[], Mapping[str, str]]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        values = self.values()
+        options: list[Any] = [parameter for parameter in self.params if getattr(parameter, "help", None)]
+        texts = [option.help for option in options]
+        for option, text in zip(options, texts, strict=True):
+            option.help = text.format(**values)
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            for option, text in zip(options, texts, strict=True):
+                option.help = text
 
 
 def _epilog(examples: tuple[Example, ...]) -> str:

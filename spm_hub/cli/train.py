@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 CONCEPTS = "What to erase, in words; an eraser for each. The recipe may name it instead."
 MODEL = "Base model: see spmhub models. Unless given: sketchbook."
-METHOD = (
-    "spm, esd-x, esd-x-strict, esd-x-strict-text, esd-u, esd-all, esd-selfattn, ca, sdd, fmn, race, race-spm, sepme, "
-    "uce, minimalist, or a plug-in's. Unless given: spm."
-)
+METHOD = "One of {methods}. Unless given: spm. See spmhub methods."
 INCREMENT = (
     "Kind of change to train: spm, dense, mask, null-space, or by rank lora:4, loha:4, lokr:4, vera:64, dora:4. "
     "Unless given: the method's."
@@ -34,6 +31,14 @@ Sets = Annotated[
 ]
 
 
+def _method_names() -> dict[str, str]:
+    """Return the names of all methods, for the help text: reading them imports torch."""
+    with silence_libraries():
+        from spm_hub.training.methods import all_methods
+
+        return {"methods": ", ".join(all_methods())}
+
+
 @command(
     "train",
     Example("spmhub train snoopy", "erase snoopy, on the embedded model"),
@@ -44,6 +49,7 @@ Sets = Annotated[
     Example('spmhub train pikachu --method sepme --after snoopy --protect "a dog"', "leave snoopy and dogs alone"),
     Example("spmhub train snoopy --resume", "go on after Ctrl-C or a crash"),
     panel="Make",
+    help_values=_method_names,
 )
 def train(
     out: Output,

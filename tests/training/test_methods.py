@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from torch import nn
 
 from spm_hub.adapters.increments import Dense, LowRank
 from spm_hub.attachment.attachment import attach
-from spm_hub.cli.train import train as train_command
 from spm_hub.errors import RecipeError, UsageError
 from spm_hub.training import Recipe, train
 from spm_hub.training.base_model import TeacherModel
@@ -351,11 +349,6 @@ def test_beta_and_l1_are_those_of_the_increments_they_are_for() -> None:
         assert Recipe.make(target="snoopy", method=method, increment={**strict, "beta": 0.1}).increment.beta == 0.1
     assert Recipe.make(target="snoopy", method="sepme", increment={"kind": "loha", "rank": 4}).regulariser.l1 == 0
     assert Recipe.make(target="snoopy", method="sepme", increment={"kind": "dense"}).regulariser.l1 == 1e-6
-
-
-def test_the_command_names_every_method() -> None:
-    told = inspect.signature(train_command).parameters["method"].annotation.__metadata__[0].help
-    assert set(told.split(". ")[0].replace(", or a plug-in's", "").split(", ")) == set(METHODS)
 
 
 def test_a_recipes_anchoring_may_be_switched_off_by_its_weight_alone() -> None:

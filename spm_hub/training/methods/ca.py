@@ -44,8 +44,8 @@ METHOD = Method(
     title="Concept Ablation",
     paper="Kumari et al., ICCV 2023, arXiv 2303.13516",
     summary="Turns the concept into a given anchor concept: for a concept with a natural substitute.",
-    cost="One short training; a file of the size of the keys and values of cross-attention.",
-    harm="Close relatives of the concept move towards the anchor concept too.",
+    cost="A minute on the sketchbook; a file of the size of cross-attention's keys and values.",
+    harm="Little; related concepts may move towards the anchor concept, and it has to be named.",
     preset={
         "objective": {"name": "ca", "teacher": "student", "paired": True},
         "increment": {"kind": "dense", "modules": "esd-x-strict"},

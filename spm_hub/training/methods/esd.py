@@ -51,22 +51,22 @@ PRESET: dict[str, Any] = {
     "optimiser": {"lr": 1e-3},
 }
 _MODULES = {
-    "esd-x": "cross-attention: for styles, artists and concepts that a prompt names",
-    "esd-x-strict": "keys and values of cross-attention: the least that can erase a named concept",
+    "esd-x": "cross-attention: the paper's choice for styles and artists",
+    "esd-x-strict": "keys and values of cross-attention: ESD in a file of half the size",
     "esd-x-strict-text": "keys and values of attention, on FLUX and SD3 also those of the text",
-    "esd-u": "everything but cross-attention: for nudity and objects that no prompt names",
-    "esd-all": "all of the denoiser: the strongest, where damage does not matter",
+    "esd-u": "everything but cross-attention: the paper's choice for nudity and for objects",
+    "esd-all": "all of the denoiser: for a comparison with the other choices of modules",
     "esd-selfattn": "self-attention: for a comparison with the other choices of modules",
 }
 
 METHODS = tuple(
     Method(
         name=name,
-        title=f"ESD on {name.removeprefix('esd-')}",
+        title=f"ESD, module choice {name.removeprefix('esd-')}",
         paper="Gandikota et al., ICCV 2023, arXiv 2303.07345",
         summary=f"Trains whole weights of {modules}.",
-        cost="One short training; a file of the size of the trained modules, up to the denoiser's own.",
-        harm="Nothing is anchored: related concepts change with the erased one.",
+        cost="Half a minute to a minute on the sketchbook; a file of the size of the trained modules.",
+        harm="Nothing is anchored, so that related concepts change; attacks brought most of them back.",
         preset={**PRESET, "increment": {"kind": "dense", "modules": name}},
         objective=make_objective,
         uses=KEYS,

@@ -149,8 +149,8 @@ METHOD = Method(
     title="Forget-Me-Not",
     paper="Zhang et al., 2023, arXiv 2303.17591",
     summary="Turns cross-attention away from the concept's words: the shortest training, on SD 1, SD 2 and SDXL.",
-    cost="A few dozen steps; a file of the size of cross-attention.",
-    harm="Prompts that share words with the concept's name lose those words too.",
+    cost="Five seconds on the sketchbook; a file of the size of cross-attention.",
+    harm="The most that was measured: other subjects vanish too, and styles mostly stay.",
     preset={
         "objective": {"name": "fmn", "tokens": "onwards"},
         "increment": {"kind": "dense", "modules": "esd-x"},

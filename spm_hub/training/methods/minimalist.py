@@ -37,9 +37,9 @@ METHOD = Method(
     name="minimalist",
     title="Minimalist concept erasure",
     paper="Zhang et al., ICML 2025, arXiv 2507.13386",
-    summary="Switches neurons off by the final picture alone: for FLUX and few-step models, and for tiny files.",
-    cost="Back-propagation through whole samplings, in the memory of one step: slow for each step.",
-    harm="A mask acts on every prompt for which the eraser is on, so that quality may fall with many neurons off.",
+    summary="Switches neurons off by the final picture alone: for few-step models and FLUX, in the smallest file.",
+    cost="Each step draws whole pictures and back-propagates through them, in the memory of one step.",
+    harm="Related concepts change a little; nudity mostly stayed.",
     preset={
         "objective": {"name": "minimalist"},
         "increment": {"kind": "mask"},

@@ -38,9 +38,9 @@ METHOD = Method(
     name="spm",
     title="SPM, one-dimensional adapters",
     paper="Lyu et al., CVPR 2024, arXiv 2312.16145",
-    summary="Trains a rank-1 adapter and anchors everything else: the default, for one concept with little damage.",
-    cost="One short training; the smallest file.",
-    harm="Little beyond near neighbours of the concept; strong attacks bring the concept back.",
+    summary="Trains a rank-1 adapter and anchors everything else: the default, for any single concept.",
+    cost="A minute and a half on the sketchbook; a small file: two vectors for each module.",
+    harm="The least that was measured; attacks still brought a style back in 4 of 10 cases.",
     preset={},
     objective=make_objective,
 )
