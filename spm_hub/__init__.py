@@ -219,44 +219,24 @@ def push(
 
 @overload
 def train(
-    concept: "str | Recipe",
-    *,
-    model: str | None = None,
-    config: str | None = None,
-    method: str | None = None,
-    device: "str | torch.device | None" = None,
-    dtype: "torch.dtype | str | None" = None,
-    pipe: "DiffusionPipeline | None" = None,
-    registry: "str | Path | Registry | bool | None" = None,
-    name: str | None = None,
-    replace: bool = False,
-    resume: bool = False,
-    checkpoint_dir: str | Path | None = None,
+    concept: "str | Recipe", *,
+    model: str | None = None, config: str | None = None, method: str | None = None,
+    device: "str | torch.device | None" = None, dtype: "torch.dtype | str | None" = None,
+    pipe: "DiffusionPipeline | None" = None, registry: "str | Path | Registry | bool | None" = None,
+    name: str | None = None, replace: bool = False, resume: bool = False, checkpoint_dir: str | Path | None = None,
     progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
-    callbacks: "Sequence[Callable[[TrainingStep], object]]" = (),
-    **recipe: Any,
-) -> "Adapter": ...
-
-
+    callbacks: "Sequence[Callable[[TrainingStep], object]]" = (), **recipe: Any,
+) -> "Adapter": ...  # fmt: skip
 @overload
 def train(
-    concept: list[str] | tuple[str, ...],
-    *,
-    model: str | None = None,
-    config: str | None = None,
-    method: str | None = None,
-    device: "str | torch.device | None" = None,
-    dtype: "torch.dtype | str | None" = None,
-    pipe: "DiffusionPipeline | None" = None,
-    registry: "str | Path | Registry | bool | None" = None,
-    name: str | None = None,
-    replace: bool = False,
-    resume: bool = False,
-    checkpoint_dir: str | Path | None = None,
+    concept: list[str] | tuple[str, ...], *,
+    model: str | None = None, config: str | None = None, method: str | None = None,
+    device: "str | torch.device | None" = None, dtype: "torch.dtype | str | None" = None,
+    pipe: "DiffusionPipeline | None" = None, registry: "str | Path | Registry | bool | None" = None,
+    name: str | None = None, replace: bool = False, resume: bool = False, checkpoint_dir: str | Path | None = None,
     progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
-    callbacks: "Sequence[Callable[[TrainingStep], object]]" = (),
-    **recipe: Any,
-) -> "tuple[Adapter, ...]": ...
+    callbacks: "Sequence[Callable[[TrainingStep], object]]" = (), **recipe: Any,
+) -> "tuple[Adapter, ...]": ...  # fmt: skip
 
 
 def train(
@@ -279,25 +259,24 @@ def train(
 ) -> "Adapter | tuple[Adapter, ...]":
     """Train an eraser of a concept and return it; of several concepts, one eraser each.
 
-    concept: what to erase, in words; a Recipe; or a list of concepts, which methods such as "sepme" and "uce" train
-    jointly and others one after another.
-    model, config: the base model to load, as in `load_pipeline`; unless given, the recipe's, else the sketchbook.
-    method: "spm" unless given; `spmhub methods` lists all. name: of the eraser; unless given, made from the concept.
-    recipe: any other keys of the recipe, such as steps=500 or optimiser={"lr": 1e-3}; of a part given as a dict, the
-    keys that are not in it keep their values.
-    device, dtype: where and in which precision to train, such as "cuda" and torch.float16; unless given, "cpu" and
-    float32.
-    pipe: a diffusers pipeline to train on, as it is and where it is. Afterwards it is as before, bit for bit. The
-    manifest names it by `model` if given, else by where it was loaded from, else by its class.
-    registry: a folder or Registry in which to keep the eraser; True for the one that the command uses. `replace`
-    permits to replace an eraser of that name there. Unless given, nothing is kept.
-    resume: go on after an interrupted or killed run of the same recipe on the same base; if there is none, start from
-    step 1. The result is the identical file. checkpoint_dir: the folder for the state of the run, which is saved every
-    50 steps and at Ctrl-C, with or without a registry, and deleted at the end. Unless given it is in the user's cache,
-    the one that `spmhub train` uses for this recipe on this base.
-    progress: True for a bar in terminals and notebooks, False for none, or a function of (steps done, steps in all,
-    losses). callbacks: called after every step with a `TrainingStep`; one that returns True ends the training there,
-    although the recipe in the manifest still names all steps.
+    concept: what to erase, in words; a Recipe; or a list of concepts, which "sepme" and "uce" train jointly.
+    model, config: the base model to load, as in `load_pipeline`; default: the recipe's, else the sketchbook.
+    method: how to erase, "spm" unless given; `spmhub methods` lists all.
+    device, dtype: where and in which precision to train, such as "cuda" and torch.float16; default: "cpu", float32.
+    pipe: a diffusers pipeline to train on, as it is and where it is; afterwards it is as before, bit for bit. The
+        manifest names it by `model` if given, else by where it was loaded from, else by its class.
+    registry: a folder or Registry to keep the eraser in, True for the command's; None, the default, keeps nothing.
+    name: of the eraser; default: made from the concept.
+    replace: whether it may replace an eraser of that name in the registry.
+    resume: go on after an interrupted or killed run of the same recipe on the same base, if there is one; the result is
+        the identical file.
+    checkpoint_dir: the folder for the state of the run, which is saved every 50 steps and at Ctrl-C, with or without a
+        registry, and deleted at the end; default: the one that `spmhub train` uses for this recipe on this base.
+    progress: True for a bar in terminals and notebooks, False for none, or a function of (step, steps in all, losses).
+    callbacks: called after every step with a `TrainingStep`; one that returns True ends the training there, although
+        the recipe in the manifest still names all steps.
+    recipe: other keys of the recipe, such as steps=500 or optimiser={"lr": 1e-3}; of a part given as a dict, the keys
+        that are not in it keep their values.
 
     Raises TrainingInterruptedError at Ctrl-C, UsageError for an empty concept, the device "meta" or a pipeline that is
     not what `device` and `dtype` ask for, RecipeError for an unknown key or an impossible value, RegistryError for a
@@ -354,16 +333,16 @@ def apply(
 ) -> "Applied":
     """Draw prompts with erasers attached and, from the same noise, without them; return both.
 
-    adapters, registry: as for `attach`. prompts: one or several.
-    model, config, device, dtype: the base to draw with, as in `load_pipeline`: unless given, the sketchbook on "cpu" in
-    float32. pipe: a diffusers pipeline in place of it, used as it is and where it is, and afterwards as before.
+    adapters, registry: the erasers, as for `attach`.
+    prompts: one or several.
+    model, config, device, dtype: the base to draw with, as in `load_pipeline`; default: the sketchbook, "cpu", float32.
+    pipe: a diffusers pipeline to draw with, as it is and where it is; afterwards it is as before.
     seed, number: pictures for each prompt; the first starts from the noise of `seed`, the next from that of seed + 1.
-    steps, guidance: denoising steps and guidance scale, unless given the pipeline's own.
+    steps, guidance: denoising steps and guidance scale; default: the pipeline's own.
     gate, strength, rows, mode, threshold, top_k: as for `attach`.
     compare: whether to draw without the erasers too.
-    out: a folder for the pictures as PNG files and for `grid.png`; unless given, nothing is written.
-    progress: True for a bar in terminals and notebooks, False for none, or a function of (steps done, steps in all,
-    figures).
+    out: a folder for the pictures as PNG files and for `grid.png`; None, the default, writes nothing.
+    progress: True for a bar in terminals and notebooks, False for none, or a function of (step, steps in all, {}).
 
     The result has for each prompt the pictures (`with_erasers`, `without`) and the gamma of each eraser (`gammas`), and
     all pictures in one labelled `grid`.
