@@ -1,4 +1,4 @@
-"""Erasers among what else people do to a pipeline: LoRAs, fusing, offloading, and pipelines that share its parts."""
+"""Erasers together with LoRAs, fusing, offloading, and pipelines that share their parts."""
 
 from functools import cache
 
@@ -38,7 +38,7 @@ def draw(pipe, prompt="snoopy", **options):
 
 
 def agrees(picture, expected):
-    """Up to the order of float32 sums, which two steps of a random UNet magnify."""
+    """Compare up to the order of float32 sums, which two steps of a random UNet magnify."""
     return (picture - expected).abs().max() <= 1e-4
 
 
@@ -65,7 +65,7 @@ def load(pipe, *names):
 
 
 def by_hand(*names):
-    """What "snoopy" looks like on a base that has these LoRAs in its weights and then both erasers."""
+    """Draw "snoopy" on a base that has these LoRAs in its weights, and then both erasers."""
     twin = load(pico_pipeline(), *names)
     if names:
         twin.set_adapters(list(names))
@@ -94,7 +94,7 @@ def test_loras_come_and_go_while_erasers_are_attached(pipe, mode):
 
 
 @pytest.mark.parametrize("mode", ["fold", "branch"])
-def test_fusing_and_taking_out_again_meet_the_checkpoints_own_weights(pipe, mode):
+def test_fusing_and_unfusing_change_the_checkpoints_own_weights(pipe, mode):
     adapters = erasers_for(pipe)
     twin = load(pico_pipeline(), "one")
     twin.fuse_lora()
@@ -113,7 +113,7 @@ def test_fusing_and_taking_out_again_meet_the_checkpoints_own_weights(pipe, mode
     assert torch.equal(draw(pipe), draw(twin))
 
 
-def test_fused_projections_are_refused_as_no_eraser_would_reach_them(pipe):
+def test_fused_projections_are_refused(pipe):
     adapters = erasers_for(pipe)
     with attach(pipe, adapters):
         with pytest.raises(UsageError, match="fused query, key and value"):
@@ -163,7 +163,7 @@ def perturbed(pipe):
     return StableDiffusionPAGPipeline(**parts(pipe), pag_applied_layers=["mid", "up"]), {"pag_scale": 2.0}
 
 
-def test_rows_of_a_batch_are_their_own_where_layers_see_a_part_of_it(pipe):
+def test_rows_keep_their_own_gammas_where_layers_receive_a_part_of_the_batch(pipe):
     adapters, (other, options) = erasers_for(pipe), perturbed(pipe)
     prompts = ["a dog", "snoopy", "a church"]
     with attach(other, adapters):
@@ -174,7 +174,7 @@ def test_rows_of_a_batch_are_their_own_where_layers_see_a_part_of_it(pipe):
             assert agrees(together[row], other(prompt, generator=noise[row], **options).images[0])
 
 
-def test_of_three_blocks_of_rows_the_unconditional_one_is_told_by_its_states(pipe):
+def test_the_unconditional_one_of_three_blocks_of_rows_is_recognised_by_its_states(pipe):
     """Perturbed attention guidance: the negative prompts' rows, the prompts', and the prompts' again."""
     path = "down_blocks.0.attentions.0.proj_in"
     seen = []
@@ -211,14 +211,14 @@ def test_pipelines_that_start_from_a_picture(pipe, kind):
         repeated = draw(other, ["snoopy", "a dog"], num_images_per_prompt=2, **many)
     assert agrees(both[:1], alone)
     assert agrees(repeated[:1], alone)
-    # The gammas of the words, as numbers of one's own.
+    # The gammas of the words, given as strengths.
     with attach(other, adapters, gate="always", strength=gates):
         assert agrees(draw(other, **options), alone)
     assert torch.equal(draw(other, **options), bare)
 
 
 @pytest.mark.parametrize("prompt", ["snoopy", ["snoopy", "a dog"]])
-def test_whoever_reads_or_loads_a_part_of_the_denoiser_meets_the_checkpoints_own_weights(pipe, prompt):
+def test_reading_or_loading_a_part_of_the_denoiser_uses_the_checkpoints_own_weights(pipe, prompt):
     twin, other, adapters = pico_pipeline(), pico_pipeline(seed=4), erasers_for(pipe)
     with attach(pipe, adapters):
         erased = draw(pipe, prompt)
@@ -237,8 +237,8 @@ def test_whoever_reads_or_loads_a_part_of_the_denoiser_meets_the_checkpoints_own
 
 
 @pytest.mark.parametrize(("gate", "there"), [("transport", "always"), (0.25, 0.25)])
-def test_a_pipeline_made_from_one_with_erasers_shares_its_denoiser_fully_erased(pipe, gate, there):
-    """As far as the gate needs the prompt; a constant one holds there too."""
+def test_a_pipeline_made_from_an_attached_one_shares_its_denoiser_fully_erased(pipe, gate, there):
+    """A gate that needs the prompt counts as gamma 1 there; a constant one holds."""
     adapters = erasers_for(pipe)
     other, options = image_to_image(pipe)
     bare = draw(other, **options)
@@ -248,7 +248,7 @@ def test_a_pipeline_made_from_one_with_erasers_shares_its_denoiser_fully_erased(
         drawn = draw(pipe)
         made = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
         assert made.unet is pipe.unet
-        # Nobody tells what this one is asked for: never silently off.
+        # The prompts of this pipeline are unknown: an eraser is never silently off.
         assert torch.equal(draw(made, **options), erased)
         assert torch.equal(draw(pipe), drawn)
         with pytest.raises(UsageError, match="another pipeline that shares this denoiser already has erasers attached"):
@@ -259,7 +259,7 @@ def test_a_pipeline_made_from_one_with_erasers_shares_its_denoiser_fully_erased(
 # --- prompts ---
 
 
-def test_embeddings_of_words_that_are_known_are_the_words_picture(pipe):
+def test_embeddings_of_known_words_draw_the_picture_of_the_words(pipe):
     prompts = ["snoopy", "a dog"]
     embeds, negative = pipe.encode_prompt(prompts, "cpu", 1, True)
     with attach(pipe, erasers_for(pipe), gate="always", strength=0.5, rows="conditional"):
@@ -295,7 +295,7 @@ def test_a_picture_within_a_picture(pipe):
         expected = draw(pipe)
         within = lambda pipeline, *_: draw(pipeline, "a dog") is None or {}  # noqa: E731
         assert torch.equal(draw(pipe, callback_on_step_end=within), expected)
-        # What is changed from within the picture acts at once, for the one who draws it asked for that.
+        # A change by the thread that draws acts at once.
         detaching = lambda *_: erasers.detach() or {}  # noqa: E731
         draw(pipe, callback_on_step_end=detaching)
     assert not [key for key in (*vars(pipe), *vars(pipe.unet)) if "spm_hub" in key]
@@ -304,7 +304,7 @@ def test_a_picture_within_a_picture(pipe):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_rows_of_a_batch_differ_from_single_calls_by_rounding_alone(pipe, dtype, bound):
-    """In float64, whose rounding is 2^-29 of float32's, so is the difference: no row feels another."""
+    """The rounding of float64 is 2^-29 of float32's, and so is the difference: rows are independent."""
     prompts = ["snoopy", "a photo of a dog", "mickey by van gogh", "a church"]
     pipe.to(dtype)
 
@@ -393,7 +393,7 @@ def test_folding_offloaded_weights_is_refused(pipe):
         attach(other, erasers_for(pipe), mode="fold")
 
 
-def test_a_second_denoiser_is_not_passed_over_in_silence(pipe):
+def test_a_second_denoiser_causes_a_warning(pipe):
     pipe.unet_2 = pico_pipeline().unet
     with pytest.warns(UserWarning, match="second denoiser of StableDiffusionPipeline \\(unet_2\\) is not changed"):
         attach(pipe, erasers_for(pipe)).detach()

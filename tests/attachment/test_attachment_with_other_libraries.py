@@ -1,4 +1,4 @@
-"""Erasers in the company of autocast, casts, PEFT's layers, textual inversions, forks and other threads."""
+"""Erasers together with autocast, casts, PEFT's layers, textual inversions, forks and other threads."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_autocast_draws_mixed_batches_and_leaves_nothing_behind(kind: str) -> No
 
 @pytest.mark.parametrize("kind", ["low_rank", "dense"])
 def test_a_cast_there_and_back_is_a_cast_of_the_weights_alone(kind: str) -> None:
-    """What stands beside the weights comes from the erasers, not from what an earlier dtype left of them."""
+    """A branch is cast from the erasers' own tensors, not from those of an earlier, narrower dtype."""
     pipe = pico_pipeline()
     erasers = [pico_eraser(pipe.unet, kind=kind)]
     with attach(pipe, erasers, mode="branch"):
@@ -71,8 +71,8 @@ def test_a_cast_there_and_back_is_a_cast_of_the_weights_alone(kind: str) -> None
 
 @pytest.mark.parametrize("mode", ["fold", "branch"])
 @pytest.mark.parametrize("when", ["before", "between"])
-def test_a_fused_lora_that_is_switched_off_is_out_of_the_weights_for_good(mode: Any, when: str) -> None:
-    """PEFT takes it out when a layer is next called: not out of what was folded, nor back in with the originals."""
+def test_a_fused_lora_that_is_disabled_is_unmerged_for_good(mode: Any, when: str) -> None:
+    """PEFT un-merges it when a layer is next called: not from folded weights, and originals do not restore it."""
     pipe, twin = tuned(), tuned()
     for each in (pipe, twin):
         each.unet.fuse_lora()
@@ -93,7 +93,7 @@ def test_a_fused_lora_that_is_switched_off_is_out_of_the_weights_for_good(mode: 
 
 
 def test_a_dora_has_to_be_fused_first() -> None:
-    """It scales by the norm of the weights: with an eraser folded into them by another number than with one beside."""
+    """It scales by the norm of the weights, which a folded eraser changes and a branched one does not."""
     pipe = tuned(use_dora=True)
     bare = draw(pipe)
     with (
@@ -102,7 +102,7 @@ def test_a_dora_has_to_be_fused_first() -> None:
     ):
         draw(pipe)
     assert torch.equal(draw(pipe), bare)
-    # Elsewhere it is nobody's business.
+    # On modules that no eraser changes it is allowed.
     apart = [path for path, module in target_modules(pico_unet()).items() if "attn" not in path]
     with attach(pipe, [pico_eraser(pico_unet(), paths=apart)]):
         draw(pipe)
@@ -113,7 +113,7 @@ def test_a_dora_has_to_be_fused_first() -> None:
         torch.testing.assert_close(draw(pipe), folded, rtol=1e-4, atol=1e-4)
 
 
-def test_a_word_that_is_taught_while_attached_counts_from_then_on() -> None:
+def test_a_textual_inversion_loaded_while_attached_counts_from_then_on() -> None:
     pipe = pico_pipeline()
     learnt = {"zork": torch.randn(32, generator=torch.Generator().manual_seed(0))}
     width = pipe.text_encoder.get_input_embeddings().weight.shape[1]
@@ -128,7 +128,7 @@ def test_a_word_that_is_taught_while_attached_counts_from_then_on() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_keeps_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What big text encoders make of names lies in a file, which a process and its children would share."""
+    """States of large text encoders are in a spill file, which a process and its children would share."""
     monkeypatch.setattr(gating, "_SPILLED_ABOVE", 0)
     pipe = pico_pipeline()
     with attach(pipe, [pico_eraser(pipe.unet), pico_eraser(pipe.unet, "mickey", seed=2)]) as erasers:
@@ -186,7 +186,7 @@ def test_gates_are_those_of_a_call_with_these_options(
             erasers.recover(None)  # type: ignore[arg-type]
 
 
-def test_two_threads_attach_to_pipelines_of_their_own_in_the_midst_of_pictures() -> None:
+def test_two_threads_attach_to_their_own_pipelines_during_pictures() -> None:
     pipes = [pico_pipeline() for _ in range(4)]
     meet, met = threading.Barrier(2), list[str]()
 
@@ -210,13 +210,13 @@ def test_two_threads_attach_to_pipelines_of_their_own_in_the_midst_of_pictures()
     assert met == ["snoopy", "snoopy"]
 
 
-def test_erasers_may_come_one_after_the_other() -> None:
+def test_erasers_may_come_from_a_generator() -> None:
     pipe = pico_pipeline()
     with spm_hub.attach(pipe, (pico_eraser(pipe.unet, name) for name in ("snoopy", "mickey"))) as erasers:
         assert erasers.names == tuple(erasers.strength) == ("snoopy", "mickey")
 
 
 @pytest.mark.parametrize("given", [None, 5, [None]])
-def test_what_is_no_eraser_is_not_attached(given: Any) -> None:
+def test_objects_that_are_no_erasers_are_refused(given: Any) -> None:
     with pytest.raises(UsageError, match="adapters holds erasers"):
         spm_hub.attach(pico_pipeline(), given)

@@ -48,7 +48,7 @@ ROWS = 2
 
 
 class Bare(DiffusionPipeline):
-    """Nothing but a denoiser, under the name its family gives it."""
+    """A pipeline of a denoiser alone, under the name that its family gives it."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def summed(module: Any, path: str, adapters: list[Adapter], gammas: dict[str, fl
 
 
 def applied(module: Any, weight: Tensor, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """What `module` with this weight makes of x, in `dtype`."""
+    """Return the output of `module` with this weight for x, in `dtype`."""
     bias = None if module.bias is None else module.bias.to(dtype)
     product = F.linear if isinstance(module, nn.Linear) else F.conv2d
     return product(x.to(dtype), weight.to(dtype), bias)
@@ -172,6 +172,6 @@ def test_outputs_are_those_of_the_float64_sum_and_weights_come_back(name: str, d
                 assert relative(output, exact) <= 1e-5, (mode, path)
             else:
                 # No bfloat16 layer is nearer than the exact sum, rounded once, and its output, rounded once: 2.3e-3.
-                # Beside the module there are more roundings: the base's output, the pair's inner and outer product.
+                # A branch rounds more often: the base's output, the pair's inner and outer product.
                 best = relative(applied(module, exact_weight, x, dtype), exact)
                 assert relative(output, exact) <= (1.1 * best if mode == "fold" else 5e-3), (mode, path)

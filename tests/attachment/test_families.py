@@ -1,4 +1,4 @@
-"""Every family: what its erasers change on its exact architecture, and that a pipeline of it gets them right."""
+"""Every family: its erasers' targets on the exact architecture, and pictures of a small pipeline."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_targets_of_the_exact_architecture(name: str) -> None:
         (SanaTransformer2DModel, ["transformer_blocks"], {"ff.conv_depth"}),
     ],
 )
-def test_other_denoisers_are_understood_by_their_structure(
+def test_targets_of_unknown_denoisers_follow_from_their_structure(
     make: type[nn.Module], lists: list[str], left: set[str]
 ) -> None:
     with torch.device("meta"):
@@ -96,7 +96,7 @@ def test_other_denoisers_are_understood_by_their_structure(
     assert targets(denoiser).keys() <= inside
 
 
-def test_by_its_structure_a_known_transformer_has_the_same_blocks() -> None:
+def test_the_structure_of_a_known_transformer_gives_the_same_blocks() -> None:
     for make, config in (EXACT["SD 3.5 medium"][:2], EXACT["FLUX.1 dev"][:2]):
         with torch.device("meta"):
             denoiser = make(**config)
@@ -159,9 +159,7 @@ def weights(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_attached_gated_per_prompt_and_taken_away_again(
-    pipe: DiffusionPipeline, request: pytest.FixtureRequest
-) -> None:
+def test_attach_gate_per_prompt_and_detach(pipe: DiffusionPipeline, request: pytest.FixtureRequest) -> None:
     before, bare = weights(pipe), draw(pipe, ["a dog"])
     kinds = {path: type(module) for path, module in denoiser_of(pipe).named_modules()}
     erasers = spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1), eraser(pipe, "van gogh", 2)])
@@ -211,7 +209,7 @@ def test_a_file_loads_in_plain_diffusers_and_does_the_same(
         warnings.simplefilter("error", UserWarning)
         pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     logging.disable_propagation()
-    # What it says of every file without text-encoder parts; of keys that it cannot place it says otherwise.
+    # The message for every file without text-encoder parts; unknown keys have another message.
     assert not [record for record in caplog.messages if not record.startswith("No LoRA keys associated to CLIPText")]
     theirs = draw(pipe, ["a dog", "snoopy"])
     assert apart(ours, theirs) <= 1e-5

@@ -24,7 +24,7 @@ def concept_of(seed, tokens=((1, 2),), window=5, width=7):
 
 
 def paper_gamma(state, tokens, concept):
-    """Eq. 10-11 for one prompt and the names of one concept."""
+    """Compute Eq. 10-11 for one prompt and the names of one concept."""
     prompt = state.double().numpy().ravel()
     gammas = []
     for name_state, name_tokens in zip(concept.states, concept.tokens, strict=True):
@@ -75,7 +75,7 @@ def test_no_gamma_is_above_one():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 9), st.integers(0, 8))
-def test_a_gamma_does_not_depend_on_the_erasers_beside_it(seed, count, chosen):
+def test_a_gamma_does_not_depend_on_the_other_erasers(seed, count, chosen):
     concepts = [concept_of(seed + i, window=11, width=96) for i in range(count)]
     prompts = Prompts(("?", "!"), (frozenset(), frozenset({1})), states_of(seed + 99, 2, 11, 96))
     chosen %= count
@@ -133,7 +133,7 @@ def test_zero_states_are_similar_to_nothing():
     assert similarity(torch.zeros(1, 5, 7), ConceptIndex((concept_of(1),))).item() == 0
 
 
-def test_a_constant_gate_says_the_same_to_all():
+def test_a_constant_gate_gives_all_prompts_the_same_gamma():
     concepts = ConceptIndex((concept_of(1), concept_of(2)))
     gammas = ConstantGate(0.3).gammas(Prompts(None, None, states_of(1, 3, 5, 7)), concepts)
     assert gammas.tolist() == [[0.3, 0.3]] * 3
@@ -150,7 +150,7 @@ def test_token_sets_leave_special_ids_out_and_end_with_the_window():
 
 
 @pytest.mark.parametrize("text", ["snoopy", "a photo of snoopy", "A photo of SNOOPY", "Snoopy by van gogh"])
-def test_a_name_is_heard_in_any_place_and_in_capitals_whatever_the_tokenizer(text):
+def test_a_name_counts_in_any_position_and_in_capitals_with_every_tokenizer(text):
     for tokenizer in (pico_tokenizer(), pico_t5()[1], pico_qwen_tokenizer()):
         name, other, prompt = token_sets(tokenizer, ["snoopy", "church", text])
         concept = EncodedConcept(("snoopy", "church"), (name, other), states_of(0, 2, 5, 7))
@@ -158,7 +158,7 @@ def test_a_name_is_heard_in_any_place_and_in_capitals_whatever_the_tokenizer(tex
         assert overlap(prompts, ConceptIndex((concept,))).tolist() == [[1.0, 0.0]]
 
 
-def test_clip_cuts_a_text_in_one_way_and_another_tokenizer_beside_it_in_ways_of_its_own():
+def test_tokens_of_two_tokenizers_are_counted_separately():
     assert all(token < WAY for token in frozenset().union(*token_sets(pico_tokenizer(), ["Snoopy", "a dog"])))
     (first,), (second,) = (token_sets(pico_tokenizer(), ["snoopy"], place) for place in (0, 1))
     assert not first & second

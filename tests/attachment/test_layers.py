@@ -1,4 +1,4 @@
-"""The kernel against float64 sums, in fold and in branch, for every kind of increment and mixtures of them."""
+"""Folding and branching against float64 sums, for every kind of increment and mixtures of them."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def make_increment(kind, module, seed, rank=2):
 
 
 def reference(module, parts):
-    """W' and b' in float64, element by element from the definition."""
+    """Compute W' and b' in float64, element by element from the definition."""
     weight = module.weight.double().clone()
     bias = None if module.bias is None else module.bias.double().clone()
     total, total_bias = weight.clone(), None if bias is None else bias.clone()
@@ -246,7 +246,7 @@ def test_a_branch_is_one_stacked_pair_without_the_zeros(monkeypatch):
     assert type(module) in (nn.Linear, nn.Conv2d)
 
 
-def test_the_order_in_which_erasers_came_leaves_no_trace():
+def test_the_result_does_not_depend_on_the_order_of_installation():
     forwards, backwards = make_module("linear"), make_module("linear")
     increments = {f"e{i}": make_increment("low_rank", forwards, 10 * i, 1) for i in range(7)}
     factors = {name: 0.1 + index for index, name in enumerate(increments)}
@@ -270,7 +270,7 @@ def test_rows_shared_by_a_batch_and_rows_split_into_frames():
         torch.testing.assert_close(out[rows].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_part_of_a_batch_gets_what_its_rows_are_due():
+def test_a_part_of_a_batch_gets_the_factors_of_its_rows():
     module = make_module("linear")
     increment = make_increment("low_rank", module, 1)
     layers = installed(module, {"e": increment})
@@ -287,11 +287,11 @@ def test_a_part_of_a_batch_gets_what_its_rows_are_due():
     check([0.25, 0.75, 0.25, 0.75], 2, [0.25, 0.75])
     check([0.0, 0.0, 0.25, 0.75], 2, [0.25, 0.75])
     check([0.25, 0.75] * 3, 4, [0.25, 0.75, 0.25, 0.75])
-    # Some rows at a time, nobody tells which: never less than any of them is due.
+    # Some rows at a time, and which is unknown: at least the factor of each of them.
     check([0.25, 0.0, 0.75, 0.5], 2, [0.75, 0.5])
 
 
-def test_an_eraser_that_comes_under_the_name_of_another_leaves_nothing_of_it():
+def test_a_later_eraser_of_the_same_name_replaces_the_earlier_one():
     module = make_module("linear")
     staying, going, coming = (make_increment("low_rank", module, seed) for seed in (1, 2, 3))
     layers = installed(module, {"a": staying, "b": going})
@@ -309,7 +309,7 @@ def test_an_eraser_that_comes_under_the_name_of_another_leaves_nothing_of_it():
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "dense", "mask_out"])
-def test_a_module_that_is_cast_by_itself_is_bare_in_what_it_was_cast_to(kind):
+def test_restoring_a_module_that_was_cast_alone_gives_its_weight_in_the_new_dtype(kind):
     module = make_module("linear")
     original = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     layers = installed(module, {"e": make_increment(kind, module, 1)})
@@ -334,7 +334,7 @@ def test_a_module_that_is_cast_by_itself_stays_as_it_was_cast():
     assert torch.equal(module.weight, original.double())
 
 
-def test_what_originals_cost_and_what_cannot_be_folded():
+def test_bytes_of_originals_and_weights_that_cannot_be_folded():
     module = make_module("linear")
     assert kept_bytes([module]) == 5 * 6 * 4
     assert foldable(module)

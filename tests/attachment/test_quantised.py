@@ -1,4 +1,4 @@
-"""Erasers beside quantised weights: on, as strong as on the weights that those stand for, and gone without a trace."""
+"""Erasers branched next to quantised weights have the effect that they have on the plain weights."""
 
 import pytest
 import torch
@@ -98,7 +98,7 @@ def draw(pipe, prompt="snoopy"):
 
 @QUANTISED
 @pytest.mark.parametrize("kind", ["low_rank", "dense", "mask"])
-def test_erasers_act_beside_quantised_weights_and_leave_them_alone(quantise, kind):
+def test_erasers_branch_next_to_quantised_weights_and_do_not_change_them(quantise, kind):
     pipe = pico_pipeline()
     adapter, known = pico_eraser(pipe.unet, kind=kind), fingerprint_of(pipe.unet)
     plain = draw(pipe)
@@ -109,7 +109,7 @@ def test_erasers_act_beside_quantised_weights_and_leave_them_alone(quantise, kin
     classes = [type(module) for module in pipe.unet.modules()]
     bare = draw(pipe)
     with attach(pipe, [adapter], gate="always"):
-        # What the eraser changes is what it changes on the plain weights, but for the error of quantising.
+        # The eraser has the effect that it has on the plain weights, up to the error of quantising.
         error = (bare - plain).abs().max()
         assert (draw(pipe) - erased).abs().max() <= 2 * error + 1e-5 < (erased - plain).abs().max()
     with attach(pipe, [adapter]):
@@ -128,7 +128,7 @@ def test_folding_into_quantised_weights_is_refused(quantise):
         attach(pipe, [adapter], mode="fold")
 
 
-def test_what_is_added_follows_the_input_to_half_precision():
+def test_a_branch_follows_its_input_to_half_precision():
     pipe = pico_pipeline()
     adapter = pico_eraser(pipe.unet)
     with attach(pipe, [adapter], gate="always"):

@@ -1,4 +1,4 @@
-"""What pipelines are asked in other ways than by one prompt for one encoder, and what erasers hear and do of it."""
+"""Prompts for several encoders, negative prompts, replaced prompts: the gammas of each and the rows they act on."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from spm_hub.models.architectures import denoiser_of
 PROMPTS = ["snoopy", "a dog on the beach", "mickey mouse", ""]
 
 
-class Listening:
-    """The transport gate, which keeps what it was asked and what it said."""
+class RecordingGate:
+    """The transport gate; records its prompts, its concepts and its gammas."""
 
     def __init__(self) -> None:
-        self.asked: list[Prompts] = []
+        self.prompts: list[Prompts] = []
         self.concepts: list[ConceptIndex] = []
-        self.said: list[Tensor] = []
+        self.gammas_given: list[Tensor] = []
 
     def gammas(self, prompts: Prompts, concepts: ConceptIndex) -> Tensor:
-        self.asked.append(prompts)
+        self.prompts.append(prompts)
         self.concepts.append(concepts)
-        self.said.append(TransportGate().gammas(prompts, concepts))
-        return self.said[-1]
+        self.gammas_given.append(TransportGate().gammas(prompts, concepts))
+        return self.gammas_given[-1]
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux-dev"])
 def test_words_for_another_encoder_are_words_of_the_prompt(name: str) -> None:
     pipe: Any = family_pipeline(name)
-    gate = Listening()
+    gate = RecordingGate()
     with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)], gate=gate):
         draw(pipe, ["a dog", "a cat"], prompt_2=["a photo of snoopy", "a cat"])
         draw(pipe, ["a dog"], prompt_2="snoopy")
-    assert gate.said[0][0].item() == 1 > gate.said[0][1].item()
-    assert gate.said[1].item() == 1
-    assert gate.asked[0].texts == ("a dog\na photo of snoopy", "a cat")
+    assert gate.gammas_given[0][0].item() == 1 > gate.gammas_given[0][1].item()
+    assert gate.gammas_given[1].item() == 1
+    assert gate.prompts[0].texts == ("a dog\na photo of snoopy", "a cat")
 
 
-def test_a_protected_prompt_beside_another_one_is_not_protected() -> None:
+def test_a_protected_prompt_with_another_encoders_prompt_is_not_protected() -> None:
     pipe: Any = family_pipeline("flux-dev")
     adapter = eraser(pipe, "snoopy", 1)
     safe = adapter.manifest.gate.model_copy(update={"protected": ("a dog",)})
@@ -62,8 +62,8 @@ def test_a_protected_prompt_beside_another_one_is_not_protected() -> None:
         assert apart(draw(pipe, ["a dog"], prompt_2="snoopy"), bare[1]) > 1e-2
 
 
-class Heard:
-    """What a denoiser was called with and gave."""
+class RecordedCalls:
+    """The inputs and outputs of a denoiser's calls."""
 
     def __init__(self, pipe: Any) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
@@ -76,14 +76,14 @@ class Heard:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "fold", "branch"])
 @pytest.mark.parametrize("name", ["flux-dev", "qwen-image"])
-def test_negative_prompts_in_a_call_of_their_own_are_spared_where_that_was_asked(name: str, mode: Any) -> None:
+def test_negative_prompts_in_a_call_of_their_own_follow_the_option_rows(name: str, mode: Any) -> None:
     pipe, twin = family_pipeline(name), family_pipeline(name)
-    # The last one's negative prompt is itself: the two calls are told apart all the same.
+    # The last one is its own negative prompt: the two calls are distinguished all the same.
     prompts = ["snoopy", "snoopy"] if mode == "fold" else ["snoopy", "a dog", ""]
     options: dict[str, Any] = {"negative_prompt": [""] * len(prompts), "true_cfg_scale": 2.0, "max_sequence_length": 16}
     for rows in ("conditional", "both"):
         with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)], rows=rows, mode=mode):
-            heard = Heard(pipe)
+            heard = RecordedCalls(pipe)
             draw(pipe, prompts, **options)
         assert len(heard.calls) == 4
         for step, (_, kwargs, output) in enumerate(heard.calls):
@@ -104,7 +104,7 @@ def test_negative_prompts_in_a_call_of_their_own_are_spared_where_that_was_asked
 def test_an_encoder_that_gives_longer_texts_more_states() -> None:
     pipe: Any = family_pipeline("qwen-image")
     names = ["snoopy", "a painting by van gogh", "mickey mouse"]
-    gate = Listening()
+    gate = RecordingGate()
     with torch.no_grad():
         encoded = {text: pipe.encode_prompt(text)[0][0].double() for text in (*names, *PROMPTS)}
     assert len({len(states) for states in encoded.values()}) > 2
@@ -113,7 +113,7 @@ def test_an_encoder_that_gives_longer_texts_more_states() -> None:
         single = [draw(pipe, [prompt], max_sequence_length=64) for prompt in PROMPTS]
         assert erasers.gates("mickey mouse")["mickey-mouse"] == pytest.approx(1, abs=1e-6)
     assert apart(together, torch.cat(single)) <= 1e-5
-    found = similarity(gate.asked[0].states, gate.concepts[0])
+    found = similarity(gate.prompts[0].states, gate.concepts[0])
     for row, prompt in enumerate(PROMPTS):
         for column, name in enumerate(names):
             one, other = encoded[prompt], encoded[name]
@@ -124,19 +124,19 @@ def test_an_encoder_that_gives_longer_texts_more_states() -> None:
     with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)], gate=gate):
         draw(pipe, PROMPTS, max_sequence_length=64)
         draw(pipe, ["a dog on the beach"], max_sequence_length=64)
-    assert float(gate.said[-1]) == pytest.approx(float(gate.said[-2][1]), abs=1e-6)
+    assert float(gate.gammas_given[-1]) == pytest.approx(float(gate.gammas_given[-2][1]), abs=1e-6)
 
 
 def test_a_processor_in_place_of_a_tokenizer_and_settings_of_several_numbers() -> None:
     pipe: Any = family_pipeline("flux-2")
-    gate = Listening()
+    gate = RecordingGate()
     options = {"text_encoder_out_layers": (1, 2, 3), "max_sequence_length": 64}
     with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1), eraser(pipe, "dog", 2)], gate=gate):
         together = draw(pipe, ["snoopy", "a dog"], **options)
         single = [draw(pipe, [prompt], **options) for prompt in ("snoopy", "a dog")]
     assert apart(together, torch.cat(single)) <= 1e-5
-    assert float(similarity(gate.asked[0].states, gate.concepts[0])[0, 0]) == pytest.approx(1, abs=1e-6)
-    assert gate.said[0][1, 1] == 1 > gate.said[0][0, 1]
+    assert float(similarity(gate.prompts[0].states, gate.concepts[0])[0, 0]) == pytest.approx(1, abs=1e-6)
+    assert gate.gammas_given[0][1, 1] == 1 > gate.gammas_given[0][0, 1]
 
 
 @pytest.mark.parametrize("name", ["flux-dev", "sd3"])
@@ -181,7 +181,7 @@ def test_prompts_that_are_replaced_in_the_middle_of_a_picture(name: str, ready: 
 
     # The dog is far enough to be spared, by this threshold.
     with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)], rows="conditional", threshold=0.999):
-        heard = Heard(pipe)
+        heard = RecordedCalls(pipe)
         draw(
             pipe, ["a dog"], num_inference_steps=3, callback_on_step_end=put,
             callback_on_step_end_tensor_inputs=["prompt_embeds"], **options,
@@ -202,11 +202,11 @@ def test_text_encoders_are_enough_where_the_pipeline_can_encode_with_them() -> N
         addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
     )  # fmt: skip
     pipe.register_modules(unet=narrow.requires_grad_(False), text_encoder=None, tokenizer=None)
-    gate = Listening()
+    gate = RecordingGate()
     with warnings.catch_warnings(), spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)], gate=gate):
         warnings.simplefilter("error", UserWarning)
         draw(pipe, ["a photo of snoopy"])
-    assert gate.said[0].item() == 1
+    assert gate.gammas_given[0].item() == 1
 
 
 def test_a_pipeline_that_cannot_encode_is_fully_on_and_says_so() -> None:

@@ -33,7 +33,7 @@ def erasers(pipe):
 
 @pytest.fixture
 def switching():
-    """Threads that take turns as often as they can."""
+    """Make threads take turns as often as they can."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -41,7 +41,7 @@ def switching():
 
 
 def together(*jobs):
-    """Run every job in a thread of its own, and raise what any of them raised."""
+    """Run every job in a thread of its own, and raise the first error."""
     errors = []
 
     def run(job):
@@ -91,20 +91,20 @@ def drawer(pipe, pictures, rounds, mixed):
 @pytest.mark.usefixtures("switching")
 def test_recovering_and_adding_never_mix_two_states_in_one_picture(pipe, erasers):
     pictures, mixed = possible(erasers), []
-    held = attach(pipe, [erasers["snoopy"]])
+    attached = attach(pipe, [erasers["snoopy"]])
 
     def change():
         for turn in range(8):
             name = TARGETS[turn % 2]
-            held.gates("snoopy")
-            if name in held.names:
-                held.recover(name)
+            attached.gates("snoopy")
+            if name in attached.names:
+                attached.recover(name)
             else:
-                held.add(erasers[name])
+                attached.add(erasers[name])
 
     together(drawer(pipe, pictures, 4, mixed), drawer(pipe, pictures, 4, mixed), change)
     assert not mixed
-    held.detach()
+    attached.detach()
     assert same_weights(pipe)
 
 
@@ -191,23 +191,23 @@ def test_attach_waits_for_no_picture_of_another_pipeline(pipe, erasers):
 
 
 @pytest.mark.usefixtures("switching")
-def test_of_two_threads_that_attach_at_once_one_is_told(pipe, erasers):
-    held = []
+def test_of_two_threads_that_attach_at_once_one_is_refused(pipe, erasers):
+    outcomes = []
 
     def job(name):
         def attaching():
             try:
-                held.append(attach(pipe, [erasers[name]]))
+                outcomes.append(attach(pipe, [erasers[name]]))
             except UsageError as error:
-                held.append(error)
+                outcomes.append(error)
 
         return attaching
 
     for _ in range(5):
         together(*(job(name) for name in TARGETS))
-        told = [outcome for outcome in held if isinstance(outcome, UsageError)]
-        assert len(told) == 1
-        next(outcome for outcome in held if outcome not in told).detach()
-        held.clear()
+        refused = [outcome for outcome in outcomes if isinstance(outcome, UsageError)]
+        assert len(refused) == 1
+        next(outcome for outcome in outcomes if outcome not in refused).detach()
+        outcomes.clear()
     assert same_weights(pipe)
     assert not [key for key in vars(pipe.unet) if "spm_hub" in key]
