@@ -66,7 +66,8 @@ def attach(
     Threads: calls of an attached pipeline are serialised, and changes to its erasers wait for the picture in progress.
     Do not attach for the first time while another thread draws with this pipeline: attach an empty list at start and
     `add` later. A server keeps `erasers = attach(pipe, [])` for as long as it runs, and calls `add` and `recover`.
-    Another pipeline around the same denoiser draws with the same erasers, fully on and without a lock of its own.
+    Another pipeline around the same denoiser draws with the same erasers, without this lock; its prompts are unknown.
+
     Raises UsageError or CompatibilityError; the pipeline is then unchanged.
     """
     options = Options(gate, strength, rows, mode, memory_budget, increment_budget, threshold, top_k)
