@@ -15,8 +15,8 @@ pipe = spm_hub.load_pipeline("sketchbook")
 church = spm_hub.train("church", pipe=pipe, registry=registry, replace=True, resume=True)
 print(church)
 
-shown = spm_hub.apply(church, ["a church in a meadow", "a dog"], pipe=pipe, seed=1)
-for number, one in enumerate(shown):
-    print(one.prompt, dict(one.gates))
-    for condition, pictures in one.pictures.items():  # "without" and "with"
-        pictures[0].save(f"{number}-{condition}.png")
+prompts = ["a church in a meadow", "a dog"]
+drawn = spm_hub.apply(church, prompts, pipe=pipe, seed=1, out="pictures")
+for prompt, gammas in zip(prompts, drawn.gammas, strict=True):
+    print(prompt, dict(gammas))
+print("side by side:", drawn.files["grid"][0])

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import StableDiffusionPipeline
+
+import spm_hub
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
@@ -60,3 +68,27 @@ def commands(block: Block) -> Iterator[Command]:
             said = line.rpartition("#")[2] if "#" in line else ""
             mark = next((mark for mark in NEEDS if mark in said), block.mark)
             yield Command(tuple(words), block.line + offset, mark)
+
+
+SHORT_RECIPE: dict[str, Any] = {
+    "steps": 2,
+    "batch_size": 2,
+    "x_t": {"trajectories": 2, "steps": 2, "chunks": 1},
+}
+"""Recipe keys of a training that takes a second."""
+
+
+def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pictures take two steps and trainings in Python two, unless the caller says otherwise."""
+    call = inspect.unwrap(StableDiffusionPipeline.__call__)
+    names = list(inspect.signature(call).parameters)
+    defaults = list(call.__defaults__ or ())
+    defaults[names.index("num_inference_steps") - names.index("prompt")] = 2
+    monkeypatch.setattr(call, "__defaults__", tuple(defaults))
+    train = spm_hub.train
+
+    @functools.wraps(train)
+    def short_train(concept: Any, **options: Any) -> Any:
+        return train(concept, **{**options, **SHORT_RECIPE})
+
+    monkeypatch.setattr(spm_hub, "train", short_train)
