@@ -100,8 +100,11 @@ def run_python(page: str, block: Block, namespace: dict[str, Any]) -> None:
 
 
 def literal(comment: str) -> object:
+    """Return the value that a comment states, None where it says something else or leaves a part of it open (...)."""
+    if "..." in comment:
+        return None
     try:
-        return ast.literal_eval(comment.partition(":")[0] if comment.startswith('"') else comment)
+        return ast.literal_eval(comment)
     except (ValueError, SyntaxError):
         return None
 
