@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from documents import PAGES, ROOT, SHORT_RECIPE, Block, Command, blocks, commands, shorten
 from typer.testing import CliRunner
 
@@ -24,6 +25,7 @@ import spm_hub
 from spm_hub.cli.app import app
 from spm_hub.io.environment import KEY_VARIABLE, OWNER_VARIABLE, REGISTRY_VARIABLE
 from spm_hub.models import loading
+from spm_hub.training.recipe.recipe import Recipe
 
 SHORT = {
     "train": (
@@ -76,6 +78,8 @@ def test_every_block_runs(page: str, folder: Path, tmp_path: Path, monkeypatch: 
                     if page in IN_AN_EMPTY_FOLDER:
                         patch.chdir(elsewhere)
                     run(page, command)
+        elif block.language == "yaml":
+            assert set(yaml.safe_load(block.text)) <= Recipe.model_fields.keys(), f"{page}:{block.line}"
         else:
             assert block.language in TEXT, f"{page}:{block.line}: nobody runs {block.language!r}"
             check_text(page, block)
