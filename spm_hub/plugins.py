@@ -1,7 +1,7 @@
-"""What other distributions add to spm-hub, by entry points: found by name, imported only when it is needed.
+"""Finds the plug-ins of other distributions by entry points, and imports them only when needed.
 
-A plug-in that cannot be imported, or is not what its group holds, is left out and remembered: `spmhub doctor` names it,
-and nothing else fails for it.
+A plug-in that cannot be imported, or is not of its group's type, is ignored and remembered: `spmhub doctor` names it,
+and nothing else fails because of it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any, Literal, TypeVar
 
 Kind = Literal["objectives", "families", "formats"]
 GROUP = "spm_hub.{}"
-"""Of a kind: objectives hold a `training.methods.Method`, families an `architectures.Family`, formats a
-`formats.parts.Format`; the entry point's name is the method's, the family's or the format's."""
+"""The entry-point group of a kind. objectives hold a `Method`, families a `spm_hub.Family`, formats a `spm_hub.Format`;
+the entry point's name is that of the method, family or format."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One entry point, imported: `value` is what it stands for, None where `broken` says why there is nothing."""
+    """One imported entry point; `value` is None if `broken` says why it cannot be used."""
 
     name: str
     distribution: str
@@ -33,12 +33,12 @@ _EXAMINED: dict[Kind, Sequence[Plugin]] = {}
 
 
 def plugins(kind: Kind, expected: type[T]) -> dict[str, T]:
-    """The working plug-ins of a kind, by name; all of that kind are imported."""
+    """Return the working plug-ins of a kind, by name; all of that kind are imported."""
     return {plugin.name: plugin.value for plugin in examine(kind, expected) if plugin.broken is None}
 
 
 def examine(kind: Kind, expected: type[object]) -> Sequence[Plugin]:
-    """Every plug-in of a kind by name, working or broken; each is imported once in a process."""
+    """Return every plug-in of a kind by name, working or broken; each is imported once in a process."""
     if kind not in _EXAMINED:
         found = sorted(entry_points(group=GROUP.format(kind)), key=lambda entry: entry.name)
         names = [entry.name for entry in found]
@@ -52,7 +52,7 @@ def _imported(entry: EntryPoint, expected: type[object], *, twice: bool) -> Plug
         return Plugin(entry.name, distribution, broken="several distributions give this name")
     try:
         value = entry.load()
-    # It is somebody else's code: whatever it raises, an attempt to end the process included, is its own affair.
+    # Foreign code may raise anything, and even try to end the process; that must not affect anything else.
     except (Exception, SystemExit) as error:
         return Plugin(entry.name, distribution, broken=f"{type(error).__name__}: {error}")
     if not isinstance(value, expected):

@@ -1,1 +1,1 @@
-"""What an eraser is, its arithmetic, and how it is stored in files."""
+"""Erasers as data: their arithmetic, their manifests, and the files that hold them."""

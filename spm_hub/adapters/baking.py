@@ -1,13 +1,13 @@
-"""Baking: a plain diffusers checkpoint with erasers folded in for good, from which each can still be recovered exactly.
+"""Bakes erasers into a plain diffusers checkpoint, from which each can still be recovered exactly.
 
-A baked folder is what `save_pretrained` writes, with the changed weights replaced, and beside it
+A baked folder is what `save_pretrained` writes, with the changed weights replaced, and in addition
 
-    spmhub.json                     which erasers, at which strengths
+    spmhub.json                     the erasers and their strengths
     spmhub/erasers/NAME.safetensors the erasers themselves
     spmhub/originals.safetensors    the base's own values of every changed weight
 
 Recovering never subtracts (that is inexact in every floating-point format): the remaining erasers are folded again into
-the originals. Erasers act in the order of their names, so a baked folder does not depend on the order they came in.
+the originals. Erasers act in the order of their names, so a baked folder does not depend on the order of the arguments.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from spm_hub.adapters.adapter import Adapter, increment_info, load_file
 from spm_hub.adapters.compatibility import resolve_modules
 from spm_hub.adapters.folding import effective
-from spm_hub.adapters.lookup import by_name
+from spm_hub.adapters.lookup import resolve_names
 from spm_hub.adapters.manifest import NAME
 from spm_hub.errors import (
     AdapterFileError,
@@ -67,7 +67,7 @@ class Baked(BaseModel):
 
 
 class Provenance(BaseModel):
-    """What was folded into which denoiser of which base; the content of `spmhub.json`."""
+    """The content of `spmhub.json`: the base, its denoiser, and the erasers folded into it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -89,10 +89,10 @@ def bake(
 ) -> Provenance:
     """Write `pipe` to the folder `out` with `adapters` folded in at gamma 1 times their strength.
 
-    `pipe` is not changed. `strength` is one number, numbers by adapter name, or None for what each manifest asks for.
-    `base` is the reference that the provenance records. The sum is taken in float32 and rounded once to the denoiser's
-    own precision; every other part is written as `pipe` holds it. The folder appears whole or not at all; an existing
-    one is an error unless `replace`.
+    `pipe` is not changed. strength: one number, numbers by adapter name, or None for each manifest's own.
+    base: the name of the base that the provenance records.  replace: replace an existing checkpoint.
+    The sum is taken in float32 and rounded once to the denoiser's own precision; every other part is written as `pipe`
+    holds it. The folder appears whole or not at all.
 
     Raises UsageError (no adapter, one twice, a base that was baked itself, strengths that no float holds),
     NotFoundError (a strength for none of them), CompatibilityError (an adapter that does not fit), RegistryError (`out`
@@ -123,9 +123,9 @@ def bake(
 
 
 def check_place(out: Path, *, replace: bool = False) -> None:
-    """Raises RegistryError where `out` exists, is not an empty folder, and may not be replaced.
+    """Refuse a folder `out` that exists, is not empty, and may not be replaced.
 
-    Whatever may: of what is there only a checkpoint is, not a folder with somebody's other things.
+    Raises RegistryError. Only a checkpoint may be replaced, never a folder with other content.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -136,7 +136,7 @@ def check_place(out: Path, *, replace: bool = False) -> None:
 
 
 def _check_base(pipe: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
-    """Raises UsageError for a base that was baked itself: its own erasers could not be taken out again."""
+    """Refuse a base that was baked itself, since its own erasers could not be taken out again."""
     place = Path(str(pipe.config.get("_name_or_path") or ""))
     if not (place / PROVENANCE).is_file():
         return
@@ -154,7 +154,7 @@ def recover(checkpoint: Path, name: str) -> Provenance:
     """Take the eraser `name` out of a baked folder, which then equals, byte for byte, a bake without it.
 
     With the last one the folder becomes the plain base again, without provenance. Needs no pipeline. The folder is
-    replaced as a whole, so that a failure leaves it as it was. Returns what is still in it.
+    replaced as a whole, so that a failure leaves it as it was. Returns the record of the erasers that remain.
 
     Raises ModelError (not a baked folder, or it was altered), NotFoundError (no such eraser in it), RegistryError.
     """
@@ -189,7 +189,10 @@ def recover(checkpoint: Path, name: str) -> Provenance:
 
 
 def read_provenance(checkpoint: Path) -> Provenance:
-    """What is baked into the folder `checkpoint`. Raises ModelError where nothing is, or its record cannot be read."""
+    """Return the record of the erasers in the folder `checkpoint`.
+
+    Raises ModelError if the folder is not baked, or its record cannot be read.
+    """
     file = checkpoint / PROVENANCE
     try:
         return Provenance.model_validate_json(file.read_bytes())
@@ -205,7 +208,7 @@ def read_provenance(checkpoint: Path) -> Provenance:
 
 
 def _forget_places(folder: Path) -> None:
-    """Takes out of the configurations where diffusers had read them from on this machine."""
+    """Remove from the configurations the paths on this machine that diffusers read them from."""
     for file in (folder / "model_index.json", *folder.glob("*/config.json")):
         config = json.loads(file.read_bytes())
         if config.pop("_name_or_path", None) is not None:
@@ -213,7 +216,7 @@ def _forget_places(folder: Path) -> None:
 
 
 class _Weights:
-    """The tensors of one model folder, sharded or not, read and overwritten in place by their key."""
+    """The tensors of one model folder, sharded or not, which are read and overwritten by their keys."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -233,9 +236,9 @@ class _Weights:
         return found
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite the bytes of these tensors; dtype and shape, hence the layout of the file, stay as they are.
+        """Overwrite the bytes of these tensors in place.
 
-        Raises ModelError for tensors that are not of the folder's own dtypes and shapes.
+        dtype and shape, and with them the layout of the file, stay as they are; ModelError for other ones.
         """
         for path, keys in self._by_file(tensors).items():
             header = read_header(path)
@@ -244,7 +247,7 @@ class _Weights:
                     tensor, held = tensors[key], empty_like(header.entries[key])
                     if (tensor.dtype, tensor.shape) != (held.dtype, held.shape):
                         raise ModelError(
-                            f"{path}: {key} is {held.dtype} of {tuple(held.shape)}, what is to stand there is "
+                            f"{path}: {key} is {held.dtype} of {tuple(held.shape)}, the new value is "
                             f"{tensor.dtype} of {tuple(tensor.shape)}",
                             mend="bake the checkpoint again",
                         )
@@ -263,7 +266,7 @@ class _Weights:
 def _fold(
     originals: Mapping[str, Tensor], adapters: Sequence[Adapter], strengths: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """The new value of every original under all `adapters` at gamma 1, as an attachment folds it into the module."""
+    """Return the new value of every original under all `adapters`, at gamma 1 times their strength."""
     folded = {}
     for path in {key.rpartition(".")[0] for key in originals}:
         parts = [(one.increments[path], strengths[one.name]) for one in adapters if path in one.increments]
@@ -282,7 +285,10 @@ def _fold(
 
 
 def _changed_keys(adapters: Sequence[Adapter], weights: _Weights) -> list[str]:
-    """The keys of every weight and bias that one of `adapters` may change, sorted. Raises CompatibilityError."""
+    """Return the sorted keys of every weight and bias that one of `adapters` may change.
+
+    Raises CompatibilityError if the folder has no such weight.
+    """
     keys = set()
     for adapter in adapters:
         for path, increment in adapter.increments.items():
@@ -298,7 +304,7 @@ def _changed_keys(adapters: Sequence[Adapter], weights: _Weights) -> list[str]:
 
 
 def _with_model_paths(adapter: Adapter, modules: Mapping[str, tuple[object, str]]) -> Adapter:
-    """The adapter with its modules called as this model calls them; files of other programs write . as _."""
+    """Return the adapter under the model's own module paths; other programs write . as _."""
     increments = {path: adapter.increments[name] for path, (_, name) in modules.items()}
     manifest = adapter.manifest.model_copy(update={"increment": increment_info(increments)})
     return Adapter(manifest, increments, adapter.source)
@@ -311,7 +317,7 @@ def _strengths(adapters: Sequence[Adapter], asked: float | Mapping[str, float] |
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"adapter {name!r} is given twice", mend="name every adapter once, or set its strength")
-    given = by_name(asked, names) if isinstance(asked, Mapping) else dict.fromkeys(names, asked)
+    given = resolve_names(asked, names) if isinstance(asked, Mapping) else dict.fromkeys(names, asked)
     own = {adapter.name: adapter.manifest.gate.strength for adapter in adapters}
     return {name: float(one if (one := given.get(name)) is not None else own[name]) for name in names}
 
@@ -321,7 +327,10 @@ def _eraser_file(folder: Path, name: str) -> Path:
 
 
 def _read_eraser(checkpoint: Path, baked: Baked) -> Adapter:
-    """Raises ModelError where the file is gone or not the one that was baked, be it a whole eraser of that name."""
+    """Read the file of a baked eraser.
+
+    Raises ModelError if it is missing, or another file than the one that was baked.
+    """
     file = _eraser_file(checkpoint, baked.name)
     try:
         found = sha256_of(file)
@@ -338,7 +347,10 @@ def _read_eraser(checkpoint: Path, baked: Baked) -> Adapter:
 
 
 def _read_originals(checkpoint: Path, keys: Iterable[str]) -> dict[str, Tensor]:
-    """The base's values of all changed weights. Raises ModelError where the file was altered or lacks one of `keys`."""
+    """Return the base's values of all changed weights.
+
+    Raises ModelError if the file was altered or lacks one of `keys`.
+    """
     try:
         _, originals, _ = read_tensors(checkpoint / ORIGINALS)
     except (AdapterFileError, NotFoundError) as error:
@@ -355,7 +367,7 @@ def _write_provenance(folder: Path, provenance: Provenance) -> None:
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its place, as a whole, when the block ends without an error."""
+    """Yield a hidden sibling of `out` that replaces it, as a whole, if the block ends without an error."""
     # The folder itself and not a link to it; "." has no name before that.
     out = out.resolve()
     token = secrets.token_hex(4)
@@ -390,7 +402,10 @@ def _sync(folder: Path) -> None:
 
 
 def _clone(source: Path, target: Path, rewritten: tuple[Path, ...]) -> None:
-    """Copy a folder; files outside `rewritten` become hard links where the disk has them, as they never change."""
+    """Copy a folder.
+
+    Files outside `rewritten` never change, so they become hard links if the disk supports these.
+    """
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         copy = target / relative

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a denoiser, and which of its modules it changes."""
+"""Checks that an adapter fits a denoiser, and finds the modules that it changes."""
 
 from collections.abc import Mapping
 
@@ -12,9 +12,9 @@ from spm_hub.models.architectures import bias_of, body_of, changeable, denoiser_
 
 
 def resolve_modules(adapter: Adapter, denoiser: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The modules that an adapter changes, by dotted path in the denoiser, with the adapter's own name for each.
+    """Return the modules that an adapter changes, by dotted path, each with the adapter's own name for it.
 
-    Paths are compared with . as _, which is all that files of other programs keep of them.
+    Paths are compared with . as _, as files of other programs keep no dots.
     Raises CompatibilityError that names the first module which is missing or of another shape, and both shapes.
     """
     modules = changeable(denoiser)

@@ -41,7 +41,10 @@ def read(
 
 
 def writer_named(name: str) -> Format:
-    """Return the format that `--to` names. Raises NotFoundError with the names of those that can be written."""
+    """Return the format that `--to` names.
+
+    Raises NotFoundError with the names of the formats that can be written.
+    """
     written = {known.name: known for known in all_formats() if known.writer is not None}
     if name not in written:
         meant = nearest(name, written)

@@ -1,4 +1,4 @@
-"""Makes a manifest for a file of another program, from the file, the base model and the caller's description."""
+"""Makes a manifest for a file of another program, from its content, the base and the caller's words."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -53,7 +53,7 @@ def apply_description(adapter: Adapter, said: Description) -> Adapter:
 def make_manifest(
     source: Source, known: Format, about: About, increments: Mapping[str, Increment], said: Description
 ) -> Manifest:
-    """Return the manifest of a converted file; its recipe says which file of which format it was.
+    """Return the manifest of a converted file; its recipe records the file's name, format and hash.
 
     Raises UsageError if nothing determines the model family, AdapterFileError for modules of another family.
     """

@@ -1,4 +1,4 @@
-"""The weight and bias of a module under increments: the sum that is folded into a model or baked into a file."""
+"""Computes a module's weight and bias under increments, as folded into a model or baked into a file."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ Parts = Sequence[tuple[Increment, float]]
 
 
 def effective(weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of a module under `parts`: new tensors; a bias that no part changes is returned as it is.
+    """Return the weight and bias of a module under `parts`: new tensors.
 
-    Sums are accumulated in float32 (float64 for float64 weights) and rounded once to the dtype of `weight`. The result
-    is a function of `parts` in their order.
+    A bias that no part changes is returned itself. Sums are accumulated in float32 (float64 for float64 weights) and
+    rounded once to the dtype of `weight`. The result depends on `parts` and their order only.
     """
     total = torch.empty_like(weight, requires_grad=False)
     fill(total, weight.detach(), parts)
@@ -56,7 +56,10 @@ def fill(out: Tensor, weight: Tensor, parts: Parts) -> None:
 
 
 def _stacked(parts: Parts, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """All low-rank parts as one: up (out, ranks) with the factors in it, down (ranks, in * kh * kw); or None twice."""
+    """Return all low-rank parts as one pair, or None twice.
+
+    up: (out, ranks), with the factors multiplied in;  down: (ranks, in * kh * kw).
+    """
     pairs = [(increment, factor) for increment, factor in parts if isinstance(increment, LowRank)]
     if not pairs:
         return None, None
@@ -67,7 +70,7 @@ def _stacked(parts: Parts, dtype: torch.dtype, device: torch.device) -> tuple[Te
 
 
 def effective_bias(bias: Tensor, parts: Parts) -> Tensor:
-    """A module's bias under masks, which scale it; the bias itself where no mask touches it."""
+    """Return a module's bias under `parts`; the bias itself if no part touches it."""
     if not any(_touches_bias(increment) for increment, _ in parts):
         return bias
     total = bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
@@ -81,12 +84,12 @@ def effective_bias(bias: Tensor, parts: Parts) -> Tensor:
 
 
 def _along(dim: int, values: Tensor, dims: int) -> Tensor:
-    """(n,) broadcast along dimension `dim` of a tensor of `dims` dimensions."""
+    """Return (n,) viewed along dimension `dim` of a tensor of `dims` dimensions."""
     return values.view([-1 if index == dim else 1 for index in range(dims)])
 
 
 def _mask_scale(mask: Mask, factor: float) -> Tensor:
-    """1 where the mask keeps, 1 - factor where it switches off; float64."""
+    """Return 1 where the mask keeps, and 1 - factor where it switches off; float64."""
     return 1 - factor * (~mask.keep).double()
 
 

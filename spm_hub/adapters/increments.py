@@ -1,4 +1,4 @@
-"""The three kinds of weight increment, and only these, whatever method trained them: LowRank, Dense, Mask."""
+"""The three kinds of weight increments, which every training method ends in: LowRank, Dense and Mask."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,19 +47,27 @@ class LowRank:
         return self.down.nbytes + self.up.nbytes
 
     def check_fits(self, module_path: str, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Raise CompatibilityError unless this can be added to the `weight` and `bias` of the module `module_path`."""
+        """Refuse a module whose weight or bias this increment does not fit.
+
+        module_path: named in the message.  weight: the module's, (out, in) or (out, in, kh, kw).  bias: the module's,
+        (out,).
+        Raises CompatibilityError.
+        """
         _check_shape(module_path, self.weight_shape, weight)
 
     def delta_for(self, weight: Tensor) -> Tensor:
-        """The change of `weight` at gamma 1: float32 and shaped like `weight`, on the device of this increment."""
+        """Return the change of `weight` at gamma 1: float32, shaped like `weight`.
+
+        It is on the device of this increment.
+        """
         return (self.up.float().flatten(1) @ self.down.float().flatten(1)).reshape(weight.shape)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parts to be stored, by name."""
+        """Return the parts to be stored, by name."""
         return {"down": self.down, "up": self.up}
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "LowRank":
-        """The same increment in another dtype or on another device."""
+        """Return the same increment in another dtype or on another device."""
         return LowRank(self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype))
 
 
@@ -97,7 +105,12 @@ class Dense:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def check_fits(self, module_path: str, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Raise CompatibilityError unless this can be added to the `weight` and `bias` of the module `module_path`."""
+        """Refuse a module whose weight or bias this increment does not fit.
+
+        module_path: named in the message.  weight: the module's, (out, in) or (out, in, kh, kw).  bias: the module's,
+        (out,).
+        Raises CompatibilityError.
+        """
         _check_shape(module_path, self.weight_shape, weight)
         if self.delta_bias is not None and bias is None:
             raise CompatibilityError(
@@ -105,26 +118,30 @@ class Dense:
             )
 
     def delta_for(self, weight: Tensor) -> Tensor:
-        """The change of `weight` at gamma 1: float32 and shaped like `weight`, on the device of this increment."""
+        """Return the change of `weight` at gamma 1: float32, shaped like `weight`.
+
+        It is on the device of this increment.
+        """
         return self.delta.float().reshape(weight.shape)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parts to be stored, by name."""
+        """Return the parts to be stored, by name."""
         return (
             {"delta": self.delta} if self.delta_bias is None else {"delta": self.delta, "delta_bias": self.delta_bias}
         )
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Dense":
-        """The same increment in another dtype or on another device."""
+        """Return the same increment in another dtype or on another device."""
         bias = None if self.delta_bias is None else self.delta_bias.to(device=device, dtype=dtype)
         return Dense(self.delta.to(device=device, dtype=dtype), bias)
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Neurons switched off: where `keep` is False the rows (dim 0, with their bias) or columns (dim 1) become zero.
+    """Switches neurons off: where `keep` is False, rows or columns of the weight become zero.
 
-    keep: bool, (out,) for dim 0 or (in,) for dim 1. Its delta is a function of the base weight (Minimalist erasure).
+    keep: bool, (out,) for dim 0, whose rows become zero with their bias, or (in,) for dim 1, the columns.
+    Its delta depends on the base weight (Minimalist erasure, arXiv 2507.13386).
     """
 
     keep: Tensor
@@ -137,7 +154,7 @@ class Mask:
 
     @property
     def weight_shape(self) -> None:
-        """None: a mask knows one dimension of its weight only."""
+        """None: a mask knows only one dimension of its weight."""
         return None
 
     @property
@@ -149,7 +166,12 @@ class Mask:
         return self.keep.nbytes
 
     def check_fits(self, module_path: str, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Raise CompatibilityError unless this can mask the `weight` and `bias` of the module at `module_path`."""
+        """Refuse a module whose weight or bias this increment does not fit.
+
+        module_path: named in the message.  weight: the module's, (out, in) or (out, in, kh, kw).  bias: the module's,
+        (out,).
+        Raises CompatibilityError.
+        """
         if weight.shape[self.dim] != len(self.keep):
             raise CompatibilityError(
                 f"{module_path}: the adapter's mask has {len(self.keep)} entries for dimension {self.dim}, "
@@ -157,18 +179,21 @@ class Mask:
             )
 
     def delta_for(self, weight: Tensor) -> Tensor:
-        """The change of `weight` at gamma 1: float32 and shaped like `weight`, on its device."""
+        """Return the change of `weight` at gamma 1: float32, shaped like `weight`, on its device."""
         off = ~self.keep.to(weight.device)
         columns = off.reshape(-1 if self.dim == 0 else 1, -1 if self.dim == 1 else 1, *[1] * (weight.dim() - 2))
         # where() and not a product with 0 or 1: the untouched entries must be exactly zero, never -0 or nan.
         return torch.where(columns, -weight.float(), weight.new_zeros((), dtype=torch.float32))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parts to be stored, by name."""
+        """Return the parts to be stored, by name."""
         return {"keep_out" if self.dim == 0 else "keep_in": self.keep}
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Mask":
-        """The same mask on another device; a mask stays boolean whatever `dtype` the rest of its adapter moves to."""
+        """Return the same mask on another device.
+
+        It stays boolean: `dtype` is for the other kinds of increments.
+        """
         return Mask(self.keep.to(device=device), self.dim)
 
 
@@ -176,21 +201,24 @@ Increment = LowRank | Dense | Mask
 
 
 def spread(values: Tensor, width: int, total: int) -> Tensor:
-    """Neurons, or attention heads, as entries of a weight's dimension: (neurons,) -> (total,).
+    """Spread values of neurons, or of attention heads, over a weight's dimension: (neurons,) -> (total,).
 
-    Each neuron has `width` entries, the first neuron the first ones; entries behind the last neuron's are 1, or True.
+    Each neuron has `width` entries, the first neuron the first ones; entries after the last neuron's are 1, or True.
     """
     entries = values.repeat_interleave(width)
     return torch.cat([entries, entries.new_ones(total - len(entries))])
 
 
 def without_no_op_masks(masks: Mapping[str, Mask]) -> dict[str, Mask]:
-    """The masks that switch anything off, which are all that has to be attached; all of them where none does."""
+    """Leave out the masks that switch nothing off, unless all are such."""
     return {path: mask for path, mask in masks.items() if not bool(mask.keep.all())} or dict(masks)
 
 
 def _check_shape(module_path: str, ours: tuple[int, ...], weight: Tensor) -> None:
-    """A 1x1 convolution and a Linear of the same numbers are one thing (SD2 made proj_in and proj_out Linear)."""
+    """Refuse weights of two shapes.
+
+    A 1x1 convolution and a Linear of the same numbers are one thing (SD2 made proj_in and proj_out Linear).
+    """
     theirs = tuple(weight.shape)
     if _without_unit_kernel(ours) != _without_unit_kernel(theirs):
         raise CompatibilityError(

@@ -1,9 +1,7 @@
-"""Erasers side by side are told apart by name: what that forbids, before anything is attached."""
+"""Looks adapters up by name; rejects duplicate and unknown names."""
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-
-import torch
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.manifest import slug
@@ -11,49 +9,37 @@ from spm_hub.errors import NotFoundError, UsageError, nearest
 
 
 def check_names(adapters: Sequence[Adapter], strength: Iterable[str] = ()) -> None:
-    """What `attach` would refuse whatever the pipeline, for whoever has yet to load one.
+    """Refuse adapters that no pipeline can take together, before a pipeline is loaded.
 
     Raises UsageError for an adapter twice and for two of one name, NotFoundError for a strength of none of them.
     """
     given: dict[str, Adapter] = {}
     for adapter in adapters:
         if adapter.name in given:
-            raise namesakes(given[adapter.name], adapter)
+            raise duplicate_error(given[adapter.name], adapter)
         given[adapter.name] = adapter
     for name in strength:
-        named(name, given)
+        find_name(name, given)
 
 
-def namesakes(one: Adapter, other: Adapter) -> UsageError:
-    """Why these two cannot be attached together."""
-    if _same(one, other):
-        return UsageError(f"adapter {other.name} ({other.source}) is attached twice", mend="name it once")
+def duplicate_error(one: Adapter, other: Adapter) -> UsageError:
+    """Return the error for two adapters of one name, or for one adapter given twice."""
     in_file = other.source.endswith(".safetensors")
+    if one is other or (in_file and one.source == other.source):
+        return UsageError(f"adapter {other.name} ({other.source}) is attached twice", mend="name it once")
     return UsageError(
         f"two adapters are named {other.name}: {one.source} and {other.source}",
-        mend=f"spmhub convert {shlex.quote(other.source)} --name {other.name}-2, and attach that one"
+        mend=f"name it once if they are the same; else spmhub convert {shlex.quote(other.source)} --name "
+        f"{other.name}-2, and attach that one"
         if in_file
         else "give one of them another name in its manifest",
     )
 
 
-def _same(one: Adapter, other: Adapter) -> bool:
-    """Whether two adapters hold the same increments."""
-    if one is other:
-        return True
-    mine, theirs = (
-        {(path, part): tensor for path, inc in adapter.increments.items() for part, tensor in inc.tensors().items()}
-        for adapter in (one, other)
-    )
-    return mine.keys() == theirs.keys() and all(
-        tensor.dtype == theirs[key].dtype and torch.equal(tensor, theirs[key]) for key, tensor in mine.items()
-    )
+def find_name(name: str, names: Iterable[str]) -> str:
+    """Return the one of these eraser names that `name` is, or that its concept ("van gogh") makes.
 
-
-def named(name: str, names: Iterable[str]) -> str:
-    """Which of these erasers is meant: by its name, or by its concept as people write it ("van gogh").
-
-    Raises NotFoundError for none of them.
+    Raises NotFoundError if there is none.
     """
     names = tuple(names)
     if name in names:
@@ -69,11 +55,14 @@ def named(name: str, names: Iterable[str]) -> str:
     )
 
 
-def by_name(strength: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """Numbers by the names of these erasers. Raises NotFoundError for none of them, UsageError for one named twice."""
+def resolve_names(strength: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """Return the numbers by the names of these erasers.
+
+    Raises NotFoundError for a name of none of them, UsageError for one named twice.
+    """
     names, found = tuple(names), dict[str, float]()
     for given, value in strength.items():
-        if (name := named(given, names)) in found:
+        if (name := find_name(given, names)) in found:
             raise UsageError(f"strength names {name!r} twice: {found[name]} and {value}")
         found[name] = value
     return found

@@ -1,4 +1,4 @@
-"""What an adapter says about itself: which concept, trained how and on which base, how it is gated, how well it did."""
+"""The manifest of an adapter: its concept, training, base, gate defaults and measured results."""
 
 import hashlib
 import json
@@ -34,13 +34,16 @@ MANY_MISTAKES = 1000
 
 
 class _Part(BaseModel):
-    """Strict and immutable: an unknown key is an error, a number is finite."""
+    """Strict and immutable: an unknown key is an error, and every number is finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Concept(_Part):
-    """What is erased; `aliases` are its other names, to which the gate listens; `surrogate` is what it turns into."""
+    """The erased concept.
+
+    aliases: other names, to which the gate responds as well.  surrogate: what the concept turns into, "" for nothing.
+    """
 
     target: NonBlank
     aliases: tuple[NonBlank, ...] = ()
@@ -49,7 +52,10 @@ class Concept(_Part):
 
 
 class IncrementInfo(_Part):
-    """What is in the adapter file; `file`, `bytes` and `sha256` stand only in the manifest beside the file."""
+    """The content of the adapter file.
+
+    `file`, `bytes` and `sha256` describe the file itself, so only the manifest outside the file has them.
+    """
 
     kind: Literal["low_rank", "dense", "mask"]
     rank: int | None = Field(default=None, ge=1, description="rank of every low-rank increment in the file")
@@ -72,7 +78,10 @@ class IncrementInfo(_Part):
 
 
 class Base(_Part):
-    """The model the adapter was trained on; `id` and `fingerprint` are "" for a file whose program did not say."""
+    """The model that the adapter was trained on.
+
+    `id` and `fingerprint` are "" for a file whose program did not record them.
+    """
 
     family: Label
     id: str
@@ -84,7 +93,10 @@ class Base(_Part):
 
 
 class GateDefaults(_Part):
-    """How the adapter is gated unless the user says otherwise (facilitated transport, arXiv 2312.16145 Eq. 9-11)."""
+    """The adapter's gate, unless the user chooses another.
+
+    Facilitated transport: arXiv 2312.16145, Eq. 9-11.
+    """
 
     kind: Literal["transport", "always"] = "transport"
     strength: float = 1.0
@@ -95,7 +107,10 @@ class GateDefaults(_Part):
 
 
 class Origin(_Part):
-    """Where this copy was pulled from: a repository of the Hub at one commit; `revision` as it was asked for."""
+    """The Hub repository and commit that this copy was pulled from.
+
+    revision: the branch or tag that was asked for, None for the default branch.
+    """
 
     repo: str = Field(pattern=r"^[\w][\w.-]{0,95}/[\w][\w.-]{0,95}$")
     commit: str = Field(pattern=r"^[0-9a-f]{40}$")
@@ -116,7 +131,7 @@ class Evaluation(_Part):
 
 
 class Manifest(_Part):
-    """Everything an adapter says about itself, version 1."""
+    """The whole manifest of an adapter, version 1."""
 
     schema_version: Literal[1] = 1
     name: Annotated[str, StringConstraints(pattern=NAME)]
@@ -133,13 +148,14 @@ class Manifest(_Part):
     origin: Origin | None = None
 
     def to_json(self) -> str:
-        """The manifest as it stands beside its file: indented JSON that ends with a newline."""
+        """Return the text of the manifest file: indented JSON that ends with a newline."""
         return self.model_dump_json(indent=2) + "\n"
 
     def to_embedded_json(self) -> str:
-        """The copy inside the adapter file's header: nothing of the clock, of the file itself, or learnt afterwards.
+        """Return the copy for the header of the adapter file.
 
-        The same seed therefore gives the identical file, whenever it is trained and however it is evaluated.
+        It leaves out times, the facts about the file itself, and later results. The same seed therefore gives the
+        identical file, whenever it is trained and however it is evaluated.
         """
         omitted: dict[str, Any] = dict.fromkeys(("created", "evaluation", "origin"), True)
         omitted["increment"] = {"file", "bytes", "sha256"}
@@ -147,7 +163,10 @@ class Manifest(_Part):
 
     @classmethod
     def from_json(cls, text: str | bytes, source: object = "manifest") -> "Manifest":
-        """Parse and check a manifest; `source` is named in errors. Raises ManifestError with the offending keys."""
+        """Parse and check a manifest.
+
+        source: named in errors. Raises ManifestError with the offending keys.
+        """
         try:
             if len(text) > MAX_BYTES:
                 raise ValueError(f"it has {len(text)} bytes, no manifest needs more than {MAX_BYTES}")
@@ -165,7 +184,10 @@ class Manifest(_Part):
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """The manifest in a file of its own. Raises ManifestError, NotFoundError, or RegistryError when unreadable."""
+        """Read a manifest from a file of its own.
+
+        Raises ManifestError, NotFoundError, or RegistryError if the file cannot be read.
+        """
         if path.exists() and not path.is_file():
             raise ManifestError(f"{path}: it is not a file")
         try:
@@ -178,7 +200,7 @@ class Manifest(_Part):
 
     @classmethod
     def json_schema(cls) -> str:
-        """JSON Schema of a manifest, as committed in manifests/schema.json."""
+        """Return the JSON Schema of a manifest, as committed in manifests/schema.json."""
         schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
         return json.dumps(schema, indent=2) + "\n"
 
@@ -191,7 +213,10 @@ def _invalid(source: object, problems: str) -> ManifestError:
 
 
 def slug(text: str) -> str:
-    """A name for files made from a concept: "Van Gogh" -> "van-gogh". Raises UsageError when `text` is blank."""
+    """Make a file name from a concept: "Van Gogh" -> "van-gogh".
+
+    Raises UsageError if `text` is blank.
+    """
     if not text.strip():
         raise UsageError("the concept is empty", mend='name what to erase, for instance: spmhub train "van gogh"')
     ascii_text = unicodedata.normalize("NFKD", text.strip()).encode("ascii", "ignore").decode().lower()
@@ -201,7 +226,10 @@ def slug(text: str) -> str:
 
 
 def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
-    """One problem as "key: what is wrong"; for an unknown key, the known ones it resembles."""
+    """Return one problem as "key: the mistake".
+
+    An unknown key is followed by the known keys that it resembles.
+    """
     location = problem["loc"]
     key = ".".join(str(step)[:80] for step in location) or "(whole file)"
     if problem["type"] != "extra_forbidden":

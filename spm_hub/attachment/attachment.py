@@ -11,7 +11,7 @@ from torch import nn
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.compatibility import resolve_modules
-from spm_hub.adapters.lookup import by_name, named, namesakes
+from spm_hub.adapters.lookup import duplicate_error, find_name, resolve_names
 from spm_hub.attachment.call import Call
 from spm_hub.attachment.gate import Prompts
 from spm_hub.attachment.gate_evaluation import GateEvaluation
@@ -85,7 +85,7 @@ class Attachment:
         if isinstance(pipe, nn.Module):
             raise UsageError(f"attach takes a pipeline, not its {type(pipe).__name__}", mend="attach(pipe, ...)")
         if isinstance(options.strength, Mapping):
-            options = replace(options, strength=by_name(options.strength, [adapter.name for adapter in adapters]))
+            options = replace(options, strength=resolve_names(options.strength, [adapter.name for adapter in adapters]))
         self._pipe, self._options = pipe, options
         self._denoiser = denoiser_of(pipe)
         family_of(pipe)
@@ -178,7 +178,7 @@ class Attachment:
         """Remove one eraser: the pipeline is, bit for bit, as if only the others had ever been attached."""
         with self._lock:
             self._check_attached()
-            self._planner.uninstall(named(name, self._planner.erasers))
+            self._planner.uninstall(find_name(name, self._planner.erasers))
 
     def detach(self) -> None:
         """Restore the pipeline exactly as it was before `attach`: weights, classes, hooks.
@@ -255,13 +255,13 @@ class Attachment:
 
     def _eraser(self, adapter: Adapter, others: Mapping[str, Eraser]) -> Eraser:
         if (other := others.get(adapter.name)) is not None:
-            raise namesakes(other.adapter, adapter)
+            raise duplicate_error(other.adapter, adapter)
         return self._options.eraser(adapter, resolve_modules(adapter, self._denoiser))
 
     def _set_strength(self, name: str, value: float) -> None:
         with self._lock:
             self._check_attached()
-            self._planner.set_strength(named(name, self._planner.erasers), value)
+            self._planner.set_strength(find_name(name, self._planner.erasers), value)
 
     def _refuse_attached(self) -> None:
         for part in (self._pipe, self._denoiser, body_of(self._denoiser)):

@@ -11,7 +11,7 @@ from torch import nn
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import Increment
-from spm_hub.adapters.lookup import named
+from spm_hub.adapters.lookup import find_name
 from spm_hub.attachment.concept_index import EncodedConcept
 from spm_hub.attachment.gate import ConstantGate, Gate, TransportGate
 from spm_hub.attachment.text_encoding import Settings
@@ -131,7 +131,7 @@ class Strength(MutableMapping[str, float]):
 
     def __getitem__(self, name: str) -> float:
         with suppress(NotFoundError):  # the mapping raises KeyError below, which its other methods rely on
-            name = named(name, self._erasers)
+            name = find_name(name, self._erasers)
         return self._erasers[name].strength
 
     def __setitem__(self, name: str, value: float) -> None:
@@ -139,7 +139,7 @@ class Strength(MutableMapping[str, float]):
         self._write(name, float(value))
 
     def __delitem__(self, name: str) -> None:
-        name = named(name, self._erasers)
+        name = find_name(name, self._erasers)
         self[name] = self._erasers[name].adapter.manifest.gate.strength
 
     def __iter__(self) -> Iterator[str]:

@@ -28,7 +28,7 @@ from huggingface_hub.file_download import HfFileMetadata, repo_folder_name
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from spm_hub.errors import HubError
-from spm_hub.io.hub_client import SECONDS_TO_REACH_THE_HUB, TRIES, patiently, pause_after
+from spm_hub.io.hub_client import SECONDS_TO_REACH_THE_HUB, TRIES, pause_after, retry
 from spm_hub.io.progress import ProgressCallback
 
 _ETAG = re.compile(r"[\w.-]{1,128}")
@@ -88,7 +88,7 @@ def fetch(
                     raise HubError(f"{repo}: {name} of commit {commit} was rejected: {wrong}", mend=_LATER)
             os.replace(partial, blob)
     # The bytes are in the cache; this call links the file name to them, after one more request that may also fail.
-    return Path(patiently(lambda: hf_hub_download(repo, name, revision=commit)))
+    return Path(retry(lambda: hf_hub_download(repo, name, revision=commit)))
 
 
 _LATER = "run it again; if it fails again, report it to the author"
@@ -103,7 +103,7 @@ def _too_large(size: int | None, largest: int | None) -> bool:
 
 
 def _metadata(url: str) -> HfFileMetadata:
-    return patiently(lambda: get_hf_file_metadata(url, timeout=SECONDS_TO_REACH_THE_HUB))
+    return retry(lambda: get_hf_file_metadata(url, timeout=SECONDS_TO_REACH_THE_HUB))
 
 
 def _download(

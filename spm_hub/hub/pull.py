@@ -15,7 +15,7 @@ from spm_hub.hub.download import fetch
 from spm_hub.io.atomic import write_atomic
 from spm_hub.io.environment import OWNER_VARIABLE
 from spm_hub.io.hashing import sha256_of
-from spm_hub.io.hub_client import is_commit, reaching, repository_info
+from spm_hub.io.hub_client import is_commit, repository_info, translate_errors
 from spm_hub.io.progress import ProgressCallback
 from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry
@@ -57,7 +57,7 @@ def download(repo: str, revision: str | None = None, *, progress: ProgressCallba
         raise HubError(f"the Hub sends no commit for {repo} at {revision or 'main'} (it sends {commit!r})")
     is_new = _cached(repo, commit) is None
     names = [sibling.rfilename for sibling in info.siblings or ()]
-    with reaching(repo, revision, otherwise=otherwise):
+    with translate_errors(repo, revision, otherwise=otherwise):
         manifest_path, manifest = None, None
         if MANIFEST_NAME in names:
             manifest_path = fetch(repo, MANIFEST_NAME, commit, largest=MAX_BYTES)

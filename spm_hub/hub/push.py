@@ -13,7 +13,7 @@ from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import HubError, UsageError
 from spm_hub.hub.card import PicturePair, picture_names, render
 from spm_hub.io.hashing import sha256_of
-from spm_hub.io.hub_client import legible, patiently, reaching
+from spm_hub.io.hub_client import reject_malformed_answers, retry, translate_errors
 from spm_hub.io.safetensors_file import MANIFEST_KEY, read_header
 from spm_hub.registry import signing
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry
@@ -102,12 +102,12 @@ def push(
         raise UsageError("--pr opens a pull request to the main branch, so --revision cannot be used with it")
     repo, api = release.repo, HfApi()
     otherwise = f"look at it first: spmhub push {release.manifest.name} {repo} --dry-run"
-    with reaching(repo, revision, otherwise=otherwise, why="is to be changed"):
+    with translate_errors(repo, revision, otherwise=otherwise, why="is to be changed"):
         if not pull_request:
-            patiently(lambda: api.create_repo(repo, private=private or None, exist_ok=True))
+            retry(lambda: api.create_repo(repo, private=private or None, exist_ok=True))
             if revision is not None:
-                patiently(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
-        before = patiently(lambda: api.model_info(repo, revision=revision))
+                retry(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
+        before = retry(lambda: api.model_info(repo, revision=revision))
         if private and before.private is False:
             raise HubError(
                 f"{repo} exists and is public", mend=f"make it private first: {api.endpoint}/{repo}/settings"
@@ -119,10 +119,10 @@ def push(
 
         # No retry: it could open a second pull request. On a branch the parent commit prevents a second commit.
         if pull_request:
-            with legible():
+            with reject_malformed_answers():
                 return commit()
         try:
-            return patiently(commit)
+            return retry(commit)
         except errors.HfHubHTTPError as error:
             # The first attempt may have succeeded with only its response lost.
             if error.response.status_code == 412 and (made := _find_commit(api, release, revision, stale)):
@@ -135,7 +135,7 @@ def _find_commit(api: HfApi, release: Release, revision: str | None, stale: Sequ
 
     Other files in the repository do not matter.
     """
-    now = patiently(lambda: api.model_info(release.repo, revision=revision, files_metadata=True))
+    now = retry(lambda: api.model_info(release.repo, revision=revision, files_metadata=True))
     hashes = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in now.siblings or ()}
     for path, content in release.files.items():
         whole = content.read_bytes() if isinstance(content, Path) else content

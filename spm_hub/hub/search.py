@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from huggingface_hub import HfApi, ModelInfo
 
 from spm_hub.hub.card import ERASES, METHOD, hub_id
-from spm_hub.io.hub_client import patiently, reaching
+from spm_hub.io.hub_client import retry, translate_errors
 from spm_hub.models.aliases import ALIASES
 
 _BASE = "base_model:adapter:"
@@ -45,8 +45,8 @@ def search(
     def ask() -> list[ModelInfo]:
         return list(HfApi().list_models(filter=tags, author=author, full=True))
 
-    with reaching("the list of erasers", None, otherwise="list your own: spmhub list", why="is needed"):
-        models = patiently(ask)
+    with translate_errors("the list of erasers", None, otherwise="list your own: spmhub list", why="is needed"):
+        models = retry(ask)
     words = query.casefold().replace("-", " ").split()
     found = [_read(model) for model in models]
     matching = [one for one in found if all(word in _words_of(one) for word in words)]

@@ -1,4 +1,7 @@
-"""Files that are either wholly written or not touched: written beside, synced, then renamed over the old one."""
+"""Writes files atomically: a file is either written completely or left untouched.
+
+The new content is written to a temporary file in the same folder, synced, and renamed over the old one.
+"""
 
 import errno
 import os
@@ -20,12 +23,13 @@ def write_atomic(path: Path, data: Content) -> None:
 
 
 def write_together(files: Mapping[Path, Content]) -> None:
-    """Write files that belong together, in the order given; content is bytes or a function that fills the open file.
+    """Write files that belong together, in the order given.
 
+    files: the content by path, as bytes or as a function that fills the open file.
     Every file is complete and synced on disk before the first one is renamed into place, so a full disk or an error in
     a content function leaves all old files as they were and no temporary file behind.
 
-    Raises RegistryError when the operating system refuses (no space, no permission, a folder in the way).
+    Raises RegistryError if the operating system refuses (no space, no permission, a folder in the way).
     """
     with staged(files) as temporaries:
         rename(temporaries)
@@ -33,9 +37,9 @@ def write_together(files: Mapping[Path, Content]) -> None:
 
 @contextmanager
 def staged(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
-    """Every file complete and synced under a temporary name beside its own, by its own, for `rename`.
+    """Yield a temporary file for each path, complete and synced, by that path, for `rename`.
 
-    What has not been renamed at the end of the block is removed. Raises RegistryError, with nothing left behind.
+    Files that were not renamed by the end of the block are removed. Raises RegistryError, with nothing left behind.
     """
     temporaries: dict[Path, Path] = {}
     try:
@@ -52,7 +56,7 @@ def staged(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
 
 
 def rename(temporaries: Mapping[Path, Path]) -> None:
-    """Put staged files in their places, in the order given, and make that durable. Raises RegistryError."""
+    """Move staged files to their paths, in the order given, durably. Raises RegistryError."""
     for path, temporary in temporaries.items():
         with _refused(path):
             os.replace(temporary, path)
@@ -69,7 +73,10 @@ def _refused(path: Path) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises RegistryError where a file could not be written into the folder, or the folder not be made; makes none."""
+    """Refuse a folder that cannot be made or into which no file can be written.
+
+    It makes no folder. Raises RegistryError.
+    """
     with _refused(folder):
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         with tempfile.TemporaryFile(dir=there):
@@ -77,12 +84,12 @@ def check_writable(folder: Path) -> None:
 
 
 def temporary_of(path: Path, token: str) -> Path:
-    """Where `path` is staged: hidden, beside it."""
+    """Return the path at which `path` is staged: hidden, in the same folder."""
     return path.with_name(f".{path.name}.{token}.tmp")
 
 
 def _stage(path: Path, content: Content) -> Path:
-    """Write `content` to a new hidden file beside `path` and return it; nothing is left when that fails."""
+    """Write `content` to a new hidden file next to `path` and return it; on failure nothing is left."""
     temporary = temporary_of(path, secrets.token_hex(4))
     # open("xb") and not tempfile: the file must end up with the user's umask, not with mode 0600.
     try:

@@ -1,4 +1,4 @@
-"""The environment variables that are read, by name: a light module, as the command line names them in its help."""
+"""The names of the environment variables; the module is light, as the command line's help imports it."""
 
 REGISTRY_VARIABLE = "SPMHUB_REGISTRY"
 """Names a registry where no --registry is given; empty for none."""

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub's client, asked patiently and answered in our own errors."""
+"""Talks to the Hugging Face Hub: repeats requests that a busy Hub refused, and raises our own errors."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from spm_hub.errors import HubError, HubNotFoundError, NetworkError, UsageError
 SECONDS_TO_REACH_THE_HUB = 10.0
 TRIES = 4
 LONGEST_PAUSE = 30.0
-"""Seconds. A Hub that wants a longer pause is told to the user instead, who may have better things to do."""
+"""Seconds. If the Hub asks for a longer pause, the command reports it instead of waiting."""
 
 _FIRST_PAUSE = 1.0
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
@@ -25,38 +25,41 @@ T = TypeVar("T")
 
 
 def is_commit(revision: str | None) -> bool:
-    """Whether `revision` names one commit, whose files never change; branches and tags move."""
+    """Return True if `revision` names a commit, whose files never change; branches and tags move."""
     return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
 def repository_info(repo: str, revision: str | None, *, otherwise: str, files: bool = False) -> ModelInfo:
-    """What the Hub says of a model repository; with sizes and hashes of its files where `files`.
+    """Return the Hub's facts about a model repository; with sizes and hashes of its files if `files`.
 
-    Raises as `reaching` does; NetworkError also when HF_HUB_OFFLINE is set.
+    Raises as `translate_errors` does; NetworkError also if HF_HUB_OFFLINE is set.
     """
-    with reaching(repo, revision, otherwise=otherwise):
-        return patiently(
+    with translate_errors(repo, revision, otherwise=otherwise):
+        return retry(
             lambda: HfApi().model_info(repo, revision=revision, timeout=SECONDS_TO_REACH_THE_HUB, files_metadata=files)
         )
 
 
 @contextmanager
-def legible() -> Iterator[None]:
-    """Turns what the Hub's client raises over an answer cut short, altered or somebody else's into a TransportError."""
+def reject_malformed_answers() -> Iterator[None]:
+    """Turn the client's errors about a malformed answer into a TransportError.
+
+    An answer is malformed if it was cut short, altered, or comes from another server.
+    """
     try:
         yield
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise TransportError(f"its answer is not what the Hub writes: {type(error).__name__}: {error}"[:200]) from error
 
 
-def patiently(ask: Callable[[], T]) -> T:
-    """`ask()`, again after a pause where the Hub was busy or a connection broke: four times in all.
+def retry(ask: Callable[[], T]) -> T:
+    """Return `ask()`, repeated after a pause if the Hub was busy or a connection broke: four times in all.
 
-    A Hub that cannot be connected to is not asked again: whoever has no network should hear so at once.
+    If no connection can be made, it is not repeated: a user without a network should see it at once.
     """
     for attempt in range(TRIES):
         try:
-            with legible():
+            with reject_malformed_answers():
                 return ask()
         except (ConnectError, ConnectTimeout):
             raise
@@ -69,7 +72,10 @@ def patiently(ask: Callable[[], T]) -> T:
 
 
 def pause_after(error: Exception, attempt: int) -> float | None:
-    """Seconds to wait before the next attempt: those the Hub asks for, or twice the last; None for no further one."""
+    """Return the seconds to wait before the next attempt, or None for no further one.
+
+    The pause is the one that the Hub asks for, or doubles with each attempt.
+    """
     pause = _FIRST_PAUSE * 2**attempt
     if isinstance(error, errors.HfHubHTTPError):
         if error.response.status_code not in _PASSING:
@@ -80,10 +86,13 @@ def pause_after(error: Exception, attempt: int) -> float | None:
 
 
 @contextmanager
-def reaching(repo: str, revision: str | None, *, otherwise: str, why: str = "is not in the cache") -> Iterator[None]:
-    """Turns what the Hub's client raises inside into our errors; `otherwise` is what to do without a network.
+def translate_errors(
+    repo: str, revision: str | None, *, otherwise: str, why: str = "is not in the cache"
+) -> Iterator[None]:
+    """Turn the errors of the Hub's client inside the block into our own.
 
-    `why` the Hub is needed for `repo`. Nothing is asked of it when HF_HUB_OFFLINE is set.
+    otherwise: advice for a user without a network.  why: the reason that `repo` is needed.
+    The Hub is not asked if HF_HUB_OFFLINE is set.
     Raises HubNotFoundError (no such repository, revision or file), HubError (closed to this user, changed meanwhile),
     UsageError (no valid name), NetworkError.
     """
@@ -119,12 +128,12 @@ def reaching(repo: str, revision: str | None, *, otherwise: str, why: str = "is 
 
 
 def _refusal(repo: str, error: errors.HfHubHTTPError) -> HubError | NetworkError:
-    """What an answer without a meaning of its own in the Hub's client says to a user."""
+    """Return the error for an answer that the Hub's client has no error of its own for."""
     status, reason = error.response.status_code, error.response.reason_phrase
     what = f"{status} {reason}".strip()
     match status:
         case 401:
-            return HubError(f"the Hub does not know who asks for {repo} ({what})", mend="hf auth login")
+            return HubError(f"the Hub asks for a login to {repo} ({what})", mend="hf auth login")
         case 403:
             return HubError(
                 f"the Hub does not let you do this with {repo} ({what})",

@@ -1,4 +1,4 @@
-"""PyTorch's pickles, only for an explicit conversion: tensors and plain containers are read, code never is."""
+"""Reads PyTorch's pickles for an explicit conversion: tensors and plain containers, and never code."""
 
 import itertools
 import pickletools
@@ -21,10 +21,10 @@ _ASK = "ask its author for a safetensors file"
 
 
 def read(path: Path) -> Any:
-    """The tensors of a pickle in the dictionaries and lists that hold them, on the CPU.
+    """Return the content of a pickle: tensors on the CPU, in dictionaries and lists.
 
-    Raises AdapterFileError for anything that is not such, or would need more memory than the file has bytes; every
-    number is finite.
+    Raises AdapterFileError for anything else in it, for NaN or infinite numbers, and for a file that would need more
+    memory than it has bytes.
     """
     _check_archive(path)
     try:
@@ -48,7 +48,10 @@ def read(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Since PyTorch 1.6 a zip whose members are stored as they are; one that unpacks to more is an attack."""
+    """Refuse a file that unpacks to more than its size.
+
+    Since PyTorch 1.6 a pickle is a zip whose members are stored uncompressed; a larger one is an attack.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -67,7 +70,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_calls(path: Path, archive: zipfile.ZipFile) -> None:
-    """Of what weights_only lets a pickle call, some things make memory of a mere number."""
+    """Refuse the calls that weights_only permits although they allocate memory from a mere number."""
     for member in archive.infolist():
         if not member.filename.endswith("data.pkl"):
             continue
@@ -79,7 +82,7 @@ def _check_calls(path: Path, archive: zipfile.ZipFile) -> None:
 def _tensors(
     path: Path, content: Any, key: str, holders: frozenset[int], steps: Iterator[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors with the keys that lead to them.
+    """Yield all tensors with the keys that lead to them.
 
     Raises AdapterFileError for a container that holds itself, or the same ones over and over.
     """

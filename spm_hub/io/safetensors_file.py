@@ -1,4 +1,4 @@
-"""The safetensors container: a header checked before anything is allocated, hashes, reproducible writing."""
+"""Reads and writes safetensors files: checks a header before allocating, verifies and adds hashes."""
 
 import hashlib
 import json
@@ -56,7 +56,10 @@ _NAME_OF = {f"torch.{name}": dtype for dtype, name in _TORCH_NAMES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as the header describes it; `start` and `end` count bytes from the beginning of the payload."""
+    """One tensor in the header.
+
+    start, end: bytes, counted from the beginning of the payload.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -66,7 +69,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says before its tensors."""
+    """The header of a safetensors file."""
 
     metadata: Mapping[str, str]
     entries: Mapping[str, Entry]
@@ -116,7 +119,10 @@ def read_tensors(path: Path, *, mapped: bool = False) -> tuple[Header, dict[str,
 
 
 def _count_bad(tensor: "Tensor") -> int:
-    """How many numbers are none: NaN or infinite, or of a boolean any byte but 0 and 1."""
+    """Count the values that are no numbers: NaN or infinite ones.
+
+    In a boolean tensor, any byte but 0 and 1.
+    """
     import torch
 
     if tensor.dtype is torch.bool:
@@ -129,7 +135,7 @@ def _count_bad(tensor: "Tensor") -> int:
 
 
 def empty_like(entry: Entry) -> "Tensor":
-    """A tensor on the meta device: the dtype and shape of an entry, no numbers."""
+    """Return a tensor without numbers, on the meta device, of an entry's dtype and shape."""
     import torch
 
     return torch.empty(entry.shape, dtype=getattr(torch, _TORCH_NAMES[entry.dtype]), device="meta")
@@ -161,7 +167,7 @@ class Image:
 
     @property
     def sha256(self) -> str:
-        """Of the whole file."""
+        """The hash of the whole file."""
         return _digest(self._chunks())
 
     def write_to(self, file: BinaryIO) -> None:
@@ -174,7 +180,7 @@ class Image:
 
 
 def encode(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> Image:
-    """Lay out a safetensors file; adds the hash of the payload and that of the header to `metadata`."""
+    """Lay out a safetensors file; adds the hashes of the payload and of the header to `metadata`."""
     # Widest first keeps every tensor aligned to its own width; then by name, so that the order is the content's alone.
     keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
     payload = tuple(tensors[key].detach().cpu().contiguous() for key in keys)
@@ -210,7 +216,10 @@ def _digest(chunks: Iterator[memoryview]) -> str:
 
 
 def _header_digest(described: Mapping[str, Any]) -> str:
-    """sha256 of the header less this hash itself: modelspec's does not cover names, shapes and the manifest."""
+    """Return the sha256 of the header without this hash itself.
+
+    modelspec's hash covers the tensors only, not their names and shapes, nor the manifest.
+    """
     metadata = {key: value for key, value in described["__metadata__"].items() if key != HEADER_HASH_KEY}
     canonical = json.dumps({**described, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -228,7 +237,10 @@ def _open(path: Path) -> BufferedReader:
 
 
 def _parse_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
-    """Every length is compared with the file's before it is believed: nothing is allocated on a header's word."""
+    """Parse and check a header.
+
+    Every length is compared with the file's before it is used, so nothing is allocated on a header's word.
+    """
     start = file.read(32)
     if file_bytes < 8:
         _refuse(path, f"it ends after {file_bytes} bytes, before the length of its header")
@@ -283,7 +295,7 @@ def _is_count(number: object) -> bool:
 
 
 def _check_layout(path: Path, entries: Mapping[str, Entry], payload_bytes: int) -> None:
-    """The tensors must cover the payload from end to end, without overlap or gap."""
+    """Refuse tensors that do not cover the payload from end to end, without overlap or gap."""
     position, before = 0, "the header"
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != position:

@@ -1,4 +1,4 @@
-"""JSON from strangers: read only when it is what it seems to be and costs no more than its length lets expect."""
+"""Parses JSON from strangers: refuses malformed text, and text that takes far more memory than it has."""
 
 import json
 import math
@@ -16,12 +16,12 @@ _LONELY = re.compile(r"[\ud800-\udfff]")
 
 
 def parse(text: bytes, *, unfolds: int) -> Any:
-    """The value of a JSON text in which no key stands twice and every number is finite.
+    """Return the value of a JSON text in which no key occurs twice and every number is finite.
 
     unfolds: how many times its length an honest text takes in memory, at most.
 
-    Raises ValueError (also for what only Python takes for JSON, for text that is not Unicode, for one nested too
-    deeply, and for one that unfolds into far more memory than it has bytes).
+    Raises ValueError (also for text that only Python takes for JSON, that is not Unicode, is nested too deeply, or
+    unfolds into far more memory than it has bytes).
     """
     containers, items, keys = text.count(b"[") + text.count(b"{"), text.count(b","), text.count(b'":')
     cost = COST_OF_CONTAINER * containers + COST_OF_ITEM * items + COST_OF_KEY * keys

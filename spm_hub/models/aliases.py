@@ -1,4 +1,4 @@
-"""The base models that have a short name, and what each name stands for."""
+"""The base models that have a short name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ WEIGHTS = Path(__file__).parents[1] / "sketchbook" / "weights"
 
 @dataclass(frozen=True)
 class Alias:
-    """A short name for a base model: either a folder of this package (`embedded`) or a repository of the Hub.
+    """A short name for a base model.
 
-    `family` names an entry of `spm_hub.models.architectures`; `revision` is the commit that the name stands for, so
-    that it means the same weights tomorrow (another is asked for as NAME@REVISION); `fp16` says that the repository
-    also keeps half-precision files, which halves the download for a half-precision pipeline.
+    The model is a folder of this package (`embedded`) or a repository of the Hub. `family` names an entry of
+    `spm_hub.models.architectures`; `revision` is a commit, so that the name means the same weights tomorrow
+    (NAME@REVISION asks for another); `fp16` is True if the repository also keeps half-precision files, which halve the
+    download for a half-precision pipeline.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which denoiser a pipeline has, which of its modules erasers may change, and whether an adapter fits it."""
+"""Finds a pipeline's denoiser and family, and the modules that erasers may change."""
 
 import hashlib
 import re
@@ -14,14 +14,14 @@ from spm_hub.plugins import plugins
 
 @dataclass(frozen=True)
 class Family:
-    """Everything the house knows of one family of models; a new family is one more entry in `FAMILIES`.
+    """All facts about one family of models; a new family is one more entry in `FAMILIES`, or a plug-in.
 
     denoiser: the pipeline's attribute that holds the denoiser.  classes: names of that denoiser's class or of one that
     it derives from.  blocks: names of the classes inside which every Linear and Conv2d is a target, norms and
-    modulations aside; none where they have to be found by their structure (`attention_blocks`).
-    recognises: judges a denoiser by its configuration.  distilled: whether guidance is already in the weights, so that
-    a second, classifier-free one would overshoot.  few_steps: by its configuration, whether it was distilled to draw
-    in at most `FEW_STEPS` steps.
+    modulations excepted; none if they have to be found by their structure (`attention_blocks`).
+    recognises: returns True for the configuration of a denoiser of this family.  distilled: True if guidance is already
+    in the weights, so that classifier-free guidance would overshoot.  few_steps: returns True, by its configuration,
+    for a denoiser that was distilled to draw in at most `FEW_STEPS` steps.
     """
 
     name: str
@@ -72,16 +72,19 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def all_families() -> Iterator[Family]:
-    """Every family there is: our own, plug-ins', which are imported when one gets so far, the generic ones last."""
+    """Yield every family: ours, plug-ins', the generic ones last.
+
+    Plug-ins are imported when the iteration reaches them.
+    """
     yield from (family for family in FAMILIES if family.name != GENERIC)
     yield from plugins("families", Family).values()
     yield from (family for family in FAMILIES if family.name == GENERIC)
 
 
 def denoiser_of(pipe: object) -> nn.Module:
-    """The module that predicts noise: `pipe.unet`, `pipe.transformer`, or `pipe` itself where it is a denoiser.
+    """Return the module that predicts noise: `pipe.unet`, `pipe.transformer`, or a denoiser itself.
 
-    Raises CompatibilityError when there is none.
+    Raises CompatibilityError if there is none.
     """
     if isinstance(pipe, nn.Module):
         return pipe
@@ -96,13 +99,16 @@ def denoiser_of(pipe: object) -> nn.Module:
 
 
 def beside_denoiser(pipe: object) -> list[str]:
-    """Names of further denoisers that a pipeline draws with, as Wan 2.2 does its last steps: no eraser reaches them."""
+    """Return the names of further denoisers of a pipeline, which no eraser reaches.
+
+    Wan 2.2, for instance, draws its last steps with a second one.
+    """
     names = [f"{name}_2" for name in sorted({family.denoiser for family in all_families()})]
     return [name for name in names if isinstance(getattr(pipe, name, None), nn.Module)]
 
 
 def family_of(pipe: object) -> Family:
-    """The family of a pipeline or of its denoiser. Raises CompatibilityError for one that is not known."""
+    """Return the family of a pipeline or its denoiser. Raises CompatibilityError for an unknown one."""
     denoiser = body_of(denoiser_of(pipe))
     names = {kind.__name__ for kind in type(denoiser).__mro__}
     config: Mapping[str, Any] = getattr(denoiser, "config", {})
@@ -117,19 +123,19 @@ def family_of(pipe: object) -> Family:
 
 
 def body_of(denoiser: nn.Module) -> nn.Module:
-    """The denoiser itself where `denoiser` is what torch.compile wrapped around it."""
+    """Return the denoiser inside the wrapper of torch.compile, or the denoiser itself."""
     inner = denoiser.__dict__.get("_modules", {}).get("_orig_mod")
     return inner if isinstance(inner, nn.Module) else denoiser
 
 
 def targets(denoiser: nn.Module, family: Family | None = None) -> dict[str, nn.Module]:
-    """The modules an eraser of this family is trained on, by dotted path.
+    """Return the modules that an eraser of this family is trained on, by dotted path.
 
     SPM (arXiv 2312.16145, section 3.1): every Linear and Conv2d inside each `Transformer2DModel`, proj_in and proj_out
     included; never a resnet, a sampler or the text encoder. On Stable Diffusion 1.x these are 192 modules. In a
     transformer the same, in every block; never embeddings, norms or modulations, nor depthwise convolutions (Sana),
-    which no product of two thin matrices can change channel by channel, nor what an attention processor brings along
-    (IP-Adapter's own keys and values), which is not the checkpoint's.
+    which no product of two thin matrices can change channel by channel, nor the modules of an attention processor
+    (IP-Adapter's own keys and values), which are not the checkpoint's.
     """
     family = family_of(denoiser) if family is None else family
     body = body_of(denoiser)
@@ -151,10 +157,10 @@ def targets(denoiser: nn.Module, family: Family | None = None) -> dict[str, nn.M
 
 
 def attention_blocks(denoiser: nn.Module) -> list[str]:
-    """The repeated blocks that hold attention, by dotted path, whatever they are called.
+    """Return the repeated blocks that hold attention, by dotted path, under any name.
 
     They are the members of module lists with an attention layer in them, and no such list inside in its turn: the
-    transformer blocks of a DiT, and of a U-Net the same, without the resnets beside them.
+    transformer blocks of a DiT, and of a U-Net the same, without the resnets next to them.
     """
     attentions = [path for path, module in denoiser.named_modules() if _is_attention(module)]
     members = [
@@ -168,14 +174,17 @@ def attention_blocks(denoiser: nn.Module) -> list[str]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Whether queries are made here: the one thing all of diffusers' attention layers agree on is its name."""
+    """Return True for a module that makes queries.
+
+    The name of that layer is the one thing that all of diffusers' attention layers have in common.
+    """
     return any(_QUERIES.fullmatch(name) for name, _ in module.named_children())
 
 
 def changeable(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Every Linear and Conv2d by dotted path: what an increment, whoever trained it, may name.
+    """Return every Linear and Conv2d by dotted path: all modules that an increment may name.
 
-    Under a PEFT layer the base's own module is meant, under the path it had before; the LoRA's parts are not.
+    Under a PEFT layer it is the base's own module, under the path it had before; the LoRA's parts are left out.
     """
     return {
         path.removesuffix(".base_layer"): module
@@ -185,25 +194,28 @@ def changeable(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
-    """sha256 (hex) over the sorted lines `path:out,in[,kh,kw]`: equal for checkpoints that share targets and widths."""
+    """Return the sha256 (hex) of the sorted lines `path:out,in[,kh,kw]`.
+
+    It is equal for checkpoints that share targets and widths.
+    """
     lines = sorted(f"{path}:{','.join(map(str, shape))}\n" for path, shape in shapes.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def fingerprint_of(denoiser: nn.Module) -> str:
-    """The fingerprint of a denoiser's targeted modules."""
+    """Return the fingerprint of a denoiser's targets."""
     return fingerprint({path: shape_of(module) for path, module in targets(denoiser).items()})
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
-    """The weight of a module out of `changeable`."""
+    """Return the weight of a module from `changeable`."""
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     return weight
 
 
 def shape_of(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a module's weight, however that is stored: (out, in) or (out, in / groups, kh, kw)."""
+    """Return the shape of a module's weight: (out, in) or (out, in / groups, kh, kw)."""
     if isinstance(module, nn.Conv2d):
         return module.out_channels, module.in_channels // module.groups, *module.kernel_size
     assert isinstance(module, nn.Linear)
@@ -211,7 +223,7 @@ def shape_of(module: nn.Module) -> tuple[int, ...]:
 
 
 def bias_of(module: nn.Module) -> nn.Parameter | None:
-    """The bias of a module out of `changeable`, None where it has none."""
+    """Return the bias of a module from `changeable`, or None."""
     bias = module.bias
     assert bias is None or isinstance(bias, nn.Parameter)
     return bias

@@ -1,4 +1,4 @@
-"""Loads a base model as a pipeline: from a diffusers folder, a single file, or a repository of the Hub."""
+"""Loads a base model as a pipeline: a diffusers folder, a single file, or a Hub repository."""
 
 from __future__ import annotations
 
@@ -131,9 +131,10 @@ def _existing_device(name: str | torch.device) -> torch.device:
 
 
 def _configuration(wanted: ModelRef) -> Path:
-    """Return the folder with the configuration for a single file: the chosen one, or a base's of its family.
+    """Return the folder with the configuration for a single file.
 
-    The bases are looked for in the Hub's cache first; otherwise the small files of the best base are downloaded.
+    It is the one that the caller named, or that of a base of the file's family. The bases are looked for in the Hub's
+    cache first; otherwise the small files of the best base are downloaded.
     Raises ModelError, NotFoundError, NetworkError.
     """
     file = wanted.file
@@ -166,7 +167,7 @@ def _download(wanted: ModelRef, *, half: bool) -> Path:
     """
     from diffusers import DiffusionPipeline
 
-    from spm_hub.io.hub_client import is_commit, reaching, repository_info
+    from spm_hub.io.hub_client import is_commit, repository_info, translate_errors
 
     repo, revision = str(wanted.hub_id), wanted.revision
     cached = cached_snapshot(repo, revision)
@@ -187,7 +188,7 @@ def _download(wanted: ModelRef, *, half: bool) -> Path:
             mend="another revision of it that has safetensors: --model OWNER/NAME@REVISION",
         )
     variant = snapshots.variant_of(names, half=half)
-    with reaching(repo, revision, otherwise=otherwise):
+    with translate_errors(repo, revision, otherwise=otherwise):
         return Path(
             DiffusionPipeline.download(
                 repo, revision=revision, use_safetensors=True, variant=variant, safety_checker=None

@@ -1,4 +1,4 @@
-"""Model references: finds what a text names - an alias, a diffusers folder, a single file, or a Hub repository."""
+"""Parses model references: an alias, a diffusers folder, a single file, or a Hub repository."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SNAPSHOT = re.compile(r"/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A parsed model reference: a diffusers folder, a single file, or a repository of the Hub at a revision.
+    """A parsed model reference: a folder, a single file, or a repository of the Hub at a revision.
 
     config: the model whose configuration a single file is read with; None chooses by the file's family.
     """
@@ -118,7 +118,7 @@ def local_files(wanted: ModelRef) -> frozenset[str]:
 
 
 def identity_of(reference: str, pipe: DiffusionPipeline) -> tuple[str, str | None]:
-    """Return the name and the revision that a manifest records for the base `pipe`, loaded from `reference`.
+    """Return the name and revision, for the manifest, of the base `pipe` that was loaded from `reference`.
 
     The revision is the commit of a Hub repository, "sha256:<hex>" of a single file, and None for a folder. The names of
     folders and files leave out their paths.

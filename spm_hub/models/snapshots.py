@@ -1,4 +1,4 @@
-"""A diffusers repository by the names of its files: which precision to read, what is missing, what is a pickle."""
+"""Judges a diffusers repository by its file names: precisions, missing parts, pickles."""
 
 import json
 from collections.abc import Iterable
@@ -10,7 +10,10 @@ FP16 = "fp16"
 
 
 def variant_of(names: Iterable[str], *, half: bool) -> str | None:
-    """The variant to load: half precision where that is wanted and there, or whichever a model has nothing else of."""
+    """Return the variant to load, None for full precision.
+
+    It is half precision if that is wanted and present, or the only variant that some model has.
+    """
     models = _variants(names)
     if half and any(FP16 in variants for variants in models.values()):
         return FP16
@@ -21,31 +24,34 @@ def variant_of(names: Iterable[str], *, half: bool) -> str | None:
 
 
 def variant_in(name: str) -> str:
-    """fp16 of model.fp16.safetensors or model.fp16-00001-of-00002.safetensors; empty of model.safetensors."""
+    """Return fp16 for model.fp16.safetensors or model.fp16-00001-of-00002.safetensors, else ""."""
     _, *between, _ = name.split(".")
     return between[0].partition("-")[0] if between else ""
 
 
 def has_full_precision(names: Iterable[str]) -> bool:
-    """Whether every model's weights are there in more than half precision."""
+    """Return True if every model has weights in more than half precision."""
     return all(variants != {FP16} for variants in _variants(names).values())
 
 
 def pickled(names: Iterable[str]) -> list[str]:
-    """The folders of models whose weights are there as pickles only."""
+    """Return the folders of models whose weights exist as pickles only."""
     names = list(names)
     folders = {PurePosixPath(name).parent.as_posix() for name in names if name.endswith(_PICKLES)}
     return sorted(folders - set(_variants(names)) - _NOT_LOADED - {"."})
 
 
 def names_in(folder: Path) -> list[str]:
-    """The names of a folder's files, as a repository lists them."""
+    """Return the names of a folder's files, as a repository lists them."""
     return [path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file()]
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder of the Hub's cache holds a whole pipeline, and not what a download that broke off has left."""
-    # The client's own mark of a file that has not come to its end.
+    """Return True if a folder of the Hub's cache holds a whole pipeline.
+
+    A download that broke off leaves less.
+    """
+    # The client's own mark of an unfinished download.
     if any((folder.parent.parent / "blobs").glob("*.incomplete")):
         return False
     try:
@@ -75,7 +81,7 @@ def _is_whole_part(part: Path) -> bool:
 
 
 def _variants(names: Iterable[str]) -> dict[str, set[str]]:
-    """Of which variants each model's folder has weights."""
+    """Return the variants of weights in each model's folder."""
     found: dict[str, set[str]] = {}
     for path in map(PurePosixPath, names):
         if path.suffix == ".safetensors" and len(path.parts) == 2 and path.parts[0] not in _NOT_LOADED:

@@ -228,7 +228,7 @@ def test_a_bare_name_is_the_owners_repository(
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str | None]] = {
-    "401": ({"status": 401}, "does not know who asks"),
+    "401": ({"status": 401}, "asks for a login to"),
     "gated": ({"status": 403, "code": "GatedRepo"}, "accept their terms"),
     "403": ({"status": 403}, "does not let you"),
     "repository gone": ({"status": 404, "code": "RepoNotFound"}, "there is no someone/whole"),

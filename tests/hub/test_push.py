@@ -176,7 +176,7 @@ def test_private_branch_and_pull_request(hub: LoopbackHub, release: Release) -> 
 
 PLACES = ("POST /api/repos/create", "GET /api/models/", "POST /api/validate-yaml", "/preupload/", "/commit/")
 PUSH_FAULTS: dict[str, tuple[dict[str, Any], str | None]] = {
-    "401": ({"status": 401}, "does not know who asks"),
+    "401": ({"status": 401}, "asks for a login to"),
     "403": ({"status": 403}, "does not let you"),
     "404": ({"status": 404, "code": "RepoNotFound"}, "there is no someone/spm-snoopy"),
     "400": ({"status": 400}, "refuses|400"),

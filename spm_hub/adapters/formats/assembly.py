@@ -13,7 +13,10 @@ from spm_hub.errors import GET_AGAIN, AdapterFileError, CompatibilityError
 
 
 def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:
-    """Return one module's increment. Raises AdapterFileError that names the module and its wrong or missing part."""
+    """Return one module's increment.
+
+    Raises AdapterFileError that names the module and its wrong or missing part.
+    """
     try:
         match sorted(parts):
             case ["down", "up"]:
@@ -45,9 +48,9 @@ def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:
 
 
 def of_one_kind(increments: Mapping[str, Increment]) -> dict[str, Increment]:
-    """Return the same changes, all of them dense if some are: an adapter is of one kind. Masks are unchanged.
+    """Return the same changes, all of them dense if some are, since an adapter is of one kind.
 
-    Raises AdapterFileError as `dense` does.
+    Masks are unchanged. Raises AdapterFileError as `dense` does.
     """
     if not any(isinstance(increment, Dense) for increment in increments.values()):
         return dict(increments)

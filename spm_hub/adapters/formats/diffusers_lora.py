@@ -47,7 +47,7 @@ def parse_key(key: str) -> Slot | None:
 
 
 def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
-    """Return one file with the keys of diffusers' `save_lora_weights`; alpha is the rank and need not be stated."""
+    """Return one file with the keys of diffusers' `save_lora_weights`; alpha is the rank."""
     paths = {dotted(name): increment for name, increment in increments.items()}
     component = "unet" if is_unet(paths) else "transformer"
     tensors = tensors_by_key({f"{component}.{path}": increment for path, increment in paths.items()}, PEFT_KEYS)

@@ -1,4 +1,4 @@
-"""DoRA: trains the length of every row of a changed weight, so its change depends on the base's weight.
+"""DoRA: trains the length of every row of a weight, so that its change depends on the base's weight.
 
 Liu et al., ICML 2024, arXiv 2402.09353, Eq. 5: W' = m (W + B A) / |W + B A|. Given the base, it is a dense increment.
 """

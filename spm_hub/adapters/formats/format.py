@@ -1,4 +1,4 @@
-"""What a conversion is given (`Source`), and a file format that reads and writes itself (`Format`)."""
+"""The input of a conversion (`Source`), and file formats that read and write themselves (`Format`)."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class _Weights:
-    """The content of one file of tensors. left_out: number of tensors by component that was asked to be left out."""
+    """The content of one file of tensors. left_out: the number of omitted tensors, by component."""
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
@@ -225,9 +225,9 @@ class Format:
     def by_keys(
         cls, name: str, about: str, parse_key: KeyParser, writer: Writer | None = None, *, converted_only: bool = False
     ) -> "Format":
-        """Return a format whose keys name a module and a part each: `parse_key` is all that it takes to read it.
+        """Return a format of keys that each name a module and a part; `parse_key` is all it takes to read it.
 
-        converted_only: because another file holds half of the content, or a small file stands for much more.
+        converted_only: because another file holds half of the content, or a small file makes much more.
         """
         return cls(
             name, about, lambda source: name in source.layouts, read_keys, writer,

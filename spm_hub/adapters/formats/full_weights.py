@@ -1,7 +1,7 @@
-"""Files of whole fine-tuned tensors under state-dict keys: ESD, UCE, Concept Ablation, or a whole denoiser.
+"""Files of whole fine-tuned tensors under state-dict keys, as ESD, UCE and Concept Ablation save them.
 
-An increment is the difference between such a tensor and the base's; a file is written by adding the increment to the
-base. ESD's authors mark their files `erasing-esd-v2` in the header since 2025.
+A file may also hold a whole denoiser. An increment is the difference between such a tensor and the base's; a file is
+written by adding the increment to the base. ESD's authors mark their files `erasing-esd-v2` in the header since 2025.
 """
 
 import re
@@ -82,7 +82,7 @@ def _read(source: Source) -> dict[str, Increment]:
 
 
 def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
-    """Return ESD's file: the base's tensors plus the increments, in the base's precision, under ESD's header.
+    """Return ESD's file: the base's tensors plus the increments, in the base's precision.
 
     Raises CompatibilityError for a module that the base does not have.
     """

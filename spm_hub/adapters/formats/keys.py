@@ -1,4 +1,4 @@
-"""The library of formats that name every tensor by its module: increments out of keys, and keys for increments."""
+"""The library of formats that name every tensor by its module: reads and makes keys."""
 
 import re
 from collections.abc import Iterable, Mapping

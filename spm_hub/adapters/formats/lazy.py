@@ -1,4 +1,4 @@
-"""Increments that stay in their file until one is needed, so that thousands of erasers cost little memory."""
+"""Increments that stay in their file until one is needed, so that thousands of erasers cost little."""
 
 import threading
 from collections.abc import Iterator, Mapping

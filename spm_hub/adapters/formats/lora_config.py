@@ -1,4 +1,4 @@
-"""The scale of a LoRA where its tensors do not state it: PEFT's LoraConfig, in a file or in diffusers' header."""
+"""The scale of a LoRA whose tensors do not state it: PEFT's LoraConfig, also in diffusers' header."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""LyCORIS files: `full` (.diff), and the products LoHa and LoKr, which are read as dense increments (`products`)."""
+"""LyCORIS files: `full` (.diff), and the products LoHa and LoKr, which are read as dense increments."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Minimalist erasure's masks for FLUX as its authors save them: one pickled list of logits for each group.
+"""Minimalist erasure's masks for FLUX as its authors save them: pickled lists of logits.
 
 attn: the heads of every block, double ones first.  ff: neurons after the activation, of each double block the picture's
 feed-forward and the text's.  norm: outputs of each double block's `norm1_context.linear`.  A neuron is on if its logit

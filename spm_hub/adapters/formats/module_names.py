@@ -1,4 +1,4 @@
-"""Module paths as diffusers has them: puts their dots back, and infers the family from names and widths."""
+"""Module paths as diffusers has them: restores their dots, and infers the family of a model."""
 
 import re
 from collections.abc import Iterable, Mapping, Set
@@ -97,9 +97,9 @@ def check_roots(source: object, family: str, modules: Iterable[str]) -> None:
 
 
 def family_of(increments: Mapping[str, Increment]) -> str | None:
-    """Return the model family by names and widths alone; other programs' headers are absent as often as wrong.
+    """Return the model family by names and widths, or None if they do not determine it.
 
-    None if they do not determine it: SD1 is no default.
+    Headers are not asked, as other programs' are absent as often as wrong; and SD1 is no default.
     """
     shapes = {flat(module): increment.weight_shape for module, increment in increments.items()}
     if any(name.startswith("single_transformer_blocks_") for name in shapes):

@@ -35,7 +35,10 @@ def parse_key(key: str) -> Slot | None:
 
 
 def read_scaling(weights: Path) -> Scaling:
-    """Read the scales from the config next to `weights`. Raises NotFoundError without it, AdapterFileError."""
+    """Read the scales from the config next to `weights`.
+
+    Raises NotFoundError without a config, AdapterFileError for one that is no plain LoRA's.
+    """
     path = weights.with_name(CONFIG)
     try:
         config = untrusted.parse(path.read_bytes(), unfolds=CONFIG_UNFOLDS)

@@ -52,7 +52,7 @@ def product(parts: Mapping[Part, Tensor], alpha: float | None) -> Tensor:
 
 
 def through(core: Tensor, down: Tensor) -> Tensor:
-    """Return a product's core and its `down` as one convolution: (r, s, kh, kw), (s, in) -> (r, in, kh, kw).
+    """Return a core times its `down` as one convolution: (r, s, kh, kw), (s, in) -> (r, in, kh, kw).
 
     float64. Raises CompatibilityError if they do not fit, or make more numbers than any weight has.
     """

@@ -77,7 +77,7 @@ def recognise(source: Source) -> Format:
 
 
 def read_increments(path: Path, tensors: Mapping[str, Tensor], scaling: Scaling | None = None) -> dict[str, Increment]:
-    """Return the increments of an adapter file that needs no conversion, by module path as in `read_by_keys`.
+    """Return the increments of a file that needs no conversion, by module path as in `read_by_keys`.
 
     Raises AdapterFileError for a key of no known layout or of one that only a conversion reads, a module with missing
     parts, or a file without tensors.

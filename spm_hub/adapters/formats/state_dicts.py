@@ -1,4 +1,4 @@
-"""Tensors by name in a pickled checkpoint, taken out of the dictionaries that training scripts put around them."""
+"""Tensors by name in a pickled checkpoint, taken out of the dictionaries around them."""
 
 import math
 from pathlib import Path

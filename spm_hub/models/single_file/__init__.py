@@ -1,5 +1,5 @@
-"""Single-file checkpoints, as Civitai and others pass them around: all weights in one safetensors file.
+"""Single-file checkpoints, as Civitai and others distribute them: one safetensors file.
 
-The file's header tells which family it is of (`inspection`). What the weights alone cannot tell (the layers' settings,
-the noise schedule, the tokenizer's vocabulary) comes from a diffusers folder of the same family (`loading`).
+The file's header determines its family (`inspection`). What weights do not contain (the layers' settings, the noise
+schedule, the tokenizer's vocabulary) comes from a diffusers folder of the same family (`loading`).
 """

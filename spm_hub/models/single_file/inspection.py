@@ -1,4 +1,4 @@
-"""What a single file holds, told by its header alone: a checkpoint of which family, or something else."""
+"""Identifies a single file by its header: a checkpoint of some family, or another kind of file."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A family of checkpoints as far as a file can tell it.
+    """A family of checkpoints, as far as a file identifies it.
 
     bases: models whose configuration fits, best first, those that have left the Hub but not every cache last; empty
-    where the file alone leaves the choice open. Never a community checkpoint: it may bring another sampler along.
+    if the file alone leaves the choice open. Never a community checkpoint: it may have another sampler.
     """
 
     about: str
@@ -92,12 +92,13 @@ _SD35_LARGE = Kind("Stable Diffusion 3.5 large", ("stabilityai/stable-diffusion-
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the header of a single file says. `kind` is None for a family that is not recognised by its tensors.
+    """The facts in the header of a single file.
 
-    keys: of all its tensors.  dtype: the precision of most of the denoiser, as safetensors calls it.
-    text_width: of the states that a UNet's cross attention takes; 0 where it has none.
-    prediction, zero_snr: what the denoiser predicts, and whether its noise schedule ends in pure noise, where the file
-    says so (XL checkpoints that predict v carry marks for both).
+    kind: None for a family that is not recognised by its tensors.  keys: of all its tensors.
+    dtype: the precision of most of the denoiser, as safetensors calls it.
+    text_width: of the states that a UNet's cross attention takes; 0 without cross attention.
+    prediction, zero_snr: what the denoiser predicts, and True if its noise schedule ends in pure noise, where the file
+    states them (XL checkpoints that predict v carry marks for both).
     """
 
     path: Path
@@ -110,15 +111,16 @@ class Checkpoint:
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """What a pipeline needs and the file has nothing of, in words."""
+        """The parts of a pipeline that the file does not have, in words."""
         wanted = {"text encoder": _TEXT_PREFIXES, "VAE": _VAE_PREFIXES}
         return tuple(name for name, prefixes in wanted.items() if not self._starts(prefixes))
 
     def holds(self, part: str, kind: str) -> bool:
-        """Whether the file holds the weights of a pipeline's `part` of class `kind` ("vae", "AutoencoderKL").
+        """Return True if the file holds the weights of a pipeline's part.
 
-        Parts without weights, such as a tokenizer, count as held.
-        Raises ModelError for a text encoder that is there in a layout that cannot be read.
+        part, kind: its name and class, such as "vae" and "AutoencoderKL". Parts without weights, such as a tokenizer,
+        count as held.
+        Raises ModelError for a text encoder in a layout that cannot be read.
         """
         if part == "vae":
             return self._starts(_VAE_PREFIXES)
@@ -139,7 +141,7 @@ class Checkpoint:
 
 
 def inspect(path: Path) -> Checkpoint:
-    """Read the header of a checkpoint and tell its family, without torch and without touching a tensor.
+    """Read the header of a checkpoint and identify its family; no tensor is read.
 
     Raises ModelError for a file that is no safetensors file or truncated, for a quantised one, and for one that holds
     something else than a whole model: an eraser, a LoRA, a VAE, a text encoder, an embedding, a ControlNet.
@@ -180,7 +182,7 @@ def inspect(path: Path) -> Checkpoint:
 
 
 def missing_file(path: Path) -> NotFoundError:
-    """The error for a checkpoint that is not there, with the names in its folder that are nearest to it."""
+    """Return the error for a missing checkpoint, with the nearest names in its folder."""
     close = nearest(path.name, [file.name for file in path.parent.iterdir()]) if path.parent.is_dir() else ()
     hint = f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
     return NotFoundError(f"there is no file {path}{hint}", mend="check the path")
@@ -192,7 +194,7 @@ def _text_width(entries: Mapping[str, Entry]) -> int:
 
 
 def _kind(entries: Mapping[str, Entry], text_width: int, prediction: Prediction | None) -> Kind | None:
-    """The family by marks that only its files have, and by widths; None for any other."""
+    """Return the family by marks that only its files have, and by widths; None for any other."""
     shapes = {key.removeprefix(UNET): entry.shape for key, entry in entries.items()}
     if "edm_mean" in shapes:  # Playground 2.5: XL's tensors under another noise schedule
         return None
@@ -210,7 +212,10 @@ def _kind(entries: Mapping[str, Entry], text_width: int, prediction: Prediction 
 
 
 def _prediction(header: Header) -> Prediction | None:
-    """What the denoiser predicts, by the marks that trainers leave: a tensor `v_pred`, or modelspec's metadata."""
+    """Return the denoiser's kind of prediction, or None if the file does not state it.
+
+    Trainers mark it by a tensor `v_pred`, or in modelspec's metadata.
+    """
     architecture = header.metadata.get("modelspec.architecture", "")
     said = header.metadata.get("modelspec.prediction_type", "")
     if "v_pred" in header.entries or said == "v" or architecture == "stable-diffusion-v2-768-v":
@@ -219,7 +224,7 @@ def _prediction(header: Header) -> Prediction | None:
 
 
 def _dtype(entries: Mapping[str, Entry]) -> str:
-    """The precision in which most bytes of the denoiser are kept; norms are often kept in a higher one."""
+    """Return the precision of most bytes of the denoiser; norms are often kept in a higher one."""
     own = {key: one for key, one in entries.items() if not key.startswith((*_TEXT_PREFIXES, *_VAE_PREFIXES))}
     weights: Counter[str] = Counter()
     for entry in own.values():
@@ -228,7 +233,7 @@ def _dtype(entries: Mapping[str, Entry]) -> str:
 
 
 def _refuse_parts(path: Path, header: Header) -> None:
-    """Raises ModelError where the file holds something else than a model, and says what to do with it."""
+    """Refuse a file that holds something else than a model, and say how to use it."""
     keys = header.entries
     if MANIFEST_KEY in header.metadata or any(key.startswith(_LORA) or ".lora" in key for key in keys):
         what = "an eraser" if MANIFEST_KEY in header.metadata else "a LoRA or an eraser"

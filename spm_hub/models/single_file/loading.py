@@ -1,4 +1,4 @@
-"""A pipeline from a single file and the configuration of a diffusers folder, found without a network where it can be.
+"""Makes a pipeline from a single file and the configuration in a diffusers folder.
 
 The tensors are read by diffusers' `from_single_file`, which here never downloads, guesses, or leaves a weight empty.
 """
@@ -30,7 +30,10 @@ _CONFIGURED_IN = {
 
 
 def lost_files(folder: Path) -> list[str]:
-    """The small files that a diffusers folder lacks to serve as a configuration. Raises ModelError without an index."""
+    """Return the small files that a diffusers folder lacks to serve as a configuration.
+
+    Raises ModelError if it has no index.
+    """
     lost = []
     for name, (_, kind) in components(folder).items():
         have = {file.name for file in (folder / name).glob("*.*")}
@@ -44,7 +47,10 @@ def lost_files(folder: Path) -> list[str]:
 
 
 def components(folder: Path) -> dict[str, tuple[str, str]]:
-    """Name -> (library, class) of the parts a diffusers folder's pipeline is made of, less those that are left out."""
+    """Return (library, class) by name for the parts of a diffusers folder's pipeline.
+
+    Parts that are left out, such as a safety checker, are not among them.
+    """
     index = _index(folder)
     return {
         name: (part[0], part[1])
@@ -54,19 +60,20 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def without_checker(folder: Path) -> dict[str, Any]:
-    """The arguments that leave a safety checker out, for the pipelines that have one (SD1)."""
+    """Return the arguments that leave a safety checker out, if the pipeline has one (SD1)."""
     return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in _index(folder) else {}
 
 
 def configuration(checkpoint: Checkpoint, bases: Sequence[tuple[str, tuple[str | None, ...]]]) -> Path:
-    """A folder with the small files of one of `bases`: repositories of the Hub, each with the revisions that will do.
+    """Return a folder with the small files of one of `bases`.
 
-    All are looked for in the Hub's cache, in this order; then those of the very first are downloaded.
+    bases: repositories of the Hub, each with its suitable revisions. All are looked for in the Hub's cache, in this
+    order; if none is there, the small files of the first are downloaded.
     Raises NotFoundError, NetworkError, ModelError.
     """
     from huggingface_hub import snapshot_download
 
-    from spm_hub.io.hub_client import reaching, repository_info
+    from spm_hub.io.hub_client import repository_info, translate_errors
 
     for repo, revisions in bases:
         for revision in revisions:
@@ -83,7 +90,7 @@ def configuration(checkpoint: Checkpoint, bases: Sequence[tuple[str, tuple[str |
     otherwise = f"fetch it where there is one: hf download {repo}{pin} {names}; or --config for a diffusers folder"
     try:
         repository_info(repo, revision, otherwise=otherwise)
-        with reaching(repo, revision, otherwise=otherwise):
+        with translate_errors(repo, revision, otherwise=otherwise):
             return Path(snapshot_download(repo, revision=revision, allow_patterns=list(CONFIGURATION)))
     except (NetworkError, NotFoundError) as error:
         about = f" is {checkpoint.kind.about} and" if checkpoint.kind else ""
@@ -94,10 +101,11 @@ def configuration(checkpoint: Checkpoint, bases: Sequence[tuple[str, tuple[str |
 
 
 def load(checkpoint: Checkpoint, folder: Path, precision: torch.dtype) -> DiffusionPipeline:
-    """The pipeline of a checkpoint under the configuration in `folder`, which also lends the parts that the file lacks.
+    """Return the pipeline of a checkpoint under the configuration in `folder`.
 
-    The file is memory-mapped; each weight is copied at most once, into `precision`. Nothing is downloaded.
-    Raises ModelError where the two do not fit, or a part is neither in the file nor in the folder.
+    The folder also provides the parts that the file lacks. The file is memory-mapped; each weight is copied at most
+    once, into `precision`. Nothing is downloaded.
+    Raises ModelError if the two do not fit, or a part is neither in the file nor in the folder.
     """
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
@@ -136,7 +144,10 @@ def load(checkpoint: Checkpoint, folder: Path, precision: torch.dtype) -> Diffus
 
 
 def precision_of(checkpoint: Checkpoint) -> torch.dtype:
-    """The precision of the denoiser in the file; 8-bit floats count as bfloat16, which holds them exactly."""
+    """Return the precision of the denoiser in the file.
+
+    8-bit floats count as bfloat16, which holds them exactly. Raises ModelError for a dtype of integers.
+    """
     import torch
 
     known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -149,7 +160,7 @@ def precision_of(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _lent(checkpoint: Checkpoint, folder: Path, pipeline_class: Any, precision: torch.dtype) -> dict[str, Any]:
-    """The VAE and text encoders that the file does not hold, read from the folder."""
+    """Read the VAE and text encoders that the file does not hold from the folder."""
     parts = components(folder)
     missing = [name for name, (_, kind) in parts.items() if not checkpoint.holds(name, kind)]
     if not missing:
@@ -181,7 +192,7 @@ def _lent(checkpoint: Checkpoint, folder: Path, pipeline_class: Any, precision: 
 
 
 def _check_width(checkpoint: Checkpoint, folder: Path) -> None:
-    """Raises ModelError for a UNet of another family, which would fail later and say less."""
+    """Refuse a UNet of another family, which would fail later with a less helpful message."""
     settings = folder / "unet" / "config.json"
     if checkpoint.text_width and settings.is_file():
         expected = json.loads(settings.read_bytes()).get("cross_attention_dim")
@@ -194,7 +205,10 @@ def _check_width(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _check_whole(pipe: DiffusionPipeline, checkpoint: Checkpoint, folder: Path) -> None:
-    """Raises ModelError unless every weight was filled, and every tensor of a UNet used: nothing is left to chance."""
+    """Refuse a pipeline with an empty weight, or a UNet that did not use every tensor of the file.
+
+    Raises ModelError.
+    """
     import torch
 
     for name, part in pipe.components.items():
