@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import inspect
 import re
 import shutil
@@ -41,6 +42,7 @@ RUN_ELSEWHERE = {"demo": "tests/cli/test_picture_commands.py"}
 """Commands that another test runs at length; here their arguments are parsed."""
 IN_AN_EMPTY_FOLDER = {"README.md"}
 """Pages whose commands begin with nothing at hand; those of the others are in a copy of the repository's registry."""
+SLOW = {"README.md", "docs/training.md", "docs/benchmarks.md", "docs/python-api.md"}
 TEXT = {"text", ""}
 
 
@@ -62,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return here
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES])
 def test_every_block_runs(page: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = tmp_path / "empty"
     elsewhere.mkdir()
@@ -202,6 +204,15 @@ def test_the_python_page_names_the_real_parameters() -> None:
         function: Callable[..., Any] = getattr(spm_hub, name)
         names = [word.lstrip("*") for word in parameters.split(", ") if word != "*"]
         assert names == list(inspect.signature(function).parameters), name
+
+
+def test_the_changelog_names_modules_that_there_are() -> None:
+    moves = re.findall(
+        r"^\| `(spm_hub[\w.]+)` \| `(spm_hub[\w.]+)` \|$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert moves
+    for _, new in moves:
+        assert importlib.util.find_spec(new) is not None, new
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
