@@ -8,7 +8,7 @@ from torch import Tensor
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 
 _CACHED_ELEMENTS = 2**18
-"""Of a weight at a time on the CPU: what is added to them finds them in the cache, so each is read and written once."""
+"""Elements of a weight that are computed at a time on the CPU: they stay in the cache until all parts are added."""
 
 
 Parts = Sequence[tuple[Increment, float]]

@@ -20,7 +20,7 @@ from spm_hub.attachment.pipeline_hooks import ATTACHMENT, install_hooks, remove_
 from spm_hub.attachment.planner import Planner
 from spm_hub.attachment.text_encoding import encode, encoder_settings, tokens_of
 from spm_hub.errors import UsageError
-from spm_hub.models.architectures import beside_denoiser, body_of, denoiser_of, family_of
+from spm_hub.models.architectures import body_of, denoiser_of, family_of, further_denoisers
 
 _LISTED = 8
 """How many erasers the repr of an attachment lists."""
@@ -102,7 +102,7 @@ class Attachment:
             erasers[adapter.name] = self._eraser(adapter, erasers)
         self._planner.install(erasers)
         install_hooks(pipe, self._denoiser, self)
-        for name in beside_denoiser(pipe):
+        for name in further_denoisers(pipe):
             self._planner.warn_once(f"the second denoiser of {type(pipe).__name__} ({name}) is not changed by erasers")
 
     def __contains__(self, name: object) -> bool:

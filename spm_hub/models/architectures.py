@@ -36,8 +36,8 @@ class Family:
 FEW_STEPS = 4
 """Steps that step-distilled models (FLUX.1 schnell) are made for."""
 
-# These see the timestep and the pooled text, one vector for the whole picture, never a token: what is erased there is
-# erased from every prompt. In SD's U-Nets their like (time_emb_proj) lies in the resnets and was never a target. They
+# These see the timestep and the pooled text, one vector for the whole picture, never a token: an erasure there affects
+# every prompt. The same layers of SD's U-Nets (time_emb_proj) are in the resnets and were never a target. They
 # are also the widest layers of an MMDiT: without them an eraser of FLUX is a quarter smaller.
 _MODULATION = re.compile(r"(.*\.)?(norm\w*|\w*_norm|adaln\w*|\w*_mod|mod|\w*modulation\w*)(\..*)?")
 # to_q, to_query, to_qkv, to_qkv_mlp_proj, q_proj, qkv, query
@@ -98,7 +98,7 @@ def denoiser_of(pipe: object) -> nn.Module:
     )
 
 
-def beside_denoiser(pipe: object) -> list[str]:
+def further_denoisers(pipe: object) -> list[str]:
     """Return the names of further denoisers of a pipeline, which no eraser reaches.
 
     Wan 2.2, for instance, draws its last steps with a second one.

@@ -18,7 +18,7 @@ UNET = "model.diffusion_model."
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", ".gguf", *_PICKLES)
 
-# Where each text encoder of a pipeline stands in a file: by its class, or else by its name in the pipeline.
+# The keys of each text encoder in a file, by its class, or else by its name in the pipeline.
 _TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
     "T5EncoderModel": ("text_encoders.t5xxl.transformer.shared.weight",),
     "text_encoder": (
@@ -242,7 +242,7 @@ def _refuse_parts(path: Path, header: Header) -> None:
         return
     for what, prefixes in _PARTS.items():
         if found := next((key for key in keys if key.startswith(prefixes)), None):
-            folder = path.parent.parent  # a denoiser or a VAE may lie in the folder of a whole pipeline
+            folder = path.parent.parent  # a denoiser or a VAE may be in the folder of a whole pipeline
             raise ModelError(
                 f"{path} is {what} ({found}), not a whole model",
                 mend=f"--model {folder}"
