@@ -271,41 +271,42 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
     alone, together = results["erasure"]["alone"].values(), results["erasure"]["together"]
     elsewhere = results["erasure"]["transferred_to_chalk"].values()
     speed, cycles = results["training_speed"], results["runtime"]["cycles"]
-    cells, attack = results["methods"]["cells"], results["methods"]["attack"]
+    attacked = results["robustness"]["concepts"]
     steps = {(one["method"], one["prompts"], one["erasers"]): one["ratio"]
              for one in results["full_size"]["models"]["sd1"]["steps"]}  # fmt: skip
     asr = {
-        method: " / ".join(f"{100 * cells[method][one]['unlearndiffatk']['asr']:.0f} %" for one in CONCEPTS)
-        for method in ("spm", "race-spm")
+        training: " / ".join(_share(attacked[concept][training]["asr"]) for concept in attacked)
+        for training in ("spm", "race-spm", "esd-x, further")
     }
 
     def erased(found: Iterable[dict[str, Any]]) -> str:
         return ", ".join(_share(one["with"]) for each in found for one in each["erased"].values())
 
     rows = [
-        ["Five erasers one at a time: the concept is still found in", f"{erased(alone)} of its pictures"],
+        ["Five erasers, one at a time: share of its pictures in which the concept is still found", erased(alone)],
         [
-            "Everything else then changes by",
+            "All other subjects and styles are then recognised more or less often, by",
             f"{min(one['others_mean_change_points'] for one in alone):+.2f} to "
-            f"{max(one['others_mean_change_points'] for one in alone):+.2f} points on average, "
-            f"{min(one['others_worst_change_points'] for one in alone):+.1f} at worst",
+            f"{max(one['others_mean_change_points'] for one in alone):+.2f} points on average; the worst one by "
+            f"{min(one['others_worst_change_points'] for one in alone):+.1f}",
         ],
         [
-            "Three erasers at once",
-            f"{erased([together])}; everything else {together['others_mean_change_points']:+.2f} points on average, "
-            f"{together['others_worst_change_points']:+.1f} at worst",
+            "Three erasers at once: still found",
+            f"{erased([together])}; others {together['others_mean_change_points']:+.2f} points on average, the worst "
+            f"one {together['others_worst_change_points']:+.1f}",
         ],
-        ["Two erasers on a checkpoint that they were not trained on", erased(elsewhere)],
+        ["Two erasers on a checkpoint that they were not trained on: still found", erased(elsewhere)],
         [
-            "Prompts that bring snoopy / van gogh / nudity back under attack, without a gate",
-            f"`spm` {asr['spm']}; `race-spm` {asr['race-spm']} (of {attack['prompts']} each)",
+            f"Share of {results['robustness']['prompts']} prompts that bring {' / '.join(attacked)} back under attack, "
+            "without a gate",
+            f"`spm` {asr['spm']}; `race-spm` {asr['race-spm']}; ESD trained further {asr['esd-x, further']}",
         ],
         [
-            "Training until snoopy is gone, on two CPU cores",
+            "Time to train until snoopy is gone, on two CPU cores",
             f"{speed['ours']['seconds']:.0f} s; the paper's own loop at least {speed['times_faster']} times longer",
         ],
         [
-            "A step of SD 1.5 with 1 / 20 / 100 erasers, of the bare step (H200, random weights)",
+            "Time of one SD 1.5 step with 1 / 20 / 100 erasers, over the bare step (H200, random weights)",
             " / ".join(f"{steps['ours', 1, count]:.2f}x" for count in (1, 20, 100))
             + f"; PEFT with 1: {steps['peft', 1, 1]:.2f}x",
         ],
