@@ -46,9 +46,9 @@ from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import Base, Concept, Manifest
 from spm_hub.attachment.attachment import Attachment
-from spm_hub.attachment.concept_index import ConceptIndex, EncodedConcept
-from spm_hub.attachment.gate import Prompts, TransportGate
-from spm_hub.attachment.spill_file import SpillFile
+from spm_hub.attachment.gates.concept_index import ConceptIndex, EncodedConcept
+from spm_hub.attachment.gates.gate import Prompts, TransportGate
+from spm_hub.attachment.gates.spill_file import SpillFile
 from spm_hub.models.aliases import WEIGHTS
 from spm_hub.models.architectures import family_of, targets, weight_of
 from spm_hub.models.loading import load_pipeline

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spm_hub.adapters.formats.format import Format
     from spm_hub.adapters.manifest import Manifest
     from spm_hub.attachment.attachment import Attachment
-    from spm_hub.attachment.gate import Gate
+    from spm_hub.attachment.gates.gate import Gate
     from spm_hub.evaluation.application import Applied
     from spm_hub.hub.bake import bake
     from spm_hub.hub.convert import Conversion, convert

@@ -13,8 +13,8 @@ from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.compatibility import resolve_modules
 from spm_hub.adapters.lookup import duplicate_error, find_name, resolve_names
 from spm_hub.attachment.call import Call
-from spm_hub.attachment.gate import Prompts
-from spm_hub.attachment.gate_evaluation import GateEvaluation
+from spm_hub.attachment.gates.evaluation import GateEvaluation
+from spm_hub.attachment.gates.gate import Prompts
 from spm_hub.attachment.options import Eraser, GateChoice, Mode, Options, Rows, Strength
 from spm_hub.attachment.pipeline_hooks import ATTACHMENT, install_hooks, remove_hooks
 from spm_hub.attachment.planner import Planner

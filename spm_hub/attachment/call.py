@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spm_hub.attachment.gate import Prompts
+from spm_hub.attachment.gates.gate import Prompts
 from spm_hub.attachment.text_encoding import Settings, read_prompts, settings_among
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.lookup import find_name
-from spm_hub.attachment.concept_index import EncodedConcept
-from spm_hub.attachment.gate import ConstantGate, Gate, TransportGate
+from spm_hub.attachment.gates.concept_index import EncodedConcept
+from spm_hub.attachment.gates.gate import ConstantGate, Gate, TransportGate
 from spm_hub.attachment.text_encoding import Settings
 from spm_hub.errors import NotFoundError, UsageError
 

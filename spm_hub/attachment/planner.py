@@ -9,8 +9,8 @@ from torch import nn
 
 from spm_hub.adapters.formats.lazy import StoredIncrements
 from spm_hub.attachment.call import Call
-from spm_hub.attachment.gate import ConstantGate
-from spm_hub.attachment.gate_evaluation import Gammas, GateEvaluation
+from spm_hub.attachment.gates.evaluation import Gammas, GateEvaluation
+from spm_hub.attachment.gates.gate import ConstantGate
 from spm_hub.attachment.layers import Layers, foldable, kept_bytes, offloaded_in_groups
 from spm_hub.attachment.options import Eraser, Options
 from spm_hub.attachment.peft_layers import unmerge_disabled

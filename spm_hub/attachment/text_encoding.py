@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spm_hub.attachment.concept_index import WAY
+from spm_hub.attachment.gates.concept_index import WAY
 from spm_hub.errors import UsageError
 
 _SUFFIXES = ("", "_2", "_3", "_4")

@@ -148,7 +148,7 @@ def test_every_row_gets_its_own_prompts_sum_of_products(pipe, rows):
 @pytest.mark.parametrize("spilled", [False, True])
 def test_gates_are_those_of_the_paper_and_know_aliases(pipe, spilled, monkeypatch):
     if spilled:
-        monkeypatch.setattr("spm_hub.attachment.gate_evaluation._SPILLED_ABOVE", 1)
+        monkeypatch.setattr("spm_hub.attachment.gates.evaluation._SPILLED_ABOVE", 1)
     adapters = [pico_eraser(pipe.unet, "snoopy", aliases=["beagle dog"]), pico_eraser(pipe.unet, "van gogh")]
     with attach(pipe, adapters) as erasers:
         for prompt in ("a dog on the beach", "snoopy by van gogh", "", "snoopy " * 30):
@@ -163,7 +163,7 @@ def test_gates_are_those_of_the_paper_and_know_aliases(pipe, spilled, monkeypatc
 def test_without_a_temporary_folder_the_gates_stay_in_memory(pipe, monkeypatch):
     with attach(pipe, erasers_for(pipe, *TARGETS[:2])) as erasers:
         expected = erasers.gates("a dog on the beach")
-    monkeypatch.setattr("spm_hub.attachment.gate_evaluation._SPILLED_ABOVE", 1)
+    monkeypatch.setattr("spm_hub.attachment.gates.evaluation._SPILLED_ABOVE", 1)
 
     def full(**options):
         raise OSError("no room")

@@ -15,8 +15,8 @@ from test_families import apart, draw, eraser
 from torch import Tensor
 
 import spm_hub
-from spm_hub.attachment.concept_index import ConceptIndex
-from spm_hub.attachment.gate import Prompts, TransportGate, similarity
+from spm_hub.attachment.gates.concept_index import ConceptIndex
+from spm_hub.attachment.gates.gate import Prompts, TransportGate, similarity
 from spm_hub.errors import UsageError
 from spm_hub.models.architectures import denoiser_of
 

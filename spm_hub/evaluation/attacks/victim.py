@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.attachment.attachment import Attachment, attach
-from spm_hub.attachment.gate import Prompts
+from spm_hub.attachment.gates.gate import Prompts
 from spm_hub.attachment.pipeline_hooks import is_attached
 from spm_hub.attachment.text_encoding import tokens_of
 from spm_hub.errors import ModelError, UsageError

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from pico import pico_tokenizer
 from pico_families import pico_qwen_tokenizer, pico_t5
 
-from spm_hub.attachment.concept_index import WAY, ConceptIndex, EncodedConcept, fixed_point
-from spm_hub.attachment.gate import ConstantGate, Gate, Prompts, TransportGate, overlap, similarity
-from spm_hub.attachment.spill_file import SpillFile
+from spm_hub.attachment.gates.concept_index import WAY, ConceptIndex, EncodedConcept, fixed_point
+from spm_hub.attachment.gates.gate import ConstantGate, Gate, Prompts, TransportGate, overlap, similarity
+from spm_hub.attachment.gates.spill_file import SpillFile
 from spm_hub.attachment.text_encoding import token_sets
 
 

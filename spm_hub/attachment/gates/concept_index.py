@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spm_hub.attachment.spill_file import SpilledRows, SpillFile
+from spm_hub.attachment.gates.spill_file import SpilledRows, SpillFile
 
 WAY = 2**32
 """More than any token's id. A token of the n-th way to cut a text into tokens counts as its id plus n * WAY."""

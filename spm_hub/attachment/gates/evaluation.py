@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from spm_hub.attachment.concept_index import ConceptIndex, EncodedConcept
-from spm_hub.attachment.gate import ConstantGate, Gate, Prompts
+from spm_hub.attachment.gates.concept_index import ConceptIndex, EncodedConcept
+from spm_hub.attachment.gates.gate import ConstantGate, Gate, Prompts
+from spm_hub.attachment.gates.spill_file import SpillFile
 from spm_hub.attachment.options import Eraser, Options
-from spm_hub.attachment.spill_file import SpillFile
 from spm_hub.attachment.text_encoding import Settings, encode, encoders_stamp, tokens_of
 from spm_hub.errors import UsageError
 

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from spm_hub.attachment.concept_index import WAY, ConceptIndex, fixed_point
+from spm_hub.attachment.gates.concept_index import WAY, ConceptIndex, fixed_point
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,1 @@
+"""Gates: how strongly each eraser acts on each prompt."""
