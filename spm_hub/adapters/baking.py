@@ -13,20 +13,16 @@ the originals. Erasers act in the order of their names, so a baked folder does n
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spm_hub.adapters.adapter import Adapter, increment_info, load_file
+from spm_hub.adapters.checkpoint_folder import FolderWeights, clone_folder, forget_places, staged_folder
 from spm_hub.adapters.compatibility import resolve_modules
 from spm_hub.adapters.folding import effective
 from spm_hub.adapters.lookup import resolve_names
@@ -42,7 +38,7 @@ from spm_hub.errors import (
 )
 from spm_hub.io.atomic import write_atomic
 from spm_hub.io.hashing import sha256_of
-from spm_hub.io.safetensors_file import empty_like, encode, read_header, read_tensors
+from spm_hub.io.safetensors_file import encode, read_tensors
 from spm_hub.models.architectures import denoiser_of, family_of
 
 if TYPE_CHECKING:
@@ -106,10 +102,10 @@ def bake(
     in_order = sorted(adapters, key=lambda adapter: adapter.name)
     resolved = [_with_model_paths(adapter, resolve_modules(adapter, denoiser)) for adapter in in_order]
 
-    with _staged(out) as stage:
+    with staged_folder(out) as stage:
         pipe.save_pretrained(stage, safe_serialization=True)
-        _forget_places(stage)
-        weights = _Weights(stage / family.denoiser)
+        forget_places(stage)
+        weights = FolderWeights(stage / family.denoiser)
         originals = weights.read(_changed_keys(resolved, weights))
         weights.write(_fold(originals, resolved, strengths))
         baked = []
@@ -169,13 +165,13 @@ def recover(checkpoint: Path, name: str) -> Provenance:
         )
     kept = tuple(eraser for eraser in before.erasers if eraser.name != name)
     remaining = [_read_eraser(checkpoint, eraser) for eraser in kept]
-    changed = _changed_keys(remaining, _Weights(checkpoint / before.denoiser))
+    changed = _changed_keys(remaining, FolderWeights(checkpoint / before.denoiser))
     originals = _read_originals(checkpoint, changed)
     still = {key: originals[key] for key in changed}
 
-    with _staged(checkpoint) as stage:
-        _clone(checkpoint, stage, rewritten=(Path(before.denoiser), Path("spmhub"), Path(PROVENANCE)))
-        weights = _Weights(stage / before.denoiser)
+    with staged_folder(checkpoint) as stage:
+        clone_folder(checkpoint, stage, rewritten=(Path(before.denoiser), Path("spmhub"), Path(PROVENANCE)))
+        weights = FolderWeights(stage / before.denoiser)
         weights.write({**originals, **_fold(still, remaining, {eraser.name: eraser.strength for eraser in kept})})
         after = before.model_copy(update={"erasers": kept})
         if kept:
@@ -207,62 +203,6 @@ def read_provenance(checkpoint: Path) -> Provenance:
         raise ModelError(f"{file}: {key}: {first['msg']}", mend="bake the checkpoint again") from error
 
 
-def _forget_places(folder: Path) -> None:
-    """Remove from the configurations the paths on this machine that diffusers read them from."""
-    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
-        config = json.loads(file.read_bytes())
-        if config.pop("_name_or_path", None) is not None:
-            write_atomic(file, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-
-
-class _Weights:
-    """The tensors of one model folder, sharded or not, which are read and overwritten by their keys."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._file_of = {
-            key: file for file in sorted(folder.glob("*.safetensors")) for key in read_header(file).entries
-        }
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._file_of
-
-    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for file, its_keys in self._by_file(keys).items():
-            with safe_open(file, framework="pt") as tensors:
-                # Cloned, because these are views of the file that `write` changes.
-                found |= {key: tensors.get_tensor(key).clone() for key in its_keys}
-        return found
-
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite the bytes of these tensors in place.
-
-        dtype and shape, and with them the layout of the file, stay as they are; ModelError for other ones.
-        """
-        for path, keys in self._by_file(tensors).items():
-            header = read_header(path)
-            with path.open("r+b") as file:
-                for key in keys:
-                    tensor, held = tensors[key], empty_like(header.entries[key])
-                    if (tensor.dtype, tensor.shape) != (held.dtype, held.shape):
-                        raise ModelError(
-                            f"{path}: {key} is {held.dtype} of {tuple(held.shape)}, the new value is "
-                            f"{tensor.dtype} of {tuple(tensor.shape)}",
-                            mend="bake the checkpoint again",
-                        )
-                    file.seek(8 + header.size + header.entries[key].start)
-                    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-
-    def _by_file(self, keys: Iterable[str]) -> dict[Path, list[str]]:
-        files: dict[Path, list[str]] = {}
-        for key in keys:
-            if key not in self:
-                raise ModelError(f"{self._folder} has no weight {key}", mend="bake the checkpoint again")
-            files.setdefault(self._file_of[key], []).append(key)
-        return files
-
-
 def _fold(
     originals: Mapping[str, Tensor], adapters: Sequence[Adapter], strengths: Mapping[str, float]
 ) -> dict[str, Tensor]:
@@ -284,7 +224,7 @@ def _fold(
     return folded
 
 
-def _changed_keys(adapters: Sequence[Adapter], weights: _Weights) -> list[str]:
+def _changed_keys(adapters: Sequence[Adapter], weights: FolderWeights) -> list[str]:
     """Return the sorted keys of every weight and bias that one of `adapters` may change.
 
     Raises CompatibilityError if the folder has no such weight.
@@ -363,60 +303,3 @@ def _read_originals(checkpoint: Path, keys: Iterable[str]) -> dict[str, Tensor]:
 def _write_provenance(folder: Path, provenance: Provenance) -> None:
     text = json.dumps(provenance.model_dump(mode="json"), indent=2) + "\n"
     write_atomic(folder / PROVENANCE, text.encode())
-
-
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """Yield a hidden sibling of `out` that replaces it, as a whole, if the block ends without an error."""
-    # The folder itself and not a link to it; "." has no name before that.
-    out = out.resolve()
-    token = secrets.token_hex(4)
-    stage, old = (out.parent / f".{out.name}.{token}.{what}" for what in ("tmp", "old"))
-    try:
-        stage.mkdir(parents=True)
-        yield stage
-        _sync(stage)
-        try:
-            if out.exists():
-                out.rename(old)
-            stage.rename(out)
-        except BaseException:
-            if old.exists() and not out.exists():
-                old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RegistryError(
-            f"cannot write {out}: {reason}; nothing was changed", mend="free some space, or name another --out"
-        ) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-
-
-def _clone(source: Path, target: Path, rewritten: tuple[Path, ...]) -> None:
-    """Copy a folder.
-
-    Files outside `rewritten` never change, so they become hard links if the disk supports these.
-    """
-    for file in sorted(source.rglob("*")):
-        relative = file.relative_to(source)
-        copy = target / relative
-        if file.is_dir():
-            copy.mkdir(parents=True, exist_ok=True)
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if not any(relative.is_relative_to(part) for part in rewritten):
-            try:
-                os.link(file, copy)
-                continue
-            except OSError:
-                pass  # another file system, or one without links: a copy does as well
-        shutil.copy2(file, copy)
