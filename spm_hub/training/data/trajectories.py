@@ -52,6 +52,49 @@ class Chunk:
         return len(self.latents)
 
 
+@dataclass(frozen=True, eq=False)
+class _Lead:
+    """What leads a group of k trajectories.
+
+    prompts (k) of the concept; anchor (k rows), of which those at `by_anchor` (k,) lead; guidance (k,) of the
+    trajectories, embedding (k,) the one that a guidance-distilled denoiser receives in the losses; fixed: rows asked at
+    every step, the empty prompt's and with `erase_from` the target's; apart: whether leading needs rows of its own.
+    """
+
+    prompts: tuple[str, ...]
+    anchor: Conditioning
+    by_anchor: Tensor
+    guidance: Tensor
+    embedding: Tensor
+    fixed: tuple[Conditioning, ...]
+    apart: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """The prompts and states of one step of k trajectories, and `rows`, all of them in the order of the call."""
+
+    prompts: tuple[str, ...]
+    target: Conditioning
+    neutral: Conditioning
+    anchors: tuple[Conditioning, ...]
+    rows: Conditioning
+
+
+@dataclass(frozen=True, eq=False)
+class _Visit:
+    """One step of k trajectories: x_t and the teacher's predictions there (k, *latent_shape); kept (k, a, ...)."""
+
+    question: _Question
+    latents: Tensor
+    times: Tensor
+    concept: Tensor
+    neutral: Tensor
+    empty: Tensor
+    kept: Tensor
+    driver: Tensor
+
+
 def generator_for(seed: int, stream: int, index: int) -> torch.Generator:
     """An independent generator for the index-th use of a stream: a resumed run needs no saved random state."""
     return torch.Generator().manual_seed((seed * 1_000_003 + index) * 7 + stream)
@@ -79,87 +122,125 @@ class TrajectorySource:
 
     @torch.no_grad()
     def _run(self, index: int) -> Chunk:
-        base, recipe, source = self._base, self._recipe, self._recipe.x_t
-        generator = generator_for(recipe.seed, 0, index)
-        held = recipe.anchoring.weight > 0
-        count, per = source.trajectories, max(1, recipe.anchoring.per_target) if held else 0
+        """Return the index-th group of trajectories, from noise to pictures."""
+        base = self._base
+        generator = generator_for(self._recipe.seed, 0, index)
         base.forget()
-        first = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(count))
-        # Drawn even where nothing is held, so that the noise and the guidance of a seed do not depend on it.
-        driving = self._anchors.draw(count, generator)
-        empty = base.encode([""])[0]
-        picks = torch.randint(len(source.guidance), (count,), generator=generator)
-        guidance = torch.tensor(source.guidance)[picks]
-        by_anchor = (torch.arange(count) % 2 == 1) & held
-        guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)
-        # What a model that is told its guidance hears in the losses need not be what leads its trajectories.
-        told = guidance if source.guidance_embedding is None else torch.full_like(guidance, source.guidance_embedding)
-        apart = source.guidance_embedding is not None and GUIDANCE in empty.others
-        leader = torch.where(by_anchor, torch.arange(count) + count, torch.arange(count)).to(base.device)
-        empty_states = empty.expand(count).under(told)
-        driving = driving.under(told)
+        lead = self._lead(generator)
+        count = len(lead.prompts)
         # Another number of steps each time, so that together the trajectories visit all timesteps.
-        most = base.steps(source.steps)
+        most = base.steps(self._recipe.x_t.steps)
         steps = most - int(torch.randint(1 + most // 4, (), generator=generator))
         scheduler = base.scheduler(steps)
         noise = base.noise(count, generator)
         latents = noise * initial_sigma(scheduler)
-        fixed = [empty_states]
-        if recipe.erase_from is not None:
-            fixed.append(base.encode([recipe.target])[0].expand(count).under(told))
-        prompts: list[str] = []
-        target_states: list[Conditioning] = []
-        neutral_states: list[Conditioning] = []
-        anchor_states: list[Conditioning] = []
-        rows: dict[str, list[Tensor]] = {
-            key: [] for key in ("latents", "times", "concept", "neutral", "empty", "anchors")
-        }
+        visits: list[_Visit] = []
         for time in scheduler.timesteps:
-            # The anchors beside the driving one change at every step: thousands of texts are held, at the cost of few.
-            base.forget()
-            others = [self._anchors.draw(count, generator).under(told) for _ in range(per - 1)]
-            anchors = [driving, *others] if held else []
-            said = [
-                trained_prompt(recipe, self._maker, generator) if freely else given
-                for given, freely in zip(first, by_anchor.tolist(), strict=True)
-            ]
-            asked = base.encode(said).under(told)
-            without = base.encode(neutral_prompts(recipe, self._maker, said)).under(told)
-            leading = [asked] if recipe.surrogate == "" else [asked, without]
-            ahead = asked if source.driver == "concept" else without
-            alone = [Conditioning.cat([ahead, driving])[leader].under(guidance)] if apart else []
-            states = Conditioning.cat([*leading, *fixed, *alone, *anchors])
-            prompts += said
-            target_states.append(asked)
-            neutral_states.append(without)
-            anchor_states += anchors
+            question = self._ask(lead, generator)
             model_input = scale_model_input(scheduler, latents, time)
-            repeated = torch.cat([model_input] * (len(states) // count))
-            parts = list(base.predict(repeated, time.expand(len(repeated)), states).split(count))
-            concept, neutral = parts[0], parts[1]
-            surrogate, empty = parts[1], parts[1] if recipe.surrogate == "" else parts[2]
-            if recipe.erase_from is not None:
-                neutral = less_concept(concept, parts[len(leading) + len(fixed) - 1], neutral)
-            kept = torch.stack(parts[-per:], dim=1) if held else concept.new_empty(count, 0, *concept.shape[1:])
-            driver = concept if source.driver == "concept" else surrogate
-            if apart:
-                driver = parts[-per - 1]
-            elif held:
-                driver = torch.where(by_anchor.to(base.device).view(-1, *[1] * (driver.dim() - 1)), kept[:, 0], driver)
-            latents = scheduler.step(base.guide(empty, driver, guidance), time, latents).prev_sample
-            for key, value in zip(rows, (model_input, time.expand(count), concept, neutral, empty, kept), strict=True):
-                rows[key].append(value)
-        flat = {key: torch.cat(values) for key, values in rows.items()}
-        owner = torch.arange(count, device=base.device).repeat(steps)
-        # Without anchors, what targets are told stands in for them: none of it is taken, but it has the right shape.
-        by_row = Conditioning.cat(anchor_states or target_states).map(
+            repeated = torch.cat([model_input] * (len(question.rows) // count))
+            parts = base.predict(repeated, time.expand(len(repeated)), question.rows).split(count)
+            visit = self._visit(lead, question, model_input, time.expand(count), parts)
+            visits.append(visit)
+            latents = scheduler.step(base.guide(visit.empty, visit.driver, lead.guidance), time, latents).prev_sample
+        return self._chunk_of(lead, noise, visits)
+
+    def _lead(self, generator: torch.Generator) -> _Lead:
+        """Draw the prompts, the anchors and the guidance that lead a group of trajectories."""
+        base, recipe, source = self._base, self._recipe, self._recipe.x_t
+        anchored, count = recipe.anchoring.weight > 0, source.trajectories
+        prompts = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(count))
+        # Drawn even without anchoring, so that the noise and the guidance of a seed do not depend on it.
+        anchor = self._anchors.draw(count, generator)
+        empty = base.encode([""])[0]
+        picks = torch.randint(len(source.guidance), (count,), generator=generator)
+        guidance = torch.tensor(source.guidance)[picks]
+        by_anchor = (torch.arange(count) % 2 == 1) & anchored
+        guidance = torch.where(by_anchor, guidance.abs(), guidance).to(base.device)
+        # The guidance that the denoiser receives in the losses need not be the one that leads the trajectories.
+        embedding = guidance
+        if source.guidance_embedding is not None:
+            embedding = torch.full_like(guidance, source.guidance_embedding)
+        fixed = [empty.expand(count).under(embedding)]
+        if recipe.erase_from is not None:
+            fixed.append(base.encode([recipe.target])[0].expand(count).under(embedding))
+        apart = source.guidance_embedding is not None and GUIDANCE in empty.others
+        return _Lead(prompts, anchor.under(embedding), by_anchor, guidance, embedding, tuple(fixed), apart)
+
+    def _ask(self, lead: _Lead, generator: torch.Generator) -> _Question:
+        """Return everything that the denoiser is asked at one step of the trajectories."""
+        base, recipe, count = self._base, self._recipe, len(lead.prompts)
+        # All anchors but the driving one change at every step: thousands of texts are held, at the cost of few.
+        base.forget()
+        anchors: list[Conditioning] = []
+        if recipe.anchoring.weight > 0:
+            others = max(1, recipe.anchoring.per_target) - 1
+            anchors = [
+                lead.anchor,
+                *(self._anchors.draw(count, generator).under(lead.embedding) for _ in range(others)),
+            ]
+        prompts = tuple(
+            trained_prompt(recipe, self._maker, generator) if freely else given
+            for given, freely in zip(lead.prompts, lead.by_anchor.tolist(), strict=True)
+        )
+        target = base.encode(prompts).under(lead.embedding)
+        neutral = base.encode(neutral_prompts(recipe, self._maker, prompts)).under(lead.embedding)
+        leading = [target] if recipe.surrogate == "" else [target, neutral]
+        alone: list[Conditioning] = []
+        if lead.apart:
+            ahead = target if recipe.x_t.driver == "concept" else neutral
+            leader = torch.where(lead.by_anchor, torch.arange(count) + count, torch.arange(count)).to(base.device)
+            alone = [Conditioning.cat([ahead, lead.anchor])[leader].under(lead.guidance)]
+        rows = Conditioning.cat([*leading, *lead.fixed, *alone, *anchors])
+        return _Question(prompts, target, neutral, tuple(anchors), rows)
+
+    def _visit(
+        self, lead: _Lead, question: _Question, latents: Tensor, times: Tensor, parts: Sequence[Tensor]
+    ) -> _Visit:
+        """Take apart the predictions of one step, `parts`, as `_ask` put the rows together."""
+        recipe, per = self._recipe, len(question.anchors)
+        concept, neutral, empty = parts[0], parts[1], parts[1 if recipe.surrogate == "" else 2]
+        kept = (
+            torch.stack(tuple(parts[-per:]), dim=1) if per else concept.new_empty(len(concept), 0, *concept.shape[1:])
+        )
+        driver = concept if recipe.x_t.driver == "concept" else neutral
+        if lead.apart:
+            driver = parts[-per - 1]
+        elif per:
+            by_anchor = lead.by_anchor.to(concept.device).view(-1, *[1] * (concept.dim() - 1))
+            driver = torch.where(by_anchor, kept[:, 0], driver)
+        if recipe.erase_from is not None:
+            of_target = (1 if recipe.surrogate == "" else 2) + len(lead.fixed) - 1
+            neutral = less_concept(concept, parts[of_target], neutral)
+        return _Visit(question, latents, times, concept, neutral, empty, kept, driver)
+
+    def _chunk_of(self, lead: _Lead, noise: Tensor, visits: Sequence[_Visit]) -> Chunk:
+        """Flatten all steps of all trajectories to rows."""
+        count, steps = len(lead.prompts), len(visits)
+        device = self._base.device
+        questions = [visit.question for visit in visits]
+        per = len(questions[0].anchors)
+        # Without anchors the target states take their place: no row of them is used, but they have the right shape.
+        anchors = [states for each in questions for states in each.anchors] or [each.target for each in questions]
+        by_row = Conditioning.cat(anchors).map(
             lambda part: part.unflatten(0, (steps, -1, count)).transpose(1, 2).flatten(0, 1)[:, :per]
         )
-        led = ~by_anchor.to(base.device) & (guidance > 0) & (source.driver == "concept")
         return Chunk(
-            owner=owner, noise=noise, led=led, prompts=tuple(prompts), target_states=Conditioning.cat(target_states),
-            neutral_states=Conditioning.cat(neutral_states), anchor_states=by_row, empty_states=empty_states, **flat,
-        )  # fmt: skip
+            latents=torch.cat([visit.latents for visit in visits]),
+            times=torch.cat([visit.times for visit in visits]),
+            owner=torch.arange(count, device=device).repeat(steps),
+            noise=noise,
+            led=~lead.by_anchor.to(device) & (lead.guidance > 0) & (self._recipe.x_t.driver == "concept"),
+            prompts=tuple(prompt for each in questions for prompt in each.prompts),
+            target_states=Conditioning.cat([each.target for each in questions]),
+            neutral_states=Conditioning.cat([each.neutral for each in questions]),
+            anchor_states=by_row,
+            empty_states=lead.fixed[0],
+            concept=torch.cat([visit.concept for visit in visits]),
+            neutral=torch.cat([visit.neutral for visit in visits]),
+            empty=torch.cat([visit.empty for visit in visits]),
+            anchors=torch.cat([visit.kept for visit in visits]),
+        )
 
     def chunk(self, index: int) -> Chunk:
         """The index-th group; the current and the previous one are kept."""
