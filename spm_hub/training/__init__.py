@@ -1,4 +1,4 @@
-"""Training an eraser: a recipe, a base model, and the loop between them. Importing this room imports no torch."""
+"""Trains erasers: a recipe, a base model, and the loop between them. Importing it imports no torch."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The base model as training sees it: prompts to conditioning, noisy latents to the denoiser's raw prediction.
+"""The base model in training: encodes prompts, and predicts from noisy latents.
 
 Losses compare raw predictions (noise, v or velocity, whatever the model was trained to give), so nothing here depends
-on which. Nor is there a case for each family: how a denoiser is called (pooled embeddings, time ids, packed latents and
-their positions, embedded guidance, shifted timesteps) is learnt from its own pipeline, which is started, and stopped at
-the denoiser's door.
+on which. Nor is there a case for each family: the arguments of the denoiser (pooled embeddings, time ids, packed
+latents and their positions, embedded guidance, shifted timesteps) are learnt from its own pipeline, which is started,
+and stopped at its first call of the denoiser.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ENCODED_AT_ONCE = 64  # prompts
 
 
 class _ReachedError(Exception):
-    """Thrown through a pipeline to stop it where it has shown what is asked of it."""
+    """Stops a pipeline from within, once it has shown the call that is asked for."""
 
 
 class TeacherModel:
@@ -37,7 +37,7 @@ class TeacherModel:
 
         Raises ModelError for a pipeline that cannot draw at it, or whose denoiser training does not know how to call.
         """
-        # diffusers leaves what it hands out untyped.
+        # diffusers does not annotate pipelines.
         self.pipe: Any = pipe
         self.denoiser: nn.Module = denoiser_of(pipe)
         self.family = family_of(pipe)
@@ -57,38 +57,42 @@ class TeacherModel:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, literally: bool = False) -> Conditioning:
-        """What the denoiser is told of n prompts, as the pipeline itself encodes them.
+        """Return the conditioning of n prompts, as the pipeline itself encodes them.
 
-        literally: the empty one too, in whose place some pipelines (SDXL) tell it zeros under guidance.
+        literally: also of the empty prompt, for which some pipelines (SDXL) use zeros under guidance.
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
         for start in range(0, len(missing), _ENCODED_AT_ONCE):
             part = missing[start : start + _ENCODED_AT_ONCE]
             rows = self._call.conditioning(self._called(part, 2)[0])
             self._prompts.update({prompt: rows[row : row + 1] for row, prompt in enumerate(part)})
-        told = self._prompts.__getitem__ if literally else self._encoded
-        return Conditioning.cat([told(prompt) for prompt in prompts])
+        encoded = self._prompts.__getitem__ if literally else self._with_zeros
+        return Conditioning.cat([encoded(prompt) for prompt in prompts])
 
-    def _encoded(self, prompt: str) -> Conditioning:
-        told = self._prompts[prompt]
+    def _with_zeros(self, prompt: str) -> Conditioning:
+        row = self._prompts[prompt]
         if prompt or not self.pipe.config.get("force_zeros_for_empty_prompt"):
-            return told
+            return row
         # SDXL was trained with zeros in place of no prompt, and that is what guidance is given there.
-        pooled = None if told.pooled is None else torch.zeros_like(told.pooled)
-        return replace(told, states=torch.zeros_like(told.states), pooled=pooled)
+        pooled = None if row.pooled is None else torch.zeros_like(row.pooled)
+        return replace(row, states=torch.zeros_like(row.states), pooled=pooled)
 
     def forget(self) -> None:
         """Drops cached prompts; a long training draws new ones for ever."""
         self._prompts.clear()
 
     def steps(self, wanted: int) -> int:
-        """`wanted` steps, or what the model is made for: x_t that a four-step model never visits teach nothing."""
+        """Return `wanted`, or fewer for a few-step model.
+
+        It learns nothing from an x_t that it never visits.
+        """
         return min(wanted, FEW_STEPS) if self._few_steps else wanted
 
     def scheduler(self, steps: int) -> Any:
-        """A fresh scheduler set to `steps` as the pipeline sets its own, timesteps shifted by the picture's size.
+        """Return a new scheduler, set to `steps` as the pipeline sets its own.
 
-        It is one without memory between steps, on the model's own schedule: DDIM for diffusion, Euler for flows.
+        Its timesteps are shifted by the picture's size. It keeps no state between steps and has the model's own
+        schedule: DDIM for diffusion, Euler for flows.
         """
         return self._called([""], steps)[1]
 
@@ -99,20 +103,20 @@ class TeacherModel:
         """
         return torch.randn((count, *self.latent_shape), generator=generator).to(self.device)
 
-    def predict(self, latents: Tensor, times: Tensor, told: Conditioning) -> Tensor:
+    def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction for latents (n, *latent_shape), times (n,) as the scheduler has them.
 
         It is float32; float64 where the model is.
         """
-        output = self.denoiser(**self._call.arguments(latents.to(self.dtype), times, told))
+        output = self.denoiser(**self._call.arguments(latents.to(self.dtype), times, conditioning))
         return self._raw(_tensor(output)).to(torch.promote_types(self.dtype, torch.float32))
 
     def guide(self, empty: Tensor, given: Tensor, scale: Tensor) -> Tensor:
-        """The prediction that draws: `empty` pushed by scale (n,) towards `given`.
+        """Return the guided prediction: `empty` pushed by scale (n,) towards `given`.
 
-        A guidance-distilled model gives a guided prediction for the prompt itself (FLUX.1 dev at the scale it is told,
-        FLUX.1 schnell at the one that was burnt in): pushing that further leaves what anybody draws. Its scales stop at
-        1, where the prompt alone drives; `Conditioning.under` tells it the rest.
+        A guidance-distilled model gives a guided prediction for the prompt itself (FLUX.1 dev at the scale that it
+        receives, FLUX.1 schnell at the one that it was trained for): pushed further, nobody draws with it. Its scales
+        therefore end at 1, where the prompt alone drives; the rest is its guidance input, `Conditioning.under`.
         """
         if self.family.distilled:
             scale = scale.clamp_max(1.0)
@@ -137,9 +141,9 @@ class TeacherModel:
         *,
         door: Callable[[Any], None] | None = None,
     ) -> tuple[dict[str, Any], Any]:
-        """The first call of the denoiser when the pipeline draws `prompts` without guidance: arguments, scheduler.
+        """Return the arguments of the denoiser's first call for `prompts` without guidance, and the scheduler.
 
-        door: is given the pipeline in place of the hook that stops it there, to stop it later.
+        door: receives the pipeline, to stop it later than at that call.
         """
         probe = copy.copy(self._probe)  # the caller's keeps its scheduler and its progress bar
         probe.scheduler = copy.deepcopy(self._schedule)
@@ -183,10 +187,10 @@ class TeacherModel:
         return seen, probe.scheduler
 
     def _learn_raw(self) -> Callable[[Tensor], Tensor]:
-        """What the pipeline makes of the denoiser's output before its scheduler gets it: nothing, as a rule.
+        """Return the function that the pipeline applies to the denoiser's output before its scheduler.
 
-        PixArt drops learnt variances, and some flows are trained backwards in time. Anything else would make other
-        trajectories of ours than of the pipeline's, so that it raises ModelError.
+        It is the identity for most. PixArt drops learnt variances, and some flows are trained backwards in time. Raises
+        ModelError for anything else, as our trajectories would then differ from the pipeline's.
         """
         outputs: list[Tensor] = []
         steps: list[Tensor] = []

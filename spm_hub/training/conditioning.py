@@ -1,4 +1,4 @@
-"""What a denoiser is told of prompts, as rows of a batch."""
+"""The denoiser's conditioning, as rows of a batch, and the arguments of its calls."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from spm_hub.errors import ModelError
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Rows of what a denoiser is given beside latents and time; indexed, cut and joined like one tensor of rows.
+    """The rows of a denoiser's inputs other than latents and time.
 
-    states: (n, tokens, d_text), the text encoder's, e(c) of anchors and gates.  pooled: (n, d_pooled), where the family
-    has it.  mask: (n, tokens), 0 at padding, None where every token counts.  others: further rows by the name of the
+    They are indexed, cut and joined like one tensor of rows.
+    states: (n, tokens, d_text), the text encoder's, e(c) of anchors and gates.  pooled: (n, d_pooled), if the family
+    has it.  mask: (n, tokens), 0 at padding, None if every token counts.  others: further rows by the name of the
     denoiser's argument: SDXL's time ids (n, 6), FLUX's guidance (n,).
     """
 
@@ -56,14 +57,14 @@ class Conditioning:
         return self.map(lambda part: part.expand(rows, *part.shape))
 
     def under(self, guidance: Tensor) -> Conditioning:
-        """For a model that is told its guidance: these rows under `guidance` (as many leading dimensions); else self.
+        """Return these rows under `guidance` if the model has a guidance input, else self.
 
-        Below 1 there is nothing that such a model was ever shown.
+        guidance: as many leading dimensions as the rows. It is raised to 1: such a model was never trained below.
         """
         if GUIDANCE not in self.others:
             return self
-        told = guidance.to(self.others[GUIDANCE]).clamp_min(1.0)
-        return replace(self, others={**self.others, GUIDANCE: told.expand_as(self.others[GUIDANCE])})
+        embedding = guidance.to(self.others[GUIDANCE]).clamp_min(1.0)
+        return replace(self, others={**self.others, GUIDANCE: embedding.expand_as(self.others[GUIDANCE])})
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -90,17 +91,17 @@ class Conditioning:
 
 
 GUIDANCE = "guidance"
-"""The argument by which a guidance-distilled denoiser (FLUX.1 dev) is told its guidance."""
+"""The argument by which a guidance-distilled denoiser (FLUX.1 dev) receives its guidance."""
 
 
 @dataclass(frozen=True, eq=False)
 class DenoiserCall:
-    """How a pipeline calls its denoiser, read off the arguments of two of its own calls, for one prompt and for two.
+    """The arguments of a pipeline's calls of its denoiser, learnt from calls for one prompt and for two.
 
-    What has as many rows as prompts belongs to the rows; the rest (image positions, switches) is the same for all.
+    Arguments with as many rows as prompts are rows; the rest (image positions, switches) is the same for all.
     latents: the name of the noisy latents' argument.  fixed: the other arguments, by dotted path into dictionaries.
-    listed: entries of `fixed` that are lists with one item for each row.  told: what a scheduler calls a time t, the
-    denoiser is told as t / told.
+    listed: entries of `fixed` that are lists with one item for each row.  timestep_scale: the denoiser receives
+    t / timestep_scale for the scheduler's time t.
     """
 
     latents: str
@@ -109,20 +110,20 @@ class DenoiserCall:
     fixed: Mapping[str, Any]
     rowwise: tuple[str, ...]
     listed: tuple[str, ...]
-    told: float
+    timestep_scale: float
 
     @classmethod
     def learnt(cls, one: Mapping[str, Any], two: Mapping[str, Any], time: float) -> DenoiserCall:
-        """From the arguments for one prompt and for two; `time`: what the scheduler called their timestep.
+        """Learn from the arguments for one prompt and for two; `time`: their timestep in the scheduler.
 
         Raises ModelError for a denoiser whose arguments say nothing of text states or of the time.
         """
         latents = next(iter(one))
         first, second = _leaves(one), _leaves(two)
-        told = _number(first.get(TIME))
-        if not isinstance(first.get(STATES), Tensor) or first[STATES].dim() != 3 or not told or not time:
+        received = _number(first.get(TIME))
+        if not isinstance(first.get(STATES), Tensor) or first[STATES].dim() != 3 or not received or not time:
             raise ModelError(
-                f"training does not know this denoiser: it is called with {', '.join(first)} and is to be told text "
+                f"training does not know this denoiser: it is called with {', '.join(first)} and needs text "
                 f"states as {STATES} and a time other than 0 as {TIME}",
                 mend="spmhub models",
             )
@@ -144,7 +145,7 @@ class DenoiserCall:
             {name: value for name, value in first.items() if name not in (latents, TIME, *rowwise)},
             rowwise,
             listed,
-            time / told,
+            time / received,
         )
 
     def conditioning(self, arguments: Mapping[str, Any]) -> Conditioning:
@@ -158,16 +159,24 @@ class DenoiserCall:
             {name: leaves[name] for name in self.rowwise if name not in (STATES, self.mask, self.pooled)},
         )
 
-    def arguments(self, latents: Tensor, times: Tensor, told: Conditioning) -> dict[str, Any]:
-        """Keyword arguments for the denoiser. Raises ModelError for padded states where there is no mask argument."""
-        leaves: dict[str, Any] = {**self.fixed, self.latents: latents, STATES: told.states, **told.others}
-        leaves[TIME] = times if self.told == 1 else times / self.told
+    def arguments(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        """Return keyword arguments for the denoiser.
+
+        Raises ModelError for padded states if the denoiser has no mask argument.
+        """
+        leaves: dict[str, Any] = {
+            **self.fixed,
+            self.latents: latents,
+            STATES: conditioning.states,
+            **conditioning.others,
+        }
+        leaves[TIME] = times if self.timestep_scale == 1 else times / self.timestep_scale
         leaves |= {name: self.fixed[name] * len(latents) for name in self.listed}
-        if self.pooled is not None and told.pooled is not None:
-            leaves[self.pooled] = told.pooled
+        if self.pooled is not None and conditioning.pooled is not None:
+            leaves[self.pooled] = conditioning.pooled
         if self.mask is not None:
-            leaves[self.mask] = told.mask
-        elif told.mask is not None:
+            leaves[self.mask] = conditioning.mask
+        elif conditioning.mask is not None:
             raise ModelError("prompts have text states of different lengths, and this denoiser takes no mask")
         nested: dict[str, Any] = {}
         for path, value in leaves.items():

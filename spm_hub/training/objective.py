@@ -1,4 +1,4 @@
-"""What all objectives share that send a concept's prediction away from the base's own."""
+"""The base classes of objectives, which move a concept's prediction away from the base's own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from spm_hub.training.data.batch import Batch
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """Scalars of one batch: `erase`, `anchor` (0 without anchors), and what `erase` was before anything was trained."""
+    """The scalar losses of one batch.
+
+    erase; anchor, 0 without anchors; distance, the value of `erase` before training.
+    """
 
     erase: Tensor
     anchor: Tensor
@@ -24,8 +27,9 @@ class Losses:
 
 
 class Objective(ABC):
-    """Predictions of the frozen base: `concept`, of the prompt that is trained on, and `neutral`, of the same without
-    the concept. All tensors (n, *latent_shape).
+    """A loss on predictions, all of them (n, *latent_shape).
+
+    `concept` is the frozen base's prediction for the prompt that is trained on, `neutral` the one without the concept.
     """
 
     relative: ClassVar[bool] = True
@@ -34,14 +38,17 @@ class Objective(ABC):
     @property
     @abstractmethod
     def push(self) -> float:
-        """How far beyond `neutral` the target lies, in distances between `concept` and `neutral`."""
+        """The distance of the target beyond `neutral`, in distances between `concept` and `neutral`."""
 
     @abstractmethod
     def target(self, concept: Tensor, neutral: Tensor) -> Tensor:
-        """What the prediction is pulled to."""
+        """Return the prediction that the loss pulls to."""
 
     def losses(self, base: TeacherModel, batch: Batch) -> Losses:
-        """Of the model being erased on one batch, with gradients. An objective that needs more of it does so here."""
+        """Return the losses of the model being erased on one batch, with gradients.
+
+        An objective that needs more than a batch's predictions overrides it.
+        """
         prediction, anchors = self.predicted(base, batch)
         return Losses(
             self.erase(prediction, batch.concept, batch.neutral),
@@ -69,7 +76,7 @@ class Objective(ABC):
         return erase + weight * anchor
 
     def distance(self, concept: Tensor, neutral: Tensor) -> Tensor:
-        """What `erase` is before anything was trained: the whole way from the concept's prediction to the target."""
+        """Return `erase` before training: the whole way from the concept's prediction to the target."""
         return (1 + self.push) ** 2 * (concept - neutral).pow(2).mean()
 
     def left_at(self, reach: float) -> float:
@@ -91,7 +98,7 @@ class SelfDistillation(Objective):
         return neutral
 
     def losses(self, base: TeacherModel, batch: Batch) -> Losses:
-        """With the teacher "student" the surrogate's prediction is what the model being erased makes of it now."""
+        """Return the losses; with the teacher "student", the model being erased predicts the surrogate now."""
         if self.teacher == "student":
             with torch.no_grad():
                 neutral = base.predict(batch.latents, batch.times, batch.neutral_states)

@@ -57,7 +57,7 @@ def _outline(folder: Path) -> nn.Module | None:
 
 
 def _predicts(path: Path) -> str:
-    """Return what a model predicts by its scheduler's configuration: "epsilon" unless it says otherwise."""
+    """Return the prediction type of a scheduler's configuration: "epsilon" unless it says otherwise."""
     config = _read(path)
     if "flow" in str(config.get("_class_name", "")).lower():
         return "a flow"

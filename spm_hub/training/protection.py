@@ -1,4 +1,4 @@
-"""Prompts that an increment leaves alone: the null space of their text states, and what of them still leaks.
+"""Computes the null space of protected prompts' text states, and measures the rest of the leak.
 
 Keys and values of cross-attention read the text states e(c), (tokens, d_text), and nothing else. An increment dW with
 dW e(c) = 0 therefore changes nothing of a picture of c (SepME, arXiv 2402.05947, weight decoupling).
@@ -24,20 +24,20 @@ from spm_hub.training.recipe.protected_prompts import exactly_protected, members
 
 PROTOCOL = "protected-prompts"
 _NOISE = 1e-7  # of the largest singular value: below is float32's rounding of states that are the same
-_LEFT = 1e-4  # of the target's states, outside of what is protected: less cannot be changed without huge weights
+_LEFT = 1e-4  # of the target's states, outside of the protected ones: less cannot be changed without huge weights
 
 
 @dataclass(frozen=True, eq=False)
 class Space:
     """The directions that are left to an increment (SRS-ME, SepME's authors' later text of it, Eq. 25).
 
-    basis: S (k, d_text), float64, orthonormal rows.  exact: prompts whose states it sends to zero; held: all that are
-    protected, with their states (n, tokens, d_text).  target: the concept's states (1, tokens, d_text).
+    basis: S (k, d_text), float64, orthonormal rows.  exact: prompts whose states it sends to zero; prompts: all that
+    are protected, with their states (n, tokens, d_text).  target: the concept's states (1, tokens, d_text).
     """
 
     basis: Tensor
     exact: tuple[str, ...]
-    held: tuple[str, ...]
+    prompts: tuple[str, ...]
     states: Tensor
     target: Tensor
 
@@ -68,7 +68,7 @@ class Space:
     def measured(
         self, increments: Mapping[str, Increment], modules: Mapping[str, nn.Module], recipe: RecipeFields
     ) -> tuple[Evaluation, Evaluation]:
-        """How far keys and values move, in float64: |dW e| / |W e|, the greatest over the modules.
+        """Return the greatest |dW e| / |W e| over the modules, in float64: the movement of keys and values.
 
         First that of the protected prompt that moves most, then that of the target.
         """
@@ -88,14 +88,14 @@ class Space:
                 value=float(moved[row]), samples=samples, seed=recipe.seed,
             )  # fmt: skip
 
-        return entry(self.held[most], most, len(self.held)), entry(recipe.target, -1, 1)
+        return entry(self.prompts[most], most, len(self.prompts)), entry(recipe.target, -1, 1)
 
 
 def space_left(recipe: RecipeFields, base: TeacherModel, modules: Mapping[str, nn.Module]) -> Space:
-    """What a recipe's protection leaves of the text states of `base`.
+    """Return the space that a recipe's protection leaves of the text states of `base`.
 
-    Raises RecipeError where some module reads more than the text states, where nothing is left, or where nothing is
-    left of the target.
+    Raises RecipeError if some module reads more than the text states, if no space is left, or if nothing of the target
+    is in it.
     """
     _check_modules(base, modules, recipe.target)
     exact = exactly_protected(recipe)
@@ -127,10 +127,10 @@ def space_left(recipe: RecipeFields, base: TeacherModel, modules: Mapping[str, n
 
 
 def check_room(recipe: RecipeFields, folder: Path) -> None:
-    """Raises RecipeError for prompts that leave no null space, as far as the tokenizer in a diffusers folder tells.
+    """Raise RecipeError for prompts that leave no null space, judged by a folder's tokenizer alone.
 
     CLIP's text encoder is causal: prompts that begin with the same tokens have the same states so far, so that the
-    rank of all states is the number of different beginnings. Of other encoders nothing is known before they run.
+    rank of all states is the number of different beginnings. For other encoders nothing is checked before they run.
     """
     encoders = sorted(folder.glob("text_encoder*/config.json"))
     configs = [json.loads(path.read_text(encoding="utf-8")) for path in encoders]
@@ -175,7 +175,7 @@ def _too_many_directions(width: int, taken: int, wanted: int) -> RecipeError:
 
 
 def _states(base: TeacherModel, prompts: Sequence[str]) -> Tensor:
-    """(n, tokens, d_text), float64, on the CPU: what the denoiser is given, and exactly that.
+    """Return the states (n, tokens, d_text), float64, on the CPU, exactly as the denoiser receives them.
 
     Of the empty prompt too where guidance puts zeros in its place: those no weight makes anything of.
     """
@@ -183,7 +183,7 @@ def _states(base: TeacherModel, prompts: Sequence[str]) -> Tensor:
 
 
 def _outside(states: Tensor, span: Tensor) -> float:
-    """The share of the norm of these states that lies outside of `span`."""
+    """Return the share of the norm of these states outside of `span`."""
     return float(torch.linalg.norm(states - states @ span.T @ span) / torch.linalg.norm(states))
 
 
@@ -202,8 +202,8 @@ def _spanned(triangle: Tensor) -> Tensor:
 
 @torch.no_grad()
 def modules_not_reading_text(base: TeacherModel, modules: Mapping[str, nn.Module], prompt: str) -> list[str]:
-    """Paths of those modules that read anything but the text encoder's states of a prompt, or are never asked."""
-    told = base.encode([prompt])
+    """Return the paths of modules whose input is not exactly the text states, or that are never called."""
+    row = base.encode([prompt])
     given: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_pre_hook(lambda module, args, path=path: given.update({path: args[0]}))
@@ -212,11 +212,11 @@ def modules_not_reading_text(base: TeacherModel, modules: Mapping[str, nn.Module
     try:
         scheduler = base.scheduler(base.steps(2))
         time = scheduler.timesteps[:1]
-        base.predict(torch.ones(1, *base.latent_shape, device=base.device), time, told)
+        base.predict(torch.ones(1, *base.latent_shape, device=base.device), time, row)
     finally:
         for hook in hooks:
             hook.remove()
-    return [path for path in modules if path not in given or not torch.equal(given[path], told.states)]
+    return [path for path in modules if path not in given or not torch.equal(given[path], row.states)]
 
 
 def changes_text_states(denoiser: nn.Module) -> bool:
@@ -225,12 +225,12 @@ def changes_text_states(denoiser: nn.Module) -> bool:
 
 
 def modules_reading_more(denoiser: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the paths of those modules that read more than the text states, by the names of the modules alone."""
+    """Return the paths of those modules that read more than the text states, by their names alone."""
     return [path for path in modules if changes_text_states(denoiser) or "attn2" not in path]
 
 
 def _check_modules(base: TeacherModel, modules: Mapping[str, nn.Module], prompt: str) -> None:
-    """Raises RecipeError for modules that read anything but the text states, or whose weights are quantised."""
+    """Raise RecipeError for modules that read more than the text states, or whose weights are quantised."""
     if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
         raise RecipeError(f"{path} is quantised: what its increments leave alone cannot be measured there")
     if others := modules_not_reading_text(base, modules, prompt):

@@ -54,7 +54,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Loop:
-    """How a training is watched, saved and stopped; see `train`."""
+    """Progress, checkpoints and stopping of a training; see `train`."""
 
     revision: str | None
     progress: Progress | None
@@ -76,7 +76,7 @@ def train(
     start: Adapter | None = None,
     on_step: Callable[[int, Trainable], bool] | None = None,
 ) -> Adapter:
-    """Train one eraser on `pipe`, which is restored; with `together`, return that of the recipe's own target.
+    """Train one eraser on `pipe`, which is restored; of several concepts, return the recipe's own.
 
     progress: called with (steps done, steps in all, losses relative to those before training).
     checkpoint_dir: where the run is saved every `checkpoint_every` steps, at Ctrl-C and at its end; `resume` goes on
@@ -229,7 +229,7 @@ def _adapter(
     converted: tuple[Evaluation, ...],
     revision: str | None,
 ) -> Adapter:
-    """Return the finished eraser of a run. Raises TrainingDivergedError for increments that are not finite."""
+    """Return the finished eraser of a run. Raises TrainingDivergedError if an increment is not finite."""
     recipe, space = run.recipe, run.space
     if space is not None and recipe.protection.separable:
         trained = space.projected(trained)

@@ -297,7 +297,7 @@ def test_uce_puts_the_encoded_empty_prompt_in_a_concepts_place_on_sdxl_too() -> 
         ({"method": "esd-x", "anchoring": {"weight": 40}}, "anchoring.weight is 40, but anchoring.per_target 0"),
         (
             {"method": "esd-x", "anchoring": {"source": "given", "prompts": ["a cat"]}},
-            "anchoring.prompts is .'a cat',., but anchoring.weight 0: nothing would be held",
+            "anchoring.prompts is .'a cat',., but anchoring.weight 0: nothing would be kept",
         ),
         ({"method": "sdd", "anchoring": {"alpha": 1}}, "anchoring.alpha is 1.0, but anchoring.weight 0"),
         ({"method": "fmn", "surrogate": "a dog"}, "does not read surrogate 'a dog'"),
@@ -315,7 +315,7 @@ def test_uce_puts_the_encoded_empty_prompt_in_a_concepts_place_on_sdxl_too() -> 
         ({"stop": {"after": 3}}, "after 3 say how to stop, and below is null"),
         ({"increment": {"kind": "dense", "rank": 8}}, "kind 'dense' has no rank"),
         ({"method": "esd-x", "increment": {"modules": "esd-y"}}, "increment.modules: unknown.*esd-"),
-        ({"method": "uce", "closed_form": {"preserve": ["Snoopy "]}}, "'snoopy' is both to be erased and to be held"),
+        ({"method": "uce", "closed_form": {"preserve": ["Snoopy "]}}, "'snoopy' is both to be erased and to be kept"),
         ({"optimiser": {"cycles": 5}}, "optimiser.cycles 5 belongs to schedule 'cosine_restarts'"),
         ({"anchoring": {"source": "gaussian", "alpha": 1.0}}, "anchoring.alpha 1 chooses among sentences"),
         (

@@ -327,7 +327,7 @@ def test_at_the_width_of_stable_diffusion_the_null_space_has_the_rank_of_the_pap
     space = space_left(plan, base, modules)
     assert time.process_time() - begun < 30
     assert len(space.basis) == 768 - (77 + 76 * 9) == 7
-    leak = torch.cat([known[prompt] for prompt in space.held]).double() @ space.basis.T
+    leak = torch.cat([known[prompt] for prompt in space.prompts]).double() @ space.basis.T
     assert float(leak.abs().max()) < 1e-9
     with pytest.raises(RecipeError, match=r"of 'snoopy' in the 768 dimensions.*'prompt 8' would fit") as caught:
         space_left(recipe(protection={"prompts": [*plan.protection.prompts, "one more"]}), base, modules)
@@ -352,7 +352,7 @@ def test_hundreds_of_prompts_are_held_by_principal_directions_and_leak_less_the_
         space = space_left(plan, base, modules)
         assert len(space.basis) == WIDTH - (2 * WINDOW - 1) - count
         assert space.exact == ("", "picasso")
-        assert len(space.held) == 102
+        assert len(space.prompts) == 102
         worst, _ = space.measured(space.projected(loose), modules, plan)
         leaks.append(worst.value)
         # The exact ones stay exact, and only they are gated off.

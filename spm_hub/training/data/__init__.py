@@ -1,1 +1,1 @@
-"""What is trained on: prompts, anchors, and where x_t and its targets come from."""
+"""Training data: prompts, anchors, and the sources of x_t and its targets."""

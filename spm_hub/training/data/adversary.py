@@ -63,18 +63,18 @@ class Attacker:
         self._recipe, self._base, self._seed = recipe, base, seed
 
     def attacked(self, batch: Batch, step: int) -> Batch:
-        """The batch with e(c) + delta* in the place of e(c) in its target rows; the targets stay those of e(c).
+        """Return the batch with e(c) + delta* for e(c) in its target rows; the targets stay those of e(c).
 
         delta* = argmin over |delta|_inf <= epsilon of || n - eps(x_t, e(c) + delta, t) ||^2 at the one timestep of each
-        row, n being the initial noise, or with goal "concept" what the base predicts for the concept. Where something
-        else than the concept has led from the noise to x_t, the noise is no picture of it, and the goal is the latter.
+        row; n is the initial noise or, with goal "concept", the base's prediction for the concept. A row whose
+        trajectory the concept did not lead has the second goal in any case: its noise belongs to another picture.
         """
         led = batch.led.view(-1, *[1] * (batch.noise.dim() - 1)) & (self._recipe.goal == "noise")
         goal = torch.where(led, batch.noise, batch.concept)
 
         def harm(states: Tensor) -> Tensor:
-            told = replace(batch.states, states=states)
-            prediction = self._base.predict(batch.latents, batch.times, told)
+            moved = replace(batch.states, states=states)
+            prediction = self._base.predict(batch.latents, batch.times, moved)
             return (goal - prediction).pow(2).flatten(1).mean(dim=1)
 
         states = batch.states.states
@@ -86,5 +86,8 @@ class Attacker:
 
 
 def drift(now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
-    """sum_p mean|p - p_start|, over all trained tensors p by name: what the regularised variant adds to the loss."""
+    """Return sum_p mean|p - p_start| over all trained tensors p, by name.
+
+    The regularised variant adds it to the loss.
+    """
     return torch.stack([(parameter - start[name]).abs().mean() for name, parameter in now.items()]).sum()

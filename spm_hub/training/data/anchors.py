@@ -20,7 +20,7 @@ _NEAREST = 1e-2
 def anchor_weights(candidates: Tensor, target: Tensor, alpha: float) -> Tensor:
     """P(c~ | c_tar) ~ (1 - |cos(e(c~), e(c_tar))|)^alpha over flattened states.
 
-    The paper's alpha is 1: what is far is held more often. A negative one holds what is near more often.
+    The paper's alpha is 1: far candidates are kept more often. A negative one keeps near ones more often.
     candidates: (n, tokens, d), target: (tokens, d); returns (n,), unnormalised, in float64.
     """
     cosine = F.cosine_similarity(candidates.double().flatten(1), target.double().flatten()[None], dim=1)
@@ -29,7 +29,7 @@ def anchor_weights(candidates: Tensor, target: Tensor, alpha: float) -> Tensor:
 
 
 class AnchorSource:
-    """Draws what must stay: rows that the denoiser is told."""
+    """Draws anchors: the conditioning whose predictions must stay."""
 
     def __init__(
         self, base: TeacherModel, recipe: Anchoring, target: str, maker: PromptMaker, surrogate: str = ""
@@ -51,18 +51,18 @@ class AnchorSource:
                 prompts = list(self._recipe.prompts)
             case "text":
                 prompts = [self._maker.anchor(generator) for _ in range(CANDIDATES * count)]
-        told = self._base.encode(prompts)
-        weights = anchor_weights(told.states, target.states, self._recipe.alpha).cpu()
+        rows = self._base.encode(prompts)
+        weights = anchor_weights(rows.states, target.states, self._recipe.alpha).cpu()
         if not bool((weights > 0).any()):
             weights = torch.ones_like(weights)
         chosen = torch.multinomial(weights, count, replacement=True, generator=generator)
-        return told[chosen.to(told.states.device)]
+        return rows[chosen.to(rows.states.device)]
 
 
 def _gaussian(count: int, target: Tensor, generator: torch.Generator) -> Tensor:
     """The released code's anchors: isotropic directions of norm U(0.8, 1.2) * ||e(c_tar)||.
 
-    They lie off the text encoder's manifold.
+    They are off the text encoder's manifold.
     """
     directions = torch.randn((count, target.numel()), generator=generator)
     norms = (0.8 + 0.4 * torch.rand((count, 1), generator=generator)) * target.float().norm().cpu()

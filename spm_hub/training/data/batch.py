@@ -1,4 +1,4 @@
-"""One batch of training rows: noisy latents, what the denoiser is told, and the frozen base's predictions."""
+"""One batch of training rows: noisy latents, conditioning, and the frozen base's predictions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from spm_hub.training.conditioning import Conditioning
 class Batch:
     """Rows to train on.
 
-    Target rows: latents (b, *latent_shape), times (b,), the unit noise in them, as latents, whether the concept has led
-    from that noise there (b,), the prompts trained on and what the denoiser is told of them and of the surrogate (b
-    rows each), and the frozen base's predictions for what is trained on and for the same without the concept: the
-    surrogate's, or `less_concept`'s.
+    Target rows: latents (b, *latent_shape), times (b,), noise: the unit noise in the latents, led (b,): whether the
+    concept led from that noise to them, the prompts trained on, the conditioning of these and of the surrogate (b rows
+    each), and the frozen base's predictions for both: `concept`, and `neutral` without the concept, which is the
+    surrogate's or that of `less_concept`.
     Anchor rows: the same, with the one prediction to keep.
     """
 

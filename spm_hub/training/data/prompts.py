@@ -20,7 +20,7 @@ _HEADS: tuple[str, ...] = (
     "a cartoon of {}", "a small {}", "a big {}", "two {}", "the {}", "{word} {}",
 )  # fmt: skip
 # Text encoders that read from left to right carry the concept on into every later word, and it has to go from there
-# too. Any word of the base's stands in them: otherwise the concept comes back where one does that anchors hold.
+# too. They may contain any word of the base's: otherwise the concept comes back next to words that anchors keep.
 _TAILS: tuple[str, ...] = (
     "", "", "{scene}", "{scene}", "by {artist}", "{scene} by {artist}", "and {thing}", "{word}", "in the {word}",
     "{where} the {word}", "{where} the {word}",
@@ -35,7 +35,7 @@ STYLE_FRAMES: tuple[str, ...] = (
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer: its vocabulary."""
+    """A tokenizer with a vocabulary."""
 
     def get_vocab(self) -> dict[str, int]: ...
 
@@ -58,10 +58,11 @@ class Words:
 
 
 def vocabulary_words(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The whole alphabetic words a tokenizer knows (CLIP's `word</w>`, T5's `▁word`, Qwen's `Ġword`), by their ids.
+    """Return the whole alphabetic words that a tokenizer knows, by their ids.
 
-    A base model's own words are the best guess at what it can draw. CLIP marks the end of a word and not its beginning:
-    what other words end in may be a mere piece of them (`achute` of `parachute`), which means nothing, and is left out.
+    They are CLIP's `word</w>`, T5's `▁word` and Qwen's `Ġword`. A base model's own words are the best guess at the
+    things that it can draw. CLIP marks the end of a word and not its beginning: the ending of another word may be a
+    mere piece of it (`achute` of `parachute`), which means nothing, and is left out.
     """
     found = []
     endings: set[str] = set()
@@ -107,7 +108,7 @@ class PromptMaker:
         )
 
     def mentions_concept(self, text: str) -> bool:
-        """Whether any name of the concept, or half of the words of one, stands in `text`."""
+        """Return whether `text` has any name of the concept, or half of the words of one."""
         words = set(re.findall(r"\w+", text.lower()))
         for name in self.names:
             own = set(re.findall(r"\w+", name.lower())) - {"a", "an", "the", "of"}

@@ -1,4 +1,7 @@
-"""x_t by noising pictures of the concept: the forward process q(x_t | x_0), t uniform (SepME, arXiv 2402.05947)."""
+"""Makes x_t by adding noise to pictures of the concept: q(x_t | x_0) with t uniform.
+
+SepME, arXiv 2402.05947.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _TIMES = 999
 
 
 class QSampleSource:
-    """The base draws pictures of the concept; they are noised to random times, where it is asked for its predictions.
+    """Adds noise of random times to pictures that the base draws of the concept, and predicts there.
 
     x_0 is the latent that a picture is decoded from. SepME encodes the decoded picture again, which adds the
     autoencoder's error and nothing else. Each picture keeps the prompt that it was drawn for.
@@ -64,7 +67,10 @@ class QSampleSource:
 
     @torch.no_grad()
     def batch(self, step: int) -> Batch:
-        """Rows for training step `step`: a pure function of the recipe and `step`, so a resumed run goes on exactly."""
+        """Return the rows of training step `step`.
+
+        They are a function of the recipe and `step` alone, so that a resumed run goes on exactly.
+        """
         base, recipe = self._base, self._recipe
         index = step // -(-recipe.steps // min(recipe.x_t.chunks, recipe.steps))
         drawn_for, pictures = self.pictures(index)
@@ -85,8 +91,9 @@ class QSampleSource:
 
 
 def add_noise(scheduler: Any, pictures: Tensor, noise: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """q(x_t | x_0) as the denoiser takes it, and the times (n,); `moments` (n,) index the scheduler's timesteps.
+    """Return q(x_t | x_0), scaled for the denoiser, and the times (n,).
 
+    moments: (n,), indices into the scheduler's timesteps.
     Diffusion: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise; a flow: (1 - sigma_t) x_0 + sigma_t noise.
     """
     times = scheduler.timesteps.to(pictures.device)[moments.to(pictures.device)]

@@ -1,4 +1,4 @@
-"""Where a concept's words stand among the tokens of a prompt."""
+"""Finds the positions of a concept's words among the tokens of a prompt."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ def window(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def last_position(tokenizer: Any, prompt: str) -> int:
-    """Of the last token before the closing one; the empty prompt has its first."""
+    """Return the position of the last token before the closing one; the empty prompt's is its first."""
     return max(0, len(window(tokenizer, prompt)) - 2)
 
 
 def concept_positions(tokenizer: Any, prompt: str, names: Sequence[str]) -> tuple[int, ...]:
-    """The positions of every occurrence of any of the names, ascending; none where the window ends before the first."""
+    """Return the positions of every occurrence of any of the names, ascending.
+
+    Names beyond the tokenizer's window have none.
+    """
     ids = window(tokenizer, prompt)
     found: set[int] = set()
     for name in names:

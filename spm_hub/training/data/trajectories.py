@@ -1,4 +1,4 @@
-"""Where x_t comes from, and the frozen base's predictions there.
+"""Draws x_t, and the frozen base's predictions there, from trajectories.
 
 A trajectory of the base under guidance passes through every x_t, and the rows it needs at each step ARE the teacher's
 predictions for the concept, the empty prompt and an anchor. Nothing is computed for the targets alone: SPM's own loop
@@ -54,7 +54,7 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class _Lead:
-    """What leads a group of k trajectories.
+    """The prompts, anchors and guidance that lead a group of k trajectories.
 
     prompts (k) of the concept; anchor (k rows), of which those at `by_anchor` (k,) lead; guidance (k,) of the
     trajectories, embedding (k,) the one that a guidance-distilled denoiser receives in the losses; fixed: rows asked at
@@ -72,7 +72,10 @@ class _Lead:
 
 @dataclass(frozen=True, eq=False)
 class _Question:
-    """The prompts and states of one step of k trajectories, and `rows`, all of them in the order of the call."""
+    """The prompts and states of one step of k trajectories.
+
+    rows: all of the states in the order of the denoiser's call.
+    """
 
     prompts: tuple[str, ...]
     target: Conditioning
@@ -83,7 +86,11 @@ class _Question:
 
 @dataclass(frozen=True, eq=False)
 class _Visit:
-    """One step of k trajectories: x_t and the teacher's predictions there (k, *latent_shape); kept (k, a, ...)."""
+    """One step of k trajectories: x_t and the teacher's predictions there.
+
+    All tensors are (k, *latent_shape), but kept, the predictions of a anchors, (k, a, *latent_shape), and times (k,).
+    driver: the prediction that leads on.
+    """
 
     question: _Question
     latents: Tensor
@@ -96,16 +103,19 @@ class _Visit:
 
 
 def generator_for(seed: int, stream: int, index: int) -> torch.Generator:
-    """An independent generator for the index-th use of a stream: a resumed run needs no saved random state."""
+    """Return an independent generator for the index-th use of a stream.
+
+    A resumed run therefore needs no saved random state.
+    """
     return torch.Generator().manual_seed((seed * 1_000_003 + index) * 7 + stream)
 
 
 class TrajectorySource:
     """Trajectories of the frozen base.
 
-    Half of them are driven by the concept, half by an anchor, at various guidance scales, so that x_t covers both what
-    the base draws and what the erased model will see instead. Where the concept does not drive, it is asked for in
-    another sentence at every step, which costs nothing: in all, a concept is learnt from hundreds of them.
+    The concept leads half of them, an anchor the other half, at various guidance scales, so that x_t covers both the
+    base's pictures and those that the erased model will draw instead. If the concept does not lead, it is predicted in
+    another sentence at every step, at no cost: in all, a concept is learnt from hundreds of sentences.
     """
 
     def __init__(
@@ -116,7 +126,7 @@ class TrajectorySource:
         anchors: AnchorSource,
         trainable: Trainable | None = None,
     ) -> None:
-        """trainable: what the base carries in training, and does without here; None where it carries nothing."""
+        """trainable: frozen while trajectories are drawn; None for a bare base."""
         self._base, self._recipe, self._maker, self._anchors, self._trainable = base, recipe, maker, anchors, trainable
         self._kept: dict[int, Chunk] = {}
 
@@ -170,7 +180,7 @@ class TrajectorySource:
     def _ask(self, lead: _Lead, generator: torch.Generator) -> _Question:
         """Return everything that the denoiser is asked at one step of the trajectories."""
         base, recipe, count = self._base, self._recipe, len(lead.prompts)
-        # All anchors but the driving one change at every step: thousands of texts are held, at the cost of few.
+        # All anchors but the driving one change at every step: thousands of texts are kept, at the cost of few.
         base.forget()
         anchors: list[Conditioning] = []
         if recipe.anchoring.weight > 0:
@@ -243,7 +253,7 @@ class TrajectorySource:
         )
 
     def chunk(self, index: int) -> Chunk:
-        """The index-th group; the current and the previous one are kept."""
+        """Return the index-th group; the current and the previous one stay in memory."""
         if index not in self._kept:
             self._kept = {kept: chunk for kept, chunk in self._kept.items() if kept == index - 1}
             with nullcontext() if self._trainable is None else self._trainable.frozen():
@@ -251,7 +261,10 @@ class TrajectorySource:
         return self._kept[index]
 
     def batch(self, step: int) -> Batch:
-        """Rows for training step `step`: a pure function of the recipe and `step`, so a resumed run goes on exactly."""
+        """Return the rows of training step `step`.
+
+        They are a function of the recipe and `step` alone, so that a resumed run goes on exactly.
+        """
         recipe = self._recipe
         length = -(-recipe.steps // min(recipe.x_t.chunks, recipe.steps))
         index = step // length
@@ -283,12 +296,12 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: RecipeFields, generator: 
         prompts += [chunk.prompts[row] for row in rows.tolist()]
         target_states.append(chunk.target_states[rows])
         neutral_states.append(chunk.neutral_states[rows])
-        held = recipe.anchoring.weight > 0
-        for number in range(recipe.anchoring.per_target if held else 0):
+        anchored = recipe.anchoring.weight > 0
+        for number in range(recipe.anchoring.per_target if anchored else 0):
             anchors.append((chunk.latents[rows], chunk.times[rows], chunk.anchors[rows, number]))
             anchor_states.append(chunk.anchor_states[rows, number])
         # The empty prompt is the other half of guidance at every picture, so it is an anchor too.
-        some = rows[: max(1, size // 4) if held else 0]
+        some = rows[: max(1, size // 4) if anchored else 0]
         anchors.append((chunk.latents[some], chunk.times[some], chunk.empty[some]))
         anchor_states.append(chunk.empty_states[chunk.owner[some]])
     latents, times, noise, led, concept, neutral = (torch.cat(parts) for parts in zip(*targets, strict=True))
@@ -301,7 +314,7 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: RecipeFields, generator: 
 
 
 def trained_prompt(recipe: RecipeFields, maker: PromptMaker, generator: torch.Generator) -> str:
-    """What the student is told: a sentence of the concept, or its bare name, or the prompt it is erased from."""
+    """Return a prompt for the student: a sentence of the concept, its bare name, or `erase_from`."""
     if recipe.erase_from is not None:
         return recipe.erase_from
     if recipe.adversary.keywords:
@@ -310,28 +323,28 @@ def trained_prompt(recipe: RecipeFields, maker: PromptMaker, generator: torch.Ge
 
 
 def neutral_prompts(recipe: RecipeFields, maker: PromptMaker, prompts: Sequence[str]) -> list[str]:
-    """For each prompt that is trained on, the one whose prediction is without the concept."""
+    """Return, for each prompt that is trained on, the prompt without the concept."""
     return [
         maker.without(prompt, recipe.surrogate) if recipe.objective.paired else recipe.surrogate for prompt in prompts
     ]
 
 
 def less_concept(whole: Tensor, concept: Tensor, neutral: Tensor) -> Tensor:
-    """The prediction of a prompt less its concept: eps*(Y) - (eps*(X) - eps*(c0)).
+    """Return the prediction of a prompt less its concept: eps*(Y) - (eps*(X) - eps*(c0)).
 
-    In the place of eps*(c0) it makes of any objective's target that of "erase X from Y", eps*(Y) - eta (eps*(X) -
+    In place of eps*(c0) it turns any objective's target into that of "erase X from Y", eps*(Y) - eta (eps*(X) -
     eps*(c0)) in ESD's newer convention.
     """
     return whole - (concept - neutral)
 
 
 def initial_sigma(scheduler: Any) -> float:
-    """How strong the first noise is; a flow's schedulers do not say, as theirs always has unit variance."""
+    """Return the standard deviation of the first noise; flow schedulers do not state theirs, which is 1."""
     return float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
 def scale_model_input(scheduler: Any, latents: Tensor, time: Tensor) -> Tensor:
-    """The latents as the denoiser takes them at `time`."""
+    """Return the latents, scaled for the denoiser at `time`."""
     if not hasattr(scheduler, "scale_model_input"):
         return latents
     model_input: Tensor = scheduler.scale_model_input(latents, time)
@@ -383,12 +396,12 @@ def denoise(
     given: Conditioning,
     guidance: Tensor,
 ) -> Tensor:
-    """Latents (n, *latent_shape) after the first `steps` steps of the schedule, under guidance (n,)."""
+    """Return latents (n, *latent_shape) after the first `steps` steps, under guidance (n,)."""
     both = Conditioning.cat([empty, given])
     for time in scheduler.timesteps[:steps]:
         model_input = torch.cat([scale_model_input(scheduler, latents, time)] * 2)
-        without, told = base.predict(model_input, time.expand(len(model_input)), both).chunk(2)
-        latents = scheduler.step(base.guide(without, told, guidance), time, latents).prev_sample
+        without, guided = base.predict(model_input, time.expand(len(model_input)), both).chunk(2)
+        latents = scheduler.step(base.guide(without, guided, guidance), time, latents).prev_sample
     return latents
 
 
@@ -405,7 +418,10 @@ def teacher_batch(
     neutral_states: Conditioning,
     guidance: Tensor,
 ) -> Batch:
-    """A batch at these latents (n, *latent_shape) and times (n,): freshly drawn anchors, the base asked for all."""
+    """Return a batch at these latents (n, *latent_shape) and times (n,), with newly drawn anchors.
+
+    The frozen base predicts for all of its rows.
+    """
     size, per = len(latents), recipe.anchoring.per_target if recipe.anchoring.weight > 0 else 0
     led = (guidance > 0) & (recipe.x_t.driver == "concept")
     if recipe.x_t.guidance_embedding is not None:

@@ -1,1 +1,1 @@
-"""The training loops and what they keep: optimiser state, checkpoints, early stopping."""
+"""The training loops and their parts: checkpoints, early stopping, moving averages."""

@@ -1,8 +1,8 @@
-"""How hard to anchor: lambda follows the erasure.
+"""Steers lambda, the weight of anchoring, by the progress of the erasure.
 
-The paper sets lambda by hand, for one base. What it buys differs with the concept and the base: too small, and the
-neighbours change more than they have to; too large, and the concept stays. Here the share of the way that the concept's
-predictions have left is watched, and lambda grows while it is below `Anchoring.reach`'s and shrinks while it is above.
+The paper sets lambda by hand, for one base. Its effect differs with the concept and the base: too small, and the
+neighbours change more than they have to; too large, and the concept stays. Here lambda grows while the concept's
+predictions have less of their way left than `Anchoring.reach` asks for, and shrinks while they have more.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AnchorWeight:
         self._erase = self._whole = 0.0
 
     def note(self, step: int, erase: float, whole: float, objective: Objective) -> None:
-        """The erase loss of a batch, and what it was for this batch before training; sets the next step's lambda."""
+        """Set the next step's lambda from a batch's erase loss, now and before training."""
         self._erase = _MEMORY * self._erase + erase
         self._whole = _MEMORY * self._whole + whole
         anchoring = self._recipe.anchoring
@@ -42,7 +42,7 @@ class AnchorWeight:
         self.weight = min(max(steered, anchoring.weight / _RANGE), anchoring.weight * _RANGE)
 
     def state(self) -> Tensor:
-        """(3,), float64: what a resumed training needs to go on exactly."""
+        """Return (3,), float64: all that a resumed training needs."""
         return torch.tensor([self.weight, self._erase, self._whole], dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:

@@ -70,7 +70,7 @@ class ClosedFormRun(Run):
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """What a method of one formula is trained by.
+    """Trains a method of one formula.
 
     solve: task -> increments by module path.
     """

@@ -1,4 +1,7 @@
-"""The same seed gives the same bits on a GPU too, whose kernels otherwise add up in whatever order they finish."""
+"""Makes the same seed give the same bits on a GPU.
+
+Its kernels otherwise add numbers up in the order in which they finish.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ _FILLING: Any = torch.utils.deterministic
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Inside, an operation on a GPU either gives the same bits every time or raises, see `lacks_deterministic_kernel`.
+    """Make operations on a GPU give the same bits every time, or raise.
 
-    Nothing changes for who computes on a CPU, where they are the same in any case.
+    See `lacks_deterministic_kernel`. Nothing changes on a CPU, where the bits are the same in any case.
     """
     if not torch.cuda.is_available():
         yield
@@ -27,7 +30,7 @@ def deterministic() -> Iterator[None]:
         torch.backends.cudnn.benchmark, _FILLING.fill_uninitialized_memory,
     )  # fmt: skip
     workspace = os.environ.get(_CUBLAS)
-    # Not warn_only: memory-efficient attention adds up its gradients in order only if it is told so in earnest.
+    # Not warn_only: memory-efficient attention adds up its gradients in order only without warn_only.
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     _FILLING.fill_uninitialized_memory = False
@@ -43,5 +46,5 @@ def deterministic() -> Iterator[None]:
 
 
 def lacks_deterministic_kernel(error: RuntimeError) -> bool:
-    """Whether this is what torch raises where an operation of the model has no kernel that repeats itself."""
+    """Return whether torch raised `error` for an operation without a deterministic kernel."""
     return "deterministic" in str(error)

@@ -20,14 +20,17 @@ class EarlyStopping:
         self.due = False
 
     def note(self, step: int, erase: float) -> None:
-        """The erase loss of `step` (from 0); sets `due` once more than `after` steps are made and L_mom <= tau."""
+        """Record the erase loss of `step` (from 0).
+
+        Sets `due` once more than `after` steps are taken and L_mom <= tau.
+        """
         memory = self._recipe.memory
         self._mean = erase if step == 0 else memory * self._mean + (1 - memory) * erase
         below = self._recipe.below
         self.due = self.due or (below is not None and step > self._recipe.after and self._mean <= below)
 
     def state(self) -> Tensor:
-        """(2,), float64: what a resumed training needs to go on exactly."""
+        """Return (2,), float64: all that a resumed training needs."""
         return torch.tensor([self._mean, self.due], dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:

@@ -13,7 +13,7 @@ from spm_hub.training.loop.run import Run
 from spm_hub.training.objective import Losses
 
 _MOST = 10.0
-"""Above this eta is cut: beside a loss that crosses zero it has no bound, and one such step would fill Adam's second
+"""Above this eta is cut: it has no bound if another loss crosses zero, and one such step would fill Adam's second
 moment, which then holds the concept still for hundreds of steps."""
 
 
@@ -35,7 +35,7 @@ class JointRun(Run):
 
     @property
     def finished(self) -> bool:
-        """Whether every concept's early stop is due."""
+        """True once every concept's early stop is due."""
         return all(run.finished for run in self._runs)
 
     def step(self, step: int) -> dict[str, float]:

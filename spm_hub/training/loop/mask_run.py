@@ -1,4 +1,4 @@
-"""The loop that trains masks: draws pictures under sampled masks, and back-propagates their final errors.
+"""The loop that trains masks: draws pictures under sampled masks and back-propagates their errors.
 
 Zhang et al., Minimalist Concept Erasure in Generative Models, ICML 2025, arXiv 2507.13386.
 """
@@ -26,10 +26,10 @@ _SET, _ORDER, _MASKS = 3, 4, 5  # streams of `generator_for`
 
 @dataclass(frozen=True)
 class PictureSet:
-    """What is trained on, n rows that alternate: a prompt of the concept, one of anything else.
+    """The training set, n rows that alternate: a prompt of the concept, one of anything else.
 
-    prompts: n.  concept: (n,) bool.  noise, goals: (n, *latent_shape), where a picture starts and where it is to end.
-    distance: the mean MSE between what the base draws of the concept's prompts and its goals.
+    prompts: n.  concept: (n,) bool.  noise, goals: (n, *latent_shape), the beginning of a picture and its goal.
+    distance: the mean MSE between the base's pictures of the concept's prompts and their goals.
     """
 
     prompts: list[str]
@@ -43,7 +43,7 @@ class MaskRun(Run):
     """The state that training changes: the masks' logits and the optimiser."""
 
     def __init__(self, task: Task) -> None:
-        """Mask the groups of the recipe's `masks`. Raises RecipeError for a group that the denoiser does not have."""
+        """Mask the groups of the recipe's `masks`. Raises RecipeError for a group that is not there."""
         self.recipe = recipe = task.recipe
         self._base = base = task.base
         self._maker = task.prompts
@@ -74,7 +74,7 @@ class MaskRun(Run):
         return PictureSet(prompts, concept, noise, goals, distance)
 
     def _drawn(self, prompts: list[str], noise: Tensor) -> Tensor:
-        """What the base draws."""
+        """Return the latents z_0 that the base draws from `noise`."""
         parts = []
         with self.masks.frozen():
             for start in range(0, len(prompts), _DRAWN_AT_ONCE):
@@ -84,13 +84,16 @@ class MaskRun(Run):
         return torch.cat(parts)
 
     def denoising(self, prompts: list[str], masks: int | None = None) -> Step:
-        """A step of the base's own sampling under the recipe's guidance; `masks` numbers the samples they are under."""
+        """Return a step of the base's own sampling under the recipe's guidance.
+
+        masks: the number of the first sample of the masks to draw under; None for the base itself.
+        """
         base, scheduler, count = self._base, self._scheduler, len(prompts)
         guidance = torch.full((count,), self.recipe.x_t.guidance[0], device=base.device)
-        told = base.encode(prompts).under(guidance)
+        given = base.encode(prompts).under(guidance)
         # Where the prompt alone drives, nothing has to be said of the empty one.
         alone = base.family.distilled or self.recipe.x_t.guidance[0] == 1
-        both = told if alone else Conditioning.cat([base.encode([""])[0].expand(count).under(guidance), told])
+        both = given if alone else Conditioning.cat([base.encode([""])[0].expand(count).under(guidance), given])
 
         def step(index: int, latents: Tensor) -> Tensor:
             if masks is not None:
@@ -155,12 +158,12 @@ class MaskRun(Run):
 
 
 def final_latent_losses(drawn: Tensor, goals: Tensor, concept: Tensor) -> tuple[Tensor, Tensor]:
-    """What there is to erase and what there is to keep, each summed over its rows; the loss is erase + beta * keep.
+    """Return the losses `erase` and `keep`, each summed over its rows; the loss is erase + beta * keep.
 
     drawn z_0, goals: (n, *latent_shape).  concept: (n,) bool, which rows are prompts of the concept.
 
-    erase: MSE(z_0(c), goal), the goal being what the base draws of the same noise without the concept.  keep:
-    MSE(z_0(n), z_0*(n)) of the other prompts, z_0* being what the base draws itself.
+    erase: MSE(z_0(c), goal); the goal is the base's picture of the same noise without the concept.  keep:
+    MSE(z_0(n), z_0*(n)) of the other prompts; z_0* is the base's own picture.
     """
     each = (drawn - goals).pow(2).flatten(1).mean(1)
     return each[concept].sum(), each[~concept].sum()

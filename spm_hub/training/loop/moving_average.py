@@ -1,4 +1,7 @@
-"""The moving average of what is trained: smoother than any one step, and where a recipe asks, what is kept."""
+"""The moving average of the trained parameters, smoother than any one step.
+
+It is saved in their place if the recipe asks for it.
+"""
 
 from __future__ import annotations
 

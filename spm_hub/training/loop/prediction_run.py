@@ -1,4 +1,4 @@
-"""The loop of everything that compares predictions at x_t: one batch, its losses, one step of the optimiser."""
+"""The loop that compares predictions at x_t: one batch, its losses, one step of the optimiser."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from spm_hub.training.trainable.warm_start import begin_with
 
 
 def nothing_to_erase(recipe: RecipeFields) -> RecipeError:
-    """For a concept that the base itself draws as what is to take its place."""
+    """Return the error for a concept that the base draws exactly as its surrogate."""
     return RecipeError(
         f"{recipe.model} predicts the same for {recipe.target!r} as for its surrogate {recipe.surrogate!r}: there is "
         "nothing to erase",
@@ -85,7 +85,7 @@ class PredictionRun(Run):
         self.space = space_left(recipe, base, task.modules) if protects(recipe) else None
         anchors = AnchorSource(base, recipe.anchoring, recipe.target, task.prompts, recipe.surrogate)
         self.attacker = Attacker(recipe.adversary, base, recipe.seed) if recipe.adversary.steps else None
-        self.held: dict[str, Tensor] = {}  # the parameters when the adversary began, if the recipe holds them
+        self.at_attack: dict[str, Tensor] = {}  # the parameters when the adversary began, if the recipe holds them
         if trainable is None:
             basis = None if self.space is None else self.space.basis
             generator = generator_for(recipe.seed, 2, 0)
@@ -124,7 +124,7 @@ class PredictionRun(Run):
 
     @property
     def finished(self) -> bool:
-        """Whether the early stop is due."""
+        """True once the early stop is due."""
         return self.stopping.due
 
     def step(self, step: int) -> dict[str, float]:
@@ -148,15 +148,15 @@ class PredictionRun(Run):
         return self.objective.losses(self.base, batch)
 
     def total(self, step: int, losses: Losses, balance: float | Tensor = 1.0) -> Tensor:
-        """What is minimised; `balance` weighs the erasure among those of several concepts."""
+        """Return the loss to minimise; `balance` weighs the erasure among those of several concepts."""
         total = self.objective.loss(balance * losses.erase, losses.anchor, self.anchor_weight.weight)
         if (l1 := self.recipe.regulariser.l1) > 0:
             deltas = self.trainable.deltas()
             total = total + l1 * torch.stack([delta.abs().sum() for delta in deltas]).sum() / len(deltas)
         if self.recipe.adversary.hold and step >= self.recipe.adversary_from:
             now = self.trainable.state()
-            self.held = self.held or {key: value.detach().clone() for key, value in now.items()}
-            total = total + self.recipe.adversary.hold * drift(now, self.held)
+            self.at_attack = self.at_attack or {key: value.detach().clone() for key, value in now.items()}
+            total = total + self.recipe.adversary.hold * drift(now, self.at_attack)
         if self.distance is None:
             if not losses.distance.any():
                 raise nothing_to_erase(self.recipe)
@@ -179,7 +179,7 @@ class PredictionRun(Run):
             self.average.update()
 
     def note(self, step: int, losses: Losses) -> dict[str, float]:
-        """Takes down what a step has shown; returns the losses as shares of the distance."""
+        """Record a step; return the losses as shares of the distance."""
         assert self.distance is not None
         erase = float(losses.erase.detach())
         self.anchor_weight.note(step, erase, float(losses.distance), self.objective)
@@ -190,7 +190,10 @@ class PredictionRun(Run):
         }
 
     def _project(self) -> None:
-        """Training knows what it may not change: projected afterwards alone, much of the erasure could be lost."""
+        """Project the increments into the null space at every step.
+
+        Projected only at the end, much of the erasure could be lost.
+        """
         if self.space is not None:
             self.trainable.project(self.space.projector)
 
@@ -202,7 +205,7 @@ class PredictionRun(Run):
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = tensors_of(self.trainable, self.optimiser)
-        tensors |= {f"held.{key}": value for key, value in self.held.items()}
+        tensors |= {f"held.{key}": value for key, value in self.at_attack.items()}
         if self.distance is not None:
             tensors["distance"] = self.distance
         tensors["steering"] = self.anchor_weight.state()
@@ -213,8 +216,8 @@ class PredictionRun(Run):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         restore(self.trainable, self.optimiser, tensors)
-        held = (key for key in tensors if key.startswith("held."))
-        self.held = {key.removeprefix("held."): tensors[key].to(self.base.device) for key in held}
+        kept = (key for key in tensors if key.startswith("held."))
+        self.at_attack = {key.removeprefix("held."): tensors[key].to(self.base.device) for key in kept}
         self.distance = tensors["distance"].to(self.base.device)
         self.anchor_weight.load(tensors["steering"])
         self.stopping.load(tensors["stopping"])

@@ -1,4 +1,4 @@
-"""The interface of a training loop: a task in, a run out that steps, saves its state and gives increments."""
+"""The interface of a training loop: a task in, and a run out that steps and saves its state."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Run(ABC):
 
     @property
     def finished(self) -> bool:
-        """Whether no further step is needed."""
+        """True if no further step is needed."""
         return False
 
     @abstractmethod
@@ -72,5 +72,5 @@ class Run(ABC):
         """Restore the state that `tensors` returned."""
 
     def increments(self) -> Mapping[str, Increment]:
-        """Return what is to be saved, by module path."""
+        """Return the increments to save, by module path."""
         return self.trainable.increments()

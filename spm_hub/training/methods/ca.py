@@ -1,4 +1,4 @@
-"""Concept Ablation: the concept's prediction becomes that of an anchor concept, which the surrogate names.
+"""Concept Ablation: turns the concept's prediction into that of an anchor concept, the surrogate.
 
 Kumari et al., Ablating Concepts in Text-to-Image Diffusion Models, ICCV 2023, arXiv 2303.13516: the
 model-based variant.
@@ -21,8 +21,8 @@ class ConceptAblation(SelfDistillation):
 
     teacher: who predicts eps(x_t, c_anchor): the model being erased ("student", the paper's), or the frozen base.
     The prior loss is the anchoring loss on the anchor concept's own sentences (anchoring.source "surrogate"): they are
-    held to the base's prediction, which is what the noise of the base's own pictures is on average, where the paper
-    takes single draws of that noise.
+    kept at the base's prediction, which is the average noise of the base's own pictures; the paper takes single draws
+    of that noise.
     """
 
     teacher: Literal["base", "student"] = "student"

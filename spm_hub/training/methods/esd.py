@@ -31,7 +31,7 @@ class ESD(Objective):
         return self.eta if self.convention == "paper" else self.eta - 1
 
     def target(self, concept: Tensor, neutral: Tensor) -> Tensor:
-        """What the loss pulls to, in either convention."""
+        """Return the prediction that the loss pulls to, in either convention."""
         start = neutral if self.convention == "paper" else concept
         return start - self.eta * (concept - neutral)
 

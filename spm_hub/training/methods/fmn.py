@@ -27,10 +27,10 @@ from spm_hub.training.recipe.validation import check_prediction
 
 @dataclass(frozen=True)
 class ForgetMeNot(Objective):
-    """The Frobenius norm of all cross-attention probabilities that the picture gives to the concept's tokens.
+    """The Frobenius norm of all cross-attention probabilities from the picture to the concept's tokens.
 
     names: the concept's.  tokens: "concept", its own (the paper's), or "onwards", also all after its first: a text
-    encoder that reads from left to right tells them of it.
+    encoder that reads from left to right passes the concept on to them.
     """
 
     names: tuple[str, ...]
@@ -41,11 +41,15 @@ class ForgetMeNot(Objective):
         return 0.0
 
     def target(self, concept: Tensor, neutral: Tensor) -> Tensor:
-        """Of the prediction there is none: what is lost is lost in attention."""
+        """Return `neutral`: the loss is in attention, and has no target prediction."""
         return neutral
 
     def losses(self, base: TeacherModel, batch: Batch) -> Losses:
-        """Raises RecipeError for a denoiser without cross-attention, one whose prompts are masked, or too long ones."""
+        """Return the losses of one batch.
+
+        Raises RecipeError for a denoiser without cross-attention, for one whose prompts are masked, and for prompts
+        that exceed the tokenizer's window.
+        """
         if batch.states.mask is not None:
             raise masked()
         chosen = torch.zeros(batch.states.shape[:2], dtype=torch.bool, device=batch.latents.device)
@@ -93,25 +97,26 @@ def cross_attentions(denoiser: nn.Module) -> list[nn.Module]:
 
 
 def masked() -> RecipeError:
-    """For a denoiser that is told which of the text states count."""
+    """Return the error for a denoiser that masks some of the text states."""
     return RecipeError("method 'fmn' knows no denoiser whose prompts are masked", mend="--method esd-x")
 
 
 @contextmanager
 def record_attention(denoiser: nn.Module) -> Iterator[list[Tensor]]:
-    """Fills a list with all cross-attention probabilities, (n, heads, pixels, tokens) float32, as the denoiser runs.
+    """Record all cross-attention probabilities while the denoiser runs.
 
-    Raises RecipeError where there is no cross-attention.
+    They are added to the returned list, (n, heads, pixels, tokens) float32 for each layer.
+    Raises RecipeError if there is no cross-attention.
     """
     layers = cross_attentions(denoiser)
     seen: list[Tensor] = []
 
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         attention: Any = layer
-        hidden, told = args[0], kwargs["encoder_hidden_states"]
+        hidden, states = args[0], kwargs["encoder_hidden_states"]
         query, key = (
             part.unflatten(-1, (attention.heads, -1)).transpose(1, 2).float()
-            for part in (attention.to_q(hidden), attention.to_k(told))
+            for part in (attention.to_q(hidden), attention.to_k(states))
         )
         seen.append((query @ key.transpose(-1, -2) * attention.scale).softmax(dim=-1))
 
@@ -124,7 +129,7 @@ def record_attention(denoiser: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def check(recipe: RecipeFields) -> None:
-    """Refuse steering by a prediction that the method does not have, and a surrogate that it does not read."""
+    """Refuse steering by a prediction, which the method lacks, and a surrogate that it does not read."""
     check_prediction(recipe)
     anchoring = recipe.anchoring
     if anchoring.weight and anchoring.reach is not None:

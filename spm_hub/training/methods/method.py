@@ -1,4 +1,4 @@
-"""A method as one object: what it is, which part of a recipe it reads, and how it is trained."""
+"""A method as one object: its texts, the part of a recipe that it reads, and its training."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Method:
     """A way to erase, for `spmhub train --method NAME`: one file in `methods/`, or a plug-in's.
 
     objective: recipe -> the loss, for a loop that compares predictions; None for any other.
-    preset: values of recipe keys that differ from the defaults; whoever trains may change each of them.
-    name, title, paper: what it is called, in commands and in words, and where it was published.
+    preset: values of recipe keys that differ from the defaults; a recipe may change each of them.
+    name, title, paper: its name in commands, its name in words, and its publication.
     summary, cost, harm: one short sentence each: which eraser is it for, what does it take, what does it damage.
     trains: task -> run. `PredictionRun`, `MaskRun`, `ClosedForm(solve)`, or a loop of its own.
     uses: the recipe keys that it reads, "part" or "part.key"; a recipe that sets any other is refused. Keys about the

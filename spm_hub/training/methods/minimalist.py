@@ -15,7 +15,7 @@ from spm_hub.training.trainable.mask import neurons
 
 
 def check(recipe: RecipeFields) -> None:
-    """Refuse more than one guidance scale, and batches that do not balance the concept with everything else."""
+    """Refuse several guidance scales, and batches that do not balance the concept with the rest."""
     if len(recipe.x_t.guidance) != 1 or recipe.x_t.guidance[0] < 1:
         raise ValueError(
             f"method {recipe.method!r} draws under one guidance of 1 or more, for instance x_t.guidance=[3.0] "
@@ -55,7 +55,7 @@ METHOD = Method(
     }),
     instead={
         "increment": "it switches neurons off, by kind 'mask'; methods 'spm' and 'esd-x' train other increments",
-        "anchoring": "masks.beta sets how hard everything else is held",
+        "anchoring": "masks.beta is the weight of keeping everything else",
         "x_t": "it draws whole pictures: of x_t it reads steps and guidance",
         "objective.eta": "it goes to a drawn goal and not beyond",
         "objective.paired": "it draws the same sentence with and without the concept in any case",

@@ -1,4 +1,4 @@
-"""SDD: the concept's prediction becomes the model's own unconditional one; the weights' moving average is kept.
+"""SDD: turns the concept's prediction into the unconditional one; saves the moving average.
 
 Kim et al., Towards Safe Self-Distillation of Internet-Scale Text-to-Image Diffusion Models, 2023, arXiv 2307.05977.
 """

@@ -1,4 +1,4 @@
-"""SepME's loss: what the concept does to the prediction is made uncorrelated with what it did (G-CiRs).
+"""SepME's loss (G-CiRs): makes the concept's effect on the prediction uncorrelated with its old one.
 
 Zhao et al., Separable Multi-Concept Erasure from Diffusion Models, arXiv 2402.05947, section on concept-irrelevant
 representations. Equations are numbered as in the authors' later text of it: Forget All That Should Be Forgotten:
@@ -20,13 +20,14 @@ from spm_hub.training.objective import Losses, Objective
 
 @dataclass(frozen=True)
 class SepME(Objective):
-    """L_cor(c) = mean( r_c(theta + dtheta) * r_c(theta) ), r_c(theta) = eps(x_t, c; theta) - eps(x_t, c0; theta).
+    """L_cor(c) = mean( r_c(theta + dtheta) * r_c(theta) ), r_c the concept's effect on the prediction.
 
-    Eq. 28, and 27 for r_c. The product is element-wise, without a root, a cosine or guidance. It is 0 where the
-    concept's own direction is gone, and falls below without a bound: whoever minimises it stops.
+    r_c(theta) = eps(x_t, c; theta) - eps(x_t, c0; theta). Eq. 28, and 27 for r_c. The product is element-wise, without
+    a root, a cosine or guidance. It is 0 if the concept's own direction is gone, and falls further without a bound: a
+    training has to stop there.
     """
 
-    # At the paper's beta gradients lie below Adam's epsilon: as shares of anything, they would make other steps.
+    # At the paper's beta gradients are below Adam's epsilon: divided by anything, they would make other steps.
     relative: ClassVar[bool] = False
 
     @property

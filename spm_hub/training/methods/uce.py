@@ -29,15 +29,15 @@ from spm_hub.training.trainable.module_selection import select_modules
 def edit(
     weights: Mapping[str, Tensor], edited: Tensor, goals: Tensor, kept: Tensor, ridge: float, rank: int | None = None
 ) -> dict[str, LowRank]:
-    """The increments, float64, that make keys and values of `edited` those of `goals`; all concepts at once.
+    """Return float64 increments that map keys and values of `edited` to those of `goals`, all at once.
 
     weights: path to (out, d_text).  edited c_e, goals c_g (n, d_text), kept c_p (m, d_text): text states.
-    ridge: lambda.  rank: of the increments; without it theirs is n, or d_text where that is less.
+    ridge: lambda.  rank: of the increments; by default n, or d_text if that is less.
 
     W' = (lambda W + sum_e W c_g c_e^T + sum_p W c_p c_p^T) (lambda I + sum_e c_e c_e^T + sum_p c_p c_p^T)^-1.
-    As W = W M M^-1, with M what is inverted, W' - W = [W (c_g - c_e)] [c_e^T M^-1]: a product of rank n, exactly; and a
-    sum over concepts, so that each one's own terms, with the others among what is kept, are an eraser of its own.
-    Where n is more than the rank asked for, W' - W = W K is cut to W U U^T K, U the first left singular vectors of
+    As W = W M M^-1, with M the inverted matrix, W' - W = [W (c_g - c_e)] [c_e^T M^-1]: a product of rank n, exactly;
+    and a sum over concepts, so that each one's own terms, with the other concepts among the kept states, are an eraser
+    of its own. If n exceeds the rank asked for, W' - W = W K is cut to W U U^T K, U the first left singular vectors of
     K M^(1/2): no other product of that rank is nearer to K on the states that M is made of.
     """
     c, moves, p = edited.double(), (goals - edited).double(), kept.double()
@@ -64,12 +64,12 @@ def solve(task: Task) -> dict[str, LowRank]:
     edited, goals = _edits(recipe, base, names, recipe.kind)
     kept = [_edits(recipe, base, (one.target, *one.aliases), one.kind)[0] for one in recipe.together]
     if chosen.preserve:
-        kept.append(_held(recipe, base, chosen.preserve))
+        kept.append(_kept_states(recipe, base, chosen.preserve))
     if chosen.held:
         company = (name for one in recipe.together for name in (one.target, *one.aliases))
         maker = _maker(base, (*names, *company), recipe.kind)
         generator = generator_for(recipe.seed, 6, 0)
-        kept.append(_held(recipe, base, ["", *(maker.anchor(generator) for _ in range(chosen.held))]))
+        kept.append(_kept_states(recipe, base, ["", *(maker.anchor(generator) for _ in range(chosen.held))]))
     if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
         raise RecipeError(f"method 'uce' cannot edit {path}: it is quantised", mend="--method esd-x")
     if others := modules_not_reading_text(base, modules, recipe.target):
@@ -80,7 +80,10 @@ def solve(task: Task) -> dict[str, LowRank]:
 
 
 def _edits(recipe: RecipeFields, base: TeacherModel, names: Sequence[str], kind: str) -> tuple[Tensor, Tensor]:
-    """The states to be edited, of each name alone and in the same sentences as every other's, and what they become."""
+    """Return the states to edit, and their goals.
+
+    They are those of each name alone, and in the same sentences as every other name.
+    """
     pairs = []
     for name in names:
         maker, generator = _maker(base, (name,), kind), generator_for(recipe.seed, 5, 0)
@@ -90,9 +93,9 @@ def _edits(recipe: RecipeFields, base: TeacherModel, names: Sequence[str], kind:
 
 
 def _pair(recipe: RecipeFields, base: TeacherModel, name: str, text: str, without: str) -> tuple[Tensor, Tensor]:
-    """States of `text` at its concept's last token, or from there to the window's end, and what they become.
+    """Return the states of `text` at its concept's last token, or from there to the end, and their goals.
 
-    That is the same of `without`, from its surrogate on, or where it has none, from the token before the gap.
+    The goals are the same states of `without`, from its surrogate on or, if it has none, from the token before the gap.
     """
     tokenizer = base.pipe.tokenizer
     old, new = base.encode([text, without], literally=True).states
@@ -104,9 +107,9 @@ def _pair(recipe: RecipeFields, base: TeacherModel, name: str, text: str, withou
     return old[first[0] : first[0] + count], new[other[0] : other[0] + count]
 
 
-def _held(recipe: RecipeFields, base: TeacherModel, prompts: Sequence[str]) -> Tensor:
-    """The states (n, d_text) by which prompts are held: their last tokens', or where all are edited, all."""
-    # Zeros, which SDXL is told in place of no prompt, would make of a concept nothing at all, and hold nothing.
+def _kept_states(recipe: RecipeFields, base: TeacherModel, prompts: Sequence[str]) -> Tensor:
+    """Return the states (n, d_text) to keep of prompts: their last tokens', or all if all are edited."""
+    # Zeros, which SDXL receives for no prompt, would turn a concept into nothing at all, and keep nothing.
     states = base.encode(prompts, literally=True).states
     if recipe.closed_form.tokens == "onwards":
         return states.flatten(0, 1)
@@ -157,7 +160,7 @@ METHOD = Method(
     uses=frozenset({"closed_form", "increment.dtype", "protection", "together"}),
     instead={
         "*": "it is a closed form, without a training loop",
-        "objective.eta": "it is a closed form; closed_form.ridge sets how hard everything else is held",
+        "objective.eta": "it is a closed form; closed_form.ridge is the weight of keeping everything else",
         "objective.paired": "it always edits the concept's states into those of the same sentence with the surrogate",
         "increment": "it gives an exact low_rank increment of closed_form.rank on keys and values of cross-attention",
         "increment.modules": "it edits keys and values of cross-attention, 'esd-x-strict', only",

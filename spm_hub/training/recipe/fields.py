@@ -41,7 +41,7 @@ class RecipeFields(RecipePart):
     )
     name: str | None = Field(default=None, description="of the eraser; made from the target unless given")
     model: NonBlank = "sketchbook"
-    method: str = Field(default="spm", description="a preset of the parts below, each of which may be changed")
+    method: str = Field(default="spm", description="a preset of the parts below; each key may be changed")
     objective: Objective = Objective()
     increment: IncrementRecipe = IncrementRecipe()
     x_t: XtSource = XtSource()

@@ -1,6 +1,6 @@
-"""What is known of often-erased concepts before anybody trains: their kind and their other names.
+"""Kind and other names of often-erased concepts.
 
-`spmhub train nudity` should mean what the papers mean, a naked body however it is called, without an option.
+`spmhub train nudity` should erase a naked body under any name, as in the papers, without an option.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def known(target: str) -> dict[str, Any]:
 
 
 def anchor_concept(target: str, kind: str | None) -> str:
-    """What a concept is ablated to, "painting" for a style; "" where nobody said."""
+    """Return the anchor concept that replaces a concept: "painting" for a style, "" if none is known."""
     return _ANCHORS.get(_plain(target), "painting" if kind == "style" else "")
 
 

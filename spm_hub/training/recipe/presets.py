@@ -1,4 +1,4 @@
-"""Merges what a method presets with what a user gives."""
+"""Merges a method's preset with the values that a user gives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _are_mappings(*values: Any) -> bool:
 
 
 def with_preset(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` over a method's preset, which is first adapted to the increment and the source that they name."""
+    """Return `values` over a method's preset, adapted to the increment and the source in `values`."""
     implied: dict[str, Any] = {}
     increment, x_t = (part if isinstance(part := values.get(name), dict) else {} for name in ("increment", "x_t"))
     if increment.get("kind") == "null_space" and preset.get("increment", {}).get("kind") != "null_space":

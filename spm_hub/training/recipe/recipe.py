@@ -1,4 +1,4 @@
-"""A training recipe: objective x increment x source of x_t x anchoring x optimiser, as ten lines of YAML.
+"""A training recipe: objective, increment, source of x_t, anchoring, optimiser; ten lines of YAML.
 
 It holds everything that decides the trained weights, so that the manifest, which embeds the whole recipe, is enough to
 train the same eraser again. The trainer scales defaults to the base model; they are never tuned to one.
@@ -31,7 +31,7 @@ from spm_hub.training.recipe.validation import (
 )
 
 _OF_TARGET = ("target", "aliases", "kind", "surrogate", "name")
-_RENAMED = (("x_t", "told", "guidance_embedding"),)  # (part, the key's old name, its name of today)
+_RENAMED = (("x_t", "told", "guidance_embedding"),)  # (part, the key's old name, its present name)
 
 
 class Recipe(RecipeFields):
@@ -40,7 +40,7 @@ class Recipe(RecipeFields):
     @model_validator(mode="before")
     @classmethod
     def _over_preset(cls, values: Any) -> Any:
-        """Lay `values` over what the method presets; add the anchor concept if the method needs one."""
+        """Lay `values` over the method's preset; add the anchor concept if the method needs one."""
         method = find_method(str(values.get("method", "spm"))) if isinstance(values, dict) else None
         if method is None:
             return values
@@ -107,7 +107,7 @@ class Recipe(RecipeFields):
 
     @property
     def trains_jointly(self) -> bool:
-        """Whether several concepts of this recipe become erasers in one run, each without effect on the others."""
+        """True if one run makes an eraser of each concept, without effect on the other concepts."""
         return self._method.together(self)
 
     @classmethod
@@ -128,7 +128,7 @@ class Recipe(RecipeFields):
 
         Well-known concepts bring their kind and aliases along, unless the file or the options say otherwise. A file's
         own aliases, kind, surrogate and name belong to its target: they are dropped for another target.
-        Raises RecipeError for what the recipe cannot hold, UsageError for an empty concept.
+        Raises RecipeError for an unknown key or an impossible value, UsageError for an empty concept.
         """
         values = _read(path) if path is not None else {}
         over = deep_merge(_renamed(given), _assigned(sets))
@@ -173,7 +173,7 @@ def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Return `values` with keys of earlier versions under their names of today; RecipeError if both are given."""
+    """Return `values` with the present names of keys. Raises RecipeError if old and new are given."""
     for part, old, new in _RENAMED:
         keys = values.get(part)
         if isinstance(keys, dict) and old in keys:
@@ -214,7 +214,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _explain(model: type[BaseModel], problem: dict[str, Any], part: str = "") -> str:
-    """Return one line for a problem of pydantic's; `part` is the recipe key that holds `model`, if it is not whole."""
+    """Return one line for a problem that pydantic found; `part` is the recipe key of `model`, if any."""
     where = ".".join(str(step) for step in ((part,) if part else ()) + problem["loc"]) or "recipe"
     if problem["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])

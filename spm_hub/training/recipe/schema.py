@@ -1,6 +1,6 @@
-"""The parts a recipe is made of: objective, increment, x_t source, anchoring, optimiser, and what single methods add.
+"""The parts of a recipe: objective, increment, source of x_t, anchoring, optimiser and others.
 
-Each part checks itself; what goes with what is checked by the recipe. Unknown keys are refused.
+Each part checks itself; the recipe checks their combinations. Unknown keys are refused.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ ConceptKind = Literal["object", "character", "person", "style", "nsfw", "other"]
 
 
 def hint(key: str, known: Any) -> str:
-    """The nearest of the known names, or all of them, to be put behind what was wrong."""
+    """Return the nearest of the known names, or all of them, to append to an error."""
     close = nearest(key, known)
     return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(known)}"
 
 
 class RecipePart(BaseModel):
-    """What all parts are: frozen, finite, and strict about their keys."""
+    """The base of all parts: frozen, finite, and strict about their keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -31,10 +31,10 @@ PEFT_KINDS = ("loha", "lokr", "vera", "dora")
 
 
 class Objective(RecipePart):
-    """What the erased prediction is pulled to: a file in `objectives/`."""
+    """The target of the erased prediction; see the file of the method in `methods/`."""
 
     name: str = Field(default="spm", description="spm, esd, ca, sdd, fmn, uce, minimalist, sepme, or a plug-in's")
-    eta: float = Field(default=1.0, ge=0, description="how far beyond the surrogate's prediction the target lies")
+    eta: float = Field(default=1.0, ge=0, description="distance of the target beyond the surrogate's prediction")
     convention: Literal["paper", "rewrite"] = Field(
         default="paper", description="rewrite: eta as ESD's authors count it since 2025, the paper's plus 1"
     )
@@ -58,16 +58,18 @@ class Objective(RecipePart):
 
 
 class ClosedForm(RecipePart):
-    """What a closed form (UCE) is told in place of a training."""
+    """The settings of a closed form (UCE), which has no training loop."""
 
-    ridge: float = Field(default=0.5, gt=0, description="lambda: how hard everything else is held")
-    preserve: tuple[NonBlank, ...] = Field(default=(), description="prompts held one by one")
+    ridge: float = Field(default=0.5, gt=0, description="lambda: weight of keeping everything else")
+    preserve: tuple[NonBlank, ...] = Field(default=(), description="prompts whose keys and values are kept")
     tokens: Literal["last", "onwards"] = Field(
         default="last",
-        description="what is edited: the last token's state (paper), or all from it to the window's end (released)",
+        description="the edited states: the last token's (paper), or all from it to the window's end (released)",
     )
-    sentences: int = Field(default=0, ge=0, description="sentences about each name, edited beside the name alone")
-    held: int = Field(default=0, ge=0, description="sentences about everything else, held")
+    sentences: int = Field(
+        default=0, ge=0, description="sentences about each name, edited in addition to the name alone"
+    )
+    held: int = Field(default=0, ge=0, description="sentences about everything else whose keys and values are kept")
     rank: int | None = Field(
         default=None, ge=1, le=256, description="of the increment; without it, as many as states are edited"
     )
@@ -77,7 +79,7 @@ MaskGroup = Literal["ff", "norm", "attn", "linear"]
 
 
 class Masks(RecipePart):
-    """Minimalist: which neurons are masked, the pictures they are trained on, and what each of its terms weighs."""
+    """Minimalist's masks: groups of neurons, the pictures they are trained on, weights of the loss."""
 
     groups: tuple[MaskGroup, ...] = Field(
         default=("ff", "attn"),
@@ -110,10 +112,10 @@ class Masks(RecipePart):
 
 
 class IncrementRecipe(RecipePart):
-    """What is trained: low-rank of `rank` 1 is SPM's one-dimensional adapter; dense, full weights and biases.
+    """The kind of increment, and the modules it changes.
 
-    mask: neurons switched off, which `masks` says more of. loha, lokr, vera, dora: PEFT's, of `rank`, saved as low-rank
-    or dense increments.
+    low_rank: of `rank`; rank 1 is SPM's one-dimensional adapter.  dense: full weights and biases.
+    mask: neurons switched off, by `masks`.  loha, lokr, vera, dora: PEFT's, of `rank`, saved as low-rank or dense.
     null_space: w (beta S) on keys and values of cross-attention, S the directions that no protected prompt has (SepME).
     """
 
@@ -137,7 +139,7 @@ class IncrementRecipe(RecipePart):
 
     @classmethod
     def named(cls, text: str) -> dict[str, Any]:
-        """Keys of a recipe's `increment` out of "spm", "lora:4" (a rank), "dense", "null-space". Raises UsageError."""
+        """Return keys of `increment` for "spm", "lora:4" (a rank), "dense" or "null-space". Raises UsageError."""
         kind, colon, rank = text.strip().lower().partition(":")
         if kind == "lora" and rank.isdecimal():
             return {"kind": "low_rank", "rank": int(rank)}
@@ -154,11 +156,11 @@ class IncrementRecipe(RecipePart):
 
 
 class XtSource(RecipePart):
-    """Where the noisy latents x_t come from.
+    """The source of the noisy latents x_t.
 
     trajectory: trajectories of the frozen base, whose predictions are the free targets.
     student: the paper's own, sampled by the model being erased under `guidance` from noise to a random step.
-    q_sample: what the base draws of the concept under `guidance`, noised to a random time (SepME).
+    q_sample: the base's pictures of the concept under `guidance`, noised to a random time (SepME).
     """
 
     source: Literal["trajectory", "student", "q_sample"] = "trajectory"
@@ -188,7 +190,7 @@ _STEEPEST = 100.0  # powers beyond it leave float64
 
 
 class Anchoring(RecipePart):
-    """Latent anchoring (Eq. 7): what must stay, and how hard it is held."""
+    """Latent anchoring (Eq. 7): the prompts whose predictions must stay, and its weight."""
 
     weight: float = Field(default=40.0, ge=0, description="lambda; where it begins when there is a `reach`; 0: none")
     reach: float | None = Field(
@@ -200,7 +202,7 @@ class Anchoring(RecipePart):
     alpha: float = Field(
         default=-2.0,
         description="of text and given: P(anchor) ~ (1 - |cos(anchor, target)|)^alpha. The paper's is 1, which "
-        "prefers what is far; a negative one prefers what is near, where the gate lets the eraser act and it does the "
+        "prefers far anchors; a negative one prefers near ones, where the gate lets the eraser act and it does the "
         "most harm",
     )
     source: Literal["text", "gaussian", "given", "surrogate"] = Field(
@@ -225,8 +227,10 @@ class Anchoring(RecipePart):
 
 
 class Adversary(RecipePart):
-    """R.A.C.E.'s inner loop (arXiv 2405.16341), beside any objective: the student is asked not the prompt's own text
-    states but those within reach of them that bring the concept back best.
+    """R.A.C.E.'s inner loop (arXiv 2405.16341), for any objective that compares predictions.
+
+    The student is not asked for the prompt's own text states, but for those within reach of them that best bring the
+    concept back.
     """
 
     steps: int = Field(default=0, ge=0, description="sign steps, each a quarter of epsilon; 0: no adversary")
@@ -238,7 +242,7 @@ class Adversary(RecipePart):
     )
     goal: Literal["noise", "concept"] = Field(
         default="noise",
-        description="what it wants predicted: the initial noise, the paper's; or what the base predicts of the concept",
+        description="the prediction it aims at: the initial noise (paper), or the base's prediction of the concept",
     )
     begins: float | None = Field(
         default=None,
@@ -250,7 +254,7 @@ class Adversary(RecipePart):
     hold: float = Field(
         default=0.0,
         ge=0,
-        description="weight of the sum of mean |p - p_start| over what is trained; the paper's is 0.1",
+        description="weight of the sum of mean |p - p_start| over all trained tensors; the paper's is 0.1",
     )
     keywords: bool = Field(
         default=False, description="train on the aliases as often as on the target, where templates are off"
@@ -280,7 +284,7 @@ class Optimiser(RecipePart):
 
 
 class Regulariser(RecipePart):
-    """What any objective may add to its loss."""
+    """Additions to the loss of any objective."""
 
     l1: float = Field(default=0.0, ge=0, description="lambda of lambda * sum|dW| / (number of changed tensors) (SepME)")
 
@@ -313,9 +317,9 @@ class Companion(RecipePart):
 
 
 class Protection(RecipePart):
-    """Prompts on which the increment has no effect: keys and values send their text states to zero (SepME).
+    """Prompts on which the increment has no effect: it sends their text states to zero (SepME).
 
-    The empty prompt and the surrogate are among them whenever anything is. A guarantee holds for these prompts to the
+    The empty prompt and the surrogate are among them whenever anything is. The guarantee holds for these prompts to the
     letter, not for paraphrases.
     """
 

@@ -41,8 +41,8 @@ def check_unused_keys(
 ) -> None:
     """Refuse a key that is set and that the recipe's method does not read.
 
-    preset: what the method presets.  reads, reason: of a key, whether the method reads it, and why not.  readers: of a
-    key, the names of the methods that read it.
+    preset: the method's values of keys.  reads: of a key, whether the method reads it.  reason: why it does not.
+    readers: the names of the methods that do.
     """
     for key, value, usual in _leaves(recipe, preset):
         if value == usual or key in _ALWAYS_READ or reads(key):
@@ -77,7 +77,7 @@ def refuse_erased(recipe: RecipeFields, key: str, prompts: Sequence[str]) -> Non
     for companion in recipe.together:
         names += [companion.target, *companion.aliases]
     if clash := set(map(normalise_prompt, names)).intersection(map(normalise_prompt, prompts)):
-        raise ValueError(f"{key}: {sorted(clash)[0]!r} is both to be erased and to be held")
+        raise ValueError(f"{key}: {sorted(clash)[0]!r} is both to be erased and to be kept")
 
 
 def check_surrogate(recipe: RecipeFields) -> None:
@@ -87,8 +87,8 @@ def check_surrogate(recipe: RecipeFields) -> None:
         names += [companion.target, *companion.aliases]
     if (put := normalise_prompt(recipe.surrogate)) in map(normalise_prompt, names):
         raise ValueError(
-            f"surrogate {put!r} is itself to be erased, so that nothing would change: surrogate is what is drawn "
-            "in the concept's place; leave it out for nothing at all"
+            f"surrogate {put!r} is itself to be erased, so that nothing would change: surrogate names "
+            "something to draw in the concept's place; leave it out to draw nothing"
         )
 
 
@@ -103,9 +103,9 @@ def check_combinations(recipe: RecipeFields) -> None:
         )
     if recipe.start_sha256 is not None and recipe.start_from is None:
         raise ValueError("start_sha256 is given, but no start_from")
-    held = set(map(normalise_prompt, recipe.anchoring.prompts))
-    if clash := held.intersection(map(normalise_prompt, (recipe.target, *recipe.aliases))):
-        raise ValueError(f"anchoring.prompts: {sorted(clash)[0]!r} is both to be erased and to be held")
+    anchors = set(map(normalise_prompt, recipe.anchoring.prompts))
+    if clash := anchors.intersection(map(normalise_prompt, (recipe.target, *recipe.aliases))):
+        raise ValueError(f"anchoring.prompts: {sorted(clash)[0]!r} is both to be erased and to be kept")
     if recipe.increment.kind in PEFT_KINDS:
         for what, given in (
             ("start_from", recipe.start_from is not None),
@@ -118,7 +118,7 @@ def check_combinations(recipe: RecipeFields) -> None:
                 )
     if recipe.erase_from is not None and recipe.objective.teacher == "student":
         raise ValueError(
-            f"erase_from {recipe.erase_from!r} needs what the frozen base predicts, and objective.teacher is "
+            f"erase_from {recipe.erase_from!r} needs the frozen base's prediction, and objective.teacher is "
             "'student', the model being erased: method 'esd-x' has it, or objective.teacher 'base'"
         )
     if recipe.erase_from is not None and recipe.objective.paired:
@@ -174,8 +174,8 @@ def check_protection(recipe: RecipeFields, is_joint: bool) -> None:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"together names {twice!r} twice")
     for member in members(recipe) if protects(recipe) else ():
-        held = set(map(normalise_prompt, (*exactly_protected(member), *recipe.protection.prompts)))
-        if clash := held.intersection(map(normalise_prompt, (member.target, *member.aliases))):
+        protected = set(map(normalise_prompt, (*exactly_protected(member), *recipe.protection.prompts)))
+        if clash := protected.intersection(map(normalise_prompt, (member.target, *member.aliases))):
             name = sorted(clash)[0]
             raise ValueError(
                 f"{name!r} cannot be erased and protected at once: take it out of protection, or surrogate"
@@ -196,7 +196,7 @@ _OFF: Mapping[str, object] = {"reach": None, "per_target": 0}
 def check_idle_keys(recipe: RecipeFields, preset: Mapping[str, Any]) -> None:
     """Refuse a key that the values of other keys make idle.
 
-    preset: what the method presets.
+    preset: the method's values of keys.
     """
     anchoring, increment = recipe.anchoring, recipe.increment
     usual = IncrementRecipe.model_fields["beta"].default, preset.get("increment", {}).get("beta")
@@ -220,18 +220,18 @@ def check_idle_keys(recipe: RecipeFields, preset: Mapping[str, Any]) -> None:
             f"anchoring.alpha {anchoring.alpha:g} chooses among sentences, and anchoring.source "
             f"{anchoring.source!r} has none to choose from: leave it out"
         )
-    held = preset.get("anchoring", {})
+    preset_anchoring = preset.get("anchoring", {})
     # A weight of 0 that is asked for, in place of a method's own, is an ablation, and the rest may stay as it was.
-    if anchoring.weight == 0 and held.get("weight") == 0:
-        for key in sorted(_changed(anchoring, held)):
+    if anchoring.weight == 0 and preset_anchoring.get("weight") == 0:
+        for key in sorted(_changed(anchoring, preset_anchoring)):
             if getattr(anchoring, key) != _OFF.get(key, ...):
                 raise ValueError(
                     f"anchoring.{key} is {getattr(anchoring, key)!r}, but anchoring.weight 0: nothing would be "
-                    "held; set anchoring.weight too (and anchoring.per_target to 1 or more)"
+                    "kept; set anchoring.weight too (and anchoring.per_target to 1 or more)"
                 )
     elif anchoring.weight > 0 and anchoring.per_target == 0:
         raise ValueError(
-            f"anchoring.weight is {anchoring.weight:g}, but anchoring.per_target 0: nothing would be held; set "
+            f"anchoring.weight is {anchoring.weight:g}, but anchoring.per_target 0: nothing would be kept; set "
             "anchoring.per_target to 1 or more"
         )
 

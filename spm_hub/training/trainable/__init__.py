@@ -1,1 +1,1 @@
-"""What is trained: low-rank, dense, null-space and mask increments, and PEFT's kinds."""
+"""Trainable increments: low-rank, dense, null-space, masks, and PEFT's kinds."""

@@ -35,9 +35,9 @@ class TrainableLowRank(Trainable):
 
         `down` starts as in SPM: kaiming_uniform(a = sqrt 5), drawn from `generator`.
         """
-        if held := getattr(denoiser, "peft_config", None):
+        if present := getattr(denoiser, "peft_config", None):
             raise ModelError(
-                f"the denoiser already has LoRA layers ({', '.join(held)})",
+                f"the denoiser already has LoRA layers ({', '.join(present)})",
                 mend="call pipe.unload_lora_weights() before training",
             )
         self._denoiser = denoiser

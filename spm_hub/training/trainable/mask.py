@@ -22,7 +22,7 @@ from spm_hub.training.trainable.trainable import Trainable
 
 TEMPERATURE = 0.83
 LOW, HIGH = -0.1, 1.1
-"""What the concrete distribution is stretched to before it is clamped to [0, 1]."""
+"""The interval to which the concrete distribution is stretched before it is clamped to [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Neurons:
 def neurons(denoiser: nn.Module, groups: Sequence[MaskGroup]) -> dict[str, Neurons]:
     """Return the rows of neurons of these groups by their module, in the denoiser's own order.
 
-    ff: what a feed-forward has after its activation, columns of its last layer.  attn: heads, columns of to_out and
+    ff: values after a feed-forward's activation, columns of its last layer.  attn: heads, columns of to_out and
     to_add_out, in FLUX's single blocks of proj_out.  norm: outputs of norm1_context, rows of its linear (arXiv
     2507.13386).  linear: outputs of every Linear in attention and feed-forwards, as released for U-Nets.
     Raises RecipeError for a group that the denoiser does not have.
@@ -191,7 +191,7 @@ class TrainableMask(Trainable):
         return [{"params": list(self._logits.values()), "lr": lr}]
 
     def increments(self) -> dict[str, Mask]:
-        """Return the masks of the present logits, which keep those above zero; masks that keep all are left out."""
+        """Return the masks, which keep neurons with logits above zero; masks that keep all are left out."""
         return without_no_op_masks(
             {
                 place.path: Mask(spread(self._logits[name].detach().cpu() > 0, place.width, place.total), place.dim)

@@ -14,14 +14,13 @@ _JOINT = ("flux", "sd3")  # one attention over picture and text: there is no att
 
 
 def select_modules(denoiser: nn.Module, selection: str) -> dict[str, nn.Module]:
-    """The modules of a selection by dotted path: "targets" is SPM's, the others are ESD's (arXiv 2303.07345).
+    """Return the modules of a selection by dotted path: "targets" is SPM's, the others are ESD's.
 
-    ESD's are told by their names, of all Linear and Conv2d (norms never): esd-x cross-attention, esd-x-strict its keys
-    and values, esd-u all but cross-attention, esd-all, esd-selfattn. In SDXL esd-u and esd-all leave embeddings and
-    what lies outside of the blocks alone. Where picture and text share their attention (FLUX, SD3), esd-x is all of
-    it; esd-x-strict is the picture's keys and values, as released, which leaves out those that only the text passes
-    through, and esd-x-strict-text has both.
-    Raises RecipeError where the denoiser has no such modules.
+    ESD (arXiv 2303.07345) selects by name among all Linear and Conv2d (norms never): esd-x cross-attention,
+    esd-x-strict its keys and values, esd-u all but cross-attention, esd-all, esd-selfattn. In SDXL, esd-u and esd-all
+    leave out embeddings and everything outside of the blocks. In models that attend to picture and text together (FLUX,
+    SD3), esd-x is all attention; esd-x-strict is the picture's keys and values, as released, without those of the text
+    alone; esd-x-strict-text has both. Raises RecipeError if the denoiser has no such modules.
     """
     if selection == "targets":
         return targets(denoiser)

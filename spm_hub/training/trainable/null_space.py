@@ -1,4 +1,7 @@
-"""Trainable increments in the null space of protected prompts: dW = w (beta S) (SepME, arXiv 2402.05947)."""
+"""Trainable increments in the null space of protected prompts: dW = w (beta S).
+
+SepME, arXiv 2402.05947.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Trains PEFT's LoHa, LoKr, VeRA and DoRA layers, and converts them to increments when saved.
 
-What they learn is a change of a weight like any other's: a product of two thin matrices where theirs is one, exactly
-(VeRA always; LoHa and LoKr where that is the smaller file), and else the full change.
+Their change of a weight becomes a product of two thin matrices if it is one exactly (VeRA always; LoHa and LoKr if that
+is the smaller file), and else the full change.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class TrainablePeft(Trainable):
         Raises ModelError for a denoiser that holds other PEFT layers, RecipeError for a module that PEFT has no such
         layer for.
         """
-        if held := getattr(denoiser, "peft_config", None):
+        if present := getattr(denoiser, "peft_config", None):
             raise ModelError(
-                f"the denoiser already has LoRA layers ({', '.join(held)})",
+                f"the denoiser already has LoRA layers ({', '.join(present)})",
                 mend="call pipe.unload_lora_weights() before training",
             )
         self._denoiser, self.kind, self.paths = denoiser, kind, tuple(modules)

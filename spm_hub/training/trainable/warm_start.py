@@ -49,7 +49,7 @@ def with_start_recorded(recipe: R, start: Adapter | None) -> R:
 
 
 def begin_with(trainable: Trainable, start: Adapter) -> None:
-    """Set the trained parameters to the start's increments, exactly; modules without one keep theirs, zero.
+    """Set the trained parameters to the start's increments; modules without one stay at zero.
 
     A low-rank increment of a lower rank leaves the other ranks at zero. Raises RecipeError for a start with a module,
     a rank, a shape or a kind that is not trained; then nothing is set.
