@@ -289,7 +289,10 @@ def test_uce_puts_the_encoded_empty_prompt_in_a_concepts_place_on_sdxl_too() -> 
         ({"method": "esd-x", "objective": {"name": "spm", "convention": "paper"}}, "has the objective 'esd'"),
         ({"objective": {"convention": "rewrite"}}, "convention 'rewrite' would change nothing(.|\n)*: 'race', 'esd-x'"),
         ({"erase_from": "a dog"}, "templates has to be false"),
-        ({"method": "sdd", "erase_from": "a dog", "templates": False}, "erase_from 'a dog' needs what the frozen base"),
+        (
+            {"method": "sdd", "erase_from": "a dog", "templates": False},
+            "erase_from 'a dog' needs the frozen base's prediction",
+        ),
         (
             {"method": "esd-x", "anchoring": {"weight": 40}, "x_t": {"source": "student"}},
             "anchoring.weight is 40, but anchoring.per_target 0",
