@@ -180,6 +180,7 @@ def test_tests_lie_in_folders_of_the_same_names() -> None:
         "import spm_hub.hub.resolve, spm_hub.registry.archive",
         "from spm_hub.registry.registry import registries as r; [e.read_manifest() for f in r() for e in f.entries()]",
         "from spm_hub import Manifest, load, attach, train",
+        "from spm_hub import Recipe; import spm_hub.training.recipe.validation",
     ],
 )
 def test_no_torch_is_imported(statement: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 import test_cli
 import torch
 from pico import pico_pipeline
+from pico_families import family_pipeline
 from test_plugins import install
 
 from spm_hub import plugins
@@ -274,14 +275,13 @@ def test_it_refuses_what_it_does_not_know(values: dict[str, Any], words: str) ->
 
 @pytest.mark.usefixtures("installed")
 def test_its_own_check_of_the_model_is_asked_before_weights_are_read(tmp_path: Path) -> None:
-    pico_pipeline().save_pretrained(tmp_path)
+    for family in ("sd1", "flux-schnell"):
+        family_pipeline(family).save_pretrained(tmp_path / family)
     for weights in tmp_path.rglob("*.safetensors"):
         weights.unlink()
-    recipe = Recipe.make(**PAIR)
-    check_before_loading(recipe, tmp_path)
-    method = sys.modules["another_lab"].gains
+    check_before_loading(Recipe.make(**PAIR), tmp_path / "sd1")
     with pytest.raises(RecipeError, match="'gains' needs cross-attention"):
-        method.check_model(recipe, torch.nn.Linear(2, 2))
+        check_before_loading(Recipe.make(**PAIR), tmp_path / "flux-schnell")
 
 
 @pytest.mark.usefixtures("installed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from pico import pico_pipeline
+from pico import pico_eraser, pico_pipeline
 from pico_families import family_pipeline
+from safetensors.torch import save_file
 from torch import nn
 
 from spm_hub.adapters.increments import Dense, LowRank
@@ -22,11 +24,13 @@ from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.token_positions import last_position
 from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, generator_for
+from spm_hub.training.loop.checkpoint import Checkpoint
 from spm_hub.training.methods import METHODS
 from spm_hub.training.methods.esd import ESD
-from spm_hub.training.recipe.schema import IncrementRecipe
+from spm_hub.training.recipe.schema import IncrementRecipe, Masks
 from spm_hub.training.trainable.dense import TrainableDense
 from spm_hub.training.trainable.low_rank import TrainableLowRank
+from spm_hub.training.trainable.mask import TrainableMask
 from spm_hub.training.trainable.module_selection import select_modules
 
 KEYS = Path(__file__).resolve().parents[3] / "shared" / "conformance" / "esd_keys"
@@ -377,6 +381,55 @@ def test_the_recipes_that_come_along_are_valid(path: Path) -> None:
     plan = Recipe.plan(path) if "\ntarget:" in path.read_text() else Recipe.plan(path, target="church")
     assert path.stem.startswith(plan.method)
     assert Recipe.make(**plan.model_dump(mode="json")) == plan
+
+
+def test_the_old_name_of_guidance_embedding_is_read_wherever_a_recipe_comes_from(tmp_path: Path) -> None:
+    new = Recipe.plan(target="snoopy", x_t={"guidance_embedding": 2.0})
+    assert new.x_t.guidance_embedding == 2.0
+    (tmp_path / "old.yaml").write_text("target: snoopy\nx_t: {told: 3.0}\n")
+    manifest = new.model_dump(mode="json")
+    manifest["x_t"]["told"] = manifest["x_t"].pop("guidance_embedding")
+    assert Recipe.make(**manifest) == new
+    assert Recipe.plan(tmp_path / "old.yaml").x_t.guidance_embedding == 3.0
+    assert Recipe.plan(tmp_path / "old.yaml", ["x_t.guidance_embedding=2.0"]) == new, "options win over the file"
+    assert Recipe.plan(None, ["x_t.told=2.0"], target="snoopy") == new
+    assert Recipe.plan(target="snoopy", x_t={"told": 2.0}) == new.with_set("x_t.told=2.0")
+    assert "guidance_embedding: 2.0" in new.to_yaml()
+    with pytest.raises(RecipeError, match=r"x_t\.told is the old name of x_t\.guidance_embedding: both"):
+        Recipe.make(target="snoopy", x_t={"told": 2.0, "guidance_embedding": 3.0})
+
+
+def test_a_checkpoint_with_the_old_name_still_belongs_to_its_recipe(tmp_path: Path) -> None:
+    recipe = Recipe.make(target="snoopy", x_t={"guidance_embedding": 2.0})
+    checkpoint = Checkpoint(tmp_path, {"base-dtype": "float32"})
+    old = json.loads(recipe.model_dump_json())
+    old["x_t"]["told"] = old["x_t"].pop("guidance_embedding")
+    del old["options"]
+    metadata = {"recipe": json.dumps(old), "step": "3", "base-dtype": "float32"}
+    save_file({"a": torch.ones(1)}, checkpoint.path, metadata)
+    assert checkpoint.read(recipe)[0] == 3
+    with pytest.raises(RecipeError, match="belongs to another recipe"):
+        checkpoint.read(recipe.with_set("x_t.guidance_embedding=3.0"))
+    save_file({"a": torch.ones(1)}, checkpoint.path, {**metadata, "recipe": "{}"})
+    with pytest.raises(RecipeError, match="belongs to another recipe"):
+        checkpoint.read(recipe)
+
+
+def test_a_trainable_refuses_what_its_kind_cannot_do() -> None:
+    unet = pico_pipeline().unet
+    mask = TrainableMask(unet, Masks(groups=("ff",)))
+    eraser = pico_eraser(unet)
+    path, increment = next(iter(eraser.increments.items()))
+    for act, words in (
+        (lambda: mask.project(torch.eye(16)), "TrainableMask cannot leave protected prompts alone(.|\\n)*sepme"),
+        (mask.deltas, "regulariser.l1 needs changes of weights, and TrainableMask has none(.|\\n)*lora:4"),
+        (lambda: mask.start_values(path, increment, eraser), "TrainableMask cannot begin with snoopy"),
+        (mask.install, "TrainableMask cannot be trained together with other concepts"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            act()
+    assert mask.conversion_error({}) is None
+    mask.remove()
 
 
 SETTINGS: dict[str, dict[str, object]] = {
