@@ -71,19 +71,19 @@ def commands(block: Block) -> Iterator[Command]:
 
 
 SHORT_RECIPE: dict[str, Any] = {
-    "steps": 2,
-    "batch_size": 2,
+    "steps": 1,
+    "batch_size": 1,
     "x_t": {"trajectories": 2, "steps": 2, "chunks": 1},
 }
 """Recipe keys of a training that takes a second."""
 
 
 def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let pictures take two steps and trainings in Python two, unless the caller says otherwise."""
+    """Let pictures take one step unless the caller says otherwise, and trainings in Python one."""
     call = inspect.unwrap(StableDiffusionPipeline.__call__)
     names = list(inspect.signature(call).parameters)
     defaults = list(call.__defaults__ or ())
-    defaults[names.index("num_inference_steps") - names.index("prompt")] = 2
+    defaults[names.index("num_inference_steps") - names.index("prompt")] = 1
     monkeypatch.setattr(call, "__defaults__", tuple(defaults))
     train = spm_hub.train
 

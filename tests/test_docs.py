@@ -33,9 +33,9 @@ SHORT = {
         *(f"--set={key}={value}" for key, value in SHORT_RECIPE.items() if not isinstance(value, dict)),
         *(f"--set=x_t.{key}={value}" for key, value in SHORT_RECIPE["x_t"].items()),
     ),
-    "apply": ("--steps=2",),
-    "eval": ("--samples=1", "--steps=2"),
-    "attack": ("--prompts=1", "--tries=1", "--iterations=1", "--steps=2"),
+    "apply": ("--steps=1",),
+    "eval": ("--samples=1", "--steps=1"),
+    "attack": ("--prompts=1", "--tries=1", "--iterations=1", "--steps=4"),
 }
 """Options that are added to a command: the last one of a name counts."""
 RUN_ELSEWHERE = {"demo": "tests/cli/test_picture_commands.py"}
