@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ import test_cli
 import torch
 from pico import pico_pipeline
 from pico_families import family_pipeline
+from processes import fork_server
 from test_plugins import install
 
 from spm_hub import plugins
@@ -320,7 +320,7 @@ def whole_and_resumed(site: Path, folder: Path) -> None:
 
 
 def test_its_loop_killed_and_resumed_gives_the_identical_file(site: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = fork_server()
     first = context.Process(target=killed, args=(site, tmp_path))
     first.start()
     first.join(120)

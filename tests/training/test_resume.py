@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from pico import pico_pipeline
+from processes import fork_server
 
 from spm_hub.training import Recipe, train
 from spm_hub.training.trainer import TrainingInterruptedError
@@ -102,9 +102,7 @@ def test_ctrl_c_in_the_middle_of_a_step_of_the_optimiser(
 
 @pytest.mark.parametrize("case", CASES)
 def test_killed_and_resumed_is_the_identical_file(case: str, tmp_path: Path) -> None:
-    # Children of a server that has imported everything and computed nothing: a fork each, not a start of Python.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "spm_hub.training.trainer"])
+    context = fork_server()
     first = context.Process(target=killed, args=(case, tmp_path))
     first.start()
     first.join(120)

@@ -32,12 +32,15 @@ TESTS = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {"steps": 4, "batch_size": 2, "x_t": {"steps": 2, "trajectories": 2, "chunks": 1}}
 SMALL_SETS = ["steps=4", "batch_size=2", "x_t.steps=2", "x_t.trajectories=2", "x_t.chunks=1"]
 SCRIPT = """
+import signal
 import sys
 import time
 
 import spm_hub
 from pico import pico_pipeline
 
+# What a shell runs in the background begins with the signal ignored, and so does what that starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 registry, mode = sys.argv[1:]
 pipe = pico_pipeline()
 
@@ -95,6 +98,7 @@ class Stop:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_script_is_stopped_by_a_signal_resumes_to_the_identical_file_keeps_it_and_attaches_it(
     tmp_path: Path, cache: Path
 ) -> None:
