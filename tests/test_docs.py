@@ -217,5 +217,11 @@ def test_the_changelog_names_modules_that_there_are() -> None:
         assert importlib.util.find_spec(new) is not None, new
 
 
-def test_contributing_is_short() -> None:
-    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 150
+def test_contributing_is_short_and_its_map_is_the_tree() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert len(text.splitlines()) <= 150
+    package = ROOT / "spm_hub"
+    stated = re.findall(r"^  (\w+)/ ", text, re.MULTILINE)
+    assert sorted(stated) == sorted(path.name for path in package.iterdir() if (path / "__init__.py").is_file())
+    for name, described in re.findall(r"^  (\w+)/ +(.*)$", text, re.MULTILINE):
+        assert all((package / name / inner).is_dir() for inner in re.findall(r"(\w+)/", described)), name
