@@ -18,8 +18,9 @@ from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.data.student import StudentSource
 from spm_hub.training.data.token_positions import concept_positions, window
-from spm_hub.training.data.trajectories import StudentSource, TrajectorySource
+from spm_hub.training.data.trajectories import TrajectorySource
 from spm_hub.training.loop.moving_average import EMA
 from spm_hub.training.methods import METHODS
 from spm_hub.training.methods.fmn import attention_norm, record_attention

@@ -22,8 +22,10 @@ from spm_hub.training import Recipe, train
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.data.sampling import generator_for
+from spm_hub.training.data.student import StudentSource
 from spm_hub.training.data.token_positions import last_position
-from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, generator_for
+from spm_hub.training.data.trajectories import TrajectorySource
 from spm_hub.training.loop.checkpoint import Checkpoint
 from spm_hub.training.methods import METHODS
 from spm_hub.training.methods.esd import ESD

@@ -17,7 +17,7 @@ from spm_hub.attachment.attachment import attach
 from spm_hub.errors import ModelError, RecipeError
 from spm_hub.models.architectures import targets
 from spm_hub.training import Recipe, train
-from spm_hub.training.data.trajectories import generator_for
+from spm_hub.training.data.sampling import generator_for
 from spm_hub.training.recipe.schema import PEFT_KINDS
 from spm_hub.training.trainable.low_rank import TrainableLowRank
 from spm_hub.training.trainable.module_selection import select_modules

@@ -20,7 +20,9 @@ from spm_hub.training.data.adversary import Attacker, drift, worst_states
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, denoise, generator_for, trained_prompt
+from spm_hub.training.data.sampling import denoise, generator_for, trained_prompt
+from spm_hub.training.data.student import StudentSource
+from spm_hub.training.data.trajectories import TrajectorySource
 from spm_hub.training.methods.esd import ESD
 from spm_hub.training.trainable.dense import TrainableDense
 from spm_hub.training.trainable.low_rank import TrainableLowRank

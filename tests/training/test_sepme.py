@@ -21,7 +21,7 @@ from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
 from spm_hub.training.data.q_sample import QSampleSource, add_noise
-from spm_hub.training.data.trajectories import generator_for
+from spm_hub.training.data.sampling import generator_for
 from spm_hub.training.loop.early_stopping import EarlyStopping
 from spm_hub.training.loop.joint_run import balance
 from spm_hub.training.methods.sepme import SepME

@@ -15,7 +15,9 @@ from spm_hub.training import Recipe, train
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.anchors import AnchorSource, anchor_weights
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, generator_for
+from spm_hub.training.data.sampling import generator_for
+from spm_hub.training.data.student import StudentSource
+from spm_hub.training.data.trajectories import TrajectorySource
 from spm_hub.training.methods.spm import SPM
 from spm_hub.training.trainable.low_rank import TrainableLowRank
 

@@ -14,7 +14,8 @@ from spm_hub.training import Recipe
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.data.trajectories import StudentSource, generator_for
+from spm_hub.training.data.sampling import generator_for
+from spm_hub.training.data.student import StudentSource
 from spm_hub.training.loop.prediction_run import PredictionRun
 from spm_hub.training.loop.run import Task
 from spm_hub.training.methods import METHODS

@@ -15,7 +15,7 @@ from torch import Tensor
 from spm_hub.errors import RecipeError
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.batch import Batch
-from spm_hub.training.data.trajectories import generator_for
+from spm_hub.training.data.sampling import generator_for
 from spm_hub.training.recipe.schema import Adversary
 
 _STREAM = 5  # of `generator_for`

@@ -14,7 +14,7 @@ from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker
-from spm_hub.training.data.trajectories import (
+from spm_hub.training.data.sampling import (
     denoise,
     generator_for,
     initial_sigma,

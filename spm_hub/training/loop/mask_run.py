@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spm_hub.training.conditioning import Conditioning
-from spm_hub.training.data.trajectories import generator_for, initial_sigma, scale_model_input
+from spm_hub.training.data.sampling import generator_for, initial_sigma, scale_model_input
 from spm_hub.training.loop.backprop_through_sampling import Step, back_propagate, sample_latents
 from spm_hub.training.loop.checkpoint import restore, tensors_of
 from spm_hub.training.loop.interrupts import delay_interrupts

@@ -17,7 +17,9 @@ from spm_hub.training.data.adversary import Attacker, drift
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.prompts import PromptMaker
 from spm_hub.training.data.q_sample import QSampleSource
-from spm_hub.training.data.trajectories import StudentSource, TrajectorySource, generator_for
+from spm_hub.training.data.sampling import generator_for
+from spm_hub.training.data.student import StudentSource
+from spm_hub.training.data.trajectories import TrajectorySource
 from spm_hub.training.loop.anchor_weight import AnchorWeight
 from spm_hub.training.loop.checkpoint import restore, tensors_of
 from spm_hub.training.loop.early_stopping import EarlyStopping

@@ -15,8 +15,8 @@ from spm_hub.errors import RecipeError
 from spm_hub.models.architectures import weight_of
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.data.sampling import generator_for
 from spm_hub.training.data.token_positions import concept_positions, last_position, window
-from spm_hub.training.data.trajectories import generator_for
 from spm_hub.training.loop.closed_form import ClosedForm
 from spm_hub.training.loop.run import Task
 from spm_hub.training.methods.method import Method

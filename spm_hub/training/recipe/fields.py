@@ -57,7 +57,7 @@ class RecipeFields(RecipePart):
     regulariser: Regulariser = Regulariser()
     protection: Protection = Protection()
     together: tuple[Companion, ...] = Field(
-        default=(), description="concepts erased in the same run, into erasers of their own (sepme, uce)"
+        default=(), description="concepts erased in the same run, into erasers of their own"
     )
     stop: EarlyStop = EarlyStop()
     closed_form: ClosedForm = ClosedForm()

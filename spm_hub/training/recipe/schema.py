@@ -33,21 +33,21 @@ PEFT_KINDS = ("loha", "lokr", "vera", "dora")
 class Objective(RecipePart):
     """The target of the erased prediction; see the file of the method in `methods/`."""
 
-    name: str = Field(default="spm", description="spm, esd, ca, sdd, fmn, uce, minimalist, sepme, or a plug-in's")
+    name: str = Field(default="spm", description="the loss; each method has one")
     eta: float = Field(default=1.0, ge=0, description="distance of the target beyond the surrogate's prediction")
     convention: Literal["paper", "rewrite"] = Field(
         default="paper", description="rewrite: eta as ESD's authors count it since 2025, the paper's plus 1"
     )
     teacher: Literal["base", "student"] = Field(
         default="base",
-        description="of ca and sdd: who predicts the surrogate, the frozen base or the model being erased",
+        description="who predicts the surrogate, the frozen base or the model being erased",
     )
     paired: bool = Field(
         default=False,
         description="the surrogate's prediction is that of the concept's sentence with the surrogate in it",
     )
     tokens: Literal["concept", "onwards"] = Field(
-        default="concept", description="of fmn: which tokens attention is to leave, the concept's or all from it on"
+        default="concept", description="the tokens that attention is to leave, the concept's or all from it on"
     )
 
     @model_validator(mode="after")
