@@ -1,4 +1,4 @@
-"""Samples under guidance, chooses the prompts of a batch, and asks the frozen base for its predictions."""
+"""Samples under guidance, picks prompts for a batch, and predicts with the frozen base."""
 
 from __future__ import annotations
 
