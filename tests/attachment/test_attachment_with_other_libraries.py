@@ -17,8 +17,8 @@ import spm_hub
 from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.increments import LowRank
 from spm_hub.adapters.manifest import Base
-from spm_hub.attachment import gate_evaluation as gating
 from spm_hub.attachment.attachment import attach
+from spm_hub.attachment.gates import evaluation as gating
 from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.models.architectures import targets
 
