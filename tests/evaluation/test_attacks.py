@@ -22,8 +22,8 @@ from spm_hub.cli import app
 from spm_hub.errors import ModelError, NotFoundError, UsageError
 from spm_hub.evaluation import attacks
 from spm_hub.evaluation.attacks.noising import Noising
-from spm_hub.evaluation.attacks.p4d import Frame
-from spm_hub.evaluation.attacks.unlearndiff import onto_simplex
+from spm_hub.evaluation.attacks.searches.p4d import Frame
+from spm_hub.evaluation.attacks.searches.unlearndiff import onto_simplex
 from spm_hub.evaluation.attacks.victim import Victim
 from spm_hub.evaluation.judging import import_judge, probe_judge, sentences
 

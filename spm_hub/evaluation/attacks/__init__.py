@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spm_hub.evaluation.attacks.attack import Attack, AttackTarget
     from spm_hub.evaluation.attacks.outcome import Case, Judge, Outcome, Report
-    from spm_hub.evaluation.attacks.p4d import P4D
+    from spm_hub.evaluation.attacks.searches.p4d import P4D
     from spm_hub.evaluation.attacks.running import run
     from spm_hub.evaluation.attacks.settings import AttackSettings
-    from spm_hub.evaluation.attacks.unlearndiff import UnlearnDiffAtk
+    from spm_hub.evaluation.attacks.searches.unlearndiff import UnlearnDiffAtk
     from spm_hub.evaluation.attacks.victim import AttackDrawingOptions
 
 __all__ = [
@@ -38,8 +38,8 @@ _MODULES = {
     **dict.fromkeys(("Attack", "AttackTarget"), ".attack"),
     "AttackSettings": ".settings",
     "AttackDrawingOptions": ".victim",
-    "P4D": ".p4d",
-    "UnlearnDiffAtk": ".unlearndiff",
+    "P4D": ".searches.p4d",
+    "UnlearnDiffAtk": ".searches.unlearndiff",
     "run": ".running",
 }
 

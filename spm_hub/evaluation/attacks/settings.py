@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from spm_hub.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from spm_hub.evaluation.attacks.p4d import P4D
-    from spm_hub.evaluation.attacks.unlearndiff import UnlearnDiffAtk
+    from spm_hub.evaluation.attacks.searches.p4d import P4D
+    from spm_hub.evaluation.attacks.searches.unlearndiff import UnlearnDiffAtk
 
 ATTACKS = ("unlearndiff", "p4d")
 
@@ -43,8 +43,8 @@ class AttackSettings:
 
     def attack(self, kind: str) -> P4D | UnlearnDiffAtk:
         """Return the attack on a concept of this kind ("nsfw", "style", "other")."""
-        from spm_hub.evaluation.attacks.p4d import P4D
-        from spm_hub.evaluation.attacks.unlearndiff import UnlearnDiffAtk
+        from spm_hub.evaluation.attacks.searches.p4d import P4D
+        from spm_hub.evaluation.attacks.searches.unlearndiff import UnlearnDiffAtk
 
         if self.name == "p4d":
             return P4D(self.tokens or 16, self.every, iterations=self.iterations or 60, tries=self.tries)

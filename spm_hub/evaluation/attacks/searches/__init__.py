@@ -1,0 +1,1 @@
+"""The attacks, one file each: how each of them searches for tries."""
