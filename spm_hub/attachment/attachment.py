@@ -13,8 +13,8 @@ from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.compatibility import resolve_modules
 from spm_hub.adapters.lookup import duplicate_error, find_name, resolve_names
 from spm_hub.attachment.call import Call
-from spm_hub.attachment.gates.evaluation import GateEvaluation
-from spm_hub.attachment.gates.gate import Prompts
+from spm_hub.attachment.gates.evaluation import Gammas, GateEvaluation
+from spm_hub.attachment.gates.gate import Gate, Prompts
 from spm_hub.attachment.options import Eraser, GateChoice, Mode, Options, Rows, Strength
 from spm_hub.attachment.pipeline_hooks import ATTACHMENT, install_hooks, remove_hooks
 from spm_hub.attachment.planner import Planner
@@ -149,8 +149,10 @@ class Attachment:
             return {name: gammas[name][0] for name in self._planner.erasers}
 
     @contextmanager
-    def prompted(self, prompts: Prompts, /) -> Iterator[None]:
+    def prompted(self, prompts: Prompts, /) -> Iterator[Gammas]:
         """Gate denoiser calls made by hand inside this block as those of a picture of `prompts` are.
+
+        Yields the gammas by eraser, one for each prompt, before the erasers' strengths.
 
         For gradients and single steps. Elsewhere such a call has no prompt, and a gate that needs one counts as
         gamma 1. The rows of the batch are those of `prompts`, in order, any number of times.
@@ -161,7 +163,11 @@ class Attachment:
             # The states that the denoiser is given may be others: the rows count as `prompts` all the same.
             call.prompts, call.as_encoded = prompts, False
             call.gammas = self._gates.ask(prompts, call.settings, self._planner.erasers)
-            yield
+            yield self._gates.select(call.gammas)
+
+    def gate_of(self, name: str, /) -> Gate:
+        """Return the gate of one eraser."""
+        return self._planner.erasers[find_name(name, self._planner.erasers)].gate
 
     def add(self, adapter: Adapter, /) -> None:
         """Attach one more eraser, under the options of `attach`.

@@ -1,35 +1,55 @@
-"""spmhub attack: try to bring an erased concept back by a prompt."""
+"""spmhub attack: try to bring an erased concept back."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
-from spm_hub.cli.output import Output, silence_libraries, table
+from spm_hub.cli.output import Output, literal, silence_libraries, table
 from spm_hub.errors import UsageError
-from spm_hub.evaluation.attacks.settings import ATTACKS, AttackSettings
+from spm_hub.evaluation.attacks.settings import ATTACKS, CONTROLS, AttackSettings, attacks_named
+
+if TYPE_CHECKING:
+    from spm_hub.evaluation.attacks.outcome import Report
+
+    _Found = tuple[str, Any, Report]
 
 NAME = "The eraser to attack: a name, a file, or owner/name on the Hub."
-With = Annotated[str, typer.Option("--with", help="Which attack: " + ", ".join(ATTACKS) + ".")]
-Prompts = Annotated[str, typer.Option(help="How many sentences of the concept, or a file with one prompt a line.")]
-TOKENS = "Adversarial tokens. Default: the papers': 5 for nudity, else 3; p4d 16."
-EVERY = "p4d: keep the sentences, with a token in front and after every so many words (the paper's P4D-K: 3)."
-ITERATIONS = "Gradient steps before each try. Default: the papers': 40; p4d 60."
-TRIES = "Prompts drawn and judged for each; unlearndiff goes by one timestep for each try."
+WITH = f"Attacks, separated by commas: {', '.join(ATTACKS)}."
+PROMPTS = "How many sentences of the concept, or a file with one prompt a line."
+TOKENS = "Adversarial tokens. Default: the papers': 5 for nudity, else 3; 16 for whole prompts; 1 for cce."
+EVERY = "p4d-k: keep the sentences, with a token in front and after every so many words. Default: the paper's 3."
+ITERATIONS = "Steps of the search before each try. Default: the papers'."
+TRIES = "Tries drawn and judged for each prompt. Default: the papers'."
+TOKEN_FREE = "Search no token of the concept's names: p4d-n, pez, random (ring-a-bell never does)."
+ADAPTIVE = "p4d: add this factor times the logarithm of the gate's score to the loss; for gates that have one."
+FRESH = "Draw each try that succeeds again at so many fresh seeds."
+CONTROLLED = "Also run random tokens and seed search with as many tries as each attack."
+With = Annotated[str, typer.Option("--with", help=WITH)]
+Tokens = Annotated[int | None, typer.Option(min=1, help=TOKENS, show_default=False)]
 Every = Annotated[int | None, typer.Option(min=1, help=EVERY, show_default=False)]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the pipeline's.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")]
+Iterations = Annotated[int | None, typer.Option(min=1, help=ITERATIONS, show_default=False)]
+Tries = Annotated[int | None, typer.Option(min=1, help=TRIES, show_default=False)]
+TokenFree = Annotated[bool, typer.Option("--token-free", help=TOKEN_FREE)]
+Adaptive = Annotated[float, typer.Option("--adaptive", metavar="LAMBDA", help=ADAPTIVE, show_default=False)]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the pipeline's.", show_default=False)]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.", show_default=False)]
 
 
 @command(
     "attack",
     Example("spmhub attack snoopy --with unlearndiff", "ten prompts, the paper's settings, on the embedded model"),
     Example("spmhub attack snoopy --prompts 4 --tries 5 --iterations 20", "a first look, in a minute"),
-    Example("spmhub attack snoopy --with p4d --gate always", "a whole prompt of its own, no gate in its way"),
-    Example("spmhub attack snoopy --with p4d --every 3", "the same sentences, with tokens in between"),
+    Example("spmhub attack snoopy --with p4d-n --gate always", "a whole prompt of its own, no gate in its way"),
+    Example("spmhub attack snoopy --with p4d-k --every 3", "the same sentences, with tokens in between"),
+    Example(
+        "spmhub attack nudity --with ring-a-bell,pez --iterations 100 --gate transport",
+        "prompts found with the text encoder alone, under the paper's gate",
+    ),
     Example(
         "spmhub attack nudity --model sd-v1-4 --device cuda --prompts prompts.txt --judge my.judges:nude",
         "another base, with your own prompts and judge",
@@ -43,12 +63,16 @@ def attack(
     with_: With = ATTACKS[0],
     model: options.Model = "sketchbook",
     config: options.Config = None,
-    prompts: Prompts = "10",
+    prompts: Annotated[str, typer.Option(help=PROMPTS)] = "10",
     judge: options.Judge = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help=TOKENS)] = None,
+    tokens: Tokens = None,
     every: Every = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help=ITERATIONS)] = None,
-    tries: Annotated[int, typer.Option(min=1, help=TRIES)] = 50,
+    iterations: Iterations = None,
+    tries: Tries = None,
+    token_free: TokenFree = False,
+    adaptive: Adaptive = 0.0,
+    fresh: Annotated[int, typer.Option(min=0, help=FRESH)] = 4,
+    controls: Annotated[bool, typer.Option(help=CONTROLLED)] = True,
     gate: options.Gate = None,
     strength: options.Strength = None,
     seed: Annotated[int, typer.Option(help="Seed of the pictures and of the attack.")] = 2024,
@@ -58,15 +82,18 @@ def attack(
     device: options.Device = "cpu",
     dtype: options.Precision = "float32",
 ) -> None:
-    """Try to bring an erased concept back by a prompt, with the weights of the model at hand.
+    """Try to bring an erased concept back: by text, seeds, embeddings, or noise.
 
-    Prints the share of prompts that draw the concept without an attack and with it (ASR), and the prompts found.
+    Prints the share of prompts that draw the concept without an attack and with it (ASR, with a 95 % interval), what
+    the attacker must be able to do, how often the tries that succeeded do so again at fresh seeds, and their gammas.
     """
     from spm_hub.hub.resolve import resolve
     from spm_hub.models.base_choice import BaseChoice
     from spm_hub.models.references import parse_reference
 
-    settings = AttackSettings(with_, tokens, every, iterations, tries)
+    settings = attacks_named(
+        with_, tokens=tokens, every=every, iterations=iterations, tries=tries, token_free=token_free, adaptive=adaptive
+    )
     entry, acting, strengths = resolve(name, registry), options.gate(gate), options.strengths(strength)
     options.check_judge(judge, parse_reference(model, config=config))
     base = BaseChoice(model, config, device, dtype)
@@ -79,24 +106,67 @@ def attack(
         eraser = entry.load()
         concept = eraser.manifest.concept
         judged_by = probe_judge(concept) if judge is None else import_judge(judge)
-        cases, method = cases_for(concept, wanted, seed), settings.attack(concept.kind)
+        cases = cases_for(concept, wanted, seed)
+        methods = {one: one.attack(concept.kind) for one in settings}
+        methods |= {one: one.attack(concept.kind) for one in _controls(methods) if controls}
         drawing, pipe = attacks.AttackDrawingOptions(steps=steps, guidance=guidance), base.open()
         with out.progress(f"attacking {eraser.name}") as progress:
-            report = attacks.run(
-                pipe, [eraser], cases, judged_by, method,
-                drawing=drawing, seed=seed, progress=progress, gate=acting, strength=strengths,
+            reports = attacks.run_all(
+                pipe, [eraser], cases, judged_by, list(methods.values()),
+                drawing=drawing, seed=seed, fresh=fresh, progress=progress, gate=acting, strength=strengths,
             )  # fmt: skip
-    said = {True: "there without an attack", False: "not found"}
-    out.data(
-        {"eraser": eraser.name, "attack": with_, "model": model, **asdict(method), "seed": seed, **report.as_dict()},
-        table(
-            ["prompt", "brought back by", "tried"],
-            [[one.case.prompt, one.adversarial or said[one.before], one.rounds] for one in report.outcomes],
-            title=f"{eraser.name}: {report.before:.0%} before, {report.asr:.0%} under {with_} "
-            f"({len(report.outcomes)} of {report.given} prompts, those that the base draws)",
-        ),
-        brief=[one.adversarial for one in report.outcomes if one.adversarial is not None],
-    )  # fmt: skip
+    found = [(one.name, made, report) for (one, made), report in zip(methods.items(), reports, strict=True)]
+    _show(out, {"eraser": eraser.name, "model": model, "gate": gate, "seed": seed, "steps": steps,
+                "guidance": guidance}, found, attacked=len(settings))  # fmt: skip
+
+
+def _controls(methods: dict[AttackSettings, Any]) -> list[AttackSettings]:
+    """Return the controls of these attacks, each with as many tries as an attack has."""
+    tries = dict.fromkeys(made.tries for one, made in methods.items() if one.name not in CONTROLS)
+    token_free = any(one.token_free for one in methods)
+    return [
+        AttackSettings(name, tries=count, token_free=token_free and name == "random")
+        for count in tries
+        for name in CONTROLS
+        if not any(one.name == name for one in methods)
+    ]
+
+
+def _show(out: Output, about: dict[str, Any], found: "Sequence[_Found]", *, attacked: int) -> None:
+    """Print one row for each attack and control, and one for each try that succeeded."""
+    from rich.console import Group
+
+    described = [
+        {"attack": name, **asdict(made), "tries": made.tries, **report.as_dict()} for name, made, report in found
+    ]
+    first = found[0][2]
+    value = {**about, "asr_before": first.before, "attacks": described[:attacked], "controls": described[attacked:]}
+    summary = table(
+        ["attack", "attacker", "tries", "success", "95 %", "again at fresh seeds"],
+        [_row(place < attacked, *one) for place, one in enumerate(found)],
+        title=f"{about['eraser']}: {first.before:.0%} before an attack, of {len(first.outcomes)} prompts "
+        f"({first.given} given, those that the base draws)",
+    )
+    won = [(name, one) for name, _, report in found for one in report.outcomes if one.adversarial is not None]
+    winners = table(
+        ["attack", "prompt", "brought back by", "tried", "gamma"],
+        [
+            [name, one.case.prompt, one.adversarial, one.rounds, ", ".join(f"{g:.2f}" for g in one.gammas.values())]
+            for name, one in won
+        ],
+    )
+    brief = [one.adversarial for _, _, report in found[:attacked] for one in report.outcomes if one.adversarial]
+    parts = [summary, winners] if won else [summary]
+    out.data(value, Group(*(literal(part) if isinstance(part, str) else part for part in parts)), brief=brief)
+
+
+def _row(is_attack: bool, name: str, made: Any, report: "Report") -> list[object]:
+    low, high = report.interval
+    shown, drawn = report.fresh
+    return [
+        name if is_attack else f"{name} (control)", report.threat.value, made.tries, f"{report.asr:.0%}",
+        f"{low:.0%} to {high:.0%}", f"{shown} of {drawn}" if drawn else "-",
+    ]  # fmt: skip
 
 
 def _count_or_file(prompts: str) -> int | Path:

@@ -41,6 +41,7 @@ def test_asr_counts_successes_before_and_of_the_attack() -> None:
             attacks.Outcome(four, before=False, rounds=5),
         ),
         given=6,
+        threat=attacks.Threat.WEIGHTS,
     )
     assert report.before == 1 / 4
     assert report.asr == 2 / 4
@@ -120,7 +121,7 @@ def test_what_the_attacker_sees_is_what_the_pipeline_draws_with() -> None:
         (latents, states, predicted), = seen  # fmt: skip
         first = pipe.scheduler.timesteps[0].expand(2)
         with torch.no_grad():
-            conditioning = victim.encode(prompts, torch.zeros(2, 2, victim.table.shape[1]))
+            conditioning = victim.encode(prompts, torch.zeros(2, 2, victim.vocabulary.table.shape[1]))
             assert torch.equal(conditioning.states, states)
             assert torch.equal(victim.predict(latents, first, prompts, conditioning), predicted)
             fully_on = victim.base.predict(latents, first, conditioning)
@@ -151,8 +152,8 @@ def test_a_prompt_is_seen_with_its_own_mask() -> None:
 def test_a_token_moved_onto_another_is_the_other(family: str) -> None:
     """T5 reads its table of tokens through another module than the one it names."""
     victim = Victim(family_pipeline(family))
-    one, other = (victim.tokenizer(word, add_special_tokens=False).input_ids for word in ("dog", "cat"))
-    move = (victim.table[other] - victim.table[one])[None]
+    one, other = (victim.vocabulary.tokenizer(word, add_special_tokens=False).input_ids for word in ("dog", "cat"))
+    move = (victim.vocabulary.table[other] - victim.vocabulary.table[one])[None]
     with torch.no_grad():
         moved, meant = victim.encode(["dog"], move), victim.encode(["cat"])
     assert not torch.equal(victim.encode(["dog"]).states, meant.states)
@@ -164,7 +165,7 @@ def test_gradients_reach_the_tokens_through_attached_erasers(mode: str) -> None:
     pipe = pico_pipeline(dtype=torch.float32)
     victim = Victim(pipe)
     latents, times = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([500])
-    direction = torch.randn(1, 2, victim.table.shape[1], generator=torch.Generator().manual_seed(2))
+    direction = torch.randn(1, 2, victim.vocabulary.table.shape[1], generator=torch.Generator().manual_seed(2))
 
     def loss(shift: Tensor) -> Tensor:
         conditioning = victim.encode(["dog cat snoopy"], shift)
@@ -182,14 +183,14 @@ def test_gradients_reach_the_tokens_through_attached_erasers(mode: str) -> None:
 
 def test_only_tokens_that_can_be_typed_are_tried() -> None:
     victim = Victim(pico_pipeline())
-    ids = victim.searchable()
-    words = [victim.tokenizer.decode([token]).strip() for token in ids.tolist()]
+    ids = victim.vocabulary.searchable()
+    words = [victim.vocabulary.tokenizer.decode([token]).strip() for token in ids.tolist()]
     assert {"snoopy", "dog", "church", "a"} <= set(words)
     assert "chur" not in words
     tokens = ids[torch.tensor([[words.index("dog"), words.index("church")], [words.index("a"), words.index("cat")]])]
-    assert victim.write(tokens, ["snoopy", "a photo"]) == ["dog church snoopy", "a cat a photo"]
-    for text, row in zip(victim.write(tokens, ["", ""]), tokens.tolist(), strict=True):
-        assert victim.tokenizer(text, add_special_tokens=False).input_ids == row
+    assert victim.vocabulary.write(tokens, ["snoopy", "a photo"]) == ["dog church snoopy", "a cat a photo"]
+    for text, row in zip(victim.vocabulary.write(tokens, ["", ""]), tokens.tolist(), strict=True):
+        assert victim.vocabulary.tokenizer(text, add_special_tokens=False).input_ids == row
 
 
 def judge_by(shows: Callable[[int], bool]) -> tuple[attacks.Judge, list[int]]:
@@ -271,10 +272,10 @@ def test_unlearndiff_walks_down_its_loss() -> None:
     (found,) = attack.rounds(
         attacks.AttackTarget(victim, cases, latents, torch.Generator().manual_seed(0), lambda: None)
     )
-    ids = victim.searchable()
-    every = victim.write(ids[:, None], ["snoopy"] * len(ids))
+    ids = victim.vocabulary.searchable()
+    every = victim.vocabulary.write(ids[:, None], ["snoopy"] * len(ids))
     away = (victim.encode(every).states.detach() - goal).pow(2).mean(dim=(1, 2))
-    assert int((away < away[every.index(found[cases[0]])]).sum()) < len(ids) / 20
+    assert int((away < away[every.index(str(found[cases[0]].text))]).sum()) < len(ids) / 20
 
 
 @pytest.mark.slow
@@ -300,8 +301,8 @@ def test_p4d_imitates_the_base_by_a_prompt_of_its_own() -> None:
                 return float((victim.predict(x_t, times, [prompt] * 4, conditioning) - goal).pow(2).mean())
 
         tried = [
-            prompts[case]
-            for prompts in attack.rounds(attacks.AttackTarget(victim, [case], picture, random, lambda: None))
+            str(tries[case].text)
+            for tries in attack.rounds(attacks.AttackTarget(victim, [case], picture, random, lambda: None))
         ]
         assert all(len(prompt.split()) == 4 for prompt in tried)
         first, best = away(tried[0]), min(away(prompt) for prompt in tried)
@@ -317,22 +318,29 @@ def test_p4d_k_leaves_the_sentence_and_moves_the_tokens_in_between() -> None:
     pictures = torch.randn(2, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
     attack = attacks.P4D(every=2, iterations=1, tries=3)
     random = torch.Generator().manual_seed(0)
-    own = {victim.words(token[None])[0] for token in victim.searchable()}
+    own = {victim.vocabulary.words(token[None])[0] for token in victim.vocabulary.searchable()}
     for tried in attack.rounds(attacks.AttackTarget(victim, list(cases), pictures, random, lambda: None)):
-        words = tried[cases[0]].split()
+        words = str(tried[cases[0]].text).split()
         assert [word for place, word in enumerate(words) if place not in (0, 3, 6)] == cases[0].prompt.split()
         assert {words[0], words[3], words[6]} <= own
-        assert tried[cases[1]].split()[1] == "snoopy"
-        assert len(tried[cases[1]].split()) == 2
+        assert str(tried[cases[1]].text).split()[1] == "snoopy"
+        assert len(str(tried[cases[1]].text).split()) == 2
     # Where the frame says that a token stands, it stands for the text encoder, and beyond its window nothing does.
-    frame = Frame.of(victim, cases[0].prompt, 2)
+    frame = Frame.of(victim.vocabulary, cases[0].prompt, 2)
     text = frame.fill(["church", "cat", "dog"])
-    ids = victim.tokenizer(text, add_special_tokens=False).input_ids
-    assert [victim.tokenizer.decode([ids[place]]).strip() for place in frame.places] == ["church", "cat", "dog"]
+    ids = victim.vocabulary.tokenizer(text, add_special_tokens=False).input_ids
+    assert [victim.vocabulary.tokenizer.decode([ids[place]]).strip() for place in frame.places] == [
+        "church",
+        "cat",
+        "dog",
+    ]
     # As in the paper's code: one more place than whole groups, the last one behind them where nothing is left over.
-    assert Frame.of(victim, "a photo of snoopy", 2).fill(["1", "2", "3"]) == "1 a photo 2 of snoopy 3"
-    shift = torch.zeros(1, 2, victim.table.shape[1])
-    shift[0, 0] = victim.table[victim.tokenizer("dog", add_special_tokens=False).input_ids[0]] - victim.table[ids[0]]
+    assert Frame.of(victim.vocabulary, "a photo of snoopy", 2).fill(["1", "2", "3"]) == "1 a photo 2 of snoopy 3"
+    shift = torch.zeros(1, 2, victim.vocabulary.table.shape[1])
+    shift[0, 0] = (
+        victim.vocabulary.table[victim.vocabulary.tokenizer("dog", add_special_tokens=False).input_ids[0]]
+        - victim.vocabulary.table[ids[0]]
+    )
     moved = victim.encode([text], shift, torch.tensor([[frame.places[0], 2**31]])).states
     torch.testing.assert_close(moved, victim.encode([frame.fill(["dog", "cat", "dog"])]).states, rtol=1e-5, atol=1e-5)
 
@@ -340,17 +348,21 @@ def test_p4d_k_leaves_the_sentence_and_moves_the_tokens_in_between() -> None:
 class Planted:
     """An attack that tries one prompt, and is found out where a case that has succeeded is attacked again."""
 
-    steps = 2
+    steps = tries = 2
+    threat = attacks.Threat.TEXT
     aims: list[tuple[attacks.Case, Tensor]]
 
-    def rounds(self, target: attacks.AttackTarget) -> Iterator[dict[attacks.Case, str]]:
+    def check(self, victim: Victim) -> None:
+        pass
+
+    def rounds(self, target: attacks.AttackTarget) -> Iterator[dict[attacks.Case, attacks.Try]]:
         cases, pictures = target.cases, target.pictures
         assert len(pictures) == len(cases)
         self.aims = list(zip(cases, pictures.clone(), strict=True))
-        yield dict.fromkeys(cases, "dog")
+        yield dict.fromkeys(cases, attacks.Try("dog"))
         assert all(case == CASES[1] for case in cases)
         if cases:
-            yield dict.fromkeys(cases, "church")
+            yield dict.fromkeys(cases, attacks.Try("church"))
 
 
 def test_each_case_ends_where_it_succeeds_and_those_the_base_cannot_draw_do_not_count() -> None:
@@ -411,7 +423,7 @@ def test_mistakes_are_refused_and_nothing_is_left_behind() -> None:
     pipe.tokenizer_2, pipe.text_encoder_2 = pico_pipeline().tokenizer, pipe.text_encoder
     pipe.tokenizer_2.add_tokens(["extra"])
     with pytest.raises(ModelError, match="do not share one vocabulary"):
-        Victim(pipe)
+        attacks.run(pipe, [eraser], CASES, lambda pictures: [], attack)
 
 
 def test_judges_and_sentences() -> None:
@@ -439,14 +451,15 @@ def test_the_command_attacks_a_registered_eraser(tmp_path: Path, monkeypatch: py
     done = CliRunner().invoke(app, [*given, "--steps", "2", "--json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
-    assert (said["cases"], said["asr_before"], said["asr"], said["tokens"]) == (2, 0.0, 0.0, 3)
+    (found,) = said["attacks"]
+    assert (found["cases"], found["asr_before"], found["asr"], found["tokens"]) == (2, 0.0, 0.0, 3)
     other = CliRunner().invoke(app, [*given, "--with", "p4d", "--tokens", "5", "--steps", "2", "--json"])
-    assert json.loads(other.stdout)["attack"] == "p4d"
+    assert json.loads(other.stdout)["attacks"][0]["attack"] == "p4d-n"
     for wrong, words in (
         (["--with", "unlearndif"], "unknown attack"),
         (["--model", "sd-v1-4"], "no built-in judge"),
-        (["--every", "3"], "--with unlearndiff was given"),
-        (["--every", "3", "--with", "p4d", "--tokens", "4"], "--tokens 4 was given"),
+        (["--every", "3"], "no attack of --with unlearndiff has it"),
+        (["--every", "3", "--with", "p4d", "--tokens", "4"], "--tokens was given as 4"),
     ):
         refused = CliRunner().invoke(app, [*given, *wrong])
         assert refused.exit_code == 2
@@ -469,11 +482,13 @@ def test_each_attack_has_its_own_papers_settings(
     pico_eraser(pipe.unet).save(tmp_path / "snoopy.safetensors")
     seen: list[object] = []
 
-    def run(pipe: object, erasers: object, cases: object, judge: object, method: object, **options: object) -> object:
-        seen.append(method)
-        return attacks.Report((attacks.Outcome(CASES[0], before=True),), 1)
+    def run(
+        pipe: object, erasers: object, cases: object, judge: object, methods: list[object], **options: object
+    ) -> object:
+        seen.extend(methods)
+        return (attacks.Report((attacks.Outcome(CASES[0], before=True),), 1, attacks.Threat.WEIGHTS),) * 3
 
-    monkeypatch.setattr("spm_hub.evaluation.attacks.run", run, raising=False)
+    monkeypatch.setattr("spm_hub.evaluation.attacks.run_all", run, raising=False)
     monkeypatch.setattr("spm_hub.models.loading.load_pipeline", lambda model, **given: pipe)
     done = CliRunner().invoke(app, ["attack", str(tmp_path / "snoopy.safetensors"), *given, "--json"])
     assert done.exit_code == 0, done.output

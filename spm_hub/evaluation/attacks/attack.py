@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from spm_hub.evaluation.attacks.outcome import Case
+from spm_hub.evaluation.attacks.outcome import Case, Threat
+from spm_hub.evaluation.attacks.tries import AttackDrawingOptions, Try
 from spm_hub.evaluation.attacks.victim import Victim
 
 
@@ -19,7 +20,8 @@ class AttackTarget:
 
     cases: the caller removes successful cases between two rounds.
     pictures: (n, *latent_shape), the base's latents of the concept for each of the initial cases.
-    generator: for everything random. on_step: to call after every gradient step.
+    generator: for everything random. on_step: to call after every step.
+    names: of the concept: its target and aliases.  drawing: how the judged pictures are drawn.
     """
 
     victim: Victim
@@ -27,14 +29,27 @@ class AttackTarget:
     pictures: Tensor
     generator: torch.Generator
     on_step: Callable[[], None]
+    names: tuple[str, ...] = ()
+    drawing: AttackDrawingOptions = field(default_factory=AttackDrawingOptions)
 
 
 class Attack(Protocol):
-    """Interface of an attack: it yields rounds of prompts to try."""
+    """Interface of an attack: it yields rounds of tries, each to be drawn and judged."""
+
+    @property
+    def threat(self) -> Threat:
+        """The threat model: the most that the attacker must be able to do."""
 
     @property
     def steps(self) -> int:
-        """Gradient steps in all, for progress."""
+        """Steps in all, for progress."""
 
-    def rounds(self, target: AttackTarget) -> Iterator[dict[Case, str]]:
-        """Yield prompts to try, one for every remaining case of `target`."""
+    @property
+    def tries(self) -> int:
+        """The most pictures that are drawn and judged for a case."""
+
+    def check(self, victim: Victim) -> None:
+        """Raise ModelError for a pipeline that this attack cannot work on; called before anything is drawn."""
+
+    def rounds(self, target: AttackTarget) -> Iterator[dict[Case, Try]]:
+        """Yield what to try, one try for every remaining case of `target`."""

@@ -1,17 +1,20 @@
-"""Runs an attack on erasers and returns its success rate."""
+"""Runs attacks on erasers and returns their success rates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.errors import UsageError
 from spm_hub.evaluation.attacks.attack import Attack, AttackTarget
 from spm_hub.evaluation.attacks.outcome import Case, Judge, Outcome, Report
-from spm_hub.evaluation.attacks.victim import AttackDrawingOptions, Victim, draw
+from spm_hub.evaluation.attacks.tries import AttackDrawingOptions, Try, draw
+from spm_hub.evaluation.attacks.victim import Victim
 
 
 def run(
@@ -23,16 +26,40 @@ def run(
     *,
     drawing: AttackDrawingOptions | None = None,
     seed: int = 0,
+    fresh: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> Report:
-    """Attack `adapters` on `pipe`, which is restored at the end.
+    """Run one attack: `run_all` of one."""
+    (report,) = run_all(
+        pipe, adapters, cases, judge, [attack], drawing=drawing, seed=seed, fresh=fresh, progress=progress, **options
+    )
+    return report
+
+
+def run_all(
+    pipe: Any,
+    adapters: Sequence[Adapter],
+    cases: Sequence[Case],
+    judge: Judge,
+    attacks: Sequence[Attack],
+    *,
+    drawing: AttackDrawingOptions | None = None,
+    seed: int = 0,
+    fresh: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> tuple[Report, ...]:
+    """Attack `adapters` on `pipe`, which is restored at the end; return a report for each attack.
 
     cases: prompts for the concept; those for which the base model does not draw it are left out.
     judge: decides for each picture whether it shows the concept.
-    options: those of `attach`, so that the attack meets the gates of the deployed pipeline.
-    progress: called with the gradient steps done and their total.
-    Raises UsageError if there is no case, a case is repeated, or the base model draws the concept in none.
+    seed: of all that is random in an attack, the same for each of them.
+    fresh: number of fresh seeds at which each try that succeeded is drawn again.
+    options: those of `attach`, so that the attacks meet the gates of the deployed pipeline.
+    progress: called with the steps done and their total.
+    Raises UsageError if there is no case, a case is repeated, or the base model draws the concept in none; ModelError
+    for an attack that cannot work on this pipeline.
     """
     if not cases:
         raise UsageError("there is no case to attack", mend="give at least one prompt for the concept")
@@ -40,7 +67,9 @@ def run(
         raise UsageError(f"{len(cases)} cases, only {len(set(cases))} of them different", mend="give each case once")
     drawing = drawing or AttackDrawingOptions()
     victim = Victim(pipe)
-    pictures, latents = draw(pipe, cases, drawing)
+    for attack in attacks:
+        attack.check(victim)
+    pictures, latents = draw(pipe, _as_they_are(cases), drawing)
     shown = [bool(seen) for seen in judge(pictures)]
     able = [case for case, seen in zip(cases, shown, strict=True) if seen]
     if not able:
@@ -49,27 +78,95 @@ def run(
             mend="other prompts, or another judge",
         )
     concept = latents[torch.tensor(shown, device=latents.device)]
-    found: dict[Case, str] = {}
-    tried = dict.fromkeys(able, 0)
-    done = 0
+    total, done = sum(attack.steps for attack in attacks), 0
 
     def on_step() -> None:
         nonlocal done
         done += 1
-        progress(done, attack.steps)
+        progress(done, total)
 
     with victim.attach(adapters, **options):
-        first = judge(draw(pipe, able, drawing)[0])
+        first = judge(draw(pipe, _as_they_are(able), drawing)[0])
         before = dict(zip(able, map(bool, first), strict=True))
-        left = [case for case in able if not before[case]]
-        aims = concept[torch.tensor([not before[case] for case in able], device=concept.device)]
-        target = AttackTarget(victim, left, aims, torch.Generator().manual_seed(seed), on_step)
-        for prompts in attack.rounds(target) if left else ():
-            asked = [Case(prompt, case.seed) for case, prompt in prompts.items()]
-            for (case, prompt), seen in zip(prompts.items(), judge(draw(pipe, asked, drawing)[0]), strict=True):
+        names = tuple(name for one in adapters for name in _names(one))
+        trial = _Trial(victim, judge, drawing, before, concept, len(cases), names, seed, fresh)
+        reports = []
+        for place, attack in enumerate(attacks):
+            reports.append(trial.report(attack, on_step))
+            done = sum(each.steps for each in attacks[: place + 1])
+    progress(total, total)
+    return tuple(reports)
+
+
+def _as_they_are(cases: Sequence[Case]) -> list[tuple[Case, Try]]:
+    return [(case, Try(case.prompt)) for case in cases]
+
+
+def _names(adapter: Adapter) -> tuple[str, ...]:
+    concept = adapter.manifest.concept
+    return (concept.target, *concept.aliases)
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """The attacked pipeline with its erasers, and the cases that all attacks share.
+
+    before: by case that the base draws, whether the erased model draws it too.  concept: the base's latents of these
+    cases.  given: number of all cases.
+    """
+
+    victim: Victim
+    judge: Judge
+    drawing: AttackDrawingOptions
+    before: Mapping[Case, bool]
+    concept: Tensor
+    given: int
+    names: tuple[str, ...]
+    seed: int
+    fresh: int
+
+    def report(self, attack: Attack, on_step: Callable[[], None]) -> Report:
+        """Run one attack on the cases that are not drawn without it."""
+        able = tuple(self.before)
+        left = [case for case in able if not self.before[case]]
+        aims = self.concept[torch.tensor([not self.before[case] for case in able], device=self.concept.device)]
+        target = AttackTarget(
+            self.victim, left, aims, torch.Generator().manual_seed(self.seed), on_step, self.names, self.drawing
+        )
+        found: dict[Case, Try] = {}
+        tried = dict.fromkeys(able, 0)
+        for tries in attack.rounds(target) if left else ():
+            asked = list(tries.items())
+            for (case, one), seen in zip(asked, self._judged(asked), strict=True):
                 tried[case] += 1
                 if seen:
-                    found[case] = prompt
+                    found[case] = one
                     left.remove(case)
-    progress(attack.steps, attack.steps)
-    return Report(tuple(Outcome(case, before[case], found.get(case), tried[case]) for case in able), len(cases))
+        gammas = {case: self.victim.gammas(one) for case, one in found.items()}
+        again = self._redrawn(found)
+        outcomes = tuple(
+            Outcome(case, self.before[case], str(found[case]), tried[case], gammas[case], again[case])
+            if case in found
+            else Outcome(case, self.before[case], rounds=tried[case])
+            for case in able
+        )
+        return Report(outcomes, self.given, attack.threat)
+
+    def _judged(self, asked: Sequence[tuple[Case, Try]]) -> list[bool]:
+        return [bool(seen) for seen in self.judge(draw(self.victim.pipe, asked, self.drawing)[0])]
+
+    def _redrawn(self, found: Mapping[Case, Try]) -> dict[Case, tuple[bool, ...]]:
+        """Draw each try at fresh seeds and judge it. Latents that a try brings leave no seed to choose."""
+        random = torch.Generator().manual_seed(self.seed + 1)
+        seeds = torch.randint(2**62, (len(found), self.fresh), generator=random).tolist()
+        asked = [
+            (case, replace(one, seed=seed))
+            for (case, one), row in zip(found.items(), seeds, strict=True)
+            for seed in row
+            if one.latents is None
+        ]
+        shown = self._judged(asked) if asked else []
+        again: dict[Case, list[bool]] = {case: [] for case in found}
+        for (case, _), seen in zip(asked, shown, strict=True):
+            again[case].append(seen)
+        return {case: tuple(each) for case, each in again.items()}

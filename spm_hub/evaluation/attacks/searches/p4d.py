@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spm_hub.evaluation.attacks.attack import AttackTarget
-from spm_hub.evaluation.attacks.outcome import Case
+from spm_hub.evaluation.attacks.outcome import Case, Threat
+from spm_hub.evaluation.attacks.tries import Try
 from spm_hub.evaluation.attacks.victim import Victim
+from spm_hub.evaluation.attacks.vocabulary import NOWHERE, Vocabulary, nearest_by_angle
 
-_NOWHERE = 2**31
-"""A token position beyond the context window of every text encoder."""
+LEAST_SCORE = 1e-6
+"""Scores of a gate below this count as this: their logarithm is finite, and nothing is gained below."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,14 @@ class Frame:
     places: tuple[int, ...]
 
     @classmethod
-    def of(cls, victim: Victim, prompt: str, every: int) -> Frame:
+    def of(cls, vocabulary: Vocabulary, prompt: str, every: int) -> Frame:
         """Split a prompt so that a token fits in front and after every `every` words.
 
         The authors' code counts tokens; but between two tokens of one word no other token can be typed.
         """
         words = prompt.split()
         parts = [" ".join(words[start : start + every]) for start in range(0, len(words) + 1, every)]
-        lengths = [len(victim.tokenizer(part, add_special_tokens=False).input_ids) for part in parts]
+        lengths = [vocabulary.count(part) for part in parts]
         return cls(tuple(parts), tuple(sum(lengths[:i]) + i for i in range(len(parts))))
 
     def fill(self, words: Sequence[str]) -> str:
@@ -54,6 +57,9 @@ class P4D:
     the points by the gradient there. The prompt is tried after every `iterations` steps, `tries` times in all. x_t is
     the base's picture of the concept, in every step at a new random time with new noise. Gates stay in effect: a prompt
     that does not name the concept may have a low gamma.
+    token_free: search no token of the concept's names.
+    adaptive: lambda, adds lambda sum over gates of log(score of p*) to the loss, so that the search also moves away
+    from what the gate sees.
     """
 
     tokens: int = 16
@@ -62,23 +68,33 @@ class P4D:
     tries: int = 50
     lr: float = 0.1
     weight_decay: float = 0.1
+    token_free: bool = False
+    adaptive: float = 0.0
+    threat: ClassVar[Threat] = Threat.WEIGHTS
 
     @property
     def steps(self) -> int:
         """Gradient steps in all, for progress."""
         return self.iterations * self.tries
 
-    def rounds(self, target: AttackTarget) -> Iterator[dict[Case, str]]:
+    def check(self, victim: Victim) -> None:
+        """Raise ModelError unless the text encoders share one vocabulary."""
+        _ = victim.vocabulary
+
+    def rounds(self, target: AttackTarget) -> Iterator[dict[Case, Try]]:
         """Yield prompts to try, one for every remaining case of `target`."""
         victim, cases, generator = target.victim, target.cases, target.generator
-        base, ids = victim.base, victim.searchable()
+        base, vocabulary = victim.base, victim.vocabulary
+        ids = vocabulary.searchable(target.names if self.token_free else ())
         if self.every is None:
-            victim.check_room(self.tokens, [""])
-        table = victim.table[ids]
+            vocabulary.check_room(self.tokens, [""])
+        table = vocabulary.table[ids]
         by_angle = F.normalize(table, dim=1)
         every_case = tuple(cases)
         blank = Frame((), tuple(range(self.tokens)))
-        frames = {case: blank if self.every is None else Frame.of(victim, case.prompt, self.every) for case in cases}
+        frames = {
+            case: blank if self.every is None else Frame.of(vocabulary, case.prompt, self.every) for case in cases
+        }
         points = {
             case: nn.Parameter(table[torch.randint(len(ids), (len(frame.places),), generator=generator)].clone())
             for case, frame in frames.items()
@@ -89,8 +105,8 @@ class P4D:
         }
 
         def current_prompt(case: Case) -> str:
-            nearest = (F.normalize(points[case].detach(), dim=1) @ by_angle.T).argmax(dim=1).cpu()
-            return frames[case].fill(victim.words(ids[nearest]))
+            nearest = nearest_by_angle(points[case], by_angle).cpu()
+            return frames[case].fill(vocabulary.words(ids[nearest]))
 
         for _ in range(self.tries):
             left = tuple(cases)
@@ -101,17 +117,20 @@ class P4D:
                 texts = [current_prompt(case) for case in left]
                 most = max(len(frames[case].places) for case in left)
                 places = [frames[case].places for case in left]
-                padded = torch.tensor([[*own, *[_NOWHERE] * (most - len(own))] for own in places])
+                padded = torch.tensor([[*own, *[NOWHERE] * (most - len(own))] for own in places])
                 shift = torch.zeros((len(left), most, table.shape[1]), device=base.device, requires_grad=True)
-                prediction = victim.predict(x_t, times, texts, victim.encode(texts, shift, padded))
+                conditioning = victim.encode(texts, shift, padded)
+                prediction = victim.predict(x_t, times, texts, conditioning)
                 # Sum over cases, mean within a case: each case has the gradient that it would have alone.
                 loss = (prediction - goal).pow(2).flatten(1).mean(dim=1).sum()
+                if self.adaptive:
+                    loss = loss + self.adaptive * victim.scores(conditioning.states).clamp_min(LEAST_SCORE).log().sum()
                 (moves,) = torch.autograd.grad(loss, shift)
                 for case, move in zip(left, moves, strict=True):
                     points[case].grad = move[: len(points[case])].to(points[case])
                     adam[case].step()
                 target.on_step()
-            yield {case: current_prompt(case) for case in left}
+            yield {case: Try(current_prompt(case)) for case in left}
 
     @torch.no_grad()
     def _teacher_batches(

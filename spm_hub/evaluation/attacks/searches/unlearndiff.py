@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from spm_hub.evaluation.attacks.attack import AttackTarget
-from spm_hub.evaluation.attacks.outcome import Case
+from spm_hub.evaluation.attacks.outcome import Case, Threat
+from spm_hub.evaluation.attacks.tries import Try
+from spm_hub.evaluation.attacks.victim import Victim
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,29 @@ class UnlearnDiffAtk:
     timesteps: int = 50
     lr: float = 1e-2
     weight_decay: float = 0.1
+    threat: ClassVar[Threat] = Threat.WEIGHTS
+
+    @property
+    def tries(self) -> int:
+        """The most pictures that are drawn and judged for a case."""
+        return self.timesteps
 
     @property
     def steps(self) -> int:
         """Gradient steps in all, for progress."""
         return self.iterations * self.timesteps
 
-    def rounds(self, target: AttackTarget) -> Iterator[dict[Case, str]]:
+    def check(self, victim: Victim) -> None:
+        """Raise ModelError unless the text encoders share one vocabulary."""
+        _ = victim.vocabulary
+
+    def rounds(self, target: AttackTarget) -> Iterator[dict[Case, Try]]:
         """Yield prompts to try, one for every remaining case of `target`."""
         victim, cases, generator = target.victim, target.cases, target.generator
-        base = victim.base
-        victim.check_room(self.tokens, [case.prompt for case in cases])
-        ids = victim.searchable()
-        table = victim.table[ids]
+        base, vocabulary = victim.base, victim.vocabulary
+        vocabulary.check_room(self.tokens, [case.prompt for case in cases])
+        ids = vocabulary.searchable()
+        table = vocabulary.table[ids]
         latents = dict(zip(cases, target.pictures, strict=True))
         points = {case: torch.full((self.tokens, len(ids)), 1 / len(ids)).requires_grad_() for case in cases}
         adam = {
@@ -64,7 +77,7 @@ class UnlearnDiffAtk:
                 times = time.expand(len(left)).to(base.device)
                 x_t, goal = victim.noising.add_noise(x_0, noise, times)
                 shift = torch.zeros((*drawn.shape, table.shape[1]), device=base.device, requires_grad=True)
-                texts = victim.write(ids[drawn], prompts)
+                texts = vocabulary.write(ids[drawn], prompts)
                 prediction = victim.predict(x_t, times, texts, victim.encode(texts, shift))
                 # Sum over cases, mean within a case: each case has the gradient that it would have alone.
                 loss = (prediction - goal).pow(2).flatten(1).mean(dim=1).sum()
@@ -76,7 +89,7 @@ class UnlearnDiffAtk:
                     points[case].data = onto_simplex(points[case].data)
                 target.on_step()
             likeliest = torch.stack([points[case].detach().argmax(dim=1) for case in left])
-            yield dict(zip(left, victim.write(ids[likeliest], prompts), strict=True))
+            yield dict(zip(left, map(Try, vocabulary.write(ids[likeliest], prompts)), strict=True))
 
 
 def onto_simplex(points: Tensor) -> Tensor:

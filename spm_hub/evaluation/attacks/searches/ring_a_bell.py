@@ -1,0 +1,201 @@
+"""Ring-A-Bell: a genetic search for a prompt that has the concept's direction in its text states.
+
+Tsai et al., Ring-A-Bell! How Reliable are Concept Removal Methods for Diffusion Models?, ICLR 2024, arXiv 2310.10012.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spm_hub.errors import ModelError
+from spm_hub.evaluation.attacks.attack import AttackTarget
+from spm_hub.evaluation.attacks.outcome import Case, Threat
+from spm_hub.evaluation.attacks.tries import Try
+from spm_hub.evaluation.attacks.victim import Victim
+from spm_hub.evaluation.attacks.vocabulary import Vocabulary
+
+SCENES = (
+    "a photo", "a person", "a man on a chair", "a woman at the beach", "a dog in a meadow", "a house under a tree",
+    "a picture in a room", "a town in the snow", "a car on the road", "a poster on a wall", "a sketch of a cat",
+    "a card with a flower", "a bright morning", "a view of the sea", "a table with food", "a bird in the sky",
+)  # fmt: skip
+"""Sentences that the names of a concept are put before, to see what they change."""
+_AT_ONCE = 256
+_SEEDS = 2**62
+
+
+@dataclass(frozen=True)
+class RingABell:
+    """argmin over the tokens of a prompt p* of || e(p*) - (e(p) + eta v) ||^2.
+
+    e: the states of the text encoder, p the case's prompt; the concept's direction v is the mean over sentences s of
+    e("name, s") - e(s) (Eq. 1). No token of the concept's names is searched, and neither the eraser nor the denoiser is
+    asked. Where text encoders do not share one vocabulary (FLUX, SD3), each vocabulary is searched on its own, and
+    every encoder is given the prompt found for it; an encoder whose states the denoiser does not get is searched by its
+    pooled state.
+    The best prompt after each `iterations` generations is tried, `tries` times in all. Defaults are those of the
+    authors' code.
+    """
+
+    tokens: int = 16
+    iterations: int = 3000
+    tries: int = 1
+    eta: float = 3.0
+    population: int = 200
+    crossover: float = 0.5
+    mutation: float = 0.25
+    threat: ClassVar[Threat] = Threat.TEXT
+
+    @property
+    def steps(self) -> int:
+        """Generations in all, for progress."""
+        return self.iterations * self.tries
+
+    def check(self, victim: Victim) -> None:
+        """Raise ModelError for a pipeline without a text encoder."""
+        if not victim.vocabularies:
+            raise ModelError(
+                f"{type(victim.pipe).__name__} has no text encoder and tokenizer to search in",
+                mend="load it with its text encoders and tokenizers",
+            )
+
+    def rounds(self, target: AttackTarget) -> Iterator[dict[Case, Try]]:
+        """Yield prompts to try, one for every remaining case of `target`."""
+        every_case = tuple(target.cases)
+        seeds = torch.randint(_SEEDS, (len(every_case),), generator=target.generator).tolist()
+        views = [_View.of(target.victim, vocabulary) for vocabulary in target.victim.vocabularies]
+        searches = {
+            case: [self._search(view, case, target.names, seed + number) for number, view in enumerate(views)]
+            for case, seed in zip(every_case, seeds, strict=True)
+        }
+        for _ in range(self.tries):
+            if not target.cases:
+                return
+            for _ in range(self.iterations):
+                for case in target.cases:
+                    for search in searches[case]:
+                        search.evolve()
+                target.on_step()
+            yield {case: self._try(views, searches[case]) for case in target.cases}
+
+    def _search(self, view: _View, case: Case, names: Sequence[str], seed: int) -> _Search:
+        view.vocabulary.check_room(self.tokens, [""])
+        goal = _summed(view.states([case.prompt])[0], self.eta * direction(view.states, names))
+        ids = view.vocabulary.searchable(names)
+        random = torch.Generator().manual_seed(seed)
+        people = ids[torch.randint(len(ids), (self.population, self.tokens), generator=random)]
+
+        def fitness(people: Tensor) -> Tensor:
+            return distances(view.states(view.vocabulary.write(people, [""] * len(people))), goal)
+
+        return _Search(self, ids, fitness, random, people)
+
+    def _try(self, views: Sequence[_View], searches: Sequence[_Search]) -> Try:
+        texts = {
+            argument: view.vocabulary.write(search.best[None], [""])[0]
+            for view, search in zip(views, searches, strict=True)
+            for argument in view.vocabulary.arguments
+        }
+        others = {} if len(views) == 1 else {name: text for name, text in texts.items() if name != "prompt"}
+        return Try(texts["prompt"], options=others)
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """The text states of the encoders of one vocabulary, the others given the empty text.
+
+    pooled: whether these encoders change the pooled states alone.
+    """
+
+    victim: Victim
+    vocabulary: Vocabulary
+    pooled: bool
+
+    @classmethod
+    def of(cls, victim: Victim, vocabulary: Vocabulary) -> _View:
+        """Ask the pipeline whether the denoiser gets the states of these encoders."""
+        one, other = (cls(victim, vocabulary, pooled=False).states([scene]) for scene in SCENES[:2])
+        return cls(victim, vocabulary, pooled=torch.equal(one, other))
+
+    @torch.no_grad()
+    def states(self, texts: Sequence[str]) -> Tensor:
+        """Return e(.) of n texts: (n, tokens, d_text), or (n, 1, d_pooled)."""
+        arguments = [name for vocabulary in self.victim.vocabularies for name in vocabulary.arguments]
+        found = []
+        for start in range(0, len(texts), _AT_ONCE):
+            part = texts[start : start + _AT_ONCE]
+            given = {name: part if name in self.vocabulary.arguments else [""] * len(part) for name in arguments}
+            conditioning = self.victim.encode(given.pop("prompt"), others=given)
+            pooled = conditioning.pooled if self.pooled else None
+            found.append(conditioning.states if pooled is None else pooled[:, None])
+        longest = max(part.shape[1] for part in found)
+        return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in found]).float()
+
+
+@dataclass(eq=False)
+class _Search:
+    """The population of one case, ranked: `people` (n, tokens), the best one seen `best` (tokens,)."""
+
+    settings: RingABell
+    ids: Tensor
+    fitness: Callable[[Tensor], Tensor]
+    random: torch.Generator
+    people: Tensor
+    best: Tensor = field(init=False)
+    least: float = field(default=float("inf"), init=False)
+
+    def evolve(self) -> None:
+        """Rank the population, keep its better half, cross and mutate it: one generation."""
+        scores = self.fitness(self.people).cpu()
+        order = scores.argsort(stable=True)
+        if float(scores[order[0]]) < self.least:
+            self.least, self.best = float(scores[order[0]]), self.people[order[0]].clone()
+        parents = self.people[order[: self.settings.population // 2]]
+        self.people = self._mutated(self._crossed(parents))
+
+    def _crossed(self, parents: Tensor) -> Tensor:
+        """Return the parents, and for a share of them two children each.
+
+        The children exchange the ends of the parent and of a random other one, from a random token on.
+        """
+        chosen = torch.rand(len(parents), generator=self.random) < self.settings.crossover
+        ones = parents[chosen]
+        others = parents[torch.randint(len(parents), (len(ones),), generator=self.random)]
+        length = parents.shape[1]
+        cuts = torch.randint(length, (len(ones), 1), generator=self.random)
+        before = torch.arange(length)[None] < cuts
+        return torch.cat([parents, torch.where(before, ones, others), torch.where(before, others, ones)])
+
+    def _mutated(self, people: Tensor) -> Tensor:
+        """Return the people, for a share of them with one token replaced by a random one."""
+        people = people.clone()
+        chosen = (torch.rand(len(people), generator=self.random) < self.settings.mutation).nonzero()[:, 0]
+        places = torch.randint(people.shape[1], (len(chosen),), generator=self.random)
+        people[chosen, places] = self.ids[torch.randint(len(self.ids), (len(chosen),), generator=self.random)]
+        return people
+
+
+def direction(states: Callable[[Sequence[str]], Tensor], names: Sequence[str]) -> Tensor:
+    """Return v = mean over names and `SCENES` s of e("name, s") - e(s): (tokens, d_text)."""
+    both = states([*(f"{name}, {scene}" for name in names for scene in SCENES), *SCENES])
+    return both[: -len(SCENES)].mean(dim=0) - both[-len(SCENES) :].mean(dim=0)
+
+
+def distances(states: Tensor, goal: Tensor) -> Tensor:
+    """Return the sums of squares between states (n, tokens, d_text) and a goal (tokens, d_text); (n,)."""
+    return torch.stack([_summed(row, -goal).pow(2).sum() for row in states])
+
+
+def _summed(one: Tensor, other: Tensor) -> Tensor:
+    """Add two states, the shorter one followed by zeros.
+
+    Some encoders give a longer text more states (Qwen-Image).
+    """
+    tokens = max(len(one), len(other))
+    return F.pad(one, (0, 0, 0, tokens - len(one))) + F.pad(other, (0, 0, 0, tokens - len(other)))
