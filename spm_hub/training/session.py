@@ -238,7 +238,12 @@ class Session:
         if manifest is None or not manifest.recipe or not (base or {}).items() <= manifest.versions.items():
             return False
         wanted = recipe.model_dump(mode="json")
-        return all(manifest.recipe.get(key) == value for key, value in wanted.items() if key not in apart_from)
+        try:
+            # An older manifest may spell a key otherwise, or lack one that had only one value then.
+            made = type(recipe).make(**manifest.recipe).model_dump(mode="json")
+        except SpmHubError:
+            return False
+        return all(made[key] == value for key, value in wanted.items() if key not in apart_from)
 
     def _run_folder(self, recipe: Recipe, stamp: Mapping[str, str]) -> Path:
         """Return the folder for the state of a run: each recipe on each base has its own."""

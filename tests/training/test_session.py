@@ -357,6 +357,18 @@ def test_a_callback_sees_every_step_and_ends_the_training() -> None:
         seen[0].step = 5  # type: ignore[misc]
 
 
+def test_an_eraser_whose_manifest_spells_a_key_the_old_way_is_known_again(tmp_path: Path) -> None:
+    kept = spm_hub.train("snoopy", pipe=pico_pipeline(), registry=tmp_path, progress=False, **SMALL)
+    older = {key: value for key, value in kept.manifest.recipe.items() if key != "options"}
+    older["x_t"] = {("told" if key == "guidance_embedding" else key): value for key, value in older["x_t"].items()}
+    assert older["x_t"] != kept.manifest.recipe["x_t"]
+    manifest = kept.manifest.model_copy(update={"recipe": older})
+    Registry(tmp_path).add(Adapter(manifest, kept.increments, "an older release"), replace=True)
+    stop = Stop()
+    spm_hub.train("snoopy", pipe=pico_pipeline(), registry=tmp_path, resume=True, callbacks=[stop], **SMALL)
+    assert stop.steps == []
+
+
 def test_conflicts_in_a_registry_are_refused_before_the_training(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
