@@ -315,7 +315,7 @@ NEEDS_NO_MODEL = [
     (["bake", "-a", "snoopy", "--out", "{registry}"], "name another folder with --out"),
     (["bake", "-a", "snoopy", "--out", "{registry}", "--force"], "name another folder with --out"),
     (["train", "church", "--set", "objektive.eta=1"], "spmhub show NAME"),
-    (["train", "church", "--method", "smp"], "spmhub train --help"),
+    (["train", "church", "--method", "smp"], "spmhub methods"),
     (["train", "church", "--device", "meta"], 'device="cpu"'),
     (["apply", "-a", "snoopy", "-p", "x", "--device", "meta"], 'device="cpu"'),
 ]

@@ -132,7 +132,7 @@ class Recipe(RecipeFields):
             about_method = any(problem["loc"] == ("method",) for problem in error.errors())
             raise RecipeError(
                 "\n".join(_explain(cls, dict(problem)) for problem in error.errors()),
-                mend="spmhub train --help" if about_method else "spmhub show NAME, which has every key of a recipe",
+                mend="spmhub methods" if about_method else "spmhub show NAME, which has every key of a recipe",
             ) from None
 
     @classmethod
