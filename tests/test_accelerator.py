@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from attacked import CASES as ATTACKED
 from pico import pico_eraser, pico_pipeline
 from pico_families import FAMILY_PIPELINES, family_pipeline
-from test_attacks import CASES as ATTACKED
 from test_families import apart, draw, eraser
 from torch import Tensor
 

@@ -1,0 +1,79 @@
+"""P4D: the prompts that it tries, with and without the sentence, token-free and adaptive."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attacked import untouched
+from pico import pico_eraser, pico_pipeline
+
+from spm_hub.evaluation import attacks
+from spm_hub.evaluation.attacks.searches.p4d import Frame
+from spm_hub.evaluation.attacks.victim import Victim
+
+
+@pytest.mark.slow
+def test_p4d_imitates_the_base_by_a_prompt_of_its_own() -> None:
+    pipe = pico_pipeline()
+    same = untouched(pipe)
+    victim = Victim(pipe)
+    attack = attacks.P4D(tokens=4, iterations=4, tries=20)
+    picture = torch.randn(1, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
+    case = attacks.Case("a photo of snoopy", 0)
+    random = torch.Generator().manual_seed(0)
+    rounds = attack._teacher_batches(victim, [case], picture, [0], torch.Generator().manual_seed(5))
+    x_t, times, goal = (torch.cat(parts) for parts in zip(*rounds, strict=True))
+    assert len(set(times.tolist())) == 4, "a new time at every step"
+    with victim.attach([pico_eraser(pipe.unet)], gate="always", strength=0.5):
+        again = attack._teacher_batches(victim, [case], picture, [0], torch.Generator().manual_seed(5))
+        for found, bare in zip(again, rounds, strict=True):
+            assert all(map(torch.equal, found, bare)), "what it imitates is the base, eraser or not"
+
+        def away(prompt: str) -> float:
+            with torch.no_grad():
+                conditioning = victim.encode([prompt] * 4)
+                return float((victim.predict(x_t, times, [prompt] * 4, conditioning) - goal).pow(2).mean())
+
+        tried = [
+            str(tries[case].text)
+            for tries in attack.rounds(attacks.AttackTarget(victim, [case], picture, random, lambda: None))
+        ]
+        assert all(len(prompt.split()) == 4 for prompt in tried)
+        first, best = away(tried[0]), min(away(prompt) for prompt in tried)
+        assert best < first
+        assert victim._erasers is not None
+        assert dict(victim._erasers.strength) == {"snoopy": 0.5}
+    assert same()
+
+
+def test_p4d_k_leaves_the_sentence_and_moves_the_tokens_in_between() -> None:
+    victim = Victim(pico_pipeline())
+    cases = [attacks.Case("a photo of snoopy dog", 0), attacks.Case("snoopy", 1)]
+    pictures = torch.randn(2, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
+    attack = attacks.P4D(every=2, iterations=1, tries=3)
+    random = torch.Generator().manual_seed(0)
+    own = {victim.vocabulary.words(token[None])[0] for token in victim.vocabulary.searchable()}
+    for tried in attack.rounds(attacks.AttackTarget(victim, list(cases), pictures, random, lambda: None)):
+        words = str(tried[cases[0]].text).split()
+        assert [word for place, word in enumerate(words) if place not in (0, 3, 6)] == cases[0].prompt.split()
+        assert {words[0], words[3], words[6]} <= own
+        assert str(tried[cases[1]].text).split()[1] == "snoopy"
+        assert len(str(tried[cases[1]].text).split()) == 2
+    # Where the frame says that a token stands, it stands for the text encoder, and beyond its window nothing does.
+    frame = Frame.of(victim.vocabulary, cases[0].prompt, 2)
+    text = frame.fill(["church", "cat", "dog"])
+    ids = victim.vocabulary.tokenizer(text, add_special_tokens=False).input_ids
+    assert [victim.vocabulary.tokenizer.decode([ids[place]]).strip() for place in frame.places] == [
+        "church",
+        "cat",
+        "dog",
+    ]
+    # As in the paper's code: one more place than whole groups, the last one behind them where nothing is left over.
+    assert Frame.of(victim.vocabulary, "a photo of snoopy", 2).fill(["1", "2", "3"]) == "1 a photo 2 of snoopy 3"
+    shift = torch.zeros(1, 2, victim.vocabulary.table.shape[1])
+    shift[0, 0] = (
+        victim.vocabulary.table[victim.vocabulary.tokenizer("dog", add_special_tokens=False).input_ids[0]]
+        - victim.vocabulary.table[ids[0]]
+    )
+    moved = victim.encode([text], shift, torch.tensor([[frame.places[0], 2**31]])).states
+    torch.testing.assert_close(moved, victim.encode([frame.fill(["dog", "cat", "dog"])]).states, rtol=1e-5, atol=1e-5)
