@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attacked import CASES, judge_by
@@ -11,6 +12,7 @@ from pico import pico_eraser, pico_pipeline
 from typer.testing import CliRunner
 
 from spm_hub.cli import app
+from spm_hub.errors import UsageError
 from spm_hub.evaluation import attacks
 
 
@@ -65,3 +67,70 @@ def test_each_attack_has_its_own_papers_settings(
     done = CliRunner().invoke(app, ["attack", str(tmp_path / "snoopy.safetensors"), *given, "--json"])
     assert done.exit_code == 0, done.output
     assert {key: getattr(seen[0], key) for key in expected} == expected
+
+
+def test_what_the_command_prints_and_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pico_pipeline()
+    pico_eraser(pipe.unet).save(tmp_path / "snoopy.safetensors")
+    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", lambda model, **given: pipe)
+
+    def run(*options: str) -> str:
+        judge = judge_by(lambda call: call not in (2, 3))[0]
+        monkeypatch.setattr("spm_hub.evaluation.judging.probe_judge", lambda concept: judge)
+        given = ["attack", str(tmp_path / "snoopy.safetensors"), "--prompts", "2", "--steps", "2", *options]
+        done = CliRunner().invoke(app, given)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    asked = ("--with", "pez,ring-a-bell", "--iterations", "2", "--tries", "2", "--tokens", "3", "--fresh", "3")
+    said = json.loads(run(*asked, "--json", "--gate", "transport"))
+    assert [one["attack"] for one in said["attacks"]] == ["pez", "ring-a-bell"]
+    assert [one["attack"] for one in said["controls"]] == ["random", "seeds"]
+    assert {one["tries"] for one in said["attacks"] + said["controls"]} == {2}
+    assert [one["threat"] for one in said["controls"]] == ["types text", "types text and chooses seeds"]
+    assert said["gate"] == "transport"
+    for one in said["attacks"]:
+        assert one["asr_interval_95"][0] <= one["asr"] <= one["asr_interval_95"][1]
+        assert all(0 < outcome["gammas"]["snoopy"] <= 1 for outcome in one["outcomes"])
+        assert [len(outcome["fresh"]) for outcome in one["outcomes"]] == [3, 3]
+    assert json.loads(run(*asked, "--json", "--gate", "transport")) == said
+    text = run(*asked, "--no-controls")
+    assert "types text" in text
+    assert "6 of 6" in text
+    assert "(control)" not in text
+    assert "random (control)" in run(*asked)
+    assert len(run(*asked, "-q").splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "expected"),
+    [
+        ("p4d", {}, [("p4d-n", {"tokens": 16, "every": None, "tries": 50})]),
+        ("p4d", {"every": 3}, [("p4d-k", {"every": 3})]),
+        ("p4d-k", {}, [("p4d-k", {"every": 3, "iterations": 60})]),
+        ("p4d-n, cce", {"token_free": True}, [("p4d-n", {"token_free": True}), ("cce", {"initial": "object"})]),
+        ("noise,seeds", {"tries": 5}, [("noise", {"most": 5, "tries": 5}), ("seeds", {"tries": 5})]),
+        ("ring-a-bell,pez", {"iterations": 9}, [("ring-a-bell", {"iterations": 9}), ("pez", {"iterations": 9})]),
+        ("p4d-n,unlearndiff", {"adaptive": 0.2}, [("p4d-n", {"adaptive": 0.2}), ("unlearndiff", {"timesteps": 50})]),
+    ],
+)
+def test_names_and_settings(names: str, given: dict[str, Any], expected: list[tuple[str, dict[str, Any]]]) -> None:
+    found = attacks.attacks_named(names, **given)
+    assert [one.name for one in found] == [name for name, _ in expected]
+    for one, (_, values) in zip(found, expected, strict=True):
+        made = one.attack("other")
+        assert {key: getattr(made, key) for key in values} == values
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "words"),
+    [
+        ("unlearndif", {}, "unknown attack 'unlearndif'"),
+        ("p4d-k", {"token_free": True}, "--token-free was given as True, but no attack of --with p4d-k has it"),
+        ("seeds", {"iterations": 3}, "--iterations was given as 3"),
+        ("pez", {"adaptive": 0.1}, "those that have: p4d-n, p4d-k"),
+    ],
+)
+def test_settings_that_no_attack_has_are_refused(names: str, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        attacks.attacks_named(names, **given)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
-from attacked import CASES, SMALL, Planted, untouched
+from attacked import CASES, SMALL, Planted, judge_by, untouched
 from pico import pico_eraser, pico_pipeline
 from PIL import Image
 from torch import Tensor
@@ -130,3 +130,66 @@ def test_tokens_that_no_encoder_reads_are_refused(method: attacks.UnlearnDiffAtk
 def test_drawings_that_draw_nothing_are_refused(given: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(given))):
         attacks.AttackDrawingOptions(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (1, 20, 0.0089, 0.2361)],
+)
+def test_the_interval_is_wilsons(successes: int, trials: int, low: float, high: float) -> None:
+    """Tabulated values; and its ends are the shares whose normal test just does not reject the one observed."""
+    found = attacks.wilson(successes, trials)
+    assert found == pytest.approx((low, high), abs=5e-5)
+    for share in found:
+        if 1e-9 < share < 1 - 1e-9:
+            away = abs(share - successes / trials)
+            assert away == pytest.approx(1.959964 * (share * (1 - share) / trials) ** 0.5, rel=1e-6)
+
+
+def test_winners_are_drawn_again_at_seeds_of_their_own() -> None:
+    pipe = pico_pipeline()
+    shown: list[list[np.ndarray]] = []
+
+    def judge(pictures: Sequence[Image.Image]) -> list[bool]:
+        shown.append([np.asarray(one) for one in pictures])
+        if len(shown) == 5:
+            return [True, False, True, False, False, False]
+        return {1: [True] * 3, 2: [True, False, False], 3: [False, True], 4: [True]}[len(shown)]
+
+    class Twice(Planted):
+        def rounds(self, target: attacks.AttackTarget) -> Iterator[dict[attacks.Case, attacks.Try]]:
+            yield dict.fromkeys(target.cases, attacks.Try("dog"))
+            yield dict.fromkeys(target.cases, attacks.Try("church"))
+
+    report = attacks.run(pipe, [pico_eraser(pipe.unet)], CASES, judge, Twice(), drawing=SMALL, fresh=3, seed=2)
+    first, second, third = report.outcomes
+    assert (first.before, first.fresh, first.gammas) == (True, (), {})
+    assert (third.adversarial, third.rounds, third.fresh) == ("dog", 1, (True, False, True))
+    assert (second.adversarial, second.rounds, second.fresh) == ("church", 2, (False, False, False))
+    assert report.fresh == (2, 6)
+    said = report.as_dict()
+    assert (said["fresh_rate"], said["pictures_judged"]) == (0.3333, 3)
+    assert said["fresh_interval_95"] == [pytest.approx(end, abs=1e-4) for end in attacks.wilson(2, 6)]
+    assert said["asr_interval_95"] == [pytest.approx(end, abs=1e-4) for end in attacks.wilson(3, 3)]
+    with attach(pipe, [pico_eraser(pipe.unet)]) as erasers:
+        assert third.gammas == erasers.gates("dog")
+        assert second.gammas == erasers.gates("church")
+    every = [picture for pictures in shown for picture in pictures]
+    assert len({picture.tobytes() for picture in every[6:]}) == len(every[6:]), "no two of the same noise"
+
+
+def test_several_attacks_share_the_pictures_of_before() -> None:
+    pipe = pico_pipeline()
+    judge, shown = judge_by(lambda call: call == 1)
+    moved: list[tuple[int, int]] = []
+    both = [attacks.SeedSearch(tries=2), attacks.UnlearnDiffAtk(tokens=1, iterations=2, timesteps=1)]
+    reports = attacks.run_all(
+        pipe, [pico_eraser(pipe.unet)], CASES, judge, both, drawing=SMALL, seed=3,
+        progress=lambda done, total: moved.append((done, total)),
+    )  # fmt: skip
+    assert shown == [3, 3, 3, 3, 3]
+    assert moved == [(1, 4), (2, 4), (3, 4), (4, 4), (4, 4)]
+    for attack, report in zip(both, reports, strict=True):
+        alone = attacks.run(pipe, [pico_eraser(pipe.unet)], CASES, judge_by(lambda call: call == 1)[0], attack,
+                            drawing=SMALL, seed=3)  # fmt: skip
+        assert alone == report

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attacked import untouched
+from attacked import CASES, SMALL, judge_by, untouched
 from pico import pico_eraser, pico_pipeline
+from torch import Tensor
 
+from spm_hub.errors import UsageError
 from spm_hub.evaluation import attacks
 from spm_hub.evaluation.attacks.searches.p4d import Frame
 from spm_hub.evaluation.attacks.victim import Victim
@@ -77,3 +79,71 @@ def test_p4d_k_leaves_the_sentence_and_moves_the_tokens_in_between() -> None:
     )
     moved = victim.encode([text], shift, torch.tensor([[frame.places[0], 2**31]])).states
     torch.testing.assert_close(moved, victim.encode([frame.fill(["dog", "cat", "dog"])]).states, rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_free_search_tries_no_token_of_a_name() -> None:
+    pipe = pico_pipeline()
+    victim = Victim(pipe)
+    names = ("Snoopy", "van gogh")
+    own = set(victim.vocabulary.words(victim.vocabulary.searchable()))
+    free = set(victim.vocabulary.words(victim.vocabulary.searchable(names)))
+    assert own - free == {"snoopy", "van", "gogh"}
+    cases = [attacks.Case("snoopy", 1)]
+    picture = torch.randn(1, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
+    # From the name itself, a search that may use it does not leave it in a step of length zero; this one cannot use it.
+    for token_free, expected in ((False, True), (True, False)):
+        target = attacks.AttackTarget(victim, list(cases), picture, torch.Generator(), lambda: None, names)
+        attack = attacks.P4D(tokens=8, iterations=1, tries=40, lr=3.0, token_free=token_free)
+        words = {word for tries in attack.rounds(target) for word in str(tries[cases[0]].text).split()}
+        assert bool(words & {"snoopy", "van", "gogh"}) is expected
+
+
+class Scored:
+    """A gate that an adaptive attack can see through: how far states point along `way`."""
+
+    def __init__(self, way: Tensor) -> None:
+        self.way = way
+
+    def scores(self, states: Tensor) -> Tensor:
+        return torch.sigmoid(states.flatten(1) @ self.way)[:, None]
+
+    def gammas(self, prompts: object, concepts: object) -> Tensor:
+        return self.scores(prompts.states).detach().double()  # type: ignore[attr-defined]
+
+
+def test_an_adaptive_search_walks_away_from_the_gate() -> None:
+    pipe = pico_pipeline()
+    same = untouched(pipe)
+    victim, cases = Victim(pipe), [attacks.Case("snoopy", 1)]
+    picture = torch.randn(1, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
+    way = victim.encode(["snoopy"]).states.flatten().detach() / 60
+    gate = Scored(way)
+
+    def scores(strength: float) -> list[float]:
+        with victim.attach([pico_eraser(pipe.unet)], gate=gate):
+            random = torch.Generator().manual_seed(4)
+            target = attacks.AttackTarget(victim, list(cases), picture, random, lambda: None)
+            attack = attacks.P4D(tokens=3, iterations=2, tries=30, adaptive=strength)
+            texts = [str(tries[cases[0]].text) for tries in attack.rounds(target)]
+        with torch.no_grad():
+            return gate.scores(victim.encode(texts).states)[:, 0].tolist()
+
+    plain, adaptive = scores(0.0), scores(100.0)
+    assert plain[0] == pytest.approx(adaptive[0], abs=0.2), "both begin at the same tokens"
+    assert sum(adaptive[15:]) < sum(plain[15:]) - 1.0
+    with victim.attach([pico_eraser(pipe.unet)], gate=gate):
+        shift = torch.zeros(1, 1, victim.vocabulary.table.shape[1], requires_grad=True)
+        score = victim.scores(victim.encode(["dog"], shift).states)
+        (moved,) = torch.autograd.grad(score.log().sum(), shift)
+    assert score.shape == (1, 1)
+    assert float(moved.norm()) > 0
+    assert same()
+
+
+@pytest.mark.parametrize("gate", ["transport", "always", 0.5])
+def test_a_gate_without_a_score_has_nothing_to_adapt_to(gate: str | float) -> None:
+    pipe = pico_pipeline()
+    attack = attacks.P4D(tokens=3, iterations=1, tries=1, adaptive=0.1)
+    with pytest.raises(UsageError, match="has no method scores"):
+        attacks.run(pipe, [pico_eraser(pipe.unet)], CASES, judge_by(lambda call: call == 1)[0], attack,
+                    drawing=SMALL, gate=gate)  # fmt: skip

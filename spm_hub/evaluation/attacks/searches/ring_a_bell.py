@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spm_hub.errors import ModelError
+from spm_hub.errors import ModelError, UsageError
 from spm_hub.evaluation.attacks.attack import AttackTarget
 from spm_hub.evaluation.attacks.outcome import Case, Threat
 from spm_hub.evaluation.attacks.tries import Try
@@ -68,10 +68,20 @@ class RingABell:
     def rounds(self, target: AttackTarget) -> Iterator[dict[Case, Try]]:
         """Yield prompts to try, one for every remaining case of `target`."""
         every_case = tuple(target.cases)
+        if not target.names:
+            raise UsageError(
+                "Ring-A-Bell needs a concept's names, and no eraser is attacked", mend="give at least one eraser"
+            )
         seeds = torch.randint(_SEEDS, (len(every_case),), generator=target.generator).tolist()
         views = [_View.of(target.victim, vocabulary) for vocabulary in target.victim.vocabularies]
+        for view in views:
+            view.vocabulary.check_room(self.tokens, [""])
+        shared = [
+            (view, view.vocabulary.searchable(target.names), self.eta * direction(view.states, target.names))
+            for view in views
+        ]
         searches = {
-            case: [self._search(view, case, target.names, seed + number) for number, view in enumerate(views)]
+            case: [self._search(*one, case, seed + number) for number, one in enumerate(shared)]
             for case, seed in zip(every_case, seeds, strict=True)
         }
         for _ in range(self.tries):
@@ -84,10 +94,8 @@ class RingABell:
                 target.on_step()
             yield {case: self._try(views, searches[case]) for case in target.cases}
 
-    def _search(self, view: _View, case: Case, names: Sequence[str], seed: int) -> _Search:
-        view.vocabulary.check_room(self.tokens, [""])
-        goal = _summed(view.states([case.prompt])[0], self.eta * direction(view.states, names))
-        ids = view.vocabulary.searchable(names)
+    def _search(self, view: _View, ids: Tensor, move: Tensor, case: Case, seed: int) -> _Search:
+        goal = _summed(view.states([case.prompt])[0], move)
         random = torch.Generator().manual_seed(seed)
         people = ids[torch.randint(len(ids), (self.population, self.tokens), generator=random)]
 
