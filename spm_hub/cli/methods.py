@@ -1,7 +1,7 @@
 """Command methods: the ways to erase that `spmhub train --method` takes."""
 
 from spm_hub.cli.app import Example, command
-from spm_hub.cli.output import Output, silence_libraries
+from spm_hub.cli.output import Output
 
 
 @command(
@@ -12,10 +12,9 @@ from spm_hub.cli.output import Output, silence_libraries
 )
 def methods(out: Output) -> None:
     """List the methods of spmhub train, plug-ins included: their purpose, cost, harm and paper."""
-    with silence_libraries():
-        from spm_hub.training.methods import METHODS, all_methods
+    from spm_hub.training.methods import METHODS, all_methods
 
-        found = all_methods()
+    found = all_methods()
     rows = [
         {
             "name": one.name,

@@ -32,11 +32,10 @@ Sets = Annotated[
 
 
 def _method_names() -> dict[str, str]:
-    """Return the names of all methods, for the help text: reading them imports torch."""
-    with silence_libraries():
-        from spm_hub.training.methods import all_methods
+    """Return the names of all methods, for the help text: it imports the plug-ins."""
+    from spm_hub.training.methods import all_methods
 
-        return {"methods": ", ".join(all_methods())}
+    return {"methods": ", ".join(all_methods())}
 
 
 @command(

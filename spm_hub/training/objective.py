@@ -1,17 +1,16 @@
-"""The base classes of objectives, which move a concept's prediction away from the base's own."""
+"""The base classes of objectives, which move a concept's prediction away from the base's own. Imports no torch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from spm_hub.training.base_model import TeacherModel
-from spm_hub.training.conditioning import Conditioning
-from spm_hub.training.data.batch import Batch
+    from spm_hub.training.base_model import TeacherModel
+    from spm_hub.training.data.batch import Batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +57,10 @@ class Objective(ABC):
 
     def predicted(self, base: TeacherModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """Its predictions for a batch's target rows and anchor rows, in one call of the denoiser."""
+        import torch
+
+        from spm_hub.training.conditioning import Conditioning
+
         latents = torch.cat([batch.latents, batch.anchor_latents])
         times = torch.cat([batch.times, batch.anchor_times])
         prediction = base.predict(latents, times, Conditioning.cat([batch.states, batch.anchor_states]))
@@ -99,6 +102,8 @@ class SelfDistillation(Objective):
 
     def losses(self, base: TeacherModel, batch: Batch) -> Losses:
         """Return the losses; with the teacher "student", the model being erased predicts the surrogate now."""
+        import torch
+
         if self.teacher == "student":
             with torch.no_grad():
                 neutral = base.predict(batch.latents, batch.times, batch.neutral_states)

@@ -1,19 +1,20 @@
-"""Increments that are computed at once, without a training loop."""
+"""Increments that are computed at once, without a training loop. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from spm_hub.adapters.increments import Increment
 from spm_hub.training.loop.run import Run, Task
-from spm_hub.training.protection import space_left
 from spm_hub.training.recipe.protected_prompts import protects
 from spm_hub.training.trainable.trainable import Trainable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spm_hub.adapters.increments import Increment
 
 
 class Solved(Trainable):
@@ -47,6 +48,8 @@ class ClosedFormRun(Run):
     """A run that is finished when it begins."""
 
     def __init__(self, task: Task, increments: Mapping[str, Increment]) -> None:
+        from spm_hub.training.protection import space_left
+
         self.recipe = task.recipe
         self.trainable = Solved(increments)
         self.space = space_left(task.recipe, task.base, task.modules) if protects(task.recipe) else None

@@ -1,4 +1,4 @@
-"""The interface of a training loop: a task in, and a run out that steps and saves its state."""
+"""The interface of a training loop: a task in, and a run out that steps and saves its state. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-from spm_hub.adapters.adapter import Adapter
-from spm_hub.adapters.increments import Increment
-from spm_hub.training.base_model import TeacherModel
-from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.objective import Objective
-from spm_hub.training.protection import Space
-from spm_hub.training.recipe.fields import RecipeFields
-from spm_hub.training.trainable.trainable import Trainable
+    from spm_hub.adapters.adapter import Adapter
+    from spm_hub.adapters.increments import Increment
+    from spm_hub.training.base_model import TeacherModel
+    from spm_hub.training.data.prompts import PromptMaker
+    from spm_hub.training.objective import Objective
+    from spm_hub.training.protection import Space
+    from spm_hub.training.recipe.fields import RecipeFields
+    from spm_hub.training.trainable.trainable import Trainable
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +38,8 @@ class Task:
     @cached_property
     def prompts(self) -> PromptMaker:
         """The maker of prompts about the concept, and about everything else."""
+        from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+
         recipe, vocabulary = self.recipe, vocabulary_words(self.base.pipe.tokenizer)
         return PromptMaker((recipe.target, *recipe.aliases), recipe.kind, Words.load(), vocabulary)
 

@@ -6,13 +6,14 @@ Gandikota et al., Erasing Concepts from Diffusion Models, ICCV 2023, arXiv 2303.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from spm_hub.training.methods.method import TARGET_KEYS, Method
 from spm_hub.training.objective import Objective
 from spm_hub.training.recipe.fields import RecipeFields
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from spm_hub.errors import RecipeError
-from spm_hub.training.base_model import TeacherModel
-from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.token_positions import concept_positions
-from spm_hub.training.loop.prediction_run import check_prediction_model
-from spm_hub.training.methods.method import PREDICTION_KEYS, Method
+from spm_hub.training.methods.method import PREDICTION_KEYS, Method, check_prediction_model
 from spm_hub.training.objective import Losses, Objective
-from spm_hub.training.protection import changes_text_states
-from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.recipe.validation import check_prediction
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from spm_hub.training.base_model import TeacherModel
+    from spm_hub.training.data.batch import Batch
+    from spm_hub.training.recipe.fields import RecipeFields
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ class ForgetMeNot(Objective):
         Raises RecipeError for a denoiser without cross-attention, for one whose prompts are masked, and for prompts
         that exceed the tokenizer's window.
         """
+        import torch
+
         if batch.states.mask is not None:
             raise masked()
         chosen = torch.zeros(batch.states.shape[:2], dtype=torch.bool, device=batch.latents.device)
@@ -74,6 +75,8 @@ def attention_norm(probabilities: Sequence[Tensor], chosen: Tensor) -> Tensor:
 
     probabilities: each (n, heads, pixels, tokens); chosen: (rows, tokens), bool, of the first `rows` of n.
     """
+    import torch
+
     parts = [layer[: len(chosen)].transpose(2, 3).transpose(1, 2)[chosen].flatten() for layer in probabilities]
     norm: Tensor = torch.cat(parts).norm()
     return norm
@@ -143,6 +146,8 @@ def check(recipe: RecipeFields) -> None:
 
 def check_model(recipe: RecipeFields, denoiser: nn.Module) -> None:
     """Raise RecipeError for a denoiser without cross-attention, or whose prompts are masked."""
+    from spm_hub.training.protection import changes_text_states
+
     check_prediction_model(recipe, denoiser)
     cross_attentions(denoiser)
     if changes_text_states(denoiser):  # a mask then says which of the states count

@@ -6,12 +6,22 @@ Zhang et al., Minimalist Concept Erasure in Generative Models, ICML 2025, arXiv 
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
-from spm_hub.training.loop.mask_run import MaskRun
 from spm_hub.training.methods.method import Method
-from spm_hub.training.recipe.fields import RecipeFields
-from spm_hub.training.trainable.mask import neurons
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spm_hub.training.loop.run import Run, Task
+    from spm_hub.training.recipe.fields import RecipeFields
+
+
+def train_masks(task: Task) -> Run:
+    """Return the `MaskRun` of a task."""
+    from spm_hub.training.loop.mask_run import MaskRun
+
+    return MaskRun(task)
 
 
 def check(recipe: RecipeFields) -> None:
@@ -30,6 +40,8 @@ def check(recipe: RecipeFields) -> None:
 
 def check_model(recipe: RecipeFields, denoiser: nn.Module) -> None:
     """Raise RecipeError for a denoiser without neurons of one of the groups."""
+    from spm_hub.training.trainable.mask import neurons
+
     neurons(denoiser, recipe.masks.groups)
 
 
@@ -48,7 +60,7 @@ METHOD = Method(
         "optimiser": {"lr": 0.5, "schedule": "constant", "warmup": 10, "scale_lr": False},
         "steps": 50,
     },
-    trains=MaskRun,
+    trains=train_masks,
     uses=frozenset({
         "masks", "x_t.steps", "x_t.guidance", "optimiser.lr", "optimiser.schedule", "optimiser.warmup",
         "optimiser.cycles", "optimiser.weight_decay", "steps", "batch_size", "templates",

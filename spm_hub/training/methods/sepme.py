@@ -8,14 +8,16 @@ Separable, Recoverable, and Sustainable Multi-Concept Erasure from Diffusion Mod
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from spm_hub.training.base_model import TeacherModel
-from spm_hub.training.data.batch import Batch
 from spm_hub.training.methods.method import PREDICTION_KEYS, Method
 from spm_hub.training.objective import Losses, Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spm_hub.training.base_model import TeacherModel
+    from spm_hub.training.data.batch import Batch
 
 
 @dataclass(frozen=True)

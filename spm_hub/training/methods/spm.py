@@ -6,12 +6,14 @@ Lyu et al., One-dimensional Adapter to Rule Them All, CVPR 2024, arXiv 2312.1614
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from spm_hub.training.methods.method import Method
 from spm_hub.training.objective import Objective
 from spm_hub.training.recipe.fields import RecipeFields
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -6,24 +6,22 @@ Gandikota et al., Unified Concept Editing in Diffusion Models, WACV 2024, arXiv 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from spm_hub.adapters.increments import LowRank
 from spm_hub.errors import RecipeError
-from spm_hub.models.architectures import weight_of
-from spm_hub.training.base_model import TeacherModel
-from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
-from spm_hub.training.data.sampling import generator_for
 from spm_hub.training.data.token_positions import concept_positions, last_position, window
 from spm_hub.training.loop.closed_form import ClosedForm
-from spm_hub.training.loop.run import Task
 from spm_hub.training.methods.method import Method
-from spm_hub.training.protection import modules_not_reading_text, modules_reading_more
-from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.recipe.validation import refuse_erased
-from spm_hub.training.trainable.module_selection import select_modules
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from spm_hub.adapters.increments import LowRank
+    from spm_hub.training.base_model import TeacherModel
+    from spm_hub.training.data.prompts import PromptMaker
+    from spm_hub.training.loop.run import Task
+    from spm_hub.training.recipe.fields import RecipeFields
 
 
 def edit(
@@ -40,6 +38,10 @@ def edit(
     of its own. If n exceeds the rank asked for, W' - W = W K is cut to W U U^T K, U the first left singular vectors of
     K M^(1/2): no other product of that rank is nearer to K on the states that M is made of.
     """
+    import torch
+
+    from spm_hub.adapters.increments import LowRank
+
     c, moves, p = edited.double(), (goals - edited).double(), kept.double()
     m = ridge * torch.eye(c.shape[1], dtype=c.dtype, device=c.device) + c.T @ c + p.T @ p
     right = torch.linalg.solve(m, c.T).T.contiguous()  # M is symmetric
@@ -51,32 +53,44 @@ def edit(
     return {path: LowRank(right, weight.double() @ left) for path, weight in weights.items()}
 
 
-@torch.no_grad()
 def solve(task: Task) -> dict[str, LowRank]:
     """UCE's increments on `modules`, float64: target and aliases, all at once, become the surrogate.
 
     With `together` they are the target's share of the joint solution, whose sum over all its concepts is that solution.
     Raises RecipeError where the modules do not read the text encoder's own states, or a weight is quantised.
     """
+    import torch
+
+    from spm_hub.models.architectures import weight_of
+    from spm_hub.training.protection import modules_not_reading_text
+
     recipe, base, modules = task.recipe, task.base, task.modules
+    with torch.no_grad():
+        edited, goals = _edits(recipe, base, (recipe.target, *recipe.aliases), recipe.kind)
+        kept = torch.cat([edited[:0], *_all_kept(recipe, base)])
+        if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
+            raise RecipeError(f"method 'uce' cannot edit {path}: it is quantised", mend="--method esd-x")
+        if others := modules_not_reading_text(base, modules, recipe.target):
+            raise not_editable(others, len(modules))
+        weights = {path: weight_of(module) for path, module in modules.items()}
+        found = edit(weights, edited, goals, kept, recipe.closed_form.ridge, recipe.closed_form.rank)
+        return {path: increment.to(device="cpu") for path, increment in found.items()}
+
+
+def _all_kept(recipe: RecipeFields, base: TeacherModel) -> list[Tensor]:
+    """Return the states (n, d_text) to keep: of the other concepts, of preserved prompts, and of drawn sentences."""
+    from spm_hub.training.data.sampling import generator_for
+
     chosen = recipe.closed_form
-    names = (recipe.target, *recipe.aliases)
-    edited, goals = _edits(recipe, base, names, recipe.kind)
     kept = [_edits(recipe, base, (one.target, *one.aliases), one.kind)[0] for one in recipe.together]
     if chosen.preserve:
         kept.append(_kept_states(recipe, base, chosen.preserve))
     if chosen.held:
         company = (name for one in recipe.together for name in (one.target, *one.aliases))
-        maker = _maker(base, (*names, *company), recipe.kind)
+        maker = _maker(base, (recipe.target, *recipe.aliases, *company), recipe.kind)
         generator = generator_for(recipe.seed, 6, 0)
         kept.append(_kept_states(recipe, base, ["", *(maker.anchor(generator) for _ in range(chosen.held))]))
-    if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
-        raise RecipeError(f"method 'uce' cannot edit {path}: it is quantised", mend="--method esd-x")
-    if others := modules_not_reading_text(base, modules, recipe.target):
-        raise not_editable(others, len(modules))
-    weights = {path: weight_of(module) for path, module in modules.items()}
-    found = edit(weights, edited, goals, torch.cat([edited[:0], *kept]), chosen.ridge, chosen.rank)
-    return {path: increment.to(device="cpu") for path, increment in found.items()}
+    return kept
 
 
 def _edits(recipe: RecipeFields, base: TeacherModel, names: Sequence[str], kind: str) -> tuple[Tensor, Tensor]:
@@ -84,6 +98,10 @@ def _edits(recipe: RecipeFields, base: TeacherModel, names: Sequence[str], kind:
 
     They are those of each name alone, and in the same sentences as every other name.
     """
+    import torch
+
+    from spm_hub.training.data.sampling import generator_for
+
     pairs = []
     for name in names:
         maker, generator = _maker(base, (name,), kind), generator_for(recipe.seed, 5, 0)
@@ -109,6 +127,8 @@ def _pair(recipe: RecipeFields, base: TeacherModel, name: str, text: str, withou
 
 def _kept_states(recipe: RecipeFields, base: TeacherModel, prompts: Sequence[str]) -> Tensor:
     """Return the states (n, d_text) to keep of prompts: their last tokens', or all if all are edited."""
+    import torch
+
     # Zeros, which SDXL receives for no prompt, would turn a concept into nothing at all, and keep nothing.
     states = base.encode(prompts, literally=True).states
     if recipe.closed_form.tokens == "onwards":
@@ -119,6 +139,8 @@ def _kept_states(recipe: RecipeFields, base: TeacherModel, prompts: Sequence[str
 
 
 def _maker(base: TeacherModel, names: tuple[str, ...], kind: str) -> PromptMaker:
+    from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+
     return PromptMaker(names, kind, Words.load(), vocabulary_words(base.pipe.tokenizer))
 
 
@@ -138,6 +160,9 @@ def check(recipe: RecipeFields) -> None:
 
 def check_model(recipe: RecipeFields, denoiser: nn.Module) -> None:
     """Raise RecipeError for a denoiser whose chosen modules read more than the text encoder's states."""
+    from spm_hub.training.protection import modules_reading_more
+    from spm_hub.training.trainable.module_selection import select_modules
+
     modules = select_modules(denoiser, recipe.increment.modules)
     if joint := modules_reading_more(denoiser, modules):
         raise not_editable(joint, len(modules))

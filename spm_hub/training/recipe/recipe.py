@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 
 from spm_hub.adapters.manifest import NAME, slug
 from spm_hub.errors import RecipeError, UsageError
+from spm_hub.training.methods import METHODS, Method, all_methods, find_method
 from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.recipe.known_concepts import anchor_concept, known
 from spm_hub.training.recipe.presets import deep_merge, with_preset
@@ -29,18 +30,8 @@ from spm_hub.training.recipe.validation import (
     check_unused_keys,
 )
 
-if TYPE_CHECKING:
-    from spm_hub.training.methods import Method
-
 _OF_TARGET = ("target", "aliases", "kind", "surrogate", "name")
 _RENAMED = (("x_t", "told", "guidance_embedding"),)  # (part, the key's old name, its present name)
-
-
-def _find_method(name: str) -> Method | None:
-    """Return the method of that name. Methods import torch, which importing this module must not."""
-    from spm_hub.training import methods
-
-    return methods.find_method(name)
 
 
 class Recipe(RecipeFields):
@@ -50,7 +41,7 @@ class Recipe(RecipeFields):
     @classmethod
     def _over_preset(cls, values: Any) -> Any:
         """Lay `values` over the method's preset; add the anchor concept if the method needs one."""
-        method = _find_method(str(values.get("method", "spm"))) if isinstance(values, dict) else None
+        method = find_method(str(values.get("method", "spm"))) if isinstance(values, dict) else None
         if method is None:
             return values
         values = _renamed(values)
@@ -61,9 +52,7 @@ class Recipe(RecipeFields):
     @field_validator("method")
     @classmethod
     def _known(cls, method: str) -> str:
-        if _find_method(method) is None:
-            from spm_hub.training.methods import all_methods
-
+        if find_method(method) is None:
             raise ValueError(f"unknown method{hint(method, all_methods())}")
         return method
 
@@ -80,7 +69,7 @@ class Recipe(RecipeFields):
     def _of_the_method(cls, given: Any, info: ValidationInfo) -> RecipePart | None:
         """Read the method's own keys; unknown ones are refused with the nearest name."""
         name = info.data.get("method", "")
-        kind = None if (method := _find_method(name)) is None else method.options
+        kind = None if (method := find_method(name)) is None else method.options
         if kind is None:
             if given:
                 raise ValueError(f"method {name!r} has no options of its own: leave them out")
@@ -92,8 +81,6 @@ class Recipe(RecipeFields):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        from spm_hub.training.methods import METHODS
-
         method = self._method
         if self.objective.name != method.objective_name:
             known = {one.objective_name for one in METHODS.values()} | {method.objective_name}
@@ -114,7 +101,7 @@ class Recipe(RecipeFields):
 
     @property
     def _method(self) -> Method:
-        method = _find_method(self.method)
+        method = find_method(self.method)
         assert method is not None, "checked by _known"
         return method
 

@@ -1,18 +1,19 @@
-"""The base class of everything that is trained inside a denoiser."""
+"""The base class of everything that is trained inside a denoiser. Imports no torch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from spm_hub.adapters.adapter import Adapter
-from spm_hub.adapters.increments import Increment
 from spm_hub.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spm_hub.adapters.adapter import Adapter
+    from spm_hub.adapters.increments import Increment
 
 
 class Trainable(ABC):
@@ -41,11 +42,13 @@ class Trainable(ABC):
     def remove(self) -> None:
         """Restore the denoiser's own modules."""
 
-    @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy `state` into the parameters."""
-        for key, parameter in self.state().items():
-            parameter.copy_(state[key])
+        import torch
+
+        with torch.no_grad():
+            for key, parameter in self.state().items():
+                parameter.copy_(state[key])
 
     def install(self) -> None:
         """Put the increments back in effect after `remove`. Raises RecipeError for a kind that cannot return."""
