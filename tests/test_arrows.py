@@ -181,11 +181,46 @@ def test_tests_lie_in_folders_of_the_same_names() -> None:
         "from spm_hub.registry.registry import registries as r; [e.read_manifest() for f in r() for e in f.entries()]",
         "from spm_hub import Manifest, load, attach, train",
         "from spm_hub import Recipe; import spm_hub.training.recipe.validation",
+        "from spm_hub import Recipe; Recipe.plan(target='snoopy'); Recipe.make(target='snoopy', method='uce')",
+        "from spm_hub.training.planning import plan; plan(['snoopy', 'mickey'], {'method': 'sepme'})",
+        "from spm_hub.training.methods import all_methods; all_methods()",
+        "from spm_hub import ClosedForm, Losses, Method, Objective, RecipePart, Run, Task, Trainable",
     ],
 )
 def test_no_torch_is_imported(statement: str) -> None:
+    assert imported_libraries(statement) == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ("train --help", 0),
+        ("methods", 0),
+        ("methods --json", 0),
+        ("train snoopy --method esdx", 2),
+        ("train snoopy --set stepz=3", 2),
+        ("train snoopy --method uce --set steps=3", 2),
+    ],
+)
+def test_a_command_that_only_reads_recipes_imports_no_torch(arguments: str, code: int) -> None:
+    statement = f"""
+import contextlib, io, spm_hub.cli
+sys.argv = ["spmhub", *{arguments.split()!r}]
+left = None
+with contextlib.redirect_stdout(io.StringIO()):
+    try:
+        spm_hub.cli.main()
+    except SystemExit as error:
+        left = error.code
+assert (left or 0) == {code}, left"""
+    assert imported_libraries(statement) == "[]"
+
+
+def imported_libraries(statement: str) -> str:
+    """The large libraries that a fresh interpreter has imported after the statement."""
     code = (
-        f"import sys; {statement}; print(sorted({{'torch', 'diffusers', 'transformers', 'peft'}} & set(sys.modules)))"
+        f"import sys; {statement}\nprint(sorted({{'torch', 'diffusers', 'transformers', 'peft'}} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()

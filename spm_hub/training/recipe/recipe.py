@@ -41,7 +41,8 @@ class Recipe(RecipeFields):
     @classmethod
     def _over_preset(cls, values: Any) -> Any:
         """Lay `values` over the method's preset; add the anchor concept if the method needs one."""
-        method = find_method(str(values.get("method", "spm"))) if isinstance(values, dict) else None
+        usual = cls.model_fields["method"].default
+        method = find_method(str(values.get("method", usual))) if isinstance(values, dict) else None
         if method is None:
             return values
         values = _renamed(values)
@@ -146,7 +147,8 @@ class Recipe(RecipeFields):
         preset = self.make(target=self.target, method=self.method, surrogate=self.surrogate).model_dump(mode="json")
         concept = self.model_dump(mode="json", include={"target", "aliases", "kind"})
         concept |= {"surrogate": self.surrogate} if self.surrogate else {}
-        named = {} if self.method == "spm" else {"method": self.method}
+        usual = type(self).model_fields["method"].default
+        named = {} if self.method == usual else {"method": self.method}
         values = {**concept, **named, **_difference(self.model_dump(mode="json"), preset)}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
