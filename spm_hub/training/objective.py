@@ -1,4 +1,7 @@
-"""The base classes of objectives, which move a concept's prediction away from the base's own. Imports no torch."""
+"""The base classes of objectives, which move a concept's prediction away from the base's own.
+
+Importing them imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The interface of a training loop: a task in, and a run out that steps and saves its state. Imports no torch."""
+"""The interface of a training loop: a task in, and a run out that steps and saves its state.
+
+Importing it imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -78,7 +78,10 @@ def solve(task: Task) -> dict[str, LowRank]:
 
 
 def _all_kept(recipe: RecipeFields, base: TeacherModel) -> list[Tensor]:
-    """Return the states (n, d_text) to keep: of the other concepts, of preserved prompts, and of drawn sentences."""
+    """Return the states to keep, each (n, d_text).
+
+    They are those of the concepts of `together`, of `closed_form.preserve`, and of sentences about everything else.
+    """
     from spm_hub.training.data.sampling import generator_for
 
     chosen = recipe.closed_form
