@@ -108,7 +108,7 @@ def test_what_the_command_prints_and_keeps(tmp_path: Path, monkeypatch: pytest.M
         ("p4d", {}, [("p4d-n", {"tokens": 16, "every": None, "tries": 50})]),
         ("p4d", {"every": 3}, [("p4d-k", {"every": 3})]),
         ("p4d-k", {}, [("p4d-k", {"every": 3, "iterations": 60})]),
-        ("p4d-n, cce", {"token_free": True}, [("p4d-n", {"token_free": True}), ("cce", {"initial": "object"})]),
+        ("p4d-n, cce", {"token_free": True}, [("p4d-n", {"token_free": True}), ("cce", {"initial": "thing"})]),
         ("noise,seeds", {"tries": 5}, [("noise", {"most": 5, "tries": 5}), ("seeds", {"tries": 5})]),
         ("ring-a-bell,pez", {"iterations": 9}, [("ring-a-bell", {"iterations": 9}), ("pez", {"iterations": 9})]),
         ("p4d-n,unlearndiff", {"adaptive": 0.2}, [("p4d-n", {"adaptive": 0.2}), ("unlearndiff", {"timesteps": 50})]),

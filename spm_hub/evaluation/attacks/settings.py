@@ -77,7 +77,7 @@ class AttackSettings:
         }
         usual: dict[str, dict[str, Any]] = {
             "unlearndiff": {"tokens": few}, "p4d-k": {"every": 3}, "random": {"tokens": few},
-            "cce": {"initial": {"nsfw": "person", "style": "art"}.get(kind, "object")},
+            "cce": {"initial": {"nsfw": "person", "style": "art"}.get(kind, "thing")},
         }  # fmt: skip
         given = {name: getattr(self, name) for name in READS[self.name]}
         chosen = usual.get(self.name, {}) | {name: value for name, value in given.items() if value is not None}

@@ -34,7 +34,7 @@ class ConceptInversion:
     """
 
     tokens: int = 1
-    initial: str = "object"
+    initial: str = "thing"
     iterations: int = 100
     tries: int = 50
     batch: int = 16

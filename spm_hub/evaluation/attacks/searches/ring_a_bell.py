@@ -148,24 +148,35 @@ class _View:
 
 @dataclass(eq=False)
 class _Search:
-    """The population of one case, ranked: `people` (n, tokens), the best one seen `best` (tokens,)."""
+    """The population of one case: `people` (n, tokens), their scores (n,), and the `best` one seen (tokens,).
+
+    The score of a new one is NaN until it is computed.
+    """
 
     settings: RingABell
     ids: Tensor
     fitness: Callable[[Tensor], Tensor]
     random: torch.Generator
     people: Tensor
+    scores: Tensor = field(init=False)
     best: Tensor = field(init=False)
     least: float = field(default=float("inf"), init=False)
 
+    def __post_init__(self) -> None:
+        self.scores = torch.full((len(self.people),), torch.nan)
+
     def evolve(self) -> None:
         """Rank the population, keep its better half, cross and mutate it: one generation."""
-        scores = self.fitness(self.people).cpu()
-        order = scores.argsort(stable=True)
-        if float(scores[order[0]]) < self.least:
-            self.least, self.best = float(scores[order[0]]), self.people[order[0]].clone()
-        parents = self.people[order[: self.settings.population // 2]]
-        self.people = self._mutated(self._crossed(parents))
+        new = self.scores.isnan()
+        self.scores[new] = self.fitness(self.people[new]).cpu()
+        order = self.scores.argsort(stable=True)
+        if float(self.scores[order[0]]) < self.least:
+            self.least, self.best = float(self.scores[order[0]]), self.people[order[0]].clone()
+        kept = order[: self.settings.population // 2]
+        self.people = self._crossed(self.people[kept])
+        unknown = torch.full((len(self.people) - len(kept),), torch.nan)
+        self.scores = torch.cat([self.scores[kept], unknown])
+        self._mutate()
 
     def _crossed(self, parents: Tensor) -> Tensor:
         """Return the parents, and for a share of them two children each.
@@ -180,13 +191,12 @@ class _Search:
         before = torch.arange(length)[None] < cuts
         return torch.cat([parents, torch.where(before, ones, others), torch.where(before, others, ones)])
 
-    def _mutated(self, people: Tensor) -> Tensor:
-        """Return the people, for a share of them with one token replaced by a random one."""
-        people = people.clone()
-        chosen = (torch.rand(len(people), generator=self.random) < self.settings.mutation).nonzero()[:, 0]
-        places = torch.randint(people.shape[1], (len(chosen),), generator=self.random)
-        people[chosen, places] = self.ids[torch.randint(len(self.ids), (len(chosen),), generator=self.random)]
-        return people
+    def _mutate(self) -> None:
+        """Replace one token by a random one in a share of the population, parents included."""
+        chosen = (torch.rand(len(self.people), generator=self.random) < self.settings.mutation).nonzero()[:, 0]
+        places = torch.randint(self.people.shape[1], (len(chosen),), generator=self.random)
+        self.people[chosen, places] = self.ids[torch.randint(len(self.ids), (len(chosen),), generator=self.random)]
+        self.scores[chosen] = torch.nan
 
 
 def direction(states: Callable[[Sequence[str]], Tensor], names: Sequence[str]) -> Tensor:
