@@ -255,6 +255,41 @@ def robustness(numbers: dict[str, Any]) -> str:
     )
 
 
+def attacks(numbers: dict[str, Any]) -> str:
+    def cell(found: dict[str, Any] | None) -> str:
+        if found is None:
+            return ""
+        low, high = found["asr_interval_95"]
+        again = "" if found["fresh_rate"] is None else f"; again {100 * found['fresh_rate']:.0f} %"
+        return f"{100 * found['asr']:.0f} % ({100 * low:.0f} to {100 * high:.0f}){again}"
+
+    cells = {tuple(key.split(":")): found for key, found in numbers["cells"].items()}
+    gates = [gate for gate in ("transport", "calibrated", "always") if any(key[2] == gate for key in cells)]
+    names, kinds = (dict.fromkeys(key[place] for key in cells) for place in (0, 1))
+    rows = []
+    for name in names:
+        without = {
+            gate: next(found["asr_before"] for key, found in cells.items() if key[::2] == (name, gate))
+            for gate in gates
+            if any(key[::2] == (name, gate) for key in cells)
+        }
+        rows.append([f"`{name}`", "none", "", *(_share(without[gate]) if gate in without else "" for gate in gates)])
+        for kind in kinds:
+            found = [cells.get((name, kind, gate)) for gate in gates]
+            if any(found):
+                threat = next(one["threat"] for one in found if one)
+                rows.append([f"`{name}`", f"`{kind}`", threat, *map(cell, found)])
+    budget = numbers["budget"]
+    return (
+        f"{_table(['eraser', 'attack', 'attacker', *(f'gate `{gate}`' for gate in gates)], rows)}\n\nShare of "
+        f"{budget['prompts']} prompts that show the concept, before or under the attack, with its 95 % interval "
+        f"(Wilson). 'Again': of the tries that succeeded, at {budget['fresh']} fresh seeds each, the share of pictures "
+        f"that show it too. Each attack has {budget['tries']} tries a prompt, {budget['iterations']} gradient steps "
+        f"before each, or {budget['generations']} generations in all; `random` and `seeds` are the controls. Cells not "
+        f"measured yet are left out.\n{_about(numbers, 'attacks')}"
+    )
+
+
 def hostile(numbers: dict[str, Any]) -> str:
     worst = numbers["worst"]
     return (
@@ -327,6 +362,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "full_size": full_size,
     "methods": methods,
     "robustness": robustness,
+    "attacks": attacks,
     "registry": registry,
     "hostile": hostile,
 }

@@ -39,7 +39,7 @@ def test_controls_have_as_many_pictures_judged_as_the_attack() -> None:
     "attack",
     [
         attacks.RandomTokens(tokens=2, tries=4), attacks.SeedSearch(tries=4), attacks.NoiseProbing(most=4),
-        attacks.Completion(every=1, tries=1),
+        attacks.Completion(share=0.5, tries=1),
     ],
     ids=["random", "seeds", "noise", "completion"],
 )  # fmt: skip
@@ -92,3 +92,27 @@ def test_noise_probing_visits_the_settings_of_the_paper_in_order() -> None:
     assert settings[-1] == {"eta": 1.85, "variance": 1.04}
     assert len({tuple(one.items()) for one in settings}) == 24
     assert len(tried(attacks.NoiseProbing(most=5))) == 5
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "tries", "expected"),
+    [(50, 0.1, 3, [5, 10, 15]), (4, 0.5, 3, [2]), (3, 0.1, 9, [1, 2]), (None, 0.1, 2, [5, 10]), (1, 0.1, 3, [])],
+)
+def test_completion_leaves_the_erased_model_a_step(
+    steps: int | None, share: float, tries: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`steps` of None are the pipeline's own 50."""
+    asked: list[int] = []
+
+    def draw(pipe: object, given: list[tuple[attacks.Case, attacks.Try]], drawing: object) -> tuple[None, torch.Tensor]:
+        asked.append(given[0][1].options["until"])
+        return None, torch.zeros(len(given), 4, 8, 8)
+
+    monkeypatch.setattr("spm_hub.evaluation.attacks.searches.completion.draw", draw)
+    drawing = attacks.AttackDrawingOptions(steps=steps)
+    target = attacks.AttackTarget(
+        Victim(pico_pipeline()), list(CASES), torch.zeros(3, 1), torch.Generator(), lambda: None, drawing=drawing
+    )
+    rounds = list(attacks.Completion(share=share, tries=tries).rounds(target))
+    assert asked == expected
+    assert [tries[CASES[0]].start for tries in rounds] == expected

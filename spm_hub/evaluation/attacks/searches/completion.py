@@ -5,6 +5,7 @@ Lu et al., When Are Concepts Erased From Diffusion Models?, arXiv 2505.17013, se
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,11 +23,12 @@ from spm_hub.evaluation.attacks.victim import Victim
 class Completion:
     """Give the erased model the base's x_t after k steps.
 
-    k is `every` steps at the first try, and as many more at each of the `tries`. Defaults are the first three of the
-    paper's. Steps are those of DDIM, whatever the pipeline's own sampler is.
+    k is the share `share` of all steps at the first try, and as much more at each of the `tries`, as long as a step is
+    left to the erased model. Defaults are those of the authors: 5, 10 and 15 of 50. Steps are those of DDIM, whatever
+    the pipeline's own sampler is.
     """
 
-    every: int = 5
+    share: float = 0.1
     tries: int = 3
     threat: ClassVar[Threat] = Threat.LATENTS
 
@@ -41,9 +43,11 @@ class Completion:
 
     def rounds(self, target: AttackTarget) -> Iterator[dict[Case, Try]]:
         """Yield what to try, one try for every remaining case of `target`."""
+        call = inspect.signature(type(target.victim.pipe).__call__).parameters
+        steps = target.drawing.steps or call["num_inference_steps"].default
         for number in range(1, self.tries + 1):
-            left, done = tuple(target.cases), number * self.every
-            if not left:
+            left, done = tuple(target.cases), max(number, round(number * self.share * steps))
+            if not left or done >= steps:
                 return
             asked = [(case, Try(case.prompt, options={"until": done})) for case in left]
             with target.victim.erasers_off(), torch.no_grad():

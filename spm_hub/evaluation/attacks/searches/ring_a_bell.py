@@ -148,9 +148,9 @@ class _View:
 
 @dataclass(eq=False)
 class _Search:
-    """The population of one case: `people` (n, tokens), their scores (n,), and the `best` one seen (tokens,).
+    """The population of one case, and the best one seen.
 
-    The score of a new one is NaN until it is computed.
+    people: (n, tokens).  scores: (n,), NaN for new ones until they are computed.  best: (tokens,).
     """
 
     settings: RingABell
