@@ -471,7 +471,10 @@ def test_ctrl_c_before_the_first_step_saves_nothing(tmp_path: Path, monkeypatch:
         ({"masks": {"groups": ["fff"]}}, "masks.groups.0: unknown.*did you mean ff"),
         ({"masks": {"groups": []}}, "masks.groups"),
         ({"masks": {"betta": 1}}, "masks.betta is unknown; did you mean beta"),
-        ({"anchoring": {"weight": 3}}, "anchoring.weight 3.0 would change nothing.*masks.beta sets"),
+        (
+            {"anchoring": {"weight": 3}},
+            "anchoring.weight 3.0 would change nothing.*masks.beta is the weight of keeping everything else",
+        ),
         ({"x_t": {"source": "student"}}, "of x_t it reads steps and guidance"),
         ({"x_t": {"guidance": [1.0, 3.0]}}, "under one guidance"),
         ({"x_t": {"guidance": [0.0]}}, "under one guidance of 1 or more"),
