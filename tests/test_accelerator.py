@@ -288,8 +288,15 @@ def test_twice_and_resumed_is_the_identical_file(method: str, tmp_path: Path) ->
     [
         attacks.UnlearnDiffAtk(tokens=2, iterations=2, timesteps=2),
         attacks.P4D(tokens=2, iterations=1, tries=2),
+        attacks.RingABell(tokens=2, iterations=2, tries=2, population=6),
+        attacks.PEZ(tokens=2, iterations=2, tries=2),
+        attacks.ConceptInversion(initial="photo", iterations=1, tries=2, batch=2),
+        attacks.NoiseProbing(most=2),
+        attacks.Completion(share=0.5, tries=1),
+        attacks.RandomTokens(tokens=2, tries=2),
+        attacks.SeedSearch(tries=2),
     ],
-    ids=["unlearndiff", "p4d"],
+    ids=lambda attack: type(attack).__name__,
 )
 def test_attacks(attack: Any) -> None:
     pipe = pico_pipeline().to(DEVICE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
 import torch
@@ -62,11 +63,12 @@ class ProbingSampler(DDIMScheduler):  # type: ignore[misc]
         """
         clean = super().step(model_output, timestep, sample, eta=0.0).pred_original_sample
         before = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
-        kept = self.alphas_cumprod[int(timestep)].to(sample)
-        kept_before = (self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod).to(sample)
-        noise = (sample - kept.sqrt() * clean) / (1 - kept).sqrt()
-        sigma = self.eta * ((1 - kept_before) / (1 - kept) * (1 - kept / kept_before)).sqrt()
-        result = kept_before.sqrt() * clean + (1 - kept_before - sigma**2).abs().sqrt() * noise
+        # Numbers of Python, so that a model in half precision does not round them.
+        kept = float(self.alphas_cumprod[int(timestep)])
+        kept_before = float(self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod)
+        noise = (sample - math.sqrt(kept) * clean) / math.sqrt(1 - kept)
+        sigma = self.eta * math.sqrt((1 - kept_before) / (1 - kept) * (1 - kept / kept_before))
+        result = math.sqrt(kept_before) * clean + math.sqrt(abs(1 - kept_before - sigma**2)) * noise
         if self.eta:
             fresh = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             result = result + self.variance * sigma * torch.as_tensor(fresh)
