@@ -147,3 +147,9 @@ def test_a_gate_without_a_score_has_nothing_to_adapt_to(gate: str | float) -> No
     with pytest.raises(UsageError, match="has no method scores"):
         attacks.run(pipe, [pico_eraser(pipe.unet)], CASES, judge_by(lambda call: call == 1)[0], attack,
                     drawing=SMALL, gate=gate)  # fmt: skip
+
+
+@pytest.mark.parametrize("adaptive", [-0.1, float("nan"), float("inf")])
+def test_a_factor_that_means_nothing_is_refused(adaptive: float) -> None:
+    with pytest.raises(UsageError, match="adaptive is"):
+        attacks.P4D(adaptive=adaptive)

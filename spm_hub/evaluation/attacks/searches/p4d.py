@@ -6,6 +6,7 @@ arXiv 2309.06135.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spm_hub.errors import UsageError
 from spm_hub.evaluation.attacks.attack import AttackTarget
 from spm_hub.evaluation.attacks.outcome import Case, Threat
 from spm_hub.evaluation.attacks.tries import Try
@@ -71,6 +73,11 @@ class P4D:
     token_free: bool = False
     adaptive: float = 0.0
     threat: ClassVar[Threat] = Threat.WEIGHTS
+
+    def __post_init__(self) -> None:
+        """Raise UsageError unless `adaptive` is a finite number of at least 0."""
+        if not 0 <= self.adaptive < math.inf:
+            raise UsageError(f"adaptive is {self.adaptive}; it is a finite number, at least 0", mend="--adaptive 0.1")
 
     @property
     def steps(self) -> int:
