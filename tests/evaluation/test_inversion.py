@@ -100,5 +100,6 @@ def test_it_learns_by_its_loss_alone_and_the_gates_see_embeddings_only() -> None
 
 
 def test_a_word_begins_as_one_token() -> None:
-    with pytest.raises(UsageError, match="is 6 tokens"):
-        attacks.run(pico_pipeline(), [], CASES, judge_by(lambda call: True)[0], ConceptInversion(), drawing=SMALL)
+    judge, attack = judge_by(lambda call: True)[0], ConceptInversion(initial="dog cat")
+    with pytest.raises(UsageError, match="'dog cat' is 2 tokens"):
+        attacks.run(pico_pipeline(), [], CASES, judge, attack, drawing=SMALL)

@@ -123,14 +123,14 @@ def test_an_adaptive_search_walks_away_from_the_gate() -> None:
         with victim.attach([pico_eraser(pipe.unet)], gate=gate):
             random = torch.Generator().manual_seed(4)
             target = attacks.AttackTarget(victim, list(cases), picture, random, lambda: None)
-            attack = attacks.P4D(tokens=3, iterations=2, tries=30, adaptive=strength)
+            attack = attacks.P4D(tokens=3, iterations=2, tries=12, adaptive=strength)
             texts = [str(tries[cases[0]].text) for tries in attack.rounds(target)]
         with torch.no_grad():
             return gate.scores(victim.encode(texts).states)[:, 0].tolist()
 
     plain, adaptive = scores(0.0), scores(100.0)
     assert plain[0] == pytest.approx(adaptive[0], abs=0.2), "both begin at the same tokens"
-    assert sum(adaptive[15:]) < sum(plain[15:]) - 1.0
+    assert sum(adaptive[4:]) < sum(plain[4:]) - 0.4
     with victim.attach([pico_eraser(pipe.unet)], gate=gate):
         shift = torch.zeros(1, 1, victim.vocabulary.table.shape[1], requires_grad=True)
         score = victim.scores(victim.encode(["dog"], shift).states)
