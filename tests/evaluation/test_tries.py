@@ -19,6 +19,7 @@ from spm_hub.evaluation.attacks.samplers import ProbingSampler
 from spm_hub.evaluation.attacks.tries import draw
 from spm_hub.evaluation.attacks.victim import Victim
 
+DDIM = {"eta": 0.0}
 FOUR = attacks.AttackDrawingOptions(steps=4, guidance=3.0)
 
 
@@ -68,14 +69,19 @@ def test_tries_of_all_kinds_in_one_round_come_back_in_order() -> None:
         assert np.abs(values(picture) - by_hand(pipe, prompt, seed)).max() <= 1
 
 
-def test_a_picture_that_is_finished_from_the_middle_is_the_picture() -> None:
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_picture_that_is_finished_from_the_middle_is_the_picture(family: str) -> None:
     """Without an eraser, x_t after two steps and the other two steps are one picture drawn by DDIM."""
-    pipe = pico_pipeline()
-    case, own = CASES[0], pipe.scheduler
+    pipe = family_pipeline(family)
+    case, own, config = CASES[0], pipe.scheduler, dict(pipe.config)
     _, x_t = draw(pipe, [(case, attacks.Try(case.prompt, options={"until": 2}))], FOUR)
-    ((finished,), _) = draw(pipe, [(case, attacks.Try(case.prompt, latents=x_t[0], start=2))], FOUR)
-    assert np.abs(values(finished) - by_hand(pipe, case.prompt, case.seed)).max() <= 1
+    asked = [(case, attacks.Try(case.prompt, latents=x_t[0], start=2)), (case, attacks.Try(case.prompt, options=DDIM))]
+    (finished, whole), _ = draw(pipe, asked, FOUR)
+    assert np.abs(values(finished) - values(whole)).max() <= 1
+    if family == "sd1":  # whose own sampler is DDIM
+        assert np.abs(values(finished) - by_hand(pipe, case.prompt, case.seed)).max() <= 1
     assert pipe.scheduler is own
+    assert dict(pipe.config) == config
 
 
 def test_the_sampler_adds_the_noise_that_it_says() -> None:
