@@ -140,6 +140,8 @@ def test_only_tokens_that_can_be_typed_are_tried() -> None:
     words = [victim.vocabulary.tokenizer.decode([token]).strip() for token in ids.tolist()]
     assert {"snoopy", "dog", "church", "a"} <= set(words)
     assert "chur" not in words
+    printed = victim.vocabulary.words(victim.vocabulary.searchable(printable=True))
+    assert printed == [word for word in words if not any(ord(letter) < 32 or ord(letter) == 127 for letter in word)]
     tokens = ids[torch.tensor([[words.index("dog"), words.index("church")], [words.index("a"), words.index("cat")]])]
     assert victim.vocabulary.write(tokens, ["snoopy", "a photo"]) == ["dog church snoopy", "a cat a photo"]
     for text, row in zip(victim.vocabulary.write(tokens, ["", ""]), tokens.tolist(), strict=True):

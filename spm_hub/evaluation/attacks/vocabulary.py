@@ -28,11 +28,11 @@ class Vocabulary:
     encoders: tuple[nn.Module, ...]
     arguments: tuple[str, ...]
 
-    def searchable(self, without: Sequence[str] = ()) -> Tensor:
+    def searchable(self, without: Sequence[str] = (), *, printable: bool = False) -> Tensor:
         """Return the ids of the tokens that a user can type: those that decode and encode to themselves.
 
         The rest of the vocabulary is word fragments that need a following token, and special tokens.
-        without: texts, none of whose tokens are returned.
+        without: texts, none of whose tokens are returned.  printable: leave control characters out.
         """
         special = set(self.tokenizer.all_special_ids)
         ids = [token for token in sorted(self.tokenizer.get_vocab().values()) if token not in special]
@@ -43,6 +43,8 @@ class Vocabulary:
             written = [form for text in without for form in (text, text.lower(), text.title(), text.upper())]
             left_out = {token for row in self.tokenizer(written, add_special_tokens=False).input_ids for token in row}
             kept = [token for token in kept if token not in left_out]
+        if printable:
+            kept = [token for token in kept if self.tokenizer.decode([token]).strip().isprintable()]
         return torch.tensor(kept)
 
     def check_room(self, tokens: int, prompts: Sequence[str]) -> None:

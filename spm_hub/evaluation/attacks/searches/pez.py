@@ -54,7 +54,7 @@ class PEZ:
         victim, every_case = target.victim, tuple(target.cases)
         vocabulary = victim.vocabulary
         vocabulary.check_room(self.tokens, [""])
-        ids = vocabulary.searchable(target.names if self.token_free else ())
+        ids = vocabulary.searchable(target.names if self.token_free else (), printable=True)
         table = vocabulary.table[ids]
         units = F.normalize(table, dim=1)
         drawn = torch.randint(len(ids), (len(every_case), self.tokens), generator=target.generator)

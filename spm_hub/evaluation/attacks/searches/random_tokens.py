@@ -40,7 +40,7 @@ class RandomTokens:
         every_case = tuple(target.cases)
         vocabulary = target.victim.vocabularies[0]
         vocabulary.check_room(self.tokens, [case.prompt for case in every_case])
-        ids = vocabulary.searchable(target.names if self.token_free else ())
+        ids = vocabulary.searchable(target.names if self.token_free else (), printable=True)
         for _ in range(self.tries):
             if not target.cases:
                 return

@@ -77,7 +77,11 @@ class RingABell:
         for view in views:
             view.vocabulary.check_room(self.tokens, [""])
         shared = [
-            (view, view.vocabulary.searchable(target.names), self.eta * direction(view.states, target.names))
+            (
+                view,
+                view.vocabulary.searchable(target.names, printable=True),
+                self.eta * direction(view.states, target.names),
+            )
             for view in views
         ]
         searches = {
