@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.adapters.formats.format import Format
-    from spm_hub.adapters.manifest import Manifest
+    from spm_hub.adapters.manifest import GateName, Manifest
     from spm_hub.attachment.attachment import Attachment
-    from spm_hub.attachment.gates.gate import Gate
+    from spm_hub.attachment.gates.gate import Gate, PreparingGate
     from spm_hub.evaluation.application import Applied
     from spm_hub.hub.bake import bake
     from spm_hub.hub.convert import Conversion, convert
@@ -104,7 +104,7 @@ def attach(
     adapters: "str | Path | Adapter | Iterable[str | Path | Adapter]",
     *,
     registry: str | Path | None = None,
-    gate: "Literal['transport', 'always'] | float | Gate | None" = None,
+    gate: "GateName | float | Gate | PreparingGate | None" = None,
     strength: Mapping[str, float] | float | None = None,
     rows: Literal["both", "conditional"] | None = None,
     mode: Literal["auto", "fold", "branch"] = "auto",
@@ -321,7 +321,7 @@ def apply(
     number: int = 1,
     steps: int | None = None,
     guidance: float | None = None,
-    gate: "Literal['transport', 'always'] | float | Gate | None" = None,
+    gate: "GateName | float | Gate | PreparingGate | None" = None,
     strength: Mapping[str, float] | float | None = None,
     rows: Literal["both", "conditional"] | None = None,
     mode: Literal["auto", "fold", "branch"] = "auto",

@@ -92,13 +92,17 @@ class Base(_Part):
     )
 
 
+GateName = Literal["calibrated", "transport", "always"]
+"""The gates that have a name: see `spm_hub.attachment.gates`."""
+
+
 class GateDefaults(_Part):
     """The adapter's gate, unless the user chooses another.
 
     Facilitated transport: arXiv 2312.16145, Eq. 9-11.
     """
 
-    kind: Literal["transport", "always"] = "transport"
+    kind: GateName = "transport"
     strength: float = 1.0
     rows: Literal["both", "conditional"] = "both"
     protected: tuple[str, ...] = Field(

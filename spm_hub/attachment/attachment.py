@@ -14,11 +14,11 @@ from spm_hub.adapters.compatibility import resolve_modules
 from spm_hub.adapters.lookup import duplicate_error, find_name, resolve_names
 from spm_hub.attachment.call import Call
 from spm_hub.attachment.gates.evaluation import Gammas, GateEvaluation
-from spm_hub.attachment.gates.gate import Gate, Prompts
+from spm_hub.attachment.gates.gate import Explanation, Gate, PreparedGate, Prompts
 from spm_hub.attachment.options import Eraser, GateChoice, Mode, Options, Rows, Strength
 from spm_hub.attachment.pipeline_hooks import ATTACHMENT, install_hooks, remove_hooks
 from spm_hub.attachment.planner import Planner
-from spm_hub.attachment.text_encoding import encode, encoder_settings, tokens_of
+from spm_hub.attachment.text_encoding import Settings, encode, encoder_settings, tokens_of
 from spm_hub.errors import UsageError
 from spm_hub.models.architectures import body_of, denoiser_of, family_of, further_denoisers
 
@@ -138,15 +138,18 @@ class Attachment:
         An eraser that `threshold` or `top_k` leaves out has gamma 0. Raises UsageError where the pipeline cannot encode
         a text, or knows no such option.
         """
-        if not isinstance(prompt, str):
-            raise UsageError(f"gates takes one prompt, not {prompt!r}", mend="erasers.gates(prompt) for each of them")
-        settings = encoder_settings(self._pipeline_class, options)
         with self._lock:
-            self._check_attached()
-            states = encode(self._pipe, self._pipeline_class, prompt, settings)
-            prompts = Prompts((prompt,), tokens_of(self._pipe, [prompt]), states)
+            prompts, settings = self._read(prompt, options)
             gammas = self._gates.select(self._gates.ask(prompts, settings, self._planner.erasers))
             return {name: gammas[name][0] for name in self._planner.erasers}
+
+    def explain(self, prompt: str, /, **options: Any) -> dict[str, Explanation]:
+        """Return for every eraser why it acts on a prompt or does not: its gamma, and what gave it.
+
+        options and errors: as for `gates`.
+        """
+        with self._lock:
+            return self._gates.explain(*self._read(prompt, options), self._planner.erasers)
 
     @contextmanager
     def prompted(self, prompts: Prompts, /) -> Iterator[Gammas]:
@@ -165,9 +168,12 @@ class Attachment:
             call.gammas = self._gates.ask(prompts, call.settings, self._planner.erasers)
             yield self._gates.select(call.gammas)
 
-    def gate_of(self, name: str, /) -> Gate:
-        """Return the gate of one eraser."""
-        return self._planner.erasers[find_name(name, self._planner.erasers)].gate
+    def gate_of(self, name: str, /) -> Gate | PreparedGate:
+        """Return the gate that is asked about one eraser; a calibrated one with its calibration."""
+        with self._lock:
+            self._check_attached()
+            found = find_name(name, self._planner.erasers)
+            return self._gates.gate_of(found, encoder_settings(self._pipeline_class, {}), self._planner.erasers)
 
     def add(self, adapter: Adapter, /) -> None:
         """Attach one more eraser, under the options of `attach`.
@@ -258,6 +264,14 @@ class Attachment:
             if self._attached and not (moving and (self._denoisings or self._calls)):
                 self._planner.restore_weights()
             yield
+
+    def _read(self, prompt: str, options: Mapping[str, Any]) -> tuple[Prompts, Settings]:
+        if not isinstance(prompt, str):
+            raise UsageError(f"gates takes one prompt, not {prompt!r}", mend="erasers.gates(prompt) for each of them")
+        self._check_attached()
+        settings = encoder_settings(self._pipeline_class, options)
+        states = encode(self._pipe, self._pipeline_class, prompt, settings)
+        return Prompts((prompt,), tokens_of(self._pipe, [prompt]), states), settings
 
     def _eraser(self, adapter: Adapter, others: Mapping[str, Eraser]) -> Eraser:
         if (other := others.get(adapter.name)) is not None:

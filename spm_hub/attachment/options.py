@@ -5,24 +5,28 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.lookup import find_name
+from spm_hub.adapters.manifest import GateName
+from spm_hub.attachment.gates.calibrated import CalibratedGate
 from spm_hub.attachment.gates.concept_index import EncodedConcept
-from spm_hub.attachment.gates.gate import ConstantGate, Gate, TransportGate
+from spm_hub.attachment.gates.gate import ConstantGate, Gate, PreparingGate, TransportGate
 from spm_hub.attachment.text_encoding import Settings
 from spm_hub.errors import NotFoundError, UsageError
 
 Rows = Literal["both", "conditional"]
 Mode = Literal["auto", "fold", "branch"]
-GateChoice = Literal["transport", "always"] | float | Gate
+GateChoice = GateName | float | Gate | PreparingGate
 
-_TRANSPORT = TransportGate()
-_ALWAYS = ConstantGate(1.0)
+_NAMED: Mapping[GateName, Gate | PreparingGate] = {
+    "calibrated": CalibratedGate(), "transport": TransportGate(), "always": ConstantGate(1.0)
+}  # fmt: skip
+"""The gates that have a name. Erasers that share a gate are asked about together, hence one object each."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,14 @@ class Options:
         elif self.strength is not None:
             finite("strength", self.strength)
         if isinstance(self.gate, str):
-            _one_of("gate", self.gate, ("transport", "always"))
+            _one_of("gate", self.gate, get_args(GateName))
         elif isinstance(self.gate, Real):
             finite("gate", self.gate)
-        elif self.gate is not None and not isinstance(self.gate, Gate):
-            raise UsageError(f'gate is {self.gate!r}; it is "transport", "always", a number, or has a method gammas()')
+        elif self.gate is not None and not isinstance(self.gate, Gate | PreparingGate):
+            raise UsageError(
+                f"gate is {self.gate!r}; it is one of {', '.join(map(repr, get_args(GateName)))}, a number, or "
+                "has a method gammas() or prepare()"
+            )
 
     def eraser(self, adapter: Adapter, modules: Mapping[str, tuple[nn.Module, str]]) -> "Eraser":
         """Return the eraser of an adapter on its modules, with these options or else its manifest's settings.
@@ -66,8 +73,8 @@ class Options:
         default = adapter.manifest.gate
         gate = default.kind if self.gate is None else self.gate
         if isinstance(gate, str):
-            gate = _TRANSPORT if gate == "transport" else _ALWAYS
-        elif not isinstance(gate, Gate):
+            gate = _NAMED[gate]
+        elif not isinstance(gate, Gate | PreparingGate):
             gate = ConstantGate(float(gate))
         given = self.strength.get(adapter.name) if isinstance(self.strength, Mapping) else self.strength
         strength = default.strength if given is None else float(given)
@@ -82,19 +89,23 @@ class Options:
 class Eraser:
     """One adapter on one pipeline: by path, its modules and their increments; and how it is gated.
 
-    concepts: the names of its concept, encoded under each set of settings that was needed.
+    concepts: the names of its concept, encoded under each set of settings that was needed. memos: what a gate that
+    prepares itself keeps of the eraser, likewise.
     """
 
     adapter: Adapter
     modules: Mapping[str, nn.Module]
     increments: Mapping[str, Increment]
-    gate: Gate
+    gate: Gate | PreparingGate
     strength: float
     rows: Rows
     concepts: dict[Settings, EncodedConcept] = field(default_factory=dict)
+    memos: dict[Settings, dict[str, Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         match self.gate:
+            case CalibratedGate():
+                gate = "calibrated"
             case TransportGate():
                 gate = "transport"
             case ConstantGate(gamma):

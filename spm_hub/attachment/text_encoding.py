@@ -1,5 +1,6 @@
 """Encodes texts as a pipeline does: text-encoder states, token sets, and encoder settings."""
 
+import hashlib
 import inspect
 import re
 import weakref
@@ -94,11 +95,17 @@ def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Te
     One text at a time: the output of a text encoder for a row may depend on the other rows in the last bit. Raises
     CannotEncodeError; only a try shows it, as SDXL encodes without its first encoder and FLUX needs both.
     """
+    return encode_together(pipe, base, [text], settings)
+
+
+def encode_together(pipe: Any, base: type[Any], texts: Sequence[str], settings: Settings = ()) -> Tensor:
+    """Return the states of texts encoded as one batch: (texts, tokens, d_text). Raises CannotEncodeError."""
     optional = {
         "device": getattr(pipe, "_execution_device", None),
         "num_images_per_prompt": 1,
         "do_classifier_free_guidance": False,
     }
+    prompt = texts[0] if len(texts) == 1 else list(texts)
     try:
         parameters = inspect.signature(base.encode_prompt).parameters
         # SD3 requires the other encoders' prompts as arguments; None means the same prompt.
@@ -107,16 +114,44 @@ def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Te
         }
         given = {name: value for name, value in {**optional, **dict(settings)}.items() if name in parameters}
         with torch.no_grad():
-            result = base.encode_prompt(pipe, prompt=text, **others, **given)
+            result = base.encode_prompt(pipe, prompt=prompt, **others, **given)
     except (AttributeError, TypeError, ValueError) as error:
         raise CannotEncodeError(
-            f"this {base.__name__} cannot encode {text!r}, which the gates need: {str(error).strip()}",
+            f"this {base.__name__} cannot encode {prompt!r}, which the gates need: {str(error).strip()}",
             mend='load it with its text encoders and tokenizers, or attach with gate="always"',
         ) from error
     states = result[0] if isinstance(result, tuple | list) else result
     if not isinstance(states, Tensor):
         raise UsageError(f"{base.__name__}.encode_prompt returned {type(states).__name__}, not text-encoder states")
-    return states[:1]
+    return states[: len(texts)]
+
+
+def encoders_digest(pipe: Any) -> str:
+    """Return a hash of the text encoders' weights and tokenizers that is the same in every process.
+
+    Of each weight its name, shape and some of its numbers count: hashing all of a large encoder would take seconds.
+    """
+    digest = hashlib.sha256()
+    for suffix in _SUFFIXES:
+        tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
+        digest.update(repr((suffix, type(tokenizer).__name__, _length(tokenizer))).encode())
+        encoder = getattr(pipe, f"text_encoder{suffix}", None)
+        for name, parameter in encoder.named_parameters() if isinstance(encoder, nn.Module) else ():
+            flat = parameter.detach().flatten()
+            some = flat[:: max(1, len(flat) // 64)].float().cpu()
+            digest.update(repr((name, tuple(parameter.shape), some.tolist())).encode())
+    return digest.hexdigest()
+
+
+def vocabulary(pipe: Any) -> Mapping[str, int]:
+    """Return the ids of the first tokenizer's tokens by their text; empty if it lists none."""
+    for suffix in _SUFFIXES:
+        tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        if tokenizer is not None and hasattr(tokenizer, "get_vocab"):
+            found: Mapping[str, int] = tokenizer.get_vocab()
+            return found
+    return {}
 
 
 def encoders_stamp(pipe: Any) -> tuple[object, ...]:
@@ -128,7 +163,7 @@ def encoders_stamp(pipe: Any) -> tuple[object, ...]:
     found: list[object] = []
     for suffix in _SUFFIXES:
         tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
-        found.append(len(tokenizer) if hasattr(tokenizer, "__len__") else None)
+        found.append(_length(tokenizer))
         encoder = getattr(pipe, f"text_encoder{suffix}", None)
         if not isinstance(encoder, nn.Module):
             found.append(encoder)
@@ -143,6 +178,10 @@ def encoders_stamp(pipe: Any) -> tuple[object, ...]:
             for layer in layers
         ]
     return tuple(found)
+
+
+def _length(tokenizer: Any) -> int | None:
+    return len(tokenizer) if hasattr(tokenizer, "__len__") else None
 
 
 def _as_texts(prompt: str | Sequence[str]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
@@ -13,6 +13,7 @@ from spm_hub.errors import UsageError, nearest
 from spm_hub.io.environment import KEY_VARIABLE, REGISTRY_VARIABLE
 
 if TYPE_CHECKING:
+    from spm_hub.adapters.manifest import GateName
     from spm_hub.models.references import ModelRef
 
 Registry = Annotated[
@@ -73,7 +74,8 @@ Gate = Annotated[
     str | None,
     typer.Option(
         "--gate",
-        help="transport (by prompt), always, or a number. Default: the gate in each eraser's manifest.",
+        help="calibrated or transport (by prompt; the latter is the paper's), always, or a number. Default: that "
+        "of each eraser's manifest.",
         show_default=False,
     ),
 ]
@@ -87,7 +89,6 @@ Judge = Annotated[
         show_default=False,
     ),
 ]
-GATES = ("transport", "always")
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files and erasers.")]
 
 
@@ -126,15 +127,18 @@ def strengths(texts: list[str] | None) -> dict[str, float] | None:
     return found
 
 
-def gate(text: str | None) -> Literal["transport", "always"] | float | None:
+def gate(text: str | None) -> GateName | float | None:
     """Return a gate's name or number, None if none is given. Raises UsageError for anything else."""
     match text:
-        case None | "transport" | "always":
+        case None | "calibrated" | "transport" | "always":
             return text
+    from spm_hub.adapters import manifest
+
+    names: tuple[str, ...] = get_args(manifest.GateName)
     if (value := _number(text)) is None:
         raise UsageError(
-            f"--gate {text!r} is neither {' nor '.join(GATES)} nor a number",
-            mend=f"--gate {(*nearest(text, GATES), *GATES)[0]}",
+            f"--gate {text!r} is neither {' nor '.join(names)} nor a number",
+            mend=f"--gate {(*nearest(text, names), *names)[0]}",
         )
     return value
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spm_hub.adapters.manifest import GateName
 from spm_hub.attachment.attachment import attach
 from spm_hub.errors import UsageError, did_you_mean
 from spm_hub.hub.resolve import load
@@ -37,7 +38,7 @@ class TechniqueConfig:
     use_fp16: bool = True
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
-    gate: Literal["transport", "always"] | float | None = None
+    gate: GateName | float | None = None
     strength: float | None = None
     registry: str | None = None
 

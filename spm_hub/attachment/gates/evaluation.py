@@ -8,14 +8,35 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from spm_hub.attachment.gates.concept_index import ConceptIndex, EncodedConcept
-from spm_hub.attachment.gates.gate import ConstantGate, Gate, Prompts
+from spm_hub.attachment.gates.gate import (
+    ConstantGate,
+    ExplainingGate,
+    Explanation,
+    Gate,
+    GatedEraser,
+    PreparedGate,
+    PreparingGate,
+    Prompts,
+    TextEncoder,
+)
 from spm_hub.attachment.gates.spill_file import SpillFile
 from spm_hub.attachment.options import Eraser, Options
-from spm_hub.attachment.text_encoding import Settings, encode, encoders_stamp, tokens_of
+from spm_hub.attachment.text_encoding import (
+    Settings,
+    encode,
+    encode_together,
+    encoders_digest,
+    encoders_stamp,
+    tokens_of,
+    vocabulary,
+)
 from spm_hub.errors import UsageError
 
 Gammas = dict[str, list[float]]
 """The gammas of each eraser, by name: one for each prompt."""
+
+_Group = tuple[Gate | PreparingGate, tuple[str, ...], ConceptIndex | PreparedGate | None]
+"""A gate, the names of its erasers, and what it is asked about or prepared for; None for a constant gate."""
 
 _SPILLED_ABOVE = 2**14
 """The states of a name are kept in a file if they have more elements: that is a good part of an eraser's own size."""
@@ -27,7 +48,7 @@ class GateEvaluation:
     def __init__(self, pipe: Any, pipeline_class: type[Any], options: Options) -> None:
         self._pipe, self._pipeline_class, self._options = pipe, pipeline_class, options
         self._spill_files: dict[int, SpillFile] = {}
-        self._groups: dict[Settings, list[tuple[Gate, tuple[str, ...], ConceptIndex | None]]] = {}
+        self._groups: dict[Settings, list[_Group]] = {}
         self._empty: dict[Settings, int] = {}
         self._stamp: tuple[object, ...] = ()
 
@@ -41,26 +62,21 @@ class GateEvaluation:
         settings: the arguments that these prompts were encoded with. Raises UsageError where a gate returns something
         else than gammas, CannotEncodeError where a concept cannot be encoded.
         """
-        stamp = encoders_stamp(self._pipe)
-        if stamp != self._stamp:
-            # States of concepts from other text encoders cannot be compared with those of the prompts.
-            self._stamp = stamp
-            self._groups.clear()
-            self._empty.clear()
-            for eraser in erasers.values():
-                eraser.concepts.clear()
-        if settings not in self._groups:
-            self._groups[settings] = list(self._group(settings, erasers))
+        self._prepare(settings, erasers)
         found: Gammas = {}
-        for index, (gate, members, concepts) in enumerate(self._groups[settings]):
-            if concepts is None:
-                assert isinstance(gate, ConstantGate)
+        for index, (gate, members, known) in enumerate(self._groups[settings]):
+            if isinstance(gate, ConstantGate):
                 found.update({name: [gate.gamma] * len(prompts.states) for name in members})
                 continue
-            if not concepts.varying and self._encodes_by_length(prompts, concepts, settings):
-                concepts = replace(concepts, varying=True)
-                self._groups[settings][index] = gate, members, concepts
-            gammas = torch.as_tensor(gate.gammas(prompts, concepts))
+            if isinstance(known, ConceptIndex):
+                assert isinstance(gate, Gate)
+                if not known.varying and self._encodes_by_length(prompts, known, settings):
+                    known = replace(known, varying=True)
+                    self._groups[settings][index] = gate, members, known
+                gammas = torch.as_tensor(gate.gammas(prompts, known))
+            else:
+                assert known is not None
+                gammas = torch.as_tensor(known.gammas(prompts))
             wanted = len(prompts.states), len(members)
             if tuple(gammas.shape) != wanted or not torch.isfinite(gammas).all():
                 raise UsageError(
@@ -75,6 +91,35 @@ class GateEvaluation:
                     # The eraser's effect on a protected prompt is zero up to rounding; off, it is zero to the last bit.
                     found[name][row] = 0.0
         return found
+
+    def explain(self, prompts: Prompts, settings: Settings, erasers: Mapping[str, Eraser]) -> dict[str, Explanation]:
+        """Return for every eraser why its gamma for one prompt is as it is, `threshold` and `top_k` included.
+
+        Raises as `ask` does.
+        """
+        asked = self.ask(prompts, settings, erasers)
+        selected = self.select(asked)
+        found: dict[str, Explanation] = {}
+        for gate, members, known in self._groups[settings]:
+            given = known.explain(prompts) if isinstance(known, ExplainingGate) else [None] * len(members)
+            term = type(gate).__name__.removesuffix("Gate").lower()
+            for name, explanation in zip(members, given, strict=True):
+                found[name] = explanation or Explanation(asked[name][0], term)
+        for name, eraser in erasers.items():
+            if prompts.texts is not None and prompts.texts[0] in eraser.adapter.manifest.gate.protected:
+                found[name] = Explanation(0.0, "protected", "the eraser was trained to leave this prompt alone")
+            elif selected[name] != asked[name]:
+                found[name] = Explanation(selected[name][0], "selection", f"gamma {asked[name][0]:.3g} was left out")
+        return {name: found[name] for name in erasers}
+
+    def gate_of(self, name: str, settings: Settings, erasers: Mapping[str, Eraser]) -> Gate | PreparedGate:
+        """Return the gate that is asked about an eraser: of a gate that prepares itself, the prepared one."""
+        self._prepare(settings, erasers)
+        gate, _, known = next(group for group in self._groups[settings] if name in group[1])
+        if isinstance(gate, PreparingGate):
+            assert isinstance(known, PreparedGate)
+            return known
+        return gate
 
     def select(self, gammas: Gammas) -> Gammas:
         """Apply `threshold` and `top_k`: return the gammas with those of all other erasers set to 0.
@@ -94,6 +139,20 @@ class GateEvaluation:
                 chosen[name][prompt] = -gamma
         return chosen
 
+    def _prepare(self, settings: Settings, erasers: Mapping[str, Eraser]) -> None:
+        """Group the erasers by gate, unless that is done, and discard the concepts of replaced text encoders."""
+        stamp = encoders_stamp(self._pipe)
+        if stamp != self._stamp:
+            # States of concepts from other text encoders cannot be compared with those of the prompts.
+            self._stamp = stamp
+            self._groups.clear()
+            self._empty.clear()
+            for eraser in erasers.values():
+                eraser.concepts.clear()
+                eraser.memos.clear()
+        if settings not in self._groups:
+            self._groups[settings] = list(self._group(settings, erasers))
+
     def _encodes_by_length(self, prompts: Prompts, concepts: ConceptIndex, settings: Settings) -> bool:
         """Return whether the text encoder gives a longer text more states.
 
@@ -106,19 +165,27 @@ class GateEvaluation:
             self._empty[settings] = encode(self._pipe, self._pipeline_class, "", settings).shape[1]
         return lengths != {self._empty[settings]}
 
-    def _group(
-        self, settings: Settings, erasers: Mapping[str, Eraser]
-    ) -> Iterable[tuple[Gate, tuple[str, ...], ConceptIndex | None]]:
-        """Yield each gate with the names of its erasers and their concepts, None for a constant gate."""
+    def _group(self, settings: Settings, erasers: Mapping[str, Eraser]) -> Iterable[_Group]:
+        """Yield each gate, the names of its erasers, and their concepts or the prepared gate."""
         gates: dict[int, list[str]] = {}
         for name, eraser in erasers.items():
             gates.setdefault(id(eraser.gate), []).append(name)
         for names in gates.values():
             gate = erasers[names[0]].gate
-            concepts = None
-            if not isinstance(gate, ConstantGate):
-                concepts = ConceptIndex(tuple(self._encode(erasers[name], settings) for name in names))
-            yield gate, tuple(names), concepts
+            if isinstance(gate, ConstantGate):
+                yield gate, tuple(names), None
+            elif isinstance(gate, PreparingGate):
+                yield gate, tuple(names), gate.prepare(self._text_encoder(settings), _gated(names, erasers, settings))
+            else:
+                yield gate, tuple(names), ConceptIndex(tuple(self._encode(erasers[name], settings) for name in names))
+
+    def _text_encoder(self, settings: Settings) -> TextEncoder:
+        pipe, base = self._pipe, self._pipeline_class
+        return TextEncoder(
+            lambda texts: encode_together(pipe, base, texts, settings),
+            lambda: f"{base.__name__} {settings} {encoders_digest(pipe)}",
+            vocabulary(pipe),
+        )
 
     def _encode(self, eraser: Eraser, settings: Settings) -> EncodedConcept:
         if settings not in eraser.concepts:
@@ -139,3 +206,14 @@ class GateEvaluation:
         if elements > _SPILLED_ABOVE and elements not in self._spill_files:
             self._spill_files[elements] = SpillFile()
         return self._spill_files.get(elements)
+
+
+def _gated(names: Iterable[str], erasers: Mapping[str, Eraser], settings: Settings) -> list[GatedEraser]:
+    """Return what a gate may know of the erasers with these names."""
+    found = []
+    for name in names:
+        eraser = erasers[name]
+        concept = eraser.adapter.manifest.concept
+        memo = eraser.memos.setdefault(settings, {})
+        found.append(GatedEraser(name, (concept.target, *concept.aliases), eraser.increments, memo))
+    return found

@@ -4,12 +4,14 @@ The gate of SPM is facilitated transport (arXiv 2312.16145, Eq. 10-11).
 """
 
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from spm_hub.adapters.increments import Increment
 from spm_hub.attachment.gates.concept_index import WAY, ConceptIndex, fixed_point
 
 
@@ -33,6 +35,78 @@ class Gate(Protocol):
 
     def gammas(self, prompts: Prompts, concepts: ConceptIndex) -> Tensor:
         """Return gamma of every prompt and eraser, before the erasers' strength: (prompts, erasers)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """The text encoders of a pipeline under one set of settings.
+
+    encode: gives the states of texts, encoded as one batch, (texts, tokens, d_text).  digest: gives a hash of the
+    encoders' weights and the settings, the same in every process.  vocabulary: the tokenizer's tokens and their ids.
+    """
+
+    encode: Callable[[Sequence[str]], Tensor]
+    digest: Callable[[], str]
+    vocabulary: Mapping[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class GatedEraser:
+    """An eraser as a gate sees it.
+
+    name: of the eraser.  names: of its concept, the target first.  increments: by module path.
+    memo: kept as long as the eraser is attached and the text encoder stays the same.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    increments: Mapping[str, Increment]
+    memo: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a gamma is as it is.
+
+    term: the part of the gate that gave it, such as "words"; "none" if none did.  shown: what shows it: words of the
+    prompt, or a score and where its ramp begins and ends.  position: of the text-encoder state that decided, counted
+    from 0; None if it was not a single one.
+    """
+
+    gamma: float
+    term: str
+    shown: str = ""
+    position: int | None = None
+
+
+@runtime_checkable
+class ExplainingGate(Protocol):
+    """Interface of a prepared gate that can say why its gammas are as they are."""
+
+    def explain(self, prompts: Prompts) -> Sequence[Explanation]:
+        """Return one explanation for each eraser, for the first prompt."""
+        ...
+
+
+@runtime_checkable
+class PreparedGate(Protocol):
+    """Interface of a gate that knows the erasers and the text encoder that it is asked about."""
+
+    def gammas(self, prompts: Prompts) -> Tensor:
+        """Return gamma of every prompt and eraser, before the erasers' strength: (prompts, erasers)."""
+        ...
+
+
+@runtime_checkable
+class PreparingGate(Protocol):
+    """Interface of a gate that prepares itself for its erasers; `attach(gate=...)` takes it too."""
+
+    def prepare(self, encoder: TextEncoder, erasers: Sequence[GatedEraser]) -> PreparedGate:
+        """Return the gate for these erasers, once for each text encoder and set of erasers.
+
+        The gamma of an eraser must not depend on the other erasers.
+        """
         ...
 
 

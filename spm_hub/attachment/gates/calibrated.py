@@ -1,0 +1,243 @@
+"""The calibrated gate: 0 on prompts that do not concern the concept, 1 on those that do.
+
+The greatest of three terms counts. Words: the concept's names in the text (`NameMatcher`). State: the product of each
+of the prompt's text-encoder states with the direction that separates the states of a name from those of general
+sentences (Fisher's linear discriminant), the greatest over all states. Sentence: the mean of that and of the same for
+the prompt's mean state. The terms of states are 0 up to the score that general sentences reach, and rise to 1 on a ramp
+beyond it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from spm_hub.attachment.gates.bank import Bank, Encode, open_bank, positions_of, sentences, unit_rows
+from spm_hub.attachment.gates.gate import Explanation, GatedEraser, Prompts, TextEncoder
+from spm_hub.attachment.gates.name_matcher import Match, NameMatcher, words_of
+
+_CALIBRATION = "calibration"
+_TERMS = ("state", "sentence")
+FRAMES = ("{}", "a photo of {}", "{} in the park", "a big {} and a house")
+"""Sentences in which a concept's states are looked for."""
+_QUIET = 0.995
+"""Share of the general sentences on which each term of states is 0."""
+_RAMP = 0.12
+"""Where the ramp ends: a share of the way from what general sentences reach to the name itself."""
+_ROUNDS, _STATES = 4, 2
+"""How often the states that carry a name are chosen again, and how many of a sentence."""
+_LEAST_GAP = 0.15
+"""A name whose states are no further beyond those of general sentences is found by its words alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The directions and ramps of one eraser's names.
+
+    directions: (2, names, d_text), float64, of unit length in fixed point: for single states, and for the mean of a
+    prompt's states. A score is a product times `scale` less `offset`, both (2, names): 0 at the bank's mean, 1 at the
+    name itself. start, end: (2, names), the scores where the ramps of the state's and of the sentence's term begin and
+    end; infinite for a name that general sentences cannot be told from.
+    """
+
+    directions: Tensor
+    scale: Tensor
+    offset: Tensor
+    start: Tensor
+    end: Tensor
+
+
+def calibrate(names: Sequence[str], encode: Encode, bank: Bank, about: Tensor) -> Calibration:
+    """Calibrate the terms of states for the names of one concept.
+
+    about: (sentences,), bool, the bank's sentences that mention the concept, which are left out. The result depends on
+    nothing but these names and the bank.
+    """
+    directions, tops = [], []
+    for name in names:
+        states = unit_rows(encode([frame.format(name) for frame in FRAMES]))
+        means = mean_state(states)
+        of_state = _unit(bank.precision @ (_centre(states, bank) - bank.mean))
+        of_mean = _unit(bank.precision_of_means @ (means.mean(0) - bank.mean))
+        directions.append(torch.stack([of_state, of_mean]))
+        tops.append(torch.stack([(states @ of_state).amax(1).median(), (means @ of_mean).median()]))
+    stacked, top = torch.stack(directions, dim=1), torch.stack(tops, dim=1)
+    centre = torch.stack([of_states @ bank.mean for of_states in stacked])
+    scale = 1 / (top - centre).clamp_min(1e-6)
+    usual = (
+        torch.stack([bank.greatest(stacked[0]), bank.means @ stacked[1].T]) * scale[:, None] - (centre * scale)[:, None]
+    )
+    terms = torch.stack([usual[0], usual.mean(0)])[:, ~about]
+    highest = terms.quantile(_QUIET, dim=1)
+    gap = 1 - highest
+    alike = gap < _LEAST_GAP
+    start, end = highest.masked_fill(alike, torch.inf), (highest + _RAMP * gap).masked_fill(alike, torch.inf)
+    return Calibration(stacked, scale, centre * scale, start, end)
+
+
+def mean_state(units: Tensor) -> Tensor:
+    """Return the mean of the states that a bank keeps of each text: (texts, d_text).
+
+    units: (texts, tokens, d_text), as `unit_rows` returns them; the result is in fixed point as well.
+    """
+    return units[:, positions_of(units.shape[1])].mean(1).mul_(2.0**24).round_().mul_(2.0**-24)
+
+
+def _unit(direction: Tensor) -> Tensor:
+    length = direction.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    unit: Tensor = direction / length
+    return unit.mul_(2.0**24).round_().mul_(2.0**-24)
+
+
+def _centre(states: Tensor, bank: Bank) -> Tensor:
+    """Return the mean of the states that carry a name, (d_text,).
+
+    states: (sentences, tokens, d_text), of sentences with the name. At first, those that differ most from the empty
+    prompt's in the bank's metric; then those nearest to the mean of the last choice.
+    """
+    length = min(states.shape[1], len(bank.empty))
+    difference = states[:, :length] - bank.empty[:length]
+    score = ((difference @ bank.precision) * difference).sum(-1)
+    for _ in range(_ROUNDS):
+        chosen = score.topk(min(_STATES, score.shape[1]), dim=1).indices
+        centre = states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1])).mean((0, 1))
+        score = (states - bank.mean) @ (bank.precision @ (centre - bank.mean))
+    return centre
+
+
+@dataclass(frozen=True)
+class CalibratedGate:
+    """The calibrated gate: `prepare` calibrates it for a text encoder.
+
+    The general sentences are encoded once for each text encoder and kept in the user's cache.
+    """
+
+    def prepare(self, encoder: TextEncoder, erasers: Sequence[GatedEraser]) -> PreparedCalibratedGate:
+        """Calibrate the gate for the erasers that it does not know yet. Raises CannotEncodeError."""
+        names = [name for eraser in erasers for name in eraser.names]
+        owners = [index for index, eraser in enumerate(erasers) for _ in eraser.names]
+        bank: Bank | None = None
+        for eraser in erasers:
+            if _CALIBRATION not in eraser.memo:
+                bank = bank or open_bank(encoder.encode, encoder.digest())
+                matcher = _matcher(eraser.names, encoder)
+                about = torch.tensor([bool(matcher.match(text)) for text in bank.texts])
+                eraser.memo[_CALIBRATION] = calibrate(eraser.names, encoder.encode, bank, about)
+        calibrations = [eraser.memo[_CALIBRATION] for eraser in erasers]
+        return PreparedCalibratedGate(_matcher(names, encoder), owners, calibrations)
+
+
+class PreparedCalibratedGate:
+    """The calibrated gate for some erasers under one text encoder."""
+
+    def __init__(self, matcher: NameMatcher, owners: Sequence[int], calibrations: Sequence[Calibration]) -> None:
+        """owners: of each name, the index of its eraser; the names are in the order of the calibrations."""
+        self._matcher, self._owners, self._erasers = matcher, torch.tensor(owners), len(calibrations)
+        self._known = Calibration(
+            *(
+                torch.cat([getattr(one, part.name) for one in calibrations], dim=1).contiguous()
+                for part in fields(Calibration)
+            )
+        )
+
+    def gammas(self, prompts: Prompts) -> Tensor:
+        """Return gamma of every prompt and eraser: (prompts, erasers), float64."""
+        per_name = self._ramps(self._scores(prompts.states)[0]).amax(0)
+        for row, text in enumerate(prompts.texts or ()):
+            for name, match in self._matcher.match(text).items():
+                per_name[row, name] = max(float(per_name[row, name]), match.share)
+        return self._greatest(per_name)
+
+    def scores(self, states: Tensor) -> Tensor:
+        """Return the score of every prompt and eraser, differentiable by the states: (prompts, erasers).
+
+        At most 0 where the ramp of no term of states has begun, at least 1 where one has ended. For attacks that know
+        the gate.
+        """
+        known = Calibration(*(getattr(self._known, part.name).to(states) for part in fields(Calibration)))
+        unit = torch.nn.functional.normalize(states, dim=-1)
+        of_state = (unit @ known.directions[0].T).amax(1)
+        of_mean = unit[:, positions_of(unit.shape[1])].mean(1) @ known.directions[1].T
+        found = torch.stack([of_state, of_mean]) * known.scale[:, None] - known.offset[:, None]
+        terms = torch.stack([found[0], found.mean(0)])
+        ramps = (terms - known.start[:, None]) / (known.end - known.start)[:, None]
+        return self._greatest(ramps.nan_to_num(-1.0).amax(0))
+
+    def explain(self, prompts: Prompts) -> list[Explanation]:
+        """Return for every eraser why it acts on the first prompt or does not."""
+        scores, positions = self._scores(prompts.states[:1])
+        gammas, terms = self._ramps(scores)[:, 0].max(0)
+        matches: Mapping[int, Match] = self._matcher.match(prompts.texts[0]) if prompts.texts is not None else {}
+        best: dict[int, Explanation] = {}
+        for name, owner in enumerate(self._owners.tolist()):
+            gamma, term = float(gammas[name]), int(terms[name])
+            start, end = (float(part[term, name]) for part in (self._known.start, self._known.end))
+            shown = f"score {float(scores[term, 0, name]):.2f} (0 at {start:.2f}, 1 at {end:.2f})"
+            position = int(positions[0, name]) if term == 0 else None
+            found = Explanation(gamma, _TERMS[term] if gamma else "none", shown, position)
+            if (match := matches.get(name)) is not None and match.share >= gamma:
+                found = Explanation(match.share, "words", match.words)
+            if owner not in best or best[owner].gamma < found.gamma:
+                best[owner] = found
+        return [best[index] for index in range(self._erasers)]
+
+    def _scores(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scores of both terms, (2, prompts, names), and the positions of the states that decided."""
+        known, units = self._known, unit_rows(states)
+        of_state, positions = (units @ known.directions[0].T).max(1)
+        of_mean = mean_state(units) @ known.directions[1].T
+        found = torch.stack([of_state, of_mean]).mul_(known.scale[:, None]).sub_(known.offset[:, None])
+        return torch.stack([found[0], found.mean(0)]), positions
+
+    def _ramps(self, scores: Tensor) -> Tensor:
+        start, end = self._known.start[:, None], self._known.end[:, None]
+        return ((scores - start) / (end - start)).nan_to_num_(0.0, 0.0, 0.0).clamp_(0.0, 1.0)
+
+    def _greatest(self, per_name: Tensor) -> Tensor:
+        if per_name.shape[1] == self._erasers:
+            return per_name
+        lowest = per_name.new_full((len(per_name), self._erasers), -torch.inf)
+        owners = self._owners.to(per_name.device).expand_as(per_name)
+        return lowest.scatter_reduce(1, owners, per_name, "amax")
+
+
+def _matcher(names: Sequence[str], encoder: TextEncoder) -> NameMatcher:
+    """Return a matcher of names.
+
+    Words of the tokenizer and of the general sentences count as no misspellings.
+    """
+    known = _whole_words(encoder.vocabulary).keys() | _general_words()
+    return NameMatcher(names, rarity_of(encoder.vocabulary), known.__contains__)
+
+
+@cache
+def _general_words() -> frozenset[str]:
+    """Return the words of more than one general sentence; some sentences have misspelt ones on purpose."""
+    count = Counter(word for text in sentences() for word in set(words_of(text)))
+    return frozenset(word for word, times in count.items() if times > 1)
+
+
+def rarity_of(vocabulary: Mapping[str, int]) -> Callable[[str], float]:
+    """Return how rare words are by a tokenizer's vocabulary, whose frequent tokens have small ids.
+
+    Of a word that is no token of its own it knows nothing: such words are as rare as its last token.
+    """
+    ranks = _whole_words(vocabulary)
+    rarest = float(max(vocabulary.values(), default=1))
+    return lambda word: float(ranks.get(word, rarest))
+
+
+def _whole_words(vocabulary: Mapping[str, int]) -> dict[str, int]:
+    """Return the ids of tokens that are whole words: CLIP's `word</w>`, T5's `▁word`, Qwen's `Ġword`."""
+    found: dict[str, int] = {}
+    for token, index in vocabulary.items():
+        word = token.removesuffix("</w>") if token.endswith("</w>") else token[1:] if token[:1] in "▁Ġ" else ""
+        if word.isalpha():
+            folded = word.casefold()
+            found[folded] = min(index, found.get(folded, index))
+    return found
