@@ -165,8 +165,11 @@ class PreparedCalibratedGate:
         of_mean = unit[:, positions_of(unit.shape[1])].mean(1) @ known.directions[1].T
         found = torch.stack([of_state, of_mean]) * known.scale[:, None] - known.offset[:, None]
         terms = torch.stack([found[0], found.mean(0)])
-        ramps = (terms - known.start[:, None]) / (known.end - known.start)[:, None]
-        return self._greatest(ramps.nan_to_num(-1.0).amax(0))
+        # A term that is off is left out before the division: a gradient through NaN would be NaN for all names.
+        off = known.start.isinf()
+        start, end = known.start.masked_fill(off, 0.0), known.end.masked_fill(off, 1.0)
+        ramps = (terms - start[:, None]) / (end - start)[:, None]
+        return self._greatest(ramps.masked_fill(off[:, None], -1.0).amax(0))
 
     def explain(self, prompts: Prompts) -> list[Explanation]:
         """Return for every eraser why it acts on the first prompt or does not."""

@@ -133,6 +133,11 @@ class P4D:
                 if self.adaptive:
                     loss = loss + self.adaptive * victim.scores(conditioning.states).clamp_min(LEAST_SCORE).log().sum()
                 (moves,) = torch.autograd.grad(loss, shift)
+                if self.adaptive and not moves.isfinite().all():
+                    raise UsageError(
+                        "the score of the gate has no finite gradient: a search along it would find nothing",
+                        mend="leave --adaptive out, or mend the gate's scores(states)",
+                    )
                 for case, move in zip(left, moves, strict=True):
                     points[case].grad = move[: len(points[case])].to(points[case])
                     adam[case].step()
