@@ -28,21 +28,28 @@ from spm_hub.models.loading import load_pipeline
 ERASERS = ("snoopy", "mickey", "spongebob", "van-gogh", "nudity")
 GATES = ("transport", "calibrated", "always")
 ATTACKS = (
-    "unlearndiff", "p4d-n", "p4d-k", "p4d-n token-free", "ring-a-bell", "pez", "cce", "noise", "completion", "random",
-    "seeds",
+    "unlearndiff", "p4d-n", "p4d-k", "p4d-n token-free", "p4d-n token-free adaptive", "ring-a-bell",
+    "pez", "cce", "noise", "completion", "random", "seeds",
 )  # fmt: skip
 BUDGET = {"prompts": 20, "tries": 8, "iterations": 30, "generations": 240, "fresh": 4, "steps": 12, "seed": 2026}
 """iterations: steps of gradient attacks before each try.  generations: of ring-a-bell, all its tries together."""
 GUIDANCE = 7.5
+ADAPTIVE = 0.05
+"""lambda of the adaptive attack, which only a gate with a score can be given: the calibrated one."""
 
 
 def settings_of(attack: str, budget: dict[str, int]) -> attacks.AttackSettings:
     """The settings of an attack of the table: its name, its share of the budget."""
-    name, _, kind = attack.partition(" ")
+    name, *kinds = attack.split()
     steps = budget["generations"] // budget["tries"] if name == "ring-a-bell" else budget["iterations"]
     iterates = name not in ("noise", "completion", "random", "seeds")
     (found,) = attacks.attacks_named(
-        name, tries=budget["tries"], iterations=steps if iterates else None, token_free=kind == "token-free"
+        name,
+        # More tries of completion would leave the erased model nothing to draw.
+        tries=None if name == "completion" else budget["tries"],
+        iterations=steps if iterates else None,
+        token_free="token-free" in kinds,
+        adaptive=ADAPTIVE if "adaptive" in kinds else 0.0,
     )
     return found
 
@@ -89,6 +96,7 @@ def main() -> None:
         for name in given.erasers
         for gate in given.gates
         for attack in given.attacks
+        if "adaptive" not in attack or gate == "calibrated"
         if (cell := f"{name}:{attack}:{gate}") not in kept(path, budget)["cells"]
     ]
     for cell in cells:

@@ -91,7 +91,9 @@ def test_noise_probing_visits_the_settings_of_the_paper_in_order() -> None:
     assert settings[:2] == [{"eta": 1.0, "variance": 1.0}, {"eta": 1.0, "variance": 1.02}]
     assert settings[-1] == {"eta": 1.85, "variance": 1.04}
     assert len({tuple(one.items()) for one in settings}) == 24
-    assert len(tried(attacks.NoiseProbing(most=5))) == 5
+    few = [tries[CASES[0]].sampler for tries in tried(attacks.NoiseProbing(most=6))]
+    assert few == [{"eta": eta, "variance": 1.0} for eta in attack.etas]
+    assert attacks.NoiseProbing(most=99).tries == 24
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from spm_hub.evaluation.attacks.victim import Victim
 class NoiseProbing:
     """Draw with DDIM at each eta of `etas` and each factor of its noise in `variances` (`ProbingSampler`).
 
-    Defaults are those of the authors' code: 24 settings. most: at most so many of them, in order.
+    Defaults are those of the authors' code: 24 settings.
+    most: at most so many of them, evenly spread over all.
     """
 
     etas: tuple[float, ...] = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85)
@@ -46,7 +47,9 @@ class NoiseProbing:
 
     def rounds(self, target: AttackTarget) -> Iterator[dict[Case, Try]]:
         """Yield what to try, one try for every remaining case of `target`."""
-        for _, (eta, variance) in zip(range(self.tries), product(self.etas, self.variances), strict=False):
+        settings = list(product(self.etas, self.variances))
+        for number in range(self.tries):
+            eta, variance = settings[number * len(settings) // self.tries]
             if not target.cases:
                 return
             target.on_step()
