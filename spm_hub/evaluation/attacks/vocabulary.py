@@ -36,7 +36,7 @@ class Vocabulary:
         """
         special = set(self.tokenizer.all_special_ids)
         ids = [token for token in sorted(self.tokenizer.get_vocab().values()) if token not in special]
-        texts = [self.tokenizer.decode([token]).strip() for token in ids]
+        texts = [self._word(token) for token in ids]
         read = self.tokenizer(texts, add_special_tokens=False).input_ids
         kept = [token for token, again in zip(ids, read, strict=True) if again == [token]]
         if without:
@@ -44,7 +44,7 @@ class Vocabulary:
             left_out = {token for row in self.tokenizer(written, add_special_tokens=False).input_ids for token in row}
             kept = [token for token in kept if token not in left_out]
         if printable:
-            kept = [token for token in kept if self.tokenizer.decode([token]).strip().isprintable()]
+            kept = [token for token in kept if self._word(token).isprintable()]
         return torch.tensor(kept)
 
     def check_room(self, tokens: int, prompts: Sequence[str]) -> None:
@@ -69,11 +69,22 @@ class Vocabulary:
 
     def words(self, tokens: Tensor) -> list[str]:
         """Return these tokens (k,) as a user would type them."""
-        return [self.tokenizer.decode([token]).strip() for token in tokens.tolist()]
+        return [self._word(token) for token in tokens.tolist()]
+
+    def _word(self, token: int) -> str:
+        """Return one token as a user would type it, decoded once: searches write the same ones over and over."""
+        if token not in self._decoded:
+            self._decoded[token] = self.tokenizer.decode([token]).strip()
+        return self._decoded[token]
 
     def write(self, tokens: Tensor, prompts: Sequence[str]) -> list[str]:
         """Write tokens (n, k) before n prompts."""
         return [" ".join([*self.words(row), prompt]).strip() for row, prompt in zip(tokens, prompts, strict=True)]
+
+    @cached_property
+    def _decoded(self) -> dict[int, str]:
+        """The words decoded so far, by token."""
+        return {}
 
     @cached_property
     def table(self) -> Tensor:
