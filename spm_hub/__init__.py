@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spm_hub.evaluation.application import Applied
     from spm_hub.hub.bake import bake
     from spm_hub.hub.convert import Conversion, convert
+    from spm_hub.io.progress import Reporter
     from spm_hub.models.architectures import Family
     from spm_hub.models.loading import load_pipeline
     from spm_hub.registry.registry import Registry
@@ -112,12 +113,15 @@ def attach(
     increment_budget: int | None = None,
     threshold: float | None = None,
     top_k: int | None = None,
+    progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
+    reporter: "Reporter | None" = None,
 ) -> "Attachment":
     """Attach erasers to a diffusers pipeline, until `detach()` or the end of a `with` block.
 
     adapters: one or several Adapters or references: a path, a name in a registry, owner/name[@revision] on the Hub.
     registry: the first folder to look names up in; None, the default, starts with $SPMHUB_REGISTRY or your own.
-    gate: "transport" (facilitated transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), a gamma, or a `Gate`.
+    gate: "transport" (facilitated transport, arXiv 2312.16145, Eq. 9-11), "calibrated" (0 on prompts that do not
+        concern the concept), "always" (gamma 1), a gamma, or a `Gate`.
     strength: the finite factor of gamma, one number for all erasers or some by name.
     rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
     mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
@@ -125,6 +129,8 @@ def attach(
     increment_budget: bytes of lazily loaded increments that stay in memory; None, the default, is no limit.
     threshold: the least gamma that acts, a smaller one counts as 0; None, the default, lets every gamma act.
     top_k: how many erasers act on one prompt, those of greatest gamma; None, the default, is all of them.
+    progress: of a calibrated gate's first use, if it is slow: True for a bar, False, or a function of (done, all, {}).
+    reporter: shows this progress instead; None, the default, is the bar or function of `progress`.
 
     None, the default of gate, strength and rows, takes what each eraser's manifest says.
 
@@ -149,6 +155,8 @@ def attach(
         increment_budget=increment_budget,
         threshold=threshold,
         top_k=top_k,
+        progress=progress,
+        reporter=reporter,
     )
 
 

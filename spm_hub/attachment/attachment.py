@@ -1,7 +1,7 @@
 """The erasers on one pipeline: attach, add, change their strength, recover, detach."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -20,6 +20,7 @@ from spm_hub.attachment.pipeline_hooks import ATTACHMENT, install_hooks, remove_
 from spm_hub.attachment.planner import Planner
 from spm_hub.attachment.text_encoding import Settings, encode, encoder_settings, tokens_of
 from spm_hub.errors import UsageError
+from spm_hub.io.progress import Bars, Reporter
 from spm_hub.models.architectures import body_of, denoiser_of, family_of, further_denoisers
 
 _LISTED = 8
@@ -38,12 +39,15 @@ def attach(
     increment_budget: int | None = None,
     threshold: float | None = None,
     top_k: int | None = None,
+    progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
+    reporter: Reporter | None = None,
 ) -> "Attachment":
     """Attach erasers to a diffusers pipeline; its pictures are then drawn with them, gated per prompt.
 
     pipe: a diffusers pipeline of a known family.
     adapters: the erasers, each under a name of its own; an empty list is one that `add` fills later.
-    gate: "transport" (facilitated transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), a gamma, or a `Gate`.
+    gate: "transport" (facilitated transport, arXiv 2312.16145, Eq. 9-11), "calibrated" (0 on prompts that do not
+        concern the concept), "always" (gamma 1), a gamma, or a `Gate`.
     strength: the finite factor of gamma, one number for all erasers or some by name.
     rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
     mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
@@ -51,6 +55,8 @@ def attach(
     increment_budget: bytes of lazily loaded increments that stay in memory; None, the default, is no limit.
     threshold: the least gamma that acts, a smaller one counts as 0; None, the default, lets every gamma act.
     top_k: how many erasers act on one prompt, those of greatest gamma; None, the default, is all of them.
+    progress: of a calibrated gate's first use, if it is slow: True for a bar, False, or a function of (done, all, {}).
+    reporter: shows this progress instead; None, the default, is the bar or function of `progress`.
 
     None, the default of gate, strength and rows, takes what each eraser's manifest says.
 
@@ -71,7 +77,7 @@ def attach(
     Raises UsageError or CompatibilityError; the pipeline is then unchanged.
     """
     options = Options(gate, strength, rows, mode, memory_budget, increment_budget, threshold, top_k)
-    return Attachment(pipe, adapters, options)
+    return Attachment(pipe, adapters, options, reporter or Bars(progress))
 
 
 class Attachment:
@@ -81,7 +87,7 @@ class Attachment:
     wait for the picture in progress, so no picture mixes two states.
     """
 
-    def __init__(self, pipe: Any, adapters: Sequence[Adapter], options: Options) -> None:
+    def __init__(self, pipe: Any, adapters: Sequence[Adapter], options: Options, reporter: Reporter) -> None:
         if isinstance(pipe, nn.Module):
             raise UsageError(f"attach takes a pipeline, not its {type(pipe).__name__}", mend="attach(pipe, ...)")
         if isinstance(options.strength, Mapping):
@@ -94,7 +100,7 @@ class Attachment:
         self._calls: list[Call] = []
         self._denoisings = 0
         self._pipeline_class = type(pipe)
-        self._gates = GateEvaluation(pipe, self._pipeline_class, options)
+        self._gates = GateEvaluation(pipe, self._pipeline_class, options, reporter)
         self._planner = Planner(self._denoiser, options, self._gates)
         self._attached = True
         erasers: dict[str, Eraser] = {}

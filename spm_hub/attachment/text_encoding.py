@@ -126,6 +126,43 @@ def encode_together(pipe: Any, base: type[Any], texts: Sequence[str], settings: 
     return states[: len(texts)]
 
 
+def tokens_by_position(pipe: Any, text: str, length: int, settings: Settings) -> list[str]:
+    """Return the text of the token behind each of the `length` states of `text`, in order.
+
+    "(start)", "(end)" and "(padding)" are the tokens around the text. The first tokenizer counts whose window is as
+    long as the states: for FLUX that is T5's. Empty where there is none, as for SD3, which joins the states of several
+    encoders, and for Qwen-Image, which drops a part of them.
+    """
+    window = dict(settings).get("max_sequence_length")
+    for suffix in _SUFFIXES:
+        tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
+        if tokenizer is None or not hasattr(tokenizer, "model_max_length"):
+            continue
+        clip = "CLIP" in type(tokenizer).__name__
+        if length != (tokenizer.model_max_length if clip and window is None else None if clip else window):
+            continue
+        convert = getattr(pipe, "maybe_convert_prompt", None)
+        given = text if convert is None else convert(text, tokenizer)
+        ids = tokenizer(given, padding="max_length", max_length=length, truncation=True).input_ids
+        return _named(tokenizer, ids)
+    return []
+
+
+def _named(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text of each token of one padded text; CLIP may pad with the token that ends a text."""
+    found: list[str] = []
+    for token in ids:
+        if found and found[-1] in ("(end)", "(padding)"):
+            found.append("(padding)")
+        elif token == tokenizer.eos_token_id:
+            found.append("(end)")
+        elif token == tokenizer.bos_token_id:
+            found.append("(start)")
+        else:
+            found.append(tokenizer.decode([token]).strip())
+    return found
+
+
 def encoders_digest(pipe: Any) -> str:
     """Return a hash of the text encoders' weights and tokenizers that is the same in every process.
 

@@ -114,6 +114,7 @@ def attack(
             reports = attacks.run_all(
                 pipe, [eraser], cases, judged_by, list(methods.values()),
                 drawing=drawing, seed=seed, fresh=fresh, progress=progress, gate=acting, strength=strengths,
+                reporter=out,
             )  # fmt: skip
     found = [(one.name, made, report) for (one, made), report in zip(methods.items(), reports, strict=True)]
     _show(out, {"eraser": eraser.name, "model": model, "gate": gate, "seed": seed, "steps": steps,

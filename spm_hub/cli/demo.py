@@ -51,7 +51,7 @@ def demo(
         tables = []
         with out.progress("counting concepts, without the eraser") as progress:
             tables.append(detection_table(pipe, SUBJECTS, STYLES, samples=samples, progress=progress))
-        with attach(pipe, [eraser]), out.progress("counting concepts, with the eraser") as progress:
+        with attach(pipe, [eraser], reporter=out), out.progress("counting concepts, with the eraser") as progress:
             tables.append(detection_table(pipe, SUBJECTS, STYLES, samples=samples, progress=progress))
     rows = [
         {"name": before.name, "kind": before.kind, "without": before.detected, "with": after.detected}

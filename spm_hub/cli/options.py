@@ -74,8 +74,8 @@ Gate = Annotated[
     str | None,
     typer.Option(
         "--gate",
-        help="calibrated or transport (by prompt; the latter is the paper's), always, or a number. Default: that "
-        "of each eraser's manifest.",
+        help="transport (by prompt, the paper's), calibrated (by prompt, 0 elsewhere), always, or a number. Default: "
+        "that of each eraser's manifest.",
         show_default=False,
     ),
 ]

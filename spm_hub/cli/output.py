@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -223,8 +223,23 @@ def _figures(info: Mapping[str, float] | None) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in (info or {}).items())
 
 
+_displays: list[Any] = []
+"""The display that is open, if any. A bar opened meanwhile gets a line in it, as two displays overwrite each other."""
+
+
 @contextmanager
 def _bar(label: str) -> Iterator[Progress]:
+    with nullcontext(_displays[0]) if _displays else _display() as bars:
+        task = bars.add_task(label, total=None, figures="")
+
+        def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+            bars.update(task, completed=step, total=total, figures=_figures(info))
+
+        yield move
+
+
+@contextmanager
+def _display() -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
@@ -238,12 +253,11 @@ def _bar(label: str) -> Iterator[Progress]:
         TextColumn("{task.fields[figures]}"),
     )
     with RichProgress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(label, total=None, figures="")
-
-        def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
-            bars.update(task, completed=step, total=total, figures=_figures(info))
-
-        yield move
+        _displays.append(bars)
+        try:
+            yield bars
+        finally:
+            _displays.clear()
 
 
 def _lines(label: str) -> Progress:

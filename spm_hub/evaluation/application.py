@@ -116,7 +116,7 @@ def apply(
         shown = show(
             pipe, adapters, prompts, drawing,
             gate=gate, strength=strength, rows=rows, mode=mode, threshold=threshold, top_k=top_k,
-            compare=compare, progress=progress, each=keep,
+            compare=compare, reporter=reporter, progress=progress, each=keep,
         )  # fmt: skip
     if out is not None and grid:
         files["grid"] = [save_grid(shown, out, ", ".join(names), described)]

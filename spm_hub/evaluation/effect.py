@@ -93,7 +93,7 @@ def measure(
             return tuple(count(pictures))
 
     without = drawn("drawing without")
-    with attach(pipe, erasers, gate=gate, strength=strength):
+    with attach(pipe, erasers, gate=gate, strength=strength, reporter=reporter):
         given = drawn("drawing with")
     erased = frozenset(name.lower() for concept in concepts for name in (concept.target, *concept.aliases))
     return Effect(base.name(pipe), tuple(eraser.name for eraser in erasers), erased, without, given, seed)

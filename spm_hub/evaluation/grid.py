@@ -49,7 +49,7 @@ def draw_grid(rows: Sequence[GridRow], columns: Sequence[str]) -> Image.Image:
         max(_text_width(heading, font), *(_cell_width(cells[index]) for cells in enlarged))
         for index, heading in enumerate(columns)
     ]
-    line = _line_height(font)
+    line = line_height(font)
     texts = [(wrap(row.label, font, LABEL_WIDTH), wrap(row.note, font, LABEL_WIDTH)) for row in rows]
     heights = [
         max([line * (len(label) + len(note)), *(picture.height for cell in cells for picture in cell)])
@@ -97,7 +97,8 @@ def _font() -> Font:
     return ImageFont.load_default(size=FONT_SIZE)
 
 
-def _line_height(font: Font) -> int:
+def line_height(font: Font) -> int:
+    """Return the pixels from one line of text to the next."""
     top, bottom = font.getbbox("Ág")[1::2]
     return round(bottom - min(top, 0)) + 4
 

@@ -20,7 +20,7 @@ from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.evaluation.grid import GridRow, draw_grid
 from spm_hub.evaluation.step_callback import StepCallback
 from spm_hub.io.atomic import write_atomic
-from spm_hub.io.progress import ProgressCallback
+from spm_hub.io.progress import ProgressCallback, Reporter
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -81,12 +81,14 @@ def show(
     threshold: float | None = None,
     top_k: int | None = None,
     compare: bool = True,
+    reporter: Reporter | None = None,
     progress: ProgressCallback | None = None,
     each: Callable[[int, PromptPictures], None] = lambda index, shown: None,
 ) -> tuple[PromptPictures, ...]:
     """Draw every prompt with `adapters` attached and, if `compare`, from the same noise without them.
 
-    gate, strength, rows, mode, threshold, top_k: as for `attach`; None means the setting in each eraser's manifest.
+    gate, strength, rows, mode, threshold, top_k, reporter: as for `attach`; None means the setting in each eraser's
+    manifest.
     progress: called with the denoising steps done and their total.
     each: called with a prompt's index and its pictures under one condition, as soon as they are drawn.
     The pipeline is restored at the end. Raises UsageError if there is no prompt, or an empty one.
@@ -98,8 +100,9 @@ def show(
 
     def attached() -> Attachment:
         return attach(
-            pipe, adapters, gate=gate, strength=strength, rows=rows, mode=mode, threshold=threshold, top_k=top_k
-        )
+            pipe, adapters, gate=gate, strength=strength, rows=rows, mode=mode, threshold=threshold, top_k=top_k,
+            reporter=reporter,
+        )  # fmt: skip
 
     def draw_all(condition: str) -> None:
         for index, prompt in enumerate(prompts):

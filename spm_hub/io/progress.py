@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,6 +67,23 @@ class Bars:
     def _called(self, step: int, total: int, info: Mapping[str, float] | None = None) -> None:
         assert not isinstance(self.shown, bool)
         self.shown(step, total, dict(info or {}))
+
+
+@contextmanager
+def progress_if_long(reporter: Reporter, label: str, *, after: float = 1.0) -> Iterator[Progress]:
+    """Open the reporter's display only for work that is still going on after so many seconds."""
+    began = time.monotonic()
+    with ExitStack() as stack:
+        shown: Progress | None = None
+
+        def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+            nonlocal shown
+            if shown is None and step < total and time.monotonic() - began >= after:
+                shown = stack.enter_context(reporter.progress(label))
+            if shown is not None:
+                shown(step, total, info)
+
+        yield move
 
 
 def _is_watched() -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import spm_hub
 from spm_hub.attachment.gates.concept_index import ConceptIndex
-from spm_hub.attachment.gates.gate import Prompts, TransportGate, similarity
+from spm_hub.attachment.gates.gate import Explanation, GatedEraser, Prompts, TextEncoder, TransportGate, similarity
+from spm_hub.attachment.text_encoding import encode, encoder_settings, tokens_by_position
 from spm_hub.errors import UsageError
 from spm_hub.models.architectures import denoiser_of
 
@@ -244,3 +245,74 @@ def test_concepts_are_encoded_again_by_other_text_encoders(change: str) -> None:
         found = erasers.gates("a dog")
     with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)]) as fresh:
         assert fresh.gates("a dog") == found
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_the_token_at_a_position_is_the_one_whose_state_changes_with_it(name: str) -> None:
+    pipe: Any = family_pipeline(name)
+    settings = encoder_settings(type(pipe), {})
+    one, other = (encode(pipe, type(pipe), f"snoopy {word} beach", settings)[0] for word in ("beagle", "church"))
+    # CLIP is causal: the states before the word that differs are the same.
+    (first, *_) = (one != other).any(-1).nonzero().flatten().tolist()
+    tokens = tokens_by_position(pipe, "snoopy beagle beach", len(one), settings)
+    assert len(tokens) == len(one)
+    assert tokens[first] == "beagle"
+    assert tokens[:5] == ["(start)", "snoopy", "beagle", "beach", "(end)"]
+    assert set(tokens[5:]) == {"(padding)"}
+    cut = tokens_by_position(pipe, "beach " * 50, len(one), settings)
+    assert (len(cut), cut[-2:]) == (len(one), ["beach", "(end)"])
+
+
+def test_tokens_are_those_of_the_encoder_that_the_denoiser_reads() -> None:
+    pipe: Any = family_pipeline("flux-dev")
+    for length in (512, 300):
+        settings = encoder_settings(type(pipe), {"max_sequence_length": length})
+        tokens = tokens_by_position(pipe, "snoopy beagle beach", length, settings)
+        assert tokens[:4] == ["snoopy", "beagle", "beach", "(end)"], "T5 has no token at the start"
+        assert len(tokens) == length
+
+
+@pytest.mark.parametrize("name", ["sd3", "qwen-image", "flux-2"])
+def test_states_that_are_not_those_of_one_padded_text_have_no_tokens(name: str) -> None:
+    pipe: Any = family_pipeline(name)
+    layers = {"text_encoder_out_layers": (1, 2)} if name == "flux-2" else {}
+    settings = encoder_settings(type(pipe), layers)
+    length = encode(pipe, type(pipe), "snoopy beagle beach", settings).shape[1]
+    assert tokens_by_position(pipe, "snoopy beagle beach", length, settings) == []
+
+
+class PointingGate:
+    """Explains every gamma by the state at one position, and tells how many texts it has read."""
+
+    def prepare(self, encoder: TextEncoder, erasers: list[GatedEraser]) -> PointingGate:
+        self.count = len(erasers)
+        encoder.progress(1, 2)
+        return self
+
+    def gammas(self, prompts: Prompts) -> Tensor:
+        return torch.ones(len(prompts.states), self.count)
+
+    def explain(self, prompts: Prompts) -> list[Explanation]:
+        return [Explanation(1.0, "state", "shown", 2)] * self.count
+
+
+@pytest.mark.parametrize(("name", "token"), [("sd1", "beagle"), ("flux-dev", "beach"), ("sd3", "")])
+def test_explanations_have_the_token_at_their_position(name: str, token: str) -> None:
+    pipe: Any = family_pipeline(name)
+    with spm_hub.attach(pipe, [eraser(pipe, "snoopy", 1)], gate=PointingGate()) as erasers:
+        (found,) = erasers.explain("snoopy beagle beach").values()
+    assert (found.position, found.token, found.shown) == (2, token, "shown")
+
+
+def test_a_gate_that_encodes_for_long_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple[int, int]] = []
+    pipe: Any = family_pipeline("sd1")
+    gate, adapters = PointingGate(), [eraser(pipe, "snoopy", 1)]
+    with spm_hub.attach(pipe, adapters, gate=gate, progress=lambda done, total, _: moved.append((done, total))) as one:
+        one.gates("a dog")
+    assert moved == [], "it did not take a second"
+    seconds = iter(range(100))
+    monkeypatch.setattr("spm_hub.io.progress.time.monotonic", lambda: float(next(seconds)))
+    with spm_hub.attach(pipe, adapters, gate=gate, progress=lambda done, total, _: moved.append((done, total))) as one:
+        one.gates("a dog")
+    assert moved == [(1, 2)]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from spm_hub.errors import RegistryError
 from spm_hub.io.atomic import write_atomic
+from spm_hub.io.progress import ProgressCallback, no_progress
 
 _AT_ONCE = 32
 _ELEMENTS = 2**25
@@ -92,7 +93,7 @@ def sentences() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
-def open_bank(encode: Encode, key: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Bank:
+def open_bank(encode: Encode, key: str, progress: ProgressCallback = no_progress) -> Bank:
     """Return the bank of a text encoder, from the user's cache or encoded now.
 
     encode: gives the states (texts, tokens, d_text) of some texts. key: names the encoder and its settings. progress:
@@ -111,7 +112,7 @@ def open_bank(encode: Encode, key: str, progress: Callable[[int, int], None] = l
     return Bank(texts, kept["rows"], unit_rows(empty), kept["precision"].double())
 
 
-def _encode_all(encode: Encode, texts: Sequence[str], progress: Callable[[int, int], None]) -> Tensor:
+def _encode_all(encode: Encode, texts: Sequence[str], progress: ProgressCallback) -> Tensor:
     parts: list[Tensor] = []
     with _warnings_off():
         for start in range(0, len(texts), _AT_ONCE):

@@ -124,7 +124,7 @@ class CalibratedGate:
         bank: Bank | None = None
         for eraser in erasers:
             if _CALIBRATION not in eraser.memo:
-                bank = bank or open_bank(encoder.encode, encoder.digest())
+                bank = bank or open_bank(encoder.encode, encoder.digest(), encoder.progress)
                 matcher = _matcher(eraser.names, encoder)
                 about = torch.tensor([bool(matcher.match(text)) for text in bank.texts])
                 eraser.memo[_CALIBRATION] = calibrate(eraser.names, encoder.encode, bank, about)

@@ -27,10 +27,12 @@ from spm_hub.attachment.text_encoding import (
     encode_together,
     encoders_digest,
     encoders_stamp,
+    tokens_by_position,
     tokens_of,
     vocabulary,
 )
 from spm_hub.errors import UsageError
+from spm_hub.io.progress import ProgressCallback, Reporter, progress_if_long
 
 Gammas = dict[str, list[float]]
 """The gammas of each eraser, by name: one for each prompt."""
@@ -45,8 +47,9 @@ _SPILLED_ABOVE = 2**14
 class GateEvaluation:
     """Asks the gates of a pipeline's erasers; caches concepts until the text encoders change."""
 
-    def __init__(self, pipe: Any, pipeline_class: type[Any], options: Options) -> None:
-        self._pipe, self._pipeline_class, self._options = pipe, pipeline_class, options
+    def __init__(self, pipe: Any, pipeline_class: type[Any], options: Options, reporter: Reporter) -> None:
+        """reporter: shows how far a gate has come that encodes many texts first."""
+        self._pipe, self._pipeline_class, self._options, self._reporter = pipe, pipeline_class, options, reporter
         self._spill_files: dict[int, SpillFile] = {}
         self._groups: dict[Settings, list[_Group]] = {}
         self._empty: dict[Settings, int] = {}
@@ -105,12 +108,25 @@ class GateEvaluation:
             term = type(gate).__name__.removesuffix("Gate").lower()
             for name, explanation in zip(members, given, strict=True):
                 found[name] = explanation or Explanation(asked[name][0], term)
+        found = self._with_tokens(found, prompts, settings)
         for name, eraser in erasers.items():
             if prompts.texts is not None and prompts.texts[0] in eraser.adapter.manifest.gate.protected:
                 found[name] = Explanation(0.0, "protected", "the eraser was trained to leave this prompt alone")
             elif selected[name] != asked[name]:
                 found[name] = Explanation(selected[name][0], "selection", f"gamma {asked[name][0]:.3g} was left out")
         return {name: found[name] for name in erasers}
+
+    def _with_tokens(
+        self, explanations: Mapping[str, Explanation], prompts: Prompts, settings: Settings
+    ) -> dict[str, Explanation]:
+        """Return explanations with the tokens at their positions."""
+        if prompts.texts is None or all(one.position is None for one in explanations.values()):
+            return dict(explanations)
+        tokens = tokens_by_position(self._pipe, prompts.texts[0], prompts.states.shape[1], settings)
+        return {
+            name: replace(one, token=tokens[one.position]) if tokens and one.position is not None else one
+            for name, one in explanations.items()
+        }
 
     def gate_of(self, name: str, settings: Settings, erasers: Mapping[str, Eraser]) -> Gate | PreparedGate:
         """Return the gate that is asked about an eraser: of a gate that prepares itself, the prepared one."""
@@ -175,16 +191,20 @@ class GateEvaluation:
             if isinstance(gate, ConstantGate):
                 yield gate, tuple(names), None
             elif isinstance(gate, PreparingGate):
-                yield gate, tuple(names), gate.prepare(self._text_encoder(settings), _gated(names, erasers, settings))
+                with progress_if_long(self._reporter, "encoding general sentences") as progress:
+                    encoder = self._text_encoder(settings, progress)
+                    prepared = gate.prepare(encoder, _gated(names, erasers, settings))
+                yield gate, tuple(names), prepared
             else:
                 yield gate, tuple(names), ConceptIndex(tuple(self._encode(erasers[name], settings) for name in names))
 
-    def _text_encoder(self, settings: Settings) -> TextEncoder:
+    def _text_encoder(self, settings: Settings, progress: ProgressCallback) -> TextEncoder:
         pipe, base = self._pipe, self._pipeline_class
         return TextEncoder(
             lambda texts: encode_together(pipe, base, texts, settings),
             lambda: f"{base.__name__} {settings} {encoders_digest(pipe)}",
             vocabulary(pipe),
+            progress,
         )
 
     def _encode(self, eraser: Eraser, settings: Settings) -> EncodedConcept:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spm_hub.adapters.increments import Increment
 from spm_hub.attachment.gates.concept_index import WAY, ConceptIndex, fixed_point
+from spm_hub.io.progress import ProgressCallback, no_progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +45,13 @@ class TextEncoder:
 
     encode: gives the states of texts, encoded as one batch, (texts, tokens, d_text).  digest: gives a hash of the
     encoders' weights and the settings, the same in every process.  vocabulary: the tokenizer's tokens and their ids.
+    progress: receives the texts encoded and their number, for a gate that encodes many.
     """
 
     encode: Callable[[Sequence[str]], Tensor]
     digest: Callable[[], str]
     vocabulary: Mapping[str, int]
+    progress: ProgressCallback = no_progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +74,15 @@ class Explanation:
 
     term: the part of the gate that gave it, such as "words"; "none" if none did.  shown: what shows it: words of the
     prompt, or a score and where its ramp begins and ends.  position: of the text-encoder state that decided, counted
-    from 0; None if it was not a single one.
+    from 0; None if it was not a single one.  token: the text of the token at that position; empty where the pipeline's
+    states cannot be assigned to tokens.
     """
 
     gamma: float
     term: str
     shown: str = ""
     position: int | None = None
+    token: str = ""
 
 
 @runtime_checkable
