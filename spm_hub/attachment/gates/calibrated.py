@@ -23,11 +23,12 @@ from spm_hub.attachment.gates.name_matcher import Match, NameMatcher, words_of
 
 _CALIBRATION = "calibration"
 _TERMS = ("state", "sentence")
+
 FRAMES = ("{}", "a photo of {}", "{} in the park", "a big {} and a house")
 """Sentences in which a concept's states are looked for."""
-_QUIET = 0.995
-"""Share of the general sentences on which each term of states is 0."""
-_RAMP = 0.12
+_ACTING = {"state": 0.001, "sentence": 0.013}
+"""Share of the general sentences, those that mention the concept aside, on which each term of an eraser may act."""
+_RAMP = 0.06
 """Where the ramp ends: a share of the way from what general sentences reach to the name itself."""
 _ROUNDS, _STATES = 4, 2
 """How often the states that carry a name are chosen again, and how many of a sentence."""
@@ -73,11 +74,22 @@ def calibrate(names: Sequence[str], encode: Encode, bank: Bank, about: Tensor) -
         torch.stack([bank.greatest(stacked[0]), bank.means @ stacked[1].T]) * scale[:, None] - (centre * scale)[:, None]
     )
     terms = torch.stack([usual[0], usual.mean(0)])[:, ~about]
-    highest = terms.quantile(_QUIET, dim=1)
+    highest = torch.stack([_reached(one, _ACTING[term]) for term, one in zip(_TERMS, terms, strict=True)])
     gap = 1 - highest
     alike = gap < _LEAST_GAP
     start, end = highest.masked_fill(alike, torch.inf), (highest + _RAMP * gap).masked_fill(alike, torch.inf)
     return Calibration(stacked, scale, centre * scale, start, end)
+
+
+def _reached(scores: Tensor, acting: float) -> Tensor:
+    """Return the score of each name that general sentences reach, (names,), equally rare for all names.
+
+    scores: (sentences, names). acting: the share of the sentences in which some name may have a greater score.
+    """
+    # The rank of a sentence among all, by the name for which it is highest; 0 is the highest score.
+    ranks = scores.argsort(0, descending=True).argsort(0).amin(1)
+    rarest = ranks.sort().values[min(len(ranks) - 1, int(acting * len(ranks)))]
+    return scores.sort(0, descending=True).values[rarest]
 
 
 def mean_state(units: Tensor) -> Tensor:
