@@ -26,7 +26,7 @@ _TERMS = ("state", "sentence")
 
 FRAMES = ("{}", "a photo of {}", "{} in the park", "a big {} and a house")
 """Sentences in which a concept's states are looked for."""
-_ACTING = {"state": 0.001, "sentence": 0.013}
+_ACTING = {"state": 0.001, "sentence": 0.010}
 """Share of the general sentences, those that mention the concept aside, on which each term of an eraser may act."""
 _RAMP = 0.06
 """Where the ramp ends: a share of the way from what general sentences reach to the name itself."""

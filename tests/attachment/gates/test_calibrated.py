@@ -16,7 +16,7 @@ from topologies import random_eraser
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.attachment.gates.bank import Bank, open_bank, positions_of, sentences, unit_rows
-from spm_hub.attachment.gates.calibrated import Calibration, PreparedCalibratedGate, calibrate
+from spm_hub.attachment.gates.calibrated import Calibration, PreparedCalibratedGate, _reached, calibrate
 from spm_hub.attachment.gates.gate import Prompts
 from spm_hub.attachment.text_encoding import encode_together
 from spm_hub.models.architectures import denoiser_of
@@ -166,10 +166,22 @@ def test_the_direction_is_fishers_discriminant_written_out_in_numpy() -> None:
         products = np.array([rows.mean(0), name[0, 0].numpy()]) @ found.directions[term, 0].numpy()
         scores = products * float(found.scale[term, 0]) - float(found.offset[term, 0])
         np.testing.assert_allclose(scores, [0, 1], atol=1e-3)
-    reached = (rows.reshape(300, 4, 6) @ found.directions[0, 0].numpy()).max(1) * float(found.scale[0, 0])
-    reached -= float(found.offset[0, 0])
-    if np.isfinite(float(found.start[0, 0])):
-        assert float(found.start[0, 0]) == pytest.approx(np.quantile(reached, 0.995), abs=1e-3)
+    # Of 300 sentences none has a greater score than the beginning of the state's ramp, and three than the sentence's.
+    states = rows.reshape(300, 4, 6) @ found.directions[0, 0].numpy() * float(found.scale[0, 0])
+    means = rows.reshape(300, 4, 6).mean(1) @ found.directions[1, 0].numpy() * float(found.scale[1, 0])
+    of_state = states.max(1) - float(found.offset[0, 0])
+    of_sentence = (of_state + means - float(found.offset[1, 0])) / 2
+    for term, scores in enumerate((of_state, of_sentence)):
+        assert np.isfinite(float(found.start[term, 0]))
+        assert (scores > float(found.start[term, 0]) + 1e-6).sum() == (0, 3)[term]
+
+
+def test_a_share_of_sentences_is_that_of_all_names_together() -> None:
+    """At most ten of 1,000 sentences have a greater score by any name, if the share is 0.01."""
+    scores = torch.randn(1000, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    reached = _reached(scores * torch.tensor([1.0, 5.0, 0.1, 2.0]), 0.01) / torch.tensor([1.0, 5.0, 0.1, 2.0])
+    exceeded = (scores > reached + 1e-9).any(1).sum()
+    assert 6 <= int(exceeded) <= 10
 
 
 def test_a_name_that_reads_like_anything_else_is_left_to_its_words() -> None:
