@@ -193,6 +193,53 @@ def registry(numbers: dict[str, Any]) -> str:
     )
 
 
+def gates(numbers: dict[str, Any]) -> str:
+    each = numbers["gates"]
+    erasers = next(iter(each.values()))["acts_on_unrelated"]
+    rows = [
+        [f"`{name}`", *(_share(found[over][name]) for over in ("acts_on_unrelated", "acts_on_neighbours")
+                        for found in each.values())]
+        for name in erasers
+    ]  # fmt: skip
+    head = ["eraser", *(f"{over}, `{gate}`" for over in ("unrelated", "neighbours") for gate in each)]
+    kinds = ("name", "alias", "plural", "possessive", "joined", "misspelt once")
+
+    def spelt(found: dict[str, Any], kind: str) -> str:
+        cells = [one[kind] for one in found["named"].values() if kind in one]
+        count = sum(one["sentences"] for one in cells)
+        high, mean = (sum(one["sentences"] * one[key] for one in cells) / count for key in ("at_least_0.9", "mean"))
+        return f"{100 * high:.0f} % ({mean:.2f})"
+
+    spelling_rows = [[kind, *(spelt(found, kind) for found in each.values())] for kind in kinds]
+    sums = "; ".join(
+        f"`{gate}` {found['mean_sum_on_unrelated']:.3f}, all five exactly 0 on "
+        f"{_share(found['all_exactly_0_on_unrelated'])}"
+        for gate, found in each.items()
+    )
+    asked = "; ".join(
+        f"{one['erasers']:,} erasers of {one['tokens']} x {one['width']} states "
+        + ", ".join(f"{taken:.2g} ms (`{gate}`)" for gate, taken in one["milliseconds"].items())
+        for one in numbers["latency"]
+    )
+    apart = "; ".join(
+        f"{one['seconds_to_calibrate_100']:.2g} s at {one['tokens']} x {one['width']}" for one in numbers["latency"]
+    )
+    once = numbers["calibration"]
+    by_spelling = _table(["spelling", *(f"`{gate}`" for gate in each)], spelling_rows)
+    return (
+        f"{_table(head, rows)}\n\nShare of sentences on which an eraser acts (gamma above {numbers['acting_above']}): "
+        f"{numbers['sentences']:,} unrelated ones, and sentences about {len(numbers['neighbours'])} neighbours (other "
+        f"characters, painters, people). Mean sum of the five gammas on the unrelated ones: {sums}.\n\n"
+        f"{by_spelling}\n\n"
+        "Share of the sentences with a name, so spelt, on which its eraser has gamma 0.9 or more (mean gamma); all "
+        f"erasers, names and {len(numbers['frames'])} templates that are not those of the calibration.\n\nCPU time of "
+        f"one thread. Gates of one prompt after the text encoder: {asked}. Calibration of {once['erasers']} erasers on "
+        f"the sketchbook, their names' encoding included: {once['seconds_to_calibrate']:.2g} s, beside "
+        f"{once['seconds_to_encode_the_bank']:.2g} s, once, for the {once['bank_sentences']:,} general sentences; "
+        f"directions and ramps alone: {apart}.\n{_about(numbers, 'gates')}"
+    )
+
+
 def methods(numbers: dict[str, Any]) -> str:
     cells = {method: cell for method, cell in numbers["cells"].items() if all(concept in cell for concept in CONCEPTS)}
 
@@ -360,6 +407,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "training_speed": speed,
     "runtime": runtime,
     "full_size": full_size,
+    "gates": gates,
     "methods": methods,
     "robustness": robustness,
     "attacks": attacks,

@@ -49,7 +49,7 @@ def gates(
     """Show how strongly each eraser would act on prompts, and why, without drawing anything.
 
     Prints for each prompt and eraser its gamma, the term of the gate that gave it, and the words or the token that
-    mattered. The first use of the calibrated gate on a model encodes about a thousand sentences, which are kept.
+    mattered. The first use of the calibrated gate on a model encodes some thousand sentences, and keeps the result.
     """
     from spm_hub.hub.resolve import resolve
     from spm_hub.io.atomic import check_writable
