@@ -133,15 +133,17 @@ class CalibratedGate:
         """Calibrate the gate for the erasers that it does not know yet. Raises CannotEncodeError."""
         names = [name for eraser in erasers for name in eraser.names]
         owners = [index for index, eraser in enumerate(erasers) for _ in eraser.names]
-        bank: Bank | None = None
-        for eraser in erasers:
-            if _CALIBRATION not in eraser.memo:
-                bank = bank or open_bank(encoder.encode, encoder.digest(), encoder.progress)
-                matcher = _matcher(eraser.names, encoder)
-                about = torch.tensor([bool(matcher.match(text)) for text in bank.texts])
-                eraser.memo[_CALIBRATION] = calibrate(eraser.names, encoder.encode, bank, about)
+        matcher = _matcher(names, encoder)
+        if any(_CALIBRATION not in eraser.memo for eraser in erasers):
+            bank = open_bank(encoder.encode, encoder.digest(), encoder.progress)
+            about = torch.zeros(len(erasers), len(bank.texts), dtype=torch.bool)
+            for row, text in enumerate(bank.texts):
+                about[[owners[name] for name in matcher.match(text)], row] = True
+            for eraser, mentioned in zip(erasers, about, strict=True):
+                if _CALIBRATION not in eraser.memo:
+                    eraser.memo[_CALIBRATION] = calibrate(eraser.names, encoder.encode, bank, mentioned)
         calibrations = [eraser.memo[_CALIBRATION] for eraser in erasers]
-        return PreparedCalibratedGate(_matcher(names, encoder), owners, calibrations)
+        return PreparedCalibratedGate(matcher, owners, calibrations)
 
 
 class PreparedCalibratedGate:

@@ -44,15 +44,16 @@ class NameMatcher:
         self._whole: dict[str, list[int]] = defaultdict(list)
         self._deleted: dict[str, set[str]] = defaultdict(set)
         self._parts: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        self._longest = 1
+        self._longest: list[int] = []
         self._unspaced: list[tuple[str, int]] = []
         for index, name in enumerate(names):
             if re.search(_UNSPACED, name):
                 self._unspaced.append((name.casefold(), index))
             words = [word for word in words_of(name) if word not in _FILLERS] or words_of(name)
+            # A name may be split in two anywhere. No longer run counts, so that a match does not depend on other names.
+            self._longest.append(len(words) + 1)
             if not words:
                 continue
-            self._longest = max(self._longest, len(words))
             for form in _inflections(words):
                 self._whole[form].append(index)
                 if len(form) >= _SHORTEST_MISSPELT:
@@ -74,7 +75,8 @@ class NameMatcher:
             shown = " ".join(span)
             for form in _inflections(span):
                 for index in self._whole.get(form, ()):
-                    found[index] = Match(1.0, shown)
+                    if len(span) <= self._longest[index]:
+                        found[index] = Match(1.0, shown)
                 if len(span) == 1:
                     for index, share in self._parts.get(form, ()):
                         if index not in found or found[index].share < share:
@@ -87,10 +89,11 @@ class NameMatcher:
 
     def _spans(self, words: Sequence[str]) -> list[list[str]]:
         """Return all runs of words that could be a name, and runs of single letters as one word each."""
+        longest = max(self._longest, default=1)
         spans = [
             list(words[start:end])
             for start in range(len(words))
-            for end in range(start + 1, min(len(words), start + self._longest + 1) + 1)
+            for end in range(start + 1, min(len(words), start + longest) + 1)
         ]
         run: list[str] = []
         for word in [*words, ""]:
@@ -109,7 +112,7 @@ class NameMatcher:
                 continue
             near = {form for shorter in (joined, *_deletions(joined)) for form in self._deleted.get(shorter, ())}
             found += [index for form in near if _one_edit_apart(joined, form) for index in self._whole[form]]
-        return found
+        return [index for index in found if len(span) <= self._longest[index]]
 
 
 def words_of(text: str) -> list[str]:

@@ -106,3 +106,17 @@ def test_every_single_misspelling_of_a_long_name_is_found(data: st.DataObject) -
 
 def test_words_are_small_letters_without_accents() -> None:
     assert words_of("Été à l'Île, SN00PY & m1ckey") == ["ete", "a", "l'ile", "snoopy", "mlckey"]
+
+
+TOGETHER = ("snoopy", "van gogh", "mickey mouse in a red hat", "church")
+TEXTS = st.text(alphabet="snopyvagh' ", max_size=24) | st.sampled_from([
+    "sn oo py", "s n oo p y", "v an g ogh", "va ngogh", "a ch ur ch", "snoo py by van goh", "mick ey mouse in red hat",
+])  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS)
+def test_what_is_found_of_a_name_does_not_depend_on_other_names(text: str) -> None:
+    together = matcher(TOGETHER).match(text)
+    for index, name in enumerate(TOGETHER):
+        assert matcher((name,)).match(text).get(0) == together.get(index), (text, name)
