@@ -188,7 +188,9 @@ class PreparedCalibratedGate:
     def explain(self, prompts: Prompts) -> list[Explanation]:
         """Return for every eraser why it acts on the first prompt or does not."""
         scores, positions = self._scores(prompts.states[:1])
-        gammas, terms = self._ramps(scores)[:, 0].max(0)
+        # The term that is furthest along its ramp; one that is not used for a name is never it.
+        terms = self._along(scores)[:, 0].argmax(0)
+        gammas = self._ramps(scores)[:, 0].amax(0)
         matches: Mapping[int, Match] = self._matcher.match(prompts.texts[0]) if prompts.texts is not None else {}
         best: dict[int, Explanation] = {}
         for name, owner in enumerate(self._owners.tolist()):
@@ -211,9 +213,13 @@ class PreparedCalibratedGate:
         found = torch.stack([of_state, of_mean]).mul_(known.scale[:, None]).sub_(known.offset[:, None])
         return torch.stack([found[0], found.mean(0)]), positions
 
-    def _ramps(self, scores: Tensor) -> Tensor:
+    def _along(self, scores: Tensor) -> Tensor:
+        """Return where scores are on their ramps: 0 at the beginning, 1 at the end, far below 0 without a ramp."""
         start, end = self._known.start[:, None], self._known.end[:, None]
-        return ((scores - start) / (end - start)).nan_to_num_(0.0, 0.0, 0.0).clamp_(0.0, 1.0)
+        return ((scores - start) / (end - start)).nan_to_num_(torch.finfo(scores.dtype).min)
+
+    def _ramps(self, scores: Tensor) -> Tensor:
+        return self._along(scores).clamp_(0.0, 1.0)
 
     def _greatest(self, per_name: Tensor) -> Tensor:
         if per_name.shape[1] == self._erasers:

@@ -109,6 +109,8 @@ def test_explanations_name_the_term_and_the_words(pipe: Any, shipped: list[Adapt
         assert (found["snoopy"].gamma, found["snoopy"].term, found["snoopy"].shown) == (1.0, "words", "snopy's")
         assert (found["mickey"].gamma, found["mickey"].term) == (0.0, "none")
         assert {name: one.gamma for name, one in found.items()} == erasers.gates("Snopy's house")
+        # One of van gogh's two terms of states is not used: "ivan" reads like the name. The other one is shown.
+        assert all("inf" not in one.shown for one in erasers.explain("a dog").values())
     with spm_hub.attach(pipe, shipped, gate="transport", top_k=1) as erasers:
         found = erasers.explain("snoopy")
         assert (found["snoopy"].term, found["snoopy"].gamma) == ("transport", 1.0)
