@@ -214,7 +214,7 @@ class PreparedCalibratedGate:
         return torch.stack([found[0], found.mean(0)]), positions
 
     def _along(self, scores: Tensor) -> Tensor:
-        """Return where scores are on their ramps: 0 at the beginning, 1 at the end, far below 0 without a ramp."""
+        """Return the scores along their ramps: 0 at the start, 1 at the end, far below 0 without a ramp."""
         start, end = self._known.start[:, None], self._known.end[:, None]
         return ((scores - start) / (end - start)).nan_to_num_(torch.finfo(scores.dtype).min)
 
