@@ -215,7 +215,7 @@ def latency(words: dict[str, int]) -> list[dict[str, Any]]:
         bank = open_bank(encoder.encode, f"random {tokens} {width}")
         nothing = torch.zeros(len(bank.texts), dtype=torch.bool)
         start = time.process_time()
-        calibrations = [calibrate([name], encoder.encode, bank, nothing) for name in names[:100]]
+        calibrations = calibrate([[name] for name in names[:100]], encoder.encode, bank, [nothing] * 100)
         calibrated_in = time.process_time() - start
         matcher = NameMatcher(names, rarity_of(words), lambda word: word in words)
         calibrated = PreparedCalibratedGate(matcher, range(erasers), calibrations * (erasers // 100))

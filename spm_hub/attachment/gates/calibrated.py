@@ -53,12 +53,25 @@ class Calibration:
     end: Tensor
 
 
-def calibrate(names: Sequence[str], encode: Encode, bank: Bank, about: Tensor) -> Calibration:
-    """Calibrate the terms of states for the names of one concept.
+def calibrate(
+    concepts: Sequence[Sequence[str]], encode: Encode, bank: Bank, about: Sequence[Tensor]
+) -> list[Calibration]:
+    """Calibrate the terms of states for one or more concepts, each given by its names.
 
-    about: (sentences,), bool, the bank's sentences that mention the concept, which are left out. The result depends on
-    nothing but these names and the bank.
+    about: of each concept, (sentences,), bool: the bank's sentences that mention it, which are left out. The result for
+    a concept depends on nothing but its names and the bank.
     """
+    found = [_directions(names, encode, bank) for names in concepts]
+    # At once for all: reading the bank takes longer than the products, which are exact.
+    greatest = bank.greatest(torch.cat([directions[0] for directions, _ in found]))
+    parts = greatest.split([len(names) for names in concepts], dim=1)
+    return [
+        _ramps_between(*pair, part, bank, mentioned) for pair, part, mentioned in zip(found, parts, about, strict=True)
+    ]
+
+
+def _directions(names: Sequence[str], encode: Encode, bank: Bank) -> tuple[Tensor, Tensor]:
+    """Return a concept's directions, (2, names, d_text), and the products of its names with them, (2, names)."""
     directions, tops = [], []
     for name in names:
         states = unit_rows(encode([frame.format(name) for frame in FRAMES]))
@@ -67,18 +80,23 @@ def calibrate(names: Sequence[str], encode: Encode, bank: Bank, about: Tensor) -
         of_mean = _unit(bank.precision_of_means @ (means.mean(0) - bank.mean))
         directions.append(torch.stack([of_state, of_mean]))
         tops.append(torch.stack([(states @ of_state).amax(1).median(), (means @ of_mean).median()]))
-    stacked, top = torch.stack(directions, dim=1), torch.stack(tops, dim=1)
-    centre = torch.stack([of_states @ bank.mean for of_states in stacked])
+    return torch.stack(directions, dim=1), torch.stack(tops, dim=1)
+
+
+def _ramps_between(directions: Tensor, top: Tensor, greatest: Tensor, bank: Bank, about: Tensor) -> Calibration:
+    """Return a concept's calibration: its ramps are between what general sentences reach and its names.
+
+    greatest: (sentences, names), of the bank's products with the directions for single states.
+    """
+    centre = torch.stack([of_states @ bank.mean for of_states in directions])
     scale = 1 / (top - centre).clamp_min(1e-6)
-    usual = (
-        torch.stack([bank.greatest(stacked[0]), bank.means @ stacked[1].T]) * scale[:, None] - (centre * scale)[:, None]
-    )
+    usual = torch.stack([greatest, bank.means @ directions[1].T]) * scale[:, None] - (centre * scale)[:, None]
     terms = torch.stack([usual[0], usual.mean(0)])[:, ~about]
     highest = torch.stack([_reached(one, _ACTING[term]) for term, one in zip(_TERMS, terms, strict=True)])
     gap = 1 - highest
     alike = gap < _LEAST_GAP
     start, end = highest.masked_fill(alike, torch.inf), (highest + _RAMP * gap).masked_fill(alike, torch.inf)
-    return Calibration(stacked, scale, centre * scale, start, end)
+    return Calibration(directions, scale, centre * scale, start, end)
 
 
 def _reached(scores: Tensor, acting: float) -> Tensor:
@@ -134,14 +152,16 @@ class CalibratedGate:
         names = [name for eraser in erasers for name in eraser.names]
         owners = [index for index, eraser in enumerate(erasers) for _ in eraser.names]
         matcher = _matcher(names, encoder)
-        if any(_CALIBRATION not in eraser.memo for eraser in erasers):
+        new = [eraser for eraser in erasers if _CALIBRATION not in eraser.memo]
+        if new:
             bank = open_bank(encoder.encode, encoder.digest(), encoder.progress)
             about = torch.zeros(len(erasers), len(bank.texts), dtype=torch.bool)
             for row, text in enumerate(bank.texts):
                 about[[owners[name] for name in matcher.match(text)], row] = True
-            for eraser, mentioned in zip(erasers, about, strict=True):
-                if _CALIBRATION not in eraser.memo:
-                    eraser.memo[_CALIBRATION] = calibrate(eraser.names, encoder.encode, bank, mentioned)
+            mentioned = [about[index] for index, eraser in enumerate(erasers) if _CALIBRATION not in eraser.memo]
+            found = calibrate([eraser.names for eraser in new], encoder.encode, bank, mentioned)
+            for eraser, calibration in zip(new, found, strict=True):
+                eraser.memo[_CALIBRATION] = calibration
         calibrations = [eraser.memo[_CALIBRATION] for eraser in erasers]
         return PreparedCalibratedGate(matcher, owners, calibrations)
 

@@ -160,7 +160,7 @@ def test_the_direction_is_fishers_discriminant_written_out_in_numpy() -> None:
     covariance = np.cov(rows.T) + 0.02 * np.trace(np.cov(rows.T)) / 6 * np.eye(6)
     name = unit_rows(torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(9)))
     about = torch.zeros(300, dtype=torch.bool)
-    found = calibrate(["x"], lambda texts: name.expand(len(texts), 1, 6), bank, about)
+    (found,) = calibrate([["x"]], lambda texts: name.expand(len(texts), 1, 6), bank, [about])
     wanted = np.linalg.solve(covariance, name[0, 0].numpy() - rows.mean(0))
     np.testing.assert_allclose(found.directions[0, 0], wanted / np.linalg.norm(wanted), atol=2e-3)
     # The score of the bank's mean is 0 and that of the name 1, for both terms.
@@ -189,7 +189,8 @@ def test_a_share_of_sentences_is_that_of_all_names_together() -> None:
 def test_a_name_that_reads_like_anything_else_is_left_to_its_words() -> None:
     bank = unit_bank(6)
     usual = bank.rows[17].double()[None] / 2**14
-    found = calibrate(["x"], lambda texts: usual.expand(len(texts), -1, -1), bank, torch.zeros(len(bank.texts)).bool())
+    nothing = torch.zeros(len(bank.texts)).bool()
+    (found,) = calibrate([["x"]], lambda texts: usual.expand(len(texts), -1, -1), bank, [nothing])
     assert isinstance(found, Calibration)
     assert torch.isinf(found.start[0, 0])
 
