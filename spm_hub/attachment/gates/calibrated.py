@@ -71,7 +71,10 @@ def calibrate(
 
 
 def _directions(names: Sequence[str], encode: Encode, bank: Bank) -> tuple[Tensor, Tensor]:
-    """Return a concept's directions, (2, names, d_text), and the products of its names with them, (2, names)."""
+    """Return a concept's directions, and the products of its names with them.
+
+    The directions: (2, names, d_text); the products: (2, names).
+    """
     directions, tops = [], []
     for name in names:
         states = unit_rows(encode([frame.format(name) for frame in FRAMES]))
