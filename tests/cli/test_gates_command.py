@@ -13,6 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import spm_hub
+from spm_hub.attachment.attachment import Attachment
+from spm_hub.attachment.gates.gate import Explanation
 from spm_hub.cli import app
 from spm_hub.cli.output import Output
 
@@ -47,7 +49,9 @@ def test_it_says_what_the_attachment_says(tmp_path: Path) -> None:
     assert (first["term"], first["shown"], first["position"], first["token"]) == ("words", "snopy's", None, "")
     quiet = said["prompts"][1]["erasers"]["snoopy"]
     assert quiet["term"] == "none"
-    assert quiet["token"]
+    assert quiet["shown"].startswith("score ")
+    each = [found for one in said["prompts"] for found in one["erasers"].values()]
+    assert all((found["position"] is None) == (found["token"] == "") for found in each)
     with Image.open(to) as picture:
         assert json.loads(picture.info["spmhub"])["prompts"] == list(PROMPTS)
         assert (8, 48, 107) in {colour for _, colour in picture.convert("RGB").getcolors(1 << 16) or ()}
@@ -64,6 +68,14 @@ def test_it_prints_a_table_of_prompts_and_erasers(tmp_path: Path) -> None:
     assert 0 < float(rows[1][3]) < 1
     brief = spmhub("a dog", "-a", "snoopy", "--gate", "always", "-q")
     assert (brief.stdout, brief.stderr) == ("1.000 snoopy a dog\n", "")
+
+
+def test_the_table_names_the_token_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"snoopy": Explanation(0.5, "state", "score 0.40 (0 at 0.36, 1 at 0.44)", 3, "dog")}
+    monkeypatch.setattr(Attachment, "explain", lambda erasers, prompt: found)
+    done = spmhub("a dog", "-a", "snoopy")
+    (row,) = (line for line in done.stdout.splitlines() if "snoopy" in line)
+    assert '0.500   state   "dog", score 0.40 (0 at 0.36, 1 at 0.44)' in row
 
 
 @pytest.mark.parametrize(
