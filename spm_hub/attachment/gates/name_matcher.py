@@ -12,8 +12,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-_SHORTEST_MISSPELT = 5
-"""Letters of the shortest name that is also found when it is misspelt: of shorter ones too many are other words."""
+_SHORTEST_MISSPELT = 4
+"""Letters of the shortest name that is also found when it is misspelt: of shorter ones too many are other words.
+
+Names of just so many have to begin with the right letter, as people misspell them ("node" may be nude, "rude" is not).
+"""
 
 _FILLERS = frozenset("a an the of in on by at to and with style".split())
 _LOOKALIKES = str.maketrans("013457@$", "oleastas")
@@ -111,6 +114,7 @@ class NameMatcher:
             if len(joined) < _SHORTEST_MISSPELT - 1 or self._is_word(joined) or all(map(self._is_word, span)):
                 continue
             near = {form for shorter in (joined, *_deletions(joined)) for form in self._deleted.get(shorter, ())}
+            near = {form for form in near if len(form) > _SHORTEST_MISSPELT or joined[0] == form[0]}
             found += [index for form in near if _one_edit_apart(joined, form) for index in self._whole[form]]
         return [index for index in found if len(span) <= self._longest[index]]
 

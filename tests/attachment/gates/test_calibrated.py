@@ -130,6 +130,7 @@ def test_the_scores_for_attackers_are_those_of_the_gate_and_have_gradients(pipe:
         assert float(gradient.abs().sum()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd2", "sdxl", "sd3", "flux-dev", "pixart", "qwen-image", "flux-2"])
 def test_every_kind_of_text_encoder_is_calibrated(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spm_hub.attachment.gates.bank.sentences", lambda: sentences()[:256])

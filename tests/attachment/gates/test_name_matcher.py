@@ -58,6 +58,12 @@ def test_a_word_that_people_write_on_purpose_is_no_misspelling() -> None:
     assert NameMatcher(names, lambda word: 1.0, lambda word: False).match("a horse")[0].share == 1
 
 
+def test_a_short_name_that_is_misspelt_begins_with_the_right_letter() -> None:
+    short = matcher(("nude", "dog"))
+    assert all(short.match(f"a {wrong}")[0].share == 1 for wrong in ("nuude", "nued", "nud", "nudr"))
+    assert all(short.match(f"a {other}") == {} for other in ("rude", "dude", "doge", "dg", "dig"))
+
+
 def test_a_part_of_a_name_counts_by_how_telling_it_is() -> None:
     # 11000 / 11000: as rare as the name itself; 5000 / 11000: less than twice as frequent, below the ramp.
     assert matcher().match("mickey")[NAMES.index("mickey mouse")].share == 1
