@@ -257,7 +257,7 @@ def gates_in_short(results: dict[str, dict[str, Any]]) -> str:
         "sentences with a name, as it is, in the plural, as a possessive, joined, or (most of them) misspelt once, "
         f"{_share(transport['named_at_least_0.9'])} have gamma 0.9 or more under transport, "
         f"{_share(calibrated['named_at_least_0.9'])} under the calibrated gate, which finds no misspelt names of fewer "
-        "than five letters."
+        "than four letters."
     )
 
 
