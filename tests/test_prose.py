@@ -1,7 +1,6 @@
 """Docstrings and messages are plain English: subject first, active verbs, one meaning per word.
 
-Exceptions are listed in `prose_exceptions.txt`, a list that only shrinks. `python tests/test_prose.py [PREFIX]` prints
-what is left to rewrite.
+There are no exceptions. `python tests/test_prose.py [PREFIX]` prints what is to rewrite.
 """
 
 import ast
@@ -12,9 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "spm_hub"
-EXCEPTIONS = Path(__file__).with_name("prose_exceptions.txt")
 LONGEST = 100
-MOST_EXCEPTIONS = 60
 
 # Words that the project once used with many meanings each, and relative clauses without a subject.
 RIDDLES = r"\b(told|hears?|heard|stands?|lies?|beside|whoever|whom|nobody|of which|of whom|whence|thereof|anew)\b"
@@ -106,12 +103,7 @@ def offending_messages() -> dict[str, list[str]]:
 
 
 def test_docstrings_open_in_plain_english() -> None:
-    listed = EXCEPTIONS.read_text(encoding="utf-8").split()
-    offending = offending_docstrings()
-    new = {name: found for name, found in offending.items() if name not in listed}
-    assert not new, f"rewrite the first line of {new}"
-    assert sorted(set(listed) - offending.keys()) == [], "plain by now: take these off the list"
-    assert len(listed) <= MOST_EXCEPTIONS
+    assert offending_docstrings() == {}
 
 
 def test_messages_are_plain_english() -> None:
