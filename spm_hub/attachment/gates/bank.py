@@ -41,24 +41,21 @@ Encode = Callable[[Sequence[str]], Tensor]
 class Bank:
     """The states of general sentences, each state scaled to unit length.
 
-    texts: the sentences. rows: (sentences, positions, d_text), int16, in multiples of 2^-14. empty: (tokens, d_text),
-    those of the empty prompt. precision: (d_text, d_text), the inverse of the rows' covariance.
+    texts: the sentences. rows: (sentences, positions, d_text), int16, multiples of 2^-14. means: (sentences, d_text),
+    float64, of each sentence's own rows. empty: (tokens, d_text), those of the empty prompt. precision: (d_text,
+    d_text), the inverse of the rows' covariance.
     """
 
     texts: tuple[str, ...]
     rows: Tensor
+    means: Tensor
     empty: Tensor
     precision: Tensor
 
     @cached_property
     def mean(self) -> Tensor:
-        """(d_text,), float64, of all rows."""
+        """(d_text,), float64, of the sentences' means."""
         return self.means.mean(0)
-
-    @cached_property
-    def means(self) -> Tensor:
-        """(sentences, d_text), float64: the mean state of each sentence."""
-        return self.rows.sum(1, dtype=torch.float64) / (self.rows.shape[1] * _UNIT)
 
     @cached_property
     def precision_of_means(self) -> Tensor:
@@ -106,22 +103,39 @@ def open_bank(encode: Encode, key: str, progress: ProgressCallback = no_progress
     path = platformdirs.user_cache_path("spm-hub", appauthor=False) / "banks" / f"{named}.safetensors"
     kept = _read(path, count, empty.shape[-1])
     if kept is None:
-        rows = _encode_all(encode, texts, progress)
-        kept = {"rows": rows, "precision": _inverse_covariance(rows.flatten(0, 1).float().div_(_UNIT)).float()}
+        rows, means = _encode_all(encode, texts, progress)
+        precision = _inverse_covariance(rows.flatten(0, 1).float().div_(_UNIT)).float()
+        kept = {"rows": rows, "means": means, "precision": precision}
         _write(path, kept)
-    return Bank(texts, kept["rows"], unit_rows(empty), kept["precision"].double())
+    return Bank(texts, kept["rows"], kept["means"], unit_rows(empty), kept["precision"].double())
 
 
-def _encode_all(encode: Encode, texts: Sequence[str], progress: ProgressCallback) -> Tensor:
-    parts: list[Tensor] = []
+def _encode_all(encode: Encode, texts: Sequence[str], progress: ProgressCallback) -> tuple[Tensor, Tensor]:
+    """Return the rows and the means of a bank."""
+    kept: list[Tensor] = []
     with _warnings_off():
         for start in range(0, len(texts), _AT_ONCE):
-            states = encode(texts[start : start + _AT_ONCE])
-            parts.append((unit_rows(states[:, positions_of(states.shape[1])]) * _UNIT).round().to(torch.int16))
+            units = unit_rows(encode(texts[start : start + _AT_ONCE]))
+            kept += [(one * _UNIT).round().to(torch.int16) for one in kept_states(units)]
             progress(min(start + _AT_ONCE, len(texts)), len(texts))
-    longest = max(part.shape[1] for part in parts)
+    longest = max(map(len, kept))
     # Where a longer text has more states, a shorter one has its last one again.
-    return torch.cat([torch.cat([part, part[:, -1:].expand(-1, longest - part.shape[1], -1)], 1) for part in parts])
+    rows = torch.stack([torch.cat([one, one[-1:].expand(longest - len(one), -1)]) for one in kept])
+    return rows, torch.stack([one.sum(0, dtype=torch.float64) / (len(one) * _UNIT) for one in kept])
+
+
+def kept_states(units: Tensor) -> list[Tensor]:
+    """Return the states that a bank keeps of each text: (positions, d_text) each.
+
+    units: (texts, tokens, d_text), as `unit_rows` returns them. Zeros at the end, by which a batch fills up shorter
+    texts, do not count: what is kept of a text does not depend on the other texts.
+    """
+    found = []
+    for unit in units:
+        used = unit.abs().amax(-1).nonzero()
+        length = int(used[-1]) + 1 if len(used) else 1
+        found.append(unit[positions_of(length)])
+    return found
 
 
 @contextmanager
@@ -163,7 +177,7 @@ def _read(path: Path, count: int, width: int) -> dict[str, Tensor] | None:
         kept = load_file(path)
     except (OSError, SafetensorError):
         return None
-    right = kept.keys() == {"rows", "precision"} and kept["rows"].shape[::2] == (count, width)
+    right = kept.keys() == {"rows", "means", "precision"} and kept["rows"].shape[::2] == (count, width)
     return kept if right and kept["precision"].shape == (width, width) else None
 
 

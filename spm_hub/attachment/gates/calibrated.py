@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from spm_hub.attachment.gates.bank import Bank, Encode, open_bank, positions_of, sentences, unit_rows
+from spm_hub.attachment.gates.bank import Bank, Encode, kept_states, open_bank, sentences, unit_rows
 from spm_hub.attachment.gates.gate import Explanation, GatedEraser, Prompts, TextEncoder
 from spm_hub.attachment.gates.name_matcher import Match, NameMatcher, words_of
 
@@ -118,7 +118,8 @@ def mean_state(units: Tensor) -> Tensor:
 
     units: (texts, tokens, d_text), as `unit_rows` returns them; the result is in fixed point as well.
     """
-    return units[:, positions_of(units.shape[1])].mean(1).mul_(2.0**24).round_().mul_(2.0**-24)
+    means = torch.stack([kept.mean(0) for kept in kept_states(units)])
+    return means.mul_(2.0**24).round_().mul_(2.0**-24)
 
 
 def _unit(direction: Tensor) -> Tensor:
@@ -199,7 +200,7 @@ class PreparedCalibratedGate:
         known = Calibration(*(getattr(self._known, part.name).to(states) for part in fields(Calibration)))
         unit = torch.nn.functional.normalize(states, dim=-1)
         of_state = (unit @ known.directions[0].T).amax(1)
-        of_mean = unit[:, positions_of(unit.shape[1])].mean(1) @ known.directions[1].T
+        of_mean = torch.stack([kept.mean(0) for kept in kept_states(unit)]) @ known.directions[1].T
         found = torch.stack([of_state, of_mean]) * known.scale[:, None] - known.offset[:, None]
         terms = torch.stack([found[0], found.mean(0)])
         # A term that is off is left out before the division: a gradient through NaN would be NaN for all names.

@@ -16,7 +16,7 @@ from topologies import random_eraser
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.attachment.gates.bank import Bank, open_bank, positions_of, sentences, unit_rows
-from spm_hub.attachment.gates.calibrated import Calibration, PreparedCalibratedGate, _reached, calibrate
+from spm_hub.attachment.gates.calibrated import Calibration, PreparedCalibratedGate, _reached, calibrate, mean_state
 from spm_hub.attachment.gates.gate import Prompts
 from spm_hub.attachment.text_encoding import encode_together
 from spm_hub.models.architectures import denoiser_of
@@ -237,3 +237,30 @@ def test_positions_begin_with_the_first_ones_and_end_with_the_last() -> None:
     assert positions_of(77)[:24] == list(range(24))
     assert positions_of(77)[-1] == 76
     assert len(positions_of(512)) == 32
+
+
+def test_a_text_counts_the_same_next_to_a_longer_one() -> None:
+    """Encoders whose states grow with the text fill up shorter texts of a batch with zeros."""
+    generator = torch.Generator().manual_seed(2)
+    short, long = torch.randn(9, 6, generator=generator), torch.randn(61, 6, generator=generator)
+    together = unit_rows(torch.stack([torch.cat([short, torch.zeros(52, 6)]), long]))
+    alone = unit_rows(short[None])
+    assert torch.equal(mean_state(together)[0], mean_state(alone)[0])
+    np.testing.assert_allclose(mean_state(alone)[0], alone[0].numpy().mean(0), atol=2e-7)
+    assert torch.equal(mean_state(torch.zeros(1, 4, 6, dtype=torch.float64)), torch.zeros(1, 6, dtype=torch.float64))
+
+
+@pytest.mark.slow
+def test_gammas_of_a_mixed_batch_are_those_of_its_prompts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spm_hub.attachment.gates.bank.sentences", lambda: sentences()[:256])
+    pipe = family_pipeline("qwen-image")
+    with spm_hub.attach(pipe, [random_eraser(denoiser_of(pipe))], gate="calibrated") as erasers:
+        gate = erasers.gate_of("snoopy")
+        assert isinstance(gate, PreparedCalibratedGate)
+        texts = ["a dog", "snoopy and a cat on the beach with a very long umbrella in the snow"]
+        both = encode_together(pipe, type(pipe).__mro__[1], texts)
+        for index, text in enumerate(texts):
+            alone = encode_together(pipe, type(pipe).__mro__[1], [text])
+            assert alone.shape[1] <= both.shape[1]
+            together = gate._scores(both)[0][1, index]
+            np.testing.assert_allclose(gate._scores(alone)[0][1, 0], together, atol=1e-4)
