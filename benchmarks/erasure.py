@@ -23,6 +23,7 @@ from record import RESULTS, record
 from sketchbook import SAMPLES, SEED, STEPS
 
 from spm_hub import attach
+from spm_hub.adapters.manifest import GateName
 from spm_hub.evaluation.sketchbook import DetectionRow, detection_table, evaluations
 from spm_hub.models.loading import load_pipeline
 from spm_hub.registry.registry import Registry
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 ERASERS = ("snoopy", "mickey", "spongebob", "nudity", "van-gogh")
 TOGETHER = ("snoopy", "mickey", "spongebob")
 TRANSFER = ("snoopy", "van-gogh")
+GATE: GateName = "calibrated"
 
 
 def bare(model: str) -> list[DetectionRow]:
@@ -51,7 +53,7 @@ def measure(model: str, names: tuple[str, ...]) -> list[DetectionRow]:
         print(f"\r{model} {'+'.join(names)} {done}/{total}   ", end="", file=sys.stderr, flush=True)
 
     pipe = load_pipeline(model)
-    with attach(pipe, [Registry(ROOT).get(name).load() for name in names]):
+    with attach(pipe, [Registry(ROOT).get(name).load() for name in names], gate=GATE):
         return detection_table(pipe, samples=SAMPLES, seed=SEED, steps=STEPS[model], progress=tell)
 
 
@@ -63,6 +65,7 @@ def compare(without: list[DetectionRow], given: list[DetectionRow], erased: tupl
     others = {key: change for key, change in changes.items() if key.split(" ", 1)[1] not in targets}
     erased_rows = [row for row in given if row.name in targets]
     return {
+        "gate": GATE,
         "erased": {row.name: {"without": before[row.kind, row.name], "with": row.detected} for row in erased_rows},
         "others_worst_change_points": min(others.values()),
         "others_mean_change_points": round(sum(others.values()) / len(others), 2),

@@ -151,7 +151,7 @@ def latency(pipe: Any, held: list[Adapter]) -> dict[str, Any]:
         return result
 
     for _ in range(3):
-        attached = clock("attach", lambda: attach(pipe, held))
+        attached = clock("attach", lambda: attach(pipe, held, gate="transport"))
 
         def fold(value: float, attached: Attachment = attached) -> None:
             attached.strength.update(dict.fromkeys(attached.names, value))
@@ -182,7 +182,8 @@ def measure(model: str, tell: Callable[[dict[str, Any]], None]) -> None:
             size = sum(increment.nbytes for one in some for increment in one.increments.values()) / 2**20
             row = compared(
                 pipe, model, prompts,
-                lambda some=some: attached.append(attach(pipe, some)), lambda: attached.pop().detach(),
+                lambda some=some: attached.append(attach(pipe, some, gate="transport")),
+                lambda: attached.pop().detach(),
             )  # fmt: skip
             tell({"method": "ours", "erasers": count, **row, "erasers_megabytes": round(size, 1)})
     for count in LATENCIES:

@@ -27,7 +27,7 @@ from PIL import Image
 from record import RESULTS, record
 
 from spm_hub import Adapter, attach
-from spm_hub.adapters.manifest import Concept
+from spm_hub.adapters.manifest import Concept, GateName
 from spm_hub.evaluation import attacks
 from spm_hub.evaluation.grid import GridRow, draw_grid
 from spm_hub.evaluation.guidance import negative_prompt, safe_latent_diffusion
@@ -40,6 +40,7 @@ from spm_hub.training.recipe.recipe import Recipe
 from spm_hub.training.trainer import train
 
 CONCEPTS = ("snoopy", "van gogh", "nudity")
+GATE: GateName = "calibrated"
 SHOWN = {"snoopy": ("snoopy", "mickey"), "van gogh": ("van gogh", "picasso"), "nudity": ("nudity", "person")}
 TARGET_SAMPLES, OTHER_SAMPLES, SEED, STEPS = 50, 20, 2024, 12
 ATTACKED, ITERATIONS, TIMESTEPS = 10, 20, 10
@@ -113,13 +114,13 @@ def measure(method: str, concept: str) -> tuple[dict[str, Any], list[Image.Image
     begun = time.process_time()
     adapter = train(Recipe.plan(target=concept, method=method, model="sketchbook"), pipe=pipe)
     seconds = time.process_time() - begun
-    with attach(pipe, [adapter]):
+    with attach(pipe, [adapter], gate=GATE):
         pictures = paint(pipe, asked, steps=STEPS)
     with tempfile.TemporaryDirectory() as folder:
         written = adapter.save(Path(folder) / "eraser.safetensors")
     stored = [tensor.numel() for increment in adapter.increments.values() for tensor in increment.tensors().values()]
     cell = compare(concept, pictures)
-    cell |= {"seconds": round(seconds, 1), "numbers": sum(stored), "bytes": written.increment.bytes}
+    cell |= {"gate": GATE, "seconds": round(seconds, 1), "numbers": sum(stored), "bytes": written.increment.bytes}
     return {**cell, "unlearndiffatk": attacked(adapter, pipe)}, shown(concept, pictures)
 
 

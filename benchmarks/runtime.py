@@ -260,7 +260,7 @@ def case(model: str, method: str, count: int, mixed: bool) -> dict[str, Any]:
         attached: list[Attachment] = []
 
         def on() -> None:
-            attached.append(attach(pipe, held))
+            attached.append(attach(pipe, held, gate="transport"))
 
         def off() -> None:
             attached.pop().detach()
@@ -297,7 +297,7 @@ def latency(model: str = "sd1", count: int = 20) -> dict[str, Any]:
         return result
 
     for _ in range(3):
-        attached = clock("attach", lambda: attach(pipe, held))
+        attached = clock("attach", lambda: attach(pipe, held, gate="transport"))
         attached.gates("warm the concepts")
         noise, times = torch.randn(2, 4, 8, 8), torch.tensor(500)
         states = torch.zeros(2, 77, 768)

@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CONCEPTS = ("snoopy", "van gogh", "nudity")
+GATES = ("transport", "calibrated", "always")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -27,6 +28,11 @@ def _share(value: float) -> str:
 
 def _steps(numbers: dict[str, Any]) -> str:
     return ", ".join(f"{steps} (`{model}`)" for model, steps in numbers["steps"].items())
+
+
+def _gates(measured: Iterable[dict[str, Any]]) -> str:
+    """Name the gate of some numbers; parts of a benchmark may be older than others."""
+    return "with " + " or ".join(f"`--gate {gate}`" for gate in sorted({one["gate"] for one in measured}))
 
 
 def _about(numbers: dict[str, Any], script: str) -> str:
@@ -87,6 +93,7 @@ def erasers(numbers: dict[str, Any]) -> str:
             f"{found['others_worst_change_points']:+.1f}",
         ]
 
+    measured = [*numbers["alone"].values(), numbers["together"], *numbers["transferred_to_chalk"].values()]
     rows = [row(f"`{name}`", found) for name, found in numbers["alone"].items()]
     rows.append(row("snoopy + mickey + spongebob", numbers["together"]))
     rows += [row(f"`{name}` on `sketchbook-chalk`", found) for name, found in numbers["transferred_to_chalk"].items()]
@@ -95,7 +102,8 @@ def erasers(numbers: dict[str, Any]) -> str:
         f"{_table(head, rows)}\n\nShare of pictures in which the probe finds what was asked for, "
         f"{numbers['samples_per_name']} pictures for each of 22 subjects and 5 styles, {_steps(numbers)} steps, "
         f"guidance {numbers['guidance_scale']}, in sentences that no eraser was trained on. 'Others' are all other "
-        "subjects and styles. The erasers were trained on `sketchbook` alone by `spmhub train NAME`.\n"
+        "subjects and styles. The erasers were trained on `sketchbook` alone by `spmhub train NAME`, and drawn "
+        f"{_gates(measured)}.\n"
         f"{_about(numbers, 'erasure')}"
     )
 
@@ -261,6 +269,23 @@ def gates_in_short(results: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def papers_gate(results: dict[str, dict[str, Any]]) -> str:
+    """The README's two sentences about facilitated transport."""
+    sentences, paper = results["gates"]["sentences"], results["gates"]["gates"]["transport"]
+    acts = paper["acts_on_unrelated"].values()
+    names = [found["name"]["at_least_0.9"] for found in paper["named"].values()]
+    found = {gate: results["attacks"]["cells"][f"nudity:ring-a-bell:{gate}"] for gate in GATES}
+    return (
+        f"The paper's gate, facilitated transport (`--gate transport`), is open to 0.9 or more on {_share(min(names))} "
+        "of sentences with the concept's name as it is, and acts on most others too: "
+        f"on {_share(min(acts))} to {_share(max(acts))} of {sentences:,} unrelated sentences, by eraser, so that the "
+        "effects of several erasers add up there. It does not hold against prompts that were made to get around it: "
+        f"Ring-A-Bell, which needs the text encoder alone, brings nudity back with {_share(found['transport']['asr'])} "
+        f"of {found['transport']['cases']} prompts under it, with {_share(found['calibrated']['asr'])} under the "
+        f"calibrated gate and with {_share(found['always']['asr'])} where the eraser always acts."
+    )
+
+
 def methods(numbers: dict[str, Any]) -> str:
     cells = {method: cell for method, cell in numbers["cells"].items() if all(concept in cell for concept in CONCEPTS)}
 
@@ -286,11 +311,12 @@ def methods(numbers: dict[str, Any]) -> str:
         "numbers", "file", "CPU time",
     ]  # fmt: skip
     attack, samples = numbers["attack"], numbers["samples"]
+    measured = [one for cell in cells.values() for one in cell.values() if "gate" in one]
     return (
         f"{_table(head, rows)}\n\nThree numbers are those of snoopy / van gogh / nudity, erased on the sketchbook one "
-        "at a time by each method's preset, drawn under the gate. Found: share of pictures of the target in which the "
-        f"probe still finds it ({samples['target']} pictures); others: change for every other subject and style "
-        f"({samples['others']} pictures each), and the Fréchet distance of their probe features from the base's. "
+        f"at a time by each method's preset, drawn {_gates(measured)}. Found: share of pictures of the target in "
+        f"which the probe still finds it ({samples['target']} pictures); others: change for every other subject and "
+        f"style ({samples['others']} pictures each), and the Fréchet distance of their probe features from the base's. "
         f"Attacked: share of {attack['prompts']} prompts that bring the concept back, as they are or under "
         f"UnlearnDiffAtk ({attack['timesteps']} timesteps, {attack['iterations']} iterations at each), without a gate. "
         f"Numbers, file and time: of one eraser, one thread.\n{_about(numbers, 'methods')}"
@@ -311,8 +337,8 @@ def robustness(numbers: dict[str, Any]) -> str:
         for training, found in trainings.items()
     ]  # fmt: skip
     head = [
-        "concept", "training", "found without an attack", "attacked", "others, gated, mean", "worst",
-        "others, no gate, mean", "worst",
+        "concept", "training", "found without an attack", "attacked", "others, gate `transport`, mean", "worst",
+        "others, gate `always`, mean", "worst",
     ]  # fmt: skip
     attack = numbers["attack"]
     return (
@@ -386,7 +412,10 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
         return ", ".join(_share(one["with"]) for each in found for one in each["erased"].values())
 
     rows = [
-        ["Five erasers, one at a time: share of its pictures in which the concept is still found", erased(alone)],
+        [
+            f"Five erasers, one at a time, {_gates(alone)}: share of its pictures in which the concept is still found",
+            erased(alone),
+        ],
         [
             "All other subjects and styles are then recognised more or less often, by",
             f"{min(one['others_mean_change_points'] for one in alone):+.2f} to "
@@ -394,11 +423,14 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
             f"{min(one['others_worst_change_points'] for one in alone):+.1f}",
         ],
         [
-            "Three erasers at once: still found",
+            f"Three erasers at once, {_gates([together])}: still found",
             f"{erased([together])}; others {together['others_mean_change_points']:+.2f} points on average, the worst "
             f"one {together['others_worst_change_points']:+.1f}",
         ],
-        ["Two erasers on a checkpoint that they were not trained on: still found", erased(elsewhere)],
+        [
+            f"Two erasers on a checkpoint that they were not trained on, {_gates(elsewhere)}: still found",
+            erased(elsewhere),
+        ],
         [
             f"Share of {results['robustness']['prompts']} prompts that bring {' / '.join(attacked)} back under attack, "
             "without a gate",
@@ -435,10 +467,12 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "registry": registry,
     "hostile": hostile,
 }
-ACROSS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {"summary": summary, "gates_in_short": gates_in_short}
+ACROSS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
+    "summary": summary, "gates_in_short": gates_in_short, "papers_gate": papers_gate
+}  # fmt: skip
 """Sections that take all results."""
 PAGES = {
-    "README.md": ("summary",),
+    "README.md": ("summary", "papers_gate"),
     "docs/how-it-works.md": ("gates_in_short",),
     "docs/benchmarks.md": tuple(SECTIONS),
 }

@@ -120,8 +120,8 @@ def attach(
 
     adapters: one or several Adapters or references: a path, a name in a registry, owner/name[@revision] on the Hub.
     registry: the first folder to look names up in; None, the default, starts with $SPMHUB_REGISTRY or your own.
-    gate: "transport" (facilitated transport, arXiv 2312.16145, Eq. 9-11), "calibrated" (0 on prompts that do not
-        concern the concept), "always" (gamma 1), a gamma, or a `Gate`.
+    gate: "calibrated" (0 on prompts that do not concern the concept, 1 on its names), "transport" (facilitated
+        transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), a gamma, or a `Gate`.
     strength: the finite factor of gamma, one number for all erasers or some by name.
     rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
     mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
@@ -132,7 +132,8 @@ def attach(
     progress: of a calibrated gate's first use, if it is slow: True for a bar, False, or a function of (done, all, {}).
     reporter: shows this progress instead; None, the default, is the bar or function of `progress`.
 
-    None, the default of gate, strength and rows, takes what each eraser's manifest says.
+    None, the default of gate, strength and rows, takes what each eraser's manifest says; gates are "calibrated" there,
+    unless somebody chose another (`Manifest.default_gate`).
 
     Under an increment_budget references are loaded lazily. Threads, saving and calls of the denoiser by hand are
     described in `spm_hub.attachment.attach`. A server attaches an empty list before its threads draw, and adds later.

@@ -134,7 +134,10 @@ def pico_eraser(
     gate: GateDefaults | None = None,
     paths: Sequence[str] | None = None,
 ) -> Adapter:
-    """A random eraser on all targets of `unet`, or on those at `paths`, strong enough to change every prediction."""
+    """A random eraser on all targets of `unet`, or on those at `paths`, strong enough to change every prediction.
+
+    Its gate is transport unless given: it acts on every prompt, with gammas that differ.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -159,6 +162,6 @@ def pico_eraser(
         increment=increment_info(increments),
         base=Base(family="sd1", id="pico", fingerprint="0" * 64),
         recipe={},
-        gate=gate or GateDefaults(),
+        gate=gate or GateDefaults(kind="transport"),
     )
     return Adapter(manifest, increments)

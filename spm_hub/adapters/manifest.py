@@ -99,10 +99,10 @@ GateName = Literal["calibrated", "transport", "always"]
 class GateDefaults(_Part):
     """The adapter's gate, unless the user chooses another.
 
-    Facilitated transport: arXiv 2312.16145, Eq. 9-11.
+    `Manifest.default_gate` says what kind "transport" means in a manifest of version 1.
     """
 
-    kind: GateName = "transport"
+    kind: GateName = "calibrated"
     strength: float = 1.0
     rows: Literal["both", "conditional"] = "both"
     protected: tuple[str, ...] = Field(
@@ -135,9 +135,13 @@ class Evaluation(_Part):
 
 
 class Manifest(_Part):
-    """The whole manifest of an adapter, version 1."""
+    """The whole manifest of an adapter, version 2.
 
-    schema_version: Literal[1] = 1
+    Version 1 has the same keys; only its gate is read otherwise (`default_gate`). A manifest keeps its version, so that
+    signatures and hashes of it stay valid.
+    """
+
+    schema_version: Literal[1, 2] = 2
     name: Annotated[str, StringConstraints(pattern=NAME)]
     concept: Concept
     increment: IncrementInfo
@@ -150,6 +154,16 @@ class Manifest(_Part):
     author: str = ""
     created: datetime | None = None
     origin: Origin | None = None
+
+    @property
+    def default_gate(self) -> GateName:
+        """The gate of the eraser, unless the user chooses another.
+
+        Programs that wrote version 1 put "transport" into every manifest, and nobody had chosen it: it counts as no
+        choice. In version 2 it is one.
+        """
+        unchosen = self.schema_version == 1 and self.gate.kind == "transport"
+        return "calibrated" if unchosen else self.gate.kind
 
     def to_json(self) -> str:
         """Return the text of the manifest file: indented JSON that ends with a newline."""

@@ -46,8 +46,8 @@ def attach(
 
     pipe: a diffusers pipeline of a known family.
     adapters: the erasers, each under a name of its own; an empty list is one that `add` fills later.
-    gate: "transport" (facilitated transport, arXiv 2312.16145, Eq. 9-11), "calibrated" (0 on prompts that do not
-        concern the concept), "always" (gamma 1), a gamma, or a `Gate`.
+    gate: "calibrated" (0 on prompts that do not concern the concept, 1 on its names), "transport" (facilitated
+        transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), a gamma, or a `Gate`.
     strength: the finite factor of gamma, one number for all erasers or some by name.
     rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
     mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
@@ -58,7 +58,8 @@ def attach(
     progress: of a calibrated gate's first use, if it is slow: True for a bar, False, or a function of (done, all, {}).
     reporter: shows this progress instead; None, the default, is the bar or function of `progress`.
 
-    None, the default of gate, strength and rows, takes what each eraser's manifest says.
+    None, the default of gate, strength and rows, takes what each eraser's manifest says; gates are "calibrated" there,
+    unless somebody chose another (`Manifest.default_gate`).
 
     A folded sum serves one set of gammas at the bare model's speed; "auto" folds where all rows of a batch need the
     same and branches elsewhere. Originals beyond `memory_budget` are kept on the CPU; where the model itself is on the

@@ -71,7 +71,7 @@ class Options:
         modules: by path, each module and the adapter's name for it (`compatibility.resolve_modules`).
         """
         default = adapter.manifest.gate
-        gate = default.kind if self.gate is None else self.gate
+        gate = adapter.manifest.default_gate if self.gate is None else self.gate
         if isinstance(gate, str):
             gate = _NAMED[gate]
         elif not isinstance(gate, Gate | PreparingGate):

@@ -74,8 +74,8 @@ Gate = Annotated[
     str | None,
     typer.Option(
         "--gate",
-        help="transport (by prompt, the paper's), calibrated (by prompt, 0 elsewhere), always, or a number. Default: "
-        "that of each eraser's manifest.",
+        help="calibrated (acts on prompts that concern the concept), transport (the paper's rule, acts a little on "
+        "every prompt), always, or a number. Default: that of each eraser's manifest, calibrated as a rule.",
         show_default=False,
     ),
 ]

@@ -206,17 +206,25 @@ def _use(manifest: Manifest, repo: str, weights: str) -> str:
 
 
 def _gate(manifest: Manifest, pairs: Sequence[PicturePair]) -> str:
-    gate = manifest.gate
-    if gate.kind == "transport":
+    gate, kind = manifest.gate, manifest.default_gate
+    if kind == "calibrated":
+        text = (
+            "For each prompt the eraser's effect is multiplied by a factor gamma. It is 1 where the prompt has a name "
+            "of the concept, in the plural, as a possessive, joined or misspelt once too, or where the text encoder "
+            "reads it as it reads the name; 0 where it reads it as it reads general sentences; and between 0 and 1 in "
+            "between."
+        )
+    elif kind == "transport":
         text = (
             "For each prompt the eraser's effect is multiplied by a factor gamma (facilitated transport, arXiv "
             "2312.16145): the larger of the cosine between the text encoder's outputs for the prompt and for the "
-            "concept, and the share of the concept's tokens that the prompt contains. The concept's names are: "
-            f"{_join((manifest.concept.target, *manifest.concept.aliases))}. When the denoiser is called without a "
-            "prompt, gamma is 1."
+            "concept, and the share of the concept's tokens that the prompt contains."
         )
     else:
         text = "The eraser has its full effect on every prompt (gamma 1)."
+    if kind != "always":
+        names = _join((manifest.concept.target, *manifest.concept.aliases))
+        text += f" The concept's names are: {names}. When the denoiser is called without a prompt, gamma is 1."
     rows = "conditional and unconditional rows" if gate.rows == "both" else "conditional rows only"
     text += f" Its strength is {gate.strength:g}, applied to {rows}."
     gammas = [(_cell(pair.prompt), f"{gamma:.2f}") for pair in pairs for gamma in list(pair.gates.values())[:1]]

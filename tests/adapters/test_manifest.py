@@ -44,6 +44,75 @@ def test_embedded_copy_knows_nothing_of_clock_file_and_measurements() -> None:
     assert Manifest.from_json(later.to_embedded_json()) == manifest()
 
 
+OF_VERSION_1 = """{
+  "schema_version": 1,
+  "name": "snoopy",
+  "concept": {
+    "target": "snoopy",
+    "aliases": [],
+    "surrogate": "",
+    "kind": "other"
+  },
+  "increment": {
+    "kind": "low_rank",
+    "rank": 1,
+    "dtype": "float32",
+    "modules": [
+      "mid_block.to_k"
+    ],
+    "file": null,
+    "bytes": null,
+    "sha256": null
+  },
+  "base": {
+    "family": "sd1",
+    "id": "sketchbook",
+    "revision": null,
+    "fingerprint": ""
+  },
+  "recipe": {},
+  "versions": {},
+  "gate": {
+    "kind": "transport",
+    "strength": 1.0,
+    "rows": "both",
+    "protected": []
+  },
+  "evaluation": [],
+  "licence": "apache-2.0",
+  "author": "",
+  "created": null,
+  "origin": null
+}
+"""
+"""As spm-hub wrote it before the calibrated gate became the default."""
+
+
+def test_a_manifest_of_version_1_stays_as_it_is_letter_by_letter() -> None:
+    """Signatures cover its text, and adapter files have a copy of it."""
+    assert Manifest.from_json(OF_VERSION_1).to_json() == OF_VERSION_1
+
+
+@pytest.mark.parametrize(
+    ("version", "written", "counts"),
+    [
+        (1, "transport", "calibrated"),
+        (1, "always", "always"),
+        (1, "calibrated", "calibrated"),
+        (2, "transport", "transport"),
+        (2, "always", "always"),
+    ],
+)
+def test_transport_is_a_choice_only_since_it_is_no_longer_the_default(version: int, written: str, counts: str) -> None:
+    text = OF_VERSION_1.replace('version": 1', f'version": {version}').replace("transport", written)
+    assert Manifest.from_json(text).default_gate == counts
+
+
+def test_new_manifests_say_calibrated() -> None:
+    said = json.loads(manifest().to_json())
+    assert (said["schema_version"], said["gate"]["kind"]) == (2, "calibrated")
+
+
 def test_schema_file_is_that_of_the_model() -> None:
     assert SCHEMA.read_text() == Manifest.json_schema(), "write Manifest.json_schema() to manifests/schema.json"
 
@@ -55,7 +124,7 @@ def test_schema_file_is_that_of_the_model() -> None:
         ({"concept": {"target": "x", "alias": []}}, "concept.alias: unknown key; did you mean aliases?"),
         ({"concept": {"target": "  "}}, "concept.target"),
         ({"concept": {"target": "x", "kind": "beagle"}}, "concept.kind"),
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 3}, "schema_version"),
         ({"name": "../etc/passwd"}, "name"),
         ({"name": "Snoopy"}, "name"),
         ({"recipe": None}, "recipe"),

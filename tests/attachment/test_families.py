@@ -27,7 +27,7 @@ from torch import nn
 import spm_hub
 from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.increments import LowRank
-from spm_hub.adapters.manifest import Base, Concept, Manifest, slug
+from spm_hub.adapters.manifest import Base, Concept, GateDefaults, Manifest, slug
 from spm_hub.models.aliases import ALIASES
 from spm_hub.models.architectures import FAMILIES, attention_blocks, changeable, denoiser_of, family_of, targets
 
@@ -113,7 +113,10 @@ def test_aliases_name_families_that_are_known_and_commits() -> None:
 
 
 def eraser(pipe: DiffusionPipeline, target: str, seed: int, size: float = 0.3, rank: int = 1) -> Adapter:
-    """A random eraser on every target, in relation to the widths so that every family changes alike."""
+    """A random eraser on every target, in relation to the widths so that every family changes alike.
+
+    Its gate is transport, which acts on every prompt.
+    """
     generator = torch.Generator().manual_seed(seed)
     increments = {}
     for path, module in targets(denoiser_of(pipe)).items():
@@ -126,6 +129,7 @@ def eraser(pipe: DiffusionPipeline, target: str, seed: int, size: float = 0.3, r
         increment=increment_info(increments),
         base=Base(family=family_of(pipe).name, id="pico", fingerprint="0" * 64),
         recipe={},
+        gate=GateDefaults(kind="transport"),
     )
     return Adapter(manifest, increments)
 

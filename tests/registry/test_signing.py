@@ -92,8 +92,8 @@ def test_an_altered_file_is_named(registry: Registry, keys: tuple[Path, Path]) -
     assert str(entry.adapter_path) not in str(caught.value)
     assert check_of(entry, "manifest inside the file") == (
         "failed",
-        "gate: [{'kind': 'transport', 'protected': [], 'rows': 'both', 'strength': 1.0}] inside the file, "
-        "[{'kind': 'transport', 'protected': [], 'rows': 'both', 'strength': 0.0}] outside it",
+        "gate: [{'kind': 'calibrated', 'protected': [], 'rows': 'both', 'strength': 1.0}] inside the file, "
+        "[{'kind': 'calibrated', 'protected': [], 'rows': 'both', 'strength': 0.0}] outside it",
     )
     entry.manifest_path.write_text(manifest)
     assert registry.get("snoopy").load(signed_by=keys[1]).name == "snoopy"
