@@ -56,7 +56,7 @@ def settings_of(attack: str, budget: dict[str, int]) -> attacks.AttackSettings:
 
 def measure(name: str, attack: str, gate: str, budget: dict[str, int]) -> dict[str, Any]:
     """One cell: the report of one attack on one eraser under one gate."""
-    pipe, eraser = load_pipeline("sketchbook"), resolve(name, RESULTS.parents[1]).load()
+    pipe, eraser = load_pipeline("sketchbook", device="cpu"), resolve(name, RESULTS.parents[1]).load()
     concept, began = eraser.manifest.concept, time.monotonic()
 
     def move(done: int, total: int) -> None:

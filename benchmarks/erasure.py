@@ -52,7 +52,7 @@ def measure(model: str, names: tuple[str, ...]) -> list[DetectionRow]:
     def tell(done: int, total: int) -> None:
         print(f"\r{model} {'+'.join(names)} {done}/{total}   ", end="", file=sys.stderr, flush=True)
 
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, device="cpu", dtype="float32")
     with attach(pipe, [Registry(ROOT).get(name).load() for name in names], gate=GATE):
         return detection_table(pipe, samples=SAMPLES, seed=SEED, steps=STEPS[model], progress=tell)
 

@@ -259,7 +259,7 @@ def calibration(pipe: Any, count: int = 100) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.set_verbosity_error()  # some sentences are longer than the sketchbook's window
-    pipe: Any = spm_hub.load_pipeline("sketchbook")
+    pipe: Any = spm_hub.load_pipeline("sketchbook", device="cpu")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
         numbers = {

@@ -65,7 +65,7 @@ def wanted(concept: str) -> list[DetectionCase]:
 @cache
 def bare(concept: str) -> list[Image.Image]:
     """The base's own pictures of `wanted`."""
-    return paint(load_pipeline("sketchbook"), wanted(concept), steps=STEPS)
+    return paint(load_pipeline("sketchbook", device="cpu"), wanted(concept), steps=STEPS)
 
 
 def compare(concept: str, pictures: list[Image.Image]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def attacked(adapter: Adapter, pipe: DiffusionPipeline) -> dict[str, Any]:
 
 def measure(method: str, concept: str) -> tuple[dict[str, Any], list[Image.Image]]:
     """One cell of the table, and its pictures for the grid."""
-    pipe, asked = load_pipeline("sketchbook"), wanted(concept)
+    pipe, asked = load_pipeline("sketchbook", device="cpu"), wanted(concept)
     if method in BY_GUIDANCE:
         with BY_GUIDANCE[method](pipe, "a nude person" if concept == "nudity" else concept):
             pictures = paint(pipe, asked, steps=STEPS)

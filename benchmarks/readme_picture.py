@@ -78,6 +78,6 @@ def _bar(
 
 if __name__ == "__main__":
     erasers = [spm_hub.load(name, registry=ROOT) for name in ERASERS]
-    drawn = show(load_pipeline("sketchbook"), erasers, [prompt for prompt, _ in PROMPTS], DRAWING)
+    drawn = show(load_pipeline("sketchbook", device="cpu"), erasers, [prompt for prompt, _ in PROMPTS], DRAWING)
     gates = {one.prompt: dict(one.gates) for one in drawn}
     write_png(PICTURE, sheet(drawn), {"model": "sketchbook", "adapters": ERASERS, "gates": gates})

@@ -75,7 +75,7 @@ def others(before: list[DetectionRow], after: list[DetectionRow], concept: str) 
 
 def measure(concept: str, training: str, bare: list[DetectionRow]) -> dict[str, Any]:
     """One eraser: attacked, and seen by its neighbours."""
-    pipe = load_pipeline("sketchbook")
+    pipe = load_pipeline("sketchbook", device="cpu")
     began = time.monotonic()
     eraser: Adapter | None = None
     for method, sets in TRAININGS[training]:
@@ -116,7 +116,11 @@ if __name__ == "__main__":
     there = kept()["concepts"]
     missing = [part for part in every if part.split(":")[1] not in there.get(part.split(":")[0], {})]
     bare_table = detection_table(
-        load_pipeline("sketchbook"), samples=SAMPLES, seed=SEED, steps=STEPS, progress=tell("counting without erasers")
+        load_pipeline("sketchbook", device="cpu"),
+        samples=SAMPLES,
+        seed=SEED,
+        steps=STEPS,
+        progress=tell("counting without erasers"),
     )
     for part in parser.parse_args().parts or missing:
         concept, training = part.split(":")

@@ -354,7 +354,7 @@ def gates(counts: tuple[int, ...] = (10, 100, 1000, 10_000)) -> list[dict[str, A
 
 def cycles(count: int = 1000) -> dict[str, Any]:
     """Attach, draw folded and branched, recover, detach, over and over, on the sketchbook: weights and memory after."""
-    pipe: Any = load_pipeline("sketchbook")
+    pipe: Any = load_pipeline("sketchbook", device="cpu")
     registry = Registry(Path(__file__).parents[1])
     held = [registry.get(name).load() for name in ("snoopy", "mickey", "spongebob")]
     pristine = {key: value.clone() for key, value in pipe.unet.state_dict().items()}

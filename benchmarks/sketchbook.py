@@ -49,7 +49,7 @@ def samples(model: str, folder: Path, steps: int) -> dict[str, object]:
 
     benchmarks/erasure.py compares erasers with `detected`.
     """
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, device="cpu", dtype="float32")
 
     def tell(done: int, total: int) -> None:
         print(f"\r{model} {done}/{total}  ", end="", file=sys.stderr, flush=True)
@@ -70,7 +70,7 @@ def samples(model: str, folder: Path, steps: int) -> dict[str, object]:
 
 def grid(model: str, path: Path) -> None:
     """Subjects across, styles down."""
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, device="cpu", dtype="float32")
     wanted = [
         DetectionCase("subject", name, noun(name) if style is None else f"{noun(name)} by {style}", 7 + i)
         for style in (None, *STYLE_NAMES)

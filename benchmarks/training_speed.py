@@ -51,7 +51,7 @@ def paper(target: str) -> Recipe:
 
 
 def table(target: str, adapter: Adapter | None, samples: int) -> dict[str, float]:
-    pipe = load_pipeline("sketchbook")
+    pipe = load_pipeline("sketchbook", device="cpu")
     wanted: dict[str, Any] = {"subjects": (target, *OTHERS), "styles": (), "samples": samples, "seed": 77, "steps": 12}
     if adapter is None:
         rows: list[DetectionRow] = detection_table(pipe, **wanted)
@@ -65,7 +65,7 @@ def run(
     label: str, plan: Recipe, at: tuple[int, ...], bare: dict[str, float], samples: int, give_up: float = float("inf")
 ) -> dict[str, Any]:
     """Trains until the criterion holds, the recipe ends or `give_up` seconds are spent; every look is recorded."""
-    pipe = load_pipeline("sketchbook")
+    pipe = load_pipeline("sketchbook", device="cpu")
     looks: list[dict[str, Any]] = []
     clock = {"spent": 0.0, "since": time.perf_counter()}
 

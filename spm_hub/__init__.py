@@ -208,19 +208,22 @@ def push(
 
     reference, registry: the eraser, as for `load`. repo: owner/name, made if there is none, `private` or public.
     A model card is written from the manifest.
-    pictures: a folder that `spmhub apply --compare` or `apply(out=...)` filled, for the card.
+    pictures: a folder that `spmhub apply --compare` or `apply(out=...)` filled, for the card. Of an eraser of nudity
+        and the like only pictures on which it acted are published, never those without it.
     revision: a branch to commit to, made if there is none. pull_request: propose the commit, to an existing repository.
     Raises UsageError, HubError if the Hub refuses, NetworkError; the repository is then as it was.
     """
     import tempfile
 
     from spm_hub.hub import push as pushing
-    from spm_hub.hub.card import read_pairs
+    from spm_hub.hub.card import is_explicit, read_pairs
     from spm_hub.hub.resolve import resolve
 
     with tempfile.TemporaryDirectory() as staging:
         entry = resolve(str(reference), None if registry is None else Path(registry))
-        pairs = () if pictures is None else read_pairs(Path(pictures), entry.read_manifest().name)
+        manifest = entry.read_manifest()
+        explicit = is_explicit(manifest.concept)
+        pairs = () if pictures is None else read_pairs(Path(pictures), manifest.name, explicit=explicit)
         release = pushing.prepare(entry, repo, pairs, Path(staging))
         pushed = pushing.push(release, private=private, revision=revision, pull_request=pull_request)
     return pushed.pull_request or pushed.url
@@ -271,7 +274,8 @@ def train(
     concept: what to erase, in words; a Recipe; or a list of concepts, which "sepme" and "uce" train jointly.
     model, config: the base model to load, as in `load_pipeline`; default: the recipe's, else the sketchbook.
     method: how to erase, "spm" unless given; `spmhub methods` lists all.
-    device, dtype: where and in which precision to train, such as "cuda" and torch.float16; default: "cpu", float32.
+    device, dtype: where and in which precision to train, such as "cuda" and torch.bfloat16; default: a GPU if there
+        is one, in bfloat16 if the base is stored in it, else float32.
     pipe: a diffusers pipeline to train on, as it is and where it is; afterwards it is as before, bit for bit. The
         manifest names it by `model` if given, else by where it was loaded from, else by its class.
     registry: a folder or Registry to keep the eraser in, True for the command's; None, the default, keeps nothing.
@@ -344,7 +348,7 @@ def apply(
 
     adapters, registry: the erasers, as for `attach`.
     prompts: one or several.
-    model, config, device, dtype: the base to draw with, as in `load_pipeline`; default: the sketchbook, "cpu", float32.
+    model, config, device, dtype: the base to draw with, as in `load_pipeline`; default: the sketchbook, "auto".
     pipe: a diffusers pipeline to draw with, as it is and where it is; afterwards it is as before.
     seed, number: pictures for each prompt; the first starts from the noise of `seed`, the next from that of seed + 1.
     steps, guidance: denoising steps and guidance scale; default: the pipeline's own.

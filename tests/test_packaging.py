@@ -38,12 +38,11 @@ def imported() -> set[str]:
 
 
 def test_every_import_is_declared_and_every_declaration_imported() -> None:
-    extras = {canonicalize_name(Requirement(line).name) for extra in ("eval", "ui", "sign") for line in EXTRAS[extra]}
+    extras = {canonicalize_name(Requirement(line).name) for extra in ("eval", "sign") for line in EXTRAS[extra]}
     used = {canonicalize_name(BROUGHT.get(name, NAMES.get(name, name))) for name in imported()}
     declared = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
     assert used - extras <= declared
-    # accelerate is what diffusers loads weights quickly with; nobody imports it by name.
-    assert declared - used <= {"accelerate"}
+    assert declared <= used
 
 
 @pytest.mark.parametrize("line", [*PROJECT["dependencies"], *EXTRAS["dev"]])

@@ -22,6 +22,7 @@ from spm_hub.errors import GET_AGAIN, AdapterFileError, ManifestError
 from spm_hub.io.atomic import Content, write_together
 from spm_hub.io.safetensors_file import MANIFEST_KEY, Header, Image, read_header, read_tensors
 from spm_hub.io.safetensors_file import encode as encode_tensors
+from spm_hub.io.wording import counted, quoted
 
 UNKNOWN_FAMILY = "unknown"
 """The family of a file whose header and tensors do not show it."""
@@ -64,7 +65,7 @@ class Adapter:
     def __repr__(self) -> str:
         about, base = self.manifest.increment, self.manifest.base
         kind = about.kind if about.rank is None else f"{about.kind} of rank {about.rank}"
-        modules = f"{len(about.modules)} module{'s' if len(about.modules) > 1 else ''}"
+        modules = counted(len(about.modules), "module")
         of = f"{base.id} ({base.family})" if base.id else base.family
         target = self.manifest.concept.target
         return f"<Adapter {self.name}: erases {target!r}, {kind} on {modules}, {about.dtype}, for {of}, {self.source}>"
@@ -226,7 +227,7 @@ def _manifest_of_foreign(
     try:
         info = increment_info(increments)
     except AdapterFileError as error:
-        raise AdapterFileError(f"{path}: {error.message}", mend=f"spmhub convert {path}") from error
+        raise AdapterFileError(f"{path}: {error.message}", mend=f"spmhub convert {quoted(path)}") from error
     if outside is not None:
         return outside.model_copy(update={"increment": outside.increment.model_copy(update={"dtype": info.dtype})})
     family = family_of(increments) or UNKNOWN_FAMILY

@@ -39,6 +39,7 @@ from spm_hub.errors import (
 from spm_hub.io.atomic import write_atomic
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.safetensors_file import encode, read_tensors
+from spm_hub.io.wording import quoted
 from spm_hub.models.architectures import denoiser_of, family_of
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _check_base(pipe: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
     raise UsageError(
         f"{place} holds {', '.join(inside)} already, which could not be taken out of it any more if others were baked "
         "on top",
-        mend=f"spmhub bake --model {held.base or 'BASE'} --adapters {both} --out DIR, all at once",
+        mend=f"spmhub bake --model {quoted(held.base or 'BASE')} --adapters {both} --out DIR, all at once",
     )
 
 
@@ -161,7 +162,7 @@ def recover(checkpoint: Path, name: str) -> Provenance:
         hint = f"; did you mean {' or '.join(meant)}?" if meant else f"; it has {', '.join(names)}"
         raise NotFoundError(
             f"no eraser {name!r} is baked into {checkpoint}{hint}",
-            mend=f"spmhub recover {(*meant, *names, 'NAME')[0]} --checkpoint {checkpoint}",
+            mend=f"spmhub recover {(*meant, *names, 'NAME')[0]} --checkpoint {quoted(checkpoint)}",
         )
     kept = tuple(eraser for eraser in before.erasers if eraser.name != name)
     remaining = [_read_eraser(checkpoint, eraser) for eraser in kept]
@@ -195,7 +196,7 @@ def read_provenance(checkpoint: Path) -> Provenance:
     except FileNotFoundError as error:
         raise ModelError(
             f"{checkpoint} is no baked checkpoint: it has no {PROVENANCE}",
-            mend=f"spmhub bake --model M --adapters NAME --out {checkpoint}",
+            mend=f"spmhub bake --model M --adapters NAME --out {quoted(checkpoint)}",
         ) from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -18,6 +18,7 @@ from spm_hub.errors import NotFoundError, UsageError, nearest
 from spm_hub.io.atomic import Content, write_together
 from spm_hub.io.progress import Progress, no_progress
 from spm_hub.io.safetensors_file import Image
+from spm_hub.io.wording import quoted
 from spm_hub.models import architectures
 
 # A model's id that is safe inside a command that the user is asked to type.
@@ -122,7 +123,7 @@ def _base_needed(source: Source, known: Format) -> UsageError:
     return UsageError(
         f"{source.place} is a file of {known.name} ({known.about}): the change is computed as the difference to the "
         "base that it was trained on",
-        mend=f"spmhub convert {source.place} --model {named if _PLAIN.fullmatch(named) else 'M, that base'}",
+        mend=f"spmhub convert {quoted(source.place)} --model {named if _PLAIN.fullmatch(named) else 'M, that base'}",
     )
 
 

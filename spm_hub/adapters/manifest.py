@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints,
 
 from spm_hub.errors import ManifestError, NotFoundError, RegistryError, UsageError, nearest
 from spm_hub.io import untrusted_json as untrusted
+from spm_hub.io.wording import quoted
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -214,7 +215,7 @@ class Manifest(_Part):
         except FileNotFoundError as error:
             raise NotFoundError(f"{path}: no such manifest", mend="spmhub list") from error
         except OSError as error:
-            raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {path}") from error
+            raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {quoted(path)}") from error
 
     @classmethod
     def json_schema(cls) -> str:

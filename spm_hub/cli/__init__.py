@@ -6,20 +6,26 @@ Heavy imports are inside the commands that need them, so that `spmhub --help` is
 import sys
 from typing import Any
 
+from spm_hub.cli.terminal import INTERRUPTED, prepare_streams, restart_in_utf8
 from spm_hub.errors import UsageError
 
-# Importing a module registers its commands; `spmhub --help` lists them in this order.
-# isort: off
-from spm_hub.cli import train, demo, apply, bake, evaluate, gates, attack, registry, keep, trust, hub  # noqa: F401
-from spm_hub.cli import convert, methods, models  # noqa: F401
+try:
+    # Importing a module registers its commands; `spmhub --help` lists them in this order.
+    # isort: off
+    from spm_hub.cli import train, demo, apply, bake, evaluate, gates, attack, registry, keep, trust, hub  # noqa: F401
+    from spm_hub.cli import convert, methods, models  # noqa: F401
 
-# isort: on
-from spm_hub.cli.app import app
-from spm_hub.cli.output import Output
+    # isort: on
+    from spm_hub.cli.app import app
+    from spm_hub.cli.output import Output
+except KeyboardInterrupt:  # a traceback through the imports would say nothing to a user
+    sys.exit(INTERRUPTED)
 
 
 def main() -> None:
     """Run the command line; this is the console script `spmhub`."""
+    restart_in_utf8()
+    prepare_streams()
     if "--json" not in sys.argv:
         app()
         return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -16,9 +17,8 @@ from spm_hub.cli.output import Output, exit_on_error
 app = typer.Typer(
     name="spmhub",
     help="Small, removable concept erasers for text-to-image models.",
-    epilog="Start here:\n  spmhub train snoopy\n  spmhub apply --adapters snoopy --prompt snoopy --compare",
+    epilog="Start here:\n  spmhub demo\n  spmhub train church\n  spmhub apply -a church -p church --compare",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -69,7 +69,7 @@ def command(
     def register(body: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(body, include_extras=True)
         parameters = [
-            parameter.replace(annotation=hints[parameter.name])
+            parameter.replace(annotation=_with_literal_help(hints[parameter.name]))
             for parameter in list(inspect.signature(body).parameters.values())[1:]
         ]
         keyword_only = inspect.Parameter.KEYWORD_ONLY
@@ -84,6 +84,7 @@ def command(
             with exit_on_error(out):
                 body(out, **given)
 
+        run.__doc__ = _escape_markup(body.__doc__ or "")
         del run.__wrapped__  # typer must read the signature set below, not that of the body
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -116,6 +117,16 @@ class _LateHelp(TyperCommand):
 def _epilog(examples: tuple[Example, ...]) -> str:
     shown = (f"  [dim]# {_escape_markup(example.does)}[/dim]\n  {_escape_markup(example.line)}" for example in examples)
     return "\n".join(("Examples:", *shown))
+
+
+def _with_literal_help(annotation: Any) -> Any:
+    """Return an annotation whose help text is shown as it is written, with its square brackets."""
+    kind, *details = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    shown = [copy.copy(one) for one in details]
+    for one in shown:
+        if getattr(one, "help", None):
+            one.help = _escape_markup(one.help)
+    return Annotated[kind, *shown] if shown else annotation
 
 
 def _escape_markup(text: str) -> str:

@@ -9,6 +9,7 @@ from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
 from spm_hub.errors import UsageError
+from spm_hub.io.wording import counted
 
 
 @command(
@@ -41,8 +42,8 @@ def apply(
     strength: options.Strength = None,
     registry: options.Registry = None,
     require_signature: options.RequireSignature = None,
-    device: options.Device = "cpu",
-    dtype: options.Precision = "float32",
+    device: options.Device = "auto",
+    dtype: options.Precision = "auto",
 ) -> None:
     """Draw pictures with erasers attached.
 
@@ -82,4 +83,4 @@ def apply(
         brief=paths,
     )
     side_by_side = f"; side by side: {applied.files['grid'][0]}" if "grid" in applied.files else ""
-    out.say(f"{len(paths)} picture{'s' * (len(paths) > 1)} in {to}{side_by_side}")
+    out.say(f"{counted(len(paths), 'picture')} in {to}{side_by_side}")

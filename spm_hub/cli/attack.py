@@ -12,6 +12,7 @@ from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, literal, silence_libraries, table
 from spm_hub.errors import UsageError
 from spm_hub.evaluation.attacks.settings import ATTACKS, CONTROLS, AttackSettings, attacks_named
+from spm_hub.io.wording import counted
 
 if TYPE_CHECKING:
     from spm_hub.evaluation.attacks.outcome import Report
@@ -79,8 +80,8 @@ def attack(
     steps: Steps = None,
     guidance: Guidance = None,
     registry: options.Registry = None,
-    device: options.Device = "cpu",
-    dtype: options.Precision = "float32",
+    device: options.Device = "auto",
+    dtype: options.Precision = "auto",
 ) -> None:
     """Try to bring an erased concept back: by text, seeds, embeddings, or noise.
 
@@ -109,7 +110,7 @@ def attack(
         cases = cases_for(concept, wanted, seed)
         methods = {one: one.attack(concept.kind) for one in settings}
         methods |= {one: one.attack(concept.kind) for one in _controls(methods) if controls}
-        drawing, pipe = attacks.AttackDrawingOptions(steps=steps, guidance=guidance), base.open()
+        drawing, pipe = attacks.AttackDrawingOptions(steps=steps, guidance=guidance), base.open(for_gradients=True)
         with out.progress(f"attacking {eraser.name}") as progress:
             reports = attacks.run_all(
                 pipe, [eraser], cases, judged_by, list(methods.values()),
@@ -145,7 +146,7 @@ def _show(out: Output, about: dict[str, Any], found: "Sequence[_Found]", *, atta
     summary = table(
         ["attack", "attacker", "tries", "success", "95 %", "again at fresh seeds"],
         [_row(place < attacked, *one) for place, one in enumerate(found)],
-        title=f"{about['eraser']}: {first.before:.0%} before an attack, of {len(first.outcomes)} prompts "
+        title=f"{about['eraser']}: {first.before:.0%} before an attack, of {counted(len(first.outcomes), 'prompt')} "
         f"({first.given} given, those that the base draws)",
     )
     won = [(name, one) for name, _, report in found for one in report.outcomes if one.adversarial is not None]

@@ -8,6 +8,7 @@ import typer
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries
+from spm_hub.io.wording import counted, quoted
 
 
 @command(
@@ -40,13 +41,13 @@ def bake(
         out.say(remark)
     erasers = options.names(adapters)
     with silence_libraries():
-        out.say(f"baking {len(erasers)} eraser(s) into {model} ...")
+        out.say(f"baking {counted(len(erasers), 'eraser')} into {model} ...")
         provenance = run(erasers, to, model=model, config=config, strength=strengths, registry=registry, replace=force)
     names = ", ".join(eraser.name for eraser in provenance.erasers)
     out.data(
         {"checkpoint": to, **provenance.model_dump(mode="json")}, f"{to}: {model} without {names}", brief=[str(to)]
     )
-    out.say(f"take one out again: spmhub recover {provenance.erasers[0].name} --checkpoint {to}")
+    out.say(f"take one out again: spmhub recover {provenance.erasers[0].name} --checkpoint {quoted(to)}")
 
 
 @command(

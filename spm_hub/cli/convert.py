@@ -9,6 +9,7 @@ from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries
 from spm_hub.errors import UsageError
+from spm_hub.io.wording import counted
 
 if TYPE_CHECKING:
     from spm_hub.hub.convert import Conversion
@@ -105,7 +106,7 @@ def _show(out: Output, done: "Conversion") -> None:
             "relative_error": done.relative_error,
             "biases_left_out": done.biases_left_out,
         },
-        f"{info.name} ({done.read_as}, {info.base.family}): {kind}, {len(info.increment.modules)} modules -> "
-        + ", ".join(files),
+        f"{info.name} ({done.read_as}, {info.base.family}): {kind}, "
+        f"{counted(len(info.increment.modules), 'module')} -> " + ", ".join(files),
         brief=files,
     )

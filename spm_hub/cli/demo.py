@@ -7,6 +7,7 @@ import typer
 
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
+from spm_hub.io.wording import counted
 
 CONCEPT = "snoopy"
 SUBJECTS = (CONCEPT, "mickey", "spongebob", "pikachu", "dog", "cat")
@@ -62,7 +63,7 @@ def demo(
         table(
             ["asked for", "without", "with the eraser"],
             [[row["name"], *(f"{row[key]:.0%}" for key in ("without", "with"))] for row in rows],
-            title=f"detected, of {samples} pictures each",
+            title=f"detected, of {counted(samples, 'picture')} each",
         ),
         brief=[str(picture)],
     )

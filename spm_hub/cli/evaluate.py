@@ -10,6 +10,7 @@ from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
 from spm_hub.errors import RegistryError, UsageError
+from spm_hub.io.wording import counted, quoted
 
 if TYPE_CHECKING:
     from spm_hub.adapters.manifest import Evaluation
@@ -46,8 +47,8 @@ def evaluate(
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
     registry: options.Registry = None,
     require_signature: options.RequireSignature = None,
-    device: options.Device = "cpu",
-    dtype: options.Precision = "float32",
+    device: options.Device = "auto",
+    dtype: options.Precision = "auto",
 ) -> None:
     """Count how often concepts are drawn without erasers and with them, the erased ones and others.
 
@@ -83,7 +84,7 @@ def evaluate(
             ["", "", "without", "with", "points"],
             [["erased" if row["erased"] else "", row["name"], f"{row['without']:.0%}", f"{row['with']:.0%}",
               f"{row['change_points']:+.1f}"] for row in rows],
-            title=f"{samples} pictures each on {effect.base}",
+            title=f"{counted(samples, 'picture')} each on {effect.base}",
         ),
         brief=[f"{row['name']} {row['without']:.2f} {row['with']:.2f}" for row in rows if row["erased"]],
     )  # fmt: skip
@@ -118,5 +119,6 @@ def _check_recordable(entries: list["EraserEntry"], asked: tuple[object, ...]) -
     path: Path = entries[0].adapter_path
     if path.parent.name != storage.ADAPTERS or entries[0].manifest_path is None:
         raise RegistryError(
-            f"{path} is in no registry, so there is no manifest to keep the numbers in", mend=f"spmhub convert {path}"
+            f"{path} is in no registry, so there is no manifest to keep the numbers in",
+            mend=f"spmhub convert {quoted(path)}",
         )

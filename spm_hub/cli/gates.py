@@ -43,8 +43,8 @@ def gates(
     to: Picture = None,
     registry: options.Registry = None,
     require_signature: options.RequireSignature = None,
-    device: options.Device = "cpu",
-    dtype: options.Precision = "float32",
+    device: options.Device = "auto",
+    dtype: options.Precision = "auto",
 ) -> None:
     """Show how strongly each eraser would act on prompts, and why, without drawing anything.
 

@@ -11,8 +11,11 @@ from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_hub, silence_libraries, size, table
 from spm_hub.errors import UsageError
+from spm_hub.io.hashing import sha256_of
+from spm_hub.io.wording import counted
 
 if TYPE_CHECKING:
+    from spm_hub.adapters.manifest import Concept
     from spm_hub.hub.card import PicturePair
     from spm_hub.hub.search import SearchResult
     from spm_hub.registry.entry import EraserEntry
@@ -23,7 +26,8 @@ Repo = Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository o
 @command(
     "push",
     Example("spmhub push snoopy someone/spm-snoopy --dry-run", "show the model card and the files, and upload nothing"),
-    Example("spmhub push snoopy someone/spm-snoopy", "draw pictures for the card with the base model"),
+    Example("spmhub push snoopy someone/spm-snoopy --dry-run --out card", "the same, and keep the pictures"),
+    Example("spmhub push snoopy someone/spm-snoopy --out card", "upload it with these pictures, or new ones"),
     Example(
         "spmhub push snoopy someone/spm-snoopy --pictures pictures --pr",
         "use your pictures, open a pull request",
@@ -43,74 +47,110 @@ def push(
         Path | None,
         typer.Option(help="Folder written by spmhub apply --compare. Default: draw new ones, if the base is here."),
     ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder to keep the drawn pictures in; those of an earlier run are used again."),
+    ] = None,
     no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Make a card without pictures.")] = False,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="Prompt to draw for the card; repeatable.")
     ] = None,
     registry: options.Registry = None,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
 ) -> None:
     """Share an eraser on the Hugging Face Hub, with a model card.
 
-    It uses the login of `hf auth login` or the token in HF_TOKEN.
+    It uses the login of `hf auth login` or the token in HF_TOKEN, and checks it first. Of an eraser of nudity and the
+    like, no picture is published on which the eraser did not act.
     """
     from spm_hub.hub.resolve import resolve
 
     if no_pictures and (pictures is not None or prompt):
         raise UsageError("--no-pictures cannot be combined with --pictures or --prompt")
+    if no_pictures and to is not None:
+        raise UsageError("--out is for the pictures, and there are none with --no-pictures")
+    if pictures is not None and (to is not None or prompt):
+        raise UsageError("--pictures takes the pictures as they are, so --out and --prompt cannot be used with it")
     if pr and revision is not None:
         raise UsageError("--pr opens a pull request to the main branch, so --revision cannot be used with it")
     entry = resolve(name, registry)
     with tempfile.TemporaryDirectory() as staging, silence_libraries():
         from spm_hub.hub import push as hub_push
-        from spm_hub.hub.card import read_pairs
+        from spm_hub.hub.card import is_explicit, read_pairs
 
-        hub_push.check_repo(repo)
+        if dry_run:
+            hub_push.check_repo(repo)
+        else:
+            hub_push.check_access(repo, private=private, pull_request=pr)
+        manifest = entry.read_manifest()
         pairs: tuple[PicturePair, ...] = ()
         if pictures is not None:
-            pairs = read_pairs(pictures, entry.read_manifest().name)
+            pairs = read_pairs(pictures, manifest.name, explicit=is_explicit(manifest.concept))
         elif not no_pictures:
-            pairs = _draw_pairs(out, entry, prompt, Path(staging) / "pictures", device)
+            pairs = _pairs_for_card(out, entry, prompt, to or Path(staging) / "pictures", device)
         release = hub_push.prepare(entry, repo, pairs, Path(staging))
         files = release.listing()
         described: dict[str, Any] = {"repo": repo, "files": files, "card": release.card}
         if dry_run:
             _show(out, described)
-            out.say("nothing was uploaded; to upload, run it without --dry-run")
+            kept = f"; the pictures are in {to} and will be used again" if to is not None and pairs else ""
+            out.say(f"nothing was uploaded; to upload, run it without --dry-run{kept}")
             return
-        out.say(f"uploading {len(files)} files to {repo} ...")
+        out.say(f"uploading {counted(len(files), 'file')} to {repo} ...")
         made = hub_push.push(release, private=private, revision=revision, pull_request=pr)
     address = made.pull_request or made.url
     out.data({**described, **asdict(made)}, f"{repo}@{made.commit}: {address}", brief=[address])
     out.say(f"others can download it with: spmhub pull {repo}")
 
 
-def _draw_pairs(
+def _pairs_for_card(
     out: Output, entry: "EraserEntry", prompts: list[str] | None, folder: Path, device: str
 ) -> "tuple[PicturePair, ...]":
-    """Draw pairs with the eraser's base model; none, with a remark, if it is not on this machine."""
+    """Return pairs for the card from `folder`, and draw them into it if they are not there yet.
+
+    Pictures of another version of the eraser do not count. Returns none, with a remark, if its base model is not here.
+    """
+    from spm_hub.errors import NotFoundError
     from spm_hub.evaluation.pictures import DrawingOptions, save, show
-    from spm_hub.hub.card import hub_id, read_pairs
+    from spm_hub.hub.card import hub_id, is_explicit, read_pairs
     from spm_hub.models.aliases import ALIASES, Alias
     from spm_hub.models.loading import load_pipeline
     from spm_hub.models.references import is_available
 
     adapter = entry.load()
     concept, base = adapter.manifest.concept, adapter.manifest.base
+    explicit, digest = is_explicit(concept), sha256_of(entry.adapter_path)
+    wanted = prompts or _prompts_for_card(concept, explicit=explicit)
+
+    def found() -> "list[PicturePair]":
+        try:
+            pairs = read_pairs(folder, adapter.name, explicit=explicit, sha256=digest)
+        except NotFoundError:
+            return []
+        by_prompt = {pair.prompt: pair for pair in pairs}
+        return [by_prompt[prompt] for prompt in wanted if prompt in by_prompt]
+
+    kept = found()
+    if len(kept) == len(wanted) or (explicit and kept):  # of these, some may not be fit to be shown
+        out.say(f"using {counted(len(kept), 'drawing')} in {folder}")
+        return tuple(kept)
     alias = ALIASES.get(base.id) or Alias(base.id, base.family, "", hub_id(base.id), base.revision)
     if not (alias.hub_id or alias.embedded) or not is_available(alias):
         out.say(f"no pictures: {base.id or 'its base model'} is not on this machine; use --pictures DIR")
         return ()
-    neighbour = "a dog" if concept.target != "dog" else "a cat"
-    scene = f"a village by {concept.target}" if concept.kind == "style" else f"{concept.target} on the beach"
     drawing = DrawingOptions(seed=1)
     pipe = load_pipeline(base.id, device=device)
     with out.progress("drawing for the card") as progress:
-        shown = show(pipe, [adapter], prompts or [concept.target, scene, neighbour], drawing, progress=progress)
-    save(
-        shown, folder, drawing, title=adapter.name, grid=False, described={"model": base.id, "adapters": [adapter.name]}
-    )
-    return read_pairs(folder, adapter.name)
+        shown = show(pipe, [adapter], wanted, drawing, compare=not explicit, progress=progress)
+    described = {"model": base.id, "adapters": [adapter.name], "sha256": digest}
+    save(shown, folder, drawing, title=adapter.name, grid=False, described=described)
+    return tuple(found())
+
+
+def _prompts_for_card(concept: "Concept", *, explicit: bool) -> list[str]:
+    scene = f"a village by {concept.target}" if concept.kind == "style" else f"{concept.target} on the beach"
+    neighbour = "a dog" if concept.target != "dog" else "a cat"
+    return [concept.target, scene] if explicit else [concept.target, scene, neighbour]
 
 
 def _show(out: Output, described: dict[str, Any]) -> None:

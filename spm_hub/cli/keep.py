@@ -8,6 +8,7 @@ import typer
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, size
+from spm_hub.io.wording import counted
 
 if TYPE_CHECKING:
     from spm_hub.registry.archive import Transfer
@@ -61,7 +62,9 @@ def gc(out: Output, *, registry: options.Registry = None, dry_run: DryRun = Fals
             "files": [{"file": row.path, "bytes": row.bytes} for row in rows],
             "deleted": not dry_run,
         },
-        "\n".join((*(str(row.path) for row in rows), f"{len(rows)} files, {size(total)}, {action} in {kept.root}")),
+        "\n".join(
+            (*(str(row.path) for row in rows), f"{counted(len(rows), 'file')}, {size(total)}, {action} in {kept.root}")
+        ),
         brief=[str(row.path) for row in rows],
     )
 

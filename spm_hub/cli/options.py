@@ -56,9 +56,15 @@ Strength = Annotated[
         "--strength", metavar="NAME=NUMBER", help="Factor on an eraser's effect; repeatable.", show_default=False
     ),
 ]
-Device = Annotated[str, typer.Option("--device", help="Device to compute on: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[
+    str, typer.Option("--device", help="Device to compute on: cpu, cuda, cuda:1, mps; auto is a GPU if there is one.")
+]
 Precision = Annotated[
-    Literal["float32", "float16", "bfloat16"], typer.Option("--dtype", help="Precision to compute in.")
+    Literal["auto", "float32", "float16", "bfloat16"],
+    typer.Option(
+        "--dtype",
+        help="Precision to compute in. auto: half where the base is, else float32; never float16 on a CPU or to train.",
+    ),
 ]
 RequireSignature = Annotated[
     Path | None,

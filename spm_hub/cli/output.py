@@ -11,24 +11,26 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from spm_hub.cli.terminal import INTERRUPTED, escape_controls, escape_controls_in_json, printable, speaks_unicode
 from spm_hub.errors import SpmHubError
 from spm_hub.io.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 10.0
 WARNING = "spm_hub: "
 """Prefix of our own warnings."""
-
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 """Words in the RuntimeError of torch, or of a device, that has no memory left."""
 
 LONG = 100
 """Rows above which a table is printed as plain lines: rich would take longer than reading the registry."""
+
+
+PLAIN_LINES = "    \n    \n -- \n    \n    \n    \n    \n    \n"
+"""The lines of a table in ASCII, as `rich.box.Box` reads them: one below the heading."""
 
 
 class InterruptedByUserError(SpmHubError):
@@ -45,11 +47,11 @@ class Output:
     def data(self, value: Any, human: RenderableType, brief: Sequence[str] = ()) -> None:
         """Print a result: `value` as JSON with --json, the lines of `brief` with -q, else `human`."""
         if self.json:
-            sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+            sys.stdout.write(_json(value))
         elif self.quiet:
-            sys.stdout.writelines(f"{escape_controls(line)}\n" for line in brief)
+            sys.stdout.writelines(f"{printable(line, sys.stdout)}\n" for line in brief)
         elif isinstance(human, str):
-            sys.stdout.write(escape_controls(human) + "\n")
+            sys.stdout.write(printable(human, sys.stdout) + "\n")
         else:
             _console(sys.stdout).print(human)
         sys.stdout.flush()
@@ -64,7 +66,7 @@ class Output:
         if self.json:
             described = {"type": type(error).__name__, "message": error.message, "try": error.mend}
             with suppress(OSError):  # the error may be that stdout is full
-                sys.stdout.write(json.dumps({"error": described}, indent=2, ensure_ascii=False) + "\n")
+                sys.stdout.write(_json({"error": described}))
                 sys.stdout.flush()
         sys.stderr.write(escape_controls(f"error: {error}\n"))
 
@@ -151,19 +153,11 @@ def silence_hub() -> None:
     hub_logging.set_verbosity(ERROR)
 
 
-def escape_controls(text: str) -> str:
-    """Escape characters that move a terminal's cursor, set colours or reverse the reading order.
-
-    Text in somebody else's manifest cannot manipulate the terminal.
-    """
-    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
 def literal(text: str) -> RenderableType:
     """Make a rich text that is printed literally, square brackets included."""
     from rich.text import Text
 
-    return Text(escape_controls(text))
+    return Text(printable(text, sys.stdout))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> RenderableType:
@@ -177,13 +171,21 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    heading = None if title is None else Text(printable(title, sys.stdout))
+    lines = box.SIMPLE_HEAD if speaks_unicode(sys.stdout) else box.Box(PLAIN_LINES, ascii=True)
+    grid = Table(box=lines, title=heading, title_justify="left", pad_edge=False)
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        grid.add_column(Text(printable(column, sys.stdout)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(_cell(value)) for value in row))
     return grid
+
+
+def _json(value: Any) -> str:
+    """Write a JSON document, in ASCII where stdout could not encode all of it."""
+    document = json.dumps(value, indent=2, ensure_ascii=not speaks_unicode(sys.stdout), default=str)
+    return escape_controls_in_json(document) + "\n"
 
 
 def size(n_bytes: int) -> str:
@@ -209,7 +211,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else escape_controls(str(value))
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else printable(str(value), sys.stdout)
 
 
 def _console(stream: Any) -> Any:

@@ -9,6 +9,7 @@ from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, literal, silence_hub, silence_libraries, size, table
 from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError
+from spm_hub.io.wording import counted
 
 Name = Annotated[str, typer.Argument(help="A name in a registry, a file, or owner/name on the Hub.")]
 
@@ -85,7 +86,7 @@ def show(out: Output, name: Name, *, registry: options.Registry = None) -> None:
     manifest = entry.read_manifest()
     whole = manifest.model_dump(mode="json", exclude_none=True)
     recipe, evaluation = whole.pop("recipe"), whole.pop("evaluation")
-    whole["increment"]["modules"] = f"{len(manifest.increment.modules)} modules"
+    whole["increment"]["modules"] = counted(len(manifest.increment.modules), "module")
     sections = {"": {**whole, "file": str(entry.adapter_path)}, "recipe": recipe}
     texts = [
         f"{title}\n{'-' * len(title)}\n" * bool(title) + yaml.safe_dump(section, sort_keys=False, allow_unicode=True)
@@ -128,12 +129,12 @@ def check(
         from spm_hub.adapters import compatibility
 
         adapter = entry.load()
-        pipe = load_pipeline(model, config=config)
+        pipe = load_pipeline(model, config=config, device="cpu")
     answer = {"adapter": adapter.name, "model": model}
     try:
         compatibility.check(adapter, pipe)
     except CompatibilityError as error:
         out.data({**answer, "compatible": False, "mismatch": error.message}, f"does not fit: {error}")
         sys.exit(CompatibilityError.exit_code)
-    fits = f"{adapter.name} fits {model}: all {len(adapter.increments)} modules"
+    fits = f"{adapter.name} fits {model}: all of its {counted(len(adapter.increments), 'module')}"
     out.data({**answer, "compatible": True, "modules": len(adapter.increments)}, fits, brief=[adapter.name])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +17,15 @@ from spm_hub.evaluation.pictures import (
     WITH,
     WITHOUT,
     DrawingOptions,
+    PictureFolder,
     PromptPictures,
     check_prompts,
     grid_of,
-    save_grid,
-    save_one,
     show,
 )
 from spm_hub.io.atomic import check_writable
 from spm_hub.io.progress import Reporter
+from spm_hub.io.wording import counted
 from spm_hub.models.base_choice import BaseChoice
 from spm_hub.registry.entry import EraserEntry
 
@@ -87,7 +88,7 @@ def apply(
     """Draw every prompt with the erasers and, if `compare`, from the same noise without them.
 
     base: after its `check`. gate to top_k: as for `attach`. out: a folder for the pictures as PNG files, each written
-    as soon as it is drawn, and for `grid.png` if `grid`.
+    as soon as it is drawn under a name that no file there has, and for a grid if `grid`.
     Raises UsageError for prompts, names and options that are wrong, RegistryError for a folder that cannot be written,
     before the base is loaded; NetworkError, ModelError, CompatibilityError.
     """
@@ -104,20 +105,34 @@ def apply(
     names = tuple(adapter.name for adapter in adapters)
     described = {
         "model": base.name(pipe), "adapters": names, "steps": drawing.steps, "guidance": drawing.guidance,
+        "strength": dict(strength) if isinstance(strength, Mapping) else strength,
     }  # fmt: skip
-    files: dict[str, list[Path]] = {}
+    folder = None if out is None else PictureFolder(out, drawing, described)
+    with _saying_what_is_kept(folder, reporter):
+        with reporter.progress("drawing") as progress:
+            shown = show(
+                pipe, adapters, prompts, drawing,
+                gate=gate, strength=strength, rows=rows, mode=mode, threshold=threshold, top_k=top_k,
+                compare=compare, reporter=reporter, progress=progress,
+                each=_keep_nothing if folder is None else folder.keep,
+            )  # fmt: skip
+        if folder is not None and grid:
+            folder.keep_grid(shown, ", ".join(names))
+    files = {} if folder is None else {condition: tuple(paths) for condition, paths in folder.files.items()}
+    return Applied(shown, names, files, sources)
 
-    def keep(index: int, one: PromptPictures) -> None:
-        # At once, so that a run that is interrupted leaves what it has drawn.
-        for condition, made in save_one(index, one, out, drawing, described).items() if out is not None else ():
-            files.setdefault(condition, []).extend(made)
 
-    with reporter.progress("drawing") as progress:
-        shown = show(
-            pipe, adapters, prompts, drawing,
-            gate=gate, strength=strength, rows=rows, mode=mode, threshold=threshold, top_k=top_k,
-            compare=compare, reporter=reporter, progress=progress, each=keep,
-        )  # fmt: skip
-    if out is not None and grid:
-        files["grid"] = [save_grid(shown, out, ", ".join(names), described)]
-    return Applied(shown, names, {condition: tuple(paths) for condition, paths in files.items()}, sources)
+def _keep_nothing(index: int, one: PromptPictures) -> None:
+    """Take a prompt's pictures of a run without a folder."""
+
+
+@contextmanager
+def _saying_what_is_kept(folder: PictureFolder | None, reporter: Reporter) -> Iterator[None]:
+    """Say, when a run stops early, which of its pictures exist: each is written as soon as it is drawn."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None:
+            paths = [path for made in folder.files.values() for path in made]
+            reporter.say(f"stopped early: {counted(len(paths), 'picture')} of this run kept in {folder.folder}")
+        raise

@@ -70,7 +70,7 @@ class SpmHubTechnique:
         self.config = TechniqueConfig.of(given)
         half = self.config.use_fp16 and self.config.device.startswith("cuda")
         self.pipe: Any = load_pipeline(
-            self.config.model_id, dtype=torch.float16 if half else None, device=self.config.device
+            self.config.model_id, dtype=torch.float16 if half else torch.float32, device=self.config.device
         )
         place = None if self.config.registry is None else Path(self.config.registry)
         erasers = [load(name, place) for name in self.config.references]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +22,9 @@ from spm_hub.attachment.attachment import Attachment, attach
 from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.evaluation.grid import GridRow, draw_grid
 from spm_hub.evaluation.step_callback import StepCallback
-from spm_hub.io.atomic import write_atomic
+from spm_hub.io.atomic import write_atomic, write_new
 from spm_hub.io.progress import ProgressCallback, Reporter
+from spm_hub.io.wording import quoted
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -171,40 +175,58 @@ def save(
     grid: bool,
     described: Mapping[str, Any],
 ) -> dict[str, list[Path]]:
-    """Write the pictures as PNG files into `out`, and `grid.png` if `grid`; return the paths by condition.
+    """Write the pictures as PNG files into `out`, and a grid of them if `grid`, as `PictureFolder` does.
 
-    Each file has `described`, its prompt, seed and gates as JSON in a text chunk. `title` is the heading of the column
-    with erasers. Every file is written atomically. Raises RegistryError if the disk refuses.
+    `title` is the heading of the column with erasers. Returns the paths by condition.
     """
-    files: dict[str, list[Path]] = {}
+    folder = PictureFolder(out, drawing, described)
     for index, one in enumerate(shown):
-        for condition, paths in save_one(index, one, out, drawing, described).items():
-            files.setdefault(condition, []).extend(paths)
+        folder.keep(index, one)
     if grid:
-        files["grid"] = [save_grid(shown, out, title, described)]
-    return files
+        folder.keep_grid(shown, title)
+    return folder.files
 
 
-def save_one(
-    index: int, one: PromptPictures, out: Path, drawing: DrawingOptions, described: Mapping[str, Any]
-) -> dict[str, list[Path]]:
-    """Write the pictures of prompt number `index` as `save` does; return their paths by condition."""
-    files: dict[str, list[Path]] = {}
-    for condition, pictures in one.pictures.items():
-        for offset, picture in enumerate(pictures):
-            seed = drawing.seed + offset
-            path = out / f"{index:02d}-{slug(one.prompt)[:48]}-{seed}-{condition}.png"
-            about = {**described, "condition": condition, "prompt": one.prompt, "seed": seed, "gates": one.gates}
-            write_png(path, picture, about)
-            files.setdefault(condition, []).append(path)
-    return files
+class PictureFolder:
+    """Writes the pictures of one run as PNG files into a folder, under names that no file there has.
 
+    A prompt's pictures are called NUMBER-WORDS-SEED-with.png and -without.png. The numbers go on where earlier runs
+    ended. Each file has `described`, its prompt, seed and gates as JSON in a text chunk, and is written atomically.
 
-def save_grid(shown: Sequence[PromptPictures], out: Path, title: str, described: Mapping[str, Any]) -> Path:
-    """Write `grid.png` as `save` does; return its path."""
-    path = out / "grid.png"
-    write_png(path, grid_of(shown, title), dict(described))
-    return path
+    folder: where they go. files: the paths that were written, by condition ("with", "without", "grid").
+    """
+
+    def __init__(self, folder: Path, drawing: DrawingOptions, described: Mapping[str, Any]) -> None:
+        self.folder, self._drawing, self._described = folder, drawing, described
+        taken = [int(match[1]) for path in folder.glob("*.png") if (match := re.match(r"(\d{2,9})-", path.name))]
+        self._first = max(taken, default=-1) + 1
+        self.files: dict[str, list[Path]] = {}
+
+    def keep(self, index: int, one: PromptPictures) -> None:
+        """Write the pictures of prompt number `index` of the run. Raises RegistryError if the disk refuses."""
+        for condition, pictures in one.pictures.items():
+            for offset, picture in enumerate(pictures):
+                seed = self._drawing.seed + offset
+                rest = f"{slug(one.prompt)[:48]}-{seed}-{condition}.png"
+                numbers = itertools.count(self._first + index)
+                about = {"condition": condition, "prompt": one.prompt, "seed": seed, "gates": one.gates}
+                self._write(condition, (f"{number:02d}-{rest}" for number in numbers), picture, about)
+
+    def keep_grid(self, shown: Sequence[PromptPictures], title: str) -> Path:
+        """Write all pictures as one: grid.png, or else grid-2.png and so on. Raises RegistryError."""
+        names = itertools.chain(["grid.png"], (f"grid-{number}.png" for number in itertools.count(2)))
+        return self._write("grid", names, grid_of(shown, title), {})
+
+    def _write(self, condition: str, names: Iterable[str], picture: Image.Image, about: Mapping[str, Any]) -> Path:
+        """Write a picture under the first free name; another process may take a name meanwhile."""
+        content = _png(picture, {**self._described, **about})
+        for name in names:
+            path = self.folder / name
+            with suppress(FileExistsError):
+                write_new(path, content)
+                self.files.setdefault(condition, []).append(path)
+                return path
+        raise AssertionError("there are always more names")
 
 
 def grid_of(shown: Sequence[PromptPictures], title: str) -> Image.Image:
@@ -223,11 +245,15 @@ def grid_of(shown: Sequence[PromptPictures], title: str) -> Image.Image:
 
 def write_png(path: Path, picture: Image.Image, about: Mapping[str, Any]) -> None:
     """Write one PNG atomically, with `about` as JSON in its text chunk "spmhub"."""
+    write_atomic(path, _png(picture, about))
+
+
+def _png(picture: Image.Image, about: Mapping[str, Any]) -> bytes:
     text = PngInfo()
-    text.add_itxt(METADATA_KEY, json.dumps(about, ensure_ascii=False, sort_keys=True))
+    text.add_itxt(METADATA_KEY, json.dumps(about, sort_keys=True))
     file = io.BytesIO()
     picture.save(file, format="PNG", pnginfo=text)
-    write_atomic(path, file.getvalue())
+    return file.getvalue()
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -236,7 +262,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises NotFoundError if there is no file; UsageError for blank lines, which it names, and for an empty file.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows marks its files
     except FileNotFoundError as error:
         raise NotFoundError(
             f"{path}: no such file of prompts", mend="--prompts FILE, with one prompt per line"
@@ -248,7 +274,7 @@ def read_prompts(path: Path) -> list[str]:
         which = ", ".join(map(str, blank[:10])) + (", ..." if len(blank) > 10 else "")
         raise UsageError(
             f"{path}: blank line{'s' if len(blank) > 1 else ''} {which}; every line must be a prompt",
-            mend=f"sed -i '/^[[:space:]]*$/d' {path}",
+            mend=f"sed -i '/^[[:space:]]*$/d' {quoted(path)}",
         )
     if not lines:
         raise UsageError(f"{path} contains no prompt", mend="write one prompt per line into it, or use --prompt TEXT")

@@ -61,6 +61,6 @@ def bake(
     erasers = [one if isinstance(one, Adapter) else one.load() for one in entries]
     check_names(erasers, strength if isinstance(strength, Mapping) else ())
     baking.check_place(Path(out), replace=replace)
-    pipe = pipe or load_pipeline(reference, config=config, dtype="stored")
+    pipe = pipe or load_pipeline(reference, config=config, dtype="stored", device="cpu")
     base = identity_of_pipeline(pipe)[0] if source is None else source.public_name
     return baking.bake(pipe, erasers, Path(out), strength=strength, base=base, replace=replace)

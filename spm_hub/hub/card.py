@@ -9,14 +9,22 @@ from typing import Any
 
 import yaml
 
-from spm_hub.adapters.manifest import Evaluation, Manifest, slug
+from spm_hub.adapters.manifest import Concept, Evaluation, Manifest, slug
 from spm_hub.errors import NotFoundError, UsageError
+from spm_hub.io.wording import counted, quoted
 from spm_hub.models.aliases import ALIASES
 
 ERASES, METHOD = "erases:", "method:"
 """Prefixes of the two tags by which `search` finds erasers on the Hub."""
 
 WITHOUT, WITH = "without", "with"
+_NOT_FOR_ALL = "not-for-all-audiences"
+"""The tag by which the Hub hides a repository until a visitor agrees to see it."""
+_EXPLICIT_WORDS = frozenset(
+    "nsfw nude nudes nudity naked nakedness topless porn porno pornography pornographic erotic erotica sex sexual "
+    "sexually hentai genitals genitalia penis vagina breasts nipples gore bloody".split()
+)
+_ACTED = 0.5
 _SHOWN_ROWS = 12
 # Licences that the Hub has an identifier for; any other is written as `license: other` with a `license_name`.
 _LICENCES = frozenset(
@@ -28,39 +36,67 @@ _ABOUT_KINDS = {"low_rank": "low-rank increments", "dense": "dense increments", 
 
 @dataclass(frozen=True)
 class PicturePair:
-    """Two pictures of one prompt and seed, without and with the eraser, as the bytes of PNG files."""
+    """Two pictures of one prompt and seed, without and with the eraser, as the bytes of PNG files.
+
+    without: None where it is not published, as for an eraser of nudity.
+    """
 
     prompt: str
-    without: bytes
+    without: bytes | None
     with_: bytes
     gates: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_pairs(folder: Path, eraser: str) -> tuple[PicturePair, ...]:
+def is_explicit(concept: Concept) -> bool:
+    """Return True for a concept whose pictures are not for all audiences: by its kind, or by its names."""
+    names = " ".join((concept.target, *concept.aliases)).casefold()
+    return concept.kind == "nsfw" or not _EXPLICIT_WORDS.isdisjoint(re.findall(r"[a-z]+", names))
+
+
+def read_pairs(
+    folder: Path, eraser: str, *, explicit: bool = False, sha256: str | None = None
+) -> tuple[PicturePair, ...]:
     """Read an eraser's pairs *-without.png and *-with.png, as `spmhub apply --compare` writes them.
 
     The prompt is in the file's metadata; without metadata it is taken from the file name. Pairs whose metadata names
     other attached erasers are left out, as they do not show the effect of this one.
+    explicit: leave out the pictures without the eraser, and those on which it hardly acted or is not known to have.
+    sha256: leave out the pictures that this version of the eraser's file did not draw.
     Raises NotFoundError if there is no pair, UsageError for a file that is not a PNG.
     """
     pairs, others = [], set[str]()
-    for path in sorted(folder.glob(f"*-{WITHOUT}.png")):
-        partner = path.with_name(path.name.removesuffix(f"-{WITHOUT}.png") + f"-{WITH}.png")
-        if partner.is_file():
-            about = _read_about(partner)
-            if (attached := about.get("adapters", [eraser])) != [eraser]:
-                others.add(" and ".join(map(str, attached)))
-                continue
-            prompt = about.get("prompt") or path.name.removesuffix(f"-{WITHOUT}.png").replace("-", " ")
-            _read_about(path)
-            pairs.append(PicturePair(str(prompt), path.read_bytes(), partner.read_bytes(), about.get("gates") or {}))
+    for path in sorted(folder.glob(f"*-{WITH}.png")):
+        partner = path.with_name(path.name.removesuffix(f"-{WITH}.png") + f"-{WITHOUT}.png")
+        if not explicit and not partner.is_file():
+            continue
+        about = _read_about(path)
+        if (attached := about.get("adapters", [eraser])) != [eraser]:
+            others.add(" and ".join(map(str, attached)))
+            continue
+        if (explicit and not _acted(about, eraser)) or (sha256 is not None and about.get("sha256") != sha256):
+            continue
+        prompt = about.get("prompt") or path.name.removesuffix(f"-{WITH}.png").replace("-", " ")
+        without = None
+        if not explicit:
+            _read_about(partner)
+            without = partner.read_bytes()
+        pairs.append(PicturePair(str(prompt), without, path.read_bytes(), about.get("gates") or {}))
     if not pairs:
         shown = f" of {eraser} alone, only of {', of '.join(sorted(others))}" if others else ""
         raise NotFoundError(
             f"{folder} has no pair of pictures NAME-without.png and NAME-with.png{shown}",
-            mend=f"spmhub apply --adapters {eraser} --prompt TEXT --compare --out {folder}",
+            mend=f"spmhub apply --adapters {eraser} --prompt TEXT --compare --out {quoted(folder)}",
         )
     return tuple(pairs)
+
+
+def _acted(about: Mapping[str, Any], eraser: str) -> bool:
+    """Return True if a picture's metadata says that the eraser had at least half of its full effect."""
+    strength = about.get("strength")
+    if isinstance(strength, Mapping):
+        strength = strength.get(eraser)
+    gamma = (about.get("gates") or {}).get(eraser, 0.0)
+    return bool(gamma * (1.0 if strength is None else strength) >= _ACTED)
 
 
 def _read_about(path: Path) -> dict[str, Any]:
@@ -101,6 +137,7 @@ def metadata(manifest: Manifest, pairs: Sequence[PicturePair] = ()) -> dict[str,
     tags = ["spmhub", "concept-erasure", *(["lora"] if manifest.increment.kind == "low_rank" else []), "text-to-image"]
     tags += [manifest.base.family, *([f"{METHOD}{method}"] if method else [])]
     tags += [f"{ERASES}{slug(name)}" for name in (concept.target, *concept.aliases)]
+    tags += [_NOT_FOR_ALL] if is_explicit(concept) else []
     found: dict[str, Any] = {"library_name": "spmhub", "pipeline_tag": "text-to-image"}
     if base := hub_id(manifest.base.id):
         found |= {"base_model": base, "base_model_relation": "adapter"}
@@ -111,7 +148,7 @@ def metadata(manifest: Manifest, pairs: Sequence[PicturePair] = ()) -> dict[str,
         found["widget"] = [
             {"text": pair.prompt, "example_title": f"{title} the eraser", "output": {"url": name}}
             for index, pair in enumerate(pairs)
-            for title, name in zip((WITHOUT, WITH), picture_names(index), strict=True)
+            for title, name in _titled_names(index, pair)
         ]
     return found
 
@@ -137,6 +174,7 @@ def _title(manifest: Manifest) -> str:
     into = f" The model draws “{concept.surrogate}” in its place." if concept.surrogate else ""
     made = f"by the method `{manifest.recipe['method']}`" if manifest.recipe.get("method") else "by another program"
     trained = _base_link(base.id, base.revision) or "an unknown base model"
+    modules = counted(len(info.modules), "module")
     size = f", {info.bytes / 1000:.0f} kB" if info.bytes else ""
     rank = f" of rank {info.rank}" if info.rank else ""
     by = f" Made by {manifest.author}." if manifest.author else ""
@@ -145,8 +183,8 @@ def _title(manifest: Manifest) -> str:
         f"It stops a text-to-image model of the family `{base.family}` from drawing **{concept.target}**{also} and is "
         f"trained to leave other concepts unchanged.{into} Attach it to a loaded checkpoint; detaching it restores the "
         f"model bit for bit.\n\n"
-        f"Trained {made} on {trained}: {_ABOUT_KINDS[info.kind]}{rank} on {len(info.modules)} modules{size}. It fits "
-        f"every checkpoint with the same modules, without further training; `spmhub check` tests that.{by}"
+        f"Trained {made} on {trained}: {_ABOUT_KINDS[info.kind]}{rank} on {modules}{size}. "
+        f"It fits every checkpoint with the same modules, without further training; `spmhub check` tests that.{by}"
     )
 
 
@@ -162,15 +200,18 @@ def _base_link(base: str, revision: str | None) -> str:
 def _pictures(pairs: Sequence[PicturePair]) -> str:
     if not pairs:
         return ""
-    rows = (
-        (_cell(pair.prompt), *(f"![{title} the eraser]({name})" for title, name in _titled_names(index)))
+    rows = [
+        (_cell(pair.prompt), *(f"![{title} the eraser]({name})" for title, name in _titled_names(index, pair)))
         for index, pair in enumerate(pairs)
-    )
+    ]
+    if any(pair.without is None for pair in pairs):
+        return "## Pictures\n\n" + _table(("prompt", f"{WITH} the eraser"), [(first, last) for first, *_, last in rows])
     return "## Before and after\n\n" + _table(("prompt", WITHOUT, WITH), rows) + "\n\nBoth start from the same noise."
 
 
-def _titled_names(index: int) -> Iterable[tuple[str, str]]:
-    return zip((WITHOUT, WITH), picture_names(index), strict=True)
+def _titled_names(index: int, pair: PicturePair) -> Iterable[tuple[str, str]]:
+    both = zip((WITHOUT, WITH), picture_names(index), strict=True)
+    return both if pair.without is not None else list(both)[1:]
 
 
 def _use(manifest: Manifest, repo: str, weights: str) -> str:
@@ -247,9 +288,9 @@ def _measured(manifest: Manifest) -> str:
         if changes:
             mean, (worst, whose) = sum(change for change, _ in changes) / len(changes), max(changes, key=_magnitude)
             headline.append(
-                f"{len(changes)} other subjects: {mean:+.4f} on average, {worst:+.4f} at most (*{whose}*)"
+                f"{counted(len(changes), 'other subject')}: {mean:+.4f} on average, {worst:+.4f} at most (*{whose}*)"
                 if worst
-                else f"{len(changes)} other subjects: no change"
+                else f"{counted(len(changes), 'other subject')}: no change"
             )
         table = _table(
             ("subject", "without", "with", "samples"),

@@ -135,7 +135,7 @@ def _base(
 
     if pipe is None and model is not None:
         reporter.say(f"reading {model} ...")
-        pipe = load_pipeline(model, config=config)
+        pipe = load_pipeline(model, config=config, dtype="float32", device="cpu")
     if pipe is None:
         return None
     identity = identity_of_pipeline(pipe) if model is None else identity_of(model, pipe)

@@ -17,6 +17,7 @@ from spm_hub.io.environment import OWNER_VARIABLE
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.hub_client import is_commit, repository_info, translate_errors
 from spm_hub.io.progress import ProgressCallback
+from spm_hub.io.wording import quoted
 from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry
 from spm_hub.registry.registry import Registry
@@ -240,7 +241,7 @@ def _choose_file(repo: str, files: list[str], manifest: Manifest | None) -> str:
     if len(found) > 1:
         raise UsageError(
             f"{repo} has no {WEIGHTS_NAME} but several other safetensors files: {', '.join(found[:5])}",
-            mend=f"hf download {repo} {found[0]} --local-dir . and give its path",
+            mend=f"hf download {repo} {quoted(found[0])} --local-dir . and give its path",
         )
     return found[0]
 

@@ -2,18 +2,25 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from json import JSONDecodeError
 from pathlib import Path
+from typing import Any
 
 from httpx2 import HTTPError, TransportError
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, errors
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    validate_repo_id,
+)
 
 from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import HubError, UsageError
-from spm_hub.hub.card import PicturePair, picture_names, render
+from spm_hub.hub.card import PicturePair, is_explicit, picture_names, render
 from spm_hub.io.hashing import sha256_of
-from spm_hub.io.hub_client import reject_malformed_answers, retry, translate_errors
+from spm_hub.io.hub_client import SECONDS_TO_REACH_THE_HUB, reject_malformed_answers, retry, translate_errors
 from spm_hub.io.safetensors_file import MANIFEST_KEY, read_header
 from spm_hub.registry import signing
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry
@@ -56,7 +63,8 @@ def prepare(entry: EraserEntry, repo: str, pairs: Sequence[PicturePair], staging
     """Collect everything that a push of `entry` to `repo` uploads.
 
     The adapter file is uploaded bit for bit, a low-rank one under the name that diffusers looks for. An eraser in
-    another program's layout is first saved in ours, in the folder `staging`.
+    another program's layout is first saved in ours, in the folder `staging`. Of an eraser of an explicit concept, such
+    as nudity, only pictures on which it acted are uploaded, never those without it.
     Raises UsageError for an invalid `repo`; AdapterFileError or ManifestError if the file does not match its manifest.
     """
     check_repo(repo)
@@ -69,6 +77,8 @@ def prepare(entry: EraserEntry, repo: str, pairs: Sequence[PicturePair], staging
     weights = WEIGHTS_NAME if kind == "low_rank" else f"{manifest.name}-{kind}.safetensors"
     info = manifest.increment.model_copy(update={"file": weights})
     manifest = manifest.model_copy(update={"increment": info, "origin": None})
+    if is_explicit(manifest.concept):
+        pairs = [replace(pair, without=None) for pair in pairs if max(pair.gates.values(), default=0.0) >= 0.5]
     card = render(manifest, repo, weights, pairs)
     files: dict[str, bytes | Path] = {
         weights: path,
@@ -78,15 +88,73 @@ def prepare(entry: EraserEntry, repo: str, pairs: Sequence[PicturePair], staging
     if path == entry.adapter_path and entry.signature_path is not None:
         files[signing.SIGNATURE_NAME] = signing.read(entry.signature_path)
     for index, pair in enumerate(pairs):
-        files |= dict(zip(picture_names(index), (pair.without, pair.with_), strict=True))
+        both = zip(picture_names(index), (pair.without, pair.with_), strict=True)
+        files |= {name: content for name, content in both if content is not None}
     return Release(repo, manifest, card, files)
 
 
 def check_repo(repo: str) -> None:
-    """Refuse a repository that is not of the form owner/name. Raises UsageError."""
+    """Refuse a repository that is not owner/name, or whose name the Hub does not allow.
+
+    Raises UsageError.
+    """
     match = HUB_REFERENCE.fullmatch(repo)
     if match is None or match["revision"] is not None:
         raise UsageError(f"{repo!r} is not of the form owner/name", mend="spmhub push NAME OWNER/NAME")
+    try:
+        validate_repo_id(repo)
+    except errors.HFValidationError as error:
+        raise UsageError(f"{repo!r} is no name for a repository on the Hub: {error}") from error
+
+
+def check_access(repo: str, *, private: bool = False, pull_request: bool = False) -> None:
+    """Refuse, before any work, a push that the Hub would refuse.
+
+    There is no login, its token may only read, or the repository is of another owner.
+
+    Raises UsageError, HubError, HubNotFoundError for a pull request to no repository, NetworkError.
+    """
+    check_repo(repo)
+    api, owner = HfApi(), repo.partition("/")[0]
+    with translate_errors(repo, None, otherwise="add --dry-run", why="is to be changed"):
+        account = retry(lambda: _account(api))
+        try:
+            there: ModelInfo | None = retry(lambda: api.model_info(repo))
+        except errors.RepositoryNotFoundError:
+            if pull_request:
+                raise
+            there = None
+    if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise HubError("the token of your login may only read", mend="hf auth login, with a token that may write")
+    mine = [str(one.get("name")) for one in (account, *(account.get("orgs") or ()))]
+    if not pull_request and owner.casefold() not in (name.casefold() for name in mine):
+        name = repo.partition("/")[2]
+        raise HubError(
+            f"your login, {mine[0]}, may not write to {repo}",
+            mend=f"spmhub push NAME {mine[0]}/{name}" + (", or add --pr" if there is not None else ""),
+        )
+    if private and there is not None and not pull_request:
+        _refuse_public(api, repo, there)
+
+
+def _refuse_public(api: HfApi, repo: str, there: ModelInfo) -> None:
+    if there.private is False:
+        raise HubError(f"{repo} exists and is public", mend=f"make it private first: {api.endpoint}/{repo}/settings")
+
+
+def _account(api: HfApi) -> dict[str, Any]:
+    """Return the account of the login, as the Hub describes it.
+
+    The client's own `whoami` does not ask the Hub without a token.
+    """
+    response = get_session().get(
+        f"{api.endpoint}/api/whoami-v2", headers=build_hf_headers(), timeout=SECONDS_TO_REACH_THE_HUB
+    )
+    hf_raise_for_status(response)
+    answer = response.json()
+    if not isinstance(answer, dict):
+        raise TransportError("its answer is not what the Hub writes")
+    return answer
 
 
 def push(
@@ -108,10 +176,8 @@ def push(
             if revision is not None:
                 retry(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
         before = retry(lambda: api.model_info(repo, revision=revision))
-        if private and before.private is False:
-            raise HubError(
-                f"{repo} exists and is public", mend=f"make it private first: {api.endpoint}/{repo}/settings"
-            )
+        if private:
+            _refuse_public(api, repo, before)
         stale = _stale_files(release, [sibling.rfilename for sibling in before.siblings or ()])
 
         def commit() -> PushResult:

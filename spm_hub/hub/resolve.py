@@ -5,11 +5,12 @@ The Hub's client is imported only when it is needed: importing it takes longer t
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spm_hub.adapters.manifest import NAME, slug
-from spm_hub.errors import NetworkError, NotFoundError, UsageError, ambiguous_eraser, unknown_eraser
+from spm_hub.errors import NetworkError, NotFoundError, UsageError, ambiguous_eraser, nearest, unknown_eraser
 from spm_hub.io.progress import ProgressCallback
 from spm_hub.registry import lockfile, storage
 from spm_hub.registry.entry import WEIGHTS_NAME, EraserEntry, entry_of
@@ -19,13 +20,17 @@ if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter
 
 _SUFFIX = storage.SUFFIXES[storage.ADAPTERS]
+_TYPING_ERROR = 0.8
+"""Similarity, of 1, from which a name is taken for a mistyped one: one letter in five."""
 
 
 def resolve(reference: str, registry: Path | None = None, *, progress: ProgressCallback | None = None) -> EraserEntry:
     """Find an eraser by path, by name or concept in a registry, or by owner/name[@revision] on the Hub.
 
-    An unknown name is pulled from the repositories of `pull.owner()` into `registry` or the user's own registry. A Hub
-    repository that was pulled before is taken from the registry, at its pinned commit.
+    A name may be spelt as people do: `van_gogh` and `van-gogh.safetensors` find the eraser van-gogh.
+    A name that is nearly one of a registry is refused as a typing error. Another unknown
+    name is pulled from the repositories of `pull.owner()` into `registry` or the user's own registry. A Hub repository
+    that was pulled before is taken from the registry, at its pinned commit.
     progress: called with the bytes done and the total of a download.
     Raises UsageError if several erasers match, NotFoundError with the nearest names if none does, NetworkError if the
     Hub is needed and out of reach.
@@ -35,33 +40,42 @@ def resolve(reference: str, registry: Path | None = None, *, progress: ProgressC
     path = Path(reference).expanduser()
     looks_like_path = path.suffix == _SUFFIX or path.is_absolute() or reference.startswith(("./", "../", "~"))
     if looks_like_path or ("/" in reference and path.exists()):
-        return _entry_at(path)
+        is_name = path.name == reference and path.stem != reference and not path.exists()
+        named = _by_name(path.stem, registries(registry)) if is_name else None
+        return named or _entry_at(path)
     known = registries(registry)
     if match := HUB_REFERENCE.fullmatch(reference):
         from spm_hub.hub.pull import download
 
         pinned = _pinned(match["repo"], match["revision"], known)
         return pinned or download(match["repo"], match["revision"], progress=progress)
-    hit, names = None, []
-    if re.fullmatch(NAME, reference):
-        # A name, even in a later registry, takes precedence over a concept: any manifest can claim any concept.
-        hit = next((found for place in known if (found := place.find(reference))), None)
-    for place in known if hit is None else ():
-        try:
-            hit = place.get(reference)
-            break
-        except NotFoundError:
-            names += [entry.name for entry in place.entries()]
+    hit = _by_name(reference, known)
     if path.is_file() or (path / WEIGHTS_NAME).is_file():
         if hit is not None:
             raise ambiguous_eraser(reference, [f"./{reference} (a file here)", f"{hit.adapter_path} (in a registry)"])
         return _entry_at(path)
-    return hit or _from_owner(reference, registry, names, progress)
+    return hit or _from_owner(reference, registry, progress)
 
 
 def load(reference: str, registry: Path | None = None, *, lazy: bool = False) -> "Adapter":
     """Load the adapter that a reference names; see `resolve`, and `adapter.load_file` for `lazy`."""
     return resolve(reference, registry).load(lazy=lazy)
+
+
+def _by_name(reference: str, known: Iterable[Registry]) -> EraserEntry | None:
+    """Return the eraser of that name or concept in the first registry that has one, or None.
+
+    Raises UsageError if several erase the concept.
+    """
+    if re.fullmatch(NAME, reference):
+        # A name, even in a later registry, takes precedence over a concept: any manifest can claim any concept.
+        for find in (Registry.find, Registry.find_spelt):
+            if found := next((entry for place in known if (entry := find(place, reference))), None):
+                return found
+    for place in known:
+        with suppress(NotFoundError):
+            return place.get(reference)
+    return None
 
 
 def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> EraserEntry | None:
@@ -75,12 +89,10 @@ def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> Erase
     return None
 
 
-def _from_owner(
-    reference: str, registry: Path | None, names: list[str], progress: ProgressCallback | None
-) -> EraserEntry:
+def _from_owner(reference: str, registry: Path | None, progress: ProgressCallback | None) -> EraserEntry:
     """Pull a name that no registry has from the Hub.
 
-    Raises NotFoundError, HubError for a closed repository.
+    Raises NotFoundError, without a request if a registry has nearly that name; HubError for a closed repository.
     """
     from spm_hub.hub import pull as hub_pull
 
@@ -89,6 +101,9 @@ def _from_owner(
     if user is not None and (entry := _pinned(f"{user}/{slug(reference)}", None, known)):
         return entry
     where = ", ".join(str(place.root) for place in known)
+    names = [entry.name for place in known for entry in place.entries()]
+    if user is not None and nearest(slug(reference), names, cutoff=_TYPING_ERROR):
+        raise unknown_eraser(reference, names, f"in {where}")
     target = known[-1] if requested_root(registry) is None else known[0]  # the last is the user's own
     try:
         found = hub_pull.pull_by_name(slug(reference), target, progress)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from spm_hub.errors import RegistryError
+from spm_hub.io.wording import quoted
 
 Content = bytes | Callable[[BinaryIO], None]
 
@@ -20,6 +21,24 @@ Content = bytes | Callable[[BinaryIO], None]
 def write_atomic(path: Path, data: Content) -> None:
     """Write one file atomically; see `write_together`."""
     write_together({path: data})
+
+
+def write_new(path: Path, data: Content) -> None:
+    """Write one file atomically, where there is none yet.
+
+    Raises FileExistsError if there is one, also one that another process has just written; RegistryError as
+    `write_atomic` does.
+    """
+    with staged({path: data}) as temporaries, _refused(path, apart_from=(FileExistsError,)):
+        try:
+            os.link(temporaries[path], path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links, as on many USB sticks
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            os.replace(temporaries[path], path)
+    sync_folder(path.parent)
 
 
 def write_together(files: Mapping[Path, Content]) -> None:
@@ -65,9 +84,11 @@ def rename(temporaries: Mapping[Path, Path]) -> None:
 
 
 @contextmanager
-def _refused(path: Path) -> Iterator[None]:
+def _refused(path: Path, apart_from: tuple[type[OSError], ...] = ()) -> Iterator[None]:
     try:
         yield
+    except apart_from:
+        raise
     except OSError as error:
         raise RegistryError(f"cannot write {path}: {error.strerror or error}", mend=_mend(error, path)) from error
 
@@ -123,8 +144,10 @@ def sync_folder(folder: Path) -> None:
 def _mend(error: OSError, path: Path) -> str:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
-            return f"free some space on the disk of {path.parent} and run the command again (nothing was changed)"
+            return (
+                f"free some space on the disk of {path.parent} and run the command again; no file was left half written"
+            )
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return f"chmod u+w {path.parent}, or name another folder"
+            return f"chmod u+w {quoted(path.parent)}, or name another folder"
         case _:
             return "name another folder"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spm_hub.errors import AdapterFileError, NotFoundError, RegistryError
+from spm_hub.io.wording import quoted
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
@@ -66,7 +67,7 @@ def _check_archive(path: Path) -> None:
             f"{path} is no file of PyTorch's (of 1.6 or later), or truncated: {error}", mend=_ASK
         ) from error
     except OSError as error:
-        raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {path}") from error
+        raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {quoted(path)}") from error
 
 
 def _check_calls(path: Path, archive: zipfile.ZipFile) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Never
 
 from spm_hub.errors import GET_AGAIN, AdapterFileError, NotFoundError, RegistryError
 from spm_hub.io import untrusted_json as untrusted
+from spm_hub.io.wording import quoted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -233,7 +234,7 @@ def _open(path: Path) -> BufferedReader:
     except FileNotFoundError as error:
         raise NotFoundError(f"{path}: no such file", mend="spmhub list") from error
     except OSError as error:
-        raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {path}") from error
+        raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {quoted(path)}") from error
 
 
 def _parse_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from spm_hub.errors import UsageError
 from spm_hub.models import loading, references
+from spm_hub.models.placement import AUTO, WIDE, parse_dtype, refuse_half_on_cpu
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +20,8 @@ class BaseChoice:
     """A base model to load, or a pipeline of the caller's, which is used as it is and where it is.
 
     reference: what to load, as in `load_pipeline`; with `pipe`, the name to record for it, unless None.
-    device, dtype: where and in which precision to load it, "cpu" and float32 unless given. A given pipeline has to be
-    there already.
+    device, dtype: where and in which precision to load it, as in `load_pipeline`; None is "auto". A given pipeline has
+    to be there already; "auto" leaves it as it is.
     """
 
     reference: str | None
@@ -41,6 +42,7 @@ class BaseChoice:
                 mend='device="cpu", or "cuda": spmhub doctor lists what this machine has',
             )
         if self.pipe is None:
+            refuse_half_on_cpu(self.dtype, self.device)
             return self._parsed.remark
         if self.config is not None:
             raise UsageError(
@@ -54,12 +56,15 @@ class BaseChoice:
         """Return the diffusers folder of the base, if it is known before the base is loaded."""
         return None if self.pipe is not None else references.local_folder(self._parsed)
 
-    def open(self) -> DiffusionPipeline:
-        """Return the pipeline; load it unless it was given. Raises as `load_pipeline` does."""
+    def open(self, *, for_gradients: bool = False) -> DiffusionPipeline:
+        """Return the pipeline; load it unless it was given. Raises as `load_pipeline` does.
+
+        for_gradients: float32 instead of float16, unless float16 was asked for: they vanish in it.
+        """
         if self.pipe is not None:
             return self.pipe
-        device = "cpu" if self.device is None else self.device
-        return loading.load_pipeline(self._parsed.text, config=self.config, dtype=self.dtype, device=device)
+        dtype = WIDE if for_gradients and self.dtype in (None, AUTO) else self.dtype
+        return loading.load_pipeline(self._parsed.text, config=self.config, dtype=dtype, device=self.device)
 
     def open_and_describe(self) -> tuple[DiffusionPipeline, str]:
         """Return the pipeline as `open` does, and where its files come from, for a person."""
@@ -94,13 +99,14 @@ def _check_place(pipe: DiffusionPipeline, device: str | torch.device | None, dty
     from spm_hub.models.architectures import denoiser_of
 
     found = next(denoiser_of(pipe).parameters())
-    wanted = None if device is None else torch.device(device)
+    refuse_half_on_cpu(found.dtype, getattr(pipe, "_execution_device", found.device))
+    wanted = None if device is None or device == AUTO else torch.device(device)
     if wanted is not None and (wanted.type != found.device.type or wanted.index not in (None, found.device.index)):
         raise UsageError(
             f"device is {str(wanted)!r}, but the given pipeline is on {str(found.device)!r}, and it is not moved",
             mend=f"leave device out, or first pipe.to({str(wanted)!r})",
         )
-    if dtype is not None and (precision := loading.parse_dtype(dtype)) != found.dtype:
+    if dtype not in (None, AUTO) and (precision := parse_dtype(dtype)) != found.dtype:
         raise UsageError(
             f"dtype is {precision}, but the given pipeline has {found.dtype}, and it is not converted",
             mend=f"leave dtype out, or first pipe.to({precision})",

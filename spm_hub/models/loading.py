@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import reduce
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from spm_hub.errors import ModelError, NetworkError, UsageError, nearest
+from spm_hub.errors import ModelError, NetworkError
 from spm_hub.models import snapshots
-from spm_hub.models.references import ModelRef, cached_snapshot, parse_reference
+from spm_hub.models.placement import AUTO, STORED, WIDE, automatic_dtype, choose_device, parse_dtype
+from spm_hub.models.references import ModelRef, cached_snapshot, is_embedded, parse_reference
 from spm_hub.models.single_file import loading
+from spm_hub.models.single_file.inspection import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -22,15 +25,18 @@ def load_pipeline(
     reference: str,
     *,
     config: str | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = AUTO,
+    device: str | torch.device | None = AUTO,
 ) -> DiffusionPipeline:
     """Load a base model as a diffusers pipeline in evaluation mode, without a safety checker.
 
     reference: an alias (`spmhub models` lists them), a diffusers folder, a single .safetensors file, or owner/name on
     the Hugging Face Hub, also with @revision. config: for a single file, as in `parse_reference`.
-    dtype: torch.float16 or "float16", for instance; None means float32. "stored" keeps the precision of the files:
-    each part of a folder has its own, a single file that of its denoiser.
+    device: where to load it; "auto" means an accelerator that this machine has, else the CPU.
+    dtype: torch.float16 or "float16", for instance. "auto" means float16 or bfloat16 where the denoiser is stored in it
+    (float16 on an accelerator only), otherwise float32, as for the sketchbook. "wide" is the same without float16, for
+    training. "stored" keeps the precision of the files: each part of a folder has its own, a single file that of its
+    denoiser.
     Only safetensors weights are read. A download happens once; later calls need no network. There is no safety checker
     because it would replace pictures that are to be compared by black ones.
 
@@ -40,12 +46,10 @@ def load_pipeline(
     import torch
 
     wanted = parse_reference(reference, config=config)
-    place = _existing_device(device)
-    precision: torch.dtype | Literal["stored"]
-    precision = "stored" if dtype == "stored" else parse_dtype(dtype or torch.float32)
+    place = choose_device(device)
+    precision = _Precision(dtype if dtype is not None else AUTO, place)
     if wanted.file is not None:
-        of_file = loading.precision_of(wanted.file) if precision == "stored" else precision
-        pipe = loading.load(wanted.file, _configuration(wanted), of_file)
+        pipe = loading.load(wanted.file, _configuration(wanted), precision.of_file(wanted.file))
     else:
         pipe = _load_folder(wanted, precision)
     pipe.to(place)
@@ -56,34 +60,57 @@ def load_pipeline(
     return pipe
 
 
-def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return the torch dtype of that name, such as "float16".
+@dataclass(frozen=True)
+class _Precision:
+    """The precision that a caller asked for, by its name or as a torch dtype, on a device."""
 
-    Raises UsageError unless it is a floating-point type.
-    """
-    import torch
+    asked: torch.dtype | str
+    device: torch.device
 
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        close = nearest(str(dtype), ("float32", "float16", "bfloat16", "float64"))
-        raise UsageError(
-            f"dtype is {dtype!r}, which is no precision to compute in", mend=f'dtype="{(*close, "float16")[0]}"'
-        )
-    return found
+    @cached_property
+    def fixed(self) -> torch.dtype | None:
+        """The dtype, unless it follows from the files. Raises UsageError for a name that is no precision."""
+        return None if self.asked in (AUTO, WIDE, STORED) else parse_dtype(self.asked)
+
+    @property
+    def half(self) -> bool:
+        """True if the variant of a repository in half precision is wanted, where there is one."""
+        import torch
+
+        if self.asked == AUTO:
+            return self.device.type != "cpu"
+        return self.fixed in (torch.float16, torch.bfloat16)
+
+    def of_file(self, file: Checkpoint) -> torch.dtype:
+        if self.fixed is not None:
+            return self.fixed
+        stored = loading.precision_of(file)
+        return stored if self.asked == STORED else self._automatic(stored)
+
+    def of_folder(self, folder: Path, variant: str | None) -> torch.dtype | dict[str, torch.dtype]:
+        if self.fixed is not None:
+            return self.fixed
+        stored = stored_dtypes(folder, variant)
+        return stored if self.asked == STORED else self._automatic(stored["default"])
+
+    def _automatic(self, stored: torch.dtype) -> torch.dtype:
+        return automatic_dtype(stored, self.device, wide=self.asked == WIDE)
 
 
-def _load_folder(wanted: ModelRef, dtype: torch.dtype | Literal["stored"]) -> DiffusionPipeline:
+def _load_folder(wanted: ModelRef, precision: _Precision) -> DiffusionPipeline:
     import torch
     from diffusers import DiffusionPipeline
 
-    half = dtype in (torch.float16, torch.bfloat16) and wanted.fp16
+    half = precision.half and wanted.fp16
     folder = wanted.folder or _download(wanted, half=half)
     variant = snapshots.variant_of(snapshots.names_in(folder), half=half)
-    precision = stored_dtypes(folder, variant) if dtype == "stored" else dtype
+    dtype = precision.of_folder(folder, variant)
+    if precision.asked == AUTO and is_embedded(wanted):  # its files are float16 to be small
+        dtype = torch.float32
     with _reading(wanted.text):
         pipe: DiffusionPipeline = DiffusionPipeline.from_pretrained(
             folder,
-            torch_dtype=precision,
+            torch_dtype=dtype,
             use_safetensors=True,
             variant=variant,
             local_files_only=True,
@@ -117,17 +144,6 @@ def stored_dtypes(folder: Path, variant: str | None = None) -> dict[str, torch.d
         if denoiser in found:
             return {**found, "default": found[denoiser]}
     raise ModelError(f"{folder} holds no denoiser weights as safetensors (looked in unet/ and transformer/)")
-
-
-def _existing_device(name: str | torch.device) -> torch.device:
-    import torch
-
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"device {str(name)!r} cannot be used here: {_first_line(error)}", mend="spmhub doctor"
-        ) from error
 
 
 def _configuration(wanted: ModelRef) -> Path:

@@ -176,6 +176,12 @@ def describe_source(reference: str, pipe: DiffusionPipeline, *, fetched: bool = 
     return f"{wanted.hub_id}@{revision[:12]}, {how} {folder}"
 
 
+def is_embedded(wanted: ModelRef) -> bool:
+    """Return True for a base model that is part of this package."""
+    alias = ALIASES.get(wanted.text)
+    return alias is not None and alias.embedded is not None
+
+
 def is_available(alias: Alias) -> bool:
     """Return True if the alias loads without a network: from this package, or from the Hub's cache."""
     if alias.embedded is not None:

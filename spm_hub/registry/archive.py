@@ -18,6 +18,7 @@ from typing import BinaryIO, Literal, Never
 from spm_hub.adapters.manifest import MAX_BYTES, NAME
 from spm_hub.errors import AdapterFileError, ManifestError, NotFoundError, RegistryError, UsageError
 from spm_hub.io.atomic import write_atomic
+from spm_hub.io.wording import quoted
 from spm_hub.registry import signing, storage
 from spm_hub.registry.entry import EraserEntry
 from spm_hub.registry.registry import Registry
@@ -150,7 +151,7 @@ def _open_archive(source: Path) -> Iterator[BinaryIO]:
         with open(source, "rb") as file:
             yield file
     except OSError as error:
-        raise RegistryError(f"cannot read {source}: {error.strerror}", mend=f"chmod u+r {source}") from error
+        raise RegistryError(f"cannot read {source}: {error.strerror}", mend=f"chmod u+r {quoted(source)}") from error
 
 
 def _unpack(source: Path, file: BinaryIO, folder: Path) -> None:
@@ -160,7 +161,7 @@ def _unpack(source: Path, file: BinaryIO, folder: Path) -> None:
     """
     size = os.fstat(file.fileno()).st_size
     if file.read(2) == b"\x1f\x8b":
-        _refuse(source, "it is compressed", mend=f"gunzip {source}")
+        _refuse(source, "it is compressed", mend=f"gunzip {quoted(source)}")
     file.seek(0)
     seen: set[str] = set()
     for name, length in _members(source, file, size):

@@ -14,6 +14,7 @@ from spm_hub.adapters.manifest import NAME, UNFOLDS, Manifest, Origin, Sha256
 from spm_hub.errors import RegistryError
 from spm_hub.io import untrusted_json as untrusted
 from spm_hub.io.atomic import write_atomic
+from spm_hub.io.wording import quoted
 
 LOCK_NAME = "spmhub-lock.json"
 
@@ -53,7 +54,7 @@ def read(root: Path) -> Mapping[str, Pin]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {path}") from error
+        raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {quoted(path)}") from error
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"])) or "(whole file)"
@@ -79,5 +80,6 @@ def record(root: Path, name: str, pin: Pin | None) -> None:
 
 def _damaged(path: Path, what: str) -> RegistryError:
     return RegistryError(
-        f"{path} is damaged: {what}", mend=f"rm {path}; the manifest of each pulled eraser still names its origin"
+        f"{path} is damaged: {what}",
+        mend=f"rm {quoted(path)}; the manifest of each pulled eraser still names its origin",
     )

@@ -27,6 +27,7 @@ from spm_hub.errors import (
 )
 from spm_hub.io.atomic import Content, write_atomic
 from spm_hub.io.environment import REGISTRY_VARIABLE
+from spm_hub.io.wording import quoted
 from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.entry import EraserEntry, entry_of
 
@@ -63,7 +64,9 @@ class Registry:
         try:
             files = sorted((self.root / storage.ADAPTERS).glob(f"*{_SUFFIX}"))
         except OSError as error:
-            raise RegistryError(f"cannot read {self.root}: {error.strerror}", mend=f"chmod u+rx {self.root}") from error
+            raise RegistryError(
+                f"cannot read {self.root}: {error.strerror}", mend=f"chmod u+rx {quoted(self.root)}"
+            ) from error
         return tuple(entry_of(file) for file in files)
 
     def get(self, reference: str) -> EraserEntry:
@@ -77,15 +80,27 @@ class Registry:
                 return entry
         found = [entry for entry in entries if _erases(entry, reference)]
         if len(found) > 1:
-            raise ambiguous_eraser(reference, (f"{entry.name} ({entry.adapter_path})" for entry in found))
-        if not found:
+            raise _ambiguous(reference, found)
+        spelt = found[0] if found else self.find_spelt(reference)
+        if spelt is None:
             raise self._missing(reference)
-        return found[0]
+        return spelt
 
     def find(self, name: str) -> EraserEntry | None:
         """Return the eraser of exactly that name, or None."""
         path = storage.part_path(self.root, storage.ADAPTERS, name)
         return entry_of(path) if path.is_file() else None
+
+    def find_spelt(self, reference: str) -> EraserEntry | None:
+        """Return the eraser of that name, apart from case, accents, spaces, hyphens and underscores.
+
+        None if there is none. Raises UsageError if there are several.
+        """
+        wanted = _plain_spelling(reference)
+        found = [entry for entry in self.entries() if _plain_spelling(entry.name) == wanted]
+        if len(found) > 1:
+            raise _ambiguous(reference, found)
+        return found[0] if found else None
 
     def add(self, adapter: "Adapter", *, replace: bool = False) -> EraserEntry:
         """Save an adapter under its name, without an origin on the Hub: file and manifest, both or neither.
@@ -159,7 +174,7 @@ class Registry:
             except OSError as error:
                 raise RegistryError(
                     f"the registry {self.root} cannot be written: {existing}: {error.strerror}",
-                    mend=f"chmod u+w {existing}, or name another registry with --registry DIR",
+                    mend=f"chmod u+w {quoted(existing)}, or name another registry with --registry DIR",
                 ) from error
         return entry
 
@@ -245,7 +260,9 @@ def registries(registry: Path | None = None) -> tuple[Registry, ...]:
         roots.insert(0, here)
     if (asked := requested_root(registry)) is not None:
         if not asked.is_dir():
-            raise RegistryError(f"the registry {asked} does not exist", mend=f"mkdir -p {asked / storage.ADAPTERS}")
+            raise RegistryError(
+                f"the registry {asked} does not exist", mend=f"mkdir -p {quoted(asked / storage.ADAPTERS)}"
+            )
         roots.insert(0, asked)
     return tuple(map(Registry, roots))
 
@@ -322,6 +339,14 @@ def _same_repository(existing: EraserEntry, origin: Origin | None) -> bool:
     except SpmHubError:
         return False
     return pin is not None and before is not None and before.repo == pin.repo == origin.repo
+
+
+def _plain_spelling(name: str) -> str:
+    return slug(name).replace("_", "-")
+
+
+def _ambiguous(reference: str, found: Sequence[EraserEntry]) -> UsageError:
+    return ambiguous_eraser(reference, (f"{entry.name} ({entry.adapter_path})" for entry in found))
 
 
 def _erases(entry: EraserEntry, concept: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import NotFoundError, RegistryError, SignatureError, UsageError
 from spm_hub.io.environment import KEY_VARIABLE
+from spm_hub.io.wording import quoted
 
 SIGNATURE_NAME = "model.sig"
 """Name of the signature in a repository of the Hub, the default of model-signing."""
@@ -54,7 +55,9 @@ def read(signature: Path) -> bytes:
         with open(signature, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise RegistryError(f"cannot read {signature}: {error.strerror}", mend=f"chmod u+r {signature}") from error
+        raise RegistryError(
+            f"cannot read {signature}: {error.strerror}", mend=f"chmod u+r {quoted(signature)}"
+        ) from error
     if len(content) > MAX_BYTES:
         raise SignatureError(f"{signature} is larger than the limit of {MAX_BYTES} bytes for a signature")
     return content

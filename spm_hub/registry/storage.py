@@ -15,6 +15,7 @@ from pathlib import Path
 from spm_hub.adapters.manifest import NAME, Manifest
 from spm_hub.errors import RegistryError, SpmHubError
 from spm_hub.io.atomic import Content, rename, staged, sync_folder, write_atomic
+from spm_hub.io.wording import quoted
 
 ADAPTERS, MANIFESTS, SIGNATURES = "adapters", "manifests", "signatures"
 # Files are written in this order and deleted in the reverse one: an eraser is listed once its adapter file exists.
@@ -54,7 +55,8 @@ def write_lock(root: Path) -> Iterator[None]:
     if (root / STATE).is_symlink():
         # With a link there, somebody else's registry could make us write and delete files anywhere.
         raise RegistryError(
-            f"the registry {root} cannot be written: {root / STATE} is a symbolic link", mend=f"rm {root / STATE}"
+            f"the registry {root} cannot be written: {root / STATE} is a symbolic link",
+            mend=f"rm {quoted(root / STATE)}",
         )
     try:
         (root / STATE).mkdir(parents=True, exist_ok=True)
@@ -62,12 +64,12 @@ def write_lock(root: Path) -> Iterator[None]:
     except Timeout as error:
         raise RegistryError(
             f"another process has been writing to {root} for {SECONDS_TO_WAIT:.0f} seconds",
-            mend=f"end that process (fuser {lock.lock_file})",
+            mend=f"end that process (fuser {quoted(lock.lock_file)})",
         ) from error
     except OSError as error:
         raise RegistryError(
             f"the registry {root} cannot be written: {error.filename or root}: {error.strerror or error}",
-            mend=f"chmod u+w {root}, or name another registry with --registry DIR",
+            mend=f"chmod u+w {quoted(root)}, or name another registry with --registry DIR",
         ) from error
     try:
         _recover(root)
@@ -142,7 +144,9 @@ def delete(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise RegistryError(f"cannot remove {path}: {error.strerror}", mend=f"chmod u+w {path.parent}") from error
+        raise RegistryError(
+            f"cannot remove {path}: {error.strerror}", mend=f"chmod u+w {quoted(path.parent)}"
+        ) from error
     sync_folder(path.parent)
 
 

@@ -9,6 +9,7 @@ from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import SpmHubError
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.safetensors_file import MANIFEST_KEY, Header, read_header
+from spm_hub.io.wording import counted
 from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.entry import EraserEntry
 
@@ -38,7 +39,7 @@ def _checks(entry: EraserEntry, key: Path | None) -> Iterator[Check]:
     def read_the_header() -> str:
         nonlocal header
         header = read_header(path)
-        return f"{len(header.entries)} tensors that cover the file from end to end"
+        return f"{counted(len(header.entries), 'tensor')} covering the file from end to end"
 
     def read_the_manifest() -> str:
         nonlocal manifest
@@ -73,7 +74,7 @@ def _contents(entry: EraserEntry) -> str:
     adapter = entry.load()
     info = adapter.manifest.increment
     rank = "" if info.rank is None else f" of rank {info.rank}"
-    return f"finite numbers, hashes in the header; {info.kind}{rank} for {len(info.modules)} modules"
+    return f"finite numbers, hashes in the header; {info.kind}{rank} for {counted(len(info.modules), 'module')}"
 
 
 def _agree(manifest: Manifest, embedded: str, path: Path) -> str:

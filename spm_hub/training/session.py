@@ -117,7 +117,7 @@ class Session:
         folder = self.base.folder()
         for plan in self.plans:
             check_before_loading(plan, folder)
-        pipe = self.base.open()
+        pipe = self.base.open(for_gradients=True)
 
         from spm_hub.training.loop.checkpoint import base_stamp
 

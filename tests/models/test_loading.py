@@ -41,7 +41,7 @@ def test_precision_is_asked_for_or_that_of_the_file(tmp_path: Path) -> None:
     pico_pipeline(dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
     assert stored_dtypes(tmp_path / "half")["default"] is torch.bfloat16
     assert load_pipeline(str(tmp_path / "half"), dtype="stored").unet.dtype is torch.bfloat16
-    assert load_pipeline(str(tmp_path / "half")).unet.dtype is torch.float32
+    assert load_pipeline(str(tmp_path / "half"), dtype="float32").unet.dtype is torch.float32
     assert load_pipeline(str(tmp_path / "half"), dtype=torch.float16).unet.dtype is torch.float16
 
 

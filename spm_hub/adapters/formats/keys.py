@@ -16,6 +16,7 @@ from spm_hub.adapters.formats.original_names import to_diffusers
 from spm_hub.adapters.formats.slots import Part, Slot
 from spm_hub.adapters.increments import Increment, LowRank, Mask
 from spm_hub.errors import GET_AGAIN, AdapterFileError
+from spm_hub.io.wording import quoted
 
 _PADDING = 8
 """How many times larger a single rank may make a file; the ranks of trainers differ by far less."""
@@ -96,7 +97,7 @@ def unknown_key(path: Path, key: str, keys: Iterable[str], formats: str) -> Adap
             )
     for pattern, what in _CONVERTED.items():
         if pattern.fullmatch(telling):
-            return AdapterFileError(f"{path}: {telling!r} is {what}", mend=f"spmhub convert {path}")
+            return AdapterFileError(f"{path}: {telling!r} is {what}", mend=f"spmhub convert {quoted(path)}")
     return AdapterFileError(f"{path}: {telling!r} is of no known layout", mend=f"use a file in one of: {formats}")
 
 
@@ -165,7 +166,7 @@ def _take_magnitudes(
     if found and base is None:
         raise AdapterFileError(
             f"{path}: {next(iter(found))} is of DoRA, whose change depends on the weight it is added to",
-            mend=f"spmhub convert {path} --model M, the base that it was trained on",
+            mend=f"spmhub convert {quoted(path)} --model M, the base that it was trained on",
         )
     if scaling is not None and scaling.decomposed and (missing := sorted(modules.keys() - found.keys())):
         raise AdapterFileError(f"{path}: use_dora is True, but {missing[0]} has no lora_magnitude_vector")

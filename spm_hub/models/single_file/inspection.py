@@ -10,6 +10,7 @@ from typing import Literal
 
 from spm_hub.errors import AdapterFileError, ModelError, NotFoundError, nearest
 from spm_hub.io.safetensors_file import MANIFEST_KEY, Entry, Header, read_header
+from spm_hub.io.wording import quoted
 
 Prediction = Literal["epsilon", "v_prediction"]
 
@@ -237,7 +238,7 @@ def _refuse_parts(path: Path, header: Header) -> None:
     keys = header.entries
     if MANIFEST_KEY in header.metadata or any(key.startswith(_LORA) or ".lora" in key for key in keys):
         what = "an eraser" if MANIFEST_KEY in header.metadata else "a LoRA or an eraser"
-        raise ModelError(f"{path} is {what}, not a model", mend=f"--adapters {path}, and --model for its base")
+        raise ModelError(f"{path} is {what}, not a model", mend=f"--adapters {quoted(path)}, and --model for its base")
     if any(key.startswith(_DENOISERS) for key in keys):
         return
     for what, prefixes in _PARTS.items():
@@ -245,7 +246,7 @@ def _refuse_parts(path: Path, header: Header) -> None:
             folder = path.parent.parent  # a denoiser or a VAE may be in the folder of a whole pipeline
             raise ModelError(
                 f"{path} is {what} ({found}), not a whole model",
-                mend=f"--model {folder}"
+                mend=f"--model {quoted(folder)}"
                 if (folder / "model_index.json").is_file()
                 else "--model for the checkpoint it belongs to",
             )
