@@ -1,13 +1,14 @@
-"""General sentences as a text encoder reads them: what a calibrated gate compares every concept with.
+"""Sentences as a text encoder reads them: what a calibrated gate compares every concept with.
 
-They are encoded once for each text encoder and kept in the user's cache.
+One half are general English sentences, the other half are made of the tokenizer's own words. They are encoded once for
+each text encoder and kept in the user's cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,13 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from spm_hub.attachment.gates.vocabulary import sentences_of
 from spm_hub.errors import RegistryError
 from spm_hub.io.atomic import write_atomic
 from spm_hub.io.progress import ProgressCallback, no_progress
 
 _AT_ONCE = 32
-_ELEMENTS = 2**25
-"""Numbers of a bank: where states are wide, fewer sentences are encoded."""
+_MOST, _LEAST, _ELEMENTS = 2048, 256, 2**25
+"""Sentences of a bank, and its numbers: where states are wide, fewer sentences are encoded."""
 _FIRST, _FURTHER = 24, 8
 """Positions of a text that a bank keeps: so many from its beginning, and so many spread over the rest."""
 _SHRINKAGE = 0.02
@@ -39,36 +41,57 @@ Encode = Callable[[Sequence[str]], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """The states of general sentences, each state scaled to unit length.
+    """The states of sentences, each state scaled to unit length.
 
-    texts: the sentences. rows: (sentences, positions, d_text), int16, multiples of 2^-14. means: (sentences, d_text),
-    float64, of each sentence's own rows. empty: (tokens, d_text), those of the empty prompt. precision: (d_text,
-    d_text), the inverse of the rows' covariance.
+    texts: the sentences, the `general` ones first. rows: (sentences, positions, d_text), int16, multiples of 2^-14; of
+    each sentence the first `lengths` count. means: (sentences, d_text), float64, of each sentence's own rows. empty:
+    (tokens, d_text), those of the empty prompt. precision: (d_text, d_text), the inverse of the rows' covariance.
     """
 
     texts: tuple[str, ...]
+    general: int
     rows: Tensor
+    lengths: Tensor
     means: Tensor
     empty: Tensor
     precision: Tensor
 
     @cached_property
     def mean(self) -> Tensor:
-        """(d_text,), float64, of the sentences' means."""
-        return self.means.mean(0)
+        """(d_text,), float64, of the sentences' means, in fixed point."""
+        return self.means.mean(0).mul_(2.0**24).round_().mul_(2.0**-24)
 
     @cached_property
     def precision_of_means(self) -> Tensor:
         """(d_text, d_text), float64, the inverse of the covariance of `means`."""
         return _inverse_covariance(self.means)
 
-    def greatest(self, directions: Tensor) -> Tensor:
-        """Return the greatest product of a row of each sentence with each direction: (sentences, directions).
+    def products(self, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare the rows of each sentence with directions: (sentences, directions) each.
 
-        directions: (directions, d_text), float64, in fixed point (`unit_rows`), so that the products are exact.
+        The first result is the greatest product of a row, the second is `root_mean_square` of the products that exceed
+        the bank's mean. directions: (directions, d_text), float64, in fixed point (`unit_rows`): sums are exact.
         """
-        parts = [chunk.double() @ directions.T for chunk in self.rows.split(64)]
-        return torch.cat([part.amax(1) for part in parts]) / _UNIT
+        greatest, typical = [], []
+        centre = directions @ self.mean
+        for rows, lengths in zip(self.rows.split(64), self.lengths.split(64), strict=True):
+            found = rows.double().div_(_UNIT) @ directions.T
+            greatest.append(found.amax(1))
+            typical.append(root_mean_square(found.sub_(centre), lengths))
+        return torch.cat(greatest), torch.cat(typical)
+
+
+def root_mean_square(products: Tensor, lengths: Tensor) -> Tensor:
+    """Return the root mean square of each text's products, negative ones counted as 0.
+
+    products: (texts, positions, directions), float64, which this changes. lengths: (texts,), how many positions of each
+    text count, the first ones. The result: (texts, directions). Squares are rounded to multiples of 2^-44, so that
+    their sum is exact.
+    """
+    squares = products.clamp_min_(0.0).square_().mul_(2.0**44).round_()
+    if int(lengths.min()) < products.shape[1]:
+        squares.masked_fill_((torch.arange(products.shape[1]) >= lengths[:, None])[..., None], 0.0)
+    return squares.sum(1).mul_(2.0**-44).div_(lengths[:, None]).sqrt_()
 
 
 def unit_rows(states: Tensor) -> Tensor:
@@ -90,28 +113,32 @@ def sentences() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
-def open_bank(encode: Encode, key: str, progress: ProgressCallback = no_progress) -> Bank:
+def open_bank(
+    encode: Encode, key: str, vocabulary: Mapping[str, int], progress: ProgressCallback = no_progress
+) -> Bank:
     """Return the bank of a text encoder, from the user's cache or encoded now.
 
-    encode: gives the states (texts, tokens, d_text) of some texts. key: names the encoder and its settings. progress:
-    called with the sentences done and their number. Raises what `encode` raises.
+    encode: gives the states (texts, tokens, d_text) of some texts. key: names the encoder and its settings.
+    vocabulary: the tokenizer's tokens and their ids. progress: called with the sentences done and their number. Raises
+    what `encode` raises.
     """
     empty = encode([""])[0].float().cpu()
-    count = max(256, min(len(sentences()), _ELEMENTS // ((_FIRST + _FURTHER) * empty.shape[-1])))
-    texts = sentences()[:count]
+    count = max(_LEAST, min(_MOST, _ELEMENTS // ((_FIRST + _FURTHER) * empty.shape[-1])))
+    of_words = sentences_of(vocabulary, count // 2)
+    general = sentences()[: count - len(of_words)]
+    texts = (*general, *of_words)
     named = hashlib.sha256(repr((key, texts, _FIRST, _FURTHER, _SHRINKAGE)).encode()).hexdigest()[:24]
     path = platformdirs.user_cache_path("spm-hub", appauthor=False) / "banks" / f"{named}.safetensors"
-    kept = _read(path, count, empty.shape[-1])
+    kept = _read(path, len(texts), empty.shape[-1])
     if kept is None:
-        rows, means = _encode_all(encode, texts, progress)
-        precision = _inverse_covariance(rows.flatten(0, 1).float().div_(_UNIT)).float()
-        kept = {"rows": rows, "means": means, "precision": precision}
+        kept = _encode_all(encode, texts, progress)
         _write(path, kept)
-    return Bank(texts, kept["rows"], kept["means"], unit_rows(empty), kept["precision"].double())
+    precision = kept["precision"].double()
+    return Bank(texts, len(general), kept["rows"], kept["lengths"], kept["means"], unit_rows(empty), precision)
 
 
-def _encode_all(encode: Encode, texts: Sequence[str], progress: ProgressCallback) -> tuple[Tensor, Tensor]:
-    """Return the rows and the means of a bank."""
+def _encode_all(encode: Encode, texts: Sequence[str], progress: ProgressCallback) -> dict[str, Tensor]:
+    """Return the tensors of a bank by the names of its fields."""
     kept: list[Tensor] = []
     with _warnings_off():
         for start in range(0, len(texts), _AT_ONCE):
@@ -121,7 +148,12 @@ def _encode_all(encode: Encode, texts: Sequence[str], progress: ProgressCallback
     longest = max(map(len, kept))
     # Where a longer text has more states, a shorter one has its last one again.
     rows = torch.stack([torch.cat([one, one[-1:].expand(longest - len(one), -1)]) for one in kept])
-    return rows, torch.stack([one.sum(0, dtype=torch.float64) / (len(one) * _UNIT) for one in kept])
+    return {
+        "rows": rows,
+        "lengths": torch.tensor([len(one) for one in kept]),
+        "means": torch.stack([one.sum(0, dtype=torch.float64) / (len(one) * _UNIT) for one in kept]),
+        "precision": _inverse_covariance(rows.flatten(0, 1).float().div_(_UNIT)).float(),
+    }
 
 
 def kept_states(units: Tensor) -> list[Tensor]:
@@ -130,12 +162,13 @@ def kept_states(units: Tensor) -> list[Tensor]:
     units: (texts, tokens, d_text), as `unit_rows` returns them. Zeros at the end, by which a batch fills up shorter
     texts, do not count: what is kept of a text does not depend on the other texts.
     """
-    found = []
-    for unit in units:
-        used = unit.abs().amax(-1).nonzero()
-        length = int(used[-1]) + 1 if len(used) else 1
-        found.append(unit[positions_of(length)])
-    return found
+    return [unit[positions_of(length)] for unit, length in zip(units, lengths_of(units), strict=True)]
+
+
+def lengths_of(units: Tensor) -> list[int]:
+    """Return the number of states of each text, zeros at the end left out; at least 1."""
+    used = units.abs().amax(-1) > 0
+    return [max(1, int(row.nonzero().max()) + 1 if row.any() else 1) for row in used]
 
 
 @contextmanager
@@ -177,7 +210,7 @@ def _read(path: Path, count: int, width: int) -> dict[str, Tensor] | None:
         kept = load_file(path)
     except (OSError, SafetensorError):
         return None
-    right = kept.keys() == {"rows", "means", "precision"} and kept["rows"].shape[::2] == (count, width)
+    right = kept.keys() == {"rows", "lengths", "means", "precision"} and kept["rows"].shape[::2] == (count, width)
     return kept if right and kept["precision"].shape == (width, width) else None
 
 

@@ -1,33 +1,50 @@
 """The calibrated gate: 0 on prompts that do not concern the concept, 1 on those that do.
 
 The greatest of three terms counts. Words: the concept's names in the text (`NameMatcher`). State: the product of each
-of the prompt's text-encoder states with the direction that separates the states of a name from those of general
-sentences (Fisher's linear discriminant), the greatest over all states. Sentence: the mean of that and of the same for
-the prompt's mean state. The terms of states are 0 up to the score that general sentences reach, and rise to 1 on a ramp
-beyond it.
+of the prompt's text-encoder states with the direction that separates the states of a name from those of other
+sentences (Fisher's linear discriminant), the greatest over all states. Sentence: the mean of two scores, the root mean
+square of these products over the states, and the product of the prompt's mean state with its own such direction. The
+terms of states are 0 up to the score that other sentences reach, and rise to 1 on a ramp beyond it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from spm_hub.attachment.gates.bank import Bank, Encode, kept_states, open_bank, sentences, unit_rows
+from spm_hub.attachment.gates.bank import (
+    Bank,
+    Encode,
+    kept_states,
+    lengths_of,
+    open_bank,
+    positions_of,
+    root_mean_square,
+    sentences,
+    unit_rows,
+)
 from spm_hub.attachment.gates.gate import Explanation, GatedEraser, Prompts, TextEncoder
 from spm_hub.attachment.gates.name_matcher import Match, NameMatcher, words_of
+from spm_hub.attachment.gates.vocabulary import rarity_of, whole_words
 
 _CALIBRATION = "calibration"
 _TERMS = ("state", "sentence")
 
-FRAMES = ("{}", "a photo of {}", "{} in the park", "a big {} and a house")
+FRAMES = (
+    "{}", "a photo of {}", "{} in the park", "a big {} and a house", "the {} with a house", "{}, drawing", "cat and {}",
+    "my {}",
+)  # fmt: skip
 """Sentences in which a concept's states are looked for."""
-_ACTING = {"state": 0.001, "sentence": 0.010}
-"""Share of the general sentences, those that mention the concept aside, on which each term of an eraser may act."""
+_ACTING = {"state": (0.001, 0.001), "sentence": (0.010, 0.002)}
+"""Share of the general sentences, and of those of the tokenizer's words, on which each term of an eraser may act.
+
+Sentences that mention the concept do not count.
+"""
 _RAMP = 0.06
 """Where the ramp ends: a share of the way from what general sentences reach to the name itself."""
 _ROUNDS, _STATES = 4, 2
@@ -41,14 +58,14 @@ class Calibration:
     """The directions and ramps of one eraser's names.
 
     directions: (2, names, d_text), float64, of unit length in fixed point: for single states, and for the mean of a
-    prompt's states. A score is a product times `scale` less `offset`, both (2, names): 0 at the bank's mean, 1 at the
+    prompt's states. A score is a product less `centre`, times `scale`, both (2, names): 0 at the bank's mean, 1 at the
     name itself. start, end: (2, names), the scores where the ramps of the state's and of the sentence's term begin and
-    end; infinite for a name that general sentences cannot be told from.
+    end; infinite for a name that other sentences cannot be told from.
     """
 
     directions: Tensor
+    centre: Tensor
     scale: Tensor
-    offset: Tensor
     start: Tensor
     end: Tensor
 
@@ -63,10 +80,10 @@ def calibrate(
     """
     found = [_directions(names, encode, bank) for names in concepts]
     # At once for all: reading the bank takes longer than the products, which are exact.
-    greatest = bank.greatest(torch.cat([directions[0] for directions, _ in found]))
-    parts = greatest.split([len(names) for names in concepts], dim=1)
+    products = bank.products(torch.cat([directions[0] for directions, _ in found]))
+    parts = zip(*(one.split([len(names) for names in concepts], dim=1) for one in products), strict=True)
     return [
-        _ramps_between(*pair, part, bank, mentioned) for pair, part, mentioned in zip(found, parts, about, strict=True)
+        _ramps_between(*pair, *part, bank, mentioned) for pair, part, mentioned in zip(found, parts, about, strict=True)
     ]
 
 
@@ -77,7 +94,8 @@ def _directions(names: Sequence[str], encode: Encode, bank: Bank) -> tuple[Tenso
     """
     directions, tops = [], []
     for name in names:
-        states = unit_rows(encode([frame.format(name) for frame in FRAMES]))
+        states = encode([frame.format(name) for frame in FRAMES])
+        states = unit_rows(states[:, positions_of(states.shape[1])])
         means = mean_state(states)
         of_state = _unit(bank.precision @ (_centre(states, bank) - bank.mean))
         of_mean = _unit(bank.precision_of_means @ (means.mean(0) - bank.mean))
@@ -86,27 +104,52 @@ def _directions(names: Sequence[str], encode: Encode, bank: Bank) -> tuple[Tenso
     return torch.stack(directions, dim=1), torch.stack(tops, dim=1)
 
 
-def _ramps_between(directions: Tensor, top: Tensor, greatest: Tensor, bank: Bank, about: Tensor) -> Calibration:
-    """Return a concept's calibration: its ramps are between what general sentences reach and its names.
+def _ramps_between(
+    directions: Tensor, top: Tensor, greatest: Tensor, typical: Tensor, bank: Bank, about: Tensor
+) -> Calibration:
+    """Return a concept's calibration: its ramps are between what other sentences reach and its names.
 
-    greatest: (sentences, names), of the bank's products with the directions for single states.
+    greatest, typical: (sentences, names), the bank's products with the directions for single states.
     """
-    centre = torch.stack([of_states @ bank.mean for of_states in directions])
+    centre = directions @ bank.mean
     scale = 1 / (top - centre).clamp_min(1e-6)
-    usual = torch.stack([greatest, bank.means @ directions[1].T]) * scale[:, None] - (centre * scale)[:, None]
-    terms = torch.stack([usual[0], usual.mean(0)])[:, ~about]
-    highest = torch.stack([_reached(one, _ACTING[term]) for term, one in zip(_TERMS, terms, strict=True)])
+    terms = _terms(greatest, typical, bank.means @ directions[1].T, centre, scale)
+    general = torch.arange(len(about)) < bank.general
+    highest = torch.stack(
+        [
+            torch.stack(
+                [
+                    _reached(one[part & ~about], acting)
+                    for part, acting in zip((general, ~general), _ACTING[term], strict=True)
+                ]
+            ).amax(0)
+            for term, one in zip(_TERMS, terms, strict=True)
+        ]
+    )
     gap = 1 - highest
     alike = gap < _LEAST_GAP
     start, end = highest.masked_fill(alike, torch.inf), (highest + _RAMP * gap).masked_fill(alike, torch.inf)
-    return Calibration(directions, scale, centre * scale, start, end)
+    return Calibration(directions, centre, scale, start, end)
+
+
+def _terms(greatest: Tensor, typical: Tensor, of_mean: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
+    """Return the scores of both terms, (2, texts, names).
+
+    greatest, of_mean: (texts, names), products with the directions. typical: (texts, names), the root mean square of
+    the products that exceed `centre`, which is subtracted already.
+    """
+    of_state = (greatest - centre[0]) * scale[0]
+    return torch.stack([of_state, (typical * scale[0] + (of_mean - centre[1]) * scale[1]) / 2])
 
 
 def _reached(scores: Tensor, acting: float) -> Tensor:
     """Return the score of each name that general sentences reach, (names,), equally rare for all names.
 
-    scores: (sentences, names). acting: the share of the sentences in which some name may have a greater score.
+    scores: (sentences, names). acting: the share of the sentences in which some name may have a greater score. Without
+    sentences it is minus infinity.
     """
+    if not len(scores):
+        return scores.new_full(scores.shape[1:], -torch.inf)
     # The rank of a sentence among all, by the name for which it is highest; 0 is the highest score.
     ranks = scores.argsort(0, descending=True).argsort(0).amin(1)
     rarest = ranks.sort().values[min(len(ranks) - 1, int(acting * len(ranks)))]
@@ -134,9 +177,11 @@ def _centre(states: Tensor, bank: Bank) -> Tensor:
     states: (sentences, tokens, d_text), of sentences with the name. At first, those that differ most from the empty
     prompt's in the bank's metric; then those nearest to the mean of the last choice.
     """
-    length = min(states.shape[1], len(bank.empty))
-    difference = states[:, :length] - bank.empty[:length]
-    score = ((difference @ bank.precision) * difference).sum(-1)
+    empty = bank.empty[positions_of(len(bank.empty))]
+    length = min(states.shape[1], len(empty))
+    # The choice does not need float64.
+    difference = (states[:, :length] - empty[:length]).float()
+    score = ((difference @ bank.precision.float()) * difference).sum(-1)
     for _ in range(_ROUNDS):
         chosen = score.topk(min(_STATES, score.shape[1]), dim=1).indices
         centre = states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1])).mean((0, 1))
@@ -155,10 +200,10 @@ class CalibratedGate:
         """Calibrate the gate for the erasers that it does not know yet. Raises CannotEncodeError."""
         names = [name for eraser in erasers for name in eraser.names]
         owners = [index for index, eraser in enumerate(erasers) for _ in eraser.names]
-        matcher = _matcher(names, encoder)
+        matcher = _matcher(names, encoder.vocabulary)
         new = [eraser for eraser in erasers if _CALIBRATION not in eraser.memo]
         if new:
-            bank = open_bank(encoder.encode, encoder.digest(), encoder.progress)
+            bank = open_bank(encoder.encode, encoder.digest(), encoder.vocabulary, encoder.progress)
             about = torch.zeros(len(erasers), len(bank.texts), dtype=torch.bool)
             for row, text in enumerate(bank.texts):
                 about[[owners[name] for name in matcher.match(text)], row] = True
@@ -199,10 +244,13 @@ class PreparedCalibratedGate:
         """
         known = Calibration(*(getattr(self._known, part.name).to(states) for part in fields(Calibration)))
         unit = torch.nn.functional.normalize(states, dim=-1)
-        of_state = (unit @ known.directions[0].T).amax(1)
-        of_mean = torch.stack([kept.mean(0) for kept in kept_states(unit)]) @ known.directions[1].T
-        found = torch.stack([of_state, of_mean]) * known.scale[:, None] - known.offset[:, None]
-        terms = torch.stack([found[0], found.mean(0)])
+        kept = kept_states(unit)
+        above = [((one @ known.directions[0].T) - known.centre[0]).clamp_min(0.0) for one in kept]
+        # The root has no finite gradient at 0.
+        typical = torch.stack([one.square().mean(0).clamp_min(1e-12).sqrt() for one in above])
+        of_mean = torch.stack([one.mean(0) for one in kept]) @ known.directions[1].T
+        greatest = (unit @ known.directions[0].T).amax(1)
+        terms = _terms(greatest, typical, of_mean, known.centre, known.scale)
         # A term that is off is left out before the division: a gradient through NaN would be NaN for all names.
         off = known.start.isinf()
         start, end = known.start.masked_fill(off, 0.0), known.end.masked_fill(off, 1.0)
@@ -232,10 +280,14 @@ class PreparedCalibratedGate:
     def _scores(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scores of both terms, (2, prompts, names), and the positions of the states that decided."""
         known, units = self._known, unit_rows(states)
-        of_state, positions = (units @ known.directions[0].T).max(1)
-        of_mean = mean_state(units) @ known.directions[1].T
-        found = torch.stack([of_state, of_mean]).mul_(known.scale[:, None]).sub_(known.offset[:, None])
-        return torch.stack([found[0], found.mean(0)]), positions
+        products = units @ known.directions[0].T
+        greatest, positions = products.max(1)
+        kept = [positions_of(length) for length in lengths_of(units)]
+        lengths = torch.tensor([len(one) for one in kept])
+        index = torch.tensor([[*one, *one[-1:] * (int(lengths.max()) - len(one))] for one in kept])
+        above = products.gather(1, index[..., None].expand(-1, -1, products.shape[-1])).sub_(known.centre[0])
+        typical, of_mean = root_mean_square(above, lengths), mean_state(units) @ known.directions[1].T
+        return _terms(greatest, typical, of_mean, known.centre, known.scale), positions
 
     def _along(self, scores: Tensor) -> Tensor:
         """Return the scores along their ramps: 0 at the start, 1 at the end, far below 0 without a ramp."""
@@ -253,13 +305,14 @@ class PreparedCalibratedGate:
         return lowest.scatter_reduce(1, owners, per_name, "amax")
 
 
-def _matcher(names: Sequence[str], encoder: TextEncoder) -> NameMatcher:
+def _matcher(names: Sequence[str], vocabulary: Mapping[str, int]) -> NameMatcher:
     """Return a matcher of names.
 
     Words of the tokenizer and of the general sentences count as no misspellings.
     """
-    known = _whole_words(encoder.vocabulary).keys() | _general_words()
-    return NameMatcher(names, rarity_of(encoder.vocabulary), known.__contains__)
+    words = whole_words(vocabulary)
+    known = words.keys() | _general_words()
+    return NameMatcher(names, rarity_of(words, max(vocabulary.values(), default=1)), known.__contains__)
 
 
 @cache
@@ -267,24 +320,3 @@ def _general_words() -> frozenset[str]:
     """Return the words of more than one general sentence; some sentences have misspelt ones on purpose."""
     count = Counter(word for text in sentences() for word in set(words_of(text)))
     return frozenset(word for word, times in count.items() if times > 1)
-
-
-def rarity_of(vocabulary: Mapping[str, int]) -> Callable[[str], float]:
-    """Return how rare words are by a tokenizer's vocabulary, whose frequent tokens have small ids.
-
-    Of a word that is no token of its own it knows nothing: such words are as rare as its last token.
-    """
-    ranks = _whole_words(vocabulary)
-    rarest = float(max(vocabulary.values(), default=1))
-    return lambda word: float(ranks.get(word, rarest))
-
-
-def _whole_words(vocabulary: Mapping[str, int]) -> dict[str, int]:
-    """Return the ids of tokens that are whole words: CLIP's `word</w>`, T5's `▁word`, Qwen's `Ġword`."""
-    found: dict[str, int] = {}
-    for token, index in vocabulary.items():
-        word = token.removesuffix("</w>") if token.endswith("</w>") else token[1:] if token[:1] in "▁Ġ" else ""
-        if word.isalpha():
-            folded = word.casefold()
-            found[folded] = min(index, found.get(folded, index))
-    return found

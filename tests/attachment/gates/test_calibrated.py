@@ -152,7 +152,9 @@ def unit_bank(seed: int, count: int = 300, width: int = 6) -> Bank:
     encode = {"": states[0], **dict(zip(sentences(), states, strict=False))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spm_hub.attachment.gates.bank.sentences", lambda: sentences()[:count])
-        return open_bank(lambda texts: torch.stack([encode[text] for text in texts]), f"random {seed} {count} {width}")
+        return open_bank(
+            lambda texts: torch.stack([encode[text] for text in texts]), f"random {seed} {count} {width}", {}
+        )
 
 
 def test_the_direction_is_fishers_discriminant_written_out_in_numpy() -> None:
@@ -167,13 +169,13 @@ def test_the_direction_is_fishers_discriminant_written_out_in_numpy() -> None:
     # The score of the bank's mean is 0 and that of the name 1, for both terms.
     for term in range(2):
         products = np.array([rows.mean(0), name[0, 0].numpy()]) @ found.directions[term, 0].numpy()
-        scores = products * float(found.scale[term, 0]) - float(found.offset[term, 0])
+        scores = (products - float(found.centre[term, 0])) * float(found.scale[term, 0])
         np.testing.assert_allclose(scores, [0, 1], atol=1e-3)
     # Of 300 sentences none has a greater score than the beginning of the state's ramp, and three than the sentence's.
-    states = rows.reshape(300, 4, 6) @ found.directions[0, 0].numpy() * float(found.scale[0, 0])
-    means = rows.reshape(300, 4, 6).mean(1) @ found.directions[1, 0].numpy() * float(found.scale[1, 0])
-    of_state = states.max(1) - float(found.offset[0, 0])
-    of_sentence = (of_state + means - float(found.offset[1, 0])) / 2
+    states = (rows.reshape(300, 4, 6) - rows.mean(0)) @ found.directions[0, 0].numpy() * float(found.scale[0, 0])
+    means = (rows.reshape(300, 4, 6).mean(1) - rows.mean(0)) @ found.directions[1, 0].numpy()
+    of_state = states.max(1)
+    of_sentence = (np.sqrt((states.clip(0) ** 2).mean(1)) + means * float(found.scale[1, 0])) / 2
     for term, scores in enumerate((of_state, of_sentence)):
         assert np.isfinite(float(found.start[term, 0]))
         assert (scores > float(found.start[term, 0]) + 1e-6).sum() == (0, 3)[term]
@@ -215,20 +217,20 @@ def test_a_bank_is_encoded_once_and_a_damaged_one_again(cache: Path, monkeypatch
         calls.append(len(texts))
         return torch.randn(len(texts), 40, 8, generator=torch.Generator().manual_seed(len(texts)))
 
-    first = open_bank(encode, "one encoder")
+    first = open_bank(encode, "one encoder", {})
     assert sum(calls) == len(sentences()) + 1
     calls.clear()
-    again = open_bank(encode, "one encoder")
+    again = open_bank(encode, "one encoder", {})
     assert calls == [1]
     assert torch.equal(again.rows, first.rows)
     (kept,) = (path for path in (cache / "spm-hub" / "banks").iterdir() if load_file(path)["rows"].shape[-1] == 8)
     for damage in (b"", kept.read_bytes()[:-9], b"x" * 100):
         kept.write_bytes(damage)
         calls.clear()
-        assert torch.equal(open_bank(encode, "one encoder").rows, first.rows)
+        assert torch.equal(open_bank(encode, "one encoder", {}).rows, first.rows)
         assert sum(calls) > 1
     calls.clear()
-    open_bank(encode, "another encoder")
+    open_bank(encode, "another encoder", {})
     assert sum(calls) > 1
 
 
