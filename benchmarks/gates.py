@@ -2,8 +2,10 @@
 
     python benchmarks/gates.py            # a minute on one core
 
-The unrelated sentences are made here. Their templates are not those of the general sentences that the calibrated gate
-is calibrated on, and words and neighbours that occur there are left out. All times are CPU times of one thread.
+The unrelated sentences are made here; their words are mostly unknown to the sketchbook. Those of its own world are
+captions of drawings without the concept. Templates of the unrelated ones are not those of the general sentences that
+the calibrated gate is calibrated on, and words and neighbours that occur there are left out. All times are CPU times of
+one thread.
 """
 
 from __future__ import annotations
@@ -25,16 +27,18 @@ from record import record
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.attachment.gates.bank import open_bank, sentences
-from spm_hub.attachment.gates.calibrated import CalibratedGate, PreparedCalibratedGate, calibrate, rarity_of
+from spm_hub.attachment.gates.calibrated import CalibratedGate, PreparedCalibratedGate, calibrate
 from spm_hub.attachment.gates.concept_index import ConceptIndex, EncodedConcept
 from spm_hub.attachment.gates.gate import GatedEraser, Prompts, TextEncoder, TransportGate
 from spm_hub.attachment.gates.name_matcher import NameMatcher, words_of
+from spm_hub.attachment.gates.vocabulary import rarity_of, whole_words
 from spm_hub.attachment.text_encoding import encode_together, encoder_settings, encoders_digest, vocabulary
+from spm_hub.sketchbook.world import drawings
 
 ROOT = Path(__file__).parents[1]
 ERASERS = ("snoopy", "van-gogh", "nudity", "mickey", "spongebob")
 GATES = ("transport", "calibrated")
-SEED, COUNT, ACTING = 1853, 1000, 0.05
+SEED, COUNT, OWN, ACTING = 1853, 1000, 600, 0.05
 NOUNS = """abacus accordion acorn aqueduct armchair artichoke asparagus badger bagpipe banjo barley barometer beehive
 bellows bison blackboard blueberry bookshelf bulldozer buttercup campfire caravan carousel cauliflower cello
 chandelier chimney chisel clarinet cobbler cormorant crane cricket daffodil dandelion donkey dragonfly drawbridge
@@ -96,6 +100,13 @@ def unrelated(generator: random.Random) -> list[str]:
     return list(made)
 
 
+def own_world(adapter: Adapter) -> list[str]:
+    """Make captions of the sketchbook's drawings that do not show an eraser's concept."""
+    target = adapter.manifest.concept.target
+    rows = drawings(OWN, torch.Generator().manual_seed(SEED))
+    return [caption for drawing, _, caption in rows if target not in (drawing.subject, drawing.style)]
+
+
 def spellings(adapter: Adapter, generator: random.Random) -> dict[str, list[str]]:
     """Make the spellings of an eraser's names, by kind."""
     concept = adapter.manifest.concept
@@ -136,14 +147,17 @@ def on_the_sketchbook(pipe: Any) -> dict[str, Any]:
     neighbours = [name for name in NEIGHBOURS if not general_words() & set(words_of(name))]
     near = [frame.format(name) for name in neighbours for frame in AROUND_NEIGHBOURS]
     spelt = {adapter.name: spellings(adapter, generator) for adapter in adapters}
+    own = {adapter.name: own_world(adapter) for adapter in adapters}
     found: dict[str, Any] = {
         "sentences": len(elsewhere), "first_sentences": elsewhere[:8], "acting_above": ACTING,
+        "own_world": {name: len(texts) for name, texts in own.items()},
         "neighbours": neighbours, "frames": list(FRAMES), "spellings": spelt, "gates": {},
     }  # fmt: skip
     for gate in GATES:
         with spm_hub.attach(pipe, adapters, gate=gate) as erasers:
             gammas = [erasers.gates(text) for text in elsewhere]
             beside = [erasers.gates(text) for text in near]
+            at_home = {name: [erasers.gates(text)[name] for text in texts] for name, texts in own.items()}
             named = {
                 name: {
                     kind: [erasers.gates(frame.format(text))[name] for text in texts for frame in FRAMES]
@@ -156,6 +170,7 @@ def on_the_sketchbook(pipe: Any) -> dict[str, Any]:
             "any_acts_on_unrelated": share([max(one.values()) > ACTING for one in gammas]),
             "all_exactly_0_on_unrelated": share([not any(one.values()) for one in gammas]),
             "mean_sum_on_unrelated": round(statistics.mean(sum(one.values()) for one in gammas), 4),
+            "acts_on_own_world": {name: share([one > ACTING for one in each]) for name, each in at_home.items()},
             "acts_on_neighbours": {name: share([one[name] > ACTING for one in beside]) for name in ERASERS},
             "named": {
                 name: {
@@ -212,12 +227,13 @@ def latency(words: dict[str, int]) -> list[dict[str, Any]]:
                     torch.randn(1, tokens, width, generator=generator))
             for k in range(20)
         ]  # fmt: skip
-        bank = open_bank(encoder.encode, f"random {tokens} {width}")
+        bank = open_bank(encoder.encode, f"random {tokens} {width}", words)
         nothing = torch.zeros(len(bank.texts), dtype=torch.bool)
         start = time.process_time()
         calibrations = calibrate([[name] for name in names[:100]], encoder.encode, bank, [nothing] * 100)
         calibrated_in = time.process_time() - start
-        matcher = NameMatcher(names, rarity_of(words), lambda word: word in words)
+        known = whole_words(words)
+        matcher = NameMatcher(names, rarity_of(known, len(words)), known.__contains__)
         calibrated = PreparedCalibratedGate(matcher, range(erasers), calibrations * (erasers // 100))
         concepts = ConceptIndex(
             tuple(
@@ -245,13 +261,13 @@ def calibration(pipe: Any, count: int = 100) -> dict[str, Any]:
         vocabulary(pipe),
     )
     start = time.process_time()
-    open_bank(encoder.encode, encoder.digest())
+    bank = open_bank(encoder.encode, encoder.digest(), encoder.vocabulary)
     encoded = time.process_time()
     erasers = [GatedEraser(name, (name,), {}, {}) for name in invented_names(count, random.Random(SEED))]
     CalibratedGate().prepare(encoder, erasers)
     end = time.process_time()
     return {
-        "erasers": count, "bank_sentences": len(sentences()),
+        "erasers": count, "bank_sentences": len(bank.texts), "bank_general": bank.general,
         "seconds_to_encode_the_bank": round(encoded - start, 2), "seconds_to_calibrate": round(end - encoded, 2),
     }  # fmt: skip
 
@@ -265,6 +281,9 @@ if __name__ == "__main__":
         numbers = {
             "calibration": calibration(pipe),
             **on_the_sketchbook(pipe),
+            # Gammas depend on nothing else of a checkpoint.
+            "chalk_has_the_same_text_encoder": encoders_digest(spm_hub.load_pipeline("sketchbook-chalk"))
+            == encoders_digest(pipe),
             "latency": latency(dict(vocabulary(pipe))),
         }
     record("gates", numbers, seeds={"sentences and spellings": SEED, "random states": SEED})

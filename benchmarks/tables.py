@@ -204,12 +204,14 @@ def registry(numbers: dict[str, Any]) -> str:
 def gates(numbers: dict[str, Any]) -> str:
     each = numbers["gates"]
     erasers = next(iter(each.values()))["acts_on_unrelated"]
+    sets = {
+        "unrelated": "acts_on_unrelated", "own world": "acts_on_own_world", "neighbours": "acts_on_neighbours"
+    }  # fmt: skip
     rows = [
-        [f"`{name}`", *(_share(found[over][name]) for over in ("acts_on_unrelated", "acts_on_neighbours")
-                        for found in each.values())]
+        [f"`{name}`", *(_share(found[key][name]) for key in sets.values() for found in each.values())]
         for name in erasers
-    ]  # fmt: skip
-    head = ["eraser", *(f"{over}, `{gate}`" for over in ("unrelated", "neighbours") for gate in each)]
+    ]
+    head = ["eraser", *(f"{over}, `{gate}`" for over in sets for gate in each)]
     kinds = ("name", "alias", "plural", "possessive", "joined", "misspelt once")
 
     def spelt(found: dict[str, Any], kind: str) -> str:
@@ -236,14 +238,16 @@ def gates(numbers: dict[str, Any]) -> str:
     by_spelling = _table(["spelling", *(f"`{gate}`" for gate in each)], spelling_rows)
     return (
         f"{_table(head, rows)}\n\nShare of sentences on which an eraser acts (gamma above {numbers['acting_above']}): "
-        f"{numbers['sentences']:,} unrelated ones, and sentences about {len(numbers['neighbours'])} neighbours (other "
-        f"characters, painters, people). Mean sum of the five gammas on the unrelated ones: {sums}.\n\n"
+        f"{numbers['sentences']:,} unrelated ones, whose words the sketchbook mostly does not know; at least "
+        f"{min(numbers['own_world'].values()):,} captions of its drawings without the concept; and sentences about "
+        f"{len(numbers['neighbours'])} neighbours (other characters, painters, people). Mean sum of the five gammas on "
+        f"the unrelated ones: {sums}.\n\n"
         f"{by_spelling}\n\n"
         "Share of the sentences with a name, so spelt, on which its eraser has gamma 0.9 or more (mean gamma); all "
         f"erasers, names and {len(numbers['frames'])} templates that are not those of the calibration.\n\nCPU time of "
         f"one thread. Gates of one prompt after the text encoder: {asked}. Calibration of {once['erasers']} erasers on "
         f"the sketchbook, their names' encoding included: {once['seconds_to_calibrate']:.2g} s, beside "
-        f"{once['seconds_to_encode_the_bank']:.2g} s, once, for the {once['bank_sentences']:,} general sentences; "
+        f"{once['seconds_to_encode_the_bank']:.2g} s, once, for the bank's {once['bank_sentences']:,} sentences; "
         f"directions and ramps alone: {apart}.\n{_about(numbers, 'gates')}"
     )
 

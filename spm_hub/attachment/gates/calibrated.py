@@ -40,12 +40,12 @@ FRAMES = (
     "my {}",
 )  # fmt: skip
 """Sentences in which a concept's states are looked for."""
-_ACTING = {"state": (0.001, 0.001), "sentence": (0.010, 0.002)}
+_ACTING = {"state": (0.001, 0.001), "sentence": (0.015, 0.002)}
 """Share of the general sentences, and of those of the tokenizer's words, on which each term of an eraser may act.
 
 Sentences that mention the concept do not count.
 """
-_RAMP = 0.06
+_RAMP = 0.02
 """Where the ramp ends: a share of the way from what general sentences reach to the name itself."""
 _ROUNDS, _STATES = 4, 2
 """How often the states that carry a name are chosen again, and how many of a sentence."""
@@ -80,10 +80,13 @@ def calibrate(
     """
     found = [_directions(names, encode, bank) for names in concepts]
     # At once for all: reading the bank takes longer than the products, which are exact.
-    products = bank.products(torch.cat([directions[0] for directions, _ in found]))
-    parts = zip(*(one.split([len(names) for names in concepts], dim=1) for one in products), strict=True)
+    greatest, typical = bank.products(torch.cat([directions[0] for directions, _ in found]))
+    counts = [len(names) for names in concepts]
     return [
-        _ramps_between(*pair, *part, bank, mentioned) for pair, part, mentioned in zip(found, parts, about, strict=True)
+        _ramps_between(*pair, high, usual, bank, mentioned)
+        for pair, high, usual, mentioned in zip(
+            found, greatest.split(counts, dim=1), typical.split(counts, dim=1), about, strict=True
+        )
     ]
 
 

@@ -171,14 +171,14 @@ def test_the_direction_is_fishers_discriminant_written_out_in_numpy() -> None:
         products = np.array([rows.mean(0), name[0, 0].numpy()]) @ found.directions[term, 0].numpy()
         scores = (products - float(found.centre[term, 0])) * float(found.scale[term, 0])
         np.testing.assert_allclose(scores, [0, 1], atol=1e-3)
-    # Of 300 sentences none has a greater score than the beginning of the state's ramp, and three than the sentence's.
+    # Of 300 sentences none has a greater score than the beginning of the state's ramp, and four than the sentence's.
     states = (rows.reshape(300, 4, 6) - rows.mean(0)) @ found.directions[0, 0].numpy() * float(found.scale[0, 0])
     means = (rows.reshape(300, 4, 6).mean(1) - rows.mean(0)) @ found.directions[1, 0].numpy()
     of_state = states.max(1)
     of_sentence = (np.sqrt((states.clip(0) ** 2).mean(1)) + means * float(found.scale[1, 0])) / 2
     for term, scores in enumerate((of_state, of_sentence)):
         assert np.isfinite(float(found.start[term, 0]))
-        assert (scores > float(found.start[term, 0]) + 1e-6).sum() == (0, 3)[term]
+        assert (scores > float(found.start[term, 0]) + 1e-6).sum() == (0, 4)[term]
 
 
 def test_a_share_of_sentences_is_that_of_all_names_together() -> None:
