@@ -67,10 +67,10 @@ class Bank:
         return _inverse_covariance(self.means)
 
     def products(self, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Compare the rows of each sentence with directions: (sentences, directions) each.
+        """Return the products of the rows of each sentence with directions, summed up in two ways.
 
-        The first result is the greatest product of a row, the second is `root_mean_square` of the products that exceed
-        the bank's mean. directions: (directions, d_text), float64, in fixed point (`unit_rows`): sums are exact.
+        Both are (sentences, directions). The first is the greatest product of a row, the second is `root_mean_square` of the products that exceed the
+        bank's mean. directions: (directions, d_text), float64, in fixed point (`unit_rows`): sums are exact.
         """
         greatest, typical = [], []
         centre = directions @ self.mean

@@ -110,7 +110,7 @@ def _directions(names: Sequence[str], encode: Encode, bank: Bank) -> tuple[Tenso
 def _ramps_between(
     directions: Tensor, top: Tensor, greatest: Tensor, typical: Tensor, bank: Bank, about: Tensor
 ) -> Calibration:
-    """Return a concept's calibration: its ramps are between what other sentences reach and its names.
+    """Return a concept's calibration: its ramps begin beyond the scores of sentences without its names.
 
     greatest, typical: (sentences, names), the bank's products with the directions for single states.
     """
