@@ -69,8 +69,9 @@ class Bank:
     def products(self, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the products of the rows of each sentence with directions, summed up in two ways.
 
-        Both are (sentences, directions). The first is the greatest product of a row, the second is `root_mean_square` of the products that exceed the
-        bank's mean. directions: (directions, d_text), float64, in fixed point (`unit_rows`): sums are exact.
+        The first is the greatest product of a row, the second is `root_mean_square` of the products that exceed the
+        bank's mean, both (sentences, directions). directions: (directions, d_text), float64, in fixed point
+        (`unit_rows`): sums are exact.
         """
         greatest, typical = [], []
         centre = directions @ self.mean
