@@ -27,7 +27,7 @@ sketchbook: see [benchmarks](benchmarks.md). The settings of the papers, for Sta
 HOW = """
 ## How to choose
 
-Take `spm` unless there is a reason not to: `uce` for an answer at once, `sepme` for several concepts or for prompts
+Take `spm` unless there is a reason not to: `instant` for an eraser at once, `sepme` for several concepts or for prompts
 that must not change, `race-spm` against attackers, `ca` if something definite is to take the concept's place,
 `minimalist` for few-step models. The others are there for comparisons.
 """
@@ -49,6 +49,13 @@ def keys(method: Method) -> str:
     return ", ".join(f"`{key}.*`" if key in whole else f"`{key}`" for key in sorted(method.uses))
 
 
+def options(method: Method) -> list[str]:
+    """Return lines about the keys of the method's own, if it has any."""
+    fields = {} if method.options is None else method.options.model_fields
+    about = [f"  - `options.{name}` ({plain(field.default)}): {field.description}." for name, field in fields.items()]
+    return ["- **Keys of its own, with their defaults.**", *about] if about else []
+
+
 def section(method: Method) -> str:
     preset = yaml.safe_dump(plain(method.preset), sort_keys=False, default_flow_style=None, width=100).strip()
     lines = [
@@ -60,6 +67,7 @@ def section(method: Method) -> str:
         f"- **Cost.** {method.cost}",
         f"- **Harm.** {method.harm}",
         f"- **Recipe keys it reads.** {keys(method)}",
+        *options(method),
         f"- **Example.** `spmhub train snoopy --method {method.name}`",
     ]
     if not method.preset:

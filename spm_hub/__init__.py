@@ -271,7 +271,7 @@ def train(
 ) -> "Adapter | tuple[Adapter, ...]":
     """Train an eraser of a concept and return it; of several concepts, one eraser each.
 
-    concept: what to erase, in words; a Recipe; or a list of concepts, which "sepme" and "uce" train jointly.
+    concept: what to erase, in words; a Recipe; or a list of concepts, which "instant", "sepme" and "uce" train jointly.
     model, config: the base model to load, as in `load_pipeline`; default: the recipe's, else the sketchbook.
     method: how to erase, "spm" unless given; `spmhub methods` lists all.
     device, dtype: where and in which precision to train, such as "cuda" and torch.bfloat16; default: a GPU if there

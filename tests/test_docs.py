@@ -142,7 +142,7 @@ def run(page: str, command: Command) -> None:
 
 def short(arguments: list[str]) -> tuple[str, ...]:
     """Return the options that cut a command short; a recipe that a method does not read would be refused."""
-    closed_form = "uce" in arguments
+    closed_form = not {"instant", "uce"}.isdisjoint(arguments)
     return () if closed_form else SHORT.get(arguments[0], ())
 
 

@@ -123,6 +123,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "minimalist": {"steps": 2, "batch_size": 2, "x_t": {"steps": 2}, "masks": {"prompts": 2}},
     "sepme": {**PREDICTION, "templates": False, "stop": {"below": None}},
     "uce": {},
+    "instant": {"options": {"sentences": 8, "held": 8}},
 }
 
 

@@ -222,21 +222,35 @@ def cross_attention_of(unet: nn.Module, states: torch.Tensor) -> list[torch.Tens
         {"method": "esd-x-strict", "increment": {"kind": "low_rank", "rank": 3}, "protection": {"separable": True}},
         {"method": "spm", "increment": {"modules": "esd-x-strict"}, "protection": {"separable": True}},
         {"method": "uce", "protection": {"separable": True}},
+        {"method": "instant", "protection": {"separable": True}},
         {"method": "esd-x-strict", "increment": {"kind": "null_space"}},
         *(
             {"method": "esd-x-strict", "increment": {"kind": kind, "rank": 4}, "protection": {"separable": True}}
             for kind in ("loha", "lokr", "vera", "dora")
         ),
     ],
-    ids=["null_space", "dense", "low_rank", "spm", "uce", "esd in null_space", "loha", "lokr", "vera", "dora"],
+    ids=[
+        "null_space",
+        "dense",
+        "low_rank",
+        "spm",
+        "uce",
+        "instant",
+        "esd in null_space",
+        "loha",
+        "lokr",
+        "vera",
+        "dora",
+    ],
 )
 def test_protected_prompts_keep_their_cross_attention_under_every_increment(values: dict[str, object]) -> None:
     held = ["mickey mouse", "a painting by van gogh"]
-    own = {"steps": 8, "batch_size": 4, "x_t": SMALL["x_t"]} if values.get("method", "sepme") != "uce" else {}
+    closed = values.get("method") in ("instant", "uce")
+    own = {} if closed else {"steps": 8, "batch_size": 4, "x_t": SMALL["x_t"]}
     if "method" not in values:
         own = {key: value for key, value in SMALL.items() if key != "target"}
     plan = Recipe.make(**{"target": "snoopy", **own, **values}).with_set(
-        f"protection.prompts={held}", *([] if values.get("method") == "uce" else ["optimiser.lr=0.05"])
+        f"protection.prompts={held}", *([] if closed else ["optimiser.lr=0.05"])
     )
     if "method" not in values:
         plan = plan.with_set("optimiser.lr=10")

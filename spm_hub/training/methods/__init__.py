@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from spm_hub.plugins import plugins
-from spm_hub.training.methods import ca, esd, fmn, minimalist, race, sdd, sepme, spm, uce
+from spm_hub.training.methods import ca, esd, fmn, instant, minimalist, race, sdd, sepme, spm, uce
 from spm_hub.training.methods.method import Method
 
 __all__ = ["METHODS", "Method", "all_methods", "find_method"]
@@ -14,6 +14,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         spm.METHOD,
+        instant.METHOD,
         *race.METHODS,
         *esd.METHODS,
         minimalist.METHOD,

@@ -1,0 +1,299 @@
+"""Instant: an eraser computed from text states alone, in closed form.
+
+No prediction of the denoiser is made. Keys and values of cross-attention are linear in the text states. So an increment
+can be computed that moves those of a concept's sentences to those of its surrogate, and all others as little as
+possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from spm_hub.errors import RecipeError
+from spm_hub.training.loop.closed_form import ClosedForm
+from spm_hub.training.methods.method import Method
+from spm_hub.training.recipe.schema import NonBlank, RecipePart
+from spm_hub.training.recipe.validation import refuse_erased
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from spm_hub.adapters.increments import LowRank
+    from spm_hub.training.base_model import TeacherModel
+    from spm_hub.training.conditioning import Conditioning
+    from spm_hub.training.loop.run import Task
+    from spm_hub.training.recipe.fields import RecipeFields
+
+_AT_ONCE = 64  # prompts, whose states are in memory together in float64
+_SPARE, _MOST_ROUNDS, _CONVERGED = 8, 500, 1e-12  # of the subspace iteration
+_MOST_DRAWS = 4  # for each sentence wanted, as the same one may be drawn twice
+
+
+class Options(RecipePart):
+    """The settings of the closed form."""
+
+    reach: float = Field(
+        default=1.0,
+        gt=0,
+        description="share of the way to the surrogate's that keys and values of new sentences about the concept go",
+    )
+    sentences: int = Field(default=200, ge=1, description="about the concept, to compute the increment from")
+    held: int = Field(default=800, ge=1, description="sentences about everything else, whose keys and values are kept")
+    hold: float = Field(default=4.0, gt=0, description="weight of keeping these, against 1 for the concept's")
+    keep: tuple[NonBlank, ...] = Field(
+        default=(), description="further prompts to keep, as much as all others together"
+    )
+    ridge: float = Field(
+        default=1e-4, gt=0, description="weight of keeping every direction, as a share of the states' mean square"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Means over all tokens of n prompts with states t and goals g, each (d_text,), in float64.
+
+    second: of t t^T.  pull: of (g - t) t^T.  gap: of (g - t) (g - t)^T.  All are (d_text, d_text).
+    """
+
+    second: Tensor
+    pull: Tensor
+    gap: Tensor
+
+
+def nearest(weight: Tensor, pull: Tensor, metric: Tensor, rank: int) -> LowRank:
+    """Return the increment X of that rank that brings W t nearest to W g, and moves other states least.
+
+    weight: W (out, d_text).  pull: the mean of (g - t) t^T.  metric: M, positive definite, the weighted sum of t t^T
+    over the concept's states and of a a^T over all states to keep.
+
+    Among all matrices W pull M^-1 minimises mean |X t - W (g - t)|^2 + mean |X a|^2, with the weights in M. For any
+    other X the sum is greater by |(X - W pull M^-1) M^(1/2)|^2, so that the best one of a rank has the leading singular
+    vectors of W pull M^(-1/2) (Eckart and Young 1936). Returns float64.
+    """
+    import torch
+
+    from spm_hub.adapters.increments import LowRank
+
+    root = torch.linalg.cholesky(metric)
+    whole = torch.linalg.solve_triangular(root, (weight.to(pull) @ pull).T, upper=False).T
+    left = _leading(whole, min(rank, *whole.shape))
+    right = torch.linalg.solve_triangular(root.T, (left.T @ whole).T, upper=True).T
+    return LowRank(right.contiguous(), left.contiguous())
+
+
+def _leading(matrix: Tensor, rank: int) -> Tensor:
+    """Return the leading left singular vectors of `matrix` (m, n) as (m, rank).
+
+    By subspace iteration from a fixed start: for one vector of a wide matrix a whole SVD would take a thousand times
+    as long.
+    """
+    import torch
+
+    few = min(rank + _SPARE, *matrix.shape)
+    start = torch.randn((matrix.shape[1], few), dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
+    basis: Tensor = torch.linalg.qr(matrix @ start.to(matrix.device)).Q
+    before = torch.zeros(rank, dtype=matrix.dtype, device=matrix.device)
+    for _ in range(_MOST_ROUNDS):
+        basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+        turned, values, _ = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+        if bool((values[:rank] - before).abs().max() <= _CONVERGED * values[0]):
+            break
+        before = values[:rank]
+    found: Tensor = basis @ turned[:, :rank]
+    return found
+
+
+def solve(task: Task) -> dict[str, LowRank]:
+    """Return the increments on `modules`, float64 on the CPU.
+
+    With `together` each concept's increment also keeps the other concepts' keys and values.
+    Raises RecipeError where modules read more than the text encoder's states, a weight is quantised, or the text
+    encoder makes the same of the concept as of its surrogate.
+    """
+    import torch
+
+    from spm_hub.adapters.increments import LowRank
+    from spm_hub.models.architectures import weight_of
+
+    recipe, base, chosen = task.recipe, task.base, _options(task.recipe)
+    _check_modules(base.denoiser, task.modules)
+    with torch.no_grad():
+        sentences, unseen = sentences_of(task)
+        concept, new = (_moments(base, texts, _goals(task, texts)) for texts in (sentences, unseen))
+        metric = concept.second + chosen.hold * _kept(task)
+        metric.diagonal().add_(chosen.ridge * metric.diagonal().mean())
+        found: dict[str, LowRank] = {}
+        gone = whole = 0.0
+        for path, module in task.modules.items():
+            weight = weight_of(module).to(metric)
+            found[path] = one = nearest(weight, concept.pull, metric, recipe.increment.rank)
+            gone += float((one.up.T @ weight @ new.pull @ one.down.T).trace())
+            whole += float(((weight @ new.gap) * weight).sum())
+        if not 0 < gone < float("inf"):
+            raise RecipeError(
+                f"the text encoder makes nothing of {recipe.target!r} that tells it from {recipe.surrogate!r}: there "
+                "is nothing to erase",
+                mend="another name for the concept, or --method spm",
+            )
+        share = chosen.reach * whole / gone
+        return {path: LowRank(one.down, share * one.up).to(device="cpu") for path, one in found.items()}
+
+
+def _options(recipe: RecipeFields) -> Options:
+    chosen = recipe.options
+    assert isinstance(chosen, Options), "checked by the recipe"
+    return chosen
+
+
+def sentences_of(task: Task) -> tuple[list[str], list[str]]:
+    """Return the sentences about the concept to compute with, its names first, and others to judge by."""
+    from spm_hub.training.data.sampling import generator_for
+
+    prompts, count = task.prompts, _options(task.recipe).sentences
+    generator = generator_for(task.recipe.seed, 5, 0)
+    drawn = (prompts.target(generator) for _ in range(_MOST_DRAWS * count))
+    different = list(dict.fromkeys((*prompts.names, *drawn)))[: count + max(1, count // 4)]
+    return different[:count], different[count:] or different
+
+
+def _goals(task: Task, texts: Sequence[str]) -> list[str]:
+    """Return for each sentence the prompt whose keys and values it is to get.
+
+    It is the same sentence with the surrogate in the concept's place, or the empty prompt where there is no surrogate.
+    """
+    surrogate = task.recipe.surrogate
+    return [task.prompts.without(text, surrogate) if surrogate else "" for text in texts]
+
+
+def _moments(base: TeacherModel, texts: Sequence[str], goals: Sequence[str]) -> Moments:
+    """Return the moments of sentences whose goals are other prompts, token by token."""
+    import torch
+
+    sums: list[Tensor] = []
+    tokens = 0
+    for start in range(0, len(texts), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        # Zeros, which SDXL receives for no prompt, would turn a concept into nothing at all.
+        given, wanted = (base.encode(list(of[part]), literally=True) for of in (texts, goals))
+        keep, ends = _counted(given), _counted(wanted).sum(1) - 1
+        # A goal with fewer tokens repeats its last one.
+        at = torch.minimum(torch.arange(keep.shape[1], device=ends.device), ends[:, None])
+        goal = torch.take_along_dim(wanted.states, at[..., None], 1)[keep].double()
+        states = given.states[keep].double()
+        gap, tokens = goal - states, tokens + len(states)
+        products = [states.T @ states, gap.T @ states, gap.T @ gap]
+        sums = [one + other for one, other in zip(sums, products, strict=True)] if sums else products
+    return Moments(*(one / tokens for one in sums))
+
+
+def _counted(rows: Conditioning) -> Tensor:
+    """Return which tokens attention reads, (prompts, tokens) of booleans."""
+    import torch
+
+    if rows.mask is None:
+        return torch.ones(rows.states.shape[:2], dtype=torch.bool, device=rows.states.device)
+    return rows.mask.bool()
+
+
+def _kept(task: Task) -> Tensor:
+    """Return the mean of a a^T (d_text, d_text) over the states a of everything that is kept.
+
+    Of the sentences about everything else, those near to the concept weigh most, as in latent anchoring.
+    """
+    from spm_hub.training.data.anchors import anchor_weights
+
+    recipe, base = task.recipe, task.base
+    target = base.encode([recipe.target]).states[0]
+    others = [text for text in everything_else(task) if not task.prompts.mentions_concept(text)]
+    weights = []
+    for start in range(0, len(others), _AT_ONCE):
+        states = base.encode(others[start : start + _AT_ONCE], literally=True).states
+        weights += anchor_weights(states, target, recipe.anchoring.alpha).tolist()
+    mean = _second(base, others, weights)
+    company = [name for one in recipe.together for name in (one.target, *one.aliases)]
+    if named := [*_options(recipe).keep, *company]:
+        mean = mean + _second(base, named, [1.0] * len(named))
+    return mean
+
+
+def everything_else(task: Task) -> list[str]:
+    """Return sentences of every kind, the empty one first; they are the same for every concept."""
+    from spm_hub.training.data.prompts import PromptMaker
+    from spm_hub.training.data.sampling import generator_for
+
+    maker = PromptMaker((), task.recipe.kind, task.prompts.words, task.prompts.vocabulary)
+    generator, count = generator_for(task.recipe.seed, 6, 0), _options(task.recipe).held
+    return list(dict.fromkeys(["", *(maker.anchor(generator) for _ in range(_MOST_DRAWS * count))]))[:count]
+
+
+def _second(base: TeacherModel, texts: Sequence[str], weights: Sequence[float]) -> Tensor:
+    """Return the weighted mean over the prompts of the mean of a a^T over their tokens a, float64."""
+    import torch
+
+    total: Tensor | None = None
+    for start in range(0, len(texts), _AT_ONCE):
+        rows = base.encode(list(texts[start : start + _AT_ONCE]), literally=True)
+        counted = _counted(rows)
+        share = torch.tensor(weights[start : start + _AT_ONCE], dtype=torch.float64, device=counted.device)
+        each = (counted * (share / counted.sum(1))[:, None])[counted]
+        states = rows.states[counted].double()
+        product = states.T @ (states * each[:, None])
+        total = product if total is None else total + product
+    assert total is not None, "there are prompts to keep"
+    return total / sum(weights)
+
+
+def _check_modules(denoiser: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    from spm_hub.models.architectures import weight_of
+    from spm_hub.training.protection import modules_reading_more
+
+    if more := modules_reading_more(denoiser, modules):
+        raise RecipeError(
+            f"method 'instant' computes with what modules make of the text encoder's states: {more[0]} ({len(more)} of "
+            f"{len(modules)} modules) reads something else",
+            mend="--method spm, or a model with cross-attention (SD 1, SD 2, SDXL)",
+        )
+    if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
+        raise RecipeError(f"method 'instant' cannot read {path}: it is quantised", mend="--method esd-x")
+
+
+def check(recipe: RecipeFields) -> None:
+    """Refuse prompts to keep that are to be erased."""
+    refuse_erased(recipe, "options.keep", _options(recipe).keep)
+
+
+def check_model(recipe: RecipeFields, denoiser: nn.Module) -> None:
+    """Raise RecipeError for a denoiser whose chosen modules read more than the text encoder's states."""
+    from spm_hub.training.trainable.module_selection import select_modules
+
+    _check_modules(denoiser, select_modules(denoiser, recipe.increment.modules))
+
+
+METHOD = Method(
+    name="instant",
+    title="Instant, SPM's increment in closed form",
+    paper="spm-hub; it solves for keys and values what SPM (CVPR 2024, arXiv 2312.16145) trains by predictions",
+    summary="Computes a rank 1 increment of keys and values from text states alone: an eraser in seconds.",
+    cost="Seconds on the sketchbook; no training loop, and no prediction of the denoiser.",
+    harm="Without a gate, relatives of the concept change too; `spmhub eval` shows which.",
+    preset={"objective": {"name": "instant"}, "increment": {"modules": "esd-x-strict"}},
+    trains=ClosedForm(solve),
+    uses=frozenset({"anchoring.alpha", "increment.rank", "increment.dtype", "protection", "together"}),
+    instead={
+        "*": "it is a closed form, without a training loop",
+        "objective.eta": "options.reach is how far it goes",
+        "anchoring": "options.held, options.hold and options.keep say what it keeps",
+        "increment": "it gives a low_rank increment of increment.rank on keys and values of cross-attention",
+        "increment.modules": "it changes keys and values of cross-attention, 'esd-x-strict', only",
+        "closed_form": "its settings are options.reach, sentences, held, hold, keep and ridge",
+    },
+    options=Options,
+    together=lambda recipe: True,
+    joins=lambda runs: runs[0],
+    check=check,
+    check_model=check_model,
+)
