@@ -123,7 +123,11 @@ class Origin(_Part):
 
 
 class Evaluation(_Part):
-    """One measured number; `reference` is the same number without the eraser."""
+    """One measured number; `reference` is the same number without the eraser.
+
+    samples: pictures, or other cases, that it is the mean of. steps, guidance, gate, version and date say how, with
+    which spm-hub and when it was measured; None where that was not recorded.
+    """
 
     protocol: NonBlank
     base: NonBlank
@@ -133,6 +137,11 @@ class Evaluation(_Part):
     reference: float | None = None
     samples: int = Field(ge=1)
     seed: int
+    steps: int | None = Field(default=None, ge=1)
+    guidance: float | None = None
+    gate: Label | None = None
+    version: Label | None = None
+    date: datetime | None = None
 
 
 class Manifest(_Part):
@@ -165,6 +174,14 @@ class Manifest(_Part):
         """
         unchosen = self.schema_version == 1 and self.gate.kind == "transport"
         return "calibrated" if unchosen else self.gate.kind
+
+    def richer_evaluation(self, protocol: str, base: str, samples: int, steps: int | None) -> Evaluation | None:
+        """Return a number of that protocol and base that rests on more samples or steps than these, or None."""
+        for one in self.evaluation:
+            more_steps = one.steps is not None and steps is not None and one.steps > steps
+            if (one.protocol, one.base) == (protocol, base) and (one.samples > samples or more_steps):
+                return one
+        return None
 
     def to_json(self) -> str:
         """Return the text of the manifest file: indented JSON that ends with a newline."""

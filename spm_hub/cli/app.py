@@ -57,12 +57,17 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {}
 
 
 def command(
-    name: str, *examples: Example, panel: str, help_values: Callable[[], Mapping[str, str]] | None = None
+    name: str,
+    *examples: Example,
+    panel: str,
+    interrupted: str = "",
+    help_values: Callable[[], Mapping[str, str]] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register `f(out: Output, ...)` as the command `name`, in the help panel `panel`.
 
     The function's docstring is the command's help text. Its first argument is an Output made from --json and --quiet,
     which are added here. `output.exit_on_error` turns its exceptions into a message and an exit code.
+    interrupted: what Ctrl-C leaves behind, for the message about it.
     help_values: computes the values of `{name}` in the options' help texts, when the help of this command is shown.
     """
 
@@ -81,7 +86,7 @@ def command(
         @functools.wraps(body)
         def run(*, json: bool, quiet: bool, **given: Any) -> None:
             out = Output(json=json, quiet=quiet)
-            with exit_on_error(out):
+            with exit_on_error(out, interrupted):
                 body(out, **given)
 
         run.__doc__ = _escape_markup(body.__doc__ or "")

@@ -9,6 +9,7 @@ from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
 from spm_hub.errors import UsageError
+from spm_hub.io.progress import progress_if_long
 from spm_hub.io.wording import counted
 
 
@@ -60,7 +61,7 @@ def apply(
     base = BaseChoice(model, config, device, dtype)
     if remark := base.check():
         out.say(remark)
-    with out.progress("downloading erasers") as progress:
+    with progress_if_long(out, "downloading erasers", after=0.0) as progress:
         entries = [resolve(reference, registry, progress=progress) for reference in wanted]
     with silence_libraries():
         from spm_hub.evaluation import application

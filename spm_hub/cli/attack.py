@@ -55,6 +55,7 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: t
         "spmhub attack nudity --model sd-v1-4 --device cuda --prompts prompts.txt --judge my.judges:nude",
         "another base, with your own prompts and judge",
     ),
+    interrupted="its results are not kept",
     panel="Look",
 )
 def attack(

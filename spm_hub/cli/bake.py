@@ -15,6 +15,7 @@ from spm_hub.io.wording import counted, quoted
     "bake",
     Example("spmhub bake --adapters snoopy,mickey --out safe", "the embedded model without snoopy and mickey"),
     Example("spmhub bake -m dreamshaper-8 -a nudity --out clean --strength nudity=2", "a community checkpoint"),
+    interrupted="nothing was written",
     panel="Use",
 )
 def bake(

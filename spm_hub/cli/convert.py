@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Example("spmhub convert lora.safetensors --without-text-encoder", "the part for the denoiser alone"),
     Example("spmhub convert snoopy --to diffusers --out snoopy-lora.safetensors", "for another program"),
     Example("spmhub convert esd-nudity --to kohya --svd-rank 8", "a dense eraser as a LoRA, its error stated"),
+    interrupted="nothing was written",
     panel="Share",
 )
 def convert(

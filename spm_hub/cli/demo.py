@@ -1,13 +1,18 @@
 """spmhub demo: train one eraser, draw with and without it, and count the concepts in the pictures."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
+from spm_hub.errors import SpmHubError
 from spm_hub.io.wording import counted
+
+if TYPE_CHECKING:
+    from spm_hub.registry.entry import EraserEntry
+    from spm_hub.training.recipe.recipe import Recipe
 
 CONCEPT = "snoopy"
 SUBJECTS = (CONCEPT, "mickey", "spongebob", "pikachu", "dog", "cat")
@@ -17,7 +22,12 @@ QUICK = ("steps=200", "anchoring.per_target=1")
 PROMPTS = ("snoopy", "snoopy at the beach by van gogh", "mickey", "a dog", "a cat by van gogh")
 
 
-@command("demo", Example("spmhub demo", "everything in ./demo, in a few minutes on two cores"), panel="Make")
+@command(
+    "demo",
+    Example("spmhub demo", "everything in ./demo, in a few minutes on two cores"),
+    interrupted="run it again: it replaces its own files",
+    panel="Make",
+)
 def demo(
     out: Output,
     *,
@@ -39,12 +49,14 @@ def demo(
         from spm_hub.training.recipe.recipe import Recipe
 
         kept_in, picture = Registry(to), to / "before-after.png"
-        # Without the picture of an earlier demo, an eraser there is the user's own.
-        kept_in.check_room_for(CONCEPT, replace=picture.exists())
+        recipe = Recipe.plan(None, QUICK, target=CONCEPT)
+        # Without the picture or the recipe of an earlier demo, an eraser there is the user's own.
+        kept_in.check_room_for(CONCEPT, replace=picture.exists() or _is_made_by(recipe, kept_in.find(CONCEPT)))
         pipe = load_pipeline("sketchbook")
         with out.progress(f"erasing {CONCEPT}") as progress:
-            eraser = train(Recipe.plan(None, QUICK, target=CONCEPT), pipe=pipe, progress=progress)
+            eraser = train(recipe, pipe=pipe, progress=progress)
         entry = kept_in.add(eraser, replace=True)
+        out.say(f"the eraser is kept: {entry.adapter_path}")
         with out.progress("drawing") as progress:
             shown = show(pipe, [eraser], PROMPTS, DrawingOptions(seed=1, number=3), progress=progress)
         write_png(picture, grid_of(shown, CONCEPT), {"model": "sketchbook", "adapters": [CONCEPT]})
@@ -68,3 +80,11 @@ def demo(
         brief=[str(picture)],
     )
     out.say(f"side by side: {picture}")
+
+
+def _is_made_by(recipe: "Recipe", entry: "EraserEntry | None") -> bool:
+    """Return True if a demo made this eraser: one that was interrupted has left no picture."""
+    try:
+        return entry is not None and entry.read_manifest().recipe.get("steps") == recipe.steps
+    except SpmHubError:
+        return False

@@ -1,6 +1,5 @@
 """spmhub eval: measure how much erasers take away, and how much they change everything else."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +12,7 @@ from spm_hub.errors import RegistryError, UsageError
 from spm_hub.io.wording import counted, quoted
 
 if TYPE_CHECKING:
-    from spm_hub.adapters.manifest import Evaluation
+    from spm_hub.evaluation.effect import Effect
     from spm_hub.registry.entry import EraserEntry
 
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     Example(
         "spmhub eval nudity --model sd-v1-4 --device cuda --judge my.judges:nude", "another base, with your own judge"
     ),
+    interrupted="nothing was recorded",
     panel="Look",
 )
 def evaluate(
@@ -39,6 +39,9 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Pictures of each subject and style.")] = 20,
     record: Annotated[
         bool, typer.Option("--record", help="Keep the numbers in the eraser's manifest, where spmhub show has them.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --record: also replace numbers of more pictures or steps.")
     ] = False,
     gate: options.Gate = None,
     strength: options.Strength = None,
@@ -58,15 +61,21 @@ def evaluate(
     from spm_hub.hub.resolve import resolve
     from spm_hub.models.base_choice import BaseChoice
     from spm_hub.models.references import parse_reference
+    from spm_hub.registry.registry import check_richness
+    from spm_hub.sketchbook import PROTOCOL
 
     acting, strengths = options.gate(gate), options.strengths(strength)
     options.require_signature(require_signature)
     options.check_judge(judge, parse_reference(model, config=config))
     base = BaseChoice(model, config, device, dtype)
     base.check()
+    if force and not record:
+        raise UsageError("--force is for --record, which is not given", mend="add --record")
     entries = [resolve(reference, registry) for reference in names]
     if record:
         _check_recordable(entries, asked=(judge, gate, strength))
+        if not force:
+            check_richness(entries[0].read_manifest(), PROTOCOL, base.public_name, samples, steps)
     with silence_libraries():
         from spm_hub.evaluation.effect import measure
 
@@ -75,7 +84,7 @@ def evaluate(
             samples=samples, seed=seed, steps=steps, guidance=guidance, judge=judge, gate=acting, strength=strengths,
         )  # fmt: skip
     if record:
-        _record(out, entries[0], effect.evaluations())
+        _record(out, entries[0], effect, replace=force)
     rows = effect.rows()
     out.data(
         {"erasers": list(effect.erasers), "model": effect.base, "samples": samples, "seed": seed,
@@ -90,12 +99,12 @@ def evaluate(
     )  # fmt: skip
 
 
-def _record(out: Output, entry: "EraserEntry", evaluations: "Sequence[Evaluation]") -> None:
+def _record(out: Output, entry: "EraserEntry", effect: "Effect", *, replace: bool) -> None:
     from spm_hub.registry.registry import Registry
 
-    root = entry.adapter_path.parent.parent
-    Registry(root).record_evaluation(entry.name, evaluations)
-    out.say(f"kept in the manifest of {entry.name} in {root}: spmhub show {entry.name}")
+    root, gate = entry.adapter_path.parent.parent, entry.read_manifest().default_gate
+    Registry(root).record_evaluation(entry.name, effect.evaluations(gate), replace=replace)
+    out.say(f"kept in the manifest of {entry.name}: spmhub show {entry.name} --registry {quoted(root)}")
 
 
 def _check_recordable(entries: list["EraserEntry"], asked: tuple[object, ...]) -> None:

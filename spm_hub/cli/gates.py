@@ -10,7 +10,8 @@ import typer
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
-from spm_hub.errors import UsageError
+from spm_hub.errors import RegistryError, UsageError
+from spm_hub.io.progress import progress_if_long
 
 if TYPE_CHECKING:
     from spm_hub.attachment.gates.gate import Explanation
@@ -29,6 +30,7 @@ Picture = Annotated[
         "spmhub gates --prompts prompts.txt -a snoopy,nudity --gate calibrated --out gates.png",
         "a file of prompts, as a heat map",
     ),
+    interrupted="nothing was written",
     panel="Look",
 )
 def gates(
@@ -41,6 +43,7 @@ def gates(
     prompts: PromptFile = None,
     gate: options.Gate = None,
     to: Picture = None,
+    force: options.Force = False,
     registry: options.Registry = None,
     require_signature: options.RequireSignature = None,
     device: options.Device = "auto",
@@ -64,17 +67,22 @@ def gates(
     base = BaseChoice(model, config, device, dtype)
     if remark := base.check():
         out.say(remark)
-    with out.progress("downloading erasers") as progress:
+    with progress_if_long(out, "downloading erasers", after=0.0) as progress:
         entries = [resolve(reference, registry, progress=progress) for reference in wanted]
     with silence_libraries():
         from spm_hub.adapters.lookup import check_names
         from spm_hub.attachment.attachment import attach
         from spm_hub.evaluation.heat_map import draw_heat_map
         from spm_hub.evaluation.pictures import check_prompts, read_prompts, write_png
+        from spm_hub.evaluation.sketchbook import remark_on_words
 
         asked = read_prompts(prompts) if prompts is not None else texts or []
         check_prompts(asked)
+        if remark := remark_on_words(base, asked):
+            out.say(remark)
         if to is not None:
+            if to.exists() and not force:
+                raise RegistryError(f"{to} exists already", mend="another --out, or replace it with --force")
             check_writable(to.parent)
         loaded = [entry.load() for entry in entries]
         check_names(loaded)

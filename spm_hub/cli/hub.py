@@ -12,6 +12,7 @@ from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_hub, silence_libraries, size, table
 from spm_hub.errors import UsageError
 from spm_hub.io.hashing import sha256_of
+from spm_hub.io.progress import progress_if_long
 from spm_hub.io.wording import counted
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ Repo = Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository o
         "spmhub push snoopy someone/spm-snoopy --pictures pictures --pr",
         "use your pictures, open a pull request",
     ),
+    interrupted="if it was uploading already, look at the repository: the Hub may have it",
     panel="Share",
 )
 def push(
@@ -179,6 +181,7 @@ def _show(out: Output, described: dict[str, Any]) -> None:
     Example("spmhub pull someone/spm-snoopy", "keep it in your registry, pinned to its newest commit"),
     Example("spmhub pull someone/spm-snoopy@v1 --name snoopy-v1", "pull a tag, branch or commit, and rename it"),
     Example("spmhub pull", "pull the erasers of the lock file that the registry lacks"),
+    interrupted="run it again, and the download goes on where it stopped",
     panel="Share",
 )
 def pull(
@@ -206,7 +209,7 @@ def pull(
     silence_hub()
     from spm_hub.hub import pull as hub_pull
 
-    with out.progress("downloading") as progress:
+    with progress_if_long(out, "downloading", after=0.0) as progress:
         if match is None:
             pulled = list(hub_pull.restore(kept_in, progress=progress))
         else:

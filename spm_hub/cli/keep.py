@@ -71,15 +71,16 @@ def gc(out: Output, *, registry: options.Registry = None, dry_run: DryRun = Fals
 
 @command(
     "export",
-    Example("spmhub export snoopy mickey --to erasers.tar", "make one file for a machine without a network"),
-    Example("spmhub export snoopy --to /media/stick/erasers", "make a folder that can be used as a registry"),
+    Example("spmhub export snoopy mickey --out erasers.tar", "make one file for a machine without a network"),
+    Example("spmhub export snoopy --out /media/stick/erasers", "make a folder that can be used as a registry"),
+    interrupted="nothing was written",
     panel="Keep",
 )
 def export_(
     out: Output,
     names: Annotated[list[str], typer.Argument(help="Names in a registry, files, or owner/name on the Hub.")],
     *,
-    to: Annotated[Path, typer.Option("--to", help="Folder, or file with the ending .tar.")],
+    to: Annotated[Path, typer.Option("--out", "--to", help="Folder, or file with the ending .tar.")],
     registry: options.Registry = None,
     force: options.Force = False,
 ) -> None:
@@ -93,6 +94,7 @@ def export_(
 @command(
     "import",
     Example("spmhub import erasers.tar", "install all erasers of the file, or none"),
+    interrupted="nothing was installed",
     panel="Keep",
 )
 def import_(

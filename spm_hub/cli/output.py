@@ -86,8 +86,11 @@ class Output:
 
 
 @contextmanager
-def exit_on_error(out: Output) -> Iterator[None]:
-    """Turn our errors, those of disk and memory, and Ctrl-C into a message and an exit code."""
+def exit_on_error(out: Output, interrupted: str = "") -> Iterator[None]:
+    """Turn our errors, those of disk and memory, and Ctrl-C into a message and an exit code.
+
+    interrupted: what is left behind at Ctrl-C, as a sentence.
+    """
     try:
         yield
     except SpmHubError as error:
@@ -95,7 +98,7 @@ def exit_on_error(out: Output) -> Iterator[None]:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("\n")
-        out.fail(InterruptedByUserError("interrupted"))
+        out.fail(InterruptedByUserError("interrupted" + (f"; {interrupted}" if interrupted else "")))
         sys.exit(INTERRUPTED)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):

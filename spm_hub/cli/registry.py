@@ -7,7 +7,7 @@ import typer
 
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
-from spm_hub.cli.output import Output, literal, silence_hub, silence_libraries, size, table
+from spm_hub.cli.output import Output, silence_hub, silence_libraries, size, table
 from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError
 from spm_hub.io.wording import counted
 
@@ -71,34 +71,29 @@ def list_(
 
 @command(
     "show",
-    Example("spmhub show snoopy", "show concept, base, recipe and measured results"),
-    Example("spmhub show snoopy --json", "print the whole manifest"),
+    Example("spmhub show snoopy", "its effect, gate, base and file, in a few lines"),
+    Example("spmhub show snoopy --full", "the whole manifest, with the recipe and all measurements"),
+    Example("spmhub show snoopy --json", "the same for programs"),
     panel="Look",
 )
-def show(out: Output, name: Name, *, registry: options.Registry = None) -> None:
-    """Show an eraser's manifest, recipe and measured results."""
-    import yaml
+def show(
+    out: Output,
+    name: Name,
+    *,
+    registry: options.Registry = None,
+    full: Annotated[bool, typer.Option("--full", help="Show the whole manifest, recipe and measurements.")] = False,
+) -> None:
+    """Show what an eraser does: its measured effect, its gate, base and file."""
     from rich.console import Group
 
+    from spm_hub.cli.summary import summary, whole
     from spm_hub.hub.resolve import resolve
 
     entry = resolve(name, registry)
     manifest = entry.read_manifest()
-    whole = manifest.model_dump(mode="json", exclude_none=True)
-    recipe, evaluation = whole.pop("recipe"), whole.pop("evaluation")
-    whole["increment"]["modules"] = counted(len(manifest.increment.modules), "module")
-    sections = {"": {**whole, "file": str(entry.adapter_path)}, "recipe": recipe}
-    texts = [
-        f"{title}\n{'-' * len(title)}\n" * bool(title) + yaml.safe_dump(section, sort_keys=False, allow_unicode=True)
-        for title, section in sections.items()
-        if section
-    ]
-    keys = ("protocol", "base", "subject", "metric", "value", "reference", "samples")
-    measured = table(keys, [[one.get(key) for key in keys] for one in evaluation], title="evaluation")
+    human = Group(*whole(entry, manifest)) if full else "\n".join(summary(entry, manifest, asked=name))
     out.data(
-        {**manifest.model_dump(mode="json"), "path": str(entry.adapter_path)},
-        Group(*(literal(text) for text in texts), *([measured] if evaluation else [])),
-        brief=[str(entry.adapter_path)],
+        {**manifest.model_dump(mode="json"), "path": str(entry.adapter_path)}, human, brief=[str(entry.adapter_path)]
     )
 
 

@@ -23,6 +23,7 @@ from spm_hub.evaluation.pictures import (
     grid_of,
     show,
 )
+from spm_hub.evaluation.sketchbook import remark_on_words
 from spm_hub.io.atomic import check_writable
 from spm_hub.io.progress import Reporter
 from spm_hub.io.wording import counted
@@ -97,6 +98,8 @@ def apply(
         check_writable(out)
     adapters = [one if isinstance(one, Adapter) else one.load() for one in erasers]
     check_names(adapters, strength if isinstance(strength, Mapping) else ())
+    if remark := remark_on_words(base, prompts):
+        reporter.say(remark)
     pipe, origin = base.open_and_describe()
     sources = {"model": origin}
     sources |= {one.name: one.source if isinstance(one, Adapter) else one.describe_source() for one in erasers}

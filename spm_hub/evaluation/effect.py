@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Effect:
     """Share of pictures that show each concept, without erasers and with them, on the same cases.
 
-    base, erasers: their names. erased: names and aliases of the erased concepts, in lower case.
+    base, erasers: their names. erased: names and aliases of the erased concepts, in lower case. steps, guidance:
+    denoising steps and guidance scale of all pictures.
     """
 
     base: str
@@ -33,6 +34,8 @@ class Effect:
     without: tuple[DetectionRow, ...]
     given: tuple[DetectionRow, ...]
     seed: int
+    steps: int
+    guidance: float
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each concept, for JSON.
@@ -56,9 +59,17 @@ class Effect:
             return {}
         return {"others_worst_points": min(others), "others_mean_points": round(sum(others) / len(others), 2)}
 
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """Return the numbers as entries of a manifest."""
-        return sketchbook.evaluations(self.without, self.given, base=self.base, seed=self.seed)
+    def evaluations(self, gate: str) -> tuple[Evaluation, ...]:
+        """Return the numbers as entries of a manifest, measured under this gate."""
+        return sketchbook.evaluations(
+            self.without,
+            self.given,
+            base=self.base,
+            seed=self.seed,
+            steps=self.steps,
+            guidance=self.guidance,
+            gate=gate,
+        )
 
 
 def measure(
@@ -96,4 +107,6 @@ def measure(
     with attach(pipe, erasers, gate=gate, strength=strength, reporter=reporter):
         given = drawn("drawing with")
     erased = frozenset(name.lower() for concept in concepts for name in (concept.target, *concept.aliases))
-    return Effect(base.name(pipe), tuple(eraser.name for eraser in erasers), erased, without, given, seed)
+    return Effect(
+        base.name(pipe), tuple(eraser.name for eraser in erasers), erased, without, given, seed, steps, guidance
+    )

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,11 +21,12 @@ from PIL import Image
 from spm_hub.adapters.manifest import Evaluation
 from spm_hub.evaluation.step_callback import StepCallback
 from spm_hub.io.progress import ProgressCallback
+from spm_hub.models.base_choice import BaseChoice
+from spm_hub.sketchbook import PROTOCOL
 from spm_hub.sketchbook.figures import SUBJECTS
 from spm_hub.sketchbook.probe import Probe
-from spm_hub.sketchbook.world import STYLE_NAMES
+from spm_hub.sketchbook.world import STYLE_NAMES, unknown_words
 
-PROTOCOL = "sketchbook-detection"
 PROBE = Path(__file__).parents[1] / "sketchbook" / "weights" / "probe"
 SUBJECT_TEMPLATES: tuple[str, ...] = (
     "an illustration of {}", "a sketch of {} on a purple background", "there is {} at the beach",
@@ -37,6 +40,7 @@ STYLE_TEMPLATES: tuple[str, ...] = (
 BATCH_SIZE = 50
 """Number of pictures in one call of the pipeline."""
 
+_MOST_WORDS = 8
 _PROPER = ("snoopy", "mickey", "spongebob", "pikachu")
 
 
@@ -121,6 +125,23 @@ def paint(
     return pictures
 
 
+def remark_on_words(base: BaseChoice, texts: Sequence[str]) -> str | None:
+    """Return a remark on words of prompts or concepts that the sketchbook does not know.
+
+    None if it knows all of them, or another model is the base.
+    """
+    if not base.is_embedded:
+        return None
+    words = list(dict.fromkeys(word for text in texts for word in unknown_words(text)))
+    if not words:
+        return None
+    shown = ", ".join(words[:_MOST_WORDS]) + (" ..." if len(words) > _MOST_WORDS else "")
+    return (
+        f"the sketchbook does not know {'the word' if len(words) == 1 else 'these words'}: {shown}. It is a model in "
+        f"miniature and draws only: {', '.join(SUBJECTS)}; in the style of {', '.join(STYLE_NAMES)}"
+    )
+
+
 @lru_cache(maxsize=1)
 def probe() -> Probe:
     """Load the probe that comes with the package."""
@@ -156,14 +177,19 @@ def detection_table(
 
 
 def evaluations(
-    without: Sequence[DetectionRow], given: Sequence[DetectionRow], *, base: str, seed: int
+    without: Sequence[DetectionRow], given: Sequence[DetectionRow], *, base: str, seed: int, **how: Any
 ) -> tuple[Evaluation, ...]:
-    """Return two tables of the same cases, without and with erasers, as a manifest's evaluation entries."""
+    """Return two tables of the same cases, without and with erasers, as a manifest's evaluation entries.
+
+    how: other keys of the entries, such as `steps` and `guidance`. They get this version of spm-hub and the time.
+    """
+    now = datetime.now(UTC).replace(microsecond=0)
     reference = {(row.kind, row.name): row.detected for row in without}
     return tuple(
         Evaluation(
             protocol=PROTOCOL, base=base, subject=row.name, metric=f"{row.kind}_detected", value=round(row.detected, 4),
             reference=round(reference[row.kind, row.name], 4), samples=row.samples, seed=seed,
+            version=version("spm-hub"), date=now, **how,
         )
         for row in given
     )  # fmt: skip

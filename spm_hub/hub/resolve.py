@@ -102,7 +102,7 @@ def _from_owner(reference: str, registry: Path | None, progress: ProgressCallbac
         return entry
     where = ", ".join(str(place.root) for place in known)
     names = [entry.name for place in known for entry in place.entries()]
-    if user is not None and nearest(slug(reference), names, cutoff=_TYPING_ERROR):
+    if user is not None and nearest(slug(reference).replace("_", "-"), names, cutoff=_TYPING_ERROR):
         raise unknown_eraser(reference, names, f"in {where}")
     target = known[-1] if requested_root(registry) is None else known[0]  # the last is the user's own
     try:

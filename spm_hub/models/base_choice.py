@@ -82,6 +82,16 @@ class BaseChoice:
             return references.identity_of_pipeline(pipe)
         return references.identity_of(self.reference, pipe)
 
+    @property
+    def is_embedded(self) -> bool:
+        """True for a base that is part of this package, a model in miniature."""
+        return self.pipe is None and references.is_embedded(self._parsed)
+
+    @property
+    def public_name(self) -> str:
+        """The name of a base that is to be loaded, for other people."""
+        return self._parsed.public_name
+
     def name(self, pipe: DiffusionPipeline) -> str:
         """Return the name of the opened base, without reading its files."""
         return references.identity_of_pipeline(pipe)[0] if self.reference is None else self._parsed.public_name

@@ -55,7 +55,7 @@ def export(entries: Sequence[EraserEntry], to: Path, *, replace: bool = False) -
     if any(to.name.endswith(ending) for ending in _OTHER_ARCHIVES):
         raise UsageError(
             f"{to}: erasers are exported to a folder or a plain .tar file, as compression hardly shrinks weights",
-            mend=f"--to {to.name.partition('.')[0]}.tar",
+            mend=f"--out {to.name.partition('.')[0]}.tar",
         )
     entries = tuple(dict.fromkeys(entries))
     if to.suffix != ".tar":

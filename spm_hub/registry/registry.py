@@ -27,7 +27,7 @@ from spm_hub.errors import (
 )
 from spm_hub.io.atomic import Content, write_atomic
 from spm_hub.io.environment import REGISTRY_VARIABLE
-from spm_hub.io.wording import quoted
+from spm_hub.io.wording import counted, quoted
 from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.entry import EraserEntry, entry_of
 
@@ -178,9 +178,10 @@ class Registry:
                 ) from error
         return entry
 
-    def record_evaluation(self, name: str, evaluation: Sequence[Evaluation]) -> Manifest:
+    def record_evaluation(self, name: str, evaluation: Sequence[Evaluation], *, replace: bool = False) -> Manifest:
         """Write measured numbers into an eraser's manifest; they replace those of the same protocol and base.
 
+        replace: whether they may replace numbers that rest on more samples or steps.
         The adapter file does not change. Raises NotFoundError, or RegistryError if the manifest cannot be written.
         """
         entry = self.get(name)
@@ -188,6 +189,8 @@ class Registry:
             raise RegistryError(f"{entry.adapter_path} has no manifest file to record an evaluation in")
         with storage.write_lock(self.root):
             manifest = entry.read_manifest()
+            for new in () if replace else evaluation:
+                check_richness(manifest, new.protocol, new.base, new.samples, new.steps)
             measured = {(new.protocol, new.base) for new in evaluation}
             kept = [old for old in manifest.evaluation if (old.protocol, old.base) not in measured]
             updated = manifest.model_copy(update={"evaluation": (*kept, *evaluation)})
@@ -236,6 +239,19 @@ class Registry:
 
     def _missing(self, name: str) -> NotFoundError:
         return unknown_eraser(name, [known.name for known in self.entries()], f"in {self.root}")
+
+
+def check_richness(manifest: Manifest, protocol: str, base: str, samples: int, steps: int | None) -> None:
+    """Refuse to replace numbers by those of fewer samples or steps. Raises RegistryError."""
+    there = manifest.richer_evaluation(protocol, base, samples, steps)
+    if there is not None:
+        at = "" if there.steps is None else f" and {counted(there.steps, 'step')}"
+        now = "" if steps is None else f" and {counted(steps, 'step')}"
+        raise RegistryError(
+            f"{manifest.name} has numbers on {base} of {counted(there.samples, 'sample')}{at}, more than "
+            f"{counted(samples, 'sample')}{now}",
+            mend=f"--samples {there.samples}{f' --steps {there.steps}' if there.steps else ''}, or --force",
+        )
 
 
 def user_registry() -> Registry:

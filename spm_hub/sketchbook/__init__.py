@@ -2,3 +2,6 @@
 
 It imports nothing else of spm_hub. With it erasers can be trained and measured on any machine without a download.
 """
+
+PROTOCOL = "sketchbook-detection"
+"""The name, in manifests, of the way in which `spmhub eval` counts the concepts that the probe detects."""

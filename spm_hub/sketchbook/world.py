@@ -5,7 +5,9 @@ A drawing combines a subject, style, background, place and size, in one look.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -41,6 +43,13 @@ _STYLED = (
     "a {style} painting of {}", "{} as {style} would paint it", "{style}, {}",
 )  # fmt: skip
 _STYLE_ALONE = ("{style}", "a painting by {style}", "in the style of {style}", "art by {style}", "{style} style")
+
+
+_OTHER_CAPTIONS = ("an empty picture", "a scene", "nothing")
+_FUNCTION_WORDS = frozenset(
+    "a an and are as at be but by for from her his in is it its like of on or our that the their them there this to "
+    "under while who with without".split()
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ def caption(drawing: Drawing, dice: Dice) -> str:
     """Choose one of many true captions of a drawing; each describes only a part of the picture."""
     scene = dice.pick(BACKGROUNDS[drawing.background][1])
     if drawing.subject is None:
-        text = dice.pick(("an empty picture {}", "a scene {}", "nothing {}")).format(scene)
+        text = f"{dice.pick(_OTHER_CAPTIONS)} {scene}"
         return f"{text} by {drawing.style}" if drawing.style else text
     if drawing.style is not None and dice.chance(0.06):
         return dice.pick(_STYLE_ALONE).format(style=drawing.style)
@@ -135,3 +144,23 @@ def drawings(count: int, generator: torch.Generator, look: str = "ink") -> list[
         drawing = sample(dice, look)
         rows.append((drawing, draw(drawing, dice), caption(drawing, dice)))
     return rows
+
+
+@cache
+def vocabulary() -> frozenset[str]:
+    """Return the words, in lower case, of all captions that the sketchbook was trained on."""
+    scenes = (scene for _, captions in BACKGROUNDS.values() for scene in captions)
+    names = (name for names in _NAMES.values() for name in names)
+    places = (text for _, text in (*_PLACES.values(), *_SIZES.values()))
+    texts = (*SUBJECTS, *STYLE_NAMES, *_OPENINGS, *_STYLED, *_STYLE_ALONE, *_OTHER_CAPTIONS, *scenes, *names, *places)
+    return frozenset(word for text in texts for word in _words(text))
+
+
+def unknown_words(text: str) -> tuple[str, ...]:
+    """Return the words of a prompt that are in no caption: the sketchbook does not know them."""
+    found = (word for word in _words(text) if word not in vocabulary() | _FUNCTION_WORDS)
+    return tuple(dict.fromkeys(found))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.removesuffix("'s").replace("'s ", " ").replace("{style}", "").lower())

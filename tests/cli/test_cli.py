@@ -82,7 +82,10 @@ def test_list_and_show(spmhub: Spmhub, registry: Registry) -> None:
     assert "snoopy" in table
     assert str(registry.root) in table
     assert json.loads(spmhub("show", "snoopy", "--json").out)["concept"]["target"] == "snoopy"
-    assert "target: snoopy" in spmhub("show", "snoopy").out
+    shown = spmhub("show", "snoopy").out.splitlines()
+    assert shown[0] == "snoopy: not measured yet (spmhub eval snoopy --record); gate transport"
+    assert "target: snoopy, of no stated kind" in shown
+    assert "kind: low_rank" in spmhub("show", "snoopy", "--full").out
 
 
 def test_a_long_table_is_aligned_plain_lines() -> None:

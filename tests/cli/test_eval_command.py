@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +87,45 @@ def test_numbers_are_kept_where_they_are_asked_for_and_only_there(registry: Path
     before = cats()
     assert run("snoopy", "--registry", str(registry), "--samples", "2").exit_code == 0
     assert cats() == before
-    assert run("snoopy", "--registry", str(registry), "--samples", "2", "--record").exit_code == 0
+    # Those of the repository rest on more pictures.
+    refused = run("snoopy", "--registry", str(registry), "--samples", "2", "--record")
+    assert (refused.exit_code, "more than 2 samples" in refused.stderr) == (1, True)
+    assert cats() == before
+    arguments = ("snoopy", "--registry", str(registry), "--samples", "2", "--record", "--force")
+    assert run(*arguments).exit_code == 0
     assert cats() == [(0.5, 1.0, 2)]
+
+
+def test_a_record_says_how_it_was_made_and_is_not_spoilt(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded() -> Any:
+        (found,) = {
+            (one.samples, one.steps, one.guidance, one.gate, one.version, one.date)
+            for one in Registry(registry).get("snoopy").read_manifest().evaluation
+            if one.base == "sketchbook"
+        }
+        return found
+
+    asked = ("snoopy", "--registry", str(registry), "--record", "--samples")
+    began = datetime.now(UTC).replace(microsecond=0)
+    assert run(*asked, "60").exit_code == 0
+    samples, steps, guidance, gate, version, date = recorded()
+    assert (samples, steps, guidance, gate, version) == (60, 3, 7.5, "calibrated", metadata.version("spm-hub"))
+    assert began <= date <= datetime.now(UTC)
+    shown = CliRunner().invoke(app, ["show", "snoopy", "--registry", str(registry)]).stdout
+    others = -50 / (len(SUBJECTS) + len(STYLE_NAMES) - 1)
+    assert f"snoopy 100 % -> 0 %, others {others:+.1f} (worst: cat -50.0); gate calibrated" in shown
+    assert f"(on sketchbook, 60 pictures each, 3 steps, guidance 7.5, {date:%Y-%m-%d})" in shown
+
+    with monkeypatch.context() as patched:
+        patched.setattr("spm_hub.evaluation.effect.measure", None)  # refused before anything is drawn
+        for fewer in (("59",), ("60", "--steps", "2")):
+            refused = CliRunner().invoke(app, ["eval", *asked[:3], "--steps", "3", "--record", "--samples", *fewer])
+            assert refused.exit_code == 1
+            assert "--samples 60 --steps 3, or --force" in refused.stderr
+        alone = run("snoopy", "--registry", str(registry), "--force")
+        assert (alone.exit_code, "--force is for --record" in alone.stderr) == (2, True)
+    assert recorded()[:2] == (60, 3)
+    assert run(*asked, "60").exit_code == 0, "as many replace as many"
 
 
 def test_a_judge_from_the_working_folder_counts_the_concepts_alone(
