@@ -98,13 +98,19 @@ def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Te
     return encode_together(pipe, base, [text], settings)
 
 
+def execution_device(pipe: Any) -> Any:
+    """Return the device that a pipeline encodes texts on; None where it does not say.
+
+    diffusers looks through all modules to find it, which takes longer than a small text encoder.
+    """
+    return getattr(pipe, "_execution_device", None)
+
+
 def encode_together(pipe: Any, base: type[Any], texts: Sequence[str], settings: Settings = ()) -> Tensor:
     """Return the states of texts encoded as one batch: (texts, tokens, d_text). Raises CannotEncodeError."""
-    optional = {
-        "device": getattr(pipe, "_execution_device", None),
-        "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": False,
-    }
+    optional = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, **dict(settings)}
+    if "device" not in optional:
+        optional["device"] = execution_device(pipe)
     prompt = texts[0] if len(texts) == 1 else list(texts)
     try:
         parameters = inspect.signature(base.encode_prompt).parameters
@@ -112,7 +118,7 @@ def encode_together(pipe: Any, base: type[Any], texts: Sequence[str], settings: 
         others = {
             name: None for name, one in parameters.items() if _OTHER_PROMPT.fullmatch(name) and one.default is one.empty
         }
-        given = {name: value for name, value in {**optional, **dict(settings)}.items() if name in parameters}
+        given = {name: value for name, value in optional.items() if name in parameters}
         with torch.no_grad():
             result = base.encode_prompt(pipe, prompt=prompt, **others, **given)
     except (AttributeError, TypeError, ValueError) as error:

@@ -178,13 +178,12 @@ def _centre(states: Tensor, bank: Bank) -> Tensor:
     """Return the mean of the states that carry a name, (d_text,).
 
     states: (sentences, tokens, d_text), of sentences with the name. At first, those that differ most from the empty
-    prompt's in the bank's metric; then those nearest to the mean of the last choice.
+    prompt's; then those nearest to the mean of the last choice.
     """
     empty = bank.empty[positions_of(len(bank.empty))]
     length = min(states.shape[1], len(empty))
-    # The choice does not need float64.
-    difference = (states[:, :length] - empty[:length]).float()
-    score = ((difference @ bank.precision.float()) * difference).sum(-1)
+    # For the first choice the diagonal of the metric does.
+    score = (states[:, :length] - empty[:length]).square() @ bank.precision.diagonal()
     for _ in range(_ROUNDS):
         chosen = score.topk(min(_STATES, score.shape[1]), dim=1).indices
         centre = states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1])).mean((0, 1))

@@ -27,6 +27,7 @@ from spm_hub.attachment.text_encoding import (
     encode_together,
     encoders_digest,
     encoders_stamp,
+    execution_device,
     tokens_by_position,
     tokens_of,
     vocabulary,
@@ -200,8 +201,9 @@ class GateEvaluation:
 
     def _text_encoder(self, settings: Settings, progress: ProgressCallback) -> TextEncoder:
         pipe, base = self._pipe, self._pipeline_class
+        settings_there = (*settings, ("device", execution_device(pipe)))
         return TextEncoder(
-            lambda texts: encode_together(pipe, base, texts, settings),
+            lambda texts: encode_together(pipe, base, texts, settings_there),
             lambda: f"{base.__name__} {settings} {encoders_digest(pipe)}",
             vocabulary(pipe),
             progress,
