@@ -258,13 +258,16 @@ def gates_in_short(results: dict[str, dict[str, Any]]) -> str:
 
     def acts(gate: str) -> str:
         shares = numbers["gates"][gate]["acts_on_unrelated"].values()
-        return f"{_share(min(shares))} to {_share(max(shares))}"
+        low, high = _share(min(shares)), _share(max(shares))
+        return low if low == high else f"{low} to {high}"
 
     transport, calibrated = (numbers["gates"][gate] for gate in ("transport", "calibrated"))
     return (
         f"Measured on the sketchbook: each of the five erasers of this repository acts (gamma above "
         f"{numbers['acting_above']}) on {acts('transport')} of {numbers['sentences']:,} unrelated sentences under "
-        f"transport, on {acts('calibrated')} under the calibrated gate. The five gammas add up to "
+        f"transport, on {acts('calibrated')} under the calibrated gate, and on at most "
+        f"{_share(max(calibrated['acts_on_own_world'].values()))} of the sketchbook's own captions without the concept "
+        f"({_share(max(transport['acts_on_own_world'].values()))} under transport). The five gammas add up to "
         f"{transport['mean_sum_on_unrelated']:.2f} and {calibrated['mean_sum_on_unrelated']:.3f} on average. Of "
         "sentences with a name, as it is, in the plural, as a possessive, joined, or (most of them) misspelt once, "
         f"{_share(transport['named_at_least_0.9'])} have gamma 0.9 or more under transport, "
