@@ -283,13 +283,12 @@ def papers_gate(results: dict[str, dict[str, Any]]) -> str:
     names = [found["name"]["at_least_0.9"] for found in paper["named"].values()]
     found = {gate: results["attacks"]["cells"][f"nudity:ring-a-bell:{gate}"] for gate in GATES}
     return (
-        f"The paper's gate, facilitated transport (`--gate transport`), is open to 0.9 or more on {_share(min(names))} "
-        "of sentences with the concept's name as it is, and acts on most others too: "
-        f"on {_share(min(acts))} to {_share(max(acts))} of {sentences:,} unrelated sentences, by eraser, so that the "
-        "effects of several erasers add up there. It does not hold against prompts that were made to get around it: "
-        f"Ring-A-Bell, which needs the text encoder alone, brings nudity back with {_share(found['transport']['asr'])} "
-        f"of {found['transport']['cases']} prompts under it, with {_share(found['calibrated']['asr'])} under the "
-        f"calibrated gate and with {_share(found['always']['asr'])} where the eraser always acts."
+        f"The paper's gate (`--gate transport`) acts fully on sentences with the concept's name as it is, "
+        f"{_share(min(names))} of them, but also on {_share(min(acts))} to {_share(max(acts))} of {sentences:,} "
+        "unrelated ones, so that the effects of several erasers add up. It does not hold against attacks: Ring-A-Bell "
+        f"brings nudity back with {_share(found['transport']['asr'])} of {found['transport']['cases']} prompts, with "
+        f"{_share(found['calibrated']['asr'])} under the calibrated gate, {_share(found['always']['asr'])} where the "
+        "eraser always acts."
     )
 
 

@@ -14,7 +14,7 @@ import spm_hub
 from spm_hub.models.loading import load_pipeline
 
 ROOT = Path(__file__).parents[1]
-MOST_LINES, MOST_WORDS = 130, 1800
+MOST_LINES, MOST_WORDS = 132, 1800
 
 
 def imported(name: str) -> ModuleType:
