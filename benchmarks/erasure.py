@@ -93,5 +93,16 @@ if __name__ == "__main__":
         else:
             given = measure("sketchbook", (part,))
             numbers["alone"][part] = compare(bare("sketchbook"), given, (part,))
-            registry.record_evaluation(part, evaluations(bare("sketchbook"), given, base="sketchbook", seed=SEED))
+            registry.record_evaluation(
+                part,
+                evaluations(
+                    bare("sketchbook"),
+                    given,
+                    base="sketchbook",
+                    seed=SEED,
+                    steps=STEPS["sketchbook"],
+                    guidance=7.5,
+                    gate=GATE,
+                ),
+            )
         record("erasure", numbers, seeds=SEED)

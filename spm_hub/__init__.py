@@ -106,6 +106,7 @@ def attach(
     *,
     registry: str | Path | None = None,
     gate: "GateName | float | Gate | PreparingGate | None" = None,
+    concept: Mapping[str, str] | str | None = None,
     strength: Mapping[str, float] | float | None = None,
     rows: Literal["both", "conditional"] | None = None,
     mode: Literal["auto", "fold", "branch"] = "auto",
@@ -122,6 +123,8 @@ def attach(
     registry: the first folder to look names up in; None, the default, starts with $SPMHUB_REGISTRY or your own.
     gate: "calibrated" (0 on prompts that do not concern the concept, 1 on its names), "transport" (facilitated
         transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), a gamma, or a `Gate`.
+    concept: what the only eraser erases, or some by name, where a file does not say it or says another. Without a
+        concept an eraser acts fully on every prompt, with a warning.
     strength: the finite factor of gamma, one number for all erasers or some by name.
     rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
     mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
@@ -149,6 +152,7 @@ def attach(
         pipe,
         loaded,
         gate=gate,
+        concept=concept,
         strength=strength,
         rows=rows,
         mode=mode,

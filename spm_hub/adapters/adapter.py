@@ -11,14 +11,14 @@ from types import MappingProxyType
 import torch
 
 from spm_hub.adapters.formats import spm
-from spm_hub.adapters.formats.header import header_metadata
+from spm_hub.adapters.formats.header import concept_in, header_metadata
 from spm_hub.adapters.formats.lazy import StoredIncrements, with_dots
 from spm_hub.adapters.formats.lora_config import scaling_in
 from spm_hub.adapters.formats.module_names import check_roots, family_of
 from spm_hub.adapters.formats.reading import read_increments
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import Base, Concept, IncrementInfo, Manifest, slug
-from spm_hub.errors import GET_AGAIN, AdapterFileError, ManifestError
+from spm_hub.errors import GET_AGAIN, AdapterFileError, ManifestError, UsageError
 from spm_hub.io.atomic import Content, write_together
 from spm_hub.io.safetensors_file import MANIFEST_KEY, Header, Image, read_header, read_tensors
 from spm_hub.io.safetensors_file import encode as encode_tensors
@@ -68,7 +68,8 @@ class Adapter:
         modules = counted(len(about.modules), "module")
         of = f"{base.id} ({base.family})" if base.id else base.family
         target = self.manifest.concept.target
-        return f"<Adapter {self.name}: erases {target!r}, {kind} on {modules}, {about.dtype}, for {of}, {self.source}>"
+        erases = "an unknown concept" if target is None else repr(target)
+        return f"<Adapter {self.name}: erases {erases}, {kind} on {modules}, {about.dtype}, for {of}, {self.source}>"
 
     @property
     def outline(self) -> Mapping[str, Increment]:
@@ -79,6 +80,18 @@ class Adapter:
         """Return the eraser with other increments; its manifest describes them."""
         manifest = self.manifest.model_copy(update={"increment": increment_info(increments)})
         return Adapter(manifest, increments, self.source)
+
+    def with_concept(self, target: str) -> "Adapter":
+        """Return the eraser of another concept; its increments are the same.
+
+        Of a name that the concept has already, the other names stay, as aliases. Raises UsageError for a blank name.
+        """
+        if not target.strip():
+            raise UsageError("the concept is empty", mend=f'{self.name} needs a name, for instance "snoopy"')
+        concept, target = self.manifest.concept, target.strip()
+        others = tuple(name for name in concept.names if name != target) if target in concept.names else ()
+        changed = concept.model_copy(update={"target": target, "aliases": others})
+        return Adapter(self.manifest.model_copy(update={"concept": changed}), self.increments, self.source)
 
     def save(self, path: Path | str, manifest_path: Path | str | None = None) -> Manifest:
         """Write the adapter file and, if `manifest_path` is given, its manifest: both or neither.
@@ -220,7 +233,7 @@ def _manifest_of(path: Path, header: Header, outside: Manifest | None) -> Manife
 def _manifest_of_foreign(
     path: Path, header: Header, increments: Mapping[str, Increment], outside: Manifest | None
 ) -> Manifest:
-    """Return a manifest for a file without one: its target is SPM's legacy `prompts`, or the file's name.
+    """Return a manifest for a file without one; where its header names no concept, that is unknown.
 
     outside: a manifest file for it, which counts in all but the dtype: that is the dtype of the increments as read.
     """
@@ -232,13 +245,9 @@ def _manifest_of_foreign(
         return outside.model_copy(update={"increment": outside.increment.model_copy(update={"dtype": info.dtype})})
     family = family_of(increments) or UNKNOWN_FAMILY
     check_roots(path, family, increments)
-    # SPM joins several targets with commas; each of them becomes a name of the concept, for the gate.
-    prompts = [prompt.strip() for prompt in header.metadata.get("prompts", "").split(",") if prompt.strip()] or [
-        path.stem
-    ]
     return Manifest(
         name=slug(path.stem),
-        concept=Concept(target=prompts[0], aliases=tuple(prompts[1:])),
+        concept=Concept.of(concept_in(header.metadata)),
         increment=info,
         base=Base(family=family, id="", fingerprint=""),
         recipe={},

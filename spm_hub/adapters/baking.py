@@ -258,7 +258,7 @@ def _strengths(adapters: Sequence[Adapter], asked: float | Mapping[str, float] |
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"adapter {name!r} is given twice", mend="name every adapter once, or set its strength")
-    given = resolve_names(asked, names) if isinstance(asked, Mapping) else dict.fromkeys(names, asked)
+    given = resolve_names(asked, names, "strength") if isinstance(asked, Mapping) else dict.fromkeys(names, asked)
     own = {adapter.name: adapter.manifest.gate.strength for adapter in adapters}
     return {name: float(one if (one := given.get(name)) is not None else own[name]) for name in names}
 

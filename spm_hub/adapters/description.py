@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from spm_hub.adapters.adapter import UNKNOWN_FAMILY, Adapter, increment_info
 from spm_hub.adapters.formats.format import About, Format, Source
-from spm_hub.adapters.formats.header import family_in
+from spm_hub.adapters.formats.header import concept_in, family_in
 from spm_hub.adapters.formats.module_names import check_roots, family_of
 from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.manifest import Base, Concept, Manifest, slug
@@ -36,13 +36,18 @@ class Description:
 
 
 def apply_description(adapter: Adapter, said: Description) -> Adapter:
-    """Return an adapter that has a manifest, changed as described. Raises UsageError for another family."""
+    """Return an adapter that has a manifest, changed as described; another concept gives it another name.
+
+    Raises UsageError for another family.
+    """
+    if said.concept:
+        before, adapter = adapter.manifest.concept, adapter.with_concept(said.concept)
+        if adapter.manifest.concept.target not in before.names and said.name is None:
+            said = replace(said, name=slug(said.concept))
     manifest = adapter.manifest
     update: dict[str, Any] = {}
     if said.name:
         update["name"] = said.name
-    if said.concept:
-        update["concept"] = manifest.concept.model_copy(update={"target": said.concept})
     if said.family:
         if manifest.base.family not in (said.family, UNKNOWN_FAMILY):
             raise UsageError(f"--base {said.family}, but its manifest says {manifest.base.family}")
@@ -55,18 +60,19 @@ def make_manifest(
 ) -> Manifest:
     """Return the manifest of a converted file; its recipe records the file's name, format and hash.
 
+    Its concept is unknown where neither the caller nor the file names one.
+
     Raises UsageError if nothing determines the model family, AdapterFileError for modules of another family.
     """
     metadata = {} if about.files else source.metadata
     base, place = source.base, source.path if about.files else source.place
-    prompts = [prompt.strip() for prompt in metadata.get("prompts", "").split(",") if prompt.strip()]
     stem = place.parent.resolve().name if place.stem in _NAMELESS else place.stem
-    target = said.concept or about.concept or metadata.get("erase_concept", "").strip() or (*prompts, stem)[0]
+    given = said.concept or about.concept
     family = _family(source, about.family or family_in(metadata), increments, said)
     check_roots(place, family, increments)
     return Manifest(
         name=said.name or slug(said.concept or stem),
-        concept=Concept(target=target, aliases=tuple(prompt for prompt in prompts[1:] if not said.concept)),
+        concept=Concept.of((given,) if given else concept_in(metadata)),
         increment=increment_info(increments),
         base=Base(
             family=family,

@@ -2,10 +2,13 @@
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.manifest import slug
 from spm_hub.errors import NotFoundError, UsageError, nearest
+
+V = TypeVar("V")
 
 
 def check_names(adapters: Sequence[Adapter], strength: Iterable[str] = ()) -> None:
@@ -55,14 +58,49 @@ def find_name(name: str, names: Iterable[str]) -> str:
     )
 
 
-def resolve_names(strength: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """Return the numbers by the names of these erasers.
+def resolve_names(given: Mapping[str, V], names: Iterable[str], argument: str) -> dict[str, V]:
+    """Return the values of an argument by the names of these erasers.
 
     Raises NotFoundError for a name of none of them, UsageError for one named twice.
     """
-    names, found = tuple(names), dict[str, float]()
-    for given, value in strength.items():
-        if (name := find_name(given, names)) in found:
-            raise UsageError(f"strength names {name!r} twice: {found[name]} and {value}")
+    names, found = tuple(names), dict[str, V]()
+    for key, value in given.items():
+        if (name := find_name(key, names)) in found:
+            raise UsageError(f"{argument} names {name!r} twice: {found[name]} and {value}")
         found[name] = value
     return found
+
+
+def with_concepts(adapters: Sequence[Adapter], concept: Mapping[str, str] | str | None) -> list[Adapter]:
+    """Return the adapters with the concepts that a caller gives them: of the only one, or by name.
+
+    A given concept outranks the file's own. Raises UsageError, and NotFoundError for a name of none of them.
+    """
+    if concept is None:
+        return list(adapters)
+    if isinstance(concept, str):
+        if len(adapters) != 1:
+            raise UsageError(
+                f"concept is {concept!r}, and there are {len(adapters)} erasers: it has to say whose it is",
+                mend=f"concept={{{adapters[0].name if adapters else 'NAME'!r}: {concept!r}}}",
+            )
+        concept = {adapters[0].name: concept}
+    by_name = resolve_names(concept, [adapter.name for adapter in adapters], "concept")
+    for name, value in by_name.items():
+        if not isinstance(value, str):
+            raise UsageError(f"concept[{name!r}] is {value!r}; it is a concept's name", mend='concept="van gogh"')
+    return [adapter.with_concept(by_name[adapter.name]) if adapter.name in by_name else adapter for adapter in adapters]
+
+
+def remark_on_unknown_concepts(adapters: Sequence[Adapter]) -> str:
+    """Say of erasers whose concepts are unknown what follows from that, and how to name them."""
+    first = adapters[0]
+    names = ", ".join(adapter.name for adapter in adapters[:3])
+    if len(adapters) > 3:
+        names += f" and {len(adapters) - 3} more"
+    acts = "names no concept, so it acts" if len(adapters) == 1 else "name no concepts, so they act"
+    file = first.source if first.source.endswith(".safetensors") else first.name
+    return (
+        f"{names} {acts} fully on every prompt; to have a gate, say which concept it is: "
+        f"spmhub convert {shlex.quote(file)} --concept NAME, or in Python attach(..., concept=...)"
+    )

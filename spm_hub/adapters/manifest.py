@@ -3,13 +3,25 @@
 import hashlib
 import json
 import re
+import shlex
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from spm_hub.errors import ManifestError, NotFoundError, RegistryError, UsageError, nearest
 from spm_hub.io import untrusted_json as untrusted
@@ -43,13 +55,42 @@ class _Part(BaseModel):
 class Concept(_Part):
     """The erased concept.
 
-    aliases: other names, to which the gate responds as well.  surrogate: what the concept turns into, "" for nothing.
+    target: None where nobody has said which it is; the eraser then acts on every prompt.  aliases: other names, to
+    which the gate responds as well.  surrogate: what the concept turns into, "" for nothing.
     """
 
-    target: NonBlank
+    target: NonBlank | None
     aliases: tuple[NonBlank, ...] = ()
     surrogate: str = ""
     kind: Literal["object", "character", "person", "style", "nsfw", "other"] = "other"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The target and its aliases, to which the gate responds; none for an unknown concept."""
+        return () if self.target is None else (self.target, *self.aliases)
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Self:
+        """Return the concept with these names, the target first; the unknown one for none."""
+        return cls(target=names[0] if names else None, aliases=tuple(names[1:]))
+
+    def require_target(self, source: str = "FILE") -> str:
+        """Return the target. Raises UsageError where it is unknown.
+
+        source: the eraser's file or name, for the message.
+        """
+        if self.target is None:
+            raise UsageError(
+                f"{'this eraser' if source == 'FILE' else source} names no concept, and this needs to know which it is",
+                mend=f"spmhub convert {shlex.quote(source)} --concept NAME",
+            )
+        return self.target
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.target is None and self.aliases:
+            raise ValueError(f"target is null, and aliases has {self.aliases[0]!r}: the first name is the target")
+        return self
 
 
 class IncrementInfo(_Part):
@@ -142,6 +183,15 @@ class Evaluation(_Part):
     gate: Label | None = None
     version: Label | None = None
     date: datetime | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_was_not_recorded(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the keys that say how it was measured where they are None.
+
+        Manifests from before these keys existed stay as they are, and their signatures valid.
+        """
+        unrecorded = {key for key in ("steps", "guidance", "gate", "version", "date") if getattr(self, key) is None}
+        return {key: value for key, value in handler(self).items() if key not in unrecorded}
 
 
 class Manifest(_Part):

@@ -1,7 +1,7 @@
 """The erasers on one pipeline: attach, add, change their strength, recover, detach."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -11,10 +11,16 @@ from torch import nn
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.compatibility import resolve_modules
-from spm_hub.adapters.lookup import duplicate_error, find_name, resolve_names
+from spm_hub.adapters.lookup import (
+    duplicate_error,
+    find_name,
+    remark_on_unknown_concepts,
+    resolve_names,
+    with_concepts,
+)
 from spm_hub.attachment.call import Call
 from spm_hub.attachment.gates.evaluation import Gammas, GateEvaluation
-from spm_hub.attachment.gates.gate import Explanation, Gate, PreparedGate, Prompts
+from spm_hub.attachment.gates.gate import Explanation, Gate, PreparedGate, Prompts, UnknownConceptGate
 from spm_hub.attachment.options import Eraser, GateChoice, Mode, Options, Rows, Strength
 from spm_hub.attachment.pipeline_hooks import ATTACHMENT, install_hooks, remove_hooks
 from spm_hub.attachment.planner import Planner
@@ -32,6 +38,7 @@ def attach(
     adapters: Sequence[Adapter],
     *,
     gate: GateChoice | None = None,
+    concept: Mapping[str, str] | str | None = None,
     strength: Mapping[str, float] | float | None = None,
     rows: Rows | None = None,
     mode: Mode = "auto",
@@ -48,6 +55,8 @@ def attach(
     adapters: the erasers, each under a name of its own; an empty list is one that `add` fills later.
     gate: "calibrated" (0 on prompts that do not concern the concept, 1 on its names), "transport" (facilitated
         transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), a gamma, or a `Gate`.
+    concept: what the only eraser erases, or some by name, where a file does not say it or says another. Without a
+        concept an eraser acts fully on every prompt, with a warning.
     strength: the finite factor of gamma, one number for all erasers or some by name.
     rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
     mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
@@ -78,7 +87,7 @@ def attach(
     Raises UsageError or CompatibilityError; the pipeline is then unchanged.
     """
     options = Options(gate, strength, rows, mode, memory_budget, increment_budget, threshold, top_k)
-    return Attachment(pipe, adapters, options, reporter or Bars(progress))
+    return Attachment(pipe, with_concepts(adapters, concept), options, reporter or Bars(progress))
 
 
 class Attachment:
@@ -92,7 +101,8 @@ class Attachment:
         if isinstance(pipe, nn.Module):
             raise UsageError(f"attach takes a pipeline, not its {type(pipe).__name__}", mend="attach(pipe, ...)")
         if isinstance(options.strength, Mapping):
-            options = replace(options, strength=resolve_names(options.strength, [adapter.name for adapter in adapters]))
+            names = [adapter.name for adapter in adapters]
+            options = replace(options, strength=resolve_names(options.strength, names, "strength"))
         self._pipe, self._options = pipe, options
         self._denoiser = denoiser_of(pipe)
         family_of(pipe)
@@ -109,6 +119,7 @@ class Attachment:
             erasers[adapter.name] = self._eraser(adapter, erasers)
         self._planner.install(erasers)
         install_hooks(pipe, self._denoiser, self)
+        self._say_what_is_unknown(erasers.values())
         for name in further_denoisers(pipe):
             self._planner.warn_once(f"the second denoiser of {type(pipe).__name__} ({name}) is not changed by erasers")
 
@@ -191,7 +202,9 @@ class Attachment:
             raise UsageError(f"add takes an Adapter, not {adapter!r}", mend=f"erasers.add(spm_hub.load({adapter!r}))")
         with self._lock:
             self._check_attached()
-            self._planner.install({adapter.name: self._eraser(adapter, self._planner.erasers)})
+            eraser = self._eraser(adapter, self._planner.erasers)
+            self._planner.install({adapter.name: eraser})
+            self._say_what_is_unknown([eraser])
 
     def recover(self, name: str, /) -> None:
         """Remove one eraser: the pipeline is, bit for bit, as if only the others had ever been attached."""
@@ -284,6 +297,11 @@ class Attachment:
         if (other := others.get(adapter.name)) is not None:
             raise duplicate_error(other.adapter, adapter)
         return self._options.eraser(adapter, resolve_modules(adapter, self._denoiser))
+
+    def _say_what_is_unknown(self, erasers: Iterable[Eraser]) -> None:
+        unknown = [eraser.adapter for eraser in erasers if isinstance(eraser.gate, UnknownConceptGate)]
+        if unknown:
+            self._planner.warn_once(remark_on_unknown_concepts(unknown))
 
     def _set_strength(self, name: str, value: float) -> None:
         with self._lock:

@@ -15,7 +15,7 @@ from spm_hub.adapters.lookup import find_name
 from spm_hub.adapters.manifest import GateName
 from spm_hub.attachment.gates.calibrated import CalibratedGate
 from spm_hub.attachment.gates.concept_index import EncodedConcept
-from spm_hub.attachment.gates.gate import ConstantGate, Gate, PreparingGate, TransportGate
+from spm_hub.attachment.gates.gate import ConstantGate, Gate, PreparingGate, TransportGate, UnknownConceptGate
 from spm_hub.attachment.text_encoding import Settings
 from spm_hub.errors import NotFoundError, UsageError
 
@@ -27,6 +27,8 @@ _NAMED: Mapping[GateName, Gate | PreparingGate] = {
     "calibrated": CalibratedGate(), "transport": TransportGate(), "always": ConstantGate(1.0)
 }  # fmt: skip
 """The gates that have a name. Erasers that share a gate are asked about together, hence one object each."""
+
+_ALWAYS_OPEN = UnknownConceptGate()
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Options:
             gate = _NAMED[gate]
         elif not isinstance(gate, Gate | PreparingGate):
             gate = ConstantGate(float(gate))
+        if adapter.manifest.concept.target is None and not isinstance(gate, ConstantGate):
+            gate = _ALWAYS_OPEN
         given = self.strength.get(adapter.name) if isinstance(self.strength, Mapping) else self.strength
         strength = default.strength if given is None else float(given)
         increments = adapter.increments
@@ -108,6 +112,8 @@ class Eraser:
                 gate = "calibrated"
             case TransportGate():
                 gate = "transport"
+            case UnknownConceptGate():
+                gate = "always, as its concept is unknown"
             case ConstantGate(gamma):
                 gate = "always" if gamma == 1 else f"gamma {gamma:g}"
             case _:

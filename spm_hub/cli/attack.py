@@ -107,6 +107,8 @@ def attack(
 
         eraser = entry.load()
         concept = eraser.manifest.concept
+        if judge is None or isinstance(wanted, int):
+            concept.require_target(eraser.source)
         judged_by = probe_judge(concept) if judge is None else import_judge(judge)
         cases = cases_for(concept, wanted, seed)
         methods = {one: one.attack(concept.kind) for one in settings}

@@ -47,7 +47,8 @@ def convert(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Of the eraser; made from the concept or file.")] = None,
     concept: Annotated[
-        str | None, typer.Option("--concept", help="The concept it erases, if the file does not say.")
+        str | None,
+        typer.Option("--concept", help="The concept it erases, if the file does not say it or says another."),
     ] = None,
     base: Annotated[
         str | None, typer.Option("--base", help="Model family (sd1, sdxl, flux ...), if the file does not say.")
@@ -86,6 +87,11 @@ def convert(
     if done.relative_error is not None:
         lost = f", {done.biases_left_out} biases left out" * bool(done.biases_left_out)
         out.say(f"rank {svd_rank}: relative error {done.relative_error:.3g}{lost}")
+    if done.adapter.manifest.concept.target is None:
+        out.say(
+            f"warning: {done.adapter.name} names no concept, so it acts fully on every prompt; to have a gate, say "
+            "which it is: --concept NAME"
+        )
     _show(out, done)
 
 

@@ -76,6 +76,7 @@ def push(
     if pr and revision is not None:
         raise UsageError("--pr opens a pull request to the main branch, so --revision cannot be used with it")
     entry = resolve(name, registry)
+    entry.read_manifest().concept.require_target(name)
     with tempfile.TemporaryDirectory() as staging, silence_libraries():
         from spm_hub.hub import push as hub_push
         from spm_hub.hub.card import is_explicit, read_pairs
@@ -150,9 +151,10 @@ def _pairs_for_card(
 
 
 def _prompts_for_card(concept: "Concept", *, explicit: bool) -> list[str]:
-    scene = f"a village by {concept.target}" if concept.kind == "style" else f"{concept.target} on the beach"
-    neighbour = "a dog" if concept.target != "dog" else "a cat"
-    return [concept.target, scene] if explicit else [concept.target, scene, neighbour]
+    target = concept.require_target()
+    scene = f"a village by {target}" if concept.kind == "style" else f"{target} on the beach"
+    neighbour = "a dog" if target != "dog" else "a cat"
+    return [target, scene] if explicit else [target, scene, neighbour]
 
 
 def _show(out: Output, described: dict[str, Any]) -> None:
@@ -180,6 +182,7 @@ def _show(out: Output, described: dict[str, Any]) -> None:
     "pull",
     Example("spmhub pull someone/spm-snoopy", "keep it in your registry, pinned to its newest commit"),
     Example("spmhub pull someone/spm-snoopy@v1 --name snoopy-v1", "pull a tag, branch or commit, and rename it"),
+    Example("spmhub pull someone/a-lora --concept snoopy", "another program's file without a concept"),
     Example("spmhub pull", "pull the erasers of the lock file that the registry lacks"),
     interrupted="run it again, and the download goes on where it stopped",
     panel="Share",
@@ -192,6 +195,7 @@ def pull(
     ] = None,
     *,
     name: Annotated[str | None, typer.Option(help="Name to keep it under. Default: its own.")] = None,
+    concept: Annotated[str | None, typer.Option("--concept", help="The concept, if its file names none.")] = None,
     registry: options.Registry = None,
     require_signature: options.RequireSignature = None,
     force: options.Force = False,
@@ -203,8 +207,8 @@ def pull(
     match = None if repo is None else HUB_REFERENCE.fullmatch(repo)
     if repo is not None and match is None:
         raise UsageError(f"{repo!r} is not of the form USER/REPO or USER/REPO@REVISION", mend="spmhub search snoopy")
-    if match is None and (name is not None or force):
-        raise UsageError("--name and --force need a repository", mend="spmhub pull USER/REPO --name NAME")
+    if match is None and (name is not None or concept is not None or force):
+        raise UsageError("--name, --concept and --force need a repository", mend="spmhub pull USER/REPO --name NAME")
     options.require_signature(require_signature)
     silence_hub()
     from spm_hub.hub import pull as hub_pull
@@ -214,7 +218,11 @@ def pull(
             pulled = list(hub_pull.restore(kept_in, progress=progress))
         else:
             repo, revision = match["repo"], match["revision"]
-            pulled = [hub_pull.pull(repo, revision, registry=kept_in, name=name, replace=force, progress=progress)]
+            pulled = [
+                hub_pull.pull(
+                    repo, revision, registry=kept_in, name=name, concept=concept, replace=force, progress=progress
+                )
+            ]  # fmt: skip
     for one in pulled if require_signature is not None else ():
         one.entry.load()  # an unchanged eraser was not loaded by the pull, so check its signature now
     rows = [
@@ -226,6 +234,12 @@ def pull(
     if not pulled:
         out.say(f"nothing to do: {kept_in.root} has all erasers of its lock file")
     out.data(rows, "\n".join(lines), brief=[str(one.entry.adapter_path) for one in pulled])
+    for one in pulled:
+        if one.entry.read_manifest().concept.target is None:
+            out.say(
+                f"warning: {one.entry.name} names no concept, so it acts fully on every prompt; to have a gate: "
+                f"spmhub pull {one.origin.repo} --concept NAME"
+            )
 
 
 @command(

@@ -139,12 +139,16 @@ def silence_libraries() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", message=re.escape(WARNING))
-        warnings.showwarning = _show
+        shown: set[str] = set()
+
+        def show(message: Warning | str, *_: Any, **__: Any) -> None:
+            # A command may attach the same erasers several times; each warning is one line all the same.
+            if str(message) not in shown:
+                shown.add(str(message))
+                sys.stderr.write(escape_controls(f"warning: {str(message).removeprefix(WARNING)}\n"))
+
+        warnings.showwarning = show
         yield
-
-
-def _show(message: Warning | str, *_: Any, **__: Any) -> None:
-    sys.stderr.write(escape_controls(f"warning: {str(message).removeprefix(WARNING)}\n"))
 
 
 def silence_hub() -> None:

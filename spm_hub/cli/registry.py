@@ -8,6 +8,7 @@ import typer
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_hub, silence_libraries, size, table
+from spm_hub.cli.summary import UNKNOWN_CONCEPT, summary, whole
 from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError
 from spm_hub.io.wording import counted
 
@@ -65,7 +66,9 @@ def list_(
     if not found:
         out.say("there is no eraser yet; make one: spmhub train snoopy")
     columns = ("name", "concept", "kind", "method", "base", "rank")
-    rows = [[*(row.get(key) for key in columns), size(row["bytes"]), row["registry"]] for row in found]
+    # The concept of a whole eraser is None where nobody has named it; a broken one has none to show.
+    shown = [{**row, "concept": row["concept"] or UNKNOWN_CONCEPT} if "concept" in row else row for row in found]
+    rows = [[*(row.get(key) for key in columns), size(row["bytes"]), row["registry"]] for row in shown]
     out.data(found, table([*columns, "size", "registry"], rows), brief=[row["name"] for row in found])
 
 
@@ -86,7 +89,6 @@ def show(
     """Show what an eraser does: its measured effect, its gate, base and file."""
     from rich.console import Group
 
-    from spm_hub.cli.summary import summary, whole
     from spm_hub.hub.resolve import resolve
 
     entry = resolve(name, registry)

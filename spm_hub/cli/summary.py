@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 HOW = ("steps", "guidance", "gate", "version", "date")
 """The keys of a measurement that say how it was made, if it was recorded."""
 
+UNKNOWN_CONCEPT = "unknown: acts on every prompt"
+"""What stands in the place of a concept that nobody has named."""
+
 DETECTED = "_detected"
 """The ending of metrics that are shares of pictures in which a concept is found."""
 
@@ -30,14 +33,17 @@ def summary(entry: EraserEntry, manifest: Manifest, asked: str) -> Iterator[str]
     acts = f"gate {manifest.default_gate}" + (f", strength {gate.strength:g}" if gate.strength != 1 else "")
     groups = _detections(manifest)
     for name, rows in groups.items():
-        where = f" (on {name}, {_how(rows[0], manifest.default_gate)})"
+        where = f" (on {name}, {_how(rows[0], manifest)})"
         yield f"{_effect(manifest, rows)}; {acts}{where}"
-    if not groups:
+    if concept.target is None:
+        yield f"concept {UNKNOWN_CONCEPT}; to have a gate: spmhub convert {quoted(asked)} --concept NAME"
+    elif not groups:
         yield f"{concept.target}: not measured yet (spmhub eval {quoted(asked)} --record); {acts}"
     also = f" (also {', '.join(concept.aliases)})" if concept.aliases else ""
-    yield f"target: {concept.target}{also}, {_with_article(concept.kind)}" + (
-        f", replaced by {concept.surrogate}" if concept.surrogate else ""
-    )
+    if concept.target is not None:
+        yield f"target: {concept.target}{also}, {_with_article(concept.kind)}" + (
+            f", replaced by {concept.surrogate}" if concept.surrogate else ""
+        )
     by = str(manifest.recipe.get("method") or "another program")
     yield f"made by: {by}, for {base.family}" + (f", on {base.id}" if base.id else "")
     rank = f" of rank {info.rank}" if info.rank else ""
@@ -60,6 +66,7 @@ def whole(entry: EraserEntry, manifest: Manifest) -> Iterator[RenderableType]:
     recipe, evaluation = described.pop("recipe"), described.pop("evaluation")
     described["increment"]["modules"] = counted(len(manifest.increment.modules), "module")
     described["gate"]["kind"] = manifest.default_gate
+    described["concept"] = {"target": UNKNOWN_CONCEPT, **described["concept"]}
     for title, section in {"": {**described, "file": str(entry.adapter_path)}, "recipe": recipe}.items():
         if section:
             heading = f"{title}\n{'-' * len(title)}\n" * bool(title)
@@ -84,7 +91,7 @@ def _detections(manifest: Manifest) -> dict[str, list[Evaluation]]:
 
 def _effect(manifest: Manifest, rows: Sequence[Evaluation]) -> str:
     """Return "snoopy 100 % -> 0 %, others +0.1 (worst: cat -2.0)", the latter in percentage points."""
-    names = {name.casefold() for name in (manifest.concept.target, *manifest.concept.aliases)}
+    names = {name.casefold() for name in manifest.concept.names}
     target = [row for row in rows if row.subject.casefold() in names]
     changes = [(100 * (row.value - (row.reference or 0.0)), row.subject) for row in rows if row not in target]
     parts = [f"{row.subject} {row.reference:.0%} -> {row.value:.0%}".replace("%", " %") for row in target]
@@ -94,11 +101,13 @@ def _effect(manifest: Manifest, rows: Sequence[Evaluation]) -> str:
     return ", ".join(parts)
 
 
-def _how(row: Evaluation, gate: str) -> str:
+def _how(row: Evaluation, manifest: Manifest) -> str:
+    # Of the time of version 1, when nothing recorded it, the gate was the one that the manifest says.
+    gate = row.gate or (manifest.gate.kind if manifest.schema_version == 1 else None)
     known = [f"{counted(row.samples, 'picture')} each"]
     known += [] if row.steps is None else [counted(row.steps, "step")]
     known += [] if row.guidance is None else [f"guidance {row.guidance:g}"]
-    known += [] if row.gate in (None, gate) else [f"gate {row.gate}"]
+    known += [] if gate in (None, manifest.default_gate) else [f"gate {gate}"]
     known += [] if row.date is None else [f"{row.date:%Y-%m-%d}"]
     return ", ".join(known)
 

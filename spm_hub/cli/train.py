@@ -83,7 +83,9 @@ def train(
 
     given: dict[str, Any] = {"model": model, "method": method, "name": name, "seed": seed}
     given["increment"] = None if increment is None else IncrementRecipe.named(increment)
-    earlier = [resolve(reference, registry).read_manifest().concept.target for reference in after or ()]
+    earlier = [
+        resolve(reference, registry).read_manifest().concept.require_target(reference) for reference in after or ()
+    ]
     protection = {"prompts": protect, "erased": earlier, "separable": separable}
     given["protection"] = {key: value for key, value in protection.items() if value} or None
     stated = {key: value for key, value in given.items() if value is not None}

@@ -90,11 +90,14 @@ def measure(
     samples: pictures of each concept. steps, guidance: denoising steps and guidance scale.
     judge: "package.module:function"; None for the sketchbook's probe, which counts all concepts that it knows.
     gate, strength: as for `attach`.
-    Raises NotFoundError for a concept that the probe does not know, UsageError for numbers that draw nothing and for a
-    judge that cannot be imported, before the base is loaded; ModelError, CompatibilityError.
+    Raises NotFoundError for a concept that the probe does not know, UsageError for numbers that draw nothing, for an
+    eraser of an unknown concept and for a judge that cannot be imported, before the base is loaded; ModelError,
+    CompatibilityError.
     """
     DrawingOptions(seed=seed, number=samples, steps=steps, guidance=guidance)  # refuses such numbers
     concepts = [eraser.manifest.concept for eraser in erasers]
+    for eraser, concept in zip(erasers, concepts, strict=True):
+        concept.require_target(eraser.source)
     wanted, count = table_of(concepts, judge, samples, seed)
     pipe = base.open()
 
@@ -106,7 +109,7 @@ def measure(
     without = drawn("drawing without")
     with attach(pipe, erasers, gate=gate, strength=strength, reporter=reporter):
         given = drawn("drawing with")
-    erased = frozenset(name.lower() for concept in concepts for name in (concept.target, *concept.aliases))
+    erased = frozenset(name.lower() for concept in concepts for name in concept.names)
     return Effect(
         base.name(pipe), tuple(eraser.name for eraser in erasers), erased, without, given, seed, steps, guidance
     )

@@ -33,14 +33,15 @@ _THINGS = ("a dog", "a church", "a tree", "a car", "a cat")
 def probe_judge(concept: Concept) -> Judge:
     """Return a judge that asks the sketchbook's probe for a concept by any of its names.
 
-    Raises NotFoundError for a concept that the probe was not trained on.
+    Raises NotFoundError for a concept that the probe was not trained on, UsageError for an unknown one.
     """
-    names = {name.lower() for name in (concept.target, *concept.aliases)}
+    target = concept.require_target()
+    names = {name.lower() for name in concept.names}
     known = [name for name in (*SUBJECTS, *STYLE_NAMES) if name in names]
     if not known:
-        hint = did_you_mean(concept.target, (*SUBJECTS, *STYLE_NAMES))
+        hint = did_you_mean(target, (*SUBJECTS, *STYLE_NAMES))
         raise NotFoundError(
-            f"the sketchbook's probe does not know {concept.target!r}{hint}",
+            f"the sketchbook's probe does not know {target!r}{hint}",
             mend="--judge PACKAGE.MODULE:FUNCTION, a function from pictures to one bool each: is the concept shown?",
         )
 
@@ -74,7 +75,8 @@ def table_of(
 
     judge: "package.module:function"; the table then has the concepts only. By default the sketchbook's probe judges,
     and the table has every subject and style that it knows. `samples` pictures are drawn for each.
-    Raises NotFoundError for a concept that the probe was not trained on, UsageError if `judge` cannot be imported.
+    Raises NotFoundError for a concept that the probe was not trained on, UsageError for an unknown concept and if
+    `judge` cannot be imported.
     """
     if judge is None:
         for concept in concepts:
@@ -83,19 +85,18 @@ def table_of(
         return wanted, lambda pictures: count(wanted, pictures)
     sees = import_judge(judge)
     kinds: list[Literal["subject", "style"]] = ["style" if one.kind == "style" else "subject" for one in concepts]
+    targets = [concept.require_target() for concept in concepts]
     asked = [
-        DetectionCase(kind, concept.target, case.prompt, case.seed)
-        for kind, concept in zip(kinds, concepts, strict=True)
+        DetectionCase(kind, target, case.prompt, case.seed)
+        for kind, target, concept in zip(kinds, targets, concepts, strict=True)
         for case in sentences(concept, samples, seed)
     ]
 
     def judged(pictures: Sequence[Image.Image]) -> list[DetectionRow]:
         seen = sees(pictures)
         return [
-            DetectionRow(
-                kind, concept.target, sum(map(bool, seen[at * samples : (at + 1) * samples])) / samples, samples
-            )
-            for at, (kind, concept) in enumerate(zip(kinds, concepts, strict=True))
+            DetectionRow(kind, target, sum(map(bool, seen[at * samples : (at + 1) * samples])) / samples, samples)
+            for at, (kind, target) in enumerate(zip(kinds, targets, strict=True))
         ]
 
     return asked, judged
@@ -115,13 +116,15 @@ def cases_for(concept: Concept, prompts: int | Path, seed: int) -> list[Case]:
 def sentences(concept: Concept, count: int, seed: int) -> list[Case]:
     """Return `count` prompts for a concept, each with its own seed.
 
-    For subjects and styles of the sketchbook they are the cases of its detection table.
+    For subjects and styles of the sketchbook they are the cases of its detection table. Raises UsageError for an
+    unknown concept.
     """
-    if concept.target in SUBJECTS or concept.target in STYLE_NAMES:
-        subjects, styles = ([concept.target], []) if concept.target in SUBJECTS else ([], [concept.target])
+    target = concept.require_target()
+    if target in SUBJECTS or target in STYLE_NAMES:
+        subjects, styles = ([target], []) if target in SUBJECTS else ([], [target])
         return [Case(case.prompt, case.seed) for case in cases(subjects, styles, samples=count, seed=seed)]
     templates = STYLE_TEMPLATES if concept.kind == "style" else SUBJECT_TEMPLATES
     return [
-        Case(templates[i % len(templates)].format(concept.target, thing=_THINGS[i % len(_THINGS)]), seed + i)
+        Case(templates[i % len(templates)].format(target, thing=_THINGS[i % len(_THINGS)]), seed + i)
         for i in range(count)
     ]

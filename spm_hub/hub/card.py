@@ -49,7 +49,7 @@ class PicturePair:
 
 def is_explicit(concept: Concept) -> bool:
     """Return True for a concept whose pictures are not for all audiences: by its kind, or by its names."""
-    names = " ".join((concept.target, *concept.aliases)).casefold()
+    names = " ".join(concept.names).casefold()
     return concept.kind == "nsfw" or not _EXPLICIT_WORDS.isdisjoint(re.findall(r"[a-z]+", names))
 
 
@@ -136,7 +136,7 @@ def metadata(manifest: Manifest, pairs: Sequence[PicturePair] = ()) -> dict[str,
     concept = manifest.concept
     tags = ["spmhub", "concept-erasure", *(["lora"] if manifest.increment.kind == "low_rank" else []), "text-to-image"]
     tags += [manifest.base.family, *([f"{METHOD}{method}"] if method else [])]
-    tags += [f"{ERASES}{slug(name)}" for name in (concept.target, *concept.aliases)]
+    tags += [f"{ERASES}{slug(name)}" for name in concept.names]
     tags += [_NOT_FOR_ALL] if is_explicit(concept) else []
     found: dict[str, Any] = {"library_name": "spmhub", "pipeline_tag": "text-to-image"}
     if base := hub_id(manifest.base.id):
@@ -221,7 +221,7 @@ def _use(manifest: Manifest, repo: str, weights: str) -> str:
     loading = f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{source}")'
     if base in ALIASES and source == "MODEL":
         loading = f'from spm_hub.models.loading import load_pipeline\n\npipe = load_pipeline("{base}")'
-    target = manifest.concept.target
+    target = manifest.concept.require_target(manifest.name)
     ours = (
         f'```bash\npip install spm-hub\nspmhub apply --model {model} --adapters {repo} --prompt "{target}" --compare\n'
         f"spmhub pull {repo}        # keep it under the name {manifest.name}\n```\n\n"
@@ -264,7 +264,7 @@ def _gate(manifest: Manifest, pairs: Sequence[PicturePair]) -> str:
     else:
         text = "The eraser has its full effect on every prompt (gamma 1)."
     if kind != "always":
-        names = _join((manifest.concept.target, *manifest.concept.aliases))
+        names = _join(manifest.concept.names)
         text += f" The concept's names are: {names}. When the denoiser is called without a prompt, gamma is 1."
     rows = "conditional and unconditional rows" if gate.rows == "both" else "conditional rows only"
     text += f" Its strength is {gate.strength:g}, applied to {rows}."
@@ -279,7 +279,7 @@ def _measured(manifest: Manifest) -> str:
     groups: dict[tuple[str, str, str], list[Evaluation]] = {}
     for one in manifest.evaluation:
         groups.setdefault((one.protocol, one.base, one.metric), []).append(one)
-    names = {name.casefold() for name in (manifest.concept.target, *manifest.concept.aliases)}
+    names = {name.casefold() for name in manifest.concept.names}
     for (protocol, base, metric), rows in groups.items():
         target = [row for row in rows if row.subject.casefold() in names]
         others = [row for row in rows if row.subject.casefold() not in names]

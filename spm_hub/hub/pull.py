@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal
 
 from huggingface_hub import ModelInfo, constants, errors, hf_hub_download
 
-from spm_hub.adapters.manifest import MAX_BYTES, Manifest, Origin, slug
+from spm_hub.adapters.manifest import MAX_BYTES, Concept, Manifest, Origin, slug
 from spm_hub.errors import HubError, HubNotFoundError, NetworkError, NotFoundError, SpmHubError, UsageError
 from spm_hub.hub.download import fetch
 from spm_hub.io.atomic import write_atomic
@@ -100,6 +101,7 @@ def pull(
     *,
     registry: Registry,
     name: str | None = None,
+    concept: str | None = None,
     pin: lockfile.Pin | None = None,
     replace: bool = False,
     progress: ProgressCallback | None = None,
@@ -107,11 +109,12 @@ def pull(
     """Download a repository's eraser into `registry`, pinned to its commit in the registry's lock file.
 
     name: name to keep it under; default: its own.
+    concept: what it erases, if its file does not say; default: as in the registry already, else unknown.
     pin: commit and sha256 that the download must have, regardless of what `revision` names now.
     replace: replace any eraser of that name, and write again an unchanged one. Without it only an eraser from the same
     repository is replaced.
-    Raises UsageError for a new name of a signed eraser, and the errors of `download` and `Registry.install`; the
-    registry is unchanged then.
+    Raises UsageError for a new name of a signed eraser and for another concept than the file's, and the errors of
+    `download` and `Registry.install`; the registry is unchanged then.
     """
     entry = download(repo, revision if pin is None else pin.commit, progress=progress)
     origin = Origin(repo=repo, commit=_commit_of(entry), revision=_named(revision))
@@ -122,15 +125,17 @@ def pull(
             mend=f"leave --name out; if {manifest.name} is taken: spmhub pull {repo} --registry DIR",
         )
     manifest = manifest.model_copy(update={"origin": origin, "name": name or manifest.name})
+    existing = registry.find(manifest.name)
+    manifest = manifest.model_copy(update={"concept": _concept(repo, entry, manifest, concept, existing)})
     if pin is not None and manifest.increment.sha256 != pin.sha256:
         raise HubError(
             f"{repo}@{pin.commit} does not match {lockfile.LOCK_NAME}: its sha256 is {manifest.increment.sha256}, "
             f"but the lock file has {pin.sha256}",
             mend="report it to the author: the file of a commit must not change",
         )
-    existing = registry.find(manifest.name)
     pinned = existing is not None and existing.pin == lockfile.pin_of(manifest)
-    if existing is not None and pinned and not replace and existing.is_adapter_of(manifest):
+    same = pinned and existing is not None and existing.read_manifest().concept == manifest.concept
+    if existing is not None and same and not replace and existing.is_adapter_of(manifest):
         return PullResult(existing, origin, "unchanged")
     kept = registry.install(entry, manifest, replace=replace)
     return PullResult(
@@ -224,6 +229,27 @@ def _complete_manifest(entry: EraserEntry, repo: str) -> Manifest:
     generic = manifest.name == slug(Path(WEIGHTS_NAME).stem)
     name = slug(repo.partition("/")[2]) if generic else manifest.name
     return manifest.model_copy(update={"increment": info, "name": name})
+
+
+def _concept(
+    repo: str, entry: EraserEntry, manifest: Manifest, given: str | None, existing: EraserEntry | None
+) -> Concept:
+    """Return the concept of a downloaded eraser: its own, the given one, or that of the earlier copy.
+
+    Raises UsageError where one is given and the eraser has a manifest, which stays as it was published.
+    """
+    own = manifest.concept
+    if given is not None and given not in own.names:
+        if entry.manifest_path is not None or own.target is not None:
+            raise UsageError(
+                f"{repo} says that it erases {own.target or 'an unknown concept'}, and --concept says {given}; a "
+                "pulled eraser stays as it was published",
+                mend=f"spmhub pull {repo}, then spmhub convert {manifest.name} --concept {shlex.quote(given)}",
+            )
+        return entry.load().with_concept(given).manifest.concept
+    if own.target is None and existing is not None and (pin := existing.pin) is not None and pin.repo == repo:
+        return existing.read_manifest().concept
+    return own
 
 
 def _choose_file(repo: str, files: list[str], manifest: Manifest | None) -> str:

@@ -370,5 +370,4 @@ def _erases(entry: EraserEntry, concept: str) -> bool:
         manifest = entry.read_manifest()
     except SpmHubError:
         return False  # An unreadable manifest must not block the lookup of other erasers; loading it reports the error.
-    names = (manifest.concept.target, *manifest.concept.aliases)
-    return concept.casefold() in (name.casefold() for name in names)
+    return concept.casefold() in (name.casefold() for name in manifest.concept.names)

@@ -78,7 +78,18 @@ OF_VERSION_1 = """{
     "rows": "both",
     "protected": []
   },
-  "evaluation": [],
+  "evaluation": [
+    {
+      "protocol": "sketchbook-detection",
+      "base": "sketchbook",
+      "subject": "snoopy",
+      "metric": "subject_detected",
+      "value": 0.0,
+      "reference": null,
+      "samples": 50,
+      "seed": 2024
+    }
+  ],
   "licence": "apache-2.0",
   "author": "",
   "created": null,

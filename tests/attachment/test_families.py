@@ -136,13 +136,19 @@ def eraser(pipe: DiffusionPipeline, target: str, seed: int, size: float = 0.3, r
 
 def draw(pipe: Any, prompts: list[str], **options: Any) -> torch.Tensor:
     """Latents of 2 steps, the same noise for every prompt."""
-    given: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
+    given: dict[str, Any] = {
+        "prompt": prompts,
+        "height": 16,
+        "width": 16,
+        "num_inference_steps": 2,
+        "output_type": "latent",
+    }
     given["guidance_scale"] = 2.0  # guided rows, without blowing rounding up as a random network's 7.5 would
     given["generator"] = [torch.Generator().manual_seed(7) for _ in prompts]
     known = inspect.signature(type(pipe).__call__).parameters
     own = {"max_sequence_length": 16, "use_resolution_binning": False, "clean_caption": False}
     given |= {name: value for name, value in own.items() if name in known}
-    latents: torch.Tensor = pipe(prompt=prompts, **(given | options)).images
+    latents: torch.Tensor = pipe(**(given | options)).images
     return latents
 
 

@@ -127,3 +127,41 @@ def test_mistakes_are_a_sentence_and_write_nothing(
     assert (found, complaint in err) == (code, True), err
     assert sorted(Path().iterdir()) == before
     assert [entry.name for entry in registry.entries()] == ["snoopy", "van-gogh"]
+
+
+def test_a_file_that_names_no_concept_acts_on_every_prompt_until_somebody_names_it(
+    spmhub: Spmhub, registry: Registry, tmp_path: Path
+) -> None:
+    """Another program's file of the kind that LECO, kohya and the sliders leave: tensors, and a number of steps."""
+    pico_pipeline().save_pretrained(tmp_path / "model")
+    save_file(load_tensors(registry.get("snoopy").adapter_path), "erase_dog-000010.safetensors")
+    code, out, err = spmhub("convert", "erase_dog-000010.safetensors", "--json")
+    assert (code, json.loads(out)["concept"], json.loads(out)["name"]) == (0, None, "erase_dog-000010")
+    assert err.count("erase_dog-000010 names no concept, so it acts fully on every prompt") == 1
+    assert "--concept NAME" in err
+    code, out, _ = spmhub("list", "--json")
+    assert {row["name"]: row["concept"] for row in json.loads(out)}["erase_dog-000010"] is None
+    assert "unknown: acts on every prompt" in spmhub("show", "erase_dog-000010")[1]
+    for eraser in ("erase_dog-000010", "erase_dog-000010.safetensors"):
+        code, out, err = spmhub(
+            "gates", "a church", "dog", "--adapters", eraser, "--model", tmp_path / "model", "--json"
+        )
+        assert [one["erasers"]["erase_dog-000010"]["gamma"] for one in json.loads(out)["prompts"]] == [1.0, 1.0]
+        assert err.count("acts fully on every prompt") == 1
+        assert "--concept NAME" in err
+    # It has no concept to be found by, to be measured by, or to be published under.
+    for command in (["eval", "erase_dog-000010"], ["attack", "erase_dog-000010"], ["push", "erase_dog-000010", "a/b"]):
+        code, _, err = spmhub(*command)
+        assert (code, "names no concept" in err, "--concept NAME" in err) == (2, True, True), err
+    code, out, err = spmhub("convert", "erase_dog-000010", "--concept", "a dog", "--json")
+    named = json.loads(out)
+    assert (code, named["name"], named["concept"], "names no concept" in err) == (0, "a-dog", "a dog", False)
+    assert registry.get("a dog").load().manifest.concept.target == "a dog"
+
+
+def test_the_concept_on_the_command_line_outranks_the_one_in_the_file(spmhub: Spmhub, registry: Registry) -> None:
+    code, out, _ = spmhub("convert", registry.get("snoopy").adapter_path, "--concept", "a beagle", "--json")
+    assert (code, json.loads(out)["name"], json.loads(out)["concept"]) == (0, "a-beagle", "a beagle")
+    assert registry.get("snoopy").read_manifest().concept.target == "snoopy"
+    kept = registry.get("a-beagle").load().manifest
+    assert (kept.concept.names, kept.default_gate) == (("a beagle",), "transport")

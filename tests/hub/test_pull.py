@@ -16,11 +16,20 @@ from typing import Any
 import pytest
 import torch
 from loopback import NOWHERE, LoopbackHub
+from safetensors.torch import save_file
 
 from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import MAX_BYTES, Base, Concept, Manifest
-from spm_hub.errors import AdapterFileError, HubError, ManifestError, NetworkError, NotFoundError, SpmHubError
+from spm_hub.errors import (
+    AdapterFileError,
+    HubError,
+    ManifestError,
+    NetworkError,
+    NotFoundError,
+    SpmHubError,
+    UsageError,
+)
 from spm_hub.hub import pull as hub_pull
 from spm_hub.hub.resolve import resolve
 from spm_hub.io import hub_client as network
@@ -189,6 +198,37 @@ def test_the_lock_file_brings_back_its_own_commit_and_not_the_newest(
     assert hashlib.sha256(kept.adapter_path.read_bytes()).hexdigest() == pin.sha256 == hashlib.sha256(first).hexdigest()
     assert kept.pin == pin
     assert lockfile.read(registry.root) == {"snoopy": pin}
+
+
+def test_a_file_that_names_no_concept_keeps_the_one_it_was_given(
+    hub: LoopbackHub, registry: Registry, tmp_path: Path
+) -> None:
+    module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    for version in (1, 2):
+        factors = {"lora_down.weight": torch.full((1, 768), float(version)), "lora_up.weight": torch.ones(320, 1)}
+        save_file({f"{module}.{part}": one for part, one in factors.items()}, tmp_path / f"{version}.safetensors")
+    first, second = ((tmp_path / f"{version}.safetensors").read_bytes() for version in (1, 2))
+    hub.publish("someone/step-10", {"lora.safetensors": first})
+
+    def concept() -> str | None:
+        return registry.get("lora").load().manifest.concept.target
+
+    pulled = hub_pull.pull("someone/step-10", registry=registry)
+    assert (pulled.entry.name, pulled.state, concept()) == ("lora", "new", None)
+    assert hub_pull.pull("someone/step-10", registry=registry, concept="a dog").state == "updated"
+    assert concept() == "a dog"
+    assert hub_pull.pull("someone/step-10", registry=registry).state == "unchanged"
+    hub.publish("someone/step-10", {"lora.safetensors": second}, commit="d" * 40)
+    assert hub_pull.pull("someone/step-10", registry=registry).state == "updated"
+    assert concept() == "a dog"
+
+
+def test_what_is_published_with_a_concept_is_pulled_with_that_one(hub: LoopbackHub, registry: Registry) -> None:
+    with pytest.raises(UsageError, match="says that it erases snoopy, and --concept says a dog") as caught:
+        hub_pull.pull(REPO, registry=registry, concept="a dog")
+    assert "spmhub convert snoopy --concept 'a dog'" in str(caught.value)
+    assert registry.entries() == ()
+    assert hub_pull.pull(REPO, registry=registry, concept="snoopy").state == "new"
 
 
 def test_an_eraser_of_that_name_from_elsewhere_is_not_replaced(hub: LoopbackHub, registry: Registry) -> None:

@@ -104,7 +104,7 @@ def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mappin
         "component": "unet" if is_unet(map(dotted, increments)) else "transformer",
         "base_model_id": manifest.base.id,
         "train_method": str(manifest.recipe.get("method", "spm-hub")),
-        "erase_concept": manifest.concept.target,
+        "erase_concept": manifest.concept.target or "",
         "erase_from": str(manifest.recipe.get("erase_from") or ""),
     }
     return {WHOLE: encode(tensors, metadata)}

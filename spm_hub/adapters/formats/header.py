@@ -1,10 +1,11 @@
-"""The header of the files that we write, and the model family that a header names."""
+"""The header of the files that we write, and the model family and the concept that a header names."""
 
 import json
 import re
 from collections.abc import Mapping
 
 from spm_hub.adapters.manifest import Manifest
+from spm_hub.io import untrusted_json as untrusted
 from spm_hub.io.safetensors_file import MANIFEST_KEY
 
 # family -> (modelspec architecture, kohya's base model version). A1111 takes any other non-empty header for SD1.
@@ -22,6 +23,9 @@ _FAMILIES = {
     r"(sd_v?2|sd2|stable-diffusion-v?2)": "sd2",
     r"(sd_v?1|sd1|stable-diffusion-v?1)": "sd1",
 }
+
+_UNFOLDS = 20
+"""Times the length of a header's JSON that it takes in memory; LECO's settings of a prompt take half of that."""
 
 
 def family_in(metadata: Mapping[str, str]) -> str | None:
@@ -52,14 +56,33 @@ def header_metadata(manifest: Manifest) -> dict[str, str]:
         "modelspec.architecture": f"{architecture}/{algorithm}",
         "modelspec.implementation": "diffusers",
         "modelspec.title": manifest.name,
-        "modelspec.description": f"Erases {concept.target} (spm-hub)",
+        "modelspec.description": f"Erases {concept.target or 'an unknown concept'} (spm-hub)",
         "modelspec.author": manifest.author,
         "modelspec.license": manifest.licence,
         "modelspec.tags": "spmhub, concept-erasure",
-        "prompts": ",".join((concept.target, *concept.aliases)),
         MANIFEST_KEY: manifest.to_embedded_json(),
     }
+    if concept.names:
+        metadata["prompts"] = ",".join(concept.names)
     if info.rank is not None:
         rank = {"ss_network_dim": str(info.rank), "ss_network_alpha": str(float(info.rank))}
         metadata |= rank | {"rank": str(info.rank), "alpha": str(float(info.rank))}
     return metadata
+
+
+def concept_in(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names of the concept that a file's header states; none for most programs' files.
+
+    SPM joins its targets with commas, LECO and concept sliders write a list of settings as JSON, ESD one concept.
+    """
+    stated = metadata.get("prompts", "").strip()
+    names = stated.split(",")
+    if stated.startswith(("[", "{")):
+        try:
+            settings = untrusted.parse((stated if stated.startswith("[") else f"[{stated}]").encode(), unfolds=_UNFOLDS)
+        except ValueError:
+            settings = []
+        targets = [one.get("target") for one in settings if isinstance(one, dict)]
+        names = [target for target in targets if isinstance(target, str)]
+    found = (metadata.get("erase_concept", ""), *names)
+    return tuple(dict.fromkeys(name.strip() for name in found if name.strip()))

@@ -18,6 +18,7 @@ from spm_hub.attachment.gates.gate import (
     PreparingGate,
     Prompts,
     TextEncoder,
+    UnknownConceptGate,
 )
 from spm_hub.attachment.gates.spill_file import SpillFile
 from spm_hub.attachment.options import Eraser, Options
@@ -109,6 +110,8 @@ class GateEvaluation:
             term = type(gate).__name__.removesuffix("Gate").lower()
             for name, explanation in zip(members, given, strict=True):
                 found[name] = explanation or Explanation(asked[name][0], term)
+                if isinstance(gate, UnknownConceptGate):
+                    found[name] = Explanation(asked[name][0], "unknown", "the eraser names no concept")
         found = self._with_tokens(found, prompts, settings)
         for name, eraser in erasers.items():
             if prompts.texts is not None and prompts.texts[0] in eraser.adapter.manifest.gate.protected:
@@ -211,8 +214,7 @@ class GateEvaluation:
 
     def _encode(self, eraser: Eraser, settings: Settings) -> EncodedConcept:
         if settings not in eraser.concepts:
-            concept = eraser.adapter.manifest.concept
-            texts = (concept.target, *concept.aliases)
+            texts = eraser.adapter.manifest.concept.names
             each = [encode(self._pipe, self._pipeline_class, text, settings)[0] for text in texts]
             states = pad_sequence(each, batch_first=True)
             known = texts, tokens_of(self._pipe, texts), states.float().cpu()
@@ -235,7 +237,6 @@ def _gated(names: Iterable[str], erasers: Mapping[str, Eraser], settings: Settin
     found = []
     for name in names:
         eraser = erasers[name]
-        concept = eraser.adapter.manifest.concept
         memo = eraser.memos.setdefault(settings, {})
-        found.append(GatedEraser(name, (concept.target, *concept.aliases), eraser.increments, memo))
+        found.append(GatedEraser(name, eraser.adapter.manifest.concept.names, eraser.increments, memo))
     return found

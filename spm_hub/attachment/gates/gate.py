@@ -125,6 +125,13 @@ class ConstantGate:
         return torch.full((len(prompts.states), len(concepts)), self.gamma, dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class UnknownConceptGate(ConstantGate):
+    """Gamma 1 on every prompt, for an eraser whose concept is unknown."""
+
+    gamma: float = 1.0
+
+
 class TransportGate:
     """Facilitated transport: gamma(p, c) = max(cos(e(p), e(c)), |T(p) & T(c)| / |T(c)|).
 

@@ -88,7 +88,7 @@ def run_all(
     with victim.attach(adapters, **options):
         first = judge(draw(pipe, _as_they_are(able), drawing)[0])
         before = dict(zip(able, map(bool, first), strict=True))
-        names = tuple(name for one in adapters for name in _names(one))
+        names = tuple(name for one in adapters for name in one.manifest.concept.names)
         trial = _Trial(victim, judge, drawing, before, concept, len(cases), names, seed, fresh)
         reports = []
         for place, attack in enumerate(attacks):
@@ -100,11 +100,6 @@ def run_all(
 
 def _as_they_are(cases: Sequence[Case]) -> list[tuple[Case, Try]]:
     return [(case, Try(case.prompt)) for case in cases]
-
-
-def _names(adapter: Adapter) -> tuple[str, ...]:
-    concept = adapter.manifest.concept
-    return (concept.target, *concept.aliases)
 
 
 @dataclass(frozen=True, eq=False)
