@@ -4,6 +4,7 @@ A message says what happened, and names the offending key and both values; `mend
 """
 
 import difflib
+import shlex
 from collections.abc import Iterable
 
 GET_AGAIN = "get the adapter again: spmhub pull OWNER/NAME --force, or spmhub train CONCEPT --force"
@@ -99,7 +100,9 @@ def ambiguous_eraser(reference: str, candidates: Iterable[str]) -> UsageError:
 
 def unknown_eraser(reference: str, names: Iterable[str], where: str) -> NotFoundError:
     """Return the error for a reference that matches no eraser `where`; it suggests the nearest of `names`."""
-    return NotFoundError(f"no eraser {reference!r} {where}{did_you_mean(reference, names)}", mend="spmhub list")
+    known = tuple(names)
+    mend = "spmhub list" if known else f"make one: spmhub train {shlex.quote(reference)}"
+    return NotFoundError(f"no eraser {reference!r} {where}{did_you_mean(reference, known)}", mend=mend)
 
 
 def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> tuple[str, ...]:

@@ -24,8 +24,15 @@ except KeyboardInterrupt:  # a traceback through the imports would say nothing t
 
 def main() -> None:
     """Run the command line; this is the console script `spmhub`."""
-    restart_in_utf8()
-    prepare_streams()
+    try:
+        restart_in_utf8()
+        prepare_streams()
+        _run()
+    except KeyboardInterrupt:  # before or after a command, whose own Ctrl-C has a message
+        sys.exit(INTERRUPTED)
+
+
+def _run() -> None:
     if "--json" not in sys.argv:
         app()
         return

@@ -83,5 +83,6 @@ def apply(
         table(["prompt", *applied.names], [[one.prompt, *map(one.gates.get, applied.names)] for one in applied.shown]),
         brief=paths,
     )
+    drawn = len(paths) - len(applied.files.get("grid", ()))
     side_by_side = f"; side by side: {applied.files['grid'][0]}" if "grid" in applied.files else ""
-    out.say(f"{counted(len(paths), 'picture')} in {to}{side_by_side}")
+    out.say(f"{counted(drawn, 'picture')} in {to}{side_by_side}")

@@ -9,7 +9,7 @@ import typer
 
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
-from spm_hub.cli.output import Output, silence_hub, silence_libraries, size, table
+from spm_hub.cli.output import InterruptedByUserError, Output, silence_hub, silence_libraries, size, table
 from spm_hub.errors import UsageError
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.progress import progress_if_long
@@ -33,7 +33,7 @@ Repo = Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository o
         "spmhub push snoopy someone/spm-snoopy --pictures pictures --pr",
         "use your pictures, open a pull request",
     ),
-    interrupted="if it was uploading already, look at the repository: the Hub may have it",
+    interrupted="nothing was uploaded",
     panel="Share",
 )
 def push(
@@ -100,7 +100,12 @@ def push(
             out.say(f"nothing was uploaded; to upload, run it without --dry-run{kept}")
             return
         out.say(f"uploading {counted(len(files), 'file')} to {repo} ...")
-        made = hub_push.push(release, private=private, revision=revision, pull_request=pr)
+        try:
+            made = hub_push.push(release, private=private, revision=revision, pull_request=pr)
+        except KeyboardInterrupt:
+            raise InterruptedByUserError(
+                f"interrupted during the upload; the Hub may have it all the same: look at {repo} there"
+            ) from None
     address = made.pull_request or made.url
     out.data({**described, **asdict(made)}, f"{repo}@{made.commit}: {address}", brief=[address])
     out.say(f"others can download it with: spmhub pull {repo}")
@@ -267,7 +272,7 @@ def show_results(out: Output, found: "tuple[SearchResult, ...]") -> None:
     """Print search results as a table."""
     columns = ("repo", "erases", "method", "base", "downloads", "likes", "updated")
     rows = [[one.repo, ", ".join(one.erases), *(getattr(one, key) for key in columns[2:])] for one in found]
-    out.data([asdict(one) for one in found], table(columns, rows), brief=[one.repo for one in found])
+    out.data([asdict(one) for one in found], table(columns, rows) if rows else "", brief=[one.repo for one in found])
     out.say(f"download one: spmhub pull {found[0].repo}" if found else "the Hub has no such eraser")
 
 
@@ -291,7 +296,9 @@ def outdated(out: Output, *, registry: options.Registry = None) -> None:
     shown = [
         [*(str(row[key] or "")[:12] if key in ("pinned", "newest") else row[key] for key in columns)] for row in rows
     ]
-    out.data(rows, table(columns, shown), brief=[str(row["name"]) for row in behind])
+    out.data(rows, table(columns, shown) if rows else "", brief=[str(row["name"]) for row in behind])
+    if not rows:
+        out.say("no eraser in your registries was pulled from the Hub")
     for row in behind:
         at = f"@{row['revision']}" if row["revision"] else ""
         out.say(f"update: spmhub pull {row['repo']}{at}")

@@ -36,6 +36,8 @@ PLAIN_LINES = "    \n    \n -- \n    \n    \n    \n    \n    \n"
 class InterruptedByUserError(SpmHubError):
     """Ctrl-C."""
 
+    exit_code = INTERRUPTED
+
 
 @dataclass(frozen=True)
 class Output:
@@ -51,7 +53,7 @@ class Output:
         elif self.quiet:
             sys.stdout.writelines(f"{printable(line, sys.stdout)}\n" for line in brief)
         elif isinstance(human, str):
-            sys.stdout.write(printable(human, sys.stdout) + "\n")
+            sys.stdout.write(printable(human, sys.stdout) + "\n" * bool(human))
         else:
             _console(sys.stdout).print(human)
         sys.stdout.flush()

@@ -64,7 +64,9 @@ def list_(
         if "broken" in row:
             out.say(f"warning: {row['name']} in {row['registry']} cannot be read: {row['broken']}")
     if not found:
+        out.data(found, "")
         out.say("there is no eraser yet; make one: spmhub train snoopy")
+        return
     columns = ("name", "concept", "kind", "method", "base", "rank")
     # The concept of a whole eraser is None where nobody has named it; a broken one has none to show.
     shown = [{**row, "concept": row["concept"] or UNKNOWN_CONCEPT} if "concept" in row else row for row in found]

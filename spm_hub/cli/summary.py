@@ -38,7 +38,9 @@ def summary(entry: EraserEntry, manifest: Manifest, asked: str) -> Iterator[str]
     if concept.target is None:
         yield f"concept {UNKNOWN_CONCEPT}; to have a gate: spmhub convert {quoted(asked)} --concept NAME"
     elif not groups:
-        yield f"{concept.target}: not measured yet (spmhub eval {quoted(asked)} --record); {acts}"
+        # Only the sketchbook has a judge whose numbers can be recorded.
+        measure = f" (spmhub eval {quoted(asked)} --record)" if base.id.startswith("sketchbook") else ""
+        yield f"{concept.target}: not measured yet{measure}; {acts}"
     also = f" (also {', '.join(concept.aliases)})" if concept.aliases else ""
     if concept.target is not None:
         yield f"target: {concept.target}{also}, {_with_article(concept.kind)}" + (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from huggingface_hub import HfApi, ModelInfo
 
 from spm_hub.hub.card import ERASES, METHOD, hub_id
-from spm_hub.io.hub_client import retry, translate_errors
+from spm_hub.io.hub_client import reach, retry, translate_errors
 from spm_hub.models.aliases import ALIASES
 
 _BASE = "base_model:adapter:"
@@ -46,6 +46,7 @@ def search(
         return list(HfApi().list_models(filter=tags, author=author, full=True))
 
     with translate_errors("the list of erasers", None, otherwise="list your own: spmhub list", why="is needed"):
+        reach()
         models = retry(ask)
     words = query.casefold().replace("-", " ").split()
     found = [_read(model) for model in models]

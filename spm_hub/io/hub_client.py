@@ -4,11 +4,12 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from httpx2 import ConnectError, ConnectTimeout, HTTPError, TransportError
 from huggingface_hub import HfApi, ModelInfo, constants, errors
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
 from spm_hub.errors import HubError, HubNotFoundError, NetworkError, UsageError
 
@@ -50,6 +51,18 @@ def reject_malformed_answers() -> Iterator[None]:
         yield
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise TransportError(f"its answer is not what the Hub writes: {type(error).__name__}: {error}"[:200]) from error
+
+
+def reach() -> None:
+    """Connect to the Hub once, whatever it answers, as the client's lists would try for half a minute.
+
+    Raises ConnectionError without a network.
+    """
+    with suppress(TransportError):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=SECONDS_TO_REACH_THE_HUB)
+        except (ConnectError, ConnectTimeout) as error:
+            raise ConnectionError(str(error)) from error
 
 
 def retry(ask: Callable[[], T]) -> T:

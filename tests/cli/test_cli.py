@@ -83,7 +83,7 @@ def test_list_and_show(spmhub: Spmhub, registry: Registry) -> None:
     assert str(registry.root) in table
     assert json.loads(spmhub("show", "snoopy", "--json").out)["concept"]["target"] == "snoopy"
     shown = spmhub("show", "snoopy").out.splitlines()
-    assert shown[0] == "snoopy: not measured yet (spmhub eval snoopy --record); gate transport"
+    assert shown[0] == "snoopy: not measured yet; gate transport"
     assert "target: snoopy, of no stated kind" in shown
     assert "kind: low_rank" in spmhub("show", "snoopy", "--full").out
 
