@@ -67,12 +67,7 @@ def push(
     """
     from spm_hub.hub.resolve import resolve
 
-    if no_pictures and (pictures is not None or prompt):
-        raise UsageError("--no-pictures cannot be combined with --pictures or --prompt")
-    if no_pictures and to is not None:
-        raise UsageError("--out is for the pictures, and there are none with --no-pictures")
-    if pictures is not None and (to is not None or prompt):
-        raise UsageError("--pictures takes the pictures as they are, so --out and --prompt cannot be used with it")
+    _check_pictures(pictures, no_pictures=no_pictures, drawn=bool(prompt), kept=to is not None)
     if pr and revision is not None:
         raise UsageError("--pr opens a pull request to the main branch, so --revision cannot be used with it")
     entry = resolve(name, registry)
@@ -109,6 +104,16 @@ def push(
     address = made.pull_request or made.url
     out.data({**described, **asdict(made)}, f"{repo}@{made.commit}: {address}", brief=[address])
     out.say(f"others can download it with: spmhub pull {repo}")
+
+
+def _check_pictures(pictures: Path | None, *, no_pictures: bool, drawn: bool, kept: bool) -> None:
+    """Refuse options about the card's pictures that contradict each other. Raises UsageError."""
+    if no_pictures and (pictures is not None or drawn):
+        raise UsageError("--no-pictures cannot be combined with --pictures or --prompt")
+    if no_pictures and kept:
+        raise UsageError("--out is for the pictures, and there are none with --no-pictures")
+    if pictures is not None and (kept or drawn):
+        raise UsageError("--pictures takes the pictures as they are, so --out and --prompt cannot be used with it")
 
 
 def _pairs_for_card(
@@ -152,7 +157,9 @@ def _pairs_for_card(
         shown = show(pipe, [adapter], wanted, drawing, compare=not explicit, progress=progress)
     described = {"model": base.id, "adapters": [adapter.name], "sha256": digest}
     save(shown, folder, drawing, title=adapter.name, grid=False, described=described)
-    return tuple(found())
+    if not (made := found()):
+        out.say("no pictures: the eraser did not act on any of these prompts, and others are not published")
+    return tuple(made)
 
 
 def _prompts_for_card(concept: "Concept", *, explicit: bool) -> list[str]:

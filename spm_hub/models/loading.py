@@ -88,9 +88,16 @@ class _Precision:
         return stored if self.asked == STORED else self._automatic(stored)
 
     def of_folder(self, folder: Path, variant: str | None) -> torch.dtype | dict[str, torch.dtype]:
+        import torch
+
         if self.fixed is not None:
             return self.fixed
-        stored = stored_dtypes(folder, variant)
+        try:
+            stored = stored_dtypes(folder, variant)
+        except ModelError:
+            if self.asked == STORED:
+                raise
+            return torch.float32  # loading the damaged folder reports more
         return stored if self.asked == STORED else self._automatic(stored["default"])
 
     def _automatic(self, stored: torch.dtype) -> torch.dtype:
@@ -110,7 +117,7 @@ def _load_folder(wanted: ModelRef, precision: _Precision) -> DiffusionPipeline:
     with _reading(wanted.text):
         pipe: DiffusionPipeline = DiffusionPipeline.from_pretrained(
             folder,
-            torch_dtype=dtype,
+            dtype=dtype,
             use_safetensors=True,
             variant=variant,
             local_files_only=True,

@@ -209,7 +209,8 @@ class Session:
             entry = registry.add(adapter, replace=self.replace or replace)
         except RegistryError as error:
             if not checkpoint.path.exists():
-                raise
+                lost = "; the training is lost, as there was no room for the state of the run either"
+                raise RegistryError(error.message + lost, mend=error.mend) from error
             raise RegistryError(
                 f"{error.message}; the training is not lost, its result is in {checkpoint.folder}",
                 mend="the same command with --resume, in Python resume=True, with room or in another registry",

@@ -143,7 +143,7 @@ def test_an_xl_file_draws_what_its_folder_draws(tmp_path: Path) -> None:
 def test_precisions_are_those_of_a_folder(config: Path, file: Path, tmp_path: Path) -> None:
     half = single_file(pico_pipeline(dtype=torch.bfloat16), tmp_path / "half.safetensors")
     assert load_pipeline(str(half), config=str(config), dtype="stored").unet.dtype is torch.bfloat16
-    assert load_pipeline(str(half), config=str(config)).vae.dtype is torch.float32
+    assert load_pipeline(str(half), config=str(config), dtype="float32").vae.dtype is torch.float32
     assert load_pipeline(str(file), config=str(config), dtype=torch.float16).text_encoder.dtype is torch.float16
     eight = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in load_file(file).items()}
     save_file(eight, tmp_path / "eight.safetensors")

@@ -122,7 +122,7 @@ def load(checkpoint: Checkpoint, folder: Path, precision: torch.dtype) -> Diffus
         pipe = pipeline_class.from_single_file(
             str(checkpoint.path),
             config=str(folder),
-            torch_dtype=precision,
+            dtype=precision,
             local_files_only=True,
             **lent,
             **without_checker(folder),
@@ -179,7 +179,7 @@ def _lent(checkpoint: Checkpoint, folder: Path, pipeline_class: Any, precision: 
     try:
         lender = pipeline_class.from_pretrained(
             folder,
-            torch_dtype=precision,
+            dtype=precision,
             use_safetensors=True,
             variant="fp16" if all(".fp16." in file for file in files) else None,
             local_files_only=True,
