@@ -188,9 +188,10 @@ def pull(
     Raises UsageError for another form of reference, HubError, NetworkError, RegistryError.
     """
     from spm_hub.hub import pull as remote
+    from spm_hub.io.web_addresses import hub_reference
     from spm_hub.registry import registry as registries
 
-    match = registries.HUB_REFERENCE.fullmatch(reference)
+    match = registries.HUB_REFERENCE.fullmatch(hub_reference(reference))
     if match is None:
         raise UsageError(f"{reference!r} is not of the form owner/name[@revision]", mend="spmhub search snoopy")
     kept_in = registries.user_registry() if registry is None else registries.Registry(Path(registry))

@@ -122,7 +122,7 @@ class Adapter:
                     )
         # From the tensors: the manifest of a lazily loaded file may have a narrower dtype (`load_file`).
         manifest = self.manifest.model_copy(update={"increment": increment_info(self.increments)})
-        image = encode_tensors(spm.to_tensors(self.increments), header_metadata(manifest))
+        image = encode_tensors(spm.to_tensors(self.increments, manifest.base.family), header_metadata(manifest))
         about_file = {"file": file_name, "bytes": image.nbytes, "sha256": image.sha256}
         return image, manifest.model_copy(
             update={

@@ -1,7 +1,8 @@
 """Reads an adapter from a file of any format, and writes an adapter in any format."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ from spm_hub.adapters.description import Description, apply_description, make_ma
 from spm_hub.adapters.formats.format import WHOLE, BaseModel, Format, Source
 from spm_hub.adapters.formats.lazy import with_dots
 from spm_hub.adapters.formats.module_names import dotted, with_kernel
+from spm_hub.adapters.formats.programs import PROGRAMS
 from spm_hub.adapters.formats.reading import all_formats, open_source, recognise
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
-from spm_hub.errors import NotFoundError, UsageError, nearest
+from spm_hub.errors import GET_AGAIN, AdapterFileError, ManifestError, NotFoundError, UsageError, nearest
 from spm_hub.io.atomic import Content, write_together
 from spm_hub.io.progress import Progress, no_progress
 from spm_hub.io.safetensors_file import Image
@@ -34,11 +36,12 @@ def read(
     Pickles (.pt, .pth, .ckpt, .bin) are read here and nowhere else, as tensors only.
     Raises AdapterFileError, NotFoundError, CompatibilityError, and UsageError if the caller has to say more.
     """
-    source = open_source(path, base, without_text_encoder=said.without_text_encoder, progress=progress)
-    known = recognise(source)
-    if known.needs_base and base is None:
-        raise _base_needed(source, known)
-    return _adapter(source, known, known.read(source), said), known.name
+    with _mends_for_foreign_files():
+        source = open_source(path, base, without_text_encoder=said.without_text_encoder, progress=progress)
+        known = recognise(source)
+        if known.needs_base and base is None:
+            raise _base_needed(source, known)
+        return _adapter(source, known, known.read(source), said), known.name
 
 
 def writer_named(name: str) -> Format:
@@ -46,7 +49,7 @@ def writer_named(name: str) -> Format:
 
     Raises NotFoundError with the names of the formats that can be written.
     """
-    written = {known.name: known for known in all_formats() if known.writer is not None}
+    written = {known.name: known for known in (*all_formats(), *PROGRAMS) if known.writer is not None}
     if name not in written:
         meant = nearest(name, written)
         raise NotFoundError(
@@ -102,6 +105,18 @@ def densified(adapter: Adapter, base: BaseModel) -> Adapter:
     """Return the adapter with masks as dense changes of this base; other increments are unchanged."""
     fitted = _fitted(adapter, base)
     return fitted.with_increments({path: _densified(one, path, base) for path, one in fitted.increments.items()})
+
+
+@contextmanager
+def _mends_for_foreign_files() -> Iterator[None]:
+    """Replace the mend for our own damaged files: a stranger's is in no repository of erasers."""
+    try:
+        yield
+    except (AdapterFileError, ManifestError) as error:
+        if error.mend != GET_AGAIN:
+            raise
+        again = "download it again from where it came; if it is the same then, ask its author for another"
+        raise type(error)(error.message, mend=again) from error
 
 
 def _adapter(source: Source, known: Format, increments: Mapping[str, Increment], said: Description) -> Adapter:

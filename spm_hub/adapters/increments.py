@@ -75,7 +75,7 @@ class LowRank:
 class Dense:
     """A full change of a weight, and of its bias where that was trained too.
 
-    delta: shaped like the weight, (out, in) or (out, in, kh, kw);  delta_bias: (out,).
+    delta: shaped like the weight, (out, in), (out, in, kh, kw), or (out,) for the scale of a norm;  delta_bias: (out,).
     """
 
     delta: Tensor
@@ -84,8 +84,8 @@ class Dense:
 
     def __post_init__(self) -> None:
         shape = tuple(self.delta.shape)
-        if len(shape) not in (2, 4):
-            raise CompatibilityError(f"not the change of a Linear or Conv2d weight: {shape}")
+        if len(shape) not in (1, 2, 4):
+            raise CompatibilityError(f"not the change of a Linear, Conv2d or norm weight: {shape}")
         if self.delta_bias is not None and tuple(self.delta_bias.shape) != shape[:1]:
             raise CompatibilityError(
                 f"delta {shape} and delta_bias {tuple(self.delta_bias.shape)} disagree on the outputs"
@@ -93,7 +93,7 @@ class Dense:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the weight this was trained on: (out, in) or (out, in, kh, kw)."""
+        """Shape of the weight this was trained on: (out, in), (out, in, kh, kw), or (out,) for a norm."""
         return tuple(self.delta.shape)
 
     @property
@@ -172,7 +172,7 @@ class Mask:
         (out,).
         Raises CompatibilityError.
         """
-        if weight.shape[self.dim] != len(self.keep):
+        if weight.dim() < 2 or weight.shape[self.dim] != len(self.keep):
             raise CompatibilityError(
                 f"{module_path}: the adapter's mask has {len(self.keep)} entries for dimension {self.dim}, "
                 f"the model's weight is {tuple(weight.shape)}"

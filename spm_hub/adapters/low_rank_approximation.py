@@ -13,7 +13,7 @@ from spm_hub.io.progress import Progress, no_progress
 
 @dataclass(frozen=True)
 class Truncation:
-    """A low-rank approximation: its adapter, its error, and the number of biases that it leaves out.
+    """A low-rank approximation, its error, and the number of biases and norms that it leaves out.
 
     relative_error: sqrt(sum |dW - dW_r|^2 / sum |dW|^2) over all changed weights and biases.
     """
@@ -26,7 +26,8 @@ class Truncation:
 def truncate(adapter: Adapter, rank: int, progress: Progress = no_progress) -> Truncation:
     """Return the nearest adapter of at most `rank` in every module (Eckart and Young 1936), and its error.
 
-    Raises UsageError for a mask, which changes known weights only and has no rank of its own.
+    The scale of a norm has no rank; it is left out as biases are, and both count in the error.
+    Raises UsageError for a mask, which changes known weights only and has no rank of its own, and for norms alone.
     """
     truncated: dict[str, Increment] = {}
     missed = whole = 0.0
@@ -35,13 +36,19 @@ def truncate(adapter: Adapter, rank: int, progress: Progress = no_progress) -> T
         progress(count + 1, len(adapter.increments))
         if isinstance(increment, Mask):
             raise UsageError(f"{adapter.name} switches neurons off, which has no rank", mend="--model M makes it dense")
-        truncated[path] = near = _nearest_of_rank(increment, rank)
-        missed += 0.0 if near is increment else _square(increment, near)
-        whole += _square(increment)
+        if isinstance(increment, Dense) and increment.delta.dim() == 1:
+            lost = float(increment.delta.double().square().sum())
+            missed, whole, biases = missed + lost, whole + lost, biases + 1
+        else:
+            truncated[path] = near = _nearest_of_rank(increment, rank)
+            missed += 0.0 if near is increment else _square(increment, near)
+            whole += _square(increment)
         if isinstance(increment, Dense) and increment.delta_bias is not None:
             biases += 1
             lost = float(increment.delta_bias.double().square().sum())
             missed, whole = missed + lost, whole + lost
+    if not truncated:
+        raise UsageError(f"{adapter.name} changes norms only, which have no rank", mend="leave --svd-rank out")
     error = (missed / whole) ** 0.5 if whole else 0.0
     smaller = adapter.with_increments(truncated)
     recipe = {**smaller.manifest.recipe, "svd": {"rank": rank, "relative_error": error, "biases_left_out": biases}}

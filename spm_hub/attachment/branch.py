@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
-from spm_hub.models.architectures import shape_of, weight_of
+from spm_hub.models.architectures import is_norm, shape_of, weight_of
 
 _BRANCH = "_spm_hub_branch"
 
@@ -171,7 +171,11 @@ class _Branch:
             output = _add_product(output, inner, stack.up)
         for owner, delta, delta_bias in stack.dense:
             gamma = _for_rows(self._gammas[:, owner, None], len(x))
-            output = output + _product(module, x * _broadcast(gamma, x.dim(), dim), delta)
+            if is_norm(module):
+                # A norm takes a factor on its input away again.
+                output = output + _broadcast(gamma, output.dim(), dim) * _scaled_norm(module, x, delta).to(output.dtype)
+            else:
+                output = output + _product(module, x * _broadcast(gamma, x.dim(), dim), delta)
             if delta_bias is not None:
                 output = output + _broadcast(gamma * delta_bias, output.dim(), dim)
         return output
@@ -202,7 +206,17 @@ def _for_rows(gammas: Tensor, rows: int) -> Tensor:
 
 
 def _channel_dim(module: nn.Module, x: Tensor) -> int:
-    return 1 if isinstance(module, nn.Conv2d) else x.dim() - 1
+    return 1 if isinstance(module, nn.Conv2d | nn.GroupNorm) else x.dim() - 1
+
+
+def _scaled_norm(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the output that the norm `module` would have with another weight and no bias."""
+    eps: Any = module.eps
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, weight, None, eps)
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, weight, None, eps)
+    return F.rms_norm(x, list(weight.shape), weight, eps)
 
 
 def _product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Example("spmhub convert lora.safetensors --concept snoopy", "another program's file, into the registry"),
     Example("spmhub convert esd-nudity.safetensors --model sd-v1-4", "whole weights: their difference to the base"),
     Example("spmhub convert lora.safetensors --without-text-encoder", "the part for the denoiser alone"),
-    Example("spmhub convert snoopy --to diffusers --out snoopy-lora.safetensors", "for another program"),
+    Example("spmhub convert snoopy --to comfyui --out snoopy-lora.safetensors", "for another program"),
     Example("spmhub convert esd-nudity --to kohya --svd-rank 8", "a dense eraser as a LoRA, its error stated"),
     interrupted="nothing was written",
     panel="Share",
@@ -31,7 +31,11 @@ def convert(
     *,
     to: Annotated[
         str | None,
-        typer.Option("--to", help="Format to write; without it the eraser goes into the registry.", show_default=False),
+        typer.Option(
+            "--to",
+            help="Program (comfyui, webui, invoke) or format; without it the eraser goes into the registry.",
+            show_default=False,
+        ),
     ] = None,
     place: Annotated[
         Path | None,
@@ -55,7 +59,7 @@ def convert(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="The base it was trained on: for whole weights, DoRA, masks, and --to esd."),
+        typer.Option("--model", "-m", help="The base it was trained on: for whole weights, DoRA, masks, --to esd."),
     ] = None,
     without_text_encoder: Annotated[
         bool,
@@ -67,8 +71,8 @@ def convert(
 ) -> None:
     """Convert an eraser from or to another program's format.
 
-    Reads SPM, kohya, LyCORIS, diffusers, PEFT, LECO, concept sliders, cloneofsimo, ESD, UCE, Concept Ablation and
-    Minimalist files; pickles (.pt, .ckpt, .bin) too, as tensors only. Exact unless --svd-rank is given.
+    Reads SPM, kohya, LyCORIS, diffusers, PEFT, XLabs, LECO, concept sliders, cloneofsimo, ESD, UCE, Concept Ablation
+    and Minimalist files; pickles (.pt, .ckpt, .bin) too, as tensors only. Exact unless --svd-rank is given.
     """
     from spm_hub.hub.convert import convert as run
 
@@ -85,7 +89,7 @@ def convert(
             reporter=out,
         )  # fmt: skip
     if done.relative_error is not None:
-        lost = f", {done.biases_left_out} biases left out" * bool(done.biases_left_out)
+        lost = f", {done.biases_left_out} biases and norms left out" * bool(done.biases_left_out)
         out.say(f"rank {svd_rank}: relative error {done.relative_error:.3g}{lost}")
     if done.adapter.manifest.concept.target is None:
         out.say(

@@ -13,6 +13,7 @@ from spm_hub.cli.output import InterruptedByUserError, Output, silence_hub, sile
 from spm_hub.errors import UsageError
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.progress import progress_if_long
+from spm_hub.io.web_addresses import hub_reference
 from spm_hub.io.wording import counted
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def pull(
     from spm_hub.registry.registry import HUB_REFERENCE, registry_for_new
 
     kept_in = registry_for_new(registry)
-    match = None if repo is None else HUB_REFERENCE.fullmatch(repo)
+    match = None if repo is None else HUB_REFERENCE.fullmatch(hub_reference(repo))
     if repo is not None and match is None:
         raise UsageError(f"{repo!r} is not of the form USER/REPO or USER/REPO@REVISION", mend="spmhub search snoopy")
     if match is None and (name is not None or concept is not None or force):

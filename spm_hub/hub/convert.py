@@ -27,7 +27,7 @@ class Conversion:
 
     read_as, written_as: names of formats; written_as is None if nothing was written.  files: those that were written.
     relative_error: of a low-rank approximation, sqrt(sum |dW - dW_r|^2 / sum |dW|^2); None without one.
-    biases_left_out: the number of changed biases that the approximation cannot hold; None without one.
+    biases_left_out: the number of changed biases and norms that the approximation cannot hold; None without one.
     """
 
     adapter: Adapter
@@ -64,8 +64,9 @@ def convert(
     or `keep` is given.
 
     source: a file or folder of any format, an eraser's name in a registry or on the Hub, or an Adapter.
-    to: the format to write, for instance "diffusers".  out: the file to write, or the folder for a format of several
-    files; unless given, a name in the working folder made from the eraser's and the format's.
+    to: the format to write, for instance "diffusers", or the program it is for: "comfyui", "webui", "invoke".
+    out: the file to write, or the folder for a format of several files; unless given, a name in the working folder
+    made from the eraser's and the format's.
     keep: store the eraser in a registry.  registry: the folder for this, and for names; unless given, the working
     folder if it is a registry, else the user's own.  replace: overwrite existing files.
     svd_rank: approximate every module's change by at most this rank, and state the relative error.
@@ -107,6 +108,8 @@ def convert(
     if target is not None and target.writer is not None:
         here = f"{adapter.name}-{target.name}{target.writer.suffix}"
         files += conversion.write(adapter, target, Path(out or here), base, replace=replace)
+        if (caveat := target.writer.caveat(adapter.manifest)) is not None:
+            reporter.say(caveat)
     return Conversion(adapter, read_as, to or ("spm" if keep else None), tuple(files), error, biases)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from spm_hub.adapters.manifest import NAME, slug
 from spm_hub.errors import NetworkError, NotFoundError, UsageError, ambiguous_eraser, nearest, unknown_eraser
 from spm_hub.io.progress import ProgressCallback
+from spm_hub.io.web_addresses import hub_reference
 from spm_hub.registry import lockfile, storage
 from spm_hub.registry.entry import WEIGHTS_NAME, EraserEntry, entry_of
 from spm_hub.registry.registry import HUB_REFERENCE, Registry, registries, requested_root
@@ -25,8 +26,9 @@ _TYPING_ERROR = 0.8
 
 
 def resolve(reference: str, registry: Path | None = None, *, progress: ProgressCallback | None = None) -> EraserEntry:
-    """Find an eraser by path, by name or concept in a registry, or by owner/name[@revision] on the Hub.
+    """Find an eraser by path, by name or concept in a registry, or by its name on the Hub.
 
+    On the Hub it is owner/name[@revision], or the address of its page.
     A name may be spelt as people do: `van_gogh` and `van-gogh.safetensors` find the eraser van-gogh.
     A name that is nearly one of a registry is refused as a typing error. Another unknown
     name is pulled from the repositories of `pull.owner()` into `registry` or the user's own registry. A Hub repository
@@ -38,6 +40,9 @@ def resolve(reference: str, registry: Path | None = None, *, progress: ProgressC
     if not reference.strip():
         raise UsageError("the reference to an adapter is empty", mend="spmhub list")
     path = Path(reference).expanduser()
+    if not path.exists():
+        reference = hub_reference(reference)
+        path = Path(reference).expanduser()
     looks_like_path = path.suffix == _SUFFIX or path.is_absolute() or reference.startswith(("./", "../", "~"))
     if looks_like_path or ("/" in reference and path.exists()):
         is_name = path.name == reference and path.stem != reference and not path.exists()

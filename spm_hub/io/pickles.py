@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spm_hub.errors import AdapterFileError, NotFoundError, RegistryError
+from spm_hub.io import first_bytes
 from spm_hub.io.wording import quoted
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -29,12 +30,13 @@ def read(path: Path) -> Any:
     """
     _check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Opened here: by its name PyTorch would take a file for another format.
+        with open(path, "rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     # Whatever a damaged file makes the reader raise, the answer is the same.
     except Exception as error:
-        why = str(error).strip().splitlines() or [type(error).__name__]
         raise AdapterFileError(
-            f"{path} holds more than tensors, or is damaged, and was not loaded: {why[0][:200]}", mend=_ASK
+            f"{path} holds more than tensors, or is damaged, and was not loaded: {_reason(error)}", mend=_ASK
         ) from error
     found = list(_tensors(path, content, "", frozenset(), itertools.count()))
     total = sum(tensor.numel() * tensor.element_size() for _, tensor in found)
@@ -43,7 +45,9 @@ def read(path: Path) -> Any:
             f"{path}: its tensors claim {total} bytes, the file has {path.stat().st_size}", mend=_ASK
         )
     for key, tensor in found:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # torch cannot ask this of eight bits.
+        wide = tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        if tensor.is_floating_point() and not torch.isfinite(wide).all():
             raise AdapterFileError(f"{path}: {key} holds numbers that are NaN or infinite", mend=_ASK)
     return content
 
@@ -51,9 +55,16 @@ def read(path: Path) -> Any:
 def _check_archive(path: Path) -> None:
     """Refuse a file that unpacks to more than its size.
 
-    Since PyTorch 1.6 a pickle is a zip whose members are stored uncompressed; a larger one is an attack.
+    Since PyTorch 1.6 a pickle is a zip whose members are stored uncompressed; a larger one is an attack. A zip is found
+    by its end, but PyTorch decides by the first bytes, and would read another pickle before it.
     """
+    kind = first_bytes.kind_of(path)
+    if kind is not None and kind not in (first_bytes.TORCH, first_bytes.PICKLE):
+        raise AdapterFileError(f"{path} is {kind.about}", mend=kind.mend)
     try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                raise zipfile.BadZipFile("it does not begin as a zip archive")
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             unpacked = sum(member.file_size for member in members)
@@ -68,6 +79,18 @@ def _check_archive(path: Path) -> None:
         ) from error
     except OSError as error:
         raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {quoted(path)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return why PyTorch refused a pickle: the object that is no tensor, or the first line of its text."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    if named := re.search(r"[Uu]nsupported (?:global|class): (?:GLOBAL )?([\w.]+)", text):
+        return f"it needs {named[1]}, which is no tensor"
+    if named := re.search(r"(?:Trying to|can only) (?:load|build) .{0,200}", text):
+        return named[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "weights_only" not in line]
+    plain = [line for line in lines if "two options" not in line and "Weights only load failed" not in line]
+    return (plain[0] if plain else type(error).__name__)[:200]
 
 
 def _check_calls(path: Path, archive: zipfile.ZipFile) -> None:

@@ -148,7 +148,7 @@ def targets(denoiser: nn.Module, family: Family | None = None) -> dict[str, nn.M
     else:
         blocks = attention_blocks(body)
     roots = tuple(f"{block}." for block in blocks)
-    found = {path: module for path, module in changeable(body).items() if path.startswith(roots)}
+    found = {path: module for path, module in matrices(body).items() if path.startswith(roots)}
     return {
         path: module
         for path, module in found.items()
@@ -182,15 +182,29 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def changeable(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Return every Linear and Conv2d by dotted path: all modules that an increment may name.
+    """Return all modules that an increment may name, by dotted path.
 
-    Under a PEFT layer it is the base's own module, under the path it had before; the LoRA's parts are left out.
+    They are every Linear, Conv2d and norm with a scale. Under a PEFT layer it is the base's own module, under the path
+    it had before; the LoRA's parts are left out.
     """
     return {
         path.removesuffix(".base_layer"): module
         for path, module in body_of(denoiser).named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in path
+        if (isinstance(module, nn.Linear | nn.Conv2d) or is_norm(module)) and ".lora_" not in path
     }
+
+
+def matrices(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Return every Linear and Conv2d by dotted path: the modules that a training may choose."""
+    return {path: module for path, module in changeable(denoiser).items() if not is_norm(module)}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return True for a layer, group or RMS norm that multiplies each channel by a weight of its own."""
+    # diffusers has an RMSNorm of its own, which derives from nothing of torch's.
+    known = isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) or type(module).__name__ == "RMSNorm"
+    weight = getattr(module, "weight", None)
+    return known and isinstance(weight, nn.Parameter) and weight.dim() == 1
 
 
 def fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
@@ -215,15 +229,17 @@ def weight_of(module: nn.Module) -> nn.Parameter:
 
 
 def shape_of(module: nn.Module) -> tuple[int, ...]:
-    """Return the shape of a module's weight: (out, in) or (out, in / groups, kh, kw)."""
+    """Return the shape of a weight: (out, in), (out, in / groups, kh, kw), or (channels,) of a norm."""
     if isinstance(module, nn.Conv2d):
         return module.out_channels, module.in_channels // module.groups, *module.kernel_size
+    if is_norm(module):
+        return tuple(weight_of(module).shape)
     assert isinstance(module, nn.Linear)
     return module.out_features, module.in_features
 
 
 def bias_of(module: nn.Module) -> nn.Parameter | None:
     """Return the bias of a module from `changeable`, or None."""
-    bias = module.bias
+    bias = getattr(module, "bias", None)
     assert bias is None or isinstance(bias, nn.Parameter)
     return bias

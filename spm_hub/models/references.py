@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spm_hub.errors import ModelError, NotFoundError, UsageError, nearest
 from spm_hub.io.hashing import sha256_of
+from spm_hub.io.web_addresses import hub_reference
 from spm_hub.models import snapshots
 from spm_hub.models.aliases import ALIASES, Alias
 from spm_hub.models.single_file import inspection
@@ -60,6 +61,8 @@ def parse_reference(text: str, *, config: str | None = None) -> ModelRef:
     """
     if not text.strip():
         raise UsageError("the model reference is empty", mend="spmhub models")
+    if not Path(text).expanduser().exists():
+        text = hub_reference(text, use="--model FILE.safetensors")
     path = Path(text).expanduser()
     if text.partition("@")[0] not in ALIASES and path.is_file():
         of = None if config is None else parse_reference(config)
@@ -87,8 +90,6 @@ def _parse_without_config(text: str, path: Path) -> ModelRef:
         return ModelRef(text, hub_id=alias.hub_id, revision=revision or alias.revision, fp16=alias.fp16)
     if path.exists():
         return ModelRef(text, folder=_checked_folder(path))
-    if "://" in text:
-        raise UsageError(f"model {text!r} is an address", mend="download the file, then --model FILE.safetensors")
     if revision and Path(name).expanduser().exists():
         raise UsageError(f"{name} is a path on this machine and has no revisions, but @{revision} was asked for")
     if path.suffix.lower() in inspection.SUFFIXES:

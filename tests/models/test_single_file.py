@@ -176,7 +176,7 @@ def test_a_text_encoder_in_an_unknown_layout_is_not_replaced_unasked(folder: Pat
 def test_marks_of_v_prediction_reach_the_scheduler(tmp_path: Path) -> None:
     base = pico_xl()
     base.save_pretrained(tmp_path / "xl")
-    marked = single_file(base, tmp_path / "v.safetensors", v_pred=torch.zeros(1), ztsnr=torch.zeros(1))
+    marked = single_file(base, tmp_path / "v.safetensors", v_pred=torch.tensor([]), ztsnr=torch.tensor([]))
     scheduler = load_pipeline(str(marked), config=str(tmp_path / "xl")).scheduler
     assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == ("v_prediction", True)
     said = single_file(base, tmp_path / "said.safetensors", metadata={"modelspec.prediction_type": "v"})
@@ -331,7 +331,7 @@ def test_damaged_and_foreign_files(damage: str, file: Path, tmp_path: Path) -> N
         path.write_bytes({"cut": file.read_bytes()[:-100], "empty": b"", "gguf": b"GGUF\3\0\0\0"}[damage])
     says = {
         "cut": "truncated",
-        "empty": "ends after 0 bytes",
+        "empty": "an empty file",
         "gguf": "GGUF",
         "quantised": "scale",
         "integers": "kept as I8",

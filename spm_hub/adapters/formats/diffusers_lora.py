@@ -14,8 +14,8 @@ from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.manifest import Manifest
 from spm_hub.io.safetensors_file import encode
 
-# torch.compile puts a name of its own before the module it wraps; PEFT's prefix belongs to `peft`.
-_PREFIX = r"(?!(?:unet\.|transformer\.)?base_model\.)(?:unet\.|transformer\.)?(?:_orig_mod\.)?"
+# PEFT's prefix belongs to `peft`.
+_PREFIX = r"(?!(?:unet\.|transformer\.)?base_model\.)(?:unet\.|transformer\.)?"
 # 2023: attention processors own the pair, and to_out means its first layer. Such files often carry no prefix at all.
 _PROCESSOR = re.compile(
     _PREFIX + r"(?P<attention>[\w.]+)\.processor\.(?P<layer>to_[qkv]|to_out)_lora\.(?P<part>down|up)\.weight"
@@ -23,11 +23,15 @@ _PROCESSOR = re.compile(
 # Since then: the pair belongs to the layer.
 _LAYER = re.compile(
     _PREFIX + r"(?P<module>[\w.]+?)\."
-    r"(?P<part>(?:lora_A|lora_B|lora\.down|lora\.up)\.weight|alpha|lora_magnitude_vector(?:\.weight)?)"
+    r"(?P<part>(?:lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)\.weight|lora_B\.bias|alpha"
+    r"|lora_magnitude_vector(?:\.weight)?)"
 )
 _PARTS: dict[str, Part] = {
     "lora_A.weight": "down",
     "lora_B.weight": "up",
+    "lora_B.bias": "up_bias",
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
     "lora.down.weight": "down",
     "lora.up.weight": "up",
     "alpha": "alpha",
@@ -54,9 +58,20 @@ def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mappin
     return {WHOLE: encode(tensors, header_metadata(manifest))}
 
 
+def _caveat(manifest: Manifest) -> str | None:
+    if manifest.base.family in ("sd1", "sd2", "sdxl"):
+        return (
+            "diffusers loads this file whole; ComfyUI loads it without its attention layers, and the web UIs leave it "
+            "out: for these, --to comfyui or --to webui"
+        )
+    if manifest.base.family == "sd3":
+        return "diffusers and ComfyUI load this file whole; Forge leaves it out: for it, --to webui"
+    return None
+
+
 FORMAT = Format.by_keys(
     "diffusers",
     "diffusers' LoRA: *.lora_A.weight; its older *.processor.to_q_lora.down.weight is read too",
     parse_key,
-    Writer(("low_rank",), _write),
+    Writer(("low_rank",), _write, caveat=_caveat),
 )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from spm_hub.adapters.formats.assembly import dense
+from spm_hub.adapters.formats.fused_names import paths_of
 from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.formats.original_names import sgm_to_diffusers
 from spm_hub.adapters.formats.slots import Part
@@ -30,7 +31,12 @@ def apply_magnitudes(
     Raises AdapterFileError for a magnitude without its module in file or base.
     """
     weights = {flat(key.removesuffix(".weight")): key for key in base if key.endswith(".weight")}
-    lengths = {flat(sgm_to_diffusers(flat(name)) or name): (name, *given) for name, given in magnitudes.items()}
+    shapes = {flat(path): increment.weight_shape for path, increment in increments.items()}
+    lengths = {
+        path: (name, part, magnitude)
+        for name, (part, whole) in magnitudes.items()
+        for path, magnitude in _by_path(name, whole, shapes).items()
+    }
     found: dict[str, Increment] = {}
     for path, increment in increments.items():
         given = lengths.pop(flat(path), None)
@@ -55,6 +61,21 @@ def apply_magnitudes(
             f"{source}: {name} has a {part}, but is one of several parts of a weight, or has no other"
         )
     return found
+
+
+def _by_path(name: str, magnitude: Tensor, shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, Tensor]:
+    """Return an original module's magnitudes by diffusers' paths, each with those of its own rows.
+
+    Paths have . as _ .  shapes: of the weights that the file changes. Lengths of columns are those of a whole weight,
+    and stay together.
+    """
+    plain = flat(name)
+    unet = sgm_to_diffusers(plain)
+    paths = [flat(path) for path in ((unet,) if unet else paths_of(plain) or (name,))]
+    rows = [shape[0] if (shape := shapes.get(path)) else 0 for path in paths]
+    if len(paths) == 1 or magnitude.shape[0] != sum(rows):
+        return {paths[0] if len(paths) == 1 else plain: magnitude}
+    return dict(zip(paths, magnitude.split(rows), strict=True))
 
 
 def _change(weight: Tensor, delta: Tensor, magnitude: Tensor, *, by_shape: bool) -> Tensor:

@@ -8,14 +8,15 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from spm_hub.adapters.formats import other_components, state_dicts
+from spm_hub.adapters.formats import eight_bit, other_components, state_dicts
 from spm_hub.adapters.formats.keys import read_by_keys, unknown_key
 from spm_hub.adapters.formats.lora_config import Scaling, scaling_in
 from spm_hub.adapters.formats.slots import KeyParser, Slot
+from spm_hub.adapters.formats.wrapped_names import unwrapped
 from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import AdapterFileError
-from spm_hub.io import pickles
+from spm_hub.io import first_bytes, pickles
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.progress import Progress, no_progress
 from spm_hub.io.safetensors_file import Image, read_tensors
@@ -56,6 +57,7 @@ class _Weights:
     metadata: Mapping[str, str]
     sha256: str
     left_out: Mapping[str, int]
+    scales: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +98,8 @@ class Source:
     def tensors(self) -> Mapping[str, Tensor]:
         """The tensors of `weights` by key; none without such a file.
 
-        Pickles (.pt, .pth, .ckpt, .bin) are read as tensors only. Raises AdapterFileError, also for tensors of other
-        components than the denoiser.
+        Pickles are known by their first bytes, and read as tensors only. Raises AdapterFileError, also for tensors of
+        other components than the denoiser.
         """
         return {} if self._opened is None else self._opened.tensors
 
@@ -110,6 +112,11 @@ class Source:
     def left_out(self) -> Mapping[str, int]:
         """The number of tensors that were left out, by component."""
         return {} if self._opened is None else self._opened.left_out
+
+    @property
+    def scales(self) -> Mapping[str, Tensor]:
+        """The scales of tensors in eight-bit floats, by the key of the tensor."""
+        return {} if self._opened is None else self._opened.scales
 
     @property
     def sha256(self) -> str | None:
@@ -137,6 +144,7 @@ class Source:
             if found is None:
                 raise unknown_key(self.place, key, tensors, describe(self.formats()))
             slots[key] = found[1]
+        tensors = {key: eight_bit.widened(tensor, self.scales.get(key)) for key, tensor in tensors.items()}
         base = None if self.base is None else self.base.tensors
         return read_by_keys(self.place, tensors, slots, scaling, converting=converting, base=base)
 
@@ -148,20 +156,25 @@ class Source:
         metadata: Mapping[str, str] = {}
         left_out: Mapping[str, int] = {}
         tensors: Mapping[str, Tensor]
-        if path.suffix in pickles.SUFFIXES:
+        kind = first_bytes.kind_of(path)
+        if kind in (first_bytes.TORCH, first_bytes.PICKLE) or (kind is None and path.suffix in pickles.SUFFIXES):
             content = pickles.read(path)
             tensors = state_dicts.tensors_in(path, content, without_text_encoder=self.without_text_encoder)
             sha256 = sha256_of(path)
         else:
             header, tensors, sha256 = read_tensors(path)
             metadata = header.metadata
-        if self.without_text_encoder:
+        tensors = unwrapped(path, tensors)
+        if self.without_text_encoder and other_components.alone(tensors) is None:
             tensors, left_out = other_components.split_off(tensors)
             if not tensors:
-                count = sum(left_out.values())
-                raise AdapterFileError(f"{path} holds nothing but parts of a text encoder ({count} tensors)")
+                raise AdapterFileError(
+                    f"{path} holds nothing of a denoiser, but tensors of: {', '.join(sorted(left_out))}",
+                    mend=other_components.FOR_DENOISERS,
+                )
         other_components.refuse(path, tensors)
-        return _Weights(tensors, metadata, sha256, left_out)
+        tensors, scales = eight_bit.split_scales(path, tensors)
+        return _Weights(tensors, metadata, sha256, left_out, scales)
 
 
 @dataclass(frozen=True)
@@ -190,12 +203,14 @@ class Writer:
     write: returns the files for a manifest, its increments by dotted path, and the base's tensors by state-dict key;
     these are given if `needs_base` is True. Raises AdapterFileError for a module that the format has no name for.
     suffix: the ending of the file's name; empty for a format that writes a folder.
+    caveat: returns what other programs do not load of such a file, or None.
     """
 
     kinds: tuple[Literal["low_rank", "dense", "mask"], ...]
     write: Callable[[Manifest, Mapping[str, Increment], Mapping[str, Tensor]], Files]
     needs_base: bool = False
     suffix: str = ".safetensors"
+    caveat: Callable[[Manifest], str | None] = lambda manifest: None
 
 
 @dataclass(frozen=True)

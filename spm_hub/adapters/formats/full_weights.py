@@ -6,13 +6,15 @@ written by adding the increment to the base. ESD's authors mark their files `era
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from spm_hub.adapters.formats import eight_bit
 from spm_hub.adapters.formats.format import WHOLE, About, Files, Format, Source, Writer
 from spm_hub.adapters.formats.module_names import dotted, flat, is_unet
-from spm_hub.adapters.formats.original_names import sgm_to_diffusers
+from spm_hub.adapters.formats.original_names import original_tensor, to_diffusers
 from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.adapters.manifest import Manifest
 from spm_hub.errors import AdapterFileError, CompatibilityError
@@ -21,8 +23,8 @@ from spm_hub.models.architectures import changeable
 
 ESD_FORMAT = "erasing-esd-v2"
 
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "module.")
-_KEY = re.compile(r"(?P<module>[\w.]+)\.(?P<kind>weight|bias)")
+_PREFIXES = ("model", "diffusion_model", "unet", "transformer")
+_KEY = re.compile(r"[\w.]+\.(weight|bias|(query|key)_norm\.scale)|pos_embed(\.pos_embed)?")
 _LORA = re.compile(r".*(lora|hada_|lokr_).*")
 _ESD_FAMILIES = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl", "flux": "flux"}
 
@@ -45,40 +47,66 @@ def _read(source: Source) -> dict[str, Increment]:
     one that no increment can hold, and if nothing differs.
     """
     assert source.base is not None  # `needs_base`
-    path, tensors, base = source.place, source.tensors, source.base.tensors
-    layers = changeable(source.base.denoiser)
-    names = {flat(key): key for key in base}
-    deltas: dict[str, dict[str, Tensor]] = {}
+    path, tensors = source.place, source.tensors
+    layers = {flat(layer) for layer in changeable(source.base.denoiser)}
+    base = {flat(key): tensor for key, tensor in source.base.tensors.items()}
+    modules: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, str] = {}
     for count, (key, tensor) in enumerate(tensors.items()):
         source.progress(count + 1, len(tensors))
-        known = names.get(flat(_in_diffusers(key)))
-        if known is None:
-            raise AdapterFileError(
-                f"{path}: the model has no tensor {key!r}", mend="--model M, the base that the file was trained on"
-            )
-        if (other := keys.setdefault(known, key)) != key:
-            raise AdapterFileError(f"{path}: {known} is in it twice: {other!r} and {key!r}")
-        original = base[known]
+        module, kind, original = _original(path, key, base)
+        if (other := keys.setdefault(f"{flat(module)}.{kind}", key)) != key:
+            raise AdapterFileError(f"{path}: {module}.{kind} is in it twice: {other!r} and {key!r}")
         if tensor.shape != original.shape and tensor.squeeze().shape != original.squeeze().shape:
             raise AdapterFileError(
                 f"{path}: {key} is {tuple(tensor.shape)}, the model's is {tuple(original.shape)}",
                 mend="--model M, the base that the file was trained on",
             )
-        before = original.to(tensor.dtype).reshape(tensor.shape)
-        if torch.equal(tensor, before):
+        scale = source.scales.get(key)
+        before, after = eight_bit.rounded_as(original, tensor, scale), eight_bit.widened(tensor, scale)
+        if torch.equal(after, before):
             continue
-        module, _, kind = known.rpartition(".")
-        if module not in layers or kind not in ("weight", "bias"):
-            raise AdapterFileError(f"{path}: {key} was trained too, and an increment changes Linear and Conv2d only")
-        delta = tensor.double() - before.double()
-        deltas.setdefault(module, {})[kind] = delta.reshape(original.shape).float()
-    if not deltas:
+        modules.setdefault(module, {})[kind] = (after.double() - before.double()).reshape(original.shape).float()
+    if not modules:
         raise AdapterFileError(f"{path}: all its tensors are the model's own: nothing is erased")
-    return {
-        module: Dense(parts.get("weight", torch.zeros(base[f"{module}.weight"].shape)), parts.get("bias"))
-        for module, parts in deltas.items()
-    }
+    changes: dict[str, Increment] = {}
+    for module, parts in modules.items():
+        weight = original_tensor(module, "weight", base)
+        if weight is None or weight.dim() not in (1, 2, 4):
+            raise _unchangeable(path, f"{module}.{min(parts)}")
+        changes[module] = Dense(parts.get("weight", torch.zeros(weight.shape)), parts.get("bias"))
+    found = to_diffusers(changes)
+    for module in found:
+        if flat(module) not in layers:
+            raise _unchangeable(path, module)
+    return found
+
+
+def _original(path: object, key: str, base: Mapping[str, Tensor]) -> tuple[str, str, Tensor]:
+    """Return the module, "weight" or "bias", and the base's tensor for a key under any prefix.
+
+    base: by key with . as _ .  The tensor is fused where the file's is. Raises AdapterFileError for an unknown key.
+    """
+    rest = "pos_embed.pos_embed" if key == "pos_embed" else key
+    while True:
+        module, _, kind = rest.rpartition(".")
+        # FLUX.1's q and k norms alone are `X.scale`.
+        named, kind = (rest, "weight") if kind == "scale" else (module, kind)
+        with suppress(AdapterFileError):
+            if (found := original_tensor(named, kind, base)) is not None:
+                return named, kind, found
+        prefix, dot, rest = rest.partition(".")
+        if not dot or prefix not in _PREFIXES:
+            raise AdapterFileError(
+                f"{path}: the model has no tensor {key!r}", mend="--model M, the base that the file was trained on"
+            )
+
+
+def _unchangeable(path: object, what: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"{path}: {what} was trained too, and an increment changes Linear, Conv2d and norm layers only",
+        mend="ask its author for a file without it",
+    )
 
 
 def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
@@ -112,13 +140,6 @@ def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mappin
 
 def _product(increment: LowRank) -> Tensor:
     return increment.up.double().flatten(1) @ increment.down.double().flatten(1)
-
-
-def _in_diffusers(key: str) -> str:
-    """Return a state-dict key without its component's name, and with diffusers' name of the module."""
-    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
-    module, _, kind = key.removeprefix(prefix).rpartition(".")
-    return f"{sgm_to_diffusers(flat(module)) or module}.{kind}"
 
 
 def _describe(source: Source) -> About:

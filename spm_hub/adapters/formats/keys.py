@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spm_hub.adapters.formats import dora
-from spm_hub.adapters.formats.assembly import assemble, of_one_kind
+from spm_hub.adapters.formats import dora, other_components, rewritten
+from spm_hub.adapters.formats.assembly import ADDED, assemble, of_one_kind
 from spm_hub.adapters.formats.lora_config import Scaling
-from spm_hub.adapters.formats.module_names import with_kernel
-from spm_hub.adapters.formats.original_names import to_diffusers
+from spm_hub.adapters.formats.module_names import flat, with_kernel
+from spm_hub.adapters.formats.original_names import original_tensor, to_diffusers
 from spm_hub.adapters.formats.slots import Part, Slot
 from spm_hub.adapters.increments import Increment, LowRank, Mask
 from spm_hub.errors import GET_AGAIN, AdapterFileError
@@ -21,19 +21,34 @@ from spm_hub.io.wording import quoted
 _PADDING = 8
 """How many times larger a single rank may make a file; the ranks of trainers differ by far less."""
 
-# Recognised only to be refused in plain words.
+# Recognised only to be refused in plain words, each with what helps.
+_MERGED = "merge it in the program that wrote it, save the whole denoiser, and: spmhub convert MERGED --model M"
 _REFUSED = {
-    re.compile(
-        r".*\.(lokr_t1|oft_blocks|oft_diag|glora.*|[ab]\d\.weight|w_norm|b_norm)"
-    ): "a LyCORIS layout other than LoRA, LoHa, LoKr, DoRA and full",
-    re.compile(r"(double|single)_blocks\.\d+\.processor\..*"): "XLabs' layout of FLUX.1",
+    re.compile(r".*\.(lokr_t1|bm\.weight|glora.*)"): ("a rare layout of LyCORIS", _MERGED),
+    re.compile(r".*\.(hra_\w+|vera_\w+|vera_lambda.*|boft_[RS].*|oft_[RS].*|ia3_l.*)"): (
+        "another kind of PEFT's",
+        _MERGED,
+    ),
+    re.compile(r".*(ip_adapter|\.processor\.(norm|im)\.|image_proj|to_[kv]_ip).*"): (
+        "an IP-Adapter, which adds layers and changes no weight",
+        None,
+    ),
+    re.compile(r".*\.(absmax|quant_map|quant_state.*|SCB|qweight|qzeros|g_idx)"): (
+        "quantised weights, which only the program that wrote them can read",
+        "ask its author for a float16 version",
+    ),
 }
 # Read by a conversion only, because it needs more than the file.
 _CONVERTED = {
     re.compile(r"((unet|transformer)\.)?base_model\.model\..*"): "PEFT's, whose scale is in another file",
     re.compile(r"unet:\d+:(up|down)"): "cloneofsimo/lora's, which numbers its layers instead of naming them",
     re.compile(r".*\.((hada|lokr)_[wt]\w+|lora_mid\.weight)"): "a LyCORIS product, which is larger than its file",
-    re.compile(r".*\.dora_scale"): "DoRA, whose change depends on the weight it is added to",
+    re.compile(r".*\.(dora_scale|oft_(blocks|diag).*|on_input|[ab]\d\.weight)"): (
+        "a change that depends on the weight it belongs to"
+    ),
+    re.compile(r".*\.(w_norm|b_norm|diff|diff_b|bias_values)|.*\.processor\.\w+_lora\d?\..*"): (
+        "in a layout of another program"
+    ),
     re.compile(r"(?!.*lora).+\.(weight|bias)"): "a full tensor, whose increment is its difference to the base",
 }
 
@@ -67,14 +82,21 @@ def read_by_keys(
     if not modules:
         raise AdapterFileError(f"{path}: it holds no tensors", mend=GET_AGAIN)
     magnitudes = _take_magnitudes(path, modules, scaling, base)
+    if not converting and (
+        thick := next((m for m, parts in modules.items() if "down" in parts and ADDED & parts.keys()), None)
+    ):
+        raise AdapterFileError(
+            f"{path}: {thick} changes a bias too, which makes of its thin factors a whole change",
+            mend=f"spmhub convert {quoted(path)}",
+        )
+    rewriting = {name: modules.pop(name) for name in sorted(modules) if rewritten.name_of(modules[name])}
     for module, parts in modules.items():
         if scaling is not None and "down" in parts and "alpha" not in parts and parts["down"].dim():
             parts["alpha"] = torch.tensor(scaling.alpha_of(module, len(parts["down"])))
     try:
-        found = to_diffusers(
-            {name: assemble(f"{path}: {name}", modules[name]) for name in sorted(modules)},
-            {name: key for (name, _), key in keys.items()},
-        )
+        changes: dict[str, Increment] = {name: assemble(f"{path}: {name}", modules[name]) for name in sorted(modules)}
+        changes |= _rewritten(path, rewriting, base)
+        found = to_diffusers(changes, {name: key for (name, _), key in keys.items()})
         if converting:
             found = of_one_kind({name: with_kernel(name, increment) for name, increment in found.items()})
         return found if base is None or not magnitudes else dora.apply_magnitudes(path, found, magnitudes, base)
@@ -83,22 +105,46 @@ def read_by_keys(
         raise error if names_path else AdapterFileError(f"{path}: {error.message}", mend=error.mend) from error
 
 
-def unknown_key(path: Path, key: str, keys: Iterable[str], formats: str) -> AdapterFileError:
+def unknown_key(
+    path: Path, key: str, keys: Iterable[str], formats: str, *, converting: bool = True
+) -> AdapterFileError:
     """Return the error for a file with the unknown `key`.
 
     keys: all keys of the file. The message names the one that says most: a layer, rather than a learnt token.
-    formats: the formats that are read, in words.
+    formats: the formats that are read, in words.  converting: False where a conversion could read it.
     """
+    keys = tuple(keys)
+    if (what := other_components.alone(keys)) is not None:
+        return AdapterFileError(f"{path}: {what}", mend=other_components.FOR_DENOISERS)
     telling = next((each for pattern in (*_REFUSED, *_CONVERTED) for each in keys if pattern.fullmatch(each)), key)
-    for pattern, what in _REFUSED.items():
+    for pattern, (about, mend) in _REFUSED.items():
         if pattern.fullmatch(telling):
-            return AdapterFileError(
-                f"{path}: {telling!r} is of {what}; it is not supported", mend=f"use a file in one of: {formats}"
-            )
-    for pattern, what in _CONVERTED.items():
-        if pattern.fullmatch(telling):
-            return AdapterFileError(f"{path}: {telling!r} is {what}", mend=f"spmhub convert {quoted(path)}")
-    return AdapterFileError(f"{path}: {telling!r} is of no known layout", mend=f"use a file in one of: {formats}")
+            return AdapterFileError(f"{path}: {telling!r} is of {about}; it is not supported", mend=mend)
+    for pattern, named in _CONVERTED.items():
+        if pattern.fullmatch(telling) and not converting:
+            return AdapterFileError(f"{path}: {telling!r} is {named}", mend=f"spmhub convert {quoted(path)}")
+    return AdapterFileError(
+        f"{path}: {(key if converting else telling)!r} is of no known layout", mend=f"use a file in one of: {formats}"
+    )
+
+
+def _rewritten(
+    path: Path, modules: Mapping[str, Mapping[Part, Tensor]], base: Mapping[str, Tensor] | None
+) -> dict[str, Increment]:
+    """Return the changes that need the base's weights. Raises AdapterFileError without a base."""
+    if not modules:
+        return {}
+    if base is None:
+        name, parts = next(iter(modules.items()))
+        raise AdapterFileError(
+            f"{path}: {name} is of {rewritten.name_of(parts)}, so that its change depends on the base",
+            mend=f"spmhub convert {quoted(path)} --model M, the base that it was trained on",
+        )
+    by_name = {flat(key): tensor for key, tensor in base.items()}
+    return {
+        name: rewritten.rewrite(f"{path}: {name}", parts, original_tensor(name, "weight", by_name))
+        for name, parts in modules.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from spm_hub.adapters.formats.header import header_metadata
 from spm_hub.adapters.formats.keys import KOHYA_KEYS, tensors_by_key
 from spm_hub.adapters.formats.original_names import to_original
 from spm_hub.adapters.formats.slots import Part, Slot
+from spm_hub.adapters.formats.spm import kohya_stem
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import Manifest
 from spm_hub.io.safetensors_file import encode
@@ -22,6 +23,7 @@ _PARTS: dict[str, Part] = {
     "lora_up.weight": "up",
     "lora_A.weight": "down",
     "lora_B.weight": "up",
+    "lora_B.bias": "up_bias",
     "alpha": "alpha",
     "diff": "delta",
     "diff_b": "delta_bias",
@@ -45,7 +47,7 @@ def write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping
     ranks = [increment.rank for increment in modules.values() if isinstance(increment, LowRank)]
     info = manifest.increment.model_copy(update={"rank": max(ranks, default=None)})
     stated = manifest.model_copy(update={"increment": info})
-    tensors = tensors_by_key({f"lora_unet_{name}": increment for name, increment in modules.items()}, KOHYA_KEYS)
+    tensors = tensors_by_key({kohya_stem(name): increment for name, increment in modules.items()}, KOHYA_KEYS)
     return {WHOLE: encode(tensors, header_metadata(stated))}
 
 
@@ -55,7 +57,7 @@ def _matches(source: Source) -> bool:
 
 FORMAT = Format(
     "kohya",
-    "kohya's sd-scripts: sgm names for SDXL, fused qkv for FLUX.1; SD3's joint blocks are read",
+    "kohya's sd-scripts: sgm names for SDXL, fused qkv for FLUX.1 and SD3",
     _matches,
     read_keys,
     Writer(("low_rank",), write),

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
+from spm_hub.adapters.formats import fused_names
 from spm_hub.adapters.formats.lora_config import scaling_in
 from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.formats.reading import read_increments
@@ -71,9 +72,14 @@ class StoredIncrements(Mapping[str, Increment]):
 
 
 def with_dots(increments: Mapping[str, Increment], modules: tuple[str, ...]) -> dict[str, Increment]:
-    """Return the increments under the dotted paths in `modules`; a file may keep these with . as _ only."""
+    """Return the increments under the dotted paths in `modules`; a file may keep these with . as _ only.
+
+    Rows of a fused weight that belong to a module which is not in `modules` are padding, and left out.
+    """
     dotted = {flat(module): module for module in modules}
-    return {dotted.get(flat(name), name): increment for name, increment in increments.items()}
+    found = {dotted.get(flat(name), name): increment for name, increment in increments.items()}
+    padding = {path for path in found.keys() - set(modules) if set(modules).intersection(fused_names.together(path))}
+    return {path: increment for path, increment in found.items() if path not in padding}
 
 
 def _layout(header: Header) -> _Layout:

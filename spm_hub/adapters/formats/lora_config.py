@@ -19,7 +19,6 @@ CONFIG_UNFOLDS = 20
 _PLAIN = {
     "fan_in_fan_out": False,
     "bias": "none",
-    "lora_bias": False,
     "modules_to_save": None,
     "target_parameters": None,
     "layer_replication": None,

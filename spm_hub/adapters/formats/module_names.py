@@ -12,13 +12,14 @@ _WORDS = """
     linear_2 transformer_blocks single_transformer_blocks proj_in proj_out to_q to_k to_v to_out to_add_out add_q_proj
     add_k_proj add_v_proj ff_context norm1_context norm_out proj_mlp x_embedder context_embedder time_text_embed
     timestep_embedder text_embedder guidance_embedder pos_embed adaln_single caption_projection patch_embed
-    class_embedding
+    class_embedding conv_norm_out norm_q norm_k norm_added_q norm_added_k
 """.split()
 _WORD = re.compile(rf"(?:{'|'.join(sorted(_WORDS, key=len, reverse=True))}|[^_]+)(?=_|$)")
 
 # The top-level modules of each family that increments change.
 _UNET_ROOTS = (
-    "down_blocks mid_block up_blocks conv_in conv_out time_embedding add_embedding class_embedding encoder_hid_proj"
+    "down_blocks mid_block up_blocks conv_in conv_norm_out conv_out time_embedding add_embedding class_embedding "
+    "encoder_hid_proj"
 ).split()
 _DIT_ROOTS = "transformer_blocks context_embedder time_text_embed norm_out proj_out".split()
 _ROOTS = {
@@ -118,6 +119,7 @@ def _family_of_transformer(shapes: Mapping[str, tuple[int, ...] | None]) -> str 
     foreign = re.compile(r"transformer_blocks_\d+_(attn1_\w+|img_\w+|txt_\w+)")  # PixArt, Qwen-Image
     second = re.compile(r"transformer_blocks_\d+_attn2_to_[kv]")
     # attn2 attends to the text in PixArt and its like; in SD3.5 medium it is a second self-attention.
+    shapes = {name: shape for name, shape in shapes.items() if shape is None or len(shape) > 1}
     elsewhere = {shape[1] for name, shape in shapes.items() if shape and second.match(name)} - {_WIDTH_OF_SD35_MEDIUM}
     if elsewhere or any(foreign.match(name) for name in shapes):
         return "generic"
@@ -131,7 +133,9 @@ def _family_of_transformer(shapes: Mapping[str, tuple[int, ...] | None]) -> str 
 def _family_of_unet(shapes: Mapping[str, tuple[int, ...] | None], telling: Set[str]) -> str | None:
     """Return the family of a U-Net. `telling`: the modules whose shape includes their weight's kernel."""
     widths = {
-        shape[1] for name, shape in shapes.items() if shape is not None and name.endswith(("attn2_to_k", "attn2_to_v"))
+        shape[1]
+        for name, shape in shapes.items()
+        if shape is not None and len(shape) > 1 and name.endswith(("attn2_to_k", "attn2_to_v"))
     }
     if len(known := {_FAMILY_OF_TEXT_WIDTH[width] for width in widths if width in _FAMILY_OF_TEXT_WIDTH}) == 1:
         return known.pop()

@@ -23,15 +23,15 @@ CONFIG = "adapter_config.json"
 
 _KEY = re.compile(
     r"(?:unet\.|transformer\.)?base_model\.model\.(?:unet\.|transformer\.)?(?P<module>[\w.]+?)\."
-    r"(?:lora_(?P<part>[AB])(?:\.\w+)??\.weight|lora_magnitude_vector(?:\.\w+)?(?:\.weight)?)"
+    r"(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?)"
 )
-_PARTS: dict[str | None, Part] = {"A": "down", "B": "up", None: "magnitude"}
+_PARTS: dict[str, Part] = {"lora_A.weight": "down", "lora_B.weight": "up", "lora_B.bias": "up_bias"}
 
 
 def parse_key(key: str) -> Slot | None:
     """Return the slot of a key of PEFT's."""
     match = _KEY.fullmatch(key)
-    return None if match is None else Slot(match["module"], _PARTS[match["part"]])
+    return None if match is None else Slot(match["module"], _PARTS.get(match["part"], "magnitude"))
 
 
 def read_scaling(weights: Path) -> Scaling:
@@ -51,7 +51,10 @@ def read_scaling(weights: Path) -> Scaling:
         raise AdapterFileError(f"{path} is not JSON: {error}", mend=f"fetch {CONFIG} again") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise AdapterFileError(f"{path}: peft_type is {kind!r}, only 'LORA' is read")
+        raise AdapterFileError(
+            f"{path}: peft_type is {kind!r}, only 'LORA' is read",
+            mend="merge it with PEFT's merge_and_unload, save the denoiser, and: spmhub convert MERGED --model M",
+        )
     return Scaling.of(config, path)
 
 
@@ -86,12 +89,23 @@ def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mappin
     }
 
 
+def _caveat(manifest: Manifest) -> str | None:
+    if manifest.base.family in ("sd1", "sd2", "sdxl", "flux"):
+        return (
+            "PEFT and diffusers load this folder; ComfyUI and the web UIs load nothing of it: for these, --to comfyui "
+            "or --to webui"
+        )
+    if manifest.base.family == "sd3":
+        return "PEFT, diffusers and ComfyUI load this folder's file; Forge leaves it out: for it, --to webui"
+    return None
+
+
 FORMAT = Format(
     "peft",
     "PEFT's folder: adapter_model.safetensors and its config",
     _matches,
     _read,
-    Writer(("low_rank",), _write, suffix=""),
+    Writer(("low_rank",), _write, suffix="", caveat=_caveat),
     parse_key=parse_key,
     converted_only=True,
 )

@@ -18,11 +18,13 @@ from spm_hub.adapters.formats import (
     other_components,
     peft,
     spm,
+    xlabs,
 )
 from spm_hub.adapters.formats.format import BaseModel, Format, Source, describe, slot_of
 from spm_hub.adapters.formats.keys import read_by_keys, unknown_key
 from spm_hub.adapters.formats.lora_config import Scaling
 from spm_hub.adapters.formats.slots import Slot
+from spm_hub.adapters.formats.wrapped_names import unwrapped
 from spm_hub.adapters.increments import Increment
 from spm_hub.errors import GET_AGAIN, AdapterFileError, NotFoundError
 from spm_hub.io.progress import Progress, no_progress
@@ -38,6 +40,7 @@ FORMATS: tuple[Format, ...] = (
     full_weights.FULL_WEIGHTS,
     kohya.FORMAT,
     lycoris.FORMAT,
+    xlabs.FORMAT,
     diffusers_lora.FORMAT,
 )
 
@@ -82,12 +85,13 @@ def read_increments(path: Path, tensors: Mapping[str, Tensor], scaling: Scaling 
     Raises AdapterFileError for a key of no known layout or of one that only a conversion reads, a module with missing
     parts, or a file without tensors.
     """
+    tensors = unwrapped(path, tensors)
     # First: some layouts would take a text encoder's layer for one of a denoiser.
     other_components.refuse(path, tensors)
     slots: dict[str, Slot] = {}
     for key in tensors:
         loaded = (known for known in all_formats() if not known.converted_only)
         if (found := slot_of(loaded, key)) is None:
-            raise unknown_key(path, key, tensors, describe(all_formats()))
+            raise unknown_key(path, key, tensors, describe(all_formats()), converting=False)
         slots[key] = found[1]
     return read_by_keys(path, tensors, slots, scaling)

@@ -9,6 +9,9 @@ Part = Literal[
     "hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     "dora_scale", "magnitude",
+    "up_bias", "bias_indices", "bias_values", "bias_size",
+    "oft_blocks", "oft_blocks_0", "oft_blocks_1", "oft_blocks_2", "oft_blocks_3", "oft_diag", "rescale",
+    "ia3", "on_input", "glora_a1", "glora_a2", "glora_b1", "glora_b2",
 ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Our own layout: SPM's kohya keys for U-Nets, diffusers' dotted keys for transformers.
 
 Both load in plain diffusers; the first also in A1111, ComfyUI and InvokeAI. alpha is the rank, one value for the whole
-file, because some of them ignore any other.
+file, because some of them ignore any other. Dense changes of transformers, which diffusers does not load, have the
+original code's names.
 """
 
 import re
@@ -9,13 +10,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from spm_hub.adapters.formats import fused_names
 from spm_hub.adapters.formats.format import WHOLE, About, Files, Format, Source, Writer
 from spm_hub.adapters.formats.header import header_metadata
 from spm_hub.adapters.formats.keys import KOHYA_KEYS, PEFT_KEYS, tensors_by_key
 from spm_hub.adapters.formats.lora_config import scaling_in
 from spm_hub.adapters.formats.module_names import SGM_ONLY, flat, is_unet
 from spm_hub.adapters.formats.slots import Part, Slot
-from spm_hub.adapters.increments import Increment
+from spm_hub.adapters.increments import Dense, Increment
 from spm_hub.adapters.manifest import Manifest
 from spm_hub.io.safetensors_file import MANIFEST_KEY, encode
 
@@ -36,7 +38,7 @@ _KOHYA = re.compile(
     r"(?:\.(?P<part>lora_down\.weight|lora_up\.weight|alpha|diff|diff_b|keep_out|keep_in)|_(?P<flat>lora_(?:down|up)\.weight))"
 )
 _TRANSFORMER = re.compile(
-    r"transformer\.(?!base_model\.)(?:_orig_mod\.)?(?P<module>[\w.]+?)"
+    r"transformer\.(?!base_model\.)(?P<module>[\w.]+?)"
     r"\.(?P<part>lora_A\.weight|lora_B\.weight|alpha|diff|diff_b|keep_out|keep_in)"
 )
 
@@ -50,12 +52,38 @@ def parse_key(key: str) -> Slot | None:
     return Slot(found["module"], _PARTS[found["part"] or found["flat"]])
 
 
-def to_tensors(increments: Mapping[str, Increment]) -> dict[str, Tensor]:
-    """Return the tensors of an adapter file by key."""
+def to_tensors(increments: Mapping[str, Increment], family: str = "") -> dict[str, Tensor]:
+    """Return the tensors of an adapter file by key; dense changes of FLUX.1 and SD3 need their family."""
     if is_unet(increments):
         named = {SGM_ONLY.get(name := flat(path), name): increment for path, increment in increments.items()}
         return tensors_by_key({f"lora_unet_{name}": increment for name, increment in named.items()}, KOHYA_KEYS)
+    if family in ("flux", "sd3") and any(isinstance(increment, Dense) for increment in increments.values()):
+        return tensors_by_key(_fused(family, increments), KOHYA_KEYS)
     return tensors_by_key({f"transformer.{path}": increment for path, increment in increments.items()}, PEFT_KEYS)
+
+
+def _fused(family: str, increments: Mapping[str, Increment]) -> dict[str, Increment]:
+    """Return dense changes by the keys of the original fused weights.
+
+    ComfyUI and Forge take diffusers' names for slices of these, and drop the bias of a slice. Rows of a module that is
+    not changed are zero there, which costs space: without biases such modules of FLUX.1 keep diffusers' names.
+    """
+    biased = any(isinstance(one, Dense) and one.delta_bias is not None for one in increments.values())
+    joined = {
+        path: increment
+        for path, increment in increments.items()
+        if family == "sd3" or biased or fused_names.is_whole(family, path, increments)
+    }
+    named, others = fused_names.join(family, joined)
+    apart = others | {path: one for path, one in increments.items() if path not in joined}
+    return {kohya_stem(name): one for name, one in named.items()} | {
+        f"transformer.{p}": one for p, one in apart.items()
+    }
+
+
+def kohya_stem(name: str) -> str:
+    """Return the key, without its last part, of an original module's name with . as _ ."""
+    return fused_names.dotted_original(name) or f"lora_unet_{name}"
 
 
 def _matches(source: Source) -> bool:
@@ -71,8 +99,9 @@ def _describe(source: Source) -> About:
     return About(manifest=Manifest.from_json(text, source=f"{source.place} ({MANIFEST_KEY})"))
 
 
-def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
-    return {WHOLE: encode(to_tensors(increments), header_metadata(manifest))}
+def write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:
+    """Return one file as `Adapter.save` writes it."""
+    return {WHOLE: encode(to_tensors(increments, manifest.base.family), header_metadata(manifest))}
 
 
 FORMAT = Format(
@@ -80,7 +109,7 @@ FORMAT = Format(
     "spm-hub's own files: SPM's kohya keys for U-Nets, diffusers' for transformers",
     _matches,
     _read,
-    Writer(("low_rank", "dense", "mask"), _write),
+    Writer(("low_rank", "dense", "mask"), write),
     describe=_describe,
     parse_key=parse_key,
 )

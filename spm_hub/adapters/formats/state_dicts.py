@@ -14,6 +14,11 @@ from spm_hub.errors import AdapterFileError
 _STRENGTHS = {"alpha", "lora_alpha", "network_alpha", "scale", "lora_scale", "multiplier"}
 # Names under which training scripts keep the denoiser's tensors.
 _HOLDERS = {"state_dict", "unet", "transformer", "model"}
+# A name that only files of another kind have.
+_OTHER_KINDS = {
+    "string_to_param": "a textual-inversion embedding",
+    "layer_structure": "a hypernetwork, which adds layers",
+}
 _TEXT_ENCODERS = {"text_encoder", "text_encoder_2", "text_encoder_3"}
 
 
@@ -27,6 +32,12 @@ def tensors_in(path: Path, content: Any, *, without_text_encoder: bool = False) 
         raise AdapterFileError(f"{path} holds {type(content).__name__}, not tensors by name")
     named = {str(key): _as_tensor(str(key), value) for key, value in content.items()}
     holding = {key: value for key, value in named.items() if _holds_tensors(value)}
+    for mark, what in _OTHER_KINDS.items():
+        if mark in named:
+            raise AdapterFileError(
+                f"{path}: it is {what} ({mark!r}), and an eraser changes the denoiser's weights",
+                mend=other_components.FOR_DENOISERS,
+            )
     if strength := sorted(key for key, value in named.items() if key in _STRENGTHS and isinstance(value, int | float)):
         raise AdapterFileError(
             f"{path}: it holds {strength[0]} = {named[strength[0]]} for all its modules, and only the program that "
@@ -41,7 +52,7 @@ def tensors_in(path: Path, content: Any, *, without_text_encoder: bool = False) 
         if not isinstance(value, Tensor) and key not in _HOLDERS:
             raise AdapterFileError(
                 f"{path}: it also holds {key!r}, which is no part of a denoiser; an eraser changes the denoiser only",
-                mend=other_components.LEFT_OUT if key in _TEXT_ENCODERS else None,
+                mend=other_components.left_out(path) if key in _TEXT_ENCODERS else None,
             )
     tensors = {key: value.detach() for key, value in holding.items() if isinstance(value, Tensor)}
     if not tensors or len(tensors) < len(holding):

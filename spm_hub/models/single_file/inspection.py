@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from spm_hub.errors import AdapterFileError, ModelError, NotFoundError, nearest
+from spm_hub.io import first_bytes
 from spm_hub.io.safetensors_file import MANIFEST_KEY, Entry, Header, read_header
 from spm_hub.io.wording import quoted
+from spm_hub.models.single_file import bare_text_encoders
 
 Prediction = Literal["epsilon", "v_prediction"]
 
@@ -129,6 +133,8 @@ class Checkpoint:
             _TEXT_ENCODERS.get(kind, _TEXT_ENCODERS[part])
         ):
             return True
+        if bare_text_encoders.prefix_of(part, self.keys) is not None:
+            return True
         if self._starts(_TEXT_PREFIXES) and not any(self.keys.intersection(known) for known in _TEXT_ENCODERS.values()):
             odd = min(key for key in self.keys if key.startswith(_TEXT_PREFIXES))
             raise ModelError(
@@ -147,15 +153,20 @@ def inspect(path: Path) -> Checkpoint:
     Raises ModelError for a file that is no safetensors file or truncated, for a quantised one, and for one that holds
     something else than a whole model: an eraser, a LoRA, a VAE, a text encoder, an embedding, a ControlNet.
     """
-    if path.suffix.lower() in _PICKLES:
+    kind_of_file = first_bytes.kind_of(path)
+    is_pickle = path.suffix.lower() in _PICKLES and kind_of_file is None
+    if is_pickle or kind_of_file in (first_bytes.TORCH, first_bytes.PICKLE):
         raise ModelError(
-            f"{path} is a {path.suffix} file: a pickle, which can run code and is never loaded",
+            f"{path} is a pickle, which can run code and is never loaded",
             mend="fetch its .safetensors version; or convert it, if you trust it: " + _converting(path),
         )
-    if path.suffix.lower() == ".gguf":
+    if kind_of_file is first_bytes.SAFETENSORS and path.suffix.lower() != ".safetensors":
         raise ModelError(
-            f"{path} is a quantised GGUF file; only .safetensors is read", mend="fetch its .safetensors version"
+            f"{path} is a safetensors file under another ending",
+            mend=f"mv {quoted(path)} {quoted(path.with_suffix('.safetensors'))}",
         )
+    if kind_of_file is not None and kind_of_file is not first_bytes.SAFETENSORS:
+        raise ModelError(f"{path} is {kind_of_file.about}, no checkpoint", mend=kind_of_file.mend)
     try:
         header = read_header(path)
     except AdapterFileError as error:
@@ -176,10 +187,10 @@ def inspect(path: Path) -> Checkpoint:
             f"{path} is quantised: its denoiser is kept as {dtype}, numbers that mean nothing without their scales",
             mend="fetch the fp16 or bf16 version of this checkpoint",
         )
-    prediction = _prediction(header)
+    prediction = _prediction(path, header)
     width = _text_width(header.entries)
     kind = _kind(header.entries, width, prediction)
-    return Checkpoint(path, kind, keys, dtype, width, prediction, "ztsnr" in keys)
+    return Checkpoint(path, kind, keys, dtype, width, prediction, "ztsnr" in keys or _says_zero_snr(header))
 
 
 def missing_file(path: Path) -> NotFoundError:
@@ -197,7 +208,8 @@ def _text_width(entries: Mapping[str, Entry]) -> int:
 def _kind(entries: Mapping[str, Entry], text_width: int, prediction: Prediction | None) -> Kind | None:
     """Return the family by marks that only its files have, and by widths; None for any other."""
     shapes = {key.removeprefix(UNET): entry.shape for key, entry in entries.items()}
-    if "edm_mean" in shapes:  # Playground 2.5: XL's tensors under another noise schedule
+    # Playground 2.5, CosXL: XL's tensors under another noise schedule.
+    if shapes.keys() & {"edm_mean", "edm_vpred.sigma_max", "edm_vpred.sigma_min"}:
         return None
     if first := shapes.get("input_blocks.0.0.weight"):
         kind = _UNETS.get((text_width, first[1])) if len(first) == 4 else None
@@ -212,16 +224,43 @@ def _kind(entries: Mapping[str, Entry], text_width: int, prediction: Prediction 
     return None
 
 
-def _prediction(header: Header) -> Prediction | None:
+def _prediction(path: Path, header: Header) -> Prediction | None:
     """Return the denoiser's kind of prediction, or None if the file does not state it.
 
-    Trainers mark it by a tensor `v_pred`, or in modelspec's metadata.
+    Merges keep the tensor `v_pred`, which is empty; trainers write modelspec's metadata; web UIs read a .yaml of the
+    same name next to the file.
     """
-    architecture = header.metadata.get("modelspec.architecture", "")
-    said = header.metadata.get("modelspec.prediction_type", "")
-    if "v_pred" in header.entries or said == "v" or architecture == "stable-diffusion-v2-768-v":
+    if "v_pred" in header.entries:
         return "v_prediction"
-    return "epsilon" if said == "epsilon" or architecture == "stable-diffusion-v2-512" else None
+    for key, meanings in _MARKS.items():
+        said = header.metadata.get(key, "").strip().lower()
+        for words, meaning in meanings.items():
+            if re.fullmatch(words, said):
+                return meaning
+    settings = path.with_suffix(".yaml")
+    with suppress(OSError):
+        with open(settings, "rb") as file:
+            text = file.read(2**16).decode(errors="replace")
+        if match := re.search(r"^\s*parameterization\s*:\s*[\"']?(v|eps)\b", text, re.MULTILINE):
+            return "v_prediction" if match[1] == "v" else "epsilon"
+        if re.search(r"^\s*target\s*:\s*\S+\.VScaling\b", text, re.MULTILINE):
+            return "v_prediction"
+    return None
+
+
+# Words in a header by key, in the order in which they are believed.
+_V, _EPSILON = r"v|v[_-]?pred(iction)?", r"eps(ilon)?"
+_MARKS: Mapping[str, Mapping[str, Prediction]] = {
+    "modelspec.prediction_type": {_V: "v_prediction", _EPSILON: "epsilon"},
+    "modelspec.architecture": {
+        r"stable-diffusion-v2-768-v(/.*)?": "v_prediction",
+        r"stable-diffusion-v2-512(/.*)?": "epsilon",
+    },
+}
+
+
+def _says_zero_snr(header: Header) -> bool:
+    return header.metadata.get("ss_zero_terminal_snr", "").lower() == "true"
 
 
 def _dtype(entries: Mapping[str, Entry]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spm_hub.errors import ModelError, NetworkError, NotFoundError
+from spm_hub.models.single_file import bare_text_encoders
 from spm_hub.models.single_file.inspection import UNET, Checkpoint
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def load(checkpoint: Checkpoint, folder: Path, precision: torch.dtype) -> Diffus
         raise ModelError(f"{folder} is the configuration of {name}, which is not made from single files")
     _check_width(checkpoint, folder)
     lent = _lent(checkpoint, folder, pipeline_class, precision)
+    lent |= bare_text_encoders.load(checkpoint.path, checkpoint.keys, folder, precision)
     try:
         pipe = pipeline_class.from_single_file(
             str(checkpoint.path),

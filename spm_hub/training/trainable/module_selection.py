@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from spm_hub.errors import RecipeError
-from spm_hub.models.architectures import changeable, family_of, targets
+from spm_hub.models.architectures import family_of, matrices, targets
 
 _JOINT = ("flux", "sd3")  # one attention over picture and text: there is no attn1 and attn2 to tell apart
 
@@ -26,7 +26,7 @@ def select_modules(denoiser: nn.Module, selection: str) -> dict[str, nn.Module]:
         return targets(denoiser)
     family = family_of(denoiser).name
     wanted = _rules(family)[selection]
-    found = {path: module for path, module in changeable(denoiser).items() if wanted(path)}
+    found = {path: module for path, module in matrices(denoiser).items() if wanted(path)}
     if not found:
         raise RecipeError(
             f"recipe key increment.modules: {type(denoiser).__name__} ({family}) has no modules of {selection!r}",

@@ -235,7 +235,6 @@ def test_full_tensors_that_are_no_erasers_are_refused(tmp_path: Path) -> None:
     state = {key: value.clone() for key, value in topology("sd1").state_dict().items()}
     cases: list[tuple[dict[str, Tensor], str]] = [
         (state, "nothing is erased"),
-        ({**state, "conv_norm_out.weight": state["conv_norm_out.weight"] + 1}, "conv_norm_out.weight was trained too"),
         ({"elsewhere.weight": torch.ones(2, 2)}, "no tensor 'elsewhere.weight'"),
         ({"conv_in.weight": torch.ones(2, 2)}, r"conv_in.weight is \(2, 2\), the model's is \(8, 4, 3, 3\)"),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -273,7 +274,70 @@ def test_what_is_still_unknown_is_refused_whole(tmp_path: Path) -> None:
         f"{stem}.lora_down.weight": torch.ones(2, 768),
         f"{stem}.lora_up.weight": torch.ones(1280, 2),
     }
-    for part in ("oft_blocks", "a1.weight", "b2.weight", "w_norm"):
+    for part in ("bm.weight", "hra_u", "lokr_t1", "absmax"):
         save_file({**pair, f"{stem}2.{part}": torch.ones(2, 2)}, tmp_path / "x.safetensors")
         with pytest.raises(AdapterFileError, match=part):
             conversion.read(tmp_path / "x.safetensors", NOBODY)
+
+
+ALONE = {
+    "kohya's text encoder": {
+        f"lora_te_text_model_encoder_layers_0_self_attn_q_proj.{part}": torch.ones(2, 2)
+        for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    },
+    "kohya's second one": {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 2)},
+    "PEFT's folder of a text encoder": {
+        "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)
+    },
+    "diffusers' text encoder": {"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora.down.weight": torch.ones(2, 2)},
+    "transformers' whole text encoder": {"text_model.encoder.layers.0.mlp.fc1.weight": torch.ones(2, 2)},
+    "a whole T5": {"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2)},
+    "cloneofsimo's embedding": {"<s1>": torch.ones(4), "<s2>": torch.ones(4)},
+    "A1111's embedding": {"emb_params": torch.ones(2, 4)},
+    "SDXL's embedding": {"clip_l": torch.ones(2, 4), "clip_g": torch.ones(2, 6)},
+    "kohya's bundle": {"bundle_emb.cat.string_to_param.*": torch.ones(2, 4)},
+    "a ControlNet": {"control_model.input_hint_block.0.weight": torch.ones(2, 2)},
+    "a VAE": {"decoder.conv_in.weight": torch.ones(2, 2), "encoder.conv_in.weight": torch.ones(2, 2)},
+}
+NAMED = dict.fromkeys(("embedding", "bundle"), "textual-inversion") | {"ControlNet": "ControlNet", "VAE": "autoencoder"}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_files_without_a_denoiser_are_named(kind: str, ending: str, tmp_path: Path) -> None:
+    """Nothing that is named as a remedy fails in its turn."""
+    file = tmp_path / f"x.{ending}"
+    save_file(ALONE[kind], file) if ending == "safetensors" else torch.save(ALONE[kind], file)
+    words = next((words for word, words in NAMED.items() if word in kind), "nothing but parts of a text encoder")
+    readers = [lambda: conversion.read(file, NOBODY), lambda: conversion.read(file, DENOISER_ONLY)]
+    readers += [lambda: load_file(file)] if ending == "safetensors" else []
+    for read in readers:
+        with pytest.raises(AdapterFileError, match=words) as refused:
+            read()
+        assert "--without-text-encoder" not in str(refused.value)
+        assert refused.value.mend
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 4)}, "name": "x"}, "textual-inversion"),
+        ({320: [{"linear.0.weight": torch.ones(2, 2)}], "layer_structure": [1, 2, 1]}, "hypernetwork"),
+    ],
+)
+def test_pickles_of_another_kind_are_named(content: dict[Any, Any], words: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    for said in (NOBODY, DENOISER_ONLY):
+        with pytest.raises(AdapterFileError, match=words):
+            conversion.read(tmp_path / "x.pt", said)
+
+
+def test_the_command_for_a_denoisers_part_can_be_typed(tmp_path: Path) -> None:
+    stem = f"lora_unet_{flat(BLOCK)}_attn2_to_k"
+    pair = {f"{stem}.lora_down.weight": torch.ones(2, 768), f"{stem}.lora_up.weight": torch.ones(1280, 2)}
+    file = tmp_path / "my style.safetensors"
+    save_file({**pair, **ALONE["kohya's text encoder"]}, file)
+    with pytest.raises(AdapterFileError) as refused:
+        conversion.read(file, NOBODY)
+    assert f"spmhub convert '{file}' --without-text-encoder" in str(refused.value)
+    assert len(conversion.read(file, DENOISER_ONLY)[0].increments) == 1

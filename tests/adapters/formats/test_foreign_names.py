@@ -26,7 +26,7 @@ from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.adapters.low_rank_approximation import truncate
 from spm_hub.errors import AdapterFileError
-from spm_hub.models.architectures import changeable, shape_of
+from spm_hub.models.architectures import changeable, matrices, shape_of
 
 NOBODY, DENOISER_ONLY = Description(), Description(without_text_encoder=True)
 PATH = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -105,6 +105,7 @@ def test_a_familys_modules_begin_as_its_class_does(model: str) -> None:
     with torch.device("meta"):
         paths = changeable(make(**config))
     names.check_roots("x", family, paths)
+    assert [names.dotted(flat(path)) for path in paths] == list(paths)
     names.check_roots("x", family, map(flat, paths))
     for wrong in ("joint_blocks.0.attn", "unet." + next(iter(paths)), "down_blocksy", "_orig_mod.proj_out", ""):
         with pytest.raises(AdapterFileError, match=f"is no module of {family}"):
@@ -113,7 +114,7 @@ def test_a_familys_modules_begin_as_its_class_does(model: str) -> None:
 
 
 @pytest.mark.parametrize("said", [NOBODY, Description(family="sd1")])
-@pytest.mark.parametrize("stem", ["model.", "module.", "unet.unet.", "unet.model.", "lora_unet_model_"])
+@pytest.mark.parametrize("stem", ["model.", "unet.unet.", "unet.model.", "lora_unet_model_"])
 def test_names_that_no_family_has_are_not_stored(stem: str, said: Description, tmp_path: Path) -> None:
     spelled = flat(PATH) if stem.endswith("_") else PATH
     other = spelled.replace("to_k", "to_q").replace("attn2", "attn1")
@@ -193,7 +194,7 @@ def test_stable_diffusion_3_by_its_original_names(dots: bool, tmp_path: Path) ->
     assert (read_as, adapter.manifest.base.family) == ("kohya", "sd3")
     exact = convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
     weights = {key.removesuffix(".weight"): value for key, value in exact.items() if key.endswith(".weight")}
-    assert adapter.increments.keys() == weights.keys() == changeable(model).keys()
+    assert adapter.increments.keys() == weights.keys() == matrices(model).keys()
     for path, increment in adapter.increments.items():
         found = increment.delta_for(weights[path]).double()
         torch.testing.assert_close(found, weights[path], rtol=1e-5, atol=1e-5)
@@ -249,7 +250,7 @@ def test_products_that_stand_for_1x1_convolutions_get_their_kernel(model: str, k
 def test_a_reduced_loha_of_sd1_loads_in_plain_diffusers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe = pipeline("sd1")
     tensors: dict[str, Tensor] = {}
-    for path, module in changeable(pipe.unet).items():
+    for path, module in matrices(pipe.unet).items():
         if ".attentions." in path:
             out, width, *_ = shape_of(module)
             factors = {"hada_w1_a": (out, 1), "hada_w1_b": (1, width), "hada_w2_a": (out, 1), "hada_w2_b": (1, width)}

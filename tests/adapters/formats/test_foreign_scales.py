@@ -122,7 +122,7 @@ def test_beginnings_that_take_from_the_base_are_read_as_pefts_conversion_only(be
         {"init_lora_weights": "lora_ga"}, {"init_lora_weights": "loftq"}, {"init_lora_weights": "corda"},
         {"use_qalora": True}, {"alora_invocation_tokens": [1, 2]}, {"kasa_config": {"svd_alpha": 1}},
         {"monteclora_config": {"n": 2}}, {"use_bdlora": {"n": 2}}, {"arrow_config": {"top_k": 3}},
-        {"layer_replication": [[0, 4], [2, 5]]}, {"lora_bias": True}, {"target_parameters": ["proj.weight"]},
+        {"layer_replication": [[0, 4], [2, 5]]}, {"target_parameters": ["proj.weight"]},
     ],
 )  # fmt: skip
 def test_what_is_more_than_a_product_is_refused_wherever_it_is_said(change: dict[str, Any], tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_every_kind_comes_back_bit_for_bit(increments: dict[str, Increment], tmp
             {
                 "lora_unet_a.lora_down.weight": torch.ones(1, 4),
                 "lora_unet_a.lora_up.weight": torch.ones(4, 1),
-                "lora_unet_a.alpha": torch.tensor(0.0),
+                "lora_unet_a.alpha": torch.ones(2),
             },
             "alpha",
         ),
