@@ -21,7 +21,7 @@ def hub_reference(text: str, use: str = "spmhub convert FILE --concept CONCEPT")
     plain = text.strip()
     host, path = _parts(plain)
     if host is None:
-        return plain.rstrip("/") if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?/+", plain) else text
+        return plain.rstrip("/") if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?/+", plain) else text
     shown = f"https://{host}{path}"[:200]
     if host not in (*_HOSTS, _endpoint()):
         raise UsageError(

@@ -32,10 +32,11 @@ def denoiser(family: str) -> nn.Module:
             )  # fmt: skip
         elif family == "sd3":
             made = SD3Transformer2DModel(
-                sample_size=8, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
-                joint_attention_dim=TEXT, caption_projection_dim=32, pooled_projection_dim=TEXT, pos_embed_max_size=8,
-                dual_attention_layers=(0,), qk_norm="rms_norm",
+                sample_size=8, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=64,
+                num_attention_heads=3, joint_attention_dim=TEXT, caption_projection_dim=192, qk_norm="rms_norm",
+                pooled_projection_dim=TEXT, pos_embed_max_size=8, dual_attention_layers=(0,),
             )  # fmt: skip
+            # ComfyUI knows the width by the number of blocks: 64 for each.
         else:
             return topology(family)
     return made.eval().requires_grad_(False)
