@@ -31,11 +31,7 @@ def convert(
     *,
     to: Annotated[
         str | None,
-        typer.Option(
-            "--to",
-            help="Program (comfyui, webui, invoke) or format; without it the eraser goes into the registry.",
-            show_default=False,
-        ),
+        typer.Option("--to", help="Program (comfyui, webui, invoke) or format; else the registry.", show_default=False),
     ] = None,
     place: Annotated[
         Path | None,

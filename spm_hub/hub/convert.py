@@ -59,14 +59,12 @@ def convert(
 ) -> Conversion:
     """Convert an eraser from or to another program's format; exact unless `svd_rank` is given.
 
-    It reads SPM, kohya, LyCORIS, diffusers, PEFT, LECO, concept sliders, cloneofsimo, ESD, UCE, Concept Ablation and
-    Minimalist files, those of plug-ins, and pickles (.pt, .ckpt, .bin) as tensors only. Nothing is written unless `to`
-    or `keep` is given.
+    It reads the files of docs/formats.md, those of plug-ins, and pickles (.pt, .ckpt, .bin) as tensors only. Nothing is
+    written unless `to` or `keep` is given.
 
     source: a file or folder of any format, an eraser's name in a registry or on the Hub, or an Adapter.
-    to: the format to write, for instance "diffusers", or the program it is for: "comfyui", "webui", "invoke".
-    out: the file to write, or the folder for a format of several files; unless given, a name in the working folder
-    made from the eraser's and the format's.
+    to: the format ("diffusers" ...) or the program ("comfyui", "webui", "invoke") to write for.  out: the file, or the
+    folder for a format of several files; unless given, a name in the working folder.
     keep: store the eraser in a registry.  registry: the folder for this, and for names; unless given, the working
     folder if it is a registry, else the user's own.  replace: overwrite existing files.
     svd_rank: approximate every module's change by at most this rank, and state the relative error.
