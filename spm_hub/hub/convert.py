@@ -68,8 +68,7 @@ def convert(
     keep: store the eraser in a registry.  registry: the folder for this, and for names; unless given, the working
     folder if it is a registry, else the user's own.  replace: overwrite existing files.
     svd_rank: approximate every module's change by at most this rank, and state the relative error.
-    name, concept, family: the eraser's name, its concept and its model family (sd1, sdxl, flux ...), if the file does
-    not state them or states other ones.
+    name, concept, family: the eraser's name, concept and model family (sd1 ...), unless the file's are right.
     model: the base it was trained on, for whole weights, DoRA, masks, and `to="esd"`: an alias, folder, file or Hub
     id.  config: as in `load_pipeline`, for a model that is a single file.  pipe: that base, already loaded; it is not
     changed, and the manifest names it by `model` if given, else by where it was loaded from.
