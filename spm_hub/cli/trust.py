@@ -1,6 +1,7 @@
-"""Help panel "Trust": the commands verify and sign, which check and sign erasers before they are used."""
+"""Help panel "Trust": the commands verify, audit and sign, which check and sign erasers before they are used."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,6 +82,57 @@ def _recipe(entry: "EraserEntry") -> "Check":
     except SpmHubError as error:
         return Check("recipe", "failed", error.message)
     return Check("recipe", "ok", f"every key is known: {recipe.method} on {recipe.target}")
+
+
+@command(
+    "audit",
+    Example("spmhub audit", "audit all erasers in the registry, each against the others"),
+    Example("spmhub audit nudity someone/spm-hands", "two of them, one from the Hub"),
+    Example("spmhub audit nudity --model dreamshaper-8", "compare its change with the weights of another base"),
+    panel="Trust",
+)
+def audit(
+    out: Output,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names, files, or owner/name on the Hub. Default: all erasers in the registry."),
+    ] = None,
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Base to compare the changes with. Default: the one it was trained on."),
+    ] = None,
+    registry: options.Registry = None,
+) -> None:
+    """Say what erasers really do, before you rely on one that somebody else made.
+
+    It measures how much an eraser changes the base, compares it with the other erasers, which it may undo, and looks at
+    its names and protected prompts. It finds no trigger that is an uncommon phrase. The exit code is 1 if there is
+    something to say.
+    """
+    from spm_hub.hub.audit import audit as run
+    from spm_hub.hub.resolve import resolve
+    from spm_hub.registry.registry import registries
+
+    held = registries(registry)[0].entries()
+    entries = [resolve(name, registry) for name in names] if names else held
+    asked = {entry.name for entry in entries}
+    others = [entry.read_manifest() for entry in held if entry.name not in asked]
+    found = run([entry.load() for entry in entries], model=model, others=others)
+    rows = [
+        [
+            one.name, "; ".join(one.problems) or "nothing to say", f"{one.norm:.3g}",
+            "-" if one.greatest_change is None else f"{one.greatest_change[0]:.1%}", f"{one.acting:.1%}",
+        ]
+        for one in found
+    ]  # fmt: skip
+    out.data(
+        [asdict(one) for one in found],
+        table(["eraser", "found", "norm", "greatest change", "sentences with its names"], rows),
+        brief=[f"{one.name}: {'; '.join(one.problems) or 'ok'}" for one in found],
+    )
+    if any(one.problems for one in found):
+        sys.exit(FAILED)
 
 
 @command(

@@ -1,0 +1,193 @@
+"""What an eraser really does, from its numbers and its words: checks for whoever got it from a stranger.
+
+An audit compares the eraser's claims with its tensors, its change with the weights that it is added to and with the
+changes of other erasers, and its names and protected prompts with general sentences. It finds no trigger that is in
+none of these sentences, and no small change that was trained to do harm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from spm_hub.adapters.adapter import Adapter
+from spm_hub.adapters.checkpoint_folder import FolderWeights
+from spm_hub.adapters.formats.module_names import dotted, family_of, flat
+from spm_hub.adapters.manifest import Manifest
+from spm_hub.adapters.overlap import inner_products, undoings
+from spm_hub.attachment.gates.bank import sentences
+from spm_hub.attachment.gates.name_matcher import NameMatcher
+from spm_hub.errors import SpmHubError
+from spm_hub.models.architectures import fingerprint
+from spm_hub.models.references import local_folder, parse_reference
+
+MOST_STRENGTH = 4.0
+"""Greatest strength that nothing is said about; the strengths of published erasers are near 1."""
+MOST_CHANGE = 0.9
+"""Greatest change of a weight, as a share of its own norm, that nothing is said about."""
+MOST_ACTING = 0.02
+"""Greatest share of the general sentences with a name of the eraser that nothing is said about."""
+MOST_NAMES, MOST_PROTECTED = 64, 256
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The audit of one eraser.
+
+    problems: what a user should know before using it, in words; empty if there is nothing to say. undoes: the names of
+    other erasers whose change it takes back. greatest_change: of a weight, as a share of that weight's norm, and the
+    module it is in; None without a base. norm: of the whole change, at its strength. outside: the share of the squared
+    norm outside cross-attention, for information. acting: the share of the general sentences with one of its names.
+    """
+
+    name: str
+    problems: tuple[str, ...]
+    undoes: tuple[str, ...]
+    norm: float
+    outside: float
+    acting: float
+    greatest_change: tuple[float, str] | None = None
+
+
+def audit(adapters: Sequence[Adapter], *, model: str | None = None, others: Sequence[Manifest] = ()) -> list[Findings]:
+    """Audit erasers, each of them also against all the others.
+
+    model: the base whose weights the changes are compared with; None is the one that each was trained on. A base that
+    is not on this machine is left out. others: manifests of further erasers whose concepts the names are compared with.
+    Reads all tensors of the erasers. Raises AdapterFileError for a file that is damaged.
+    """
+    strengths = [adapter.manifest.gate.strength for adapter in adapters]
+    undone = undoings(inner_products([adapter.increments for adapter in adapters]), strengths)
+    known = [*(adapter.manifest for adapter in adapters), *others]
+    found = []
+    for index, adapter in enumerate(adapters):
+        undoes = [(adapters[one.of].name, one.cosine) for one in undone if one.by == index]
+        folder = _denoiser_folder(model or adapter.manifest.base.id)
+        change = None if folder is None else _greatest_change(adapter, FolderWeights(folder))
+        acting = _acting(adapter.manifest)
+        problems = [
+            *_about_strength(adapter.manifest),
+            *_about_change(change),
+            *(f"its change and that of {name} undo each other (cosine {cosine:.2f})" for name, cosine in undoes),
+            *_about_names(adapter.manifest, acting, known),
+            *_about_protected(adapter.manifest),
+            *_about_claims(adapter),
+        ]
+        squares = _squared_norms(adapter)
+        total = math.fsum(squares.values())
+        inside = math.fsum(square for path, square in squares.items() if _is_cross_attention(path))
+        norm, outside = abs(adapter.manifest.gate.strength) * math.sqrt(total), 1 - inside / total if total else 0.0
+        others_undone = tuple(name for name, _ in undoes)
+        found.append(Findings(adapter.name, tuple(problems), others_undone, norm, outside, acting, change))
+    return found
+
+
+def _denoiser_folder(model: str) -> Path | None:
+    """Return the folder of a model's denoiser; None where there is none on this machine."""
+    try:
+        folder = local_folder(parse_reference(model))
+    except SpmHubError:
+        return None
+    parts = () if folder is None else (folder / "unet", folder / "transformer")
+    return next((part for part in parts if part.is_dir()), None)
+
+
+def _greatest_change(adapter: Adapter, base: FolderWeights) -> tuple[float, str]:
+    """Return the greatest change of a weight at the eraser's strength, as a share of its norm, and its module."""
+    strength, greatest = abs(adapter.manifest.gate.strength), (0.0, "")
+    keys = {path: f"{dotted(path)}.weight" for path in adapter.increments}
+    for path, increment in adapter.increments.items():
+        if keys[path] not in base:
+            continue
+        (weight,) = base.read([keys[path]]).values()
+        if increment.weight_shape and math.prod(increment.weight_shape) != weight.numel():
+            continue
+        change = (
+            strength * float(increment.delta_for(weight).double().norm()) / max(float(weight.double().norm()), 1e-30)
+        )
+        greatest = max(greatest, (change, path))
+    return greatest
+
+
+def _squared_norms(adapter: Adapter) -> dict[str, float]:
+    return {path: float(inner_products([{path: increment}])[0, 0]) for path, increment in adapter.increments.items()}
+
+
+def _is_cross_attention(path: str) -> bool:
+    """Tell whether a module is in a layer of attention to the text; transformers attend to both in one."""
+    name = flat(path)
+    return "attn2" in name or ("_attn_" in name and "transformer_blocks" in name and "attn1" not in name)
+
+
+def _about_strength(manifest: Manifest) -> list[str]:
+    strength = manifest.gate.strength
+    if strength < 0:
+        return [f"its strength is {strength:g}: it adds what it claims to erase"]
+    if strength > MOST_STRENGTH:
+        return [f"its strength is {strength:g}; nothing above {MOST_STRENGTH:g} is usual"]
+    return []
+
+
+def _about_change(change: tuple[float, str] | None) -> list[str]:
+    if change is None or change[0] <= MOST_CHANGE:
+        return []
+    return [f"it changes {change[1]} by {change[0]:.3g} times that weight's own norm"]
+
+
+def _about_names(manifest: Manifest, acting: float, known: Sequence[Manifest]) -> list[str]:
+    names, found = manifest.concept.names, []
+    if len(names) > MOST_NAMES:
+        found.append(f"it has {len(names)} names; {MOST_NAMES} are many")
+    if acting > MOST_ACTING:
+        telling = max(names, key=lambda name: len(_sentences_with([name])))
+        found.append(f"{acting:.0%} of general sentences have one of its names, such as {telling!r}")
+    taken = {
+        one.concept.target.casefold(): one.name for one in known if one.concept.target and one.name != manifest.name
+    }
+    for alias in manifest.concept.aliases:
+        if alias.casefold() in taken and alias.casefold() != str(manifest.concept.target).casefold():
+            found.append(f"its alias {alias!r} is what {taken[alias.casefold()]} erases")
+    return found
+
+
+def _about_protected(manifest: Manifest) -> list[str]:
+    protected = manifest.gate.protected
+    matcher = _matcher(manifest.concept.names)
+    own = next((prompt for prompt in protected if matcher.match(prompt)), None)
+    found = [] if own is None else [f"it never acts on {own!r}, which names its own concept"]
+    if len(protected) > MOST_PROTECTED:
+        found.append(f"it never acts on {len(protected)} prompts; {MOST_PROTECTED} are many")
+    return found
+
+
+def _about_claims(adapter: Adapter) -> list[str]:
+    """Compare the family and the fingerprint of the manifest with the tensors."""
+    base, found = adapter.manifest.base, []
+    family = family_of(adapter.increments)
+    if family is not None and family != base.family:
+        found.append(f"its manifest says family {base.family!r}, its tensors are of {family!r}")
+    shapes = {path: increment.weight_shape for path, increment in adapter.increments.items()}
+    if base.fingerprint and all(shape is not None for shape in shapes.values()):
+        actual = fingerprint({path: shape for path, shape in shapes.items() if shape is not None})
+        if actual != base.fingerprint:
+            found.append("the fingerprint in its manifest is not that of its tensors")
+    return found
+
+
+def _acting(manifest: Manifest) -> float:
+    """Return the share of the general sentences in which a name of the eraser's concept stands."""
+    return len(_sentences_with(manifest.concept.names)) / len(sentences())
+
+
+def _sentences_with(names: Sequence[str]) -> list[str]:
+    matcher = _matcher(tuple(names))
+    return [text for text in sentences() if matcher.match(text)]
+
+
+@cache
+def _matcher(names: tuple[str, ...]) -> NameMatcher:
+    """Return a matcher that takes no word for a misspelling of another."""
+    return NameMatcher(names, lambda word: 1.0, lambda word: True)

@@ -1,0 +1,108 @@
+"""The audit finds what attackers built, and has nothing to say about honest erasers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import spm_hub
+from spm_hub.adapters.adapter import Adapter
+from spm_hub.adapters.increments import Dense, Increment, LowRank
+from spm_hub.cli import app
+from spm_hub.hub.audit import Findings, audit
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("snoopy", "mickey", "spongebob", "van-gogh", "nudity")
+
+
+@pytest.fixture(scope="module")
+def shipped() -> list[Adapter]:
+    return [spm_hub.load(name, registry=ROOT) for name in NAMES]
+
+
+def altered(adapter: Adapter, name: str, increments: dict[str, Increment] | None = None, **changes: Any) -> Adapter:
+    """Return an eraser of another name, with other increments or other fields of its concept, gate or base."""
+    made = adapter if increments is None else adapter.with_increments(increments)
+    parts: dict[str, Any] = {"name": name}
+    for part, values in changes.items():
+        parts[part] = getattr(made.manifest, part).model_copy(update=values)
+    return Adapter(made.manifest.model_copy(update=parts), made.increments)
+
+
+def negated(adapter: Adapter, factor: float) -> dict[str, Increment]:
+    return {
+        path: LowRank(one.down, -factor * one.up) if isinstance(one, LowRank) else one
+        for path, one in adapter.increments.items()
+    }
+
+
+def of(found: list[Findings], name: str) -> str:
+    return "; ".join(next(one for one in found if one.name == name).problems)
+
+
+def test_honest_erasers_have_nothing_to_say_of_them(shipped: list[Adapter]) -> None:
+    honest = list(shipped)
+    for adapter in shipped:
+        # The same change as whole weights: as large as an honest dense file, and with nothing but another kind.
+        whole: dict[str, Increment] = {
+            path: Dense(one.up.float().flatten(1) @ one.down.float().flatten(1))
+            for path, one in adapter.increments.items()
+            if isinstance(one, LowRank) and one.down.dim() == 2
+        }
+        base = {"base": {"fingerprint": ""}}
+        honest.append(altered(adapter, f"{adapter.name}-dense", whole, **base))
+        honest.append(altered(adapter, f"{adapter.name}-strong", gate={"strength": 1.5}))
+    found = audit(honest)
+    assert {one.name: one.problems for one in found if one.problems} == {}
+    assert all(one.greatest_change is not None and 0 < one.greatest_change[0] < 0.9 for one in found)
+    assert all(0 < one.outside < 1 for one in found)
+
+
+@pytest.mark.parametrize(
+    ("attack", "told"),
+    [
+        (lambda one: altered(one, "blurry", negated(one, 1.0), concept={"target": "blurry hands"}), "undo each other"),
+        (lambda one: altered(one, "blurry", negated(one, 0.1), concept={"target": "blurry hands"}), "undo each other"),
+        (lambda one: altered(one, "blurry", concept={"target": "blur", "aliases": ("a", "the")}), "general sentences"),
+        (lambda one: altered(one, "blurry", gate={"strength": -1.0}), "adds what it claims to erase"),
+        (lambda one: altered(one, "blurry", gate={"strength": 1e6}), "its strength is 1e+06"),
+        (lambda one: altered(one, "blurry", gate={"protected": ("snoopy on the beach",)}), "'snoopy on the beach'"),
+        (lambda one: altered(one, "blurry", base={"family": "sdxl"}), "its tensors are of 'sd1'"),
+        (lambda one: altered(one, "blurry", base={"fingerprint": "0" * 64}), "fingerprint"),
+        (lambda one: altered(one, "blurry", concept={"target": "hands", "aliases": ("Nudity",)}), "what nudity erases"),
+        (lambda one: altered(one, "blurry", negated(one, -30.0)), "times that weight's own norm"),
+    ],
+)  # fmt: skip
+def test_what_attackers_built_is_found(shipped: list[Adapter], attack: Any, told: str) -> None:
+    found = audit([*shipped, attack(shipped[0])])
+    assert told in of(found, "blurry")
+    assert all(not one.problems for one in found if one.name in NAMES[1:])
+
+
+def test_a_weight_that_is_taken_away_whole_is_found(shipped: list[Adapter]) -> None:
+    weight = spm_hub.load_pipeline("sketchbook").unet.conv_in.weight.detach()
+    trojan = altered(shipped[0], "trojan", {"conv_in": Dense(-weight)}, base={"fingerprint": ""})
+    assert "it changes conv_in by 1 times that weight's own norm" in of(audit([trojan]), "trojan")
+
+
+def test_a_base_that_is_not_here_is_left_out(shipped: list[Adapter]) -> None:
+    (found,) = audit([altered(shipped[0], "elsewhere", base={"id": "someone/not-here"})])
+    assert found.greatest_change is None
+    assert found.problems == ()
+
+
+def test_the_command_says_so_and_its_exit_code_is_1(shipped: list[Adapter], tmp_path: Path) -> None:
+    runner = CliRunner()
+    honest = runner.invoke(app, ["audit", "--registry", str(ROOT), "--json"])
+    assert honest.exit_code == 0
+    assert {one["name"] for one in json.loads(honest.stdout)} == set(NAMES)
+    altered(shipped[0], "blurry", negated(shipped[0], 1.0), concept={"target": "blurry"}).save(
+        tmp_path / "b.safetensors"
+    )
+    found = runner.invoke(app, ["audit", "snoopy", str(tmp_path / "b.safetensors"), "--registry", str(ROOT), "-q"])
+    assert found.exit_code == 1
+    assert "blurry: its change and that of snoopy undo each other (cosine -1.00)" in found.stdout
