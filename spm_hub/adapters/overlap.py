@@ -1,4 +1,4 @@
-"""How much of one eraser's change of the weights is contained in another's, or taken back by it."""
+"""Compares erasers' changes of the weights with each other, and finds those that take back another's."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _add_low_rank(total: Tensor, found: Sequence[tuple[int, LowRank]]) -> None:
 
 
 def _add_dense(total: Tensor, index: int, one: Dense, found: Sequence[tuple[int, Increment]]) -> None:
-    """Add the products of a whole change with its module's low-rank ones, and with whole ones up to its own place."""
+    """Add the products of a whole change with the low-rank ones, and the whole ones before it."""
     whole = one.delta.double().flatten(1)
     for other, increment in found:
         if isinstance(increment, LowRank):

@@ -1,4 +1,4 @@
-"""Help panel "Trust": the commands verify, audit and sign, which check and sign erasers before they are used."""
+"""Help panel "Trust": verify, audit and sign, which check erasers before they are used."""
 
 import sys
 from dataclasses import asdict

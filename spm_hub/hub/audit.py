@@ -1,4 +1,4 @@
-"""What an eraser really does, from its numbers and its words: checks for whoever got it from a stranger.
+"""Audits erasers of strangers: looks in their tensors and names for harm that they do not admit.
 
 An audit compares the eraser's claims with its tensors, its change with the weights that it is added to and with the
 changes of other erasers, and its names and protected prompts with general sentences. It finds no trigger that is in
@@ -96,7 +96,7 @@ def _denoiser_folder(model: str) -> Path | None:
 
 
 def _greatest_change(adapter: Adapter, base: FolderWeights) -> tuple[float, str]:
-    """Return the greatest change of a weight at the eraser's strength, as a share of its norm, and its module."""
+    """Return the greatest change of a weight, as a share of its norm, and its module."""
     strength, greatest = abs(adapter.manifest.gate.strength), (0.0, "")
     keys = {path: f"{dotted(path)}.weight" for path in adapter.increments}
     for path, increment in adapter.increments.items():
@@ -178,7 +178,7 @@ def _about_claims(adapter: Adapter) -> list[str]:
 
 
 def _acting(manifest: Manifest) -> float:
-    """Return the share of the general sentences in which a name of the eraser's concept stands."""
+    """Return the share of the general sentences that contain a name of the eraser's concept."""
     return len(_sentences_with(manifest.concept.names)) / len(sentences())
 
 
