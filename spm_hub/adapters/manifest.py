@@ -126,7 +126,7 @@ class Base(_Part):
     """
 
     family: Label
-    id: str
+    id: str = Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]{0,255}$")
     revision: str | None = None
     fingerprint: str = Field(
         pattern=r"^([0-9a-f]{64})?$",

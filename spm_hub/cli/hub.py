@@ -1,5 +1,6 @@
 """Commands push, pull, search and outdated: erasers on the Hugging Face Hub (help panel "Share")."""
 
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import InterruptedByUserError, Output, silence_hub, silence_libraries, size, table
+from spm_hub.cli.terminal import printable
 from spm_hub.errors import UsageError
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.progress import progress_if_long
@@ -177,14 +179,16 @@ def _show(out: Output, described: dict[str, Any]) -> None:
     from rich.panel import Panel
     from rich.syntax import Syntax
 
-    front, _, body = described["card"].removeprefix("---\n").partition("\n---\n")
+    # What a stranger's manifest hides would pass through rich's Markdown.
+    card = printable(described["card"], sys.stdout)
+    front, _, body = card.removeprefix("---\n").partition("\n---\n")
     files = described["files"]
     rows = [[file["path"], size(file["bytes"]), file["bytes"], file["sha256"]] for file in files]
     out.data(
         described,
         Group(
             Panel(Syntax(front, "yaml", background_color="default", word_wrap=True), title="metadata"),
-            Panel(Markdown(body), title="README.md"),
+            Panel(Markdown(body, hyperlinks=False), title="README.md"),
             table(["file", "size", "bytes", "sha256"], rows, title=f"files for {described['repo']}"),
         ),
         brief=[f"{file['sha256']}  {file['path']}" for file in files],

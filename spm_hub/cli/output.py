@@ -11,9 +11,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from spm_hub.cli.terminal import INTERRUPTED, escape_controls, escape_controls_in_json, printable, speaks_unicode
+from spm_hub.cli.terminal import INTERRUPTED, printable, speaks_unicode
 from spm_hub.errors import SpmHubError
 from spm_hub.io.progress import Progress, no_progress
+from spm_hub.io.untrusted_text import escape_hidden, escape_hidden_in_json, one_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,7 +52,7 @@ class Output:
         if self.json:
             sys.stdout.write(_json(value))
         elif self.quiet:
-            sys.stdout.writelines(f"{printable(line, sys.stdout)}\n" for line in brief)
+            sys.stdout.writelines(f"{printable(one_line(line), sys.stdout)}\n" for line in brief)
         elif isinstance(human, str):
             sys.stdout.write(printable(human, sys.stdout) + "\n" * bool(human))
         else:
@@ -61,7 +62,7 @@ class Output:
     def say(self, text: str) -> None:
         """Print a remark to stderr, unless -q is given."""
         if not self.quiet:
-            sys.stderr.write(escape_controls(text) + "\n")
+            sys.stderr.write(_indented(text) + "\n")
 
     def fail(self, error: SpmHubError) -> None:
         """Print an error to stderr and, with --json, as an object to stdout, so that stdout always parses."""
@@ -70,7 +71,9 @@ class Output:
             with suppress(OSError):  # the error may be that stdout is full
                 sys.stdout.write(_json({"error": described}))
                 sys.stdout.flush()
-        sys.stderr.write(escape_controls(f"error: {error}\n"))
+        sys.stderr.write(f"error: {_indented(error.message)}\n")
+        if error.mend is not None:
+            sys.stderr.write(f"  try: {one_line(error.mend)}\n")
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress]:
@@ -147,7 +150,7 @@ def silence_libraries() -> Iterator[None]:
             # A command may attach the same erasers several times; each warning is one line all the same.
             if str(message) not in shown:
                 shown.add(str(message))
-                sys.stderr.write(escape_controls(f"warning: {str(message).removeprefix(WARNING)}\n"))
+                sys.stderr.write(f"warning: {_indented(str(message).removeprefix(WARNING))}\n")
 
         warnings.showwarning = show
         yield
@@ -191,10 +194,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
     return grid
 
 
+def _indented(text: str) -> str:
+    """Escape hidden characters and indent all lines but the first, so that none looks like one of ours."""
+    return escape_hidden(text).replace("\n", "\n    ")
+
+
 def _json(value: Any) -> str:
     """Write a JSON document, in ASCII where stdout could not encode all of it."""
     document = json.dumps(value, indent=2, ensure_ascii=not speaks_unicode(sys.stdout), default=str)
-    return escape_controls_in_json(document) + "\n"
+    return escape_hidden_in_json(document) + "\n"
 
 
 def size(n_bytes: int) -> str:
@@ -220,7 +228,13 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else printable(str(value), sys.stdout)
+    return (
+        f"{value:.3f}"
+        if isinstance(value, float)
+        else ""
+        if value is None
+        else printable(one_line(str(value)), sys.stdout)
+    )
 
 
 def _console(stream: Any) -> Any:

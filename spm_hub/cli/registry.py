@@ -10,6 +10,7 @@ from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_hub, silence_libraries, size, table
 from spm_hub.cli.summary import UNKNOWN_CONCEPT, summary, whole
 from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError
+from spm_hub.io.untrusted_text import one_line
 from spm_hub.io.wording import counted
 
 Name = Annotated[str, typer.Argument(help="A name in a registry, a file, or owner/name on the Hub.")]
@@ -95,7 +96,7 @@ def show(
 
     entry = resolve(name, registry)
     manifest = entry.read_manifest()
-    human = Group(*whole(entry, manifest)) if full else "\n".join(summary(entry, manifest, asked=name))
+    human = Group(*whole(entry, manifest)) if full else "\n".join(map(one_line, summary(entry, manifest, asked=name)))
     out.data(
         {**manifest.model_dump(mode="json"), "path": str(entry.adapter_path)}, human, brief=[str(entry.adapter_path)]
     )

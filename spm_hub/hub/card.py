@@ -11,6 +11,8 @@ import yaml
 
 from spm_hub.adapters.manifest import Concept, Evaluation, Manifest, slug
 from spm_hub.errors import NotFoundError, UsageError
+from spm_hub.hub.markdown import code, fenced, in_python, in_shell, prose
+from spm_hub.io.untrusted_text import without_hidden
 from spm_hub.io.wording import counted, quoted
 from spm_hub.models.aliases import ALIASES
 
@@ -25,6 +27,9 @@ _EXPLICIT_WORDS = frozenset(
     "sexually hentai genitals genitalia penis vagina breasts nipples gore bloody".split()
 )
 _ACTED = 0.5
+_MOST_NAMES = 64
+_BASE = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@\w[\w./-]*)?", re.ASCII)
+"""A base that a command can name: an alias or owner/name, also at a revision."""
 _SHOWN_ROWS = 12
 # Licences that the Hub has an identifier for; any other is written as `license: other` with a `license_name`.
 _LICENCES = frozenset(
@@ -121,10 +126,11 @@ def picture_names(index: int) -> tuple[str, str]:
 
 def hub_id(base: str) -> str | None:
     """Return the Hub repository of a base model, given by alias or id; None for a local model."""
-    name = base.partition("@")[0]
-    if name in ALIASES:
-        return ALIASES[name].hub_id
-    return name if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name) else None
+    match = _BASE.fullmatch(base)
+    if match is None:
+        return None
+    name = match["name"]
+    return ALIASES[name].hub_id if name in ALIASES else (name if "/" in name else None)
 
 
 def metadata(manifest: Manifest, pairs: Sequence[PicturePair] = ()) -> dict[str, Any]:
@@ -136,7 +142,7 @@ def metadata(manifest: Manifest, pairs: Sequence[PicturePair] = ()) -> dict[str,
     concept = manifest.concept
     tags = ["spmhub", "concept-erasure", *(["lora"] if manifest.increment.kind == "low_rank" else []), "text-to-image"]
     tags += [manifest.base.family, *([f"{METHOD}{method}"] if method else [])]
-    tags += [f"{ERASES}{slug(name)}" for name in concept.names]
+    tags += [f"{ERASES}{slug(name)}" for name in concept.names[:_MOST_NAMES]]
     tags += [_NOT_FOR_ALL] if is_explicit(concept) else []
     found: dict[str, Any] = {"library_name": "spmhub", "pipeline_tag": "text-to-image"}
     if base := hub_id(manifest.base.id):
@@ -170,17 +176,22 @@ def render(manifest: Manifest, repo: str, weights: str, pairs: Sequence[PictureP
 
 def _title(manifest: Manifest) -> str:
     concept, base, info = manifest.concept, manifest.base, manifest.increment
-    also = f" (also called {_join(concept.aliases)})" if concept.aliases else ""
-    into = f" The model draws “{concept.surrogate}” in its place." if concept.surrogate else ""
-    made = f"by the method `{manifest.recipe['method']}`" if manifest.recipe.get("method") else "by another program"
+    target = prose(concept.require_target(manifest.name))
+    also = f" (also called {_join(map(prose, concept.aliases[:_MOST_NAMES]))})" if concept.aliases else ""
+    into = f" The model draws “{prose(concept.surrogate)}” in its place." if concept.surrogate else ""
+    made = (
+        f"by the method {code(str(manifest.recipe['method']))}"
+        if manifest.recipe.get("method")
+        else "by another program"
+    )
     trained = _base_link(base.id, base.revision) or "an unknown base model"
     modules = counted(len(info.modules), "module")
     size = f", {info.bytes / 1000:.0f} kB" if info.bytes else ""
     rank = f" of rank {info.rank}" if info.rank else ""
-    by = f" Made by {manifest.author}." if manifest.author else ""
+    by = f" Made by {prose(manifest.author)}." if manifest.author else ""
     return (
-        f"# An eraser of “{concept.target}”\n\n"
-        f"It stops a text-to-image model of the family `{base.family}` from drawing **{concept.target}**{also} and is "
+        f"# An eraser of “{target}”\n\n"
+        f"It stops a text-to-image model of the family {code(base.family)} from drawing **{target}**{also} and is "
         f"trained to leave other concepts unchanged.{into} Attach it to a loaded checkpoint; detaching it restores the "
         f"model bit for bit.\n\n"
         f"Trained {made} on {trained}: {_ABOUT_KINDS[info.kind]}{rank} on {modules}{size}. "
@@ -190,18 +201,18 @@ def _title(manifest: Manifest) -> str:
 
 def _base_link(base: str, revision: str | None) -> str:
     if repo := hub_id(base):
-        at = f" at `{revision[:12]}`" if revision else ""
+        at = f" at {code(revision[:12])}" if revision else ""
         return f"[{repo}](https://huggingface.co/{repo}){at}"
     if base in ALIASES:
         return f"`{base}`, the small test model of spm-hub; results on it do not carry over to Stable Diffusion"
-    return f"`{base}`, a model that is not on the Hub" if base else ""
+    return f"{code(base)}, a model that is not on the Hub" if base else ""
 
 
 def _pictures(pairs: Sequence[PicturePair]) -> str:
     if not pairs:
         return ""
     rows = [
-        (_cell(pair.prompt), *(f"![{title} the eraser]({name})" for title, name in _titled_names(index, pair)))
+        (prose(pair.prompt), *(f"![{title} the eraser]({name})" for title, name in _titled_names(index, pair)))
         for index, pair in enumerate(pairs)
     ]
     if any(pair.without is None for pair in pairs):
@@ -215,35 +226,46 @@ def _titled_names(index: int, pair: PicturePair) -> Iterable[tuple[str, str]]:
 
 
 def _use(manifest: Manifest, repo: str, weights: str) -> str:
-    base = manifest.base.id
-    model = base if base.partition("@")[0] in ALIASES or hub_id(base) else "MODEL"
-    source = hub_id(base) or "MODEL"
-    loading = f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{source}")'
-    if base in ALIASES and source == "MODEL":
-        loading = f'from spm_hub.models.loading import load_pipeline\n\npipe = load_pipeline("{base}")'
-    target = manifest.concept.require_target(manifest.name)
-    ours = (
-        f'```bash\npip install spm-hub\nspmhub apply --model {model} --adapters {repo} --prompt "{target}" --compare\n'
-        f"spmhub pull {repo}        # keep it under the name {manifest.name}\n```\n\n"
-        f'```python\nimport spm_hub\n{loading}\nerasers = spm_hub.attach(pipe, "{repo}")\n'
-        f'pipe("{target}").images[0]\nerasers.recover("{manifest.name}")  # {target} is back\n```'
+    base, target = manifest.base.id, manifest.concept.require_target(manifest.name)
+    source = hub_id(base)
+    model = base if source or base in ALIASES else "MODEL"
+    from_diffusers = "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({})"
+    pretrained = from_diffusers.format(in_python(source or "MODEL"))
+    loading = pretrained
+    if base in ALIASES and source is None:
+        loading = f"from spm_hub.models.loading import load_pipeline\n\npipe = load_pipeline({in_python(base)})"
+    shell = fenced(
+        "bash",
+        f"pip install spm-hub\nspmhub apply --model {model} --adapters {repo} --prompt {in_shell(target)} --compare\n"
+        f"spmhub pull {repo}        # keep it under the name {manifest.name}",
+    )
+    python = fenced(
+        "python",
+        f"import spm_hub\n{loading}\nerasers = spm_hub.attach(pipe, {in_python(repo)})\n"
+        f"pipe({in_python(target)}).images[0]\n"
+        f"erasers.recover({in_python(manifest.name)})  # {without_hidden(target)} is back",
     )
     if manifest.increment.kind == "low_rank":
         plain = (
             "It is an ordinary LoRA file. Without spm-hub there is no gate: it has its full effect on every prompt.\n\n"
-            "```python\nfrom diffusers import DiffusionPipeline\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{source}")\n'
-            f'pipe.load_lora_weights("{repo}", weight_name="{weights}")\n```'
+        ) + fenced(
+            "python",
+            f"{pretrained}\npipe.load_lora_weights({in_python(repo)}, weight_name={in_python(weights)})",
         )
     else:
-        plain = (
-            f"Plain diffusers loads only LoRA files, and this eraser has {_ABOUT_KINDS[manifest.increment.kind]}. "
-            "Fold it into a checkpoint once and load that:\n\n"
-            f"```bash\nspmhub bake --model {model} --adapters {repo} --out without-{slug(target)}\n```\n\n"
-            "```python\nfrom diffusers import DiffusionPipeline\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("without-{slug(target)}")\n```'
+        out = f"without-{slug(target)}"
+        plain = "\n\n".join(
+            (
+                f"Plain diffusers loads only LoRA files, and this eraser has {_ABOUT_KINDS[manifest.increment.kind]}. "
+                "Fold it into a checkpoint once and load that:",
+                fenced("bash", f"spmhub bake --model {model} --adapters {repo} --out {out}"),
+                fenced("python", from_diffusers.format(in_python(out))),
+            )
         )
-    return f"## Use\n\nWith [spm-hub](https://pypi.org/project/spm-hub/):\n\n{ours}\n\nWith plain diffusers:\n\n{plain}"
+    return (
+        f"## Use\n\nWith [spm-hub](https://pypi.org/project/spm-hub/):\n\n{shell}\n\n{python}\n\n"
+        f"With plain diffusers:\n\n{plain}"
+    )
 
 
 def _gate(manifest: Manifest, pairs: Sequence[PicturePair]) -> str:
@@ -264,11 +286,11 @@ def _gate(manifest: Manifest, pairs: Sequence[PicturePair]) -> str:
     else:
         text = "The eraser has its full effect on every prompt (gamma 1)."
     if kind != "always":
-        names = _join(manifest.concept.names)
+        names = _join(map(prose, manifest.concept.names[:_MOST_NAMES]))
         text += f" The concept's names are: {names}. When the denoiser is called without a prompt, gamma is 1."
     rows = "conditional and unconditional rows" if gate.rows == "both" else "conditional rows only"
     text += f" Its strength is {gate.strength:g}, applied to {rows}."
-    gammas = [(_cell(pair.prompt), f"{gamma:.2f}") for pair in pairs for gamma in list(pair.gates.values())[:1]]
+    gammas = [(prose(pair.prompt), f"{gamma:.2f}") for pair in pairs for gamma in list(pair.gates.values())[:1]]
     return f"## When it acts\n\n{text}" + (f"\n\n{_table(('prompt', 'gamma'), gammas)}" if gammas else "")
 
 
@@ -283,24 +305,22 @@ def _measured(manifest: Manifest) -> str:
     for (protocol, base, metric), rows in groups.items():
         target = [row for row in rows if row.subject.casefold() in names]
         others = [row for row in rows if row.subject.casefold() not in names]
-        headline = [f"**{row.subject}: {_figure(row.reference)} → {_figure(row.value)}**" for row in target]
+        headline = [f"**{prose(row.subject)}: {_figure(row.reference)} → {_figure(row.value)}**" for row in target]
         changes = [(row.value - row.reference, row.subject) for row in others if row.reference is not None]
         if changes:
             mean, (worst, whose) = sum(change for change, _ in changes) / len(changes), max(changes, key=_magnitude)
-            headline.append(
-                f"{counted(len(changes), 'other subject')}: {mean:+.4f} on average, {worst:+.4f} at most (*{whose}*)"
-                if worst
-                else f"{counted(len(changes), 'other subject')}: no change"
-            )
+            change = f"{mean:+.4f} on average, {worst:+.4f} at most (*{prose(whose)}*)" if worst else "no change"
+            headline.append(f"{counted(len(changes), 'other subject')}: {change}")
         table = _table(
             ("subject", "without", "with", "samples"),
-            ((_cell(row.subject), _figure(row.reference), _figure(row.value), str(row.samples)) for row in rows),
+            ((prose(row.subject), _figure(row.reference), _figure(row.value), str(row.samples)) for row in rows),
         )
         if len(rows) > _SHOWN_ROWS:
             table = f"<details>\n<summary>All {len(rows)} rows</summary>\n\n{table}\n\n</details>"
         seeds = _join(sorted({str(row.seed) for row in rows}))
         parts.append(
-            f"### `{metric}` on `{base}`\n\n{'; '.join(headline)}.\n\n{table}\n\nProtocol `{protocol}`, seed {seeds}."
+            f"### {code(metric)} on {code(base)}\n\n{'; '.join(headline)}.\n\n{table}\n\n"
+            f"Protocol {code(protocol)}, seed {seeds}."
         )
     return "## Measured\n\n" + "\n\n".join(parts)
 
@@ -315,7 +335,7 @@ def _figure(value: float | None) -> str:
 
 def _limits(manifest: Manifest) -> str:
     bases = sorted({one.base for one in manifest.evaluation})
-    where = f"on {_join(f'`{base}`' for base in bases)} only" if bases else "on no model yet"
+    where = f"on {_join(map(code, bases))} only" if bases else "on no model yet"
     attacked = any("attack" in one.protocol or one.metric.startswith("asr") for one in manifest.evaluation)
     lines = [
         f"Erasure is measured, not proved: {where}. On other checkpoints of the family it may be weaker.",
@@ -331,29 +351,27 @@ def _limits(manifest: Manifest) -> str:
 
 
 def _recipe(manifest: Manifest, weights: str) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    versions = ", ".join(f"{prose(name)} {prose(version)}" for name, version in manifest.versions.items())
     info = manifest.increment
     text = "## How it was made\n\n"
     if manifest.recipe:
         recipe = yaml.safe_dump(dict(manifest.recipe), sort_keys=False, allow_unicode=True, width=120)
-        text += (
-            f"`spmhub train --recipe recipe.yaml` with this recipe makes the same eraser again:\n\n```yaml\n{recipe}```"
+        text += "`spmhub train --recipe recipe.yaml` with this recipe makes the same eraser again:\n\n" + fenced(
+            "yaml", recipe
         )
     else:
         text += "Another program made it and recorded no recipe."
     text += f"\n\nVersions: {versions}." if versions else ""
     if info.sha256:
-        text += f"\n\n`{weights}`: {info.bytes} bytes, sha256 `{info.sha256}`; `manifest.json` has the other fields."
-    return f"{text}\n\n## Licence\n\n{manifest.licence} for the eraser; the base model has its own licence."
+        text += (
+            f"\n\n{code(weights)}: {info.bytes} bytes, sha256 `{info.sha256}`; `manifest.json` has the other fields."
+        )
+    return f"{text}\n\n## Licence\n\n{prose(manifest.licence)} for the eraser; the base model has its own licence."
 
 
 def _join(names: Iterable[str]) -> str:
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def _cell(text: str) -> str:
-    return text.replace("\n", " ").replace("|", "\\|")
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -70,7 +70,7 @@ def test_another_kind_of_archive_is_no_folder_of_that_name(name: str, tmp_path: 
     given = ["export", "snoopy", "--registry", str(tmp_path / "registry"), "--to", str(tmp_path / name)]
     done = CliRunner().invoke(app, given)
     assert done.exit_code == 2
-    assert "--to e.tar" in done.stderr
+    assert "--out e.tar" in done.stderr
     assert not (tmp_path / name).exists()
 
 
