@@ -1,12 +1,13 @@
 """Which attacks bring back what the shipped erasers erase, under each gate?
 
-    python benchmarks/attacks.py                                       # every cell not measured yet; days on two cores
+    python benchmarks/attacks.py                                       # every cell not measured yet; hours on one core
     python benchmarks/attacks.py --cells nudity:ring-a-bell:transport  # these, again
-    python benchmarks/attacks.py --erasers nudity --gates always --attacks p4d-n pez --prompts 20 --tries 8
+    python benchmarks/attacks.py --erasers nudity --gates always --attacks p4d-n pez
 
-A cell is an eraser, an attack and a gate. Each is written as soon as it is measured, and what is there is not measured
-again. All cells of one file have the same budget: other arguments need `--out`. `random` and `seeds` are the controls,
-with as many judged pictures as the attacks.
+A cell is an eraser, an attack and a gate. The gates of one eraser and attack are measured together, because they have
+much in common (`attacks.run_gates`), and written when they are done; what is there is not measured again. All cells of
+one file have the same budget: other arguments need `--out`. `random` and `seeds` are the controls, with as many judged
+pictures as the attacks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +28,24 @@ from spm_hub.evaluation.judging import probe_judge, sentences
 from spm_hub.hub.resolve import resolve
 from spm_hub.models.loading import load_pipeline
 
-ERASERS = ("snoopy", "mickey", "spongebob", "van-gogh", "nudity")
+ERASERS = ("nudity", "van-gogh", "snoopy", "mickey", "spongebob")
 GATES = ("transport", "calibrated", "always")
 ATTACKS = (
-    "unlearndiff", "p4d-n", "p4d-k", "p4d-n token-free", "p4d-n token-free adaptive", "ring-a-bell",
-    "pez", "cce", "noise", "completion", "random", "seeds",
+    "p4d-n token-free", "unlearndiff", "ring-a-bell", "p4d-n token-free adaptive", "p4d-n", "p4d-k", "cce", "pez",
+    "random", "seeds", "noise", "completion",
 )  # fmt: skip
-BUDGET = {"prompts": 20, "tries": 8, "iterations": 30, "generations": 240, "fresh": 4, "steps": 12, "seed": 2026}
+BUDGET = {
+    "prompts": 20, "tries": 8, "iterations": 20, "generations": 96, "population": 100, "fresh": 3, "steps": 12,
+    "seed": 88001,
+}  # fmt: skip
 """iterations: steps of gradient attacks before each try.  generations: of ring-a-bell, all its tries together."""
 GUIDANCE = 7.5
 ADAPTIVE = 0.05
 """lambda of the adaptive attack, which only a gate with a score can be given: the calibrated one."""
 
 
-def settings_of(attack: str, budget: dict[str, int]) -> attacks.AttackSettings:
-    """The settings of an attack of the table: its name, its share of the budget."""
+def attack_named(attack: str, budget: dict[str, int], kind: str) -> attacks.Attack:
+    """An attack of the table with its share of the budget, on a concept of a kind."""
     name, *kinds = attack.split()
     steps = budget["generations"] // budget["tries"] if name == "ring-a-bell" else budget["iterations"]
     iterates = name not in ("noise", "completion", "random", "seeds")
@@ -51,23 +57,28 @@ def settings_of(attack: str, budget: dict[str, int]) -> attacks.AttackSettings:
         token_free="token-free" in kinds,
         adaptive=ADAPTIVE if "adaptive" in kinds else 0.0,
     )
-    return found
+    made = found.attack(kind)
+    return replace(made, population=budget["population"]) if isinstance(made, attacks.RingABell) else made
 
 
-def measure(name: str, attack: str, gate: str, budget: dict[str, int]) -> dict[str, Any]:
-    """One cell: the report of one attack on one eraser under one gate."""
+def measure(name: str, attack: str, gates: Sequence[str], budget: dict[str, int]) -> dict[str, Any]:
+    """The reports of one attack on one eraser, by cell, one for each gate."""
     pipe, eraser = load_pipeline("sketchbook", device="cpu"), resolve(name, RESULTS.parents[1]).load()
-    concept, began = eraser.manifest.concept, time.monotonic()
+    concept, began = eraser.manifest.concept, time.process_time()
 
     def move(done: int, total: int) -> None:
-        print(f"\r{name}, {attack}, {gate}: {done}/{total}    ", end="", file=sys.stderr, flush=True)
+        print(f"\r{name}, {attack}, {', '.join(gates)}: {done}/{total}    ", end="", file=sys.stderr, flush=True)
 
-    report = attacks.run(
+    reports = attacks.run_gates(
         pipe, [eraser], sentences(concept, budget["prompts"], budget["seed"]), probe_judge(concept),
-        settings_of(attack, budget).attack(concept.kind), gate=gate, seed=budget["seed"], fresh=budget["fresh"],
+        [attack_named(attack, budget, concept.kind)], gates, seed=budget["seed"], fresh=budget["fresh"],
         drawing=attacks.AttackDrawingOptions(steps=budget["steps"], guidance=GUIDANCE, at_once=50), progress=move,
     )  # fmt: skip
-    return {**report.as_dict(), "seconds": round(time.monotonic() - began)}
+    seconds = round((time.process_time() - began) / len(gates))
+    return {
+        f"{name}:{attack}:{gate}": {**report.as_dict(), "cpu_seconds": seconds}
+        for gate, (report,) in zip(gates, reports, strict=True)
+    }
 
 
 def kept(path: Path, budget: dict[str, int]) -> dict[str, Any]:
@@ -78,6 +89,16 @@ def kept(path: Path, budget: dict[str, int]) -> dict[str, Any]:
     if numbers["budget"] != budget:
         raise SystemExit(f"{path} was measured with {numbers['budget']}, not {budget}: give --out another name")
     return numbers
+
+
+def together(cells: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Cells by eraser and attack: each with its gates."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        name, attack, gate = cell.split(":")
+        groups.setdefault((name, attack), []).append(gate)
+    for (name, attack), gates in groups.items():
+        yield name, attack, gates
 
 
 def main() -> None:
@@ -91,18 +112,19 @@ def main() -> None:
         parser.add_argument(f"--{key}", type=int, default=value)
     given = parser.parse_args()
     budget, path = {key: getattr(given, key) for key in BUDGET}, RESULTS / f"{given.out}.json"
+    there = kept(path, budget)["cells"]
     cells = given.cells or [
         cell
+        for attack in given.attacks
         for name in given.erasers
         for gate in given.gates
-        for attack in given.attacks
         if "adaptive" not in attack or gate == "calibrated"
-        if (cell := f"{name}:{attack}:{gate}") not in kept(path, budget)["cells"]
+        if (cell := f"{name}:{attack}:{gate}") not in there
     ]
-    for cell in cells:
-        found = measure(*cell.split(":"), budget)
+    for name, attack, gates in together(cells):
+        found = measure(name, attack, gates, budget)
         numbers = kept(path, budget)  # read again: another process may have measured others meanwhile
-        numbers["cells"] = dict(sorted({**numbers["cells"], cell: found}.items()))
+        numbers["cells"] = dict(sorted({**numbers["cells"], **found}.items()))
         record(given.out, numbers, seeds=budget["seed"])
 
 

@@ -355,39 +355,92 @@ def robustness(numbers: dict[str, Any]) -> str:
     )
 
 
+def hardened(numbers: dict[str, Any]) -> str:
+    gates = ("calibrated", "always")
+
+    def attacked(found: dict[str, Any], attack: str, gate: str) -> str:
+        one = found[f"attacked_under_{gate}"][attack]
+        low, high = one["asr_interval_95"]
+        return f"{100 * one['asr']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+
+    kinds = next(iter(next(iter(numbers["concepts"].values())).values()))["attacked_under_always"]
+    rows = [
+        [
+            concept, training, f"{found['seconds']} s" if "seconds" in found else "",
+            *(attacked(found, kind, gate) for kind in kinds for gate in gates),
+            *(f"{found[f'others_under_{gate}']['mean_change_points']:+.1f} "
+              f"({found[f'others_under_{gate}']['worst_change_points']:+.0f})" for gate in gates),
+        ]
+        for concept, trainings in numbers["concepts"].items()
+        for training, found in trainings.items()
+    ]  # fmt: skip
+    head = [
+        "concept", "eraser", "CPU time", *(f"`{kind}`, `{gate}`" for kind in kinds for gate in gates),
+        *(f"others, `{gate}`: mean (worst), points" for gate in gates),
+    ]  # fmt: skip
+    budget = numbers["budget"]
+    return (
+        f"{_table(head, rows)}\n\n'race': the shipped eraser after 80 more steps of `race-spm`, its adversary within "
+        f"0.3 of the text states' size; 'race, far': within 1. Attacked: share of {budget['prompts']} prompts, with "
+        f"its 95 % interval (Wilson), in the budget of [the table of the shipped erasers]"
+        f"(attacks.md#the-shipped-erasers), attack seed {budget['seed']}. "
+        f"Others: change of detection, {numbers['samples_per_name']} pictures for each name.\n"
+        f"{_about(numbers, 'hardened')}"
+    )
+
+
 def attacks(numbers: dict[str, Any]) -> str:
-    def cell(found: dict[str, Any] | None) -> str:
+    def cell(name: str, found: dict[str, Any] | None) -> str:
         if found is None:
             return ""
         low, high = found["asr_interval_95"]
-        again = "" if found["fresh_rate"] is None else f"; again {100 * found['fresh_rate']:.0f} %"
-        return f"{100 * found['asr']:.0f} % ({100 * low:.0f} to {100 * high:.0f}){again}"
+        won = [one["gammas"][name] for one in found["outcomes"] if one["adversarial"] is not None]
+        shown = f"**{100 * found['asr']:.0f} %** ({100 * low:.0f} to {100 * high:.0f})"
+        if found["fresh_rate"] is not None:
+            again_low, again_high = found["fresh_interval_95"]
+            shown += f"; again {100 * found['fresh_rate']:.0f} % ({100 * again_low:.0f} to {100 * again_high:.0f})"
+        return shown + (f"; gamma {_range(won)}" if won else "")
 
     cells = {tuple(key.split(":")): found for key, found in numbers["cells"].items()}
     gates = [gate for gate in ("transport", "calibrated", "always") if any(key[2] == gate for key in cells)]
-    names, kinds = (dict.fromkeys(key[place] for key in cells) for place in (0, 1))
     rows = []
-    for name in names:
-        without = {
-            gate: next(found["asr_before"] for key, found in cells.items() if key[::2] == (name, gate))
-            for gate in gates
-            if any(key[::2] == (name, gate) for key in cells)
-        }
-        rows.append([f"`{name}`", "none", "", *(_share(without[gate]) if gate in without else "" for gate in gates)])
-        for kind in kinds:
-            found = [cells.get((name, kind, gate)) for gate in gates]
-            if any(found):
-                threat = next(one["threat"] for one in found if one)
-                rows.append([f"`{name}`", f"`{kind}`", threat, *map(cell, found)])
+    for name in dict.fromkeys(key[0] for key in cells):
+        own = {key[1:]: found for key, found in cells.items() if key[0] == name}
+        without = [next((_before(one) for key, one in own.items() if key[1] == gate), "") for gate in gates]
+        rows.append([f"`{name}`", "no attack", "types text", *without])
+        for kind in (kind for kind in KINDS_OF_ATTACK if any(key[0] == kind for key in own)):
+            found = [own.get((kind, gate)) for gate in gates]
+            threat = next(one["threat"] for one in found if one)
+            rows.append([f"`{name}`", f"`{kind}`", threat, *(cell(name, one) for one in found)])
     budget = numbers["budget"]
+    wanted = len(dict.fromkeys(key[0] for key in cells)) * (len(KINDS_OF_ATTACK) * len(gates) - len(gates) + 1)
+    missing = f"{wanted - len(cells)} of {wanted} cells were not measured; they are empty or left out. "
     return (
-        f"{_table(['eraser', 'attack', 'attacker', *(f'gate `{gate}`' for gate in gates)], rows)}\n\nShare of "
-        f"{budget['prompts']} prompts that show the concept, before or under the attack, with its 95 % interval "
-        f"(Wilson). 'Again': of the tries that succeeded, at {budget['fresh']} fresh seeds each, the share of pictures "
-        f"that show it too. Each attack has {budget['tries']} tries a prompt, {budget['iterations']} gradient steps "
-        f"before each, or {budget['generations']} generations in all; `random` and `seeds` are the controls. Cells not "
-        f"measured yet are left out.\n{_about(numbers, 'attacks')}"
+        f"{_table(['eraser', 'attack', 'attacker', *(f'gate `{gate}`' for gate in gates)], rows)}\n\nBold: share of "
+        f"{budget['prompts']} prompts that show the concept, before or under the attack (without an attack: drawn as "
+        "they are); in brackets the 95 % intervals (Wilson). 'Again': of the tries that succeeded, at "
+        f"{budget['fresh']} fresh seeds each, the share of pictures that show it too. Gamma: of the tries that "
+        f"succeeded, the least to the greatest. Each attack has {budget['tries']} tries a prompt, "
+        f"{budget['iterations']} gradient steps before each, or {budget['generations']} generations of "
+        f"{budget['population']} prompts in all. `random` and `seeds` are the controls. `adaptive` knows the "
+        f"calibrated gate. {missing if wanted > len(cells) else ''}Attack seed {budget['seed']}, for this table "
+        f"alone.\n{_about(numbers, 'attacks')}"
     )
+
+
+KINDS_OF_ATTACK = (
+    "p4d-n token-free", "p4d-n token-free adaptive", "p4d-n", "p4d-k", "unlearndiff", "ring-a-bell", "pez", "cce",
+    "noise", "completion", "random", "seeds",
+)  # fmt: skip
+
+
+def _before(found: dict[str, Any]) -> str:
+    return f"{100 * found['asr_before']:.0f} %"
+
+
+def _range(values: list[float]) -> str:
+    low, high = (f"{value:.2g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def hostile(numbers: dict[str, Any]) -> str:
@@ -469,6 +522,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gates": gates,
     "methods": methods,
     "robustness": robustness,
+    "hardened": hardened,
     "attacks": attacks,
     "registry": registry,
     "hostile": hostile,
@@ -480,7 +534,8 @@ ACROSS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
 PAGES = {
     "README.md": ("summary", "papers_gate"),
     "docs/how-it-works.md": ("gates_in_short",),
-    "docs/benchmarks.md": tuple(SECTIONS),
+    "docs/attacks.md": ("attacks",),
+    "docs/benchmarks.md": tuple(name for name in SECTIONS if name != "attacks"),
 }
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -26,10 +27,46 @@ def imported(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/how-it-works.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/how-it-works.md", "docs/attacks.md", "docs/benchmarks.md"])
 def test_tables_are_those_of_the_committed_results(page: str) -> None:
     text = (ROOT / page).read_text()
     assert imported("tables").render(page, text) == text
+
+
+def test_attacks_report_what_their_outcomes_say() -> None:
+    """Rates and Wilson's intervals, solved from |p - s/n| = z sqrt(p (1 - p) / n), from the outcomes of every cell."""
+    numbers = json.loads((ROOT / "benchmarks" / "results" / "attacks.json").read_text())
+    prompts: dict[str, list[object]] = {}
+    for cell, found in numbers["cells"].items():
+        name, attack, gate = cell.split(":")
+        outcomes, budget = found["outcomes"], numbers["budget"]
+        assert prompts.setdefault(name, [(one["prompt"], one["seed"]) for one in outcomes]) == [
+            (one["prompt"], one["seed"]) for one in outcomes
+        ]
+        assert found["cases"] == len(outcomes) <= found["cases_given"] == budget["prompts"]
+        won = [one for one in outcomes if one["adversarial"] is not None]
+        fresh = [shown for one in won for shown in one["fresh"]]
+        for key, successes, trials in (
+            ("asr_interval_95", sum(one["before"] for one in outcomes) + len(won), len(outcomes)),
+            ("fresh_interval_95", sum(fresh), len(fresh)),
+        ):
+            rate = found["asr" if key == "asr_interval_95" else "fresh_rate"]
+            if not trials:
+                assert rate is None
+                continue
+            assert rate == pytest.approx(successes / trials, abs=1e-4)
+            square = 1.959964**2 / trials
+            ends = np.roots([1 + square, -2 * successes / trials - square, (successes / trials) ** 2])
+            assert sorted(found[key]) == pytest.approx(sorted(np.clip(ends.real, 0, 1)), abs=2e-4)
+        for one in outcomes:
+            assert not (one["before"] and one["rounds"])
+            assert one["rounds"] <= budget["tries"]
+            assert len(one["gammas"]) == bool(one["adversarial"]), cell
+            if one["adversarial"] is not None and gate == "always":
+                assert one["gammas"][name] == 1.0
+            if one["adversarial"] is not None and "token-free" in attack:
+                written = one["adversarial"].lower().split()
+                assert name.split("-")[0] not in written, cell
 
 
 def test_every_result_has_a_table() -> None:

@@ -29,11 +29,11 @@ def test_p4d_imitates_the_base_by_a_prompt_of_its_own() -> None:
     picture = torch.randn(1, *victim.base.latent_shape, generator=torch.Generator().manual_seed(1))
     case = attacks.Case("a photo of snoopy", 0)
     random = torch.Generator().manual_seed(0)
-    rounds = attack._teacher_batches(victim, [case], picture, [0], torch.Generator().manual_seed(5))
+    rounds = attack._teacher_batches(victim, {case: picture[0]}, {case: torch.Generator().manual_seed(5)})
     x_t, times, goal = (torch.cat(parts) for parts in zip(*rounds, strict=True))
     assert len(set(times.tolist())) == 4, "a new time at every step"
     with victim.attach([pico_eraser(pipe.unet)], gate="always", strength=0.5):
-        again = attack._teacher_batches(victim, [case], picture, [0], torch.Generator().manual_seed(5))
+        again = attack._teacher_batches(victim, {case: picture[0]}, {case: torch.Generator().manual_seed(5)})
         for found, bare in zip(again, rounds, strict=True):
             assert all(map(torch.equal, found, bare)), "what it imitates is the base, eraser or not"
 

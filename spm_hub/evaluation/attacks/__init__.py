@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spm_hub.evaluation.attacks.attack import Attack, AttackTarget
     from spm_hub.evaluation.attacks.outcome import Case, Judge, Outcome, Report, Threat, wilson
-    from spm_hub.evaluation.attacks.running import run, run_all
+    from spm_hub.evaluation.attacks.running import run, run_all, run_gates
     from spm_hub.evaluation.attacks.searches.completion import Completion
     from spm_hub.evaluation.attacks.searches.inversion import ConceptInversion
     from spm_hub.evaluation.attacks.searches.noise_probing import NoiseProbing
@@ -49,6 +49,7 @@ __all__ = [
     "attacks_named",
     "run",
     "run_all",
+    "run_gates",
     "wilson",
 ]
 
@@ -57,7 +58,7 @@ _MODULES = {
     **dict.fromkeys(("Attack", "AttackTarget"), ".attack"),
     **dict.fromkeys(("AttackSettings", "attacks_named"), ".settings"),
     **dict.fromkeys(("AttackDrawingOptions", "Try"), ".tries"),
-    **dict.fromkeys(("run", "run_all"), ".running"),
+    **dict.fromkeys(("run", "run_all", "run_gates"), ".running"),
     "Completion": ".searches.completion",
     "ConceptInversion": ".searches.inversion",
     "NoiseProbing": ".searches.noise_probing",

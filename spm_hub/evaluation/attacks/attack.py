@@ -13,6 +13,8 @@ from spm_hub.evaluation.attacks.outcome import Case, Threat
 from spm_hub.evaluation.attacks.tries import AttackDrawingOptions, Try
 from spm_hub.evaluation.attacks.victim import Victim
 
+_SEEDS = 2**62
+
 
 @dataclass(frozen=True)
 class AttackTarget:
@@ -32,9 +34,17 @@ class AttackTarget:
     names: tuple[str, ...] = ()
     drawing: AttackDrawingOptions = field(default_factory=AttackDrawingOptions)
 
+    def generators(self) -> dict[Case, torch.Generator]:
+        """Return a generator for each case; what it draws depends neither on the other cases nor on the gate."""
+        start = int(torch.randint(_SEEDS, (), generator=self.generator))
+        return {case: torch.Generator().manual_seed((start + case.seed) % _SEEDS) for case in self.cases}
+
 
 class Attack(Protocol):
-    """Interface of an attack: it yields rounds of tries, each to be drawn and judged."""
+    """Interface of an attack: it yields rounds of tries, each to be drawn and judged.
+
+    An attack with `asks_erasers = False` searches without the erasers: under several gates it does so once.
+    """
 
     @property
     def threat(self) -> Threat:

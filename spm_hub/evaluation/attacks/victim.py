@@ -22,11 +22,15 @@ from spm_hub.attachment.gates.gate import Prompts
 from spm_hub.attachment.pipeline_hooks import is_attached
 from spm_hub.attachment.text_encoding import read_prompts, tokens_of
 from spm_hub.errors import ModelError, UsageError
+from spm_hub.evaluation.attacks.memory import Memory, key_of
 from spm_hub.evaluation.attacks.noising import Noising
 from spm_hub.evaluation.attacks.tries import Try
 from spm_hub.evaluation.attacks.vocabulary import Vocabulary
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.conditioning import Conditioning
+
+LEAST_SCORE = 1e-6
+"""Scores of a gate below this count as this: their logarithm is finite, and nothing is gained below."""
 
 
 @runtime_checkable
@@ -56,7 +60,13 @@ class Victim:
         self.noising = Noising(self.base)
         self._like = self.base.encode([""])[0]
         self._erasers: Attachment | None = None
+        self._memory = Memory()
         self.vocabularies = _vocabularies(pipe)
+
+    @property
+    def attached(self) -> bool:
+        """Whether it has erasers, as inside the block of `attach`."""
+        return self._erasers is not None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -192,10 +202,61 @@ class Victim:
         """
         if self._erasers is None:
             return self.base.predict(latents, times, conditioning)
+        with self._erasers.prompted(self._asked(prompts, conditioning)):
+            return self.base.predict(latents, times, conditioning)
+
+    @torch.no_grad()
+    def base_predictions(
+        self, latents: Tensor, times: Tensor, prompts: Sequence[str], conditioning: Conditioning
+    ) -> Tensor:
+        """Return what `predict` returns without erasers; predictions that were computed before are remembered."""
+        keys = [key_of(*row) for row in zip(latents, times, prompts, strict=True)]
+
+        def compute(rows: list[int]) -> Tensor:
+            with self.erasers_off():
+                return self.predict(latents[rows], times[rows], [prompts[row] for row in rows], conditioning[rows])
+
+        return self._memory.rows(keys, compute)
+
+    def token_gradients(
+        self,
+        noised: tuple[Tensor, Tensor, Tensor],
+        texts: Sequence[str],
+        tokens: int,
+        places: Tensor | None = None,
+        adaptive: float = 0.0,
+    ) -> Tensor:
+        """Return the gradient of each text's loss with respect to the embeddings of its tokens: (n, tokens, d).
+
+        The loss is the mean square of prediction - goal, plus `adaptive` times the sum of the logarithms of the gates'
+        scores. Each row is as if it were alone; those that were computed before, under whatever gate, are remembered.
+        noised: x_t (n, *latent_shape), times (n,) and goal (n, *latent_shape).  places: as for `encode`.
+        """
+        x_t, times, goal = noised
+        shift = torch.zeros((len(texts), tokens, self.vocabulary.table.shape[1]), device=self.base.device)
+        conditioning = self.encode(texts, shift.requires_grad_(), places)
+
+        def compute(rows: list[int]) -> Tensor:
+            part = conditioning[rows]
+            prediction = self.predict(x_t[rows], times[rows], [texts[row] for row in rows], part)
+            loss = (prediction - goal[rows]).pow(2).flatten(1).mean(dim=1).sum()
+            if adaptive:
+                loss = loss + adaptive * self.scores(part.states).clamp_min(LEAST_SCORE).log().sum()
+            return torch.autograd.grad(loss, shift)[0][rows]
+
+        if adaptive or self._erasers is None:  # a score is the gate's own
+            return compute(list(range(len(texts))))
+        with self._erasers.prompted(self._asked(texts, conditioning)) as gammas:
+            each = list(zip(*gammas.values(), strict=True))
+        # The text tells where its tokens are, but for P4D-K, in whose prompts the same words may be the sentence's own.
+        at = [None] * len(texts) if places is None else places.tolist()
+        keys = [key_of(*row) for row in zip(x_t, times, goal, texts, at, each, strict=True)]
+        return self._memory.rows(keys, compute)
+
+    def _asked(self, prompts: Sequence[str] | None, conditioning: Conditioning) -> Prompts:
         texts = None if prompts is None else tuple(prompts)
         tokens = None if texts is None else tokens_of(self.pipe, texts)
-        with self._erasers.prompted(Prompts(texts, tokens, conditioning.states.detach())):
-            return self.base.predict(latents, times, conditioning)
+        return Prompts(texts, tokens, conditioning.states.detach())
 
 
 def _vocabularies(pipe: Any) -> tuple[Vocabulary, ...]:

@@ -29,6 +29,7 @@ class NoiseProbing:
     variances: tuple[float, ...] = (1.0, 1.02, 1.03, 1.04)
     most: int | None = None
     threat: ClassVar[Threat] = Threat.LATENTS
+    asks_erasers: ClassVar[bool] = False
 
     @property
     def tries(self) -> int:

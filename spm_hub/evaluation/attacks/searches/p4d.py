@@ -7,7 +7,7 @@ arXiv 2309.06135.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import ClassVar
@@ -22,9 +22,6 @@ from spm_hub.evaluation.attacks.outcome import Case, Threat
 from spm_hub.evaluation.attacks.tries import Try
 from spm_hub.evaluation.attacks.victim import Victim
 from spm_hub.evaluation.attacks.vocabulary import NOWHERE, Vocabulary, nearest_by_angle
-
-LEAST_SCORE = 1e-6
-"""Scores of a gate below this count as this: their logarithm is finite, and nothing is gained below."""
 
 
 @dataclass(frozen=True)
@@ -90,20 +87,22 @@ class P4D:
 
     def rounds(self, target: AttackTarget) -> Iterator[dict[Case, Try]]:
         """Yield prompts to try, one for every remaining case of `target`."""
-        victim, cases, generator = target.victim, target.cases, target.generator
-        base, vocabulary = victim.base, victim.vocabulary
+        victim, cases, vocabulary = target.victim, target.cases, target.victim.vocabulary
         ids = vocabulary.searchable(target.names if self.token_free else ())
         if self.every is None:
             vocabulary.check_room(self.tokens, [""])
         table = vocabulary.table[ids]
         by_angle = F.normalize(table, dim=1)
-        every_case = tuple(cases)
         blank = Frame((), tuple(range(self.tokens)))
         frames = {
             case: blank if self.every is None else Frame.of(vocabulary, case.prompt, self.every) for case in cases
         }
+        most = max(len(frame.places) for frame in frames.values())
+        begin = target.generators()
+        # The noise has generators of its own, so that all kinds of P4D imitate the same predictions.
+        noise, pictures = target.generators(), dict(zip(cases, target.pictures, strict=True))
         points = {
-            case: nn.Parameter(table[torch.randint(len(ids), (len(frame.places),), generator=generator)].clone())
+            case: nn.Parameter(table[torch.randint(len(ids), (len(frame.places),), generator=begin[case])].clone())
             for case, frame in frames.items()
         }
         adam = {
@@ -119,20 +118,10 @@ class P4D:
             left = tuple(cases)
             if not left:
                 return
-            rows = [every_case.index(case) for case in left]
-            for x_t, times, goal in self._teacher_batches(victim, left, target.pictures, rows, generator):
+            places = torch.tensor([_padded(frames[case].places, most) for case in left])
+            for noised in self._teacher_batches(victim, {case: pictures[case] for case in left}, noise):
                 texts = [current_prompt(case) for case in left]
-                most = max(len(frames[case].places) for case in left)
-                places = [frames[case].places for case in left]
-                padded = torch.tensor([[*own, *[NOWHERE] * (most - len(own))] for own in places])
-                shift = torch.zeros((len(left), most, table.shape[1]), device=base.device, requires_grad=True)
-                conditioning = victim.encode(texts, shift, padded)
-                prediction = victim.predict(x_t, times, texts, conditioning)
-                # Sum over cases, mean within a case: each case has the gradient that it would have alone.
-                loss = (prediction - goal).pow(2).flatten(1).mean(dim=1).sum()
-                if self.adaptive:
-                    loss = loss + self.adaptive * victim.scores(conditioning.states).clamp_min(LEAST_SCORE).log().sum()
-                (moves,) = torch.autograd.grad(loss, shift)
+                moves = victim.token_gradients(noised, texts, most, places, self.adaptive)
                 if self.adaptive and not moves.isfinite().all():
                     raise UsageError(
                         "the score of the gate has no finite gradient: a search along it would find nothing",
@@ -146,20 +135,23 @@ class P4D:
 
     @torch.no_grad()
     def _teacher_batches(
-        self, victim: Victim, left: Sequence[Case], pictures: Tensor, rows: Sequence[int], generator: torch.Generator
+        self, victim: Victim, pictures: Mapping[Case, Tensor], noise: Mapping[Case, torch.Generator]
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return x_t, times and the base's predictions for every iteration up to the next try.
 
         They are computed in one go, because erasers have to be off meanwhile.
-        rows: indices of the remaining cases in `pictures`. Noise is drawn for all pictures, so that a case's noise does
-        not depend on which other cases remain.
+        pictures: of the remaining cases.  noise: the generator of each case, for its times and noise.
         """
-        prompts, found = [case.prompt for case in left], []
-        with victim.erasers_off():
-            conditioning = victim.encode(prompts)
-            for _ in range(self.iterations):
-                times = victim.noising.random_times(len(pictures), generator).to(victim.base.device)
-                x_t, _ = victim.noising.add_noise(pictures, victim.base.noise(len(pictures), generator), times)
-                x_t, times = x_t[rows], times[rows]
-                found.append((x_t, times, victim.predict(x_t, times, prompts, conditioning)))
+        prompts, found = [case.prompt for case in pictures], []
+        conditioning, x_0 = victim.encode(prompts), torch.stack(list(pictures.values()))
+        for _ in range(self.iterations):
+            times = torch.cat([victim.noising.random_times(1, noise[case]) for case in pictures])
+            times = times.to(victim.base.device)
+            drawn = torch.cat([victim.base.noise(1, noise[case]) for case in pictures])
+            x_t, _ = victim.noising.add_noise(x_0, drawn, times)
+            found.append((x_t, times, victim.base_predictions(x_t, times, prompts, conditioning)))
         return found
+
+
+def _padded(places: Sequence[int], most: int) -> list[int]:
+    return [*places, *[NOWHERE] * (most - len(places))]

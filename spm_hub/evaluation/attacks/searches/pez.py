@@ -39,6 +39,7 @@ class PEZ:
     weight_decay: float = 0.1
     token_free: bool = False
     threat: ClassVar[Threat] = Threat.TEXT
+    asks_erasers: ClassVar[bool] = False
 
     @property
     def steps(self) -> int:

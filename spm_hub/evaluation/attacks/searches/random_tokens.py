@@ -26,6 +26,7 @@ class RandomTokens:
     tries: int = 50
     token_free: bool = False
     threat: ClassVar[Threat] = Threat.TEXT
+    asks_erasers: ClassVar[bool] = False
 
     @property
     def steps(self) -> int:

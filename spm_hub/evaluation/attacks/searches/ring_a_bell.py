@@ -51,6 +51,7 @@ class RingABell:
     crossover: float = 0.5
     mutation: float = 0.25
     threat: ClassVar[Threat] = Threat.TEXT
+    asks_erasers: ClassVar[bool] = False
 
     @property
     def steps(self) -> int:
@@ -92,9 +93,8 @@ class RingABell:
             if not target.cases:
                 return
             for _ in range(self.iterations):
-                for case in target.cases:
-                    for search in searches[case]:
-                        search.evolve()
+                for place, view in enumerate(views):
+                    _evolve(view, [searches[case][place] for case in target.cases])
                 target.on_step()
             yield {case: self._try(views, searches[case]) for case in target.cases}
 
@@ -102,11 +102,7 @@ class RingABell:
         goal = _summed(view.states([case.prompt])[0], move)
         random = torch.Generator().manual_seed(seed)
         people = ids[torch.randint(len(ids), (self.population, self.tokens), generator=random)]
-
-        def fitness(people: Tensor) -> Tensor:
-            return distances(view.states(view.vocabulary.write(people, [""] * len(people))), goal)
-
-        return _Search(self, ids, fitness, random, people)
+        return _Search(self, ids, goal, random, people)
 
     def _try(self, views: Sequence[_View], searches: Sequence[_Search]) -> Try:
         texts = {
@@ -154,12 +150,13 @@ class _View:
 class _Search:
     """The population of one case, and the best one seen.
 
+    goal: (tokens, d_text), the states to come near to.
     people: (n, tokens).  scores: (n,), NaN for new ones until they are computed.  best: (tokens,).
     """
 
     settings: RingABell
     ids: Tensor
-    fitness: Callable[[Tensor], Tensor]
+    goal: Tensor
     random: torch.Generator
     people: Tensor
     scores: Tensor = field(init=False)
@@ -169,10 +166,12 @@ class _Search:
     def __post_init__(self) -> None:
         self.scores = torch.full((len(self.people),), torch.nan)
 
-    def evolve(self) -> None:
-        """Rank the population, keep its better half, cross and mutate it: one generation."""
-        new = self.scores.isnan()
-        self.scores[new] = self.fitness(self.people[new]).cpu()
+    def evolve(self, new: Tensor) -> None:
+        """Rank the population, keep its better half, cross and mutate it: one generation.
+
+        new: the scores of the people that have none, in order.
+        """
+        self.scores[self.scores.isnan()] = new
         order = self.scores.argsort(stable=True)
         if float(self.scores[order[0]]) < self.least:
             self.least, self.best = float(self.scores[order[0]]), self.people[order[0]].clone()
@@ -203,6 +202,24 @@ class _Search:
         self.scores[chosen] = torch.nan
 
 
+def _evolve(view: _View, searches: Sequence[_Search]) -> None:
+    """Bring every search one generation further; the new people of all of them are encoded together."""
+    asked = [search.people[search.scores.isnan()] for search in searches]
+    owners = [search for search, people in zip(searches, asked, strict=True) for _ in people]
+    texts = view.vocabulary.write(torch.cat(asked), [""] * len(owners))
+    # A search often has the same prompt twice.
+    known: dict[tuple[int, str], float] = {}
+    wanted = list({(id(owner), text): (owner, text) for owner, text in zip(owners, texts, strict=True)}.items())
+    for start in range(0, len(wanted), _AT_ONCE):
+        part = wanted[start : start + _AT_ONCE]
+        states = view.states([text for _, (_, text) in part])
+        away = torch.stack([_away(row, owner.goal) for row, (_, (owner, _)) in zip(states, part, strict=True)])
+        known |= zip([key for key, _ in part], away.tolist(), strict=True)
+    scores = torch.tensor([known[id(owner), text] for owner, text in zip(owners, texts, strict=True)])
+    for search, new in zip(searches, scores.split([len(people) for people in asked]), strict=True):
+        search.evolve(new)
+
+
 def direction(states: Callable[[Sequence[str]], Tensor], names: Sequence[str]) -> Tensor:
     """Return v = mean over names and `SCENES` s of e("name, s") - e(s): (tokens, d_text)."""
     both = states([*(f"{name}, {scene}" for name in names for scene in SCENES), *SCENES])
@@ -211,7 +228,11 @@ def direction(states: Callable[[Sequence[str]], Tensor], names: Sequence[str]) -
 
 def distances(states: Tensor, goal: Tensor) -> Tensor:
     """Return the sums of squares between states (n, tokens, d_text) and a goal (tokens, d_text); (n,)."""
-    return torch.stack([_summed(row, -goal).pow(2).sum() for row in states])
+    return torch.stack([_away(row, goal) for row in states])
+
+
+def _away(states: Tensor, goal: Tensor) -> Tensor:
+    return _summed(states, -goal).pow(2).sum()
 
 
 def _summed(one: Tensor, other: Tensor) -> Tensor:

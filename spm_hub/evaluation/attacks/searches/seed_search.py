@@ -23,6 +23,7 @@ class SeedSearch:
 
     tries: int = 50
     threat: ClassVar[Threat] = Threat.SEEDS
+    asks_erasers: ClassVar[bool] = False
 
     @property
     def steps(self) -> int:

@@ -53,8 +53,8 @@ class UnlearnDiffAtk:
 
     def rounds(self, target: AttackTarget) -> Iterator[dict[Case, Try]]:
         """Yield prompts to try, one for every remaining case of `target`."""
-        victim, cases, generator = target.victim, target.cases, target.generator
-        base, vocabulary = victim.base, victim.vocabulary
+        victim, cases, vocabulary = target.victim, target.cases, target.victim.vocabulary
+        base, random = victim.base, target.generators()
         vocabulary.check_room(self.tokens, [case.prompt for case in cases])
         ids = vocabulary.searchable()
         table = vocabulary.table[ids]
@@ -69,24 +69,22 @@ class UnlearnDiffAtk:
             if not left:
                 return
             prompts = [case.prompt for case in left]
-            x_0 = torch.stack([latents[case] for case in left])
+            x_0, times = torch.stack([latents[case] for case in left]), time.expand(len(left)).to(base.device)
             for _ in range(self.iterations):
-                chances = torch.stack([points[case].detach() for case in left])
-                drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(len(left), self.tokens)
-                noise = base.noise(len(left), generator)
-                times = time.expand(len(left)).to(base.device)
+                drawn = torch.stack([
+                    torch.multinomial(points[case].detach(), 1, generator=random[case])[:, 0] for case in left
+                ])  # fmt: skip
+                noise = torch.cat([base.noise(1, random[case]) for case in left])
                 x_t, goal = victim.noising.add_noise(x_0, noise, times)
-                shift = torch.zeros((*drawn.shape, table.shape[1]), device=base.device, requires_grad=True)
                 texts = vocabulary.write(ids[drawn], prompts)
-                prediction = victim.predict(x_t, times, texts, victim.encode(texts, shift))
-                # Sum over cases, mean within a case: each case has the gradient that it would have alone.
-                loss = (prediction - goal).pow(2).flatten(1).mean(dim=1).sum()
-                (moves,) = torch.autograd.grad(loss, shift)
+                moves = victim.token_gradients((x_t, times, goal), texts, self.tokens)
                 gradient = (moves @ table.T).clamp(-1, 1).cpu()  # with respect to the one-hot token vectors
                 for row, case in enumerate(left):
                     points[case].grad = gradient[row]
                     adam[case].step()
-                    points[case].data = onto_simplex(points[case].data)
+                projected = onto_simplex(torch.stack([points[case].data for case in left]))
+                for case, point in zip(left, projected, strict=True):
+                    points[case].data = point
                 target.on_step()
             likeliest = torch.stack([points[case].detach().argmax(dim=1) for case in left])
             yield dict(zip(left, map(Try, vocabulary.write(ids[likeliest], prompts)), strict=True))
