@@ -522,7 +522,6 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gates": gates,
     "methods": methods,
     "robustness": robustness,
-    "hardened": hardened,
     "attacks": attacks,
     "registry": registry,
     "hostile": hostile,

@@ -42,7 +42,8 @@ def looking(pipe: object) -> Looking:
         attacks.P4D(tokens=3, iterations=2, tries=3), attacks.P4D(every=2, iterations=2, tries=3),
         attacks.UnlearnDiffAtk(tokens=2, iterations=2, timesteps=3), attacks.RandomTokens(tokens=2, tries=3),
         attacks.RingABell(tokens=3, iterations=2, tries=3, population=8), attacks.NoiseProbing(most=3),
-        attacks.PEZ(tokens=3, iterations=2, tries=3), attacks.ConceptInversion(iterations=2, tries=2, batch=3),
+        attacks.PEZ(tokens=3, iterations=2, tries=3),
+        attacks.ConceptInversion(initial="dog", iterations=1, tries=2, batch=3),
     ],
     ids=lambda attack: type(attack).__name__,
 )  # fmt: skip

@@ -201,6 +201,8 @@ class _Trial:
                         one.found[case] = made
                         one.left.remove(case)
             left[:] = [case for case in left if any(case in one.left for one in under)]
+            if not left:
+                return
 
     def _report(self, attack: Attack, one: _UnderGate) -> Report:
         with self._attached(one.gate):
