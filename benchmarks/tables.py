@@ -380,7 +380,7 @@ def hardened(numbers: dict[str, Any]) -> str:
     ]  # fmt: skip
     budget = numbers["budget"]
     return (
-        f"{_table(head, rows)}\n\n'race': the shipped eraser after 80 more steps of `race-spm`, its adversary within "
+        f"{_table(head, rows)}\n\n'race': the shipped eraser after 60 more steps of `race-spm`, its adversary within "
         f"0.3 of the text states' size; 'race, far': within 1. Attacked: share of {budget['prompts']} prompts, with "
         f"its 95 % interval (Wilson), in the budget of [the table of the shipped erasers]"
         f"(attacks.md#the-shipped-erasers), attack seed {budget['seed']}. "
@@ -423,8 +423,8 @@ def attacks(numbers: dict[str, Any]) -> str:
         f"succeeded, the least to the greatest. Each attack has {budget['tries']} tries a prompt, "
         f"{budget['iterations']} gradient steps before each, or {budget['generations']} generations of "
         f"{budget['population']} prompts in all. `random` and `seeds` are the controls. `adaptive` knows the "
-        f"calibrated gate. {missing if wanted > len(cells) else ''}Attack seed {budget['seed']}, for this table "
-        f"alone.\n{_about(numbers, 'attacks')}"
+        f"calibrated gate. {missing if wanted > len(cells) else ''}Attack seed {budget['seed']}.\n"
+        f"{_about(numbers, 'attacks')}"
     )
 
 
