@@ -35,7 +35,7 @@ class AttackTarget:
     drawing: AttackDrawingOptions = field(default_factory=AttackDrawingOptions)
 
     def generators(self) -> dict[Case, torch.Generator]:
-        """Return a generator for each case; what it draws depends neither on the other cases nor on the gate."""
+        """Return a generator for each case, independent of the other cases and of the gate."""
         start = int(torch.randint(_SEEDS, (), generator=self.generator))
         return {case: torch.Generator().manual_seed((start + case.seed) % _SEEDS) for case in self.cases}
 

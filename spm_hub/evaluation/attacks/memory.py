@@ -1,4 +1,4 @@
-"""Remembers rows of tensors by all that they depend on, so that searches under several gates share them."""
+"""Remembers computed rows of tensors, so that searches under several gates share them."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def run_gates(
     progress: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> tuple[tuple[Report, ...], ...]:
-    """Attack under each of several gates; return for each gate a report for each attack, as `run_all` does.
+    """Attack under several gates; return for each of them what `run_all` returns.
 
     What gates have in common is computed once: the base's pictures, searches that ask no eraser, and gradients and
     pictures of prompts to which they give equal gammas.
@@ -141,7 +141,7 @@ def _as_they_are(cases: Sequence[Case]) -> list[tuple[Case, Try]]:
 
 @dataclass(frozen=True, eq=False)
 class _UnderGate:
-    """How far an attack has come under one gate.
+    """The progress of an attack under one gate.
 
     before: by case that the base draws, whether the erased model draws it without the attack.
     left: the cases that it has not succeeded in.  tried: numbers of tries.  found: the tries that succeeded.
@@ -160,8 +160,9 @@ class _UnderGate:
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """The attacked pipeline, its erasers with the options of `attach`, and the cases that all attacks share.
+    """The attacked pipeline, its erasers, and the cases that all attacks share.
 
+    options: those of `attach`.
     concept: by case that the base draws, the base's latents.  given: number of all cases.
     shared: whether a picture that was judged under a gate stands for the same one under another.
     """
@@ -239,7 +240,7 @@ class _Trial:
         return found
 
     def _drawn_alike(self, case: Case, one: Try) -> object:
-        """Return a key that is equal for tries of which the pictures are equal, under whatever gate; None for none."""
+        """Return a key of the picture that is drawn, whatever the gate; None if it has no key."""
         if not self.shared or one.states is not None or one.latents is not None:
             return None
         seed = case.seed if one.seed is None else one.seed

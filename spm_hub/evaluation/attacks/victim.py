@@ -65,7 +65,7 @@ class Victim:
 
     @property
     def attached(self) -> bool:
-        """Whether it has erasers, as inside the block of `attach`."""
+        """True inside the block of `attach`, where the pipeline has erasers."""
         return self._erasers is not None
 
     @property
@@ -226,7 +226,7 @@ class Victim:
         places: Tensor | None = None,
         adaptive: float = 0.0,
     ) -> Tensor:
-        """Return the gradient of each text's loss with respect to the embeddings of its tokens: (n, tokens, d).
+        """Return the gradient of each text's loss by its tokens' embeddings: (n, tokens, d).
 
         The loss is the mean square of prediction - goal, plus `adaptive` times the sum of the logarithms of the gates'
         scores. Each row is as if it were alone; those that were computed before, under whatever gate, are remembered.
