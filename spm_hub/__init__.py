@@ -102,8 +102,9 @@ _ROOMS = {
 
 def attach(
     pipe: Any,
-    adapters: "str | Path | Adapter | Iterable[str | Path | Adapter]",
+    adapters: "str | Path | Adapter | Iterable[str | Path | Adapter]" = (),
     *,
+    erase: str | Iterable[str] = (),
     registry: str | Path | None = None,
     gate: "GateName | float | Gate | PreparingGate | None" = None,
     concept: Mapping[str, str] | str | None = None,
@@ -120,6 +121,8 @@ def attach(
     """Attach erasers to a diffusers pipeline, until `detach()` or the end of a `with` block.
 
     adapters: one or several Adapters or references: a path, a name in a registry, owner/name[@revision] on the Hub.
+    erase: concepts to erase by whatever eraser fits this pipeline: a registry's or, where none has one, a new one that
+        is computed in seconds (method "instant") and kept in the registry.
     registry: the first folder to look names up in; None, the default, starts with $SPMHUB_REGISTRY or your own.
     gate: "calibrated" (0 on prompts that do not concern the concept, 1 on its names), "transport" (facilitated
         transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), a gamma, or a `Gate`.
@@ -144,10 +147,14 @@ def attach(
     """
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.attachment import attachment
+    from spm_hub.hub.on_demand import erasers_for
+    from spm_hub.io.progress import Bars
 
-    several = _several(adapters)
-    lazy = increment_budget is not None
+    several, lazy = _several(adapters), increment_budget is not None
     loaded = [one if isinstance(one, Adapter) else load(one, registry=registry, lazy=lazy) for one in several]
+    if concepts := [erase] if isinstance(erase, str) else list(erase):
+        place, shown = None if registry is None else Path(registry), reporter or Bars(progress)
+        loaded += [one.load(lazy=lazy) for one in erasers_for(concepts, pipe, None, shown, place)]
     return attachment.attach(
         pipe,
         loaded,
@@ -329,6 +336,7 @@ def apply(
     adapters: "str | Path | Adapter | Iterable[str | Path | Adapter]",
     prompts: str | Sequence[str],
     *,
+    erase: str | Iterable[str] = (),
     model: str | None = None,
     config: str | None = None,
     pipe: "DiffusionPipeline | None" = None,
@@ -351,7 +359,7 @@ def apply(
 ) -> "Applied":
     """Draw prompts with erasers attached and, from the same noise, without them; return both.
 
-    adapters, registry: the erasers, as for `attach`.
+    adapters, erase, registry: the erasers, as for `attach`.
     prompts: one or several.
     model, config, device, dtype: the base to draw with, as in `load_pipeline`; default: the sketchbook, "auto".
     pipe: a diffusers pipeline to draw with, as it is and where it is; afterwards it is as before.
@@ -387,6 +395,7 @@ def apply(
         DrawingOptions(seed, number, steps, guidance), reporter,
         gate=gate, strength=strength, rows=rows, mode=mode, threshold=threshold, top_k=top_k,
         compare=compare, out=None if out is None else Path(out),
+        erase=[erase] if isinstance(erase, str) else list(erase), registry=place,
     )  # fmt: skip
 
 

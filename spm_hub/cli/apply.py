@@ -1,16 +1,25 @@
 """spmhub apply: draw pictures with erasers attached."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
-from spm_hub.errors import UsageError
-from spm_hub.io.progress import progress_if_long
-from spm_hub.io.wording import counted
+from spm_hub.errors import NotFoundError, UsageError
+from spm_hub.io.progress import ProgressCallback, progress_if_long
+from spm_hub.io.wording import counted, quoted
+
+if TYPE_CHECKING:
+    from spm_hub.registry.entry import EraserEntry
+
+
+ERASE = (
+    "Concepts to erase, separated by commas, by erasers that fit the model. Those that no registry has are computed in "
+    "seconds (method instant) and kept."
+)
 
 
 @command(
@@ -20,12 +29,14 @@ from spm_hub.io.wording import counted
         "spmhub apply -a snoopy,mickey --prompts prompts.txt --num 4 --grid", "a file of prompts, four pictures each"
     ),
     Example('spmhub apply -a nudity --strength nudity=2 --prompt "a person"', "an eraser that acts twice as much"),
+    Example('spmhub apply --erase "snoopy, parachute" --prompt "snoopy"', "erasers that need not exist before"),
     panel="Use",
 )
 def apply(
     out: Output,
     *,
-    adapters: options.Adapters,
+    adapters: Annotated[list[str] | None, options.ADAPTERS] = None,
+    erase: Annotated[list[str] | None, typer.Option("--erase", metavar="CONCEPTS", help=ERASE)] = None,
     model: options.Model = "sketchbook",
     config: options.Config = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeatable.")] = None,
@@ -50,19 +61,21 @@ def apply(
 
     Prints how strongly each eraser acted on each prompt.
     """
-    from spm_hub.hub.resolve import resolve
     from spm_hub.models.base_choice import BaseChoice
 
     if prompt and prompts:
         raise UsageError("--prompt and --prompts are both given", mend="put all prompts into the file")
-    wanted, acting = options.names(adapters), options.gate(gate)
+    if not adapters and not erase:
+        raise UsageError("no eraser is named", mend="--adapters NAME, or --erase CONCEPT; spmhub list has all names")
+    wanted, acting = options.names(adapters or []), options.gate(gate)
+    concepts = options.names(erase or [], "--erase")
     strengths = options.strengths(strength)
     options.require_signature(require_signature)
     base = BaseChoice(model, config, device, dtype)
     if remark := base.check():
         out.say(remark)
     with progress_if_long(out, "downloading erasers", after=0.0) as progress:
-        entries = [resolve(reference, registry, progress=progress) for reference in wanted]
+        entries = [_resolved(reference, registry, progress) for reference in wanted]
     with silence_libraries():
         from spm_hub.evaluation import application
         from spm_hub.evaluation.pictures import DrawingOptions, read_prompts
@@ -72,6 +85,7 @@ def apply(
         applied = application.apply(
             entries, texts, base, drawing, out,
             gate=acting, strength=strengths, compare=compare, out=to, grid=grid or compare,
+            erase=concepts, registry=registry,
         )  # fmt: skip
     paths = [str(path) for group in applied.files.values() for path in group]
     out.data(
@@ -86,3 +100,16 @@ def apply(
     drawn = len(paths) - len(applied.files.get("grid", ()))
     side_by_side = f"; side by side: {applied.files['grid'][0]}" if "grid" in applied.files else ""
     out.say(f"{counted(drawn, 'picture')} in {to}{side_by_side}")
+
+
+def _resolved(reference: str, registry: Path | None, progress: ProgressCallback) -> "EraserEntry":
+    """Resolve a reference; the error for an unknown name offers to make an eraser of that concept."""
+    from spm_hub.hub.resolve import resolve
+
+    try:
+        return resolve(reference, registry, progress=progress)
+    except NotFoundError as error:
+        if "/" in reference or reference.endswith(".safetensors"):
+            raise
+        offer = f"--erase {quoted(reference)}, which makes one for this model now; or spmhub list"
+        raise NotFoundError(error.message, mend=offer) from error

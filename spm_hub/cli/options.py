@@ -42,14 +42,10 @@ Config = Annotated[
         show_default=False,
     ),
 ]
-Adapters = Annotated[
-    list[str],
-    typer.Option(
-        "--adapters",
-        "-a",
-        help="Erasers, separated by commas: names, files, or owner/name on the Hub; repeatable.",
-    ),
-]
+ADAPTERS = typer.Option(
+    "--adapters", "-a", help="Erasers, separated by commas: names, files, or owner/name on the Hub; repeatable."
+)
+Adapters = Annotated[list[str], ADAPTERS]
 Strength = Annotated[
     list[str] | None,
     typer.Option(
@@ -98,11 +94,11 @@ Judge = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files and erasers.")]
 
 
-def names(texts: list[str]) -> list[str]:
-    """Split ["a,b", "c"] into references. Raises UsageError if one is empty or there is none."""
+def names(texts: list[str], option: str = "--adapters") -> list[str]:
+    """Split ["a,b", "c"], the values of an option, into references. Raises UsageError if one is empty."""
     found = [name.strip() for text in texts for name in text.split(",")]
     if not all(found):
-        raise UsageError(f"--adapters {','.join(texts)!r} contains an empty name", mend="spmhub list")
+        raise UsageError(f"{option} {','.join(texts)!r} contains an empty name", mend="spmhub list")
     return found
 
 

@@ -24,6 +24,7 @@ from spm_hub.evaluation.pictures import (
     show,
 )
 from spm_hub.evaluation.sketchbook import remark_on_words
+from spm_hub.hub.on_demand import erasers_for
 from spm_hub.io.atomic import check_writable
 from spm_hub.io.progress import Reporter
 from spm_hub.io.wording import counted
@@ -85,11 +86,14 @@ def apply(
     compare: bool = True,
     out: Path | None = None,
     grid: bool = True,
+    erase: Sequence[str] = (),
+    registry: Path | None = None,
 ) -> Applied:
     """Draw every prompt with the erasers and, if `compare`, from the same noise without them.
 
     base: after its `check`. gate to top_k: as for `attach`. out: a folder for the pictures as PNG files, each written
     as soon as it is drawn under a name that no file there has, and for a grid if `grid`.
+    erase: concepts to erase too, by erasers of `registry` that fit the base or, where it has none, by new ones.
     Raises UsageError for prompts, names and options that are wrong, RegistryError for a folder that cannot be written,
     before the base is loaded; NetworkError, ModelError, CompatibilityError.
     """
@@ -97,10 +101,15 @@ def apply(
     if out is not None:
         check_writable(out)
     adapters = [one if isinstance(one, Adapter) else one.load() for one in erasers]
-    check_names(adapters, strength if isinstance(strength, Mapping) else ())
+    check_names(adapters, strength if isinstance(strength, Mapping) and not erase else ())
     if remark := remark_on_words(base, prompts):
         reporter.say(remark)
     pipe, origin = base.open_and_describe()
+    if erase:
+        made = erasers_for(erase, pipe, base.reference, reporter, registry)
+        erasers = [*erasers, *made]
+        adapters += [one.load() for one in made]
+        check_names(adapters, strength if isinstance(strength, Mapping) else ())
     sources = {"model": origin}
     sources |= {one.name: one.source if isinstance(one, Adapter) else one.describe_source() for one in erasers}
     for what, place in sources.items():

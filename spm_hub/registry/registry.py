@@ -78,13 +78,17 @@ class Registry:
         for entry in entries:
             if entry.name == reference:
                 return entry
-        found = [entry for entry in entries if _erases(entry, reference)]
+        found = self.erasing(reference)
         if len(found) > 1:
             raise _ambiguous(reference, found)
         spelt = found[0] if found else self.find_spelt(reference)
         if spelt is None:
             raise self._missing(reference)
         return spelt
+
+    def erasing(self, concept: str) -> list[EraserEntry]:
+        """Return all erasers whose concept has the name `concept`; case is ignored."""
+        return [entry for entry in self.entries() if _erases(entry, concept)]
 
     def find(self, name: str) -> EraserEntry | None:
         """Return the eraser of exactly that name, or None."""

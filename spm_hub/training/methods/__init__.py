@@ -8,7 +8,7 @@ from spm_hub.plugins import plugins
 from spm_hub.training.methods import ca, esd, fmn, instant, minimalist, race, sdd, sepme, spm, uce
 from spm_hub.training.methods.method import Method
 
-__all__ = ["METHODS", "Method", "all_methods", "find_method"]
+__all__ = ["AT_ONCE", "METHODS", "Method", "all_methods", "find_method"]
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -26,6 +26,8 @@ METHODS: dict[str, Method] = {
     )
 }
 """The methods that come with spm-hub, by name."""
+AT_ONCE = "instant"
+"""The method that makes an eraser in the moment when it is first wanted."""
 
 
 def find_method(name: str) -> Method | None:

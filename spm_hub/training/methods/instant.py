@@ -37,7 +37,7 @@ class Options(RecipePart):
     """The settings of the closed form."""
 
     reach: float = Field(
-        default=1.0,
+        default=0.9,
         gt=0,
         description="share of the way to the surrogate's that keys and values of new sentences about the concept go",
     )
