@@ -109,7 +109,7 @@ def _how(row: Evaluation, manifest: Manifest) -> str:
     known = [f"{counted(row.samples, 'picture')} each"]
     known += [] if row.steps is None else [counted(row.steps, "step")]
     known += [] if row.guidance is None else [f"guidance {row.guidance:g}"]
-    known += [] if gate in (None, manifest.default_gate) else [f"gate {gate}"]
+    known += [] if gate in (None, manifest.default_gate) else [f"measured under the gate {gate}"]
     known += [] if row.date is None else [f"{row.date:%Y-%m-%d}"]
     return ", ".join(known)
 

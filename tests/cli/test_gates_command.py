@@ -63,7 +63,7 @@ def test_it_prints_a_table_of_prompts_and_erasers(tmp_path: Path) -> None:
     done = spmhub("--prompts", prompts, "-a", "snoopy", "--gate", "transport")
     assert done.exit_code == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if "snoopy" in line]
-    assert rows[0] == ["snoopy", "snoopy", "1.000", "transport"]
+    assert rows[0] == "snoopy snoopy 1.000 transport cosine of states 1.00, share of tokens 1.00".split()
     assert rows[1][:3] == ["a", "dog", "snoopy"]
     assert 0 < float(rows[1][3]) < 1
     brief = spmhub("a dog", "-a", "snoopy", "--gate", "always", "-q")

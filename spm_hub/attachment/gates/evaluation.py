@@ -1,6 +1,6 @@
 """Computes gamma for each (prompt, eraser); caches encoded concepts; applies `threshold` and `top_k`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from spm_hub.attachment.gates.gate import (
     PreparingGate,
     Prompts,
     TextEncoder,
+    TransportGate,
     UnknownConceptGate,
 )
 from spm_hub.attachment.gates.spill_file import SpillFile
@@ -106,7 +107,11 @@ class GateEvaluation:
         selected = self.select(asked)
         found: dict[str, Explanation] = {}
         for gate, members, known in self._groups[settings]:
-            given = known.explain(prompts) if isinstance(known, ExplainingGate) else [None] * len(members)
+            given: Sequence[Explanation | None] = [None] * len(members)
+            if isinstance(known, ExplainingGate):
+                given = known.explain(prompts)
+            elif isinstance(gate, TransportGate) and isinstance(known, ConceptIndex):
+                given = gate.explain(prompts, known)
             term = type(gate).__name__.removesuffix("Gate").lower()
             for name, explanation in zip(members, given, strict=True):
                 found[name] = explanation or Explanation(asked[name][0], term)

@@ -143,6 +143,16 @@ class TransportGate:
     def gammas(self, prompts: Prompts, concepts: ConceptIndex) -> Tensor:
         return concepts.greatest(torch.maximum(similarity(prompts.states, concepts), overlap(prompts, concepts)))
 
+    def explain(self, prompts: Prompts, concepts: ConceptIndex) -> list[Explanation]:
+        """Return both terms of gamma for each eraser, for the first prompt."""
+        cosines, shares = similarity(prompts.states, concepts), overlap(prompts, concepts)
+        terms = (torch.maximum(cosines, shares), cosines, shares)
+        each = zip(*(concepts.greatest(term)[0].tolist() for term in terms), strict=True)
+        return [
+            Explanation(gamma, "transport", f"cosine of states {cosine:.2f}, share of tokens {share:.2f}")
+            for gamma, cosine, share in each
+        ]
+
 
 def similarity(states: Tensor, concepts: ConceptIndex) -> Tensor:
     """Compute the cosines of flattened states: (prompts, names), float64.

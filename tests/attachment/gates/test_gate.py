@@ -55,6 +55,17 @@ def test_gamma_is_that_of_the_paper(seed, prompt_tokens, concept_tokens):
     np.testing.assert_allclose(TransportGate().gammas(prompts, concepts).numpy(), expected, atol=1e-7)
 
 
+def test_an_explanation_has_both_terms():
+    concept = concept_of(1, tokens=({1, 2}, {3}))
+    tokens, state = frozenset({2, 7}), states_of(8, 1, 5, 7)
+    (why,) = TransportGate().explain(Prompts(("?",), (tokens,), state), ConceptIndex((concept,)))
+    assert why.gamma == pytest.approx(paper_gamma(state, tokens, concept), abs=1e-7)
+    flat = state.double().numpy().ravel()
+    names = [name.double().numpy().ravel() for name in concept.states]
+    cosine = max(flat @ name / (np.linalg.norm(flat) * np.linalg.norm(name)) for name in names)
+    assert why.shown == f"cosine of states {cosine:.2f}, share of tokens 0.50"
+
+
 def test_a_concepts_own_prompt_is_fully_on():
     concept = concept_of(3)
     prompts = Prompts(("name0",), (frozenset({9}),), concept.states)
