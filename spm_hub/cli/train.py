@@ -99,6 +99,7 @@ def train(
         entries = [one for one in session.train() if isinstance(one, EraserEntry)]
     _print(out, entries)
     source = ["--model", plans[0].model, *(["--config", config] if config else [])]
+    source += ["--registry", str(registry)] if registry is not None else []
     listed = ["--adapters", ",".join(entry.name for entry in entries)]
     out.say("try: " + shlex.join(["spmhub", "apply", *source, *listed, "--prompt", plans[0].target, "--compare"]))
 

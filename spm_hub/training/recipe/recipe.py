@@ -120,7 +120,7 @@ class Recipe(RecipeFields):
             about_method = any(problem["loc"] == ("method",) for problem in error.errors())
             raise RecipeError(
                 "\n".join(_explain(cls, dict(problem)) for problem in error.errors()),
-                mend="spmhub methods" if about_method else "spmhub show NAME, which has every key of a recipe",
+                mend="spmhub methods" if about_method else "spmhub show NAME --full, which has every key of a recipe",
             ) from None
 
     @classmethod
@@ -203,14 +203,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}", mend="check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(
-            f"the recipe {path} is not YAML: {error}", mend="see the recipe in `spmhub show NAME`"
+            f"the recipe {path} is not YAML: {error}", mend="see the recipe in `spmhub show NAME --full`"
         ) from None
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} holds {type(values).__name__}, not keys and values")
     if odd := next((key for key in values if not isinstance(key, str)), None):
         raise RecipeError(
             f"the recipe {path} has the key {odd!r}, which YAML reads as {type(odd).__name__}, not as a name",
-            mend="see the recipe in `spmhub show NAME`",
+            mend="see the recipe in `spmhub show NAME --full`",
         )
     return _renamed(values)
 
