@@ -216,11 +216,11 @@ def test_a_device_without_weights_is_refused_before_anything_is_loaded(monkeypat
 
 
 def test_half_precision_is_obeyed(folder: Path) -> None:
-    for dtype in (torch.float16, "float16"):
+    for dtype in (torch.bfloat16, "bfloat16"):
         made = spm_hub.train("snoopy", model=str(folder), dtype=dtype, progress=False, **SMALL)
-        assert made.manifest.versions["base-dtype"] == "float16"
-    given = spm_hub.train("snoopy", pipe=pico_pipeline(dtype=torch.float16), dtype="float16", **SMALL)
-    assert given.manifest.versions["base-dtype"] == "float16"
+        assert made.manifest.versions["base-dtype"] == "bfloat16"
+    given = spm_hub.train("snoopy", pipe=pico_pipeline(dtype=torch.bfloat16), dtype="bfloat16", **SMALL)
+    assert given.manifest.versions["base-dtype"] == "bfloat16"
     assert increments_equal(given, made)
     assert not increments_equal(given, spm_hub.train("snoopy", pipe=pico_pipeline(), **SMALL))
 
