@@ -1,6 +1,10 @@
 """A technique for the benchmark suite `eval-unlearn`, which finds it by the entry point `spm_hub`.
 
-Example: eval-unlearn ... technique: spm_hub, technique_config: {erase_concept: nudity, model_id: sd-v1-4}
+In the YAML of `eval-unlearn run --config`, the technique is
+
+    technique: {name: spm_hub, config: {erase_concept: nudity, model_id: sd-v1-4}}
+
+In Python, `config` is the argument `technique_config` of the suite's runners.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TechniqueConfig:
-    """The validated `technique_config` of a benchmark.
+    """The validated configuration of the technique: `technique.config` in YAML, `technique_config` in Python.
 
     erase_concept: the concept, and the eraser's name unless `adapters` is given.
     adapters: names, files or owner/name on the Hub, as a list or separated by commas.
@@ -49,11 +53,15 @@ class TechniqueConfig:
         for key in given:
             if key not in known:
                 hint = did_you_mean(key, known, otherwise=f"; known: {', '.join(known)}")
-                raise UsageError(f"technique_config has the unknown key {key!r}{hint}")
+                raise UsageError(f"the configuration of the technique spm_hub has the unknown key {key!r}{hint}")
         # `device: null` in a benchmark's YAML leaves the choice to the technique.
         config = cls(**{key: value for key, value in given.items() if key != "device" or value})
         if not config.references:
-            raise UsageError("technique_config names no concept", mend="technique_config: {erase_concept: nudity}")
+            raise UsageError(
+                f"the configuration of the technique spm_hub names no concept (its keys: {', '.join(given) or 'none'})",
+                mend="in YAML technique: {name: spm_hub, config: {erase_concept: nudity}}; "
+                'in Python technique_config={"erase_concept": "nudity"}',
+            )
         return config
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import stat
 import sys
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from documents import blocks
 from pico import pico_eraser, pico_pipeline
 
 import spm_hub
 from spm_hub.errors import UsageError
-from spm_hub.evaluation.eval_unlearn import SpmHubTechnique
+from spm_hub.evaluation.eval_unlearn import SpmHubTechnique, TechniqueConfig
 from spm_hub.registry.registry import Registry
 
 PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -75,16 +78,24 @@ def test_a_configuration_that_cannot_be_meant(change: dict[str, str], complaint:
         SpmHubTechnique(**(given | change))
 
 
-def test_the_suite_finds_and_runs_the_technique(
+def test_the_configuration_in_the_docs_runs_in_the_suites_own_command(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entrypoints = pytest.importorskip("eval_unlearn.registry.entrypoints")
-    runners = pytest.importorskip("eval_unlearn.runners.single_benchmark_runner")
+    """The real command reads the page's YAML; only model, concept and metric are ones that need no download."""
+    cli = pytest.importorskip("eval_unlearn.cli", reason="`make test` installs eval-unlearn")
+    entrypoints = import_module("eval_unlearn.registry.entrypoints")
     types = import_module("eval_unlearn.types")
     ((name, value),) = POINTS.items()
     ours = [EntryPoint(name, value, "eval_unlearn.techniques")]
     monkeypatch.setattr(entrypoints, "entry_points", lambda group: ours if group.endswith("techniques") else [])
     seen: list[Any] = []
+    (page,) = (block.text for block in blocks("docs/benchmarks.md") if "technique:" in block.text)
+    config = yaml.safe_load(page)
+    assert set(config["technique"]["config"]) <= set(given)
+    config["technique"]["config"] |= given
+    config["metric"]["name"] = "counting"
+    config["output_dir"] = str(tmp_path / config["output_dir"])
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
 
     class Counting:
         """A metric with the suite's interface that keeps its inputs."""
@@ -101,13 +112,27 @@ def test_the_suite_finds_and_runs_the_technique(
             return types.MetricResult("counting", float(len(seen)))
 
     import_module("eval_unlearn.registry").register_metric("counting")(Counting)
-    runner = runners.SingleBenchmarkRunner(
-        "spm_hub", "counting", technique_config=given, output_dir=str(tmp_path), seed=3
-    )
-    runner.run()
+    monkeypatch.setattr("sys.argv", ["eval-unlearn", "run", "--config", str(tmp_path / "run.yaml")])
+    torch.manual_seed(3)  # the command itself gives no seed
+    cli.main()
     assert [prompt for prompt, _ in seen] == ["snoopy", "a dog"]
-    drawn = pictures(SpmHubTechnique(**given), ["snoopy", "a dog"], seed=3)
+    torch.manual_seed(3)
+    drawn = pictures(SpmHubTechnique(**given), ["snoopy", "a dog"])
     assert all(np.array_equal(np.asarray(picture), one) for (_, picture), one in zip(seen, drawn, strict=True))
+    report = json.loads(next((tmp_path / "results").rglob("*_report.json")).read_text())
+    assert (report["technique_name"], report["erase_concept"]) == ("spm_hub", "snoopy")
+    assert report["metric_result"]["value"] == 2.0
+
+
+def test_without_a_concept_the_advice_is_the_configuration_that_works() -> None:
+    with pytest.raises(UsageError, match="names no concept") as caught:
+        SpmHubTechnique(model_id="sketchbook")
+    assert caught.value.mend is not None
+    in_yaml, _, in_python = caught.value.mend.partition("; in Python ")
+    advised = yaml.safe_load(in_yaml.removeprefix("in YAML "))["technique"]
+    assert advised["name"] in POINTS
+    assert TechniqueConfig.of(advised["config"]).references == ["nudity"]
+    assert ast.literal_eval(in_python.removeprefix("technique_config=")) == advised["config"]
 
 
 def test_hf_runs_our_program_as_its_extension(
