@@ -176,7 +176,7 @@ def load(reference: str | Path, *, registry: str | Path | None = None, lazy: boo
     """Load an eraser by its path, its name or concept, or its address on the Hub.
 
     reference: a path, a name or concept in a registry, or owner/name[@revision] on the Hugging Face Hub.
-    registry: a folder to look names up in before the working folder and your own registry.
+    registry: a folder to look names up in before your own registry.
     lazy: read only the header now, and the increments, with all checks, when a prompt first needs them.
     Raises NotFoundError with the nearest names, AdapterFileError, ManifestError, HubError, NetworkError.
     """
@@ -297,9 +297,10 @@ def train(
         the identical file.
     checkpoint_dir: the folder for the state of the run, which is saved every 50 steps and at Ctrl-C, with or without a
         registry, and deleted at the end; default: the one that `spmhub train` uses for this recipe on this base.
-    progress: True for a bar in terminals and notebooks, False for none, or a function of (step, steps in all, losses).
-    callbacks: called after every step with a `TrainingStep`; one that returns True ends the training there, although
-        the recipe in the manifest still names all steps.
+    progress: True for a bar in terminals and notebooks, False for none, or a function of (step, steps in all, figures),
+        which are the losses, and "reached" and "goal" where the method measures them.
+    callbacks: called after every step with a `TrainingStep`; one that returns True ends the training there, which
+        `training` in the manifest records: its recipe still names all steps.
     recipe: other keys of the recipe, such as steps=500 or optimiser={"lr": 1e-3}; of a part given as a dict, the keys
         that are not in it keep their values.
 

@@ -163,6 +163,21 @@ class Origin(_Part):
     revision: Annotated[NonBlank, StringConstraints(max_length=255)] | None = None
 
 
+class Training(_Part):
+    """The end of a training, and the progress that was made by then.
+
+    steps: those taken, of `planned`, the recipe's; both are 0 for a closed form.  reached: the share of the way from
+    the concept to its surrogate that the base's predictions went, averaged over the last steps; goal: the share that
+    the training aimed at. Both are None where the method does not measure them.
+    """
+
+    steps: int = Field(ge=0)
+    planned: int = Field(ge=0)
+    ended: Literal["all steps", "early stop", "callback", "closed form"]
+    reached: float | None = None
+    goal: float | None = None
+
+
 class Evaluation(_Part):
     """One measured number; `reference` is the same number without the eraser.
 
@@ -206,13 +221,19 @@ class Manifest(_Part):
     concept: Concept
     increment: IncrementInfo
     base: Base
-    recipe: dict[str, JsonValue] = Field(description="the whole recipe: training it again gives the identical file")
+    recipe: dict[str, JsonValue] = Field(
+        description="the whole recipe: training it again gives the identical file, unless a callback ended the training"
+    )
+    training: Training | None = Field(default=None, description="None for an eraser of another program or release")
     versions: dict[str, str] = {}
     gate: GateDefaults = GateDefaults()
     evaluation: tuple[Evaluation, ...] = ()
     licence: str = "apache-2.0"
     author: str = ""
     created: datetime | None = None
+    signed: datetime | None = Field(
+        default=None, description="when it was signed; where signatures are required, no older one replaces it"
+    )
     origin: Origin | None = None
 
     @property
@@ -233,6 +254,10 @@ class Manifest(_Part):
                 return one
         return None
 
+    def is_called(self, name: str) -> bool:
+        """Return whether `name` is this eraser's name or target, in any spelling; an alias is neither."""
+        return plain_name(name) in (plain_name(self.name), plain_name(self.concept.target))
+
     def to_json(self) -> str:
         """Return the text of the manifest file: indented JSON that ends with a newline."""
         return self.model_dump_json(indent=2) + "\n"
@@ -243,8 +268,10 @@ class Manifest(_Part):
         It leaves out times, the facts about the file itself, and later results. The same seed therefore gives the
         identical file, whenever it is trained and however it is evaluated.
         """
-        omitted: dict[str, Any] = dict.fromkeys(("created", "evaluation", "origin"), True)
+        omitted: dict[str, Any] = dict.fromkeys(("created", "evaluation", "origin", "signed"), True)
         omitted["increment"] = {"file", "bytes", "sha256"}
+        if self.training is None:
+            omitted["training"] = True  # as in the files of releases that did not record it
         return json.dumps(self.model_dump(mode="json", exclude=omitted), sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -309,6 +336,11 @@ def slug(text: str) -> str:
     name = re.sub(r"[^a-z0-9._]+", "-", ascii_text).strip("-._")[:96].rstrip("-._")
     # A name in another script leaves nothing in ASCII: a digest keeps different concepts apart.
     return name or "concept-" + hashlib.sha256(text.strip().encode()).hexdigest()[:8]
+
+
+def plain_name(text: str) -> str:
+    """Return one spelling for all of a name: "Van Gogh", "van_gogh" and "van.gogh" all give "van-gogh"."""
+    return re.sub(r"[._-]+", "-", slug(text)).strip("-")
 
 
 def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:

@@ -43,20 +43,24 @@ def demo(
         from spm_hub.attachment.attachment import attach
         from spm_hub.evaluation.pictures import DrawingOptions, grid_of, show, write_png
         from spm_hub.evaluation.sketchbook import detection_table
+        from spm_hub.io.progress import show_phases
         from spm_hub.models.loading import load_pipeline
         from spm_hub.registry.registry import Registry
         from spm_hub.training import train
         from spm_hub.training.recipe.recipe import Recipe
+        from spm_hub.training.verdict import verdict, way
 
         kept_in, picture = Registry(to), to / "before-after.png"
         recipe = Recipe.plan(None, QUICK, target=CONCEPT)
         # Without the picture or the recipe of an earlier demo, an eraser there is the user's own.
         kept_in.check_room_for(CONCEPT, replace=picture.exists() or _is_made_by(recipe, kept_in.find(CONCEPT)))
         pipe = load_pipeline("sketchbook")
-        with out.progress(f"erasing {CONCEPT}") as progress:
-            eraser = train(recipe, pipe=pipe, progress=progress)
+        with out.progress(f"erasing {CONCEPT}") as move, show_phases(out):
+            eraser = train(
+                recipe, pipe=pipe, progress=lambda step, total, figures: move(step, total, figures, way(figures))
+            )
         entry = kept_in.add(eraser, replace=True)
-        out.say(f"the eraser is kept: {entry.adapter_path}")
+        out.say(f"{verdict(eraser.manifest)}; it is kept: {entry.adapter_path}")
         with out.progress("drawing") as progress:
             shown = show(pipe, [eraser], PROMPTS, DrawingOptions(seed=1, number=3), progress=progress)
         write_png(picture, grid_of(shown, CONCEPT), {"model": "sketchbook", "adapters": [CONCEPT]})

@@ -254,13 +254,19 @@ _displays: list[Any] = []
 
 @contextmanager
 def _bar(label: str) -> Iterator[Progress]:
-    with nullcontext(_displays[0]) if _displays else _display() as bars:
-        task = bars.add_task(label, total=None, figures="")
+    inside = bool(_displays)
+    with nullcontext(_displays[0]) if inside else _display() as bars:
+        # Unseen until there is something to count: "0/?" says nothing.
+        task = bars.add_task(label, total=None, figures="", visible=False)
 
-        def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
-            bars.update(task, completed=step, total=total, figures=_figures(info))
+        def move(step: int, total: int, info: Mapping[str, float] | None = None, text: str = "") -> None:
+            bars.update(task, completed=step, total=total, figures=text or _figures(info), visible=True)
 
-        yield move
+        try:
+            yield move
+        finally:
+            if inside:
+                bars.remove_task(task)
 
 
 @contextmanager
@@ -288,10 +294,10 @@ def _display() -> Iterator[Any]:
 def _lines(label: str) -> Progress:
     last = time.monotonic()
 
-    def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+    def move(step: int, total: int, info: Mapping[str, float] | None = None, text: str = "") -> None:
         nonlocal last
         if time.monotonic() - last >= SECONDS_BETWEEN_LINES or step == total:
             last = time.monotonic()
-            sys.stderr.write(f"{label} {step}/{total}  {_figures(info)}".rstrip() + "\n")
+            sys.stderr.write(f"{label} {step}/{total}  {text or _figures(info)}".rstrip() + "\n")
 
     return move

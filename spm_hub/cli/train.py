@@ -84,15 +84,17 @@ def train(
     given: dict[str, Any] = {"model": model, "method": method, "name": name, "seed": seed}
     given["increment"] = None if increment is None else IncrementRecipe.named(increment)
     earlier = [
-        resolve(reference, registry).read_manifest().concept.require_target(reference) for reference in after or ()
+        resolve(reference, registry, say=out.say).read_manifest().concept.require_target(reference)
+        for reference in after or ()
     ]
     protection = {"prompts": protect, "erased": earlier, "separable": separable}
     given["protection"] = {key: value for key, value in protection.items() if value} or None
     stated = {key: value for key, value in given.items() if value is not None}
     plans = plan_runs(concepts or [], stated, file=recipe, sets=set_ or ())
     session = Session(
-        plans, BaseChoice(plans[0].model, config, device, dtype), out, lambda start: resolve(start, registry),
-        registry=registry_for_new(registry), replace=force, resume=resume, checkpoint_dir=checkpoint_dir,
+        plans, BaseChoice(plans[0].model, config, device, dtype), out,
+        lambda start: resolve(start, registry, say=out.say), registry=registry_for_new(registry),
+        replace=force, resume=resume, checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
     session.check()
     with silence_libraries():
@@ -101,7 +103,20 @@ def train(
     source = ["--model", plans[0].model, *(["--config", config] if config else [])]
     source += ["--registry", str(registry)] if registry is not None else []
     listed = ["--adapters", ",".join(entry.name for entry in entries)]
-    out.say("try: " + shlex.join(["spmhub", "apply", *source, *listed, "--prompt", plans[0].target, "--compare"]))
+    look = shlex.join(["spmhub", "apply", *source, *listed, "--prompt", plans[0].target, "--compare"])
+    _say_how_it_went(out, entries, look)
+
+
+def _say_how_it_went(out: Output, entries: "list[EraserEntry]", look: str) -> None:
+    """Print the verdict on each training, and what to do next, as one sentence."""
+    from spm_hub.training.verdict import is_short, verdict
+
+    manifests = [entry.read_manifest() for entry in entries]
+    short = [one.training for one in manifests if one.training is not None and is_short(one.training)]
+    longer = ""
+    if short:
+        longer = f" (train longer: the same command with --set steps={2 * short[0].planned} --force)"
+    out.say(f"{'; '.join(map(verdict, manifests))}{longer}; try: {look}")
 
 
 def _print(out: Output, entries: "list[EraserEntry]") -> None:

@@ -1,4 +1,7 @@
-"""Show how far long work has come: a bar in a terminal or a notebook, or calls of a function."""
+"""Show how far long work has come: a bar in a terminal or a notebook, or calls of a function.
+
+Work that is deep inside other work reports its own progress by `phase`, to the reporter of `show_phases`.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives `step` of `total` steps done, and the figures to show with them."""
+    """Receives `step` of `total` steps done, and the figures to show with them.
 
-    def __call__(self, step: int, total: int, info: Mapping[str, float] | None = None) -> None: ...
+    text: shown to a person in place of the figures.
+    """
+
+    def __call__(self, step: int, total: int, info: Mapping[str, float] | None = None, text: str = "") -> None: ...
 
 
 ProgressCallback = Callable[[int, int], None]
 """Called with the number of steps (or bytes) done, and their total."""
 
 
-def no_progress(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+def no_progress(step: int, total: int, info: Mapping[str, float] | None = None, text: str = "") -> None:
     """Show nothing."""
 
 
@@ -55,16 +62,20 @@ class Bars:
             return
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-        with tqdm(desc=label, disable=not (self.shown and _is_watched())) as bar:
+        # A bar inside another one (leave=None) is wiped out when it is done.
+        with tqdm(desc=label, disable=not (self.shown and _is_watched()), leave=None) as bar:
 
-            def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+            def move(step: int, total: int, info: Mapping[str, float] | None = None, text: str = "") -> None:
                 bar.total = total
-                bar.set_postfix(info, refresh=False)
+                if text:
+                    bar.set_postfix_str(text, refresh=False)
+                else:
+                    bar.set_postfix(info, refresh=False)
                 bar.update(step - bar.n)
 
             yield move
 
-    def _called(self, step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+    def _called(self, step: int, total: int, info: Mapping[str, float] | None = None, text: str = "") -> None:
         assert not isinstance(self.shown, bool)
         self.shown(step, total, dict(info or {}))
 
@@ -76,14 +87,49 @@ def progress_if_long(reporter: Reporter, label: str, *, after: float = 1.0) -> I
     with ExitStack() as stack:
         shown: Progress | None = None
 
-        def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+        def move(step: int, total: int, info: Mapping[str, float] | None = None, text: str = "") -> None:
             nonlocal shown
             if shown is None and step < total and time.monotonic() - began >= after:
                 shown = stack.enter_context(reporter.progress(label))
             if shown is not None:
-                shown(step, total, info)
+                shown(step, total, info, text)
 
         yield move
+
+
+_phases_to: ContextVar[Reporter | None] = ContextVar("_phases_to", default=None)
+
+
+@contextmanager
+def show_phases(reporter: Reporter) -> Iterator[None]:
+    """Show the phases of the work inside to `reporter`.
+
+    A function of the caller's counts the steps of the whole work, so that it is not called for phases.
+    """
+    counts = isinstance(reporter, Bars) and not isinstance(reporter.shown, bool)
+    token = _phases_to.set(None if counts else reporter)
+    try:
+        yield
+    finally:
+        _phases_to.reset(token)
+
+
+@contextmanager
+def phase(label: str) -> Iterator[Progress]:
+    """Show the progress of a part of some longer work, once it has taken a second.
+
+    Ctrl-C inside gets the label as a note, for the message that says where the work was stopped.
+    """
+    reporter = _phases_to.get()
+    try:
+        if reporter is None:
+            yield no_progress
+        else:
+            with progress_if_long(reporter, label) as move:
+                yield move
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(label)
+        raise
 
 
 def _is_watched() -> bool:

@@ -5,6 +5,7 @@ Importing them imports no torch.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -36,6 +37,9 @@ class Objective(ABC):
 
     relative: ClassVar[bool] = True
     """Whether its loss is minimised as a share of `distance`, so that one rate fits every base."""
+
+    measures_distance: ClassVar[bool] = True
+    """Whether `distance` is measured for every batch; else only that of the first batch is `erase` before training."""
 
     @property
     @abstractmethod
@@ -88,6 +92,13 @@ class Objective(ABC):
     def left_at(self, reach: float) -> float:
         """The share of `distance` that `erase` has left when predictions went `reach` of the way to `neutral`."""
         return max(0.0, 1 - reach / (1 + self.push)) ** 2
+
+    def reached(self, left: float) -> float:
+        """The share of the way to `neutral` that predictions went when `erase` is `left` of `distance`.
+
+        It is the inverse of `left_at`: negative if they moved away from it, above 1 if they went beyond it.
+        """
+        return (1 - math.sqrt(max(0.0, left))) * (1 + self.push)
 
 
 class SelfDistillation(Objective):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.adapters.manifest import Evaluation
 from spm_hub.errors import RecipeError
+from spm_hub.io.progress import phase
 from spm_hub.models.architectures import weight_of
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.recipe.fields import RecipeFields
@@ -74,12 +75,14 @@ class Space:
         """
         states = torch.cat([self.states, self.target])
         moved = torch.zeros(len(states), dtype=torch.float64)
-        for path, increment in increments.items():
-            weight = weight_of(modules[path]).detach().cpu()
-            change, whole = increment.delta_for(weight).double(), weight.double()
-            # One prompt at a time: hundreds of them, multiplied out at once, would fill the memory.
-            now = [torch.linalg.norm(e @ change.T) / torch.linalg.norm(e @ whole.T) for e in states]
-            moved = torch.maximum(moved, torch.stack(now))
+        with phase("measuring what protected prompts are left with") as move:
+            for done, (path, increment) in enumerate(increments.items(), start=1):
+                weight = weight_of(modules[path]).detach().cpu()
+                change, whole = increment.delta_for(weight).double(), weight.double()
+                # One prompt at a time: hundreds of them, multiplied out at once, would fill the memory.
+                now = [torch.linalg.norm(e @ change.T) / torch.linalg.norm(e @ whole.T) for e in states]
+                moved = torch.maximum(moved, torch.stack(now))
+                move(done, len(increments))
         most = int(moved[:-1].argmax())
 
         def entry(prompt: str, row: int, samples: int) -> Evaluation:
@@ -100,14 +103,16 @@ def space_left(recipe: RecipeFields, base: TeacherModel, modules: Mapping[str, n
     _check_modules(base, modules, recipe.target)
     exact = exactly_protected(recipe)
     further = tuple(prompt for prompt in dict.fromkeys(recipe.protection.prompts) if prompt not in exact)
-    states, target = _states(base, (*exact, *further)), _states(base, [recipe.target])
-    width = states.shape[-1]
-    triangle = torch.zeros(0, width, dtype=torch.float64)
-    for done, rows in enumerate(states[: len(exact)]):
-        triangle = _triangle(triangle, rows)
-        span = _spanned(triangle)
-        if len(span) == width or _outside(target, span) < _LEFT:
-            raise _crowded(width, recipe.target, exact, done)
+    with phase("protecting prompts") as move:
+        states, target = _states(base, (*exact, *further)), _states(base, [recipe.target])
+        width = states.shape[-1]
+        triangle = torch.zeros(0, width, dtype=torch.float64)
+        for done, rows in enumerate(states[: len(exact)]):
+            triangle = _triangle(triangle, rows)
+            span = _spanned(triangle)
+            if len(span) == width or _outside(target, span) < _LEFT:
+                raise _crowded(width, recipe.target, exact, done)
+            move(done + 1, len(exact))
     wanted = recipe.protection.directions or 0
     if further:
         if len(span) + wanted >= width:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spm_hub.errors import RegistryError, SpmHubError, UsageError
-from spm_hub.io.progress import Reporter
+from spm_hub.io.progress import Reporter, phase, show_phases
 from spm_hub.models.base_choice import BaseChoice
 from spm_hub.training.recipe.protected_prompts import members
 
@@ -37,6 +37,8 @@ class TrainingStep:
     """One finished step of a training, for callbacks: `step` of `total`.
 
     losses: by name ("erase", "anchor"), relative to the distance at the start.
+    reached, goal: the share of the way from the concept to its surrogate that is gone, averaged over the last steps,
+    and the one that the training aims at; None where the method does not measure them.
     trainable: gives the increments; of a joint run, those of the first concept.
     """
 
@@ -44,6 +46,8 @@ class TrainingStep:
     total: int
     losses: Mapping[str, float]
     trainable: Trainable
+    reached: float | None = None
+    goal: float | None = None
 
     def increments(self) -> Mapping[str, Increment]:
         """Return a copy of the increments by module path.
@@ -117,20 +121,31 @@ class Session:
         folder = self.base.folder()
         for plan in self.plans:
             check_before_loading(plan, folder)
-        pipe = self.base.open(for_gradients=True)
-
-        from spm_hub.training.loop.checkpoint import base_stamp
-
-        opened = _Opened(pipe, *self.base.identity(pipe), base_stamp(pipe))
+        opened = self._opened()
         made: list[EraserEntry | Adapter] = []
         finished: list[Checkpoint] = []
-        with _evaluating(pipe):
+        with _evaluating(opened.pipe), show_phases(self.reporter):
             for plan in self.plans:
                 made += self._run(plan, opened, finished)
         # Without a registry a later run could be interrupted; until then these states are all that is kept.
         for checkpoint in finished:
             self._forget(checkpoint)
         return tuple(made)
+
+    def _opened(self) -> _Opened:
+        """Load the base and identify it. Raises TrainingInterruptedError at Ctrl-C."""
+        from spm_hub.training.loop.checkpoint import base_stamp
+        from spm_hub.training.trainer import TrainingInterruptedError
+
+        if self.base.pipe is None:
+            self.reporter.say(f"loading {self.plans[0].model} ...")
+        try:
+            pipe = self.base.open(for_gradients=True)
+            return _Opened(pipe, *self.base.identity(pipe), base_stamp(pipe))
+        except KeyboardInterrupt:
+            raise TrainingInterruptedError(
+                "stopped while loading the base; no training had begun", mend="the same command again"
+            ) from None
 
     @cached_property
     def _starts(self) -> Mapping[str, EraserEntry]:
@@ -143,6 +158,7 @@ class Session:
         """
         from spm_hub.training.loop.checkpoint import Checkpoint
         from spm_hub.training.trainable.warm_start import with_start_recorded
+        from spm_hub.training.verdict import verdict
 
         start = None if plan.start_from is None else self._starts[plan.start_from].load()
         recipe = with_start_recorded(plan.model_copy(update={"model": base.name}), start)
@@ -159,7 +175,11 @@ class Session:
         what = ", ".join(map(repr, concepts))
         if self.registry is not None and len(kept) == len(names):
             self.reporter.say(f"{what}: erased by this very recipe already, and kept in {self.registry.root}")
-            return [self.registry.get(name) for name in names]
+            entries = [self.registry.get(name) for name in names]
+            for manifest in (entry.read_manifest() for entry in entries):
+                if manifest.training is not None and manifest.training.ended == "callback":
+                    self.reporter.say(f"{verdict(manifest)}; --force, in Python replace=True, trains it again")
+            return [*entries]
         shown = base.name if self.base.pipe is not None else plan.model
         self.reporter.say(f"erasing {what} from {shown} with {plan.method} ...")
         checkpoint = Checkpoint(self._run_folder(recipe, base.stamp), base.stamp)
@@ -171,23 +191,39 @@ class Session:
         if self.registry is None:
             finished.append(checkpoint)
             return [*adapters]
-        entries = [self._kept(adapter, self.registry, checkpoint, replace=adapter.name in kept) for adapter in adapters]
-        self._forget(checkpoint)
+        try:
+            with phase("keeping the eraser"):
+                entries = [self._kept(each, self.registry, checkpoint, replace=each.name in kept) for each in adapters]
+                self._forget(checkpoint)
+        except KeyboardInterrupt as interrupt:
+            raise self._interrupted(interrupt, recipe, checkpoint) from None
         return [*entries]
+
+    def _interrupted(self, interrupt: KeyboardInterrupt, recipe: Recipe, checkpoint: Checkpoint) -> SpmHubError:
+        """Return the error for Ctrl-C after the training: its eraser is in the registry, or its state on disk."""
+        from spm_hub.training.trainer import TrainingInterruptedError, interrupted
+
+        if self.registry is None or not all(self._made_by(each, base=checkpoint.base) for each in members(recipe)):
+            return interrupted(interrupt, recipe, checkpoint)
+        return TrainingInterruptedError(
+            f"stopped after the training; the eraser is kept in {self.registry.root}", mend=f"spmhub show {recipe.slug}"
+        )
 
     def _trained(
         self, recipe: Recipe, base: _Opened, checkpoint: Checkpoint, start: Adapter | None
     ) -> tuple[Adapter, ...]:
         from spm_hub.training.trainer import train_together
+        from spm_hub.training.verdict import way
 
-        losses: dict[str, float] = {}
+        seen: dict[str, float] = {}
 
-        def note(step: int, total: int, found: dict[str, float]) -> None:
-            losses.update(found)
-            move(step, total, found)
+        def note(step: int, total: int, figures: dict[str, float]) -> None:
+            seen.update(figures)
+            move(step, total, figures, way(figures))
 
         def call(step: int, trainable: Trainable) -> bool:
-            done = TrainingStep(step, recipe.steps, dict(losses), trainable)
+            losses = {key: value for key, value in seen.items() if key not in ("reached", "goal")}
+            done = TrainingStep(step, recipe.steps, losses, trainable, seen.get("reached"), seen.get("goal"))
             stops = [callback(done) for callback in self.callbacks]
             return any(stops)
 

@@ -17,8 +17,9 @@ from torch import nn
 
 from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.increments import Increment
-from spm_hub.adapters.manifest import Base, Concept, Evaluation, GateDefaults, Manifest
+from spm_hub.adapters.manifest import Base, Concept, Evaluation, GateDefaults, Manifest, Training
 from spm_hub.errors import RegistryError, SpmHubError
+from spm_hub.io.progress import phase
 from spm_hub.models.architectures import denoiser_of, family_of, fingerprint_of
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.loop.checkpoint import Checkpoint, base_stamp
@@ -37,7 +38,7 @@ CONVERSION = "conversion"
 
 
 class TrainingInterruptedError(SpmHubError):
-    """Ctrl-C during training; the checkpoint is on disk when a folder for it was given."""
+    """Ctrl-C during training; the message names the step that is on disk, and where."""
 
     exit_code = 130
 
@@ -58,7 +59,7 @@ class _Loop:
 
     revision: str | None
     progress: Progress | None
-    folder: Path | None
+    checkpoint: Checkpoint | None
     every: int
     resume: bool
     on_step: Callable[[int, Trainable], bool] | None
@@ -78,7 +79,8 @@ def train(
 ) -> Adapter:
     """Train one eraser on `pipe`, which is restored; of several concepts, return the recipe's own.
 
-    progress: called with (steps done, steps in all, losses relative to those before training).
+    progress: called with (steps done, steps in all, figures): the losses relative to those before training, and
+    "reached" and "goal" of `Run` where the method measures them.
     checkpoint_dir: where the run is saved every `checkpoint_every` steps, at Ctrl-C and at its end; `resume` goes on
     from there, and the result is bit for bit that of an undisturbed run on the same machine.
     start: the eraser that the recipe's start_from names; the caller has to load it.
@@ -104,7 +106,9 @@ def train_together(
     on_step: Callable[[int, Trainable], bool] | None = None,
 ) -> tuple[Adapter, ...]:
     """Train as `train` does; return all erasers of the run, the recipe's own and those of `together`."""
-    loop = _Loop(revision, progress, checkpoint_dir, checkpoint_every, resume, on_step)
+    recipe = with_start_recorded(recipe, start)
+    checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, base_stamp(pipe))
+    loop = _Loop(revision, progress, checkpoint, checkpoint_every, resume, on_step)
     had_gradients = [name for name, parameter in denoiser_of(pipe).named_parameters() if parameter.requires_grad]
     try:
         try:
@@ -119,6 +123,8 @@ def train_together(
                 stacklevel=2,
             )
         return _train_all(recipe, pipe, loop, start)
+    except KeyboardInterrupt as interrupt:
+        raise interrupted(interrupt, recipe, checkpoint) from None
     finally:
         for name in had_gradients:
             denoiser_of(pipe).get_parameter(name).requires_grad_(True)
@@ -130,11 +136,10 @@ def _train_all(
     """Train all concepts of the recipe; return the erasers of its target and of `together`, in this order."""
     method = find_method(recipe.method)
     assert method is not None, "a recipe's method is known"
-    recipe = with_start_recorded(recipe, start)
-    base = TeacherModel(pipe, recipe.resolution)
+    with phase("trying out the base"):
+        base = TeacherModel(pipe, recipe.resolution)
     base.denoiser.requires_grad_(False)
     modules = select_modules(base.denoiser, recipe.increment.modules)
-    checkpoint = Checkpoint(loop.folder, base_stamp(pipe)) if loop.folder is not None else None
     runs: dict[str, Run] = {}
     try:
         for member in members(recipe):
@@ -143,27 +148,32 @@ def _train_all(
             if recipe.together:
                 runs[member.target].trainable.remove()  # the next one has to find the denoiser bare
         run = method.joins(list(runs.values())) if recipe.together else runs[recipe.target]
-        if not run.finished and checkpoint is not None:
-            checkpoint.check_room()
-        _take_steps(recipe, run, runs[recipe.target].trainable, checkpoint, loop)
-        trained = {target: one.increments() for target, one in runs.items()}
-        converted = {target: _conversion(one, trained[target]) for target, one in runs.items()}
+        if not run.finished and loop.checkpoint is not None:
+            loop.checkpoint.check_room()
+        stopped = _take_steps(recipe, run, runs[recipe.target].trainable, loop)
+        records = {target: _training(one, run.taken, stopped=stopped) for target, one in runs.items()}
+        with phase("finishing the increments"):
+            trained = {target: one.increments() for target, one in runs.items()}
+            converted = {target: _conversion(one, trained[target]) for target, one in runs.items()}
     finally:
         for one in runs.values():
             one.trainable.remove()
     wanted = [recipe.target, *(companion.target for companion in recipe.together)]
-    return tuple(_adapter(runs[name], base, modules, trained[name], converted[name], loop.revision) for name in wanted)
+    with phase("finishing the increments"):
+        return tuple(
+            _adapter(runs[name], base, modules, trained[name], converted[name], records[name], loop.revision)
+            for name in wanted
+        )
 
 
-def _take_steps(
-    recipe: RecipeFields, run: Run, trainable: Trainable, checkpoint: Checkpoint | None, loop: _Loop
-) -> None:
-    """Take all steps that are left, and save the state. Raises TrainingInterruptedError at Ctrl-C."""
-    first = 0
+def _take_steps(recipe: RecipeFields, run: Run, trainable: Trainable, loop: _Loop) -> bool:
+    """Take the steps that are left, and save the state; return whether `on_step` ended them early."""
+    first, checkpoint = 0, loop.checkpoint
     if loop.resume and checkpoint is not None and checkpoint.path.exists():
         first, tensors = checkpoint.read(recipe)
         run.load(tensors)
     run.taken = first
+    stopped = False
     try:
         for step in range(first, recipe.steps):
             if run.finished:
@@ -173,24 +183,59 @@ def _take_steps(
                 raise _diverged(recipe, f"step {step + 1} of {recipe.steps} has a loss that is not a finite number")
             done = step + 1
             if loop.progress is not None:
-                loop.progress(done, recipe.steps, losses)
+                loop.progress(done, recipe.steps, losses | _figures(run))
             if checkpoint is not None and done % loop.every == 0 and done < recipe.steps:
                 checkpoint.write(recipe, done, run.tensors())
             if loop.on_step is not None and loop.on_step(done, trainable):
+                stopped = done < recipe.steps
                 break
         if checkpoint is not None and run.taken > first:
             # A registry may have no room for the result. If this folder has none either, the registry still may.
             with suppress(RegistryError):
                 checkpoint.write(recipe, run.taken, run.tensors())
-    except KeyboardInterrupt:
-        done = run.taken
-        if checkpoint is None or done == 0:
-            raise TrainingInterruptedError(f"stopped at step {done} of {recipe.steps}; nothing was saved") from None
-        checkpoint.write(recipe, done, run.tensors())
-        raise TrainingInterruptedError(
-            f"stopped at step {done} of {recipe.steps}; the run is saved in {checkpoint.folder}",
-            mend="the same command with --resume, in Python resume=True",
-        ) from None
+    except KeyboardInterrupt as interrupt:
+        if checkpoint is not None and run.taken > first:
+            try:
+                checkpoint.write(recipe, run.taken, run.tensors())
+            except RegistryError as error:
+                raise interrupt from error
+        raise
+    return stopped
+
+
+def interrupted(
+    interrupt: KeyboardInterrupt, recipe: RecipeFields, checkpoint: Checkpoint | None
+) -> TrainingInterruptedError:
+    """Return the error for Ctrl-C during a training; it names the step that is on disk, if any."""
+    stopped = "stopped" + next((f" while {note}" for note in getattr(interrupt, "__notes__", ())), "")
+    if isinstance(interrupt.__cause__, SpmHubError):
+        stopped += f" ({interrupt.__cause__.message})"
+    done = None if checkpoint is None else checkpoint.steps(recipe)
+    if checkpoint is None or done is None:
+        return TrainingInterruptedError(
+            f"{stopped}; nothing was saved: no step of {recipe.steps} is on disk", mend="the same command again"
+        )
+    return TrainingInterruptedError(
+        f"{stopped}; step {done} of {recipe.steps} is saved in {checkpoint.folder}",
+        mend="the same command with --resume, in Python resume=True",
+    )
+
+
+def _figures(run: Run) -> dict[str, float]:
+    """Return what `run` has reached and aims at, where it measures them."""
+    found = {"reached": run.reached, "goal": run.goal}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _training(run: Run, steps: int, *, stopped: bool) -> Training:
+    """Return how a run of `steps` steps ended, for its manifest."""
+    if steps == 0:
+        return Training(steps=0, planned=0, ended="closed form")
+    return Training(
+        steps=steps, planned=run.recipe.steps,
+        ended="callback" if stopped else "early stop" if run.finished else "all steps",
+        reached=run.reached, goal=run.goal,
+    )  # fmt: skip
 
 
 def _diverged(recipe: RecipeFields, what: str) -> TrainingDivergedError:
@@ -227,6 +272,7 @@ def _adapter(
     modules: Mapping[str, nn.Module],
     trained: Mapping[str, Increment],
     converted: tuple[Evaluation, ...],
+    training: Training,
     revision: str | None,
 ) -> Adapter:
     """Return the finished eraser of a run. Raises TrainingDivergedError if an increment is not finite."""
@@ -238,8 +284,7 @@ def _adapter(
         if not all(bool(part.isfinite().all()) for part in increment.tensors().values()):
             raise _diverged(recipe, f"the increment at {path} is not finite")
     manifest = _manifest(recipe, base, increments, revision)
-    if converted:
-        manifest = manifest.model_copy(update={"evaluation": converted})
+    manifest = manifest.model_copy(update={"evaluation": converted, "training": training})
     if space is not None:
         gate = manifest.gate.model_copy(update={"protected": space.exact})
         moved = space.measured(increments, modules, recipe)

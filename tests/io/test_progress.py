@@ -22,7 +22,7 @@ class Told:
     def progress(self, label: str) -> Iterator[Progress]:
         self.events.append(label)
 
-        def move(step: int, total: int, info: Mapping[str, float] | None = None) -> None:
+        def move(step: int, total: int, info: Mapping[str, float] | None = None, text: str = "") -> None:
             self.events.append((step, total))
 
         yield move

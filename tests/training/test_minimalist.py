@@ -447,7 +447,7 @@ def test_ctrl_c_before_the_first_step_saves_nothing(tmp_path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(MaskRun, "step", interrupt)
-    with pytest.raises(SpmHubError, match="step 0 of 6; nothing was saved"):
+    with pytest.raises(SpmHubError, match="nothing was saved: no step of 6 is on disk"):
         train(recipe(), pipe=pico_pipeline(), checkpoint_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -20,6 +20,7 @@ from torch import nn
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
+from spm_hub.adapters.manifest import Training
 from spm_hub.cli.app import app
 from spm_hub.errors import NotFoundError, RecipeError, RegistryError, UsageError
 from spm_hub.models.references import identity_of_pipeline
@@ -118,7 +119,7 @@ def test_a_script_is_stopped_by_a_signal_resumes_to_the_identical_file_keeps_it_
         stopped.send_signal(signal.SIGINT)
         _, said = stopped.communicate(timeout=120)
     assert stopped.returncode == 1
-    assert "stopped at step 2 of 4" in said
+    assert "step 2 of 4 is saved in" in said
     assert "resume=True" in said
     assert len(states(cache)) == 1
     assert Registry(tmp_path / "kept").find("snoopy") is None
@@ -322,14 +323,14 @@ def test_progress(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     bar = shown()
     assert "training" in bar
     assert "4/4" in bar
-    assert "erase=" in bar
+    assert "% of the way, goal 90 %" in bar
     assert "4/4" in shown(terminal=False, notebook=True)
     assert shown(terminal=False) == ""
     assert shown(progress=False) == ""
     calls: list[tuple[int, int, Mapping[str, float]]] = []
     assert shown(progress=lambda *given: calls.append(given)) == ""
     assert [call[:2] for call in calls] == [(step, 4) for step in range(1, 5)]
-    assert {tuple(call[2]) for call in calls} == {("erase", "anchor")}
+    assert {tuple(call[2]) for call in calls} == {("erase", "anchor", "reached", "goal")}
     with caplog.at_level(logging.INFO, logger="spm_hub"):
         shown(resume=True)
     assert "nothing to resume" in caplog.text
@@ -348,6 +349,10 @@ def test_a_callback_sees_every_step_and_ends_the_training() -> None:
     steps = Stop()
     made = spm_hub.train("snoopy", pipe=pico_pipeline(), progress=False, callbacks=[enough, steps], **SMALL)
     assert [(one.step, one.total) for one in seen] == [(1, 4), (2, 4)]
+    assert made.manifest.training == Training(
+        steps=2, planned=4, ended="callback", reached=seen[-1].reached, goal=seen[-1].goal
+    )
+    assert seen[-1].goal == 0.9
     assert steps.steps == [1, 2], "all callbacks are called at the last step too"
     assert all(one.losses.keys() == {"erase", "anchor"} for one in seen)
     for path, increment in made.increments.items():

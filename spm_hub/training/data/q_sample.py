@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spm_hub.io.progress import phase
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
@@ -60,8 +61,8 @@ class QSampleSource:
             empty = base.encode([""])[0].expand(count).under(guidance)
             scheduler = base.scheduler(base.steps(source.steps))
             latents = base.noise(count, generator) * initial_sigma(scheduler)
-            with self._trainable.frozen():
-                latents = denoise(base, scheduler, len(scheduler.timesteps), latents, empty, given, guidance)
+            with self._trainable.frozen(), phase("drawing pictures to learn from") as move:
+                latents = denoise(base, scheduler, len(scheduler.timesteps), latents, empty, given, guidance, move)
             self._drawn = index, prompts, latents
         return self._drawn[1:]
 

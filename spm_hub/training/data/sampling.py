@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spm_hub.io.progress import ProgressCallback, no_progress
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.conditioning import Conditioning
 from spm_hub.training.data.anchors import AnchorSource
@@ -71,13 +72,15 @@ def denoise(
     empty: Conditioning,
     given: Conditioning,
     guidance: Tensor,
+    progress: ProgressCallback = no_progress,
 ) -> Tensor:
     """Return latents (n, *latent_shape) after the first `steps` steps, under guidance (n,)."""
     both = Conditioning.cat([empty, given])
-    for time in scheduler.timesteps[:steps]:
+    for done, time in enumerate(scheduler.timesteps[:steps], start=1):
         model_input = torch.cat([scale_model_input(scheduler, latents, time)] * 2)
         without, guided = base.predict(model_input, time.expand(len(model_input)), both).chunk(2)
         latents = scheduler.step(base.guide(without, guided, guidance), time, latents).prev_sample
+        progress(done, steps)
     return latents
 
 

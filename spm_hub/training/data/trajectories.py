@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spm_hub.io.progress import phase
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.conditioning import GUIDANCE, Conditioning
 from spm_hub.training.data.anchors import AnchorSource
@@ -144,14 +145,17 @@ class TrajectorySource:
         noise = base.noise(count, generator)
         latents = noise * initial_sigma(scheduler)
         visits: list[_Visit] = []
-        for time in scheduler.timesteps:
-            question = self._ask(lead, generator)
-            model_input = scale_model_input(scheduler, latents, time)
-            repeated = torch.cat([model_input] * (len(question.rows) // count))
-            parts = base.predict(repeated, time.expand(len(repeated)), question.rows).split(count)
-            visit = self._visit(lead, question, model_input, time.expand(count), parts)
-            visits.append(visit)
-            latents = scheduler.step(base.guide(visit.empty, visit.driver, lead.guidance), time, latents).prev_sample
+        with phase("drawing trajectories to learn from") as move:
+            for time in scheduler.timesteps:
+                question = self._ask(lead, generator)
+                model_input = scale_model_input(scheduler, latents, time)
+                repeated = torch.cat([model_input] * (len(question.rows) // count))
+                parts = base.predict(repeated, time.expand(len(repeated)), question.rows).split(count)
+                visit = self._visit(lead, question, model_input, time.expand(count), parts)
+                visits.append(visit)
+                guided = base.guide(visit.empty, visit.driver, lead.guidance)
+                latents = scheduler.step(guided, time, latents).prev_sample
+                move(len(visits), len(scheduler.timesteps))
         return self._chunk_of(lead, noise, visits)
 
     def _lead(self, generator: torch.Generator) -> _Lead:

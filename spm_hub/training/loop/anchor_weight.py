@@ -29,6 +29,11 @@ class AnchorWeight:
         self.weight = recipe.anchoring.weight
         self._erase = self._whole = 0.0
 
+    @property
+    def left(self) -> float | None:
+        """The erase loss as a share of that before training, averaged over steps; None before the first."""
+        return self._erase / self._whole if self._whole > 0 else None
+
     def note(self, step: int, erase: float, whole: float, objective: Objective) -> None:
         """Set the next step's lambda from a batch's erase loss, now and before training."""
         self._erase = _MEMORY * self._erase + erase

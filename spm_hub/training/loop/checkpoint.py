@@ -82,6 +82,16 @@ class Checkpoint:
                 )
         return int(metadata["step"]), tensors
 
+    def steps(self, recipe: RecipeFields) -> int | None:
+        """Return the steps that the state on disk includes; None without a state of this recipe on this base."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except Exception:  # as in `read`
+            return None
+        same = _is_same(metadata.get("recipe", "{}"), recipe) and self.base.items() <= metadata.items()
+        return int(metadata["step"]) if same else None
+
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
 

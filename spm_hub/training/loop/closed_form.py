@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from spm_hub.io.progress import phase
 from spm_hub.training.loop.run import Run, Task
 from spm_hub.training.recipe.protected_prompts import protects
 from spm_hub.training.trainable.trainable import Trainable
@@ -82,4 +83,6 @@ class ClosedForm:
 
     def __call__(self, task: Task) -> Run:
         """Solve the task."""
-        return ClosedFormRun(task, self.solve(task))
+        with phase("computing the closed form"):
+            increments = self.solve(task)
+        return ClosedFormRun(task, increments)

@@ -38,6 +38,18 @@ class JointRun(Run):
         """True once every concept's early stop is due."""
         return all(run.finished for run in self._runs)
 
+    @property
+    def reached(self) -> float | None:
+        """That of the concept that went least far."""
+        known = [run.reached for run in self._runs if run.reached is not None]
+        return min(known, default=None)
+
+    @property
+    def goal(self) -> float | None:
+        """The farthest goal of any concept."""
+        known = [run.goal for run in self._runs if run.goal is not None]
+        return max(known, default=None)
+
     def step(self, step: int) -> dict[str, float]:
         """One optimiser step of every eraser that has not finished; the means of their relative losses."""
         going = [run for run in self._runs if not run.finished]

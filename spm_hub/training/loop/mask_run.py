@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from spm_hub.io.progress import phase
 from spm_hub.training.conditioning import Conditioning
 from spm_hub.training.data.sampling import generator_for, initial_sigma, scale_model_input
 from spm_hub.training.loop.backprop_through_sampling import Step, back_propagate, sample_latents
@@ -22,6 +23,7 @@ from spm_hub.training.trainable.mask import TrainableMask
 
 _DRAWN_AT_ONCE = 8  # pictures, while goals are drawn
 _SET, _ORDER, _MASKS = 3, 4, 5  # streams of `generator_for`
+_MEMORY = 0.9  # of the running mean of the erase loss, per step
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class MaskRun(Run):
         self._optimiser = torch.optim.AdamW(
             self.masks.parameters(lr, recipe.optimiser.scale_lr), lr=lr, weight_decay=recipe.optimiser.weight_decay
         )
+        self._left: float | None = None  # the running mean of the erase loss
+
+    @property
+    def reached(self) -> float | None:
+        """The share of the distance from the concept's pictures to their goals that is gone."""
+        return None if self._left is None else 1 - self._left**0.5
 
     @cached_property
     def pictures(self) -> PictureSet:
@@ -75,12 +83,13 @@ class MaskRun(Run):
 
     def _drawn(self, prompts: list[str], noise: Tensor) -> Tensor:
         """Return the latents z_0 that the base draws from `noise`."""
-        parts = []
-        with self.masks.frozen():
+        parts: list[Tensor] = []
+        with self.masks.frozen(), phase("drawing pictures to learn from") as move:
             for start in range(0, len(prompts), _DRAWN_AT_ONCE):
                 rows = slice(start, start + _DRAWN_AT_ONCE)
                 self._base.forget()
                 parts.append(sample_latents(self.denoising(prompts[rows]), noise[rows], self.recipe.x_t.steps)[-1])
+                move(min(start + _DRAWN_AT_ONCE, len(prompts)), len(prompts))
         return torch.cat(parts)
 
     def denoising(self, prompts: list[str], masks: int | None = None) -> Step:
@@ -131,10 +140,12 @@ class MaskRun(Run):
             back_propagate(step_of, latents, gradient)
             erase, keep = erase + float(to_erase.detach()), keep + float(to_keep.detach())
         (recipe.masks.l0 * self.masks.on()).backward()
+        share = 2 / (size * passes * pictures.distance)
         with delay_interrupts():
             self._optimiser.step()
+            before = erase * share if self._left is None else self._left
+            self._left = _MEMORY * before + (1 - _MEMORY) * erase * share
             self.taken = step + 1
-        share = 2 / (size * passes * pictures.distance)
         return {"erase": erase * share, "keep": keep * share, "on": self.masks.kept()}
 
     def _rows(self, start: int, count: int) -> list[int]:
@@ -151,10 +162,14 @@ class MaskRun(Run):
         return rows
 
     def tensors(self) -> dict[str, Tensor]:
-        return tensors_of(self.masks, self._optimiser)
+        tensors = tensors_of(self.masks, self._optimiser)
+        if self._left is not None:
+            tensors["left"] = torch.tensor(self._left, dtype=torch.float64)
+        return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         restore(self.masks, self._optimiser, tensors)
+        self._left = float(tensors["left"])
 
 
 def final_latent_losses(drawn: Tensor, goals: Tensor, concept: Tensor) -> tuple[Tensor, Tensor]:

@@ -129,6 +129,22 @@ class PredictionRun(Run):
         """True once the early stop is due."""
         return self.stopping.due
 
+    @property
+    def reached(self) -> float | None:
+        """The share of the way to the surrogate's prediction that the concept's predictions went."""
+        left = self.anchor_weight.left
+        return None if left is None else self.objective.reached(left)
+
+    @property
+    def goal(self) -> float | None:
+        """The recipe's `anchoring.reach`, else where its early stop is due."""
+        anchoring, below = self.recipe.anchoring, self.recipe.stop.below
+        if anchoring.weight > 0 and anchoring.reach is not None:
+            return anchoring.reach
+        if below is None or self.distance is None:
+            return None
+        return self.objective.reached(below / float(self.distance))
+
     def step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns the losses as shares of the distance the erasure has to go."""
         losses = self.losses(step)
@@ -184,7 +200,8 @@ class PredictionRun(Run):
         """Record a step; return the losses as shares of the distance."""
         assert self.distance is not None
         erase = float(losses.erase.detach())
-        self.anchor_weight.note(step, erase, float(losses.distance), self.objective)
+        whole = losses.distance if self.objective.measures_distance else self.distance
+        self.anchor_weight.note(step, erase, float(whole), self.objective)
         self.stopping.note(step, erase)
         return {
             "erase": float(losses.erase.detach() / self.distance),

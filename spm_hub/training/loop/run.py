@@ -66,6 +66,19 @@ class Run(ABC):
         """True if no further step is needed."""
         return False
 
+    @property
+    def reached(self) -> float | None:
+        """The share of the way from the concept to its surrogate that is gone, averaged over the last steps.
+
+        None before the first step, and for a run that does not measure it.
+        """
+        return None
+
+    @property
+    def goal(self) -> float | None:
+        """The share of the way that the training aims at; None if it has no such aim."""
+        return None
+
     @abstractmethod
     def step(self, step: int) -> Mapping[str, float]:
         """Take one step (from 0) and set `taken`; return losses by name, as shares of those before training."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from spm_hub.errors import RecipeError
 from spm_hub.training.data.token_positions import concept_positions
@@ -32,6 +32,8 @@ class ForgetMeNot(Objective):
     encoder that reads from left to right passes the concept on to them.
     """
 
+    # The base's attention is not computed again for every batch.
+    measures_distance: ClassVar[bool] = False
     names: tuple[str, ...]
     tokens: Literal["concept", "onwards"] = "concept"
 
@@ -42,6 +44,10 @@ class ForgetMeNot(Objective):
     def target(self, concept: Tensor, neutral: Tensor) -> Tensor:
         """Return `neutral`: the loss is in attention, and has no target prediction."""
         return neutral
+
+    def reached(self, left: float) -> float:
+        """The share of the attention's norm that has left the concept's tokens."""
+        return 1 - left
 
     def losses(self, base: TeacherModel, batch: Batch) -> Losses:
         """Return the losses of one batch.

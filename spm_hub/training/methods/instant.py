@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from spm_hub.errors import RecipeError
+from spm_hub.io.progress import phase
 from spm_hub.training.loop.closed_form import ClosedForm
 from spm_hub.training.methods.method import Method
 from spm_hub.training.recipe.schema import NonBlank, RecipePart
@@ -128,11 +129,13 @@ def solve(task: Task) -> dict[str, LowRank]:
         metric.diagonal().add_(chosen.ridge * metric.diagonal().mean())
         found: dict[str, LowRank] = {}
         gone = whole = 0.0
-        for path, module in task.modules.items():
-            weight = weight_of(module).to(metric)
-            found[path] = one = nearest(weight, concept.pull, metric, recipe.increment.rank)
-            gone += float((one.up.T @ weight @ new.pull @ one.down.T).trace())
-            whole += float(((weight @ new.gap) * weight).sum())
+        with phase("computing the closed form") as move:
+            for done, (path, module) in enumerate(task.modules.items(), start=1):
+                weight = weight_of(module).to(metric)
+                found[path] = one = nearest(weight, concept.pull, metric, recipe.increment.rank)
+                gone += float((one.up.T @ weight @ new.pull @ one.down.T).trace())
+                whole += float(((weight @ new.gap) * weight).sum())
+                move(done, len(task.modules))
         if not 0 < gone < float("inf"):
             raise RecipeError(
                 f"the text encoder makes nothing of {recipe.target!r} that tells it from {recipe.surrogate!r}: there "
@@ -175,18 +178,20 @@ def _moments(base: TeacherModel, texts: Sequence[str], goals: Sequence[str]) -> 
 
     sums: list[Tensor] = []
     tokens = 0
-    for start in range(0, len(texts), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        # Zeros, which SDXL receives for no prompt, would turn a concept into nothing at all.
-        given, wanted = (base.encode(list(of[part]), literally=True) for of in (texts, goals))
-        keep, ends = _counted(given), _counted(wanted).sum(1) - 1
-        # A goal with fewer tokens repeats its last one.
-        at = torch.minimum(torch.arange(keep.shape[1], device=ends.device), ends[:, None])
-        goal = torch.take_along_dim(wanted.states, at[..., None], 1)[keep].double()
-        states = given.states[keep].double()
-        gap, tokens = goal - states, tokens + len(states)
-        products = [states.T @ states, gap.T @ states, gap.T @ gap]
-        sums = [one + other for one, other in zip(sums, products, strict=True)] if sums else products
+    with phase("encoding sentences about the concept") as move:
+        for start in range(0, len(texts), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            # Zeros, which SDXL receives for no prompt, would turn a concept into nothing at all.
+            given, wanted = (base.encode(list(of[part]), literally=True) for of in (texts, goals))
+            keep, ends = _counted(given), _counted(wanted).sum(1) - 1
+            # A goal with fewer tokens repeats its last one.
+            at = torch.minimum(torch.arange(keep.shape[1], device=ends.device), ends[:, None])
+            goal = torch.take_along_dim(wanted.states, at[..., None], 1)[keep].double()
+            states = given.states[keep].double()
+            gap, tokens = goal - states, tokens + len(states)
+            products = [states.T @ states, gap.T @ states, gap.T @ gap]
+            sums = [one + other for one, other in zip(sums, products, strict=True)] if sums else products
+            move(min(start + _AT_ONCE, len(texts)), len(texts))
     return Moments(*(one / tokens for one in sums))
 
 
@@ -210,9 +215,11 @@ def _kept(task: Task) -> Tensor:
     target = base.encode([recipe.target]).states[0]
     others = [text for text in everything_else(task) if not task.prompts.mentions_concept(text)]
     weights = []
-    for start in range(0, len(others), _AT_ONCE):
-        states = base.encode(others[start : start + _AT_ONCE], literally=True).states
-        weights += anchor_weights(states, target, recipe.anchoring.alpha).tolist()
+    with phase("encoding sentences about everything else") as move:
+        for start in range(0, len(others), _AT_ONCE):
+            states = base.encode(others[start : start + _AT_ONCE], literally=True).states
+            weights += anchor_weights(states, target, recipe.anchoring.alpha).tolist()
+            move(min(start + _AT_ONCE, len(others)), len(others))
     mean = _second(base, others, weights)
     company = [name for one in recipe.together for name in (one.target, *one.aliases)]
     if named := [*_options(recipe).keep, *company]:

@@ -58,6 +58,10 @@ class SepME(Objective):
         """L_cor falls in proportion to the way that is gone, not to its square."""
         return 1 - reach
 
+    def reached(self, left: float) -> float:
+        """The share of r_c(theta) that is gone; above 1 once L_cor is below 0."""
+        return 1 - left
+
 
 def correlation(now: Tensor, before: Tensor) -> Tensor:
     """The mean over all elements of r_c(theta + dtheta) * r_c(theta); tensors (n, *latent_shape)."""

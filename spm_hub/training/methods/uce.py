@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from spm_hub.errors import RecipeError
+from spm_hub.io.progress import phase
 from spm_hub.training.data.token_positions import concept_positions, last_position, window
 from spm_hub.training.loop.closed_form import ClosedForm
 from spm_hub.training.methods.method import Method
@@ -106,10 +107,12 @@ def _edits(recipe: RecipeFields, base: TeacherModel, names: Sequence[str], kind:
     from spm_hub.training.data.sampling import generator_for
 
     pairs = []
-    for name in names:
-        maker, generator = _maker(base, (name,), kind), generator_for(recipe.seed, 5, 0)
-        for text in (name, *(maker.target(generator) for _ in range(recipe.closed_form.sentences))):
-            pairs.append(_pair(recipe, base, name, text, maker.without(text, recipe.surrogate)))
+    with phase(f"encoding sentences about {names[0]}") as move:
+        for name in names:
+            maker, generator = _maker(base, (name,), kind), generator_for(recipe.seed, 5, 0)
+            for text in (name, *(maker.target(generator) for _ in range(recipe.closed_form.sentences))):
+                pairs.append(_pair(recipe, base, name, text, maker.without(text, recipe.surrogate)))
+                move(len(pairs), len(names) * (1 + recipe.closed_form.sentences))
     return torch.cat([old for old, _ in pairs]), torch.cat([new for _, new in pairs])
 
 

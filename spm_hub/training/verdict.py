@@ -1,0 +1,46 @@
+"""Says in words how a training went. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from spm_hub.adapters.manifest import Manifest, Training
+
+_NEAR = 0.05
+"""A goal that is missed by less counts as reached: the training steers to it, and ends a little above or below."""
+_ENOUGH = 0.7
+"""The goal of a method that has none of its own."""
+
+
+def way(figures: Mapping[str, float]) -> str:
+    """Return "87 % of the way, goal 90 %" of a training's figures "reached" and "goal"; "" without them."""
+    if "reached" not in figures:
+        return ""
+    goal = f", goal {_percent(figures['goal'])}" if "goal" in figures else ""
+    return f"{_percent(max(0.0, figures['reached']))} of the way{goal}"
+
+
+def is_short(training: Training | None) -> bool:
+    """Return whether a training ended clearly before its goal."""
+    if training is None or training.reached is None:
+        return False
+    return training.reached < (_ENOUGH if training.goal is None else training.goal - _NEAR)
+
+
+def verdict(manifest: Manifest) -> str:
+    """Return the outcome of a training as a clause: "snoopy is trained: 93 % of the way, goal 90 %"."""
+    training, name = manifest.training, manifest.name
+    if training is None or training.ended == "closed form":
+        return f"{name} is computed"
+    figures = {"reached": training.reached, "goal": training.goal}
+    gone = way({key: value for key, value in figures.items() if value is not None})
+    if training.ended == "callback":
+        at = f"a callback ended it at step {training.steps} of {training.planned}"
+        return f"{name} is not fully trained: {at}" + (f", {gone}" if gone else "")
+    if is_short(training):
+        return f"{name} is not erased enough after {training.steps} steps: {gone}"
+    return f"{name} is trained" + (f": {gone}" if gone else "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
