@@ -17,7 +17,12 @@ from diffusers import StableDiffusionPipeline
 import spm_hub
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+)
 NEEDS = ("needs a GPU", "needs the Hub", "needs a package index")
 """Marks of what no test runs: an HTML comment before a block, or words in the comment at the end of a line."""
 

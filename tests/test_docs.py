@@ -54,8 +54,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(here)
     for variable in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
-    for variable in (REGISTRY_VARIABLE, OWNER_VARIABLE):
-        monkeypatch.setenv(variable, "")
+    # As the clone does, whose registry this is a copy of.
+    monkeypatch.setenv(REGISTRY_VARIABLE, str(here))
+    monkeypatch.setenv(OWNER_VARIABLE, "")
     monkeypatch.setenv("TERM", "dumb")
     shorten(monkeypatch)
     # The sketchbook is loaded once a page: it takes longer than most of what is done with it.
@@ -78,6 +79,7 @@ def test_every_block_runs(page: str, folder: Path, tmp_path: Path, monkeypatch: 
                     patch.setenv(KEY_VARIABLE, "")
                     if page in IN_AN_EMPTY_FOLDER:
                         patch.chdir(elsewhere)
+                        patch.setenv(REGISTRY_VARIABLE, "")
                     run(page, command)
         elif block.language == "yaml":
             keys = set(yaml.safe_load(block.text))

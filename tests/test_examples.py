@@ -65,7 +65,7 @@ def test_examples(
     monkeypatch.chdir(tmp_path)
     for variable in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
-    monkeypatch.delenv("SPMHUB_REGISTRY", raising=False)
+    monkeypatch.setenv("SPMHUB_REGISTRY", str(tmp_path))  # as in the clone, whose registry this is a copy of
     shorten(monkeypatch)
     runpy.run_path(str(script), run_name="__main__")
     CHECKS[script.stem](tmp_path, capsys.readouterr().out)

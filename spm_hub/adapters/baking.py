@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -147,11 +147,12 @@ def _check_base(pipe: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
     )
 
 
-def recover(checkpoint: Path, name: str) -> Provenance:
+def recover(checkpoint: Path, name: str, *, check: Callable[[Adapter], None] | None = None) -> Provenance:
     """Take the eraser `name` out of a baked folder, which then equals, byte for byte, a bake without it.
 
     With the last one the folder becomes the plain base again, without provenance. Needs no pipeline. The folder is
     replaced as a whole, so that a failure leaves it as it was. Returns the record of the erasers that remain.
+    check: called with each of these; what it raises ends the recovery.
 
     Raises ModelError (not a baked folder, or it was altered), NotFoundError (no such eraser in it), RegistryError.
     """
@@ -166,6 +167,9 @@ def recover(checkpoint: Path, name: str) -> Provenance:
         )
     kept = tuple(eraser for eraser in before.erasers if eraser.name != name)
     remaining = [_read_eraser(checkpoint, eraser) for eraser in kept]
+    if check is not None:
+        for one in remaining:
+            check(one)
     changed = _changed_keys(remaining, FolderWeights(checkpoint / before.denoiser))
     originals = _read_originals(checkpoint, changed)
     still = {key: originals[key] for key in changed}

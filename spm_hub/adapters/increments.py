@@ -200,6 +200,11 @@ class Mask:
 Increment = LowRank | Dense | Mask
 
 
+def tensors_of(increments: Mapping[str, Increment]) -> dict[tuple[str, str], Tensor]:
+    """Return all tensors of increments, by module path and part."""
+    return {(path, part): value for path, one in increments.items() for part, value in one.tensors().items()}
+
+
 def spread(values: Tensor, width: int, total: int) -> Tensor:
     """Spread values of neurons, or of attention heads, over a weight's dimension: (neurons,) -> (total,).
 

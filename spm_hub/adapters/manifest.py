@@ -256,7 +256,7 @@ class Manifest(_Part):
 
     def is_called(self, name: str) -> bool:
         """Return whether `name` is this eraser's name or target, in any spelling; an alias is neither."""
-        return plain_name(name) in (plain_name(self.name), plain_name(self.concept.target))
+        return plain_name(name) in {plain_name(one) for one in (self.name, self.concept.target) if one is not None}
 
     def to_json(self) -> str:
         """Return the text of the manifest file: indented JSON that ends with a newline."""

@@ -53,6 +53,7 @@ def apply(
     gate: options.Gate = None,
     strength: options.Strength = None,
     registry: options.Registry = None,
+    pull: options.Pull = False,
     require_signature: options.RequireSignature = None,
     device: options.Device = "auto",
     dtype: options.Precision = "auto",
@@ -75,7 +76,7 @@ def apply(
     if remark := base.check():
         out.say(remark)
     with progress_if_long(out, "downloading erasers", after=0.0) as progress:
-        entries = [_resolved(reference, registry, progress) for reference in wanted]
+        entries = [_resolved(reference, registry, progress, out, pull=pull) for reference in wanted]
     with silence_libraries():
         from spm_hub.evaluation import application
         from spm_hub.evaluation.pictures import DrawingOptions, read_prompts
@@ -102,12 +103,14 @@ def apply(
     out.say(f"{counted(drawn, 'picture')} in {to}{side_by_side}")
 
 
-def _resolved(reference: str, registry: Path | None, progress: ProgressCallback) -> "EraserEntry":
+def _resolved(
+    reference: str, registry: Path | None, progress: ProgressCallback, out: Output, *, pull: bool
+) -> "EraserEntry":
     """Resolve a reference; the error for an unknown name offers to make an eraser of that concept."""
     from spm_hub.hub.resolve import resolve
 
     try:
-        return resolve(reference, registry, progress=progress)
+        return resolve(reference, registry, pull=pull, progress=progress, say=out.say)
     except NotFoundError as error:
         if "/" in reference or reference.endswith(".safetensors"):
             raise

@@ -81,6 +81,8 @@ def attack(
     steps: Steps = None,
     guidance: Guidance = None,
     registry: options.Registry = None,
+    pull: options.Pull = False,
+    require_signature: options.RequireSignature = None,
     device: options.Device = "auto",
     dtype: options.Precision = "auto",
 ) -> None:
@@ -96,7 +98,9 @@ def attack(
     settings = attacks_named(
         with_, tokens=tokens, every=every, iterations=iterations, tries=tries, token_free=token_free, adaptive=adaptive
     )
-    entry, acting, strengths = resolve(name, registry), options.gate(gate), options.strengths(strength)
+    options.require_signature(require_signature)
+    entry = resolve(name, registry, pull=pull, say=out.say)
+    acting, strengths = options.gate(gate), options.strengths(strength)
     options.check_judge(judge, parse_reference(model, config=config))
     base = BaseChoice(model, config, device, dtype)
     base.check()

@@ -27,6 +27,8 @@ def bake(
     config: options.Config = None,
     strength: options.Strength = None,
     registry: options.Registry = None,
+    pull: options.Pull = False,
+    require_signature: options.RequireSignature = None,
     force: options.Force = False,
 ) -> None:
     """Write a plain checkpoint with erasers folded in: a diffusers folder, also of a single file.
@@ -35,15 +37,18 @@ def bake(
     precision, and spmhub recover can take an eraser out again.
     """
     from spm_hub.hub.bake import bake as run
+    from spm_hub.hub.resolve import resolve
     from spm_hub.models.references import parse_reference
 
     strengths = options.strengths(strength)
+    options.require_signature(require_signature)
     if remark := parse_reference(model, config=config).remark:
         out.say(remark)
     erasers = options.names(adapters)
     with silence_libraries():
         out.say(f"baking {counted(len(erasers), 'eraser')} into {model} ...")
-        provenance = run(erasers, to, model=model, config=config, strength=strengths, registry=registry, replace=force)
+        entries = [resolve(one, registry, pull=pull, say=out.say).load() for one in erasers]
+        provenance = run(entries, to, model=model, config=config, strength=strengths, registry=registry, replace=force)
     names = ", ".join(eraser.name for eraser in provenance.erasers)
     out.data(
         {"checkpoint": to, **provenance.model_dump(mode="json")}, f"{to}: {model} without {names}", brief=[str(to)]
@@ -61,15 +66,18 @@ def recover(
     name: Annotated[str, typer.Argument(help="The eraser to take out.")],
     *,
     checkpoint: Annotated[Path, typer.Option("--checkpoint", help="A folder that spmhub bake wrote.")],
+    registry: options.Registry = None,
+    require_signature: options.RequireSignature = None,
 ) -> None:
     """Take one eraser out of a baked checkpoint.
 
     The folder then equals a bake without it, bit for bit.
     """
+    options.require_signature(require_signature)
     with silence_libraries():
-        from spm_hub.adapters.baking import recover as run
+        from spm_hub.hub.bake import recover as run
 
-        provenance = run(checkpoint, name)
+        provenance = run(checkpoint, name, registry)
     left = ", ".join(eraser.name for eraser in provenance.erasers)
     out.data(
         {"checkpoint": checkpoint, "recovered": name, **provenance.model_dump(mode="json")},

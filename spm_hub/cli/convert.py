@@ -63,6 +63,7 @@ def convert(
     ] = False,
     config: options.Config = None,
     registry: options.Registry = None,
+    require_signature: options.RequireSignature = None,
     force: options.Force = False,
 ) -> None:
     """Convert an eraser from or to another program's format.
@@ -78,6 +79,7 @@ def convert(
         raise UsageError(
             "--out is for --to FORMAT; without it the eraser goes into the registry", mend="--registry DIR"
         )
+    options.require_signature(require_signature)
     with silence_libraries():
         done = run(
             source, to=to, out=place, keep=to is None, svd_rank=svd_rank, name=name, concept=concept, family=base,

@@ -49,6 +49,7 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
     registry: options.Registry = None,
+    pull: options.Pull = False,
     require_signature: options.RequireSignature = None,
     device: options.Device = "auto",
     dtype: options.Precision = "auto",
@@ -71,7 +72,7 @@ def evaluate(
     base.check()
     if force and not record:
         raise UsageError("--force is for --record, which is not given", mend="add --record")
-    entries = [resolve(reference, registry) for reference in names]
+    entries = [resolve(reference, registry, pull=pull, say=out.say) for reference in names]
     if record:
         _check_recordable(entries, asked=(judge, gate, strength))
         if not force:

@@ -45,6 +45,7 @@ def gates(
     to: Picture = None,
     force: options.Force = False,
     registry: options.Registry = None,
+    pull: options.Pull = False,
     require_signature: options.RequireSignature = None,
     device: options.Device = "auto",
     dtype: options.Precision = "auto",
@@ -68,7 +69,7 @@ def gates(
     if remark := base.check():
         out.say(remark)
     with progress_if_long(out, "downloading erasers", after=0.0) as progress:
-        entries = [resolve(reference, registry, progress=progress) for reference in wanted]
+        entries = [resolve(one, registry, pull=pull, progress=progress, say=out.say) for one in wanted]
     with silence_libraries():
         from spm_hub.adapters.lookup import check_names
         from spm_hub.attachment.attachment import attach

@@ -73,7 +73,7 @@ def push(
     _check_pictures(pictures, no_pictures=no_pictures, drawn=bool(prompt), kept=to is not None)
     if pr and revision is not None:
         raise UsageError("--pr opens a pull request to the main branch, so --revision cannot be used with it")
-    entry = resolve(name, registry)
+    entry = resolve(name, registry, say=out.say)
     entry.read_manifest().concept.require_target(name)
     with tempfile.TemporaryDirectory() as staging, silence_libraries():
         from spm_hub.hub import push as hub_push
@@ -243,11 +243,14 @@ def pull(
     for one in pulled if require_signature is not None else ():
         one.entry.load()  # an unchanged eraser was not loaded by the pull, so check its signature now
     rows = [
-        {"name": one.entry.name, "state": one.state, **one.origin.model_dump(), "adapter": one.entry.adapter_path,
-         "manifest": one.entry.manifest_path}
+        {"name": one.entry.name, "state": one.state, "changes": one.changes, **one.origin.model_dump(),
+         "adapter": one.entry.adapter_path, "manifest": one.entry.manifest_path}
         for one in pulled
     ]  # fmt: skip
     lines = [f"{one.entry.name} ({one.state}): {one.entry.describe_source()}" for one in pulled]
+    for one in pulled:
+        if one.changes:
+            out.say(f"{one.entry.name} changed: {'; '.join(one.changes)}")
     if not pulled:
         out.say(f"nothing to do: {kept_in.root} has all erasers of its lock file")
     out.data(rows, "\n".join(lines), brief=[str(one.entry.adapter_path) for one in pulled])

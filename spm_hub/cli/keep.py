@@ -88,7 +88,7 @@ def export_(
     from spm_hub.hub.resolve import resolve
     from spm_hub.registry.archive import export
 
-    _show(out, export([resolve(name, registry) for name in names], to, replace=force), to)
+    _show(out, export([resolve(name, registry, say=out.say) for name in names], to, replace=force), to)
 
 
 @command(

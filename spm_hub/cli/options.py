@@ -21,7 +21,7 @@ Registry = Annotated[
     typer.Option(
         "--registry",
         envvar=REGISTRY_VARIABLE,
-        help="Registry folder. Default: the working folder if it is a registry, else your own registry.",
+        help="Registry folder. Default: your own registry; in a clone of spm-hub, that of the clone.",
         show_default=False,
     ),
 ]
@@ -71,6 +71,10 @@ RequireSignature = Annotated[
         help="Public key (PEM): refuse erasers that were not signed with its private key.",
         show_default=False,
     ),
+]
+Pull = Annotated[
+    bool,
+    typer.Option("--pull", help="Look names that no registry has up on the Hub, among those of spm-hub."),
 ]
 Gate = Annotated[
     str | None,

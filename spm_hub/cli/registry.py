@@ -94,7 +94,7 @@ def show(
 
     from spm_hub.hub.resolve import resolve
 
-    entry = resolve(name, registry)
+    entry = resolve(name, registry, say=out.say)
     manifest = entry.read_manifest()
     human = Group(*whole(entry, manifest)) if full else "\n".join(map(one_line, summary(entry, manifest, asked=name)))
     out.data(
@@ -124,7 +124,7 @@ def check(
     from spm_hub.models.references import parse_reference
 
     parse_reference(model, config=config)
-    entry = resolve(name, registry)
+    entry = resolve(name, registry, say=out.say)
     with silence_libraries():
         from spm_hub.adapters import compatibility
 

@@ -45,7 +45,7 @@ def verify(
     from spm_hub.registry.registry import registries
     from spm_hub.registry.verification import verify as run
 
-    entries = [resolve(name, registry) for name in names] if names else registries(registry)[0].entries()
+    entries = [resolve(name, registry, say=out.say) for name in names] if names else registries(registry)[0].entries()
     found: list[dict[str, Any]] = []
     with out.progress("verifying") as progress:
         for number, entry in enumerate(entries):

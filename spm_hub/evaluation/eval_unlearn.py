@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TechniqueConfig:
-    """The validated configuration of the technique: `technique.config` in YAML, `technique_config` in Python.
+    """The configuration of the technique: `technique.config` in YAML, `technique_config` in Python.
 
     erase_concept: the concept, and the eraser's name unless `adapters` is given.
     adapters: names, files or owner/name on the Hub, as a list or separated by commas.

@@ -1,4 +1,4 @@
-"""Bakes erasers into a checkpoint, from references to a model and to erasers."""
+"""Bakes erasers into a checkpoint, and takes one out again, from references to a model and to erasers."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ def bake(
     a model that is a single file.  pipe: the base, already loaded, which is not changed; the record names it by `model`
     if given, else by where it was loaded from.
     strength: one number, numbers by eraser, or None for each manifest's own.
-    registry: the folder in which names are looked up; unless given, the working folder if it is a registry, and the
-    user's own.
+    registry: the folder in which names are looked up before the user's own registry.
 
     Raises UsageError (no eraser, one twice, a base that was baked itself, strengths that no float holds),
     NotFoundError (an unknown eraser or model), CompatibilityError (an eraser of another base), ModelError,
@@ -64,3 +63,43 @@ def bake(
     pipe = pipe or load_pipeline(reference, config=config, dtype="stored", device="cpu")
     base = identity_of_pipeline(pipe)[0] if source is None else source.public_name
     return baking.bake(pipe, erasers, Path(out), strength=strength, base=base, replace=replace)
+
+
+def recover(checkpoint: Path, name: str, registry: Path | None = None) -> Provenance:
+    """Take one eraser out of a baked checkpoint, as `adapters.baking.recover` does.
+
+    Where a signature is required, each eraser that stays has to be one that a registry holds signed: a checkpoint keeps
+    erasers without their signatures. registry: a folder to look for them in first.
+    Raises SignatureError, and the errors of `adapters.baking.recover`.
+    """
+    from spm_hub.adapters import baking
+    from spm_hub.registry import signing
+
+    if signing.required_key() is None:
+        return baking.recover(checkpoint, name)
+    return baking.recover(checkpoint, name, check=lambda eraser: _check_signed(eraser, checkpoint, registry))
+
+
+def _check_signed(baked: Adapter, checkpoint: Path, registry: Path | None) -> None:
+    """Refuse a baked eraser whose tensors are not those of a signed one of its name."""
+    import torch
+
+    from spm_hub.adapters.increments import tensors_of
+    from spm_hub.errors import SignatureError
+    from spm_hub.registry.registry import registries
+
+    held = next((entry for place in registries(registry) if (entry := place.find(baked.name)) is not None), None)
+    if held is None:
+        raise SignatureError(
+            f"{checkpoint} holds {baked.name}, whose signature cannot be checked: no registry has that eraser",
+            mend=f"spmhub pull OWNER/{baked.name}, or --registry with the folder that has it",
+        )
+    # A checkpoint names modules as its model does, and another program's file may write . as _ in them.
+    signed = {path.replace(".", "_"): increment for path, increment in held.load().increments.items()}
+    found = {path.replace(".", "_"): increment for path, increment in baked.increments.items()}
+    one, other = tensors_of(found), tensors_of(signed)
+    if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
+        raise SignatureError(
+            f"{checkpoint} holds another eraser under the name {baked.name} than {held.adapter_path}, which is signed",
+            mend="bake the checkpoint again from the signed erasers",
+        )

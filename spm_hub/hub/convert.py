@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spm_hub.adapters.manifest import slug
-from spm_hub.errors import UsageError
+from spm_hub.errors import SignatureError, UsageError
 from spm_hub.hub.resolve import resolve
+from spm_hub.io.environment import KEY_VARIABLE
 from spm_hub.io.progress import Bars, Reporter
+from spm_hub.registry import signing
+from spm_hub.registry.entry import WEIGHTS_NAME, entry_of
 from spm_hub.registry.registry import registry_for_new
 
 if TYPE_CHECKING:
@@ -77,7 +80,8 @@ def convert(
     reporter: takes remarks and progress in place of `progress`.
 
     Raises UsageError (contradicting arguments, an existing file, or more to be said about the file), NotFoundError,
-    AdapterFileError (a broken or unknown file), CompatibilityError (another base), ModelError, RegistryError.
+    AdapterFileError (a broken or unknown file), SignatureError (an unsigned file where signatures are required),
+    CompatibilityError (another base), ModelError, RegistryError.
     """
     from spm_hub.adapters import conversion, low_rank_approximation
     from spm_hub.adapters.description import Description
@@ -118,10 +122,24 @@ def _read(
     from spm_hub.adapters.description import apply_description
 
     if isinstance(source, str | Path) and (path := Path(source).expanduser()).exists():
+        if (key := signing.required_key()) is not None:
+            _check_signature(path, key)
         with to.progress("reading") as move:
             return conversion.read(path, description, base, move)
     known = resolve(str(source), registry).load() if isinstance(source, str | Path) else source
     return apply_description(known, description), "spm"
+
+
+def _check_signature(path: Path, key: Path) -> None:
+    """Raise SignatureError for a file or folder, of any program, that is not signed for `key`."""
+    weights = path / WEIGHTS_NAME
+    try:
+        entry_of(weights if weights.is_file() else path).load(signed_by=key)
+    except SignatureError as error:
+        raise SignatureError(
+            f"{error.message}; nothing is converted while {KEY_VARIABLE} is set",
+            mend=f"if you trust the file: convert it with {KEY_VARIABLE} unset, and sign the result with spmhub sign",
+        ) from error
 
 
 def _base(

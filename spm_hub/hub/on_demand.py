@@ -32,7 +32,7 @@ def erasers_for(
 ) -> list[EraserEntry]:
     """Return erasers of all concepts that fit this pipeline, those of a registry or new ones.
 
-    concepts: in words; other names of one concept give one eraser. model: the name of the base for manifests, None for
+    concepts: in words; spellings of one concept give one eraser. model: the name of the base for manifests, None for
     where the pipeline was loaded from. registry: searched first, and where new erasers are kept; None is the user's.
     New erasers are computed at once from the pipeline's own text encoder and weights (`--method instant`), and kept
     under the concept's name or, if that is taken, under one with the base's name in it.

@@ -1,7 +1,6 @@
 """Downloads erasers from the Hub at one commit, verifies them and keeps them in a registry."""
 
 import dataclasses
-import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import ModelInfo, constants, errors, hf_hub_download
+from huggingface_hub.file_download import repo_folder_name
 
 from spm_hub.adapters.manifest import MAX_BYTES, Concept, Manifest, Origin, slug
 from spm_hub.errors import HubError, HubNotFoundError, NetworkError, NotFoundError, SpmHubError, UsageError
+from spm_hub.hub.changes import Changes, changes_between
 from spm_hub.hub.download import fetch
 from spm_hub.io.atomic import write_atomic
-from spm_hub.io.environment import OWNER_VARIABLE
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.hub_client import is_commit, repository_info, translate_errors
 from spm_hub.io.progress import ProgressCallback
@@ -23,17 +23,7 @@ from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry
 from spm_hub.registry.registry import Registry
 
-DEFAULT_OWNER = "spm-hub"
-
 _SUFFIX = ".safetensors"
-
-
-def owner() -> str | None:
-    """Return the Hub user in whose repositories bare names are looked up.
-
-    None if the environment variable is set to an empty string, which turns that off.
-    """
-    return os.environ.get(OWNER_VARIABLE, DEFAULT_OWNER).strip() or None
 
 
 def download(repo: str, revision: str | None = None, *, progress: ProgressCallback | None = None) -> EraserEntry:
@@ -81,18 +71,21 @@ def download(repo: str, revision: str | None = None, *, progress: ProgressCallba
             progress=progress,
         )
     _write_ref(repo, revision, commit)
-    return EraserEntry(
-        repo, path, manifest_path, Origin(repo=repo, commit=commit, revision=_named(revision)), fetched=is_new
-    )
+    origin = Origin(repo=repo, commit=commit, revision=_named(revision))
+    return EraserEntry(repo, path, manifest_path, origin, is_new, asked=repo)
 
 
 @dataclass(frozen=True)
 class PullResult:
-    """The eraser that a pull put into the registry, and whether that changed anything."""
+    """The eraser that a pull put into the registry, and whether that changed anything.
+
+    changes: what an update changed, in words.
+    """
 
     entry: EraserEntry
     origin: Origin
     state: Literal["new", "updated", "unchanged"]
+    changes: tuple[str, ...] = ()
 
 
 def pull(
@@ -102,6 +95,7 @@ def pull(
     registry: Registry,
     name: str | None = None,
     concept: str | None = None,
+    asked: str | None = None,
     pin: lockfile.Pin | None = None,
     replace: bool = False,
     progress: ProgressCallback | None = None,
@@ -110,15 +104,23 @@ def pull(
 
     name: name to keep it under; default: its own.
     concept: what it erases, if its file does not say; default: as in the registry already, else unknown.
+    asked: the name or target that it must have.
     pin: commit and sha256 that the download must have, regardless of what `revision` names now.
     replace: replace any eraser of that name, and write again an unchanged one. Without it only an eraser from the same
-    repository is replaced.
-    Raises UsageError for a new name of a signed eraser and for another concept than the file's, and the errors of
+    repository is replaced, and only by one of the same concept and sign.
+    Raises UsageError for a new name of a signed eraser and for another concept than the file's, HubError for another
+    eraser than the one that was asked for or is held, SignatureError for an older one than is held, and the errors of
     `download` and `Registry.install`; the registry is unchanged then.
     """
     entry = download(repo, revision if pin is None else pin.commit, progress=progress)
+    entry = dataclasses.replace(entry, asked=asked or name or entry.asked)
     origin = Origin(repo=repo, commit=_commit_of(entry), revision=_named(revision))
     manifest = _complete_manifest(entry, repo)
+    if asked is not None and not manifest.is_called(asked):
+        raise HubError(
+            f"{repo} holds an eraser named {manifest.name!r}, of {manifest.concept.target!r}, and not {asked!r}",
+            mend=f"if that is the one you want: spmhub pull {repo}",
+        )
     if name not in (None, manifest.name) and entry.signature_path is not None:
         raise UsageError(
             f"{repo} is signed under the name {manifest.name!r}; as {name!r} its signature would be invalid",
@@ -136,11 +138,33 @@ def pull(
     pinned = existing is not None and existing.pin == lockfile.pin_of(manifest)
     same = pinned and existing is not None and existing.read_manifest().concept == manifest.concept
     if existing is not None and same and not replace and existing.is_adapter_of(manifest):
+        if signing.required_key() is not None:
+            existing.load()
         return PullResult(existing, origin, "unchanged")
+    changes = Changes(()) if existing is None else _changes(existing, entry, manifest, named=concept is not None)
+    if changes.grave and not replace:
+        raise HubError(
+            f"{repo}@{origin.commit[:12]} is not the eraser {manifest.name!r} that is held any more: "
+            f"{'; '.join(changes.grave)}",
+            mend=f"look at it first: spmhub show {repo}; then, if it is meant: spmhub pull {repo} --force",
+        )
     kept = registry.install(entry, manifest, replace=replace)
-    return PullResult(
-        dataclasses.replace(kept, fetched=entry.fetched), origin, "new" if existing is None else "updated"
-    )
+    state: Literal["new", "updated"] = "new" if existing is None else "updated"
+    return PullResult(dataclasses.replace(kept, fetched=entry.fetched), origin, state, changes.said)
+
+
+def _changes(existing: EraserEntry, entry: EraserEntry, manifest: Manifest, *, named: bool) -> Changes:
+    """Return the changes that replacing `existing` by the downloaded `entry` makes.
+
+    named: the user has just named the concept, which is then no change of the eraser's.
+    """
+    try:
+        old = existing.load_now()
+    except SpmHubError as error:
+        return Changes((f"the one that was held could not be read: {error.message}",))
+    if named:
+        old = dataclasses.replace(old, manifest=old.manifest.model_copy(update={"concept": manifest.concept}))
+    return changes_between(old, dataclasses.replace(entry.load(), manifest=manifest))
 
 
 def restore(registry: Registry, *, progress: ProgressCallback | None = None) -> Iterator[PullResult]:
@@ -197,13 +221,15 @@ def _has_pinned(registry: Registry, name: str, pin: lockfile.Pin) -> bool:
     return existing is not None and existing.pin == pin
 
 
-def pull_by_name(name: str, registry: Registry, progress: ProgressCallback | None = None) -> EraserEntry | None:
-    """Pull the repository `name` of `owner()` into `registry`; None if there is no such repository."""
-    user = owner()
-    if user is None:
-        return None
+def pull_by_name(
+    name: str, repo: str, registry: Registry, progress: ProgressCallback | None = None
+) -> EraserEntry | None:
+    """Pull the eraser `name` from `repo` into `registry`; None if there is no such repository.
+
+    Raises HubError if the repository has an eraser of another name and target; nothing is installed then.
+    """
     try:
-        return pull(f"{user}/{name}", registry=registry, progress=progress).entry
+        return pull(repo, registry=registry, asked=name, progress=progress).entry
     except HubNotFoundError:
         return None
 
@@ -302,7 +328,15 @@ def _cached(repo: str, revision: str | None) -> EraserEntry | None:
     if weights is None:
         return None
     origin = Origin(repo=repo, commit=weights.parent.name, revision=_named(revision))
-    return EraserEntry(repo, weights, manifest_path, origin)
+    return EraserEntry(repo, weights, manifest_path, origin, asked=repo)
+
+
+def cached_versions(repo: str) -> Iterator[EraserEntry]:
+    """Yield the erasers of all commits of a repository that are in the Hub's cache, without any request."""
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
+    for commit in sorted(snapshots.iterdir()) if snapshots.is_dir() else ():
+        if is_commit(commit.name) and (entry := _cached(repo, commit.name)) is not None:
+            yield entry
 
 
 def _write_ref(repo: str, revision: str | None, commit: str) -> None:

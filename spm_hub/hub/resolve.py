@@ -1,65 +1,141 @@
 """Resolves a reference to an eraser: a path, a name in a registry, or a repository of the Hub.
 
-The Hub's client is imported only when it is needed: importing it takes longer than reading a registry.
+A name means an eraser's own name or its target, never somebody's alias. The Hub's client is imported only when it is
+needed: importing it takes longer than reading a registry.
 """
 
+import logging
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spm_hub.adapters.manifest import NAME, slug
-from spm_hub.errors import NetworkError, NotFoundError, UsageError, ambiguous_eraser, nearest, unknown_eraser
+from spm_hub.adapters.manifest import NAME, Manifest, plain_name
+from spm_hub.errors import NetworkError, NotFoundError, SpmHubError, UsageError, ambiguous_eraser, unknown_eraser
+from spm_hub.hub import first_party
 from spm_hub.io.progress import ProgressCallback
 from spm_hub.io.web_addresses import hub_reference
-from spm_hub.registry import lockfile, storage
+from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.entry import WEIGHTS_NAME, EraserEntry, entry_of
-from spm_hub.registry.registry import HUB_REFERENCE, Registry, registries, requested_root
+from spm_hub.registry.registry import HUB_REFERENCE, Registry, is_registry, registries, requested_root
 
 if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter
 
 _SUFFIX = storage.SUFFIXES[storage.ADAPTERS]
-_TYPING_ERROR = 0.8
-"""Similarity, of 1, from which a name is taken for a mistyped one: one letter in five."""
+_SAFE_LENGTH = 5
+"""Names of at least so many letters are mistaken for each other if they differ by two; shorter ones by one."""
 
 
-def resolve(reference: str, registry: Path | None = None, *, progress: ProgressCallback | None = None) -> EraserEntry:
-    """Find an eraser by path, by name or concept in a registry, or by its name on the Hub.
+def _note(text: str) -> None:
+    logging.getLogger("spm_hub").info(text)
 
-    On the Hub it is owner/name[@revision], or the address of its page.
-    A name may be spelt as people do: `van_gogh` and `van-gogh.safetensors` find the eraser van-gogh.
-    A name that is nearly one of a registry is refused as a typing error. Another unknown
-    name is pulled from the repositories of `pull.owner()` into `registry` or the user's own registry. A Hub repository
-    that was pulled before is taken from the registry, at its pinned commit.
-    progress: called with the bytes done and the total of a download.
-    Raises UsageError if several erasers match, NotFoundError with the nearest names if none does, NetworkError if the
-    Hub is needed and out of reach.
-    """
-    if not reference.strip():
-        raise UsageError("the reference to an adapter is empty", mend="spmhub list")
-    path = Path(reference).expanduser()
-    if not path.exists():
-        reference = hub_reference(reference)
+
+@dataclass(frozen=True)
+class _Asking:
+    """The arguments of `resolve`, for the functions that it consists of."""
+
+    registry: Path | None
+    pull: bool
+    progress: ProgressCallback | None
+    say: Callable[[str], object]
+
+    def resolve(self, reference: str) -> EraserEntry:
+        """Return the eraser that a reference means; see the function of this name."""
+        if not reference.strip():
+            raise UsageError("the reference to an adapter is empty", mend="spmhub list")
         path = Path(reference).expanduser()
-    looks_like_path = path.suffix == _SUFFIX or path.is_absolute() or reference.startswith(("./", "../", "~"))
-    if looks_like_path or ("/" in reference and path.exists()):
-        is_name = path.name == reference and path.stem != reference and not path.exists()
-        named = _by_name(path.stem, registries(registry)) if is_name else None
-        return named or _entry_at(path)
-    known = registries(registry)
-    if match := HUB_REFERENCE.fullmatch(reference):
-        from spm_hub.hub.pull import download
+        if not path.exists():
+            reference = hub_reference(reference)
+            path = Path(reference).expanduser()
+        written = path.suffix == _SUFFIX
+        looks_like_path = written or path.is_absolute() or reference.startswith(("./", "../", "~"))
+        is_missing_file = written and path.name == reference and not path.exists()
+        if (looks_like_path and not is_missing_file) or ("/" in reference and path.exists()):
+            return _entry_at(path)
+        known = registries(self.registry)
+        if match := HUB_REFERENCE.fullmatch(reference):
+            return self._at_hub(match["repo"], match["revision"], known)
+        name = path.stem if is_missing_file else reference
+        hit, place = _held(name, known)
+        if is_missing_file and hit is None:
+            return _entry_at(path)
+        if path.is_file() or (path / WEIGHTS_NAME).is_file():
+            if hit is not None:
+                places = [f"./{reference} (a file here)", f"{hit.adapter_path} (in a registry)"]
+                raise ambiguous_eraser(reference, places)
+            return _entry_at(path)
+        if hit is None or place is None:
+            return self._from_hub(name, known)
+        if hit.name != reference:
+            self.say(f"{reference} means {hit.name}, {hit.adapter_path}")
+        elif place.root != (requested_root(self.registry) or known[-1].root):
+            self.say(f"{reference} is the one of the registry {place.root}")
+        return hit
 
-        pinned = _pinned(match["repo"], match["revision"], known)
-        return pinned or download(match["repo"], match["revision"], progress=progress)
-    hit = _by_name(reference, known)
-    if path.is_file() or (path / WEIGHTS_NAME).is_file():
-        if hit is not None:
-            raise ambiguous_eraser(reference, [f"./{reference} (a file here)", f"{hit.adapter_path} (in a registry)"])
-        return _entry_at(path)
-    return hit or _from_owner(reference, registry, progress)
+    def _at_hub(self, repo: str, revision: str | None, known: Sequence[Registry]) -> EraserEntry:
+        """Return the eraser of a repository: the one that was pulled from it, or its download."""
+        from spm_hub.hub import pull as hub_pull
+        from spm_hub.io.hub_client import is_commit
+
+        if (pinned := _pinned(repo, revision, known)) is not None:
+            return replace(pinned, asked=repo)
+        found = hub_pull.download(repo, revision, progress=self.progress)
+        # Who names a commit means that one, however old it is.
+        if signing.required_key() is not None and not is_commit(revision):
+            name = found.read_manifest().name
+            held = (entry for place in known if (entry := place.find(name)) is not None)
+            found.check_not_older([*held, *hub_pull.cached_versions(repo)])
+        return found
+
+    def _from_hub(self, name: str, known: Sequence[Registry]) -> EraserEntry:
+        """Pull a name that no registry has from the Hub, if there is a repository for it."""
+        held = list(_manifests(known))
+        names = list(dict.fromkeys(name for one in held for name in (one.name, one.concept.target) if name))
+        repo = first_party.repository_of(name, pull=self.pull)
+        where = "in " + ", ".join(str(place.root) for place in known)
+        if near := [one for one in names if _is_mistakable(name, one)]:
+            meant = " or ".join(dict.fromkeys(near))
+            raise NotFoundError(
+                f"no eraser {name!r} {where}; did you mean {meant}? The Hub was not asked, as the names are so close",
+                mend=f"the name {near[0]}; or, in full, spmhub pull {repo or f'OWNER/{plain_name(name)}'}",
+            )
+        if repo is None:
+            raise _not_here(name, names, held, where)
+        from spm_hub.hub import pull as hub_pull
+
+        self.say(f"{name} is in no registry; pulling {repo} ...")
+        target = known[-1] if requested_root(self.registry) is None else known[0]  # the last is the user's own
+        try:
+            found = hub_pull.pull_by_name(name, repo, target, self.progress)
+        except NetworkError as error:
+            raise unknown_eraser(name, names, f"{where}, and {error.message}") from error
+        if found is None:
+            raise unknown_eraser(name, names, f"{where}, nor on the Hub as {repo}")
+        return found
+
+
+def resolve(
+    reference: str,
+    registry: Path | None = None,
+    *,
+    pull: bool = False,
+    progress: ProgressCallback | None = None,
+    say: Callable[[str], object] = _note,
+) -> EraserEntry:
+    """Find an eraser by path, by name or target in a registry, or by owner/name[@revision] or address on the Hub.
+
+    A Hub repository that was pulled before is taken from the registry, at its pinned commit. A name that no registry
+    has is pulled into `registry` or the user's own one if `first_party.repository_of` knows a repository for it. It is
+    refused, before the Hub is asked, if it is one or two letters from a name that is there.
+    pull: whether such a name may be looked up on the Hub although nobody configured an account.  progress: called with
+    the bytes done and the total of a download.  say: called with what a reference came to mean, where that is not
+    plain; unless given, the logger "spm_hub" gets it.
+    Raises UsageError if several erasers match, NotFoundError with the nearest names if none does, NetworkError if the
+    Hub is needed and out of reach, HubError for a repository whose eraser is not the one that was asked for.
+    """
+    return _Asking(registry, pull, progress, say).resolve(reference)
 
 
 def load(reference: str, registry: Path | None = None, *, lazy: bool = False) -> "Adapter":
@@ -67,20 +143,70 @@ def load(reference: str, registry: Path | None = None, *, lazy: bool = False) ->
     return resolve(reference, registry).load(lazy=lazy)
 
 
-def _by_name(reference: str, known: Iterable[Registry]) -> EraserEntry | None:
-    """Return the eraser of that name or concept in the first registry that has one, or None.
+def _not_here(name: str, names: Sequence[str], held: Sequence[Manifest], where: str) -> NotFoundError:
+    """Return the error for a name that no registry has and that the Hub is not asked for."""
+    error = unknown_eraser(name, names, where)
+    claims = [one.name for one in held if plain_name(name) in map(plain_name, one.concept.aliases)]
+    if claims:
+        error = NotFoundError(f"{error.message}; it is an alias of {' and '.join(claims)}, which is another name")
+    repo = f"{first_party.DEFAULT_OWNER}/{plain_name(name)}"
+    mend = f"spmhub search {plain_name(name)}; --pull, in Python the name {repo!r}, asks the Hub for {repo}"
+    here = Path.cwd()
+    if is_registry(here) and any(one.is_called(name) for one in _manifests([Registry(here)])):
+        mend = "the working folder is a registry that has it, if you trust it: --registry ."
+    return NotFoundError(error.message, mend=mend)
 
-    Raises UsageError if several erase the concept.
-    """
-    if re.fullmatch(NAME, reference):
-        # A name, even in a later registry, takes precedence over a concept: any manifest can claim any concept.
-        for find in (Registry.find, Registry.find_spelt):
-            if found := next((entry for place in known if (entry := find(place, reference))), None):
-                return found
+
+def _held(name: str, known: Sequence[Registry]) -> tuple[EraserEntry | None, Registry | None]:
+    """Return the eraser that `name` means, and its registry; (None, None) if there is none."""
+    # A name, even in a later registry, takes precedence over a target: any manifest can claim any target.
+    for place in known if re.fullmatch(NAME, name) else ():
+        if (entry := place.find(name)) is not None:
+            return entry, place
     for place in known:
-        with suppress(NotFoundError):
-            return place.get(reference)
-    return None
+        if (entry := place.find_spelt(name)) is not None:
+            return entry, place
+    for place in known:
+        try:
+            return place.get(name), place
+        except NotFoundError:
+            continue
+    return None, None
+
+
+def _manifests(known: Iterable[Registry]) -> Iterable[Manifest]:
+    """Yield the manifests of the erasers in the registries that can be read."""
+    for place in known:
+        for entry in place.entries():
+            try:
+                yield entry.read_manifest()
+            except SpmHubError:
+                continue
+
+
+def _is_mistakable(name: str, other: str) -> bool:
+    """Return whether `name` is another name than `other`, one or two letters from it."""
+    one, two = plain_name(name), plain_name(other)
+    most = 2 if min(len(one), len(two)) >= _SAFE_LENGTH else 1
+    return 0 < letters_apart(one, two) <= most
+
+
+def letters_apart(one: str, other: str) -> int:
+    """Return the distance between two words: letters added, dropped, changed, or swapped with the next.
+
+    It is that of optimal string alignment.
+    """
+    earlier: list[int] = []
+    before = list(range(len(other) + 1))
+    for row, letter in enumerate(one, start=1):
+        now = [row]
+        for column, opposite in enumerate(other, start=1):
+            least = min(before[column] + 1, now[-1] + 1, before[column - 1] + (letter != opposite))
+            if row > 1 and column > 1 and letter == other[column - 2] and one[row - 2] == opposite:
+                least = min(least, earlier[column - 2] + 1)
+            now.append(least)
+        earlier, before = before, now
+    return before[-1]
 
 
 def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> EraserEntry | None:
@@ -92,33 +218,6 @@ def _pinned(repo: str, revision: str | None, known: Iterable[Registry]) -> Erase
                 if entry is not None and entry.pin == pin:
                     return entry
     return None
-
-
-def _from_owner(reference: str, registry: Path | None, progress: ProgressCallback | None) -> EraserEntry:
-    """Pull a name that no registry has from the Hub.
-
-    Raises NotFoundError, without a request if a registry has nearly that name; HubError for a closed repository.
-    """
-    from spm_hub.hub import pull as hub_pull
-
-    known, user = registries(registry), hub_pull.owner()
-    # The eraser may have another name than its repository, so the name alone does not find a pulled one.
-    if user is not None and (entry := _pinned(f"{user}/{slug(reference)}", None, known)):
-        return entry
-    where = ", ".join(str(place.root) for place in known)
-    names = [entry.name for place in known for entry in place.entries()]
-    if user is not None and nearest(slug(reference).replace("_", "-"), names, cutoff=_TYPING_ERROR):
-        raise unknown_eraser(reference, names, f"in {where}")
-    target = known[-1] if requested_root(registry) is None else known[0]  # the last is the user's own
-    try:
-        found = hub_pull.pull_by_name(slug(reference), target, progress)
-    except NetworkError as error:
-        raise unknown_eraser(reference, names, f"in {where}, and {error.message}") from error
-    if found is None:
-        raise unknown_eraser(
-            reference, names, f"in {where}" + (f", nor on the Hub as {user}/{slug(reference)}" if user else "")
-        )
-    return found
 
 
 def _entry_at(path: Path) -> EraserEntry:

@@ -1,5 +1,6 @@
 """One eraser on disk: finds its adapter file, manifest and signature, and reads them."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ class EraserEntry:
 
     origin: its repository and commit on the Hub, where its manifest does not name them.
     fetched: True if it was downloaded by this call.
+    asked: the name, or the repository, that it was asked for by, where that is not `name`; a signature has to be of an
+    eraser of that name.
     """
 
     name: str
@@ -31,6 +34,7 @@ class EraserEntry:
     manifest_path: Path | None
     origin: Origin | None = None
     fetched: bool = False
+    asked: str | None = None
 
     def describe_source(self) -> str:
         """Describe for a reader where the file came from and where it is kept.
@@ -123,15 +127,54 @@ class EraserEntry:
         """
         from spm_hub.adapters.adapter import load_file
 
-        signed = None
-        if key is not None:
-            signed = signing.check(self.adapter_path, self.manifest_path, self.signature_path, key)
+        signed = None if key is None else self.check_signature(key)
         adapter = load_file(self.adapter_path, self.manifest_path, lazy=lazy)
         # The manifest contains the file's sha256, which load_file checks: one manifest means one adapter file.
         if signed is not None and adapter.manifest != signed:
             raise SignatureError(f"{self.manifest_path} was replaced while it was checked", mend="run it again")
         self._checked(adapter.manifest)
         return adapter
+
+    def check_signature(self, key: Path) -> Manifest:
+        """Check that file and manifest were signed for the public `key`, under the name asked for.
+
+        Returns the manifest that was checked. Raises SignatureError.
+        """
+        signed = signing.check(self.adapter_path, self.manifest_path, self.signature_path, key)
+        name = None if self.asked is None else self.asked.rpartition("/")[2]
+        # Repositories of erasers are called spm-NAME as often as NAME.
+        if name is not None and not any(map(signed.is_called, (name, name.removeprefix("spm-")))):
+            from_hub = f"spmhub pull {self.asked} --name {signed.name}" if "/" in str(self.asked) else signed.name
+            raise SignatureError(
+                f"{self.asked!r} was asked for, but the signed eraser there is {signed.name!r}, of "
+                f"{signed.concept.target!r}",
+                mend=f"if that is the one you want: {from_hub}",
+            )
+        return signed
+
+    def check_not_older(self, held: Iterable["EraserEntry"]) -> None:
+        """Refuse this eraser if it was signed before one of its name among those that are `held`.
+
+        Somebody who controls a repository, and not the key, could bring back an old version by it. It applies where a
+        signature is required; an eraser that is held without a valid one counts for nothing.
+        Raises SignatureError.
+        """
+        key = signing.required_key()
+        if key is None:
+            return
+        manifest = self.check_signature(key)
+        for one in held:
+            try:
+                other = one.check_signature(key)
+            except SpmHubError:
+                continue
+            older = other.signed is not None and (manifest.signed is None or manifest.signed < other.signed)
+            if other.name == manifest.name and older:
+                raise SignatureError(
+                    f"{manifest.name} was signed {_date(manifest)}, and {one.adapter_path} is one that was signed "
+                    f"{_date(other)}: an older one does not replace it",
+                    mend=f"if the older one is meant: spmhub remove {manifest.name}, or name its commit",
+                )
 
     def _checked(self, manifest: Manifest) -> Manifest:
         """Return the manifest; raise ManifestError if its name is not the file's.
@@ -144,6 +187,10 @@ class EraserEntry:
                 mend=f"rename it and {self.adapter_path} to {manifest.name}, or change the name inside",
             )
         return manifest
+
+
+def _date(manifest: Manifest) -> str:
+    return "without a date" if manifest.signed is None else f"on {manifest.signed:%Y-%m-%d %H:%M:%S}"
 
 
 def entry_of(file: Path) -> EraserEntry:

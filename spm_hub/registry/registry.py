@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import platformdirs
 
-from spm_hub.adapters.manifest import NAME, Evaluation, Manifest, Origin, slug
+from spm_hub.adapters.manifest import NAME, Evaluation, Manifest, Origin, plain_name, slug
 from spm_hub.errors import (
     AdapterFileError,
     ManifestError,
@@ -25,7 +25,7 @@ from spm_hub.errors import (
     ambiguous_eraser,
     unknown_eraser,
 )
-from spm_hub.io.atomic import Content, write_atomic
+from spm_hub.io.atomic import Content, write_atomic, write_together
 from spm_hub.io.environment import REGISTRY_VARIABLE
 from spm_hub.io.wording import counted, quoted
 from spm_hub.registry import lockfile, signing, storage
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter
 
 _SUFFIX = storage.SUFFIXES[storage.ADAPTERS]
+_CLONE = Path(__file__).resolve().parents[2]
+"""The folder that the running code is in: a clone of spm-hub, or a folder of installed packages."""
 HUB_REFERENCE = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -70,9 +72,10 @@ class Registry:
         return tuple(entry_of(file) for file in files)
 
     def get(self, reference: str) -> EraserEntry:
-        """Return the eraser of that name, or else the only one that erases the concept of that name.
+        """Return the eraser of that name, or else the only one whose target has that name.
 
-        Raises NotFoundError with the nearest names, UsageError if several erase the concept.
+        An alias never finds an eraser: anybody's manifest can claim any alias.
+        Raises NotFoundError with the nearest names, UsageError if several have the target.
         """
         entries = self.entries()
         for entry in entries:
@@ -87,8 +90,8 @@ class Registry:
         return spelt
 
     def erasing(self, concept: str) -> list[EraserEntry]:
-        """Return all erasers whose concept has the name `concept`; case is ignored."""
-        return [entry for entry in self.entries() if _erases(entry, concept)]
+        """Return all erasers whose name or target is `concept`, in any spelling; an alias is neither."""
+        return [entry for entry in self.entries() if _is_called(entry, concept)]
 
     def find(self, name: str) -> EraserEntry | None:
         """Return the eraser of exactly that name, or None."""
@@ -100,8 +103,8 @@ class Registry:
 
         None if there is none. Raises UsageError if there are several.
         """
-        wanted = _plain_spelling(reference)
-        found = [entry for entry in self.entries() if _plain_spelling(entry.name) == wanted]
+        wanted = plain_name(reference)
+        found = [entry for entry in self.entries() if plain_name(entry.name) == wanted]
         if len(found) > 1:
             raise _ambiguous(reference, found)
         return found[0] if found else None
@@ -116,10 +119,12 @@ class Registry:
     def install(self, source: EraserEntry, manifest: Manifest | None = None, *, replace: bool = False) -> EraserEntry:
         """Copy an adapter file and its manifest into this registry, bit for bit, after verifying both.
 
+        Where a signature is required, an older one than is held is refused.
         manifest: written instead of the source's own. Its `origin` goes into the lock file, as the caller has just
         pulled the adapter from there; the origin in a manifest that came with a file is only a claim and does not.
-        Raises ManifestError if there is no manifest, AdapterFileError, and RegistryError as `add` does.
+        Raises ManifestError if there is no manifest, AdapterFileError, SignatureError, and RegistryError as `add` does.
         """
+        self._check_not_older(source)
         return self._put([_verified_copy(source, manifest)], replace=replace)[0]
 
     def install_all(self, sources: Sequence[EraserEntry], *, replace: bool = False) -> tuple[EraserEntry, ...]:
@@ -131,6 +136,8 @@ class Registry:
         erasers = [
             _new_eraser_from(one.load()) if one.manifest_path is None else _verified_copy(one) for one in sources
         ]
+        for one in sources:
+            self._check_not_older(one)
         names = [one.manifest.name for one in erasers]
         if twice := [f"{one.adapter_path}" for one, name in zip(sources, names, strict=True) if names.count(name) > 1]:
             raise UsageError(
@@ -138,6 +145,10 @@ class Registry:
                 mend="name only one, or use another registry",
             )
         return self._put(erasers, replace=replace)
+
+    def _check_not_older(self, source: EraserEntry) -> None:
+        if signing.required_key() is not None and (held := self.find(source.read_manifest().name)) is not None:
+            source.check_not_older([held])
 
     def _put(self, erasers: Sequence[_NewEraser], *, replace: bool) -> tuple[EraserEntry, ...]:
         def check_room() -> tuple[EraserEntry, ...]:
@@ -204,8 +215,8 @@ class Registry:
     def sign(self, name: str, key: Path) -> Path:
         """Sign an eraser's file and manifest with a private key (PEM) and return the path of the signature.
 
-        An earlier signature is replaced. Raises NotFoundError, ManifestError if it has no manifest file, and the errors
-        of `signing.sign`.
+        The manifest gets the date of the signature. An earlier signature is replaced.
+        Raises NotFoundError, ManifestError if it has no manifest file, and the errors of `signing.sign`.
         """
         entry = self.find(name)
         if entry is None:
@@ -213,9 +224,11 @@ class Registry:
         with storage.write_lock(self.root):
             if entry.manifest_path is None:
                 raise ManifestError(f"{entry.adapter_path} has no manifest file, so it cannot be signed")
-            entry.load_now()
+            manifest = entry.load_now().manifest
+            manifest = manifest.model_copy(update={"signed": signing.next_date(manifest.signed)})
             signature = storage.part_path(self.root, storage.SIGNATURES, name)
-            write_atomic(signature, signing.sign(entry.adapter_path, entry.manifest_path, key))
+            signed = signing.sign(entry.adapter_path, manifest, key)
+            write_together({signature: signed, entry.manifest_path: manifest.to_json().encode()})
         return signature
 
     def remove(self, name: str) -> None:
@@ -271,20 +284,26 @@ def requested_root(registry: Path | None = None) -> Path | None:
 def registries(registry: Path | None = None) -> tuple[Registry, ...]:
     """Return the registries to look names up in, in order.
 
-    They are: `registry` or SPMHUB_REGISTRY, the working folder if it is laid out as a registry, the user's own.
+    They are: `registry` or SPMHUB_REGISTRY, and the user's own; before that the working folder, but only if it is the
+    clone of spm-hub whose code is running. In any other folder somebody else's erasers may answer to every name.
     Raises RegistryError if the folder that the user named does not exist.
     """
     roots = [user_registry().root]
     here = Path.cwd()
-    if (here / storage.ADAPTERS).is_dir() and (here / storage.MANIFESTS).is_dir():
+    if here == _CLONE and is_registry(here):
         roots.insert(0, here)
     if (asked := requested_root(registry)) is not None:
         if not asked.is_dir():
             raise RegistryError(
                 f"the registry {asked} does not exist", mend=f"mkdir -p {quoted(asked / storage.ADAPTERS)}"
             )
-        roots.insert(0, asked)
+        roots = [asked, *(root for root in roots if root.resolve() != asked.resolve())]
     return tuple(map(Registry, roots))
+
+
+def is_registry(folder: Path) -> bool:
+    """Return whether a folder is laid out as a registry."""
+    return (folder / storage.ADAPTERS).is_dir() and (folder / storage.MANIFESTS).is_dir()
 
 
 def registry_for_new(registry: Path | None = None) -> Registry:
@@ -361,17 +380,12 @@ def _same_repository(existing: EraserEntry, origin: Origin | None) -> bool:
     return pin is not None and before is not None and before.repo == pin.repo == origin.repo
 
 
-def _plain_spelling(name: str) -> str:
-    return slug(name).replace("_", "-")
-
-
 def _ambiguous(reference: str, found: Sequence[EraserEntry]) -> UsageError:
     return ambiguous_eraser(reference, (f"{entry.name} ({entry.adapter_path})" for entry in found))
 
 
-def _erases(entry: EraserEntry, concept: str) -> bool:
+def _is_called(entry: EraserEntry, name: str) -> bool:
     try:
-        manifest = entry.read_manifest()
+        return entry.read_manifest().is_called(name)
     except SpmHubError:
         return False  # An unreadable manifest must not block the lookup of other erasers; loading it reports the error.
-    return concept.casefold() in (name.casefold() for name in manifest.concept.names)

@@ -1,7 +1,8 @@
 """Signs erasers and checks signatures, with the library model-signing.
 
-A signature covers a folder with the adapter file and its manifest. Two manifest fields that differ between copies are
-left out: the adapter's file name and the origin on the Hub.
+A signature covers a folder with the adapter file and its manifest, with its name, its gate and the date of the
+signature. Two manifest fields that differ between copies are left out: the adapter's file name, and the origin on the
+Hub, which is therefore believed only where the registry's own lock file agrees.
 """
 
 import os
@@ -9,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,16 @@ def required_key() -> Path | None:
     return Path(named) if (named := os.environ.get(KEY_VARIABLE)) else None
 
 
-def sign(adapter: Path, manifest: Path, key: Path) -> bytes:
+def sign(adapter: Path, manifest: Manifest, key: Path) -> bytes:
     """Sign an adapter file and its manifest and return the signature.
 
     key: an elliptic-curve private key (PEM, not encrypted).
     Raises UsageError if the extra `sign` is not installed or the key is of another kind, NotFoundError if there is no
-    key file, ManifestError.
+    key file.
     """
     signing = _library("signing")
     config = _with_key(key, "private", lambda: signing.Config().use_elliptic_key_signer(private_key=key))
-    with _signed_folder(adapter, Manifest.read(manifest)) as folder:
+    with _signed_folder(adapter, manifest) as folder:
         signature = folder.with_name(SIGNATURE_NAME)
         config.sign(folder, signature)
         return signature.read_bytes()
@@ -91,6 +93,12 @@ def check(adapter: Path, manifest: Path | None, signature: Path | None, key: Pat
                 mend="--key with the public key of the signer",
             ) from error
     return described
+
+
+def next_date(earlier: datetime | None) -> datetime:
+    """Return the date of a signature made now; it is later than that of the `earlier` one."""
+    now = datetime.now(UTC)
+    return now if earlier is None else max(now, earlier + timedelta(microseconds=1))
 
 
 def _write(path: Path, content: bytes) -> Path:

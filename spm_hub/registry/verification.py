@@ -91,8 +91,8 @@ def _signature(entry: EraserEntry, key: Path | None) -> Check:
         return Check("signature", "not checked", f"{signature or 'none'}; --key KEY checks it")
 
     def look() -> str:
-        signing.check(entry.adapter_path, entry.manifest_path, signature, key)
-        return f"made with the private key of {key}"
+        when = entry.check_signature(key).signed
+        return f"made with the private key of {key}" + ("" if when is None else f" on {when:%Y-%m-%d %H:%M:%S}")
 
     return _check("signature", look)
 

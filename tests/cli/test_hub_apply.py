@@ -37,7 +37,7 @@ def typed(hub: LoopbackHub, home: Path, *arguments: str) -> Done:
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
         [sys.executable, "-m", "spm_hub.cli", *arguments],
-        cwd=home / "work", env={**os.environ, **hub.environment(home, PYTHONPATH=root)},
+        cwd=home / "work", env={**os.environ, **hub.environment(home, PYTHONPATH=root, SPMHUB_OWNER="spm-hub")},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return Done(done.returncode, done.stdout, done.stderr)
@@ -133,7 +133,13 @@ def test_one_clear_error_where_an_eraser_is_nowhere(
         hub.adopt(monkeypatch, home)
         monkeypatch.chdir(home / "work")
         stocked(hub, home / "made", erasers[:1], "spm-hub")
+        done = spmhub(*COMMAND, "--pull")
+        assert done.code == 2
+        assert "no eraser 'snoopy' in" in done.err
+        assert "nor on the Hub as spm-hub/snoopy" in done.err
+        hub.requests.clear()
         done = spmhub(*COMMAND)
-    assert done.code == 2
-    assert "no eraser 'snoopy' in" in done.err
-    assert "nor on the Hub as spm-hub/snoopy" in done.err
+        assert done.code == 2
+        assert "no eraser 'snoopy' in" in done.err
+        assert "--pull" in done.err
+        assert hub.requests == [], "nobody configured an account, or asked for one"

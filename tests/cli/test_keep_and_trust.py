@@ -210,5 +210,7 @@ def test_a_registry_that_is_asked_for_is_the_only_one_to_be_listed_and_changed(
     assert [entry.name for entry in Registry(here).entries()] == ["mickey", "snoopy"]
     listed = CliRunner().invoke(app, ["list", "--registry", str(asked), "--json"])
     assert [(row["name"], row["registry"]) for row in json.loads(listed.stdout)] == [("mickey", str(asked))]
-    assert CliRunner().invoke(app, ["remove", "mickey"]).exit_code == 0
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert CliRunner().invoke(app, ["remove", "mickey"]).exit_code != 0, "the working folder was not asked for"
+    assert CliRunner().invoke(app, ["remove", "mickey", "--registry", "."]).exit_code == 0
     assert [entry.name for entry in Registry(asked).entries()] == ["mickey"]

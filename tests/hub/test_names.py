@@ -44,7 +44,7 @@ def test_a_typing_error_is_said_without_asking_the_hub(tmp_path: Path, monkeypat
                 resolve(typed, kept.root)
         assert hub.requests == []
         with pytest.raises(NotFoundError, match="nor on the Hub"):
-            resolve("nobody-made-this", kept.root)
+            resolve("nobody-made-this", kept.root, pull=True)
         assert hub.requests
     with pytest.raises(NotFoundError, match=r"missing\.safetensors"):
         resolve("missing.safetensors", kept.root)

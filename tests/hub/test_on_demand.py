@@ -74,7 +74,7 @@ def test_an_eraser_of_another_model_is_not_taken_and_keeps_its_name(
         assert list(erasers) == [name]
 
 
-def test_an_eraser_that_fits_is_taken_whatever_its_method_and_by_any_of_its_names(
+def test_an_eraser_that_fits_is_taken_whatever_its_method_and_in_any_spelling(
     mine: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "train_together", no_training)
@@ -83,7 +83,16 @@ def test_an_eraser_that_fits_is_taken_whatever_its_method_and_by_any_of_its_name
     base = Base(family="sd1", id="elsewhere", fingerprint=fingerprint_of(pipe.unet))
     fitting = eraser.manifest.model_copy(update={"base": base})
     mine.add(spm_hub.Adapter(fitting, eraser.increments))
-    with spm_hub.attach(pipe, erase=["nude", "nudity"], registry=mine.root) as erasers:
+    with spm_hub.attach(pipe, erase=["Nudity", "nudity"], registry=mine.root) as erasers:
+        assert list(erasers) == ["nudity"]
+
+
+def test_an_alias_of_anybodys_eraser_is_not_taken_for_the_concept(mine: Registry) -> None:
+    pipe = pico_pipeline(text_width=64)
+    squatter = pico_eraser(pipe.unet, "sharper-hands", aliases=["nudity"])
+    base = Base(family="sd1", id="elsewhere", fingerprint=fingerprint_of(pipe.unet))
+    mine.add(spm_hub.Adapter(squatter.manifest.model_copy(update={"base": base}), squatter.increments))
+    with spm_hub.attach(pipe, erase=["nudity"], registry=mine.root) as erasers:
         assert list(erasers) == ["nudity"]
 
 

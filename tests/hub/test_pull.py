@@ -26,7 +26,6 @@ from spm_hub.errors import (
     HubError,
     ManifestError,
     NetworkError,
-    NotFoundError,
     SpmHubError,
     UsageError,
 )
@@ -242,29 +241,6 @@ def test_an_eraser_of_that_name_from_elsewhere_is_not_replaced(hub: LoopbackHub,
     # One that is trained here after all is no longer pinned.
     registry.add(eraser(seed=3), replace=True)
     assert set(lockfile.read(registry.root)) == {"other"}
-
-
-def test_a_bare_name_is_the_owners_repository(
-    hub: LoopbackHub, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registry.root.mkdir()
-    hub.publish("spm-hub/snoopy", repository(tmp_path / "made"))
-    hub.publish("mine/mickey", repository(tmp_path / "mickey", eraser(name="mickey")))
-    entry = resolve("snoopy", registry.root)
-    assert entry.fetched
-    assert "spm-hub/snoopy@" in entry.describe_source()
-    assert str(registry.root) in entry.describe_source()
-    with pytest.raises(NotFoundError, match="nor on the Hub as spm-hub/mickey"):
-        resolve("mickey", registry.root)
-    monkeypatch.setenv(hub_pull.OWNER_VARIABLE, "mine")
-    assert "mine/mickey@" in resolve("mickey", registry.root).describe_source()
-    monkeypatch.setenv(hub_pull.OWNER_VARIABLE, "")
-    hub.requests.clear()
-    with pytest.raises(NotFoundError) as caught:
-        resolve("van gogh", registry.root)
-    assert "Hub" not in caught.value.message
-    assert resolve("snoopy", registry.root).load().name == "snoopy"
-    assert hub.requests == []
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str | None]] = {

@@ -59,18 +59,33 @@ def test_kept_listed_and_found(registry: Registry) -> None:
     assert Registry(registry.root / "none").entries() == ()
 
 
-@pytest.mark.parametrize("reference", ["van-gogh", "van gogh", "VAN GOGH", "vincent van gogh"])
-def test_a_concept_or_alias_finds_its_only_eraser(reference: str, registry: Registry) -> None:
-    assert registry.get(reference).name == "van-gogh"
+@pytest.mark.parametrize(
+    "reference", ["van-gogh", "van gogh", "VAN GOGH", "van_gogh", "Van.Gogh", "van-gogh.safetensors"]
+)
+def test_a_target_in_any_spelling_finds_its_only_eraser(reference: str, registry: Registry) -> None:
+    said: list[str] = []
+    assert resolve(reference, registry.root, say=said.append).name == "van-gogh"
+    meant = f"{reference} means van-gogh, {registry.root / 'adapters' / 'van-gogh.safetensors'}"
+    assert said == ([] if reference == "van-gogh" else [meant])
+
+
+def test_an_alias_finds_no_eraser(registry: Registry) -> None:
+    with pytest.raises(NotFoundError) as caught:
+        resolve("vincent van gogh", registry.root)
+    assert "it is an alias of van-gogh, which is another name" in str(caught.value)
+    with pytest.raises(NotFoundError):
+        registry.get("vincent van gogh")
 
 
 def test_a_concept_of_two_erasers_is_ambiguous(registry: Registry) -> None:
-    registry.add(named("van-gogh-esd", concept="van gogh"))
+    for name in ("monet-spm", "monet-esd", "van-gogh-esd"):
+        registry.add(named(name, concept=name.rpartition("-")[0]))
     with pytest.raises(UsageError) as caught:
-        resolve("van gogh", registry.root)
-    assert "van-gogh (" in str(caught.value)
-    assert "van-gogh-esd (" in str(caught.value)
-    assert resolve("van-gogh", registry.root).name == "van-gogh"
+        resolve("Monet", registry.root)
+    assert "monet-spm (" in str(caught.value)
+    assert "monet-esd (" in str(caught.value)
+    # A name goes before a target.
+    assert resolve("van gogh", registry.root).name == "van-gogh"
 
 
 def test_an_unknown_name_suggests_the_nearest(registry: Registry) -> None:
@@ -90,7 +105,17 @@ def test_the_order_of_registries(tmp_path: Path, registry: Registry, monkeypatch
     registries.user_registry().add(named("mickey"))
     assert resolve("snoopy").adapter_path.is_relative_to(tmp_path / "data")
     Registry(Path.cwd()).add(named("snoopy"))
-    assert resolve("snoopy").adapter_path.is_relative_to(tmp_path / "work")
+    Registry(Path.cwd()).add(named("nudity"))
+    assert resolve("snoopy").adapter_path.is_relative_to(tmp_path / "data"), "the working folder may be a stranger's"
+    with pytest.raises(NotFoundError) as caught:
+        resolve("nudity")
+    assert "--registry ." in str(caught.value.mend)
+    assert resolve("nudity", Path(".")).name == "nudity"
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(registries, "_CLONE", Path.cwd())
+        assert resolve("snoopy", say=said.append).adapter_path.is_relative_to(tmp_path / "work")
+        assert said == [f"snoopy is the one of the registry {tmp_path / 'work'}"]
     monkeypatch.setenv(registries.REGISTRY_VARIABLE, str(registry.root))
     assert resolve("snoopy").adapter_path.is_relative_to(registry.root)
     other = Registry(tmp_path / "other")
@@ -281,13 +306,13 @@ def test_an_empty_variable_names_no_registry(monkeypatch: pytest.MonkeyPatch) ->
     Registry(Path.cwd()).add(named("snoopy"))
     monkeypatch.setenv(registries.REGISTRY_VARIABLE, "")
     pulled_into = []
-    monkeypatch.setattr(hub_pull, "pull_by_name", lambda name, registry, progress: pulled_into.append(registry))
+    monkeypatch.setattr(hub_pull, "pull_by_name", lambda name, repo, registry, progress: pulled_into.append(registry))
     with pytest.raises(NotFoundError, match="mickey"):
-        resolve("mickey")
+        resolve("mickey", pull=True)
     assert pulled_into == [registries.user_registry()]
     monkeypatch.setenv(registries.REGISTRY_VARIABLE, str(Path.cwd()))
     with pytest.raises(NotFoundError, match="mickey"):
-        resolve("mickey")
+        resolve("mickey", pull=True)
     assert pulled_into[1:] == [Registry(Path.cwd())]
 
 

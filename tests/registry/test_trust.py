@@ -159,10 +159,11 @@ def test_a_name_goes_before_what_another_registry_calls_its_concept(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     first, mine = Registry(tmp_path / "first"), Registry(tmp_path)
-    first.add(named("useless", aliases=("nudity",)))
+    first.add(named("useless", concept="Nudity", aliases=("nudity",)))
     mine.add(named("nudity"))
+    monkeypatch.setattr("spm_hub.registry.registry._CLONE", tmp_path)
     assert resolve("nudity", first.root).name == "nudity"
-    assert resolve("Nudity", first.root).name == "useless"
+    assert resolve("Nudity", first.root).name == "nudity"
 
 
 # How it is gated.
