@@ -68,8 +68,7 @@ def convert(
     source: a file or folder of any format, an eraser's name in a registry or on the Hub, or an Adapter.
     to: the format ("diffusers" ...) or the program ("comfyui", "webui", "invoke") to write for.  out: the file, or the
     folder for a format of several files; unless given, a name in the working folder.
-    keep: store the eraser in a registry.  registry: the folder for this, and for names; unless given, the working
-    folder if it is a registry, else the user's own.  replace: overwrite existing files.
+    keep: store it in a registry.  registry: for this, and for names; unless given, the user's own.  replace: overwrite.
     svd_rank: approximate every module's change by at most this rank, and state the relative error.
     name, concept, family: the eraser's name, concept and model family (sd1 ...), unless the file's are right.
     model: the base it was trained on, for whole weights, DoRA, masks, and `to="esd"`: an alias, folder, file or Hub

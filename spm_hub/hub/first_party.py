@@ -1,4 +1,4 @@
-"""Decides whether, and in which repository, a bare name is looked up on the Hub. Imports no Hub client."""
+"""Decides whether, and in which repository, a bare name is looked up. Imports no Hub client."""
 
 import os
 from collections.abc import Mapping

@@ -14,7 +14,7 @@ from test_storage import files_of
 
 from spm_hub.adapters.adapter import Adapter, load_file
 from spm_hub.adapters.formats import spm
-from spm_hub.adapters.manifest import GateDefaults, Manifest, Origin
+from spm_hub.adapters.manifest import Concept, GateDefaults, Manifest, Origin
 from spm_hub.errors import AdapterFileError, HubError, ManifestError, RegistryError, SpmHubError
 from spm_hub.hub import download as fetching
 from spm_hub.hub import pull as hub_pull
@@ -142,11 +142,15 @@ def test_a_repository_of_another_name_than_its_eraser_is_pulled_once(
     registry: Registry,  # noqa: F811
     tmp_path: Path,
 ) -> None:
+    def of_nudity(seed: int) -> Adapter:
+        made = eraser(seed=seed, name="nude")
+        return Adapter(made.manifest.model_copy(update={"concept": Concept(target="nudity")}), made.increments)
+
     registry.root.mkdir()
-    hub.publish("spm-hub/nudity", repository(tmp_path / "one", eraser(name="nude")))
-    first = resolve("nudity", registry.root)
+    hub.publish("spm-hub/nudity", repository(tmp_path / "one", of_nudity(0)))
+    first = resolve("nudity", registry.root, pull=True)
     assert first.name == "nude"
-    hub.publish("spm-hub/nudity", repository(tmp_path / "two", eraser(seed=1, name="nude")))
+    hub.publish("spm-hub/nudity", repository(tmp_path / "two", of_nudity(1)))
     hub.requests.clear()
     before = files_of(registry.root)
     assert resolve("nudity", registry.root).adapter_path == first.adapter_path
