@@ -105,11 +105,7 @@ def unknown_eraser(reference: str, names: Iterable[str], where: str) -> NotFound
     return NotFoundError(f"no eraser {reference!r} {where}{did_you_mean(reference, known)}", mend=mend)
 
 
-def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> tuple[str, ...]:
-    """Return up to three of `candidates` that resemble `name` most, best first; case is ignored.
-
-    cutoff: the least similarity, of 1.
-    """
+def nearest(name: str, candidates: Iterable[str]) -> tuple[str, ...]:
+    """Return up to three of `candidates` that resemble `name` most, best first; case is ignored."""
     by_folded = {candidate.casefold(): candidate for candidate in candidates}
-    close = difflib.get_close_matches(name.casefold(), by_folded, n=3, cutoff=cutoff)
-    return tuple(by_folded[match] for match in close)
+    return tuple(by_folded[match] for match in difflib.get_close_matches(name.casefold(), by_folded, n=3, cutoff=0.6))

@@ -209,6 +209,10 @@ class Evaluation(_Part):
         return {key: value for key, value in handler(self).items() if key not in unrecorded}
 
 
+_LATER_IN_EVALUATIONS = ("steps", "guidance", "gate", "version", "date")
+"""Keys that evaluations did not have at first."""
+
+
 class Manifest(_Part):
     """The whole manifest of an adapter, version 2.
 
@@ -259,8 +263,20 @@ class Manifest(_Part):
         return plain_name(name) in {plain_name(one) for one in (self.name, self.concept.target) if one is not None}
 
     def to_json(self) -> str:
-        """Return the text of the manifest file: indented JSON that ends with a newline."""
-        return self.model_dump_json(indent=2) + "\n"
+        """Return the text of the manifest file: indented JSON that ends with a newline.
+
+        Signatures cover it, so that keys which older manifests do not have are written only where they have a value.
+        """
+        return self.model_dump_json(indent=2, exclude=self._without_a_value()) + "\n"
+
+    def _without_a_value(self) -> dict[str, Any]:
+        """Return the keys that an older manifest would not have, and this one has no value for."""
+        unset: dict[str, Any] = {key: True for key in ("training", "signed") if getattr(self, key) is None}
+        measured = {
+            row: {key for key in _LATER_IN_EVALUATIONS if getattr(one, key) is None}
+            for row, one in enumerate(self.evaluation)
+        }
+        return {**unset, "evaluation": measured}
 
     def to_embedded_json(self) -> str:
         """Return the copy for the header of the adapter file.
@@ -270,8 +286,7 @@ class Manifest(_Part):
         """
         omitted: dict[str, Any] = dict.fromkeys(("created", "evaluation", "origin", "signed"), True)
         omitted["increment"] = {"file", "bytes", "sha256"}
-        if self.training is None:
-            omitted["training"] = True  # as in the files of releases that did not record it
+        omitted |= {key: True for key in self._without_a_value() if key != "evaluation"}
         return json.dumps(self.model_dump(mode="json", exclude=omitted), sort_keys=True, separators=(",", ":"))
 
     @classmethod

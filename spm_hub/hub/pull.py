@@ -115,16 +115,13 @@ def pull(
     entry = download(repo, revision if pin is None else pin.commit, progress=progress)
     entry = dataclasses.replace(entry, asked=asked or name or entry.asked)
     origin = Origin(repo=repo, commit=_commit_of(entry), revision=_named(revision))
+    if name is not None and entry.signature_path is not None:
+        _check_new_name(entry, repo, name)
     manifest = _complete_manifest(entry, repo)
     if asked is not None and not manifest.is_called(asked):
         raise HubError(
             f"{repo} holds an eraser named {manifest.name!r}, of {manifest.concept.target!r}, and not {asked!r}",
             mend=f"if that is the one you want: spmhub pull {repo}",
-        )
-    if name not in (None, manifest.name) and entry.signature_path is not None:
-        raise UsageError(
-            f"{repo} is signed under the name {manifest.name!r}; as {name!r} its signature would be invalid",
-            mend=f"leave --name out; if {manifest.name} is taken: spmhub pull {repo} --registry DIR",
         )
     manifest = manifest.model_copy(update={"origin": origin, "name": name or manifest.name})
     existing = registry.find(manifest.name)
@@ -141,6 +138,7 @@ def pull(
         if signing.required_key() is not None:
             existing.load()
         return PullResult(existing, origin, "unchanged")
+    registry.check_room_for(manifest.name, replace=replace, origin=lockfile.pin_of(manifest))
     changes = Changes(()) if existing is None else _changes(existing, entry, manifest, named=concept is not None)
     if changes.grave and not replace:
         raise HubError(
@@ -151,6 +149,15 @@ def pull(
     kept = registry.install(entry, manifest, replace=replace)
     state: Literal["new", "updated"] = "new" if existing is None else "updated"
     return PullResult(dataclasses.replace(kept, fetched=entry.fetched), origin, state, changes.said)
+
+
+def _check_new_name(entry: EraserEntry, repo: str, name: str) -> None:
+    """Raise UsageError if a signed eraser has another name than the one to keep it under."""
+    if (signed := entry.read_manifest().name) != name:
+        raise UsageError(
+            f"{repo} is signed under the name {signed!r}; as {name!r} its signature would be invalid",
+            mend=f"leave --name out; if {signed} is taken: spmhub pull {repo} --registry DIR",
+        )
 
 
 def _changes(existing: EraserEntry, entry: EraserEntry, manifest: Manifest, *, named: bool) -> Changes:

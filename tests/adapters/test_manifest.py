@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from spm_hub.adapters.manifest import Base, Concept, Evaluation, IncrementInfo, Manifest, slug
+from spm_hub.adapters.manifest import Base, Concept, Evaluation, IncrementInfo, Manifest, Training, slug
 from spm_hub.errors import ManifestError, NotFoundError, UsageError
 
 SCHEMA = Path(__file__).resolve().parents[2] / "manifests" / "schema.json"
@@ -201,3 +201,25 @@ def test_every_concept_has_a_valid_name(text: str) -> None:
 def test_an_empty_concept(text: str) -> None:
     with pytest.raises(UsageError, match="empty"):
         slug(text)
+
+
+def test_keys_that_older_manifests_do_not_have_are_written_with_a_value_only() -> None:
+    """An older signature covers the text without them."""
+    measured = Evaluation(protocol="a", base="b", subject="c", metric="d", value=1.0, samples=1, seed=0)
+    training = Training(steps=2, planned=4, ended="callback")
+    without, whole = (manifest().model_copy(update={"evaluation": (measured,)}) for _ in range(2))
+    whole = whole.model_copy(
+        update={
+            "training": training,
+            "signed": datetime(2026, 1, 1, tzinfo=UTC),
+            "evaluation": (measured.model_copy(update={"steps": 25}),),
+        }
+    )
+    later = {"training", "signed", "steps", "guidance", "gate", "version", "date"}
+    said = json.loads(without.to_json())
+    assert not later & (said.keys() - {"gate"})
+    assert not later & said["evaluation"][0].keys()
+    assert said["origin"] is None, "a key that it always had"
+    assert json.loads(whole.to_json())["evaluation"][0]["steps"] == 25
+    for one in (without, whole):
+        assert Manifest.from_json(one.to_json()) == one

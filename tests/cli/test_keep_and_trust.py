@@ -169,7 +169,7 @@ def test_pull_under_a_required_signature(
     }
     with LoopbackHub() as hub:
         hub.adopt(monkeypatch, tmp_path)
-        hub.publish("someone/signed", files)
+        hub.publish("someone/snoopy", files)
         hub.publish("someone/bare", {name: files[name] for name in (WEIGHTS_NAME, MANIFEST_NAME)})
         files[MANIFEST_NAME] = files[MANIFEST_NAME].replace(b'"strength": 1.0', b'"strength": 0.0')
         hub.publish("someone/altered", files)
@@ -180,10 +180,10 @@ def test_pull_under_a_required_signature(
             assert (code, answer["error"]["type"]) == (1, "SignatureError")
             assert named_ in answer["error"]["message"]
             assert there.entries() == ()
-        assert spmhub("pull", "someone/signed", *given)[0] == 0
+        assert spmhub("pull", "someone/snoopy", *given)[0] == 0
         assert spmhub("verify", "snoopy", "--registry", there.root, "--key", public)[0] == 0
         # Under another name the signature would not hold; without one, what the manifest inside says is the same.
-        code, answer = spmhub("pull", "someone/signed", *given, "--name", "beagle")
+        code, answer = spmhub("pull", "someone/snoopy", *given, "--name", "beagle")
         assert (code, "is signed under the name 'snoopy'" in answer["error"]["message"]) == (2, True)
         assert [entry.name for entry in there.entries()] == ["snoopy"]
         assert spmhub("pull", "someone/bare", "--registry", there.root, "--name", "beagle")[0] == 0

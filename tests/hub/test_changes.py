@@ -51,7 +51,7 @@ GRAVE: dict[str, tuple[Adapter, str]] = {
 SAID: dict[str, tuple[Adapter, str]] = {
     "a name more": (changed(BEFORE, concept=concept(aliases=("beagle", "a dog"))), "also acts on the names 'a dog'"),
     "a strength": (changed(BEFORE, gate=GateDefaults(strength=2.0)), "strength 1 -> 2"),
-    "a gate": (changed(BEFORE, gate=GateDefaults(kind="always")), "gate.kind transport -> always"),
+    "a gate": (changed(BEFORE, gate=GateDefaults(kind="always")), "gate.kind calibrated -> always"),
     "rows": (changed(BEFORE, gate=GateDefaults(rows="conditional")), "gate.rows both -> conditional"),
     "protection": (changed(BEFORE, gate=GateDefaults(protected=("a dog",))), "no effect on 1 prompt: 'a dog'"),
     "modules": (
