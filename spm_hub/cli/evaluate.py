@@ -40,9 +40,7 @@ def evaluate(
     record: Annotated[
         bool, typer.Option("--record", help="Keep the numbers in the eraser's manifest, where spmhub show has them.")
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="With --record: also replace numbers of more pictures or steps.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="With --record: replace numbers of more pictures.")] = False,
     gate: options.Gate = None,
     strength: options.Strength = None,
     seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 2024,
