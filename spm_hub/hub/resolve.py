@@ -126,9 +126,10 @@ def resolve(
 ) -> EraserEntry:
     """Find an eraser by path, by name or target in a registry, or on the Hub.
 
-    On the Hub it is owner/name[@revision], or the address of its page. A Hub repository that was pulled before is taken from the registry, at its pinned commit. A name that no registry
-    has is pulled into `registry` or the user's own one if `first_party.repository_of` knows a repository for it. It is
-    refused, before the Hub is asked, if it is one or two letters from a name that is there.
+    On the Hub it is owner/name[@revision], or the address of its page; a repository that was pulled before is taken
+    from the registry, at its pinned commit. A name that no registry has is pulled into `registry` or the user's own one
+    if `first_party.repository_of` knows a repository for it. It is refused, before the Hub is asked, if it is one or
+    two letters from a name that is there.
     pull: whether such a name may be looked up on the Hub although nobody configured an account.  progress: called with
     the bytes done and the total of a download.  say: called with what a reference came to mean, where that is not
     plain; unless given, the logger "spm_hub" gets it.
