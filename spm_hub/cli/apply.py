@@ -112,7 +112,8 @@ def _resolved(
     try:
         return resolve(reference, registry, pull=pull, progress=progress, say=out.say)
     except NotFoundError as error:
-        if "/" in reference or reference.endswith(".safetensors"):
+        # Of a name that is mistyped no eraser is wanted.
+        if "/" in reference or reference.endswith(".safetensors") or "did you mean" in error.message:
             raise
-        offer = f"--erase {quoted(reference)}, which makes one for this model now; or spmhub list"
+        offer = f"--erase {quoted(reference)}, which makes one for this model now; or {error.mend}"
         raise NotFoundError(error.message, mend=offer) from error
