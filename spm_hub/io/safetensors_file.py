@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 8 * 2**20
 """Far above any adapter's header (SDXL at all layers: 0.4 MB), far below what would hurt to parse."""
 
+MAX_TENSORS = 20_000
+"""A pipeline in one file has 3,000, a LoRA of all layers of FLUX.1 fewer; checking 100,000 takes seconds."""
+
+MAPPED_FROM = 64 * 2**20
+"""Bytes from which a file may be mapped. A smaller one is read: what changes it afterwards then has no effect."""
+
 HEADER_UNFOLDS = 18
 """Times the length of the text; one of nothing but the smallest tensors under the shortest names takes 14."""
 
@@ -86,8 +92,8 @@ def read_header(path: Path) -> Header:
 def read_tensors(path: Path, *, mapped: bool = False) -> tuple[Header, dict[str, "Tensor"], str]:
     """Read a whole file: its header, its tensors by key, and the sha256 of all its bytes.
 
-    mapped: leave the bytes to the operating system, which may drop them from memory and read them again; a file must
-    then never be written in place (ours are replaced as a whole).
+    mapped: leave the bytes of a large file (`MAPPED_FROM`) to the operating system, which may drop them from memory and
+    read them again; it must then never be written in place (ours are replaced as a whole).
     Verifies the hashes in the header, if it is one of ours, and that every number is finite.
     Raises AdapterFileError naming the offending key.
     """
@@ -96,7 +102,7 @@ def read_tensors(path: Path, *, mapped: bool = False) -> tuple[Header, dict[str,
         size = os.fstat(file.fileno()).st_size
         header = _parse_header(path, file, size)
         data: mmap.mmap | bytearray
-        if mapped:
+        if mapped and size >= MAPPED_FROM:
             # A private copy on write: torch wants memory that could be written to, the file never is.
             data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
         else:
@@ -258,6 +264,8 @@ def _parse_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
     metadata = described.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse(path, "__metadata__ in its header is not a map of strings")
+    if len(described) > MAX_TENSORS:
+        _refuse(path, f"its header names {len(described)} tensors, no adapter or model has more than {MAX_TENSORS}")
     entries = {key: _parse_entry(path, key, entry) for key, entry in described.items()}
     _check_layout(path, entries, file_bytes - 8 - size)
     return Header(metadata, entries, size)

@@ -4,6 +4,7 @@ The registry updates it whenever an eraser is added or removed. With the file un
 without a name downloads the same files on another machine.
 """
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,9 +15,12 @@ from spm_hub.adapters.manifest import NAME, UNFOLDS, Manifest, Origin, Sha256
 from spm_hub.errors import RegistryError
 from spm_hub.io import untrusted_json as untrusted
 from spm_hub.io.atomic import write_atomic
+from spm_hub.io.small_files import read_small
 from spm_hub.io.wording import quoted
 
 LOCK_NAME = "spmhub-lock.json"
+MAX_BYTES = 8 * 2**20
+"""Largest lock file that is read; an eraser takes about 300 bytes."""
 
 
 class Pin(Origin):
@@ -48,12 +52,14 @@ def read(root: Path) -> Mapping[str, Pin]:
     """
     path = root / LOCK_NAME
     try:
-        text = path.read_bytes()
+        text = read_small(path, MAX_BYTES)
         untrusted.parse(text, unfolds=UNFOLDS)
         return _LockFile.model_validate_json(text, strict=True).adapters
     except FileNotFoundError:
         return {}
     except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EINVAL, errno.EFBIG):
+            raise _damaged(path, str(error.strerror)) from error
         raise RegistryError(f"cannot read {path}: {error.strerror}", mend=f"chmod u+r {quoted(path)}") from error
     except ValidationError as error:
         problem = error.errors()[0]

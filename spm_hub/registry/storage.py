@@ -15,6 +15,7 @@ from pathlib import Path
 from spm_hub.adapters.manifest import NAME, Manifest
 from spm_hub.errors import RegistryError, SpmHubError
 from spm_hub.io.atomic import Content, rename, staged, sync_folder, write_atomic
+from spm_hub.io.small_files import read_small
 from spm_hub.io.wording import quoted
 
 ADAPTERS, MANIFESTS, SIGNATURES = "adapters", "manifests", "signatures"
@@ -34,6 +35,7 @@ RESERVED = frozenset({"schema"})
 """Names that no eraser may have: manifests/schema.json is the JSON Schema of manifests."""
 
 _JOURNAL = "journal.json"
+_LARGEST_JOURNAL = 2**20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -89,6 +91,12 @@ def change(root: Path, erasers: Mapping[str, Mapping[str, Content]]) -> None:
     Changes all erasers or none. Call it under `write_lock`. Raises RegistryError; nothing has changed then, unless the
     system fails between two renames.
     """
+    if (link := next((root / folder for folder in SUFFIXES if (root / folder).is_symlink()), None)) is not None:
+        # A stranger's registry could name any folder of the user's own.
+        raise RegistryError(
+            f"the registry {root} cannot be written: {link} is a symbolic link",
+            mend=f"rm {quoted(link)}, or name another registry with --registry DIR",
+        )
     contents = {
         part_path(root, folder, name): parts[folder]
         for name, parts in erasers.items()
@@ -199,10 +207,10 @@ def _is_journal_record(name: str, parts: Mapping[str, str]) -> bool:
 def _recover(root: Path) -> None:
     """Finish the change that a killed writer has left in the journal, if there is one."""
     journal = root / STATE / _JOURNAL
-    if not journal.is_file():
+    if not journal.is_file() and not journal.is_symlink():
         return
     with suppress(RegistryError, OSError, ValueError, AttributeError, TypeError, RecursionError):
-        coming = json.loads(journal.read_bytes())
+        coming = json.loads(read_small(journal, _LARGEST_JOURNAL))
         # The folder may be somebody else's: a journal that names any other file is ignored.
         if not _has_links(root) and all(_is_journal_record(name, parts) for name, parts in coming.items()):
             _finish(root, coming)

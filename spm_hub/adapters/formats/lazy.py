@@ -22,7 +22,8 @@ class StoredIncrements(Mapping[str, Increment]):
     """The increments of a file, by module path.
 
     outline: the same without numbers, on the meta device; one object for all files of one layout.
-    The file is mapped into memory and checked whole (hashes, finite numbers) when an increment is first asked for.
+    The file is read, or mapped into memory if it is large, and checked whole (hashes, finite numbers) when an increment
+    is first asked for.
     sha256: the file's hash in its manifest, None without one.  modules: the dotted paths in the manifest.
     Reading raises AdapterFileError if the file was altered or replaced since.
     """
@@ -39,7 +40,7 @@ class StoredIncrements(Mapping[str, Increment]):
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes mapped into memory now."""
+        """The number of bytes in memory now."""
         read = self._read
         return 0 if read is None else sum(increment.nbytes for increment in read.values())
 

@@ -13,6 +13,9 @@ from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
+from yaml.composer import ComposerError
+from yaml.events import AliasEvent
+from yaml.nodes import Node
 
 from spm_hub.adapters.manifest import NAME, slug
 from spm_hub.errors import RecipeError, UsageError
@@ -157,6 +160,17 @@ class Recipe(RecipeFields):
         return self.make(**deep_merge(self.model_dump(mode="json"), _assigned(assignments)))
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML without anchors: a few lines of them stand for more text than a memory holds."""
+
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        """Return the next node. Raises yaml.YAMLError for an anchor, or for a reference to one."""
+        event = self.peek_event()
+        if isinstance(event, AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise ComposerError(None, None, "it has an anchor (& or *), which recipes do not use", event.start_mark)
+        return super().compose_node(parent, index)
+
+
 def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
     """Return assignments KEY=VALUE, with dots down into the parts, as nested dictionaries."""
     values: dict[str, Any] = {}
@@ -165,7 +179,7 @@ def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
         if not separator or not key.strip():
             raise RecipeError(f"--set {assignment!r} is not KEY=VALUE", mend="for instance --set objective.eta=2")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _PlainLoader)
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {key}: {text!r} is not YAML: {error}") from None
         for step in reversed(key.strip().split(".")):
@@ -198,7 +212,7 @@ def _difference(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except OSError as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}", mend="check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,0 +1,25 @@
+"""Reads small files of a folder that may be a stranger's: no links, no devices, nothing large."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+def read_small(path: Path, largest: int) -> bytes:
+    """Return the content of a plain file of at most `largest` bytes.
+
+    Raises OSError: FileNotFoundError without such a file, ELOOP for a symbolic link, EINVAL for a device or pipe, and
+    EFBIG for a larger file, of which nothing is read.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a symbolic link", str(path))
+    # Without blocking: a pipe would wait for a writer for ever.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        if about.st_size > largest:
+            raise OSError(errno.EFBIG, f"it has {about.st_size} bytes, at most {largest} are read", str(path))
+        return file.read(largest)
