@@ -1,6 +1,5 @@
 """Writes an eraser's model card: use, measured results, limits, and the metadata that the Hub reads."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import yaml
 from spm_hub.adapters.manifest import Concept, Evaluation, Manifest, slug
 from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.hub.markdown import code, fenced, in_python, in_shell, prose
+from spm_hub.io import untrusted_json as untrusted
 from spm_hub.io.untrusted_text import without_hidden
 from spm_hub.io.wording import counted, quoted
 from spm_hub.models.aliases import ALIASES
@@ -30,6 +30,7 @@ _ACTED = 0.5
 _MOST_NAMES = 64
 _BASE = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@\w[\w./-]*)?", re.ASCII)
 """A base that a command can name: an alias or owner/name, also at a revision."""
+_ABOUT_UNFOLDS = 100
 _SHOWN_ROWS = 12
 # Licences that the Hub has an identifier for; any other is written as `license: other` with a `license_name`.
 _LICENCES = frozenset(
@@ -111,12 +112,30 @@ def _read_about(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path, formats=("PNG",)) as picture:
             text = picture.info.get("spmhub", "{}")
-        about = json.loads(text)
-    except (OSError, UnidentifiedImageError, ValueError) as error:
+        about = untrusted.parse(str(text).encode(), unfolds=_ABOUT_UNFOLDS)
+        return _checked(about) if isinstance(about, dict) else {}
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(
             f"{path} cannot be read as a PNG picture: {error}", mend="--pictures ANOTHER_FOLDER"
         ) from error
-    return about if isinstance(about, dict) else {}
+
+
+def _checked(about: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a picture. Raises ValueError where it is not as spm-hub writes it."""
+
+    def numbers(value: object) -> bool:
+        return isinstance(value, dict) and all(isinstance(one, int | float | None) for one in value.values())
+
+    fits = {
+        "adapters": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "gates": numbers,
+        "prompt": lambda value: isinstance(value, str),
+        "strength": lambda value: isinstance(value, int | float) or numbers(value),
+    }
+    for key, is_right in fits.items():
+        if about.get(key) is not None and not is_right(about[key]):
+            raise ValueError(f"{key} in its metadata is {str(about[key])[:80]!r}")
+    return about
 
 
 def picture_names(index: int) -> tuple[str, str]:

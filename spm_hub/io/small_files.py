@@ -16,10 +16,13 @@ def read_small(path: Path, largest: int) -> bytes:
         raise OSError(errno.ELOOP, "it is a symbolic link", str(path))
     # Without blocking: a pipe would wait for a writer for ever.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, "rb") as file:
+    try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             raise OSError(errno.EINVAL, "it is no plain file", str(path))
         if about.st_size > largest:
             raise OSError(errno.EFBIG, f"it has {about.st_size} bytes, at most {largest} are read", str(path))
-        return file.read(largest)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(largest)
+    finally:
+        os.close(descriptor)

@@ -225,7 +225,10 @@ def _reading(reference: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    # The last three where an index names something that is no class, or no part, of diffusers.
+    except (
+        OSError, ValueError, KeyError, RuntimeError, SafetensorError, AttributeError, TypeError, ImportError
+    ) as error:  # fmt: skip
         raise ModelError(f"model {reference!r} cannot be loaded: {_first_line(error)}", mend="spmhub doctor") from error
 
 

@@ -56,7 +56,9 @@ def is_whole(folder: Path) -> bool:
         return False
     try:
         index = json.loads((folder / "model_index.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(index, dict):
         return False
     parts = [
         folder / name

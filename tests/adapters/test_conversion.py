@@ -374,7 +374,7 @@ def test_a_written_file_explains_itself_and_is_not_overwritten(tmp_path: Path) -
     before = out.read_bytes()
     metadata = read_header(out).metadata
     assert metadata["ss_base_model_version"] == "flux1"
-    assert metadata["modelspec.architecture"] == "flux-1/lora"
+    assert metadata["modelspec.architecture"] == "flux-1-dev/lora"
     assert json.loads(metadata[MANIFEST_KEY])["concept"]["target"] == "snoopy"
     assert "lora_adapter_metadata" not in metadata
     with pytest.raises(UsageError, match="--force"):

@@ -56,7 +56,10 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
     return {
         name: (part[0], part[1])
         for name, part in index.items()
-        if isinstance(part, list) and len(part) == 2 and part[0] is not None and name != "safety_checker"
+        if isinstance(part, list)
+        and len(part) == 2
+        and all(isinstance(word, str) for word in part)
+        and name != "safety_checker"
     }
 
 
@@ -237,7 +240,9 @@ def _misfit(checkpoint: Checkpoint, folder: Path, reason: str) -> ModelError:
 
 def _index(folder: Path) -> dict[str, Any]:
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder} cannot be loaded: its {INDEX}: {error}", mend="fetch it again") from error
+    if not isinstance(index, dict) or not index.get("_class_name"):
+        raise ModelError(f"{folder} cannot be loaded: its {INDEX} names no pipeline", mend="fetch it again")
     return index
