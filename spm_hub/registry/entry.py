@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spm_hub.adapters.manifest import Manifest, Origin
-from spm_hub.errors import ManifestError, SignatureError, SpmHubError
+from spm_hub.errors import GET_AGAIN, AdapterFileError, ManifestError, SignatureError, SpmHubError
 from spm_hub.io.hashing import sha256_of
+from spm_hub.io.wording import quoted
 from spm_hub.registry import lockfile, signing, storage
 
 if TYPE_CHECKING:
@@ -128,7 +129,12 @@ class EraserEntry:
         from spm_hub.adapters.adapter import load_file
 
         signed = None if key is None else self.check_signature(key)
-        adapter = load_file(self.adapter_path, self.manifest_path, lazy=lazy)
+        try:
+            adapter = load_file(self.adapter_path, self.manifest_path, lazy=lazy)
+        except (AdapterFileError, ManifestError) as error:
+            if error.mend != GET_AGAIN:
+                raise
+            raise type(error)(error.message, mend=self._get_again()) from error
         # The manifest contains the file's sha256, which load_file checks: one manifest means one adapter file.
         if signed is not None and adapter.manifest != signed:
             raise SignatureError(f"{self.manifest_path} was replaced while it was checked", mend="run it again")
@@ -175,6 +181,16 @@ class EraserEntry:
                     f"{_date(other)}: an older one does not replace it",
                     mend=f"if the older one is meant: spmhub remove {manifest.name}, or name its commit",
                 )
+
+    def _get_again(self) -> str:
+        """Return what replaces a damaged file by a good one, as far as its origin is known."""
+        root, pin = self.adapter_path.parent.parent, self.pin
+        if pin is not None:
+            of = pin.repo if pin.revision is None else f"{pin.repo}@{pin.revision}"
+            return f"spmhub pull {of} --registry {quoted(root)} --force"
+        if self.adapter_path.parent.name == storage.ADAPTERS:
+            return f"train or convert it again with --force; or spmhub remove {quoted(self.name)}"
+        return "download it again from where it came; if it is the same then, ask its author for another"
 
     def _checked(self, manifest: Manifest) -> Manifest:
         """Return the manifest; raise ManifestError if its name is not the file's.

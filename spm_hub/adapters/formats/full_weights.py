@@ -75,7 +75,12 @@ def _read(source: Source) -> dict[str, Increment]:
         if weight is None or weight.dim() not in (1, 2, 4):
             raise _unchangeable(path, f"{module}.{min(parts)}")
         changes[module] = Dense(parts.get("weight", torch.zeros(weight.shape)), parts.get("bias"))
-    found = to_diffusers(changes)
+    # Of a fused weight only the parts with a change are modules of the eraser.
+    found = {
+        path: one
+        for path, one in to_diffusers(changes).items()
+        if any(bool(part.any()) for part in one.tensors().values())
+    }
     for module in found:
         if flat(module) not in layers:
             raise _unchangeable(path, module)

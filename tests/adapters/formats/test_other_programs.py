@@ -19,12 +19,13 @@ from other_programs import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import spm_hub
 from spm_hub.adapters import conversion
 from spm_hub.adapters.adapter import Adapter, increment_info, load_file
-from spm_hub.adapters.conversion import Description
+from spm_hub.adapters.conversion import BaseModel, Description
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.adapters.manifest import Base, Concept, Manifest
 from spm_hub.errors import UsageError
@@ -246,3 +247,28 @@ def test_headers_name_the_base_as_other_programs_ask_for_it(
         metadata = opened.metadata()
     assert metadata["modelspec.architecture"] == f"{architecture}/lora"
     assert forge_takes_for(metadata) == (None if family == "sd3" else family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+def test_whole_weights_by_original_names(family: str, prefix: str, tmp_path: Path) -> None:
+    """A checkpoint for ComfyUI whose denoiser was trained: norms, biases, fused rows and swapped halves."""
+    adapter = eraser(family, "dense")
+    state = {key.replace("diffusion_model.", prefix): one.float() for key, one in folded(adapter, family).items()}
+    save_file({key: one.contiguous() for key, one in state.items()}, tmp_path / "x.safetensors")
+    found, read_as = conversion.read(tmp_path / "x.safetensors", Description(), BaseModel(model_of(family), "here"))
+    assert read_as == "full-weights"
+    assert found.increments.keys() == adapter.increments.keys()
+    for path, increment in adapter.increments.items():
+        for part, tensor in increment.tensors().items():
+            torch.testing.assert_close(found.increments[path].tensors()[part], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_whole_weights_of_a_part_of_a_fused_one(tmp_path: Path) -> None:
+    """Rows that did not change are no modules, although they are in the file."""
+    path = "transformer_blocks.1.attn.to_k"
+    adapter = eraser("flux", "dense", [path])
+    state = {key: one.float() for key, one in folded(adapter, "flux").items() if "double_blocks.1.img_attn.qkv" in key}
+    save_file(state, tmp_path / "x.safetensors")
+    found, _ = conversion.read(tmp_path / "x.safetensors", Description(), BaseModel(model_of("flux"), "here"))
+    assert set(found.increments) == {path}
