@@ -29,7 +29,7 @@ from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.increments import LowRank
 from spm_hub.adapters.manifest import Base, Concept, GateDefaults, Manifest, slug
 from spm_hub.models.aliases import ALIASES
-from spm_hub.models.architectures import FAMILIES, attention_blocks, changeable, denoiser_of, family_of, targets
+from spm_hub.models.architectures import FAMILIES, attention_blocks, denoiser_of, family_of, matrices, targets
 
 SDXL: dict[str, Any] = {
     "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
@@ -91,7 +91,7 @@ def test_targets_of_unknown_denoisers_follow_from_their_structure(
     blocks = [f"{name}.{index}" for name in lists for index in range(2)]
     assert family_of(denoiser).name == "generic"
     assert sorted(attention_blocks(denoiser)) == blocks
-    inside = {path for path in changeable(denoiser) if path.startswith(tuple(f"{block}." for block in blocks))}
+    inside = {path for path in matrices(denoiser) if path.startswith(tuple(f"{block}." for block in blocks))}
     assert {path.split(".", 2)[2] for path in inside - targets(denoiser).keys()} == left
     assert targets(denoiser).keys() <= inside
 

@@ -167,7 +167,7 @@ def test_parts_that_a_file_lacks_are_lent_by_its_base(folder: Path, config: Path
 def test_a_text_encoder_in_an_unknown_layout_is_not_replaced_unasked(folder: Path, tmp_path: Path) -> None:
     path = single_file(
         pico_pipeline(), tmp_path / "old.safetensors", without=["text_encoder"],
-        **{"cond_stage_model.transformer.embeddings.position_embedding.weight": torch.zeros(12, 16)},
+        **{"cond_stage_model.transformer.positions.weight": torch.zeros(12, 16)},
     )  # fmt: skip
     with pytest.raises(ModelError, match=r"layout that is not known \(cond_stage_model"):
         load_pipeline(str(path), config=str(folder))
