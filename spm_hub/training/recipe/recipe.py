@@ -161,7 +161,7 @@ class Recipe(RecipeFields):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads YAML without anchors: a few lines of them stand for more text than a memory holds."""
+    """Reads YAML without anchors: a few lines of them unfold into more text than a memory holds."""
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
         """Return the next node. Raises yaml.YAMLError for an anchor, or for a reference to one."""
