@@ -58,7 +58,7 @@ def is_whole(folder: Path) -> bool:
         index = json.loads((folder / "model_index.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    if not isinstance(index, dict):
+    if not isinstance(index, dict) or not index:
         return False
     parts = [
         folder / name
