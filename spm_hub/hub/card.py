@@ -1,7 +1,7 @@
 """Writes an eraser's model card: use, measured results, limits, and the metadata that the Hub reads."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def _checked(about: dict[str, Any]) -> dict[str, Any]:
     def numbers(value: object) -> bool:
         return isinstance(value, dict) and all(isinstance(one, int | float | None) for one in value.values())
 
-    fits = {
+    fits: Mapping[str, Callable[[Any], bool]] = {
         "adapters": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
         "gates": numbers,
         "prompt": lambda value: isinstance(value, str),

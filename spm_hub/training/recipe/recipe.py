@@ -165,7 +165,8 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
         """Return the next node. Raises yaml.YAMLError for an anchor, or for a reference to one."""
-        event = self.peek_event()
+        parser: Any = self  # whose methods are not annotated
+        event = parser.peek_event()
         if isinstance(event, AliasEvent) or getattr(event, "anchor", None) is not None:
             raise ComposerError(None, None, "it has an anchor (& or *), which recipes do not use", event.start_mark)
         return super().compose_node(parent, index)
