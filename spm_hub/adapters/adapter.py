@@ -1,10 +1,11 @@
 """An eraser: its manifest and its increments, loaded from and saved to one safetensors file."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,9 +15,9 @@ from spm_hub.adapters.formats import spm
 from spm_hub.adapters.formats.header import concept_in, header_metadata
 from spm_hub.adapters.formats.lazy import StoredIncrements, with_dots
 from spm_hub.adapters.formats.lora_config import scaling_in
-from spm_hub.adapters.formats.module_names import check_roots, family_of
+from spm_hub.adapters.formats.module_names import check_roots, family_of, flat
 from spm_hub.adapters.formats.reading import read_increments
-from spm_hub.adapters.increments import Increment, LowRank
+from spm_hub.adapters.increments import Increment, LowRank, check_effect
 from spm_hub.adapters.manifest import Base, Concept, IncrementInfo, Manifest, slug
 from spm_hub.errors import GET_AGAIN, AdapterFileError, ManifestError, UsageError
 from spm_hub.io.atomic import Content, write_together
@@ -75,6 +76,28 @@ class Adapter:
     def outline(self) -> Mapping[str, Increment]:
         """The increments with their kinds and shapes only: unread ones have tensors on the meta device."""
         return self.increments.outline if isinstance(self.increments, StoredIncrements) else self.increments
+
+    def check_effect(self) -> None:
+        """Raise AdapterFileError if the increments change nothing; those of a lazily loaded file when they are read."""
+        if not isinstance(self.increments, StoredIncrements):
+            check_effect(self.increments, f"{self.name} ({self.source})", self.manifest.concept.target)
+
+    @cached_property
+    def content(self) -> str:
+        """A key that two erasers of the same increments share, whatever they are named: a hash.
+
+        Of a lazily loaded file it is that of the whole file, empty where no manifest states it.
+        """
+        if isinstance(self.increments, StoredIncrements):
+            return self.manifest.increment.sha256 or ""
+        digest = hashlib.sha256(repr(sorted(map(flat, self.increments))).encode())
+        # Two modules are enough; reading all of a dense eraser would take too long.
+        for path in sorted({min(self.increments), max(self.increments)}):
+            for part, tensor in sorted(self.increments[path].tensors().items()):
+                numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+                digest.update(repr((path, part, tensor.dtype, tuple(tensor.shape))).encode())
+                digest.update(numbers.numpy().tobytes())
+        return digest.hexdigest()
 
     def with_increments(self, increments: Mapping[str, Increment]) -> "Adapter":
         """Return the eraser with other increments; its manifest describes them."""

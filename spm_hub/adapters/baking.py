@@ -111,7 +111,7 @@ def bake(
         weights.write(_fold(originals, resolved, strengths))
         baked = []
         for adapter in resolved:
-            saved = adapter.save(_eraser_file(stage, adapter.name))
+            saved = adapter.save(eraser_file(stage, adapter.name))
             baked.append(Baked(name=adapter.name, strength=strengths[adapter.name], sha256=str(saved.increment.sha256)))
         write_atomic(stage / ORIGINALS, encode(originals, {}).write_to)
         provenance = Provenance(base=base, family=family.name, denoiser=family.denoiser, erasers=tuple(baked))
@@ -180,7 +180,7 @@ def recover(checkpoint: Path, name: str, *, check: Callable[[Adapter], None] | N
         weights.write({**originals, **_fold(still, remaining, {eraser.name: eraser.strength for eraser in kept})})
         after = before.model_copy(update={"erasers": kept})
         if kept:
-            _eraser_file(stage, name).unlink()
+            eraser_file(stage, name).unlink()
             write_atomic(stage / ORIGINALS, encode(still, {}).write_to)
             _write_provenance(stage, after)
         else:
@@ -267,7 +267,8 @@ def _strengths(adapters: Sequence[Adapter], asked: float | Mapping[str, float] |
     return {name: float(one if (one := given.get(name)) is not None else own[name]) for name in names}
 
 
-def _eraser_file(folder: Path, name: str) -> Path:
+def eraser_file(folder: Path, name: str) -> Path:
+    """Return the place of a baked eraser's file in a checkpoint folder."""
     return folder / "spmhub" / "erasers" / f"{name}.safetensors"
 
 
@@ -276,7 +277,7 @@ def _read_eraser(checkpoint: Path, baked: Baked) -> Adapter:
 
     Raises ModelError if it is missing, or another file than the one that was baked.
     """
-    file = _eraser_file(checkpoint, baked.name)
+    file = eraser_file(checkpoint, baked.name)
     try:
         found = sha256_of(file)
     except OSError as error:

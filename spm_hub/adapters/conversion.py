@@ -15,7 +15,7 @@ from spm_hub.adapters.formats.lazy import with_dots
 from spm_hub.adapters.formats.module_names import dotted, with_kernel
 from spm_hub.adapters.formats.programs import PROGRAMS
 from spm_hub.adapters.formats.reading import all_formats, open_source, recognise
-from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
+from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask, check_effect
 from spm_hub.errors import GET_AGAIN, AdapterFileError, ManifestError, NotFoundError, UsageError, nearest
 from spm_hub.io.atomic import Content, write_together
 from spm_hub.io.progress import Progress, no_progress
@@ -121,6 +121,7 @@ def _mends_for_foreign_files() -> Iterator[None]:
 
 def _adapter(source: Source, known: Format, increments: Mapping[str, Increment], said: Description) -> Adapter:
     """Return the adapter of increments that `known` read, with its manifest, under the base's own paths."""
+    check_effect(increments, source.place, said.concept or "CONCEPT")
     about = known.describe(source)
     if about.manifest is not None:
         manifest = about.manifest.model_copy(update={"origin": None})

@@ -1,5 +1,6 @@
 """The three kinds of weight increments, which every training method ends in: LowRank, Dense and Mask."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -7,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from spm_hub.errors import CompatibilityError
+from spm_hub.errors import AdapterFileError, CompatibilityError
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,11 @@ class LowRank:
         Raises CompatibilityError.
         """
         _check_shape(module_path, self.weight_shape, weight)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the product is zero because every term of it is."""
+        return not bool((self.up.flatten(1).ne(0).any(0) & self.down.flatten(1).ne(0).any(1)).any())
 
     def delta_for(self, weight: Tensor) -> Tensor:
         """Return the change of `weight` at gamma 1: float32, shaped like `weight`.
@@ -117,6 +123,11 @@ class Dense:
                 f"{module_path}: the adapter changes a bias {tuple(self.delta_bias.shape)}, the model's module has none"
             )
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether neither the weight nor the bias is changed."""
+        return not any(bool(tensor.any()) for tensor in self.tensors().values())
+
     def delta_for(self, weight: Tensor) -> Tensor:
         """Return the change of `weight` at gamma 1: float32, shaped like `weight`.
 
@@ -178,6 +189,11 @@ class Mask:
                 f"the model's weight is {tuple(weight.shape)}"
             )
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing is switched off."""
+        return bool(self.keep.all())
+
     def delta_for(self, weight: Tensor) -> Tensor:
         """Return the change of `weight` at gamma 1: float32, shaped like `weight`, on its device."""
         off = ~self.keep.to(weight.device)
@@ -203,6 +219,20 @@ Increment = LowRank | Dense | Mask
 def tensors_of(increments: Mapping[str, Increment]) -> dict[tuple[str, str], Tensor]:
     """Return all tensors of increments, by module path and part."""
     return {(path, part): value for path, one in increments.items() for part, value in one.tensors().items()}
+
+
+def check_effect(increments: Mapping[str, Increment], source: object, concept: str = "CONCEPT") -> None:
+    """Refuse increments that change nothing, such as those of a LoRA that was never trained.
+
+    source, concept: where they are from and what they were to erase, for the message. Reads no more of them than it has
+    to. Raises AdapterFileError.
+    """
+    if all(increment.is_zero for increment in increments.values()):
+        raise AdapterFileError(
+            f"{source} changes nothing: the changes of all its {len(increments)} modules are zero, so it would erase "
+            "nothing (a training that never began?)",
+            mend=f"another file; or train one: spmhub train {shlex.quote(concept)}",
+        )
 
 
 def spread(values: Tensor, width: int, total: int) -> Tensor:

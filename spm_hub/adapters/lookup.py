@@ -14,13 +14,16 @@ V = TypeVar("V")
 def check_names(adapters: Sequence[Adapter], strength: Iterable[str] = ()) -> None:
     """Refuse adapters that no pipeline can take together, before a pipeline is loaded.
 
-    Raises UsageError for an adapter twice and for two of one name, NotFoundError for a strength of none of them.
+    Raises UsageError for an adapter twice, be it under two names, and for two of one name; NotFoundError for a strength
+    of none of them.
     """
     given: dict[str, Adapter] = {}
+    contents: dict[str, Adapter] = {}
     for adapter in adapters:
         if adapter.name in given:
             raise duplicate_error(given[adapter.name], adapter)
         given[adapter.name] = adapter
+        refuse_same_change(contents.setdefault(adapter.content, adapter), adapter)
     for name in strength:
         find_name(name, given)
 
@@ -37,6 +40,17 @@ def duplicate_error(one: Adapter, other: Adapter) -> UsageError:
         if in_file
         else "give one of them another name in its manifest",
     )
+
+
+def refuse_same_change(one: Adapter, other: Adapter) -> None:
+    """Raise UsageError if `other` is `one` under another name: the same increments for the same concept."""
+    same = one is not other and one.content and one.content == other.content
+    if same and one.manifest.concept.target == other.manifest.concept.target:
+        raise UsageError(
+            f"{other.name} ({other.source}) is {one.name} ({one.source}) under another name: the two make the same "
+            f"change for {one.manifest.concept.target!r}, and together would make it twice",
+            mend=f"name one of them; if twice is meant, --strength {one.name}=2",
+        )
 
 
 def find_name(name: str, names: Iterable[str]) -> str:

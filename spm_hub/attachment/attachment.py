@@ -1,6 +1,7 @@
 """The erasers on one pipeline: attach, add, change their strength, recover, detach."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,12 +20,14 @@ from spm_hub.adapters.lookup import (
     with_concepts,
 )
 from spm_hub.attachment.call import Call
-from spm_hub.attachment.gates.evaluation import Gammas, GateEvaluation
+from spm_hub.attachment.doubles import Doubles
+from spm_hub.attachment.gates.evaluation import GateEvaluation
 from spm_hub.attachment.gates.gate import Explanation, Gate, PreparedGate, Prompts, UnknownConceptGate
-from spm_hub.attachment.options import Eraser, GateChoice, Mode, Options, Rows, Strength
-from spm_hub.attachment.pipeline_hooks import ATTACHMENT, install_hooks, remove_hooks
-from spm_hub.attachment.planner import Planner
-from spm_hub.attachment.text_encoding import Settings, encode, encoder_settings, tokens_of
+from spm_hub.attachment.modular import reader_of
+from spm_hub.attachment.options import Eraser, Gammas, GateChoice, Mode, Options, Rows, Strength
+from spm_hub.attachment.pipeline_hooks import ATTACHMENT, hook_pipeline, install_hooks, remove_hooks, unhook
+from spm_hub.attachment.planner import FULLY_ON, Planner
+from spm_hub.attachment.text_encoding import Settings, encoders_of
 from spm_hub.errors import UsageError
 from spm_hub.io.progress import Bars, Reporter
 from spm_hub.models.architectures import body_of, denoiser_of, family_of, further_denoisers
@@ -82,7 +85,8 @@ def attach(
     Threads: calls of an attached pipeline are serialised, and changes to its erasers wait for the picture in progress.
     Do not attach for the first time while another thread draws with this pipeline: attach an empty list at start and
     `add` later. A server keeps `erasers = attach(pipe, [])` for as long as it runs, and calls `add` and `recover`.
-    Another pipeline around the same denoiser draws with the same erasers, without this lock; its prompts are unknown.
+    Another pipeline around the same denoiser draws with the same erasers. Its prompts are unknown, so that they are
+    fully on and a warning says so once, until `erasers.also(pipe)` has it gated as well.
 
     Raises UsageError or CompatibilityError; the pipeline is then unchanged.
     """
@@ -110,16 +114,21 @@ class Attachment:
         self._lock = threading.RLock()
         self._calls: list[Call] = []
         self._denoisings = 0
-        self._pipeline_class = type(pipe)
-        self._gates = GateEvaluation(pipe, self._pipeline_class, options, reporter)
-        self._planner = Planner(self._denoiser, options, self._gates)
+        self._pipeline_class, self._reporter = type(pipe), reporter
+        self._gates = GateEvaluation(pipe, reader_of(pipe), options, reporter)
+        # Pipelines that go away are forgotten; `_pipe` stays until `detach`.
+        self._gates_of: weakref.WeakKeyDictionary[Any, GateEvaluation] = weakref.WeakKeyDictionary()
+        self._reading_alike: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._planner = Planner(self._denoiser, options)
         self._attached = True
+        self._doubles = Doubles(pipe, self._denoiser, self._planner.warn_once)
         erasers: dict[str, Eraser] = {}
         for adapter in adapters:
             erasers[adapter.name] = self._eraser(adapter, erasers)
         self._planner.install(erasers)
         install_hooks(pipe, self._denoiser, self)
         self._say_what_is_unknown(erasers.values())
+        self._say_unreadable(self._gates)
         for name in further_denoisers(pipe):
             self._planner.warn_once(f"the second denoiser of {type(pipe).__name__} ({name}) is not changed by erasers")
 
@@ -158,7 +167,7 @@ class Attachment:
         """
         with self._lock:
             prompts, settings = self._read(prompt, options)
-            gammas = self._gates.select(self._gates.ask(prompts, settings, self._planner.erasers))
+            gammas = self._options.select(self._gates.ask(prompts, settings, self._planner.erasers))
             return {name: gammas[name][0] for name in self._planner.erasers}
 
     def explain(self, prompt: str, /, **options: Any) -> dict[str, Explanation]:
@@ -178,20 +187,20 @@ class Attachment:
         For gradients and single steps. Elsewhere such a call has no prompt, and a gate that needs one counts as
         gamma 1. The rows of the batch are those of `prompts`, in order, any number of times.
         """
-        with self.picture():
+        with self.picture(self._pipe):
             self._check_attached()
             call = self._calls[-1]
             # The states that the denoiser is given may be others: the rows count as `prompts` all the same.
             call.prompts, call.as_encoded = prompts, False
             call.gammas = self._gates.ask(prompts, call.settings, self._planner.erasers)
-            yield self._gates.select(call.gammas)
+            yield self._options.select(call.gammas)
 
     def gate_of(self, name: str, /) -> Gate | PreparedGate:
         """Return the gate that is asked about one eraser; a calibrated one with its calibration."""
         with self._lock:
             self._check_attached()
             found = find_name(name, self._planner.erasers)
-            return self._gates.gate_of(found, encoder_settings(self._pipeline_class, {}), self._planner.erasers)
+            return self._gates.gate_of(found, self._planner.erasers)
 
     def add(self, adapter: Adapter, /) -> None:
         """Attach one more eraser, under the options of `attach`.
@@ -202,15 +211,51 @@ class Attachment:
             raise UsageError(f"add takes an Adapter, not {adapter!r}", mend=f"erasers.add(spm_hub.load({adapter!r}))")
         with self._lock:
             self._check_attached()
+            self._planner.restore_weights()
             eraser = self._eraser(adapter, self._planner.erasers)
             self._planner.install({adapter.name: eraser})
             self._say_what_is_unknown([eraser])
+            for gates in (self._gates, *self._gates_of.values()):
+                self._say_unreadable(gates)
+
+    def also(self, pipe: Any, /) -> None:
+        """Gate another pipeline of the same denoiser by its own prompts: a second pass, inpainting, `from_pipe`.
+
+        pipe: has the attached pipeline's denoiser; its text encoders may be others. `detach` gives it back as well; it
+        may go away before. A pipeline that is known already stays as it is. Call this before it draws.
+        Raises UsageError for another denoiser, or a pipeline with an attachment of its own; nothing is changed then.
+        """
+        with self._lock:
+            self._check_attached()
+            if isinstance(pipe, nn.Module):
+                raise UsageError(f"also takes a pipeline, not its {type(pipe).__name__}", mend="erasers.also(pipe)")
+            attachment = pipe.__dict__.get(ATTACHMENT)
+            if attachment is self:
+                return
+            if attachment is not None:
+                raise UsageError(
+                    f"this {type(pipe).__name__} has erasers of another attachment", mend="detach that one first"
+                )
+            if denoiser_of(pipe) is not self._denoiser:
+                raise UsageError(
+                    f"this {type(pipe).__name__} has another denoiser than the {self._pipeline_class.__name__} that "
+                    "the erasers are attached to",
+                    mend="spm_hub.attach(pipe, adapters) for a denoiser of its own; else give both the same object",
+                )
+            gates = GateEvaluation(pipe, reader_of(pipe), self._options, self._reporter)
+            if gates.reads_like(self._gates):
+                self._reading_alike.add(pipe)
+            self._gates_of[pipe] = gates
+            hook_pipeline(pipe, self)
+            self._say_unreadable(gates)
 
     def recover(self, name: str, /) -> None:
         """Remove one eraser: the pipeline is, bit for bit, as if only the others had ever been attached."""
         with self._lock:
             self._check_attached()
-            self._planner.uninstall(find_name(name, self._planner.erasers))
+            found = find_name(name, self._planner.erasers)
+            self._doubles.forget(self._planner.erasers[found].adapter)
+            self._planner.uninstall(found)
 
     def detach(self) -> None:
         """Restore the pipeline exactly as it was before `attach`: weights, classes, hooks.
@@ -221,6 +266,8 @@ class Attachment:
             if not self._attached:
                 return
             self._planner.restore_weights()
+            for other in list(self._gates_of):
+                unhook(other)
             remove_hooks(self._pipe, self._denoiser)
             self._attached = False
 
@@ -235,15 +282,15 @@ class Attachment:
     # What the hooks of the pipeline and of its denoiser call: `pipeline_hooks.Callbacks`.
 
     @contextmanager
-    def picture(self) -> Iterator[None]:
-        """Surround one call of the pipeline: no other thread draws, attaches or recovers meanwhile."""
+    def picture(self, pipe: Any) -> Iterator[None]:
+        """Surround one call of a pipeline: no other thread draws, attaches or recovers meanwhile."""
         with self._lock:
-            if self._attached and body_of(denoiser_of(self._pipe)) is not body_of(self._denoiser):
+            if self._attached and body_of(denoiser_of(pipe)) is not body_of(self._denoiser):
                 raise UsageError(
                     "the pipeline's denoiser was replaced after erasers were attached to it",
                     mend="erasers.detach(), replace it, and attach again",
                 )
-            self._calls.append(Call())
+            self._calls.append(Call(pipe, self._gates_for(pipe)))
             try:
                 yield
             finally:
@@ -256,11 +303,12 @@ class Attachment:
         with self._lock:
             yield
 
-    def encoded(self, arguments: Mapping[str, Any], result: Any) -> None:
-        """Record the prompts of the call in progress, if any."""
-        if not self._calls:
+    def encoded(self, pipe: Any, arguments: Mapping[str, Any], result: Any) -> None:
+        """Record the prompts of the call in progress, if there is one and it is a call of `pipe`."""
+        if not self._calls or self._calls[-1].pipe is not pipe:
             return
-        self._calls[-1].record_encoding(self._pipe, arguments, result)
+        self._calls[-1].record_encoding(arguments, result)
+        self._say_cut(self._calls[-1].prompts)
         # Now, as the text encoder may be offloaded before the denoiser is called.
         self._planner.ask_gates(self._calls[-1])
 
@@ -289,14 +337,36 @@ class Attachment:
         if not isinstance(prompt, str):
             raise UsageError(f"gates takes one prompt, not {prompt!r}", mend="erasers.gates(prompt) for each of them")
         self._check_attached()
-        settings = encoder_settings(self._pipeline_class, options)
-        states = encode(self._pipe, self._pipeline_class, prompt, settings)
-        return Prompts((prompt,), tokens_of(self._pipe, [prompt]), states), settings
+        prompts, settings = self._gates.read(prompt, options)
+        self._say_cut(prompts)
+        return prompts, settings
+
+    def _say_unreadable(self, gates: GateEvaluation) -> None:
+        """Warn if an eraser's gate needs prompts, and those of a pipeline can never be known."""
+        if not self._planner.all_constant and gates.why_unreadable is not None:
+            self._planner.warn_once(f"{gates.why_unreadable}. So {FULLY_ON}, whatever the prompt")
+
+    def _say_cut(self, prompts: Prompts | None) -> None:
+        """Warn of prompts that are longer than what the text encoders read."""
+        for message in prompts.cut if prompts is not None else ():
+            self._planner.warn_once(f"{message}. The gates do not read it either")
+
+    def _gates_for(self, pipe: Any) -> GateEvaluation:
+        """Return what computes the gammas of a pipeline's prompts: the first one's, if both read texts alike."""
+        alike = pipe in self._reading_alike and encoders_of(pipe) == encoders_of(self._pipe)
+        return self._gates if alike else self._gates_of.get(pipe, self._gates)
 
     def _eraser(self, adapter: Adapter, others: Mapping[str, Eraser]) -> Eraser:
         if (other := others.get(adapter.name)) is not None:
             raise duplicate_error(other.adapter, adapter)
-        return self._options.eraser(adapter, resolve_modules(adapter, self._denoiser))
+        adapter.check_effect()
+        eraser = self._options.eraser(adapter, resolve_modules(adapter, self._denoiser))
+        self._doubles.admit(eraser)
+        for name in adapter.manifest.concept.names:
+            if (cut := self._gates.cut_off(name)) is not None:
+                said = cut.describe(f"the concept of {adapter.name}")
+                self._planner.warn_once(f"{said}. No gate looks for that part")
+        return eraser
 
     def _say_what_is_unknown(self, erasers: Iterable[Eraser]) -> None:
         unknown = [eraser.adapter for eraser in erasers if isinstance(eraser.gate, UnknownConceptGate)]
@@ -312,10 +382,11 @@ class Attachment:
         for part in (self._pipe, self._denoiser, body_of(self._denoiser)):
             other: Attachment | None = part.__dict__.get(ATTACHMENT)
             if other is not None:
-                whose = "this pipeline" if other._pipe is self._pipe else "another pipeline that shares this denoiser"
+                whose = "this pipeline" if part is self._pipe else "another pipeline that shares this denoiser"
+                gated = "" if part is self._pipe else "erasers.also(pipe) to gate this one's prompts too, "
                 raise UsageError(
                     f"{whose} already has erasers attached ({', '.join(other.names) or 'none yet'})",
-                    mend="erasers.detach() first, or erasers.add(adapter) to have more of them",
+                    mend=f"{gated}erasers.detach() first, or erasers.add(adapter) to have more of them",
                 )
 
     def _check_attached(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spm_hub.attachment.gates.evaluation import GateEvaluation
 from spm_hub.attachment.gates.gate import Prompts
 from spm_hub.attachment.text_encoding import Settings, read_prompts, settings_among
 
@@ -15,6 +16,7 @@ from spm_hub.attachment.text_encoding import Settings, read_prompts, settings_am
 class Call:
     """One call of a pipeline: its prompts, unknown until it has encoded them, and their gammas.
 
+    pipe: the pipeline.  gates: what computes the gammas of its prompts.
     images: pictures for each prompt.  guided: whether unconditional rows precede those of the prompts.
     negatives: states of negative prompts.  gammas: by eraser, one for each prompt.
     unconditional: for each block of rows in the denoiser's batch, whether it belongs to the negative prompts.
@@ -32,6 +34,8 @@ class Call:
     A tensor that `encode_prompt` returned is recognised by its `data_ptr`, a copy by its values.
     """
 
+    pipe: Any
+    gates: GateEvaluation
     prompts: Prompts | None = None
     settings: Settings = ()
     images: int = 1
@@ -43,7 +47,7 @@ class Call:
     replaced: list[Prompts] = field(default_factory=list)
     _last_input: tuple[Any, int | None] = field(default=(None, None), init=False)
 
-    def record_encoding(self, pipe: Any, arguments: Mapping[str, Any], result: Any) -> None:
+    def record_encoding(self, arguments: Mapping[str, Any], result: Any) -> None:
         """Record the prompts from the first `encode_prompt` of this call: its arguments and its result.
 
         What is encoded after that is negative prompts; after the first call of the denoiser it is prompts that may
@@ -56,10 +60,9 @@ class Call:
             self.negatives.append(states)
             return
         images = int(arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1)
-        texts, tokens = read_prompts(pipe, arguments)
-        if texts is not None and len(texts) * images != len(states):
+        prompts = read_prompts(self.pipe, arguments, states[::images].detach())
+        if prompts.texts is not None and len(prompts.texts) * images != len(states):
             return
-        prompts = Prompts(texts, tokens, states[::images].detach())
         if self.prompts is not None:
             self.replaced.append(prompts)
             return

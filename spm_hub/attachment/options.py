@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -14,14 +14,15 @@ from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.lookup import find_name
 from spm_hub.adapters.manifest import GateName
 from spm_hub.attachment.gates.calibrated import CalibratedGate
-from spm_hub.attachment.gates.concept_index import EncodedConcept
 from spm_hub.attachment.gates.gate import ConstantGate, Gate, PreparingGate, TransportGate, UnknownConceptGate
-from spm_hub.attachment.text_encoding import Settings
 from spm_hub.errors import NotFoundError, UsageError
 
 Rows = Literal["both", "conditional"]
 Mode = Literal["auto", "fold", "branch"]
 GateChoice = GateName | float | Gate | PreparingGate
+
+Gammas = dict[str, list[float]]
+"""The gammas of each eraser, by name: one for each prompt."""
 
 _NAMED: Mapping[GateName, Gate | PreparingGate] = {
     "calibrated": CalibratedGate(), "transport": TransportGate(), "always": ConstantGate(1.0)
@@ -88,14 +89,28 @@ class Options:
         only = {path: module for path, (module, _) in modules.items()}
         return Eraser(adapter, only, increments, gate, strength, self.rows or default.rows)
 
+    def select(self, gammas: Gammas) -> Gammas:
+        """Apply `threshold` and `top_k`: return the gammas with those of all other erasers set to 0.
+
+        Of the gammas that reach `threshold`, the `top_k` greatest of each prompt are kept; among equal ones, those of
+        the first names in alphabetical order.
+        """
+        threshold, top_k = self.threshold, self.top_k
+        if threshold is None and top_k is None:
+            return gammas
+        chosen: Gammas = {name: [0.0] * len(each) for name, each in gammas.items()}
+        for prompt in range(max(map(len, gammas.values()), default=0)):
+            left = [
+                (-each[prompt], name) for name, each in gammas.items() if threshold is None or each[prompt] >= threshold
+            ]
+            for gamma, name in sorted(left)[:top_k]:
+                chosen[name][prompt] = -gamma
+        return chosen
+
 
 @dataclass(eq=False)
 class Eraser:
-    """One adapter on one pipeline: by path, its modules and their increments; and how it is gated.
-
-    concepts: the names of its concept, encoded under each set of settings that was needed. memos: what a gate that
-    prepares itself keeps of the eraser, likewise.
-    """
+    """One adapter on one denoiser: by path, its modules and their increments; and how it is gated."""
 
     adapter: Adapter
     modules: Mapping[str, nn.Module]
@@ -103,8 +118,6 @@ class Eraser:
     gate: Gate | PreparingGate
     strength: float
     rows: Rows
-    concepts: dict[Settings, EncodedConcept] = field(default_factory=dict)
-    memos: dict[Settings, dict[str, Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         match self.gate:

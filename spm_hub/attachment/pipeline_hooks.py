@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from spm_hub.attachment.modular import call_observed, is_modular
 from spm_hub.errors import UsageError
 from spm_hub.models.architectures import body_of, changeable
 
@@ -36,10 +37,10 @@ def is_attached(pipe: Any) -> bool:
 class Callbacks(Protocol):
     """The methods that the hooks of a pipeline and of its denoiser call."""
 
-    def picture(self) -> AbstractContextManager[None]:
-        """Surround one call of the pipeline."""
+    def picture(self, pipe: Any) -> AbstractContextManager[None]:
+        """Surround one call of the pipeline `pipe`."""
 
-    def encoded(self, arguments: Mapping[str, Any], result: Any) -> None:
+    def encoded(self, pipe: Any, arguments: Mapping[str, Any], result: Any) -> None:
         """Take the arguments of `encode_prompt` by name, defaults included, and its result."""
 
     def encoding(self) -> AbstractContextManager[None]:
@@ -69,8 +70,8 @@ def install_hooks(pipe: Any, denoiser: Any, callbacks: Callbacks) -> None:
     # Calls that begin now wait for this lock, and so until the denoiser has its hooks too.
     with callbacks.bare_weights(moving=False):
         try:
-            pipe.__dict__[ATTACHMENT] = denoiser.__dict__[ATTACHMENT] = callbacks
-            pipe.__class__ = _hooked_pipeline(pipe.__class__)
+            hook_pipeline(pipe, callbacks)
+            denoiser.__dict__[ATTACHMENT] = callbacks
             # Plain assignment would pass through torch.compile's wrapper to the module inside it.
             object.__setattr__(denoiser, "__class__", _hooked_denoiser(denoiser.__class__))
             if body is not denoiser:
@@ -83,18 +84,28 @@ def install_hooks(pipe: Any, denoiser: Any, callbacks: Callbacks) -> None:
             raise
 
 
+def hook_pipeline(pipe: Any, callbacks: Callbacks) -> None:
+    """Call `callbacks` around every call of a pipeline, until `unhook`."""
+    pipe.__dict__[ATTACHMENT] = callbacks
+    pipe.__class__ = _hooked_pipeline(pipe.__class__)
+
+
+def unhook(part: Any) -> None:
+    """Restore the class of a pipeline or a denoiser, and leave nothing in its `__dict__`."""
+    if type(part).__dict__.get(ATTACHMENT):
+        object.__setattr__(part, "__class__", type(part).__mro__[1])
+    part.__dict__.pop(ATTACHMENT, None)
+
+
 def remove_hooks(pipe: Any, denoiser: Any) -> None:
     """Undo `install_hooks`: restore the classes, and leave nothing in any `__dict__`."""
     body = body_of(denoiser)
-    for part in (pipe, denoiser):
-        if type(part).__dict__.get(ATTACHMENT):
-            object.__setattr__(part, "__class__", type(part).__mro__[1])
     for name in _hooked_methods(type(body)) if body is not denoiser else ():
         body.__dict__.pop(name, None)
     for handle in body.__dict__.pop(_HANDLES, ()):
         handle.remove()
     for part in (pipe, denoiser, body):
-        part.__dict__.pop(ATTACHMENT, None)
+        unhook(part)
 
 
 def _is_fused(attention: Any) -> bool:
@@ -118,6 +129,12 @@ def _run_within(part: Any, enter: Callable[[Callbacks], AbstractContextManager[N
             if part.__dict__.get(ATTACHMENT) is callbacks:
                 return run()
     return run()
+
+
+def _report(pipe: Any, arguments: Mapping[str, Any], result: Any) -> None:
+    """Give the callbacks of a pipeline, if it still has any, what it has encoded."""
+    if (callbacks := pipe.__dict__.get(ATTACHMENT)) is not None:
+        callbacks.encoded(pipe, arguments, result)
 
 
 class _EqualToBase(type):
@@ -144,9 +161,12 @@ def _hooked_pipeline(base: Any) -> Any:
     class Hooked(base, metaclass=_EqualToBase):  # type: ignore[misc]
         @functools.wraps(base.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return _run_within(
-                self, lambda callbacks: callbacks.picture(), lambda: base.__call__(self, *args, **kwargs)
-            )
+            def run() -> Any:
+                if not is_modular(base):
+                    return base.__call__(self, *args, **kwargs)
+                return call_observed(self, base.__call__, functools.partial(_report, self), args, kwargs)
+
+            return _run_within(self, lambda callbacks: callbacks.picture(self), run)
 
     if hasattr(base, "encode_prompt"):
         signature = inspect.signature(base.encode_prompt)
@@ -155,10 +175,9 @@ def _hooked_pipeline(base: Any) -> Any:
         def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
             def run() -> Any:
                 result = base.encode_prompt(self, *args, **kwargs)
-                if (callbacks := self.__dict__.get(ATTACHMENT)) is not None:
-                    bound = signature.bind(self, *args, **kwargs)
-                    bound.apply_defaults()
-                    callbacks.encoded(bound.arguments, result)
+                bound = signature.bind(self, *args, **kwargs)
+                bound.apply_defaults()
+                _report(self, bound.arguments, result)
                 return result
 
             return _run_within(self, lambda callbacks: callbacks.encoding(), run)

@@ -9,16 +9,18 @@ from torch import nn
 
 from spm_hub.adapters.formats.lazy import StoredIncrements
 from spm_hub.attachment.call import Call
-from spm_hub.attachment.gates.evaluation import Gammas, GateEvaluation
 from spm_hub.attachment.gates.gate import ConstantGate
 from spm_hub.attachment.layers import Layers, foldable, kept_bytes, offloaded_in_groups
-from spm_hub.attachment.options import Eraser, Options
+from spm_hub.attachment.options import Eraser, Gammas, Options
 from spm_hub.attachment.peft_layers import unmerge_disabled
 from spm_hub.attachment.text_encoding import CannotEncodeError
 from spm_hub.errors import UsageError
 from spm_hub.models.architectures import body_of, weight_of
 
-_FULLY_ON = "every eraser without a constant gate is fully on"
+_REMEMBERED = 1000
+"""How many different warnings are given once only; a server may meet any number of long prompts."""
+
+FULLY_ON = "every eraser without a constant gate is fully on"
 
 
 class Planner:
@@ -27,9 +29,9 @@ class Planner:
     Not thread-safe by itself: an `Attachment` calls it under its lock.
     """
 
-    def __init__(self, denoiser: nn.Module, options: Options, gates: GateEvaluation) -> None:
+    def __init__(self, denoiser: nn.Module, options: Options) -> None:
         self.erasers: dict[str, Eraser] = {}
-        self._denoiser, self._options, self._gates = denoiser, options, gates
+        self._denoiser, self._options = denoiser, options
         self._layers = Layers()
         self._warned: set[str] = set()
         # Each is None when it has to be computed again: the factors in effect and whether they are folded; the inputs
@@ -82,10 +84,10 @@ class Planner:
         """Compute the gammas of this call's prompts, unless they are known or the text encoder is missing."""
         if call.prompts is None or self.erasers.keys() <= call.gammas.keys():
             return
-        if call.prompts.texts is None and not self._all_constant:
-            self.warn_once("only prompt_embeds are known: erasers are gated by the embeddings, not by the words")
         with suppress(CannotEncodeError):
-            call.gammas = self._gates.ask(call.prompts, call.settings, self.erasers)
+            call.gammas = call.gates.ask(call.prompts, call.settings, self.erasers)
+            if call.prompts.texts is None and not self.all_constant:
+                self.warn_once("only prompt_embeds are known: erasers are gated by the embeddings, not by the words")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def put_in_effect(self, call: Call | None, rows: int | None, states: object) -> None:
@@ -134,6 +136,8 @@ class Planner:
 
     def warn_once(self, message: str) -> None:
         """Warn with this message, unless this attachment has already done so."""
+        if len(self._warned) == _REMEMBERED:
+            self._warned.clear()
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"spm_hub: {message}", UserWarning, stacklevel=2)
@@ -141,16 +145,22 @@ class Planner:
     def _factors(self, call: Call | None, rows: int | None) -> dict[str, list[float]]:
         """Return gamma times strength of every eraser: one number for each row, or one for all rows."""
         if call is None:
+            if not self.all_constant:
+                self.warn_once(
+                    "the denoiser was called outside of the attached pipeline's calls, without a known prompt: "
+                    f"{FULLY_ON}. Another pipeline of the same parts: erasers.also(pipe). Calls by hand: "
+                    'erasers.prompted(prompts), or attach with gate="always"'
+                )
             return self._factors_without_prompts()
         self.ask_gates(call)
         if call.prompts is None or not self.erasers.keys() <= call.gammas.keys():
-            if not self._all_constant:
-                self.warn_once(f"the prompts of this call, or the text encoder, are unknown: {_FULLY_ON}")
+            if not self.all_constant:
+                self.warn_once(f"the prompts of this call, or the text encoder, are unknown: {FULLY_ON}")
             return self._factors_without_prompts()
         if rows is None or rows % call.rows_per_block:
-            self.warn_once(f"{rows} rows do not come from {call.rows_per_block} prompts and pictures: {_FULLY_ON}")
+            self.warn_once(f"{rows} rows do not come from {call.rows_per_block} prompts and pictures: {FULLY_ON}")
             return self._factors_without_prompts()
-        gammas: Gammas = self._gates.select({name: call.gammas[name] for name in self.erasers})
+        gammas: Gammas = self._options.select({name: call.gammas[name] for name in self.erasers})
         factors = {}
         for name, eraser in self.erasers.items():
             block = [gamma * eraser.strength for gamma in gammas[name] for _ in range(call.images)]
@@ -167,12 +177,13 @@ class Planner:
             name: [eraser.gate.gamma if isinstance(eraser.gate, ConstantGate) else 1.0]
             for name, eraser in self.erasers.items()
         }
-        if self._all_constant:
-            gammas = self._gates.select(gammas)
+        if self.all_constant:
+            gammas = self._options.select(gammas)
         return {name: [gammas[name][0] * eraser.strength] for name, eraser in self.erasers.items()}
 
     @property
-    def _all_constant(self) -> bool:
+    def all_constant(self) -> bool:
+        """Whether no eraser's gate depends on the prompt."""
         return all(isinstance(eraser.gate, ConstantGate) for eraser in self.erasers.values())
 
     def _fold_storage(self) -> tuple[torch.device | None, bool]:
@@ -216,7 +227,6 @@ class Planner:
     def _invalidate(self) -> None:
         """Discard everything that was computed from the erasers and the weights."""
         self._plan = self._planned_for = self._storage = None
-        self._gates.invalidate()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

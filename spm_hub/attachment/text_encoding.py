@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from spm_hub.attachment.gates.concept_index import WAY
+from spm_hub.attachment.gates.gate import Prompts
 from spm_hub.errors import UsageError
-
-_SUFFIXES = ("", "_2", "_3", "_4")
-"""The endings of a pipeline's attributes text_encoder* and tokenizer*."""
+from spm_hub.models.text_window import SUFFIXES, WINDOW, cut_text, reads_whole, tokenizers_of, window_of
 
 Scalar = str | int | float
 
@@ -23,6 +22,9 @@ Settings = tuple[tuple[str, Scalar | tuple[Scalar, ...]], ...]
 
 Some are tuples: the layers that FLUX.2 reads the text from, the sentences that Sana puts before it.
 """
+
+_UNCUT = 10**6
+"""A window that no text fills."""
 
 _OTHER_PROMPT = re.compile(r"prompt_\d")
 
@@ -33,50 +35,60 @@ class CannotEncodeError(UsageError):
     """Raised where the pipeline lacks a text encoder or a tokenizer that it needs to encode a text."""
 
 
-def tokens_of(pipe: Any, texts: Sequence[str]) -> tuple[frozenset[int], ...]:
+def tokens_of(
+    pipe: Any, texts: Sequence[str], settings: Settings = (), positions: int | None = None
+) -> tuple[frozenset[int], ...]:
     """Return T(.) of each text: the tokens of all the pipeline's tokenizers, textual inversions included.
 
     Each tokenizer cuts the text in its own window: FLUX's T5 reads on where its CLIP stops. A tokenizer counts only
-    where its encoder is loaded.
+    where its encoder is loaded. settings: of the call. positions: the number of the texts' states, if it is known.
     """
     convert = getattr(pipe, "maybe_convert_prompt", None)
     found = [frozenset[int]() for _ in texts]
-    for position, suffix in enumerate(_SUFFIXES):
-        tokenizer = getattr(pipe, f"tokenizer{suffix}", None)
-        # FLUX.2 has a processor for pictures and texts there, whose attribute the tokenizer is.
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        if tokenizer is None or getattr(pipe, f"text_encoder{suffix}", tokenizer) is None:
-            continue
-        if position and type(tokenizer).__name__ == "ByT5Tokenizer":
-            continue  # HunyuanImage's second tokenizer gives bytes, which any longer text shares with any name.
+    known = dict(settings)
+    whole = positions is not None and reads_whole(pipe, known, positions)
+    for position, _, tokenizer in tokenizers_of(pipe):
         given = texts if convert is None else convert(list(texts), tokenizer)
-        found = list(map(frozenset.union, found, token_sets(tokenizer, given, position)))
+        window = None if whole else window_of(tokenizer, known)
+        found = list(map(frozenset.union, found, token_sets(tokenizer, given, position, window)))
     return tuple(found)
 
 
-def read_prompts(
-    pipe: Any, arguments: Mapping[str, Any]
-) -> tuple[tuple[str, ...], tuple[frozenset[int], ...]] | tuple[None, None]:
-    """Return the texts and the token sets of the prompts in the arguments of `encode_prompt`.
+def read_prompts(pipe: Any, arguments: Mapping[str, Any], states: Tensor) -> Prompts:
+    """Return the prompts in the arguments of `encode_prompt`, with the states that it made of them.
 
-    Both are None where the arguments have no prompt. What other encoders are given (prompt_2 of SDXL and FLUX) belongs
-    to the prompt: FLUX's denoiser attends to that.
+    Their texts and tokens are None where the arguments have no prompt. What other encoders are given (prompt_2 of SDXL
+    and FLUX) belongs to the prompt: FLUX's denoiser attends to that.
     """
     if arguments.get("prompt") is None:
-        return None, None
+        return Prompts(None, None, states)
+    settings, positions = settings_among(arguments), states.shape[1]
+    cut: list[str] = []
+
+    def as_read(texts: Sequence[str]) -> tuple[str, ...]:
+        """Return the part of each text that some encoder reads."""
+        cuts = [cut_text(pipe, text, dict(settings), positions) for text in texts]
+        cut.extend(one.describe("the prompt") for one in cuts if one is not None)
+        return tuple(text if one is None else one.read for text, one in zip(texts, cuts, strict=True))
+
     texts = _as_texts(arguments["prompt"])
-    tokens = tokens_of(pipe, texts)
+    tokens, read = tokens_of(pipe, texts, settings, positions), as_read(texts)
     for other in (_as_texts(value) for key, value in arguments.items() if _OTHER_PROMPT.fullmatch(key) and value):
         each = other * len(texts) if len(other) == 1 else other
-        tokens = tuple(map(frozenset.union, tokens, tokens_of(pipe, each)))
-        texts = tuple(one if one == two else f"{one}\n{two}" for one, two in zip(texts, each, strict=True))
-    return texts, tokens
+        tokens = tuple(map(frozenset.union, tokens, tokens_of(pipe, each, settings, positions)))
+        texts, read = _joined(texts, each), _joined(read, as_read(each))
+    return Prompts(texts, tokens, states, None if read == texts else read, tuple(dict.fromkeys(cut)))
 
 
-def encoder_settings(base: type[Any], options: Mapping[str, Any]) -> Settings:
+def _joined(ones: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    return tuple(one if one == two else f"{one}\n{two}" for one, two in zip(ones, others, strict=True))
+
+
+def encoder_settings(base: Any, options: Mapping[str, Any]) -> Settings:
     """Return the settings with which a call with these options encodes its prompts, defaults included.
 
-    base: the class of the pipeline. Raises UsageError for an option that `base.encode_prompt` does not have.
+    base: the class of the pipeline, or its `modular.BlockReader`. Raises UsageError for an option that
+    `base.encode_prompt` does not have.
     """
     encoder = inspect.signature(base.encode_prompt).parameters if hasattr(base, "encode_prompt") else {}
     call = inspect.signature(base.__call__).parameters
@@ -89,8 +101,8 @@ def encoder_settings(base: type[Any], options: Mapping[str, Any]) -> Settings:
     return settings_among({name: call[name].default for name in encoder if name in call} | dict(options))
 
 
-def encode(pipe: Any, base: type[Any], text: str, settings: Settings = ()) -> Tensor:
-    """Return the states of `text` as the pipeline's class `base` encodes it: (1, tokens, d_text).
+def encode(pipe: Any, base: Any, text: str, settings: Settings = ()) -> Tensor:
+    """Return the states of `text` as the pipeline's class or `BlockReader` encodes it: (1, tokens, d_text).
 
     One text at a time: the output of a text encoder for a row may depend on the other rows in the last bit. Raises
     CannotEncodeError; only a try shows it, as SDXL encodes without its first encoder and FLUX needs both.
@@ -106,8 +118,14 @@ def execution_device(pipe: Any) -> Any:
     return getattr(pipe, "_execution_device", None)
 
 
-def encode_together(pipe: Any, base: type[Any], texts: Sequence[str], settings: Settings = ()) -> Tensor:
+def encode_together(pipe: Any, base: Any, texts: Sequence[str], settings: Settings = ()) -> Tensor:
     """Return the states of texts encoded as one batch: (texts, tokens, d_text). Raises CannotEncodeError."""
+    if not hasattr(base, "encode_prompt"):
+        raise CannotEncodeError(
+            f"{base.__name__} encodes texts in a way that the gates do not know: it has no encode_prompt, and no block "
+            "that makes prompt_embeds of a prompt",
+            mend='attach with gate="always"',
+        )
     optional = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, **dict(settings)}
     if "device" not in optional:
         optional["device"] = execution_device(pipe)
@@ -139,8 +157,8 @@ def tokens_by_position(pipe: Any, text: str, length: int, settings: Settings) ->
     long as the states: for FLUX that is T5's. Empty where there is none, as for SD3, which joins the states of several
     encoders, and for Qwen-Image, which drops a part of them.
     """
-    window = dict(settings).get("max_sequence_length")
-    for suffix in _SUFFIXES:
+    window = dict(settings).get(WINDOW)
+    for suffix in SUFFIXES:
         tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
         if tokenizer is None or not hasattr(tokenizer, "model_max_length"):
             continue
@@ -175,7 +193,7 @@ def encoders_digest(pipe: Any) -> str:
     Of each weight its name, shape and some of its numbers count: hashing all of a large encoder would take seconds.
     """
     digest = hashlib.sha256()
-    for suffix in _SUFFIXES:
+    for suffix in SUFFIXES:
         tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
         digest.update(repr((suffix, type(tokenizer).__name__, _length(tokenizer))).encode())
         encoder = getattr(pipe, f"text_encoder{suffix}", None)
@@ -186,9 +204,14 @@ def encoders_digest(pipe: Any) -> str:
     return digest.hexdigest()
 
 
+def encoders_of(pipe: Any) -> list[object]:
+    """Return the text encoders and tokenizers of a pipeline, None for one that is missing."""
+    return [getattr(pipe, f"{kind}{suffix}", None) for suffix in SUFFIXES for kind in ("text_encoder", "tokenizer")]
+
+
 def vocabulary(pipe: Any) -> Mapping[str, int]:
     """Return the ids of the first tokenizer's tokens by their text; empty if it lists none."""
-    for suffix in _SUFFIXES:
+    for suffix in SUFFIXES:
         tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if tokenizer is not None and hasattr(tokenizer, "get_vocab"):
@@ -204,7 +227,7 @@ def encoders_stamp(pipe: Any) -> tuple[object, ...]:
     inversion). Moving an encoder between devices changes nothing: offloading does that for every picture.
     """
     found: list[object] = []
-    for suffix in _SUFFIXES:
+    for suffix in SUFFIXES:
         tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
         found.append(_length(tokenizer))
         encoder = getattr(pipe, f"text_encoder{suffix}", None)
@@ -250,17 +273,21 @@ def _is_setting(value: object) -> bool:
     )
 
 
-def token_sets(tokenizer: Any, texts: Sequence[str], position: int = 0) -> tuple[frozenset[int], ...]:
+def token_sets(
+    tokenizer: Any, texts: Sequence[str], position: int = 0, window: int | None = None
+) -> tuple[frozenset[int], ...]:
     """Return T(.) of each text: the ids of its tokens, without special tokens and bare spaces.
 
     CLIP's tokenizer ignores case and position. To tokenizers that do not (T5, Qwen), "snoopy", "a snoopy" and "Snoopy"
     may share no token: there T(.) also contains the ids of the lower-cased text after a space, offset by `WAY` so that
-    the two tokenizations are counted separately. position: of the tokenizer among those of its pipeline.
+    the two tokenizations are counted separately. position: of the tokenizer among those of its pipeline.  window: the
+    number of tokens that its encoder reads; None for all of them.
     """
     special = set(tokenizer.all_special_ids)
 
     def ids(texts: Sequence[str]) -> list[frozenset[int]]:
-        return [frozenset(row) - special for row in tokenizer(list(texts), truncation=True).input_ids]
+        cut = tokenizer(list(texts), truncation=True, max_length=window or _UNCUT)
+        return [frozenset(row) - special for row in cut.input_ids]
 
     one, other = ids(["A b", " a b"])
     ways = [ids(texts)] if one == other else [ids(texts), ids([f" {text.lower()}" for text in texts])]

@@ -126,6 +126,7 @@ def _read(
         with to.progress("reading") as move:
             return conversion.read(path, description, base, move)
     known = resolve(str(source), registry).load() if isinstance(source, str | Path) else source
+    known.check_effect()
     return apply_description(known, description), "spm"
 
 

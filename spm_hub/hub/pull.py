@@ -252,7 +252,9 @@ def _commit_of(entry: EraserEntry) -> str:
 
 def _complete_manifest(entry: EraserEntry, repo: str) -> Manifest:
     """Return the downloaded eraser's manifest; without one, make one with the file's size and hash."""
-    manifest = entry.load().manifest
+    adapter = entry.load()
+    adapter.check_effect()
+    manifest = adapter.manifest
     if entry.manifest_path is not None:
         return manifest
     path = entry.adapter_path

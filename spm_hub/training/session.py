@@ -182,6 +182,8 @@ class Session:
             return [*entries]
         shown = base.name if self.base.pipe is not None else plan.model
         self.reporter.say(f"erasing {what} from {shown} with {plan.method} ...")
+        for remark in _cut_texts(recipe, base.pipe):
+            self.reporter.say(remark)
         checkpoint = Checkpoint(self._run_folder(recipe, base.stamp), base.stamp)
         if self.resume and not checkpoint.path.exists():
             self.reporter.say(
@@ -297,6 +299,24 @@ class Session:
         if self.checkpoint_dir is None:
             with suppress(OSError):
                 checkpoint.folder.rmdir()
+
+
+def _cut_texts(recipe: Recipe, pipe: DiffusionPipeline) -> Iterator[str]:
+    """Yield which texts of a recipe are longer than what the pipeline's text encoders read of them."""
+    from spm_hub.models.text_window import cut_text
+
+    texts = {
+        text: what
+        for member in members(recipe)
+        for what, several in (
+            ("the anchor", member.anchoring.prompts), ("the protected prompt", member.protection.prompts),
+            ("the surrogate", (member.surrogate,)), ("the alias", member.aliases), ("the concept", (member.target,)),
+        )
+        for text in several
+    }  # fmt: skip
+    for text, what in texts.items():
+        if (cut := cut_text(pipe, text, {})) is not None:
+            yield f"{cut.describe(what)}. Nothing is learnt of that part; train an eraser of each of its concepts"
 
 
 def _check_weights(pipe: DiffusionPipeline) -> None:

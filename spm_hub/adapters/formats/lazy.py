@@ -10,7 +10,7 @@ from spm_hub.adapters.formats import fused_names
 from spm_hub.adapters.formats.lora_config import scaling_in
 from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.formats.reading import read_increments
-from spm_hub.adapters.increments import Increment
+from spm_hub.adapters.increments import Increment, check_effect
 from spm_hub.errors import AdapterFileError
 from spm_hub.io.safetensors_file import Entry, Header, empty_like, read_tensors
 
@@ -69,7 +69,9 @@ class StoredIncrements(Mapping[str, Increment]):
                 mend="detach, and attach it again",
             )
         scaling = scaling_in(header.metadata, self._path)
-        return with_dots(read_increments(self._path, tensors, scaling), self._modules)
+        increments = read_increments(self._path, tensors, scaling)
+        check_effect(increments, self._path)
+        return with_dots(increments, self._modules)
 
 
 def with_dots(increments: Mapping[str, Increment], modules: tuple[str, ...]) -> dict[str, Increment]:

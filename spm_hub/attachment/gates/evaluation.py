@@ -1,7 +1,9 @@
 """Computes gamma for each (prompt, eraser); caches encoded concepts; applies `threshold` and `top_k`."""
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,23 +24,24 @@ from spm_hub.attachment.gates.gate import (
     UnknownConceptGate,
 )
 from spm_hub.attachment.gates.spill_file import SpillFile
-from spm_hub.attachment.options import Eraser, Options
+from spm_hub.attachment.options import Eraser, Gammas, Options
 from spm_hub.attachment.text_encoding import (
     Settings,
     encode,
     encode_together,
+    encoder_settings,
     encoders_digest,
+    encoders_of,
     encoders_stamp,
     execution_device,
+    read_prompts,
     tokens_by_position,
     tokens_of,
     vocabulary,
 )
 from spm_hub.errors import UsageError
 from spm_hub.io.progress import ProgressCallback, Reporter, progress_if_long
-
-Gammas = dict[str, list[float]]
-"""The gammas of each eraser, by name: one for each prompt."""
+from spm_hub.models.text_window import Cut, cut_text
 
 _Group = tuple[Gate | PreparingGate, tuple[str, ...], ConceptIndex | PreparedGate | None]
 """A gate, the names of its erasers, and what it is asked about or prepared for; None for a constant gate."""
@@ -48,19 +51,64 @@ _SPILLED_ABOVE = 2**14
 
 
 class GateEvaluation:
-    """Asks the gates of a pipeline's erasers; caches concepts until the text encoders change."""
+    """Asks the gates of erasers as one pipeline encodes texts; caches concepts until its text encoders change."""
 
-    def __init__(self, pipe: Any, pipeline_class: type[Any], options: Options, reporter: Reporter) -> None:
-        """reporter: shows how far a gate has come that encodes many texts first."""
-        self._pipe, self._pipeline_class, self._options, self._reporter = pipe, pipeline_class, options, reporter
+    def __init__(self, pipe: Any, reader: Any, options: Options, reporter: Reporter) -> None:
+        """Read texts with `reader`, which `modular.reader_of` returns; keep no reference to `pipe` that counts.
+
+        reporter: shows how far a gate has come that encodes many texts first.
+        """
+        self._pipe_ref = weakref.ref(pipe)
+        self._reader, self._options, self._reporter = reader, options, reporter
         self._spill_files: dict[int, SpillFile] = {}
+        self._erasers: list[Eraser] = []
+        self._concepts: weakref.WeakKeyDictionary[Eraser, dict[Settings, EncodedConcept]] = weakref.WeakKeyDictionary()
+        self._memos: weakref.WeakKeyDictionary[Eraser, dict[Settings, dict[str, Any]]] = weakref.WeakKeyDictionary()
         self._groups: dict[Settings, list[_Group]] = {}
         self._empty: dict[Settings, int] = {}
         self._stamp: tuple[object, ...] = ()
 
-    def invalidate(self) -> None:
-        """Discard the grouping of erasers by gate, after erasers were added or removed."""
-        self._groups.clear()
+    @property
+    def _pipe(self) -> Any:
+        return self._pipe_ref()
+
+    def read(self, text: str, options: Mapping[str, Any]) -> tuple[Prompts, Settings]:
+        """Encode one prompt as the pipeline does with these options of its call.
+
+        Raises UsageError for an unknown option, CannotEncodeError.
+        """
+        settings = encoder_settings(self._reader, options)
+        states = encode(self._pipe, self._reader, text, settings)
+        return read_prompts(self._pipe, {**dict(settings), "prompt": text}, states), settings
+
+    def cut_off(self, text: str) -> Cut | None:
+        """Return what the pipeline's text encoders do not read of a text, by default; None if they read all of it."""
+        return cut_text(self._pipe, text, self._defaults)
+
+    @cached_property
+    def _defaults(self) -> dict[str, Any]:
+        return dict(encoder_settings(self._reader, {}))
+
+    @cached_property
+    def why_unreadable(self) -> str | None:
+        """Why no prompt of this pipeline can be known, None if they can be: an empty one is encoded to see it."""
+        try:
+            self.read("", {})
+        except UsageError as error:
+            return error.message
+        except (RuntimeError, LookupError):
+            return None  # not with the defaults of a call, or not with weights that are elsewhere now: a call shows it
+        return None
+
+    def reads_like(self, other: "GateEvaluation") -> bool:
+        """Return whether the two pipelines share their text encoders, and encode a text alike."""
+        if encoders_of(self._pipe) != encoders_of(other._pipe):
+            return False
+        try:
+            (one, settings), (two, others) = (each.read("a photo", {}) for each in (self, other))
+        except (UsageError, RuntimeError, LookupError):
+            return False
+        return settings == others and torch.equal(one.states, two.states)
 
     def ask(self, prompts: Prompts, settings: Settings, erasers: Mapping[str, Eraser]) -> Gammas:
         """Return the gamma of each prompt for every eraser, before `select`.
@@ -70,6 +118,7 @@ class GateEvaluation:
         """
         self._prepare(settings, erasers)
         found: Gammas = {}
+        read = prompts.as_read()
         for index, (gate, members, known) in enumerate(self._groups[settings]):
             if isinstance(gate, ConstantGate):
                 found.update({name: [gate.gamma] * len(prompts.states) for name in members})
@@ -79,10 +128,10 @@ class GateEvaluation:
                 if not known.varying and self._encodes_by_length(prompts, known, settings):
                     known = replace(known, varying=True)
                     self._groups[settings][index] = gate, members, known
-                gammas = torch.as_tensor(gate.gammas(prompts, known))
+                gammas = torch.as_tensor(gate.gammas(read, known))
             else:
                 assert known is not None
-                gammas = torch.as_tensor(known.gammas(prompts))
+                gammas = torch.as_tensor(known.gammas(read))
             wanted = len(prompts.states), len(members)
             if tuple(gammas.shape) != wanted or not torch.isfinite(gammas).all():
                 raise UsageError(
@@ -104,14 +153,14 @@ class GateEvaluation:
         Raises as `ask` does.
         """
         asked = self.ask(prompts, settings, erasers)
-        selected = self.select(asked)
+        selected = self._options.select(asked)
         found: dict[str, Explanation] = {}
         for gate, members, known in self._groups[settings]:
             given: Sequence[Explanation | None] = [None] * len(members)
             if isinstance(known, ExplainingGate):
-                given = known.explain(prompts)
+                given = known.explain(prompts.as_read())
             elif isinstance(gate, TransportGate) and isinstance(known, ConceptIndex):
-                given = gate.explain(prompts, known)
+                given = gate.explain(prompts.as_read(), known)
             term = type(gate).__name__.removesuffix("Gate").lower()
             for name, explanation in zip(members, given, strict=True):
                 found[name] = explanation or Explanation(asked[name][0], term)
@@ -137,32 +186,15 @@ class GateEvaluation:
             for name, one in explanations.items()
         }
 
-    def gate_of(self, name: str, settings: Settings, erasers: Mapping[str, Eraser]) -> Gate | PreparedGate:
+    def gate_of(self, name: str, erasers: Mapping[str, Eraser]) -> Gate | PreparedGate:
         """Return the gate that is asked about an eraser: of a gate that prepares itself, the prepared one."""
+        settings = encoder_settings(self._reader, {})
         self._prepare(settings, erasers)
         gate, _, known = next(group for group in self._groups[settings] if name in group[1])
         if isinstance(gate, PreparingGate):
             assert isinstance(known, PreparedGate)
             return known
         return gate
-
-    def select(self, gammas: Gammas) -> Gammas:
-        """Apply `threshold` and `top_k`: return the gammas with those of all other erasers set to 0.
-
-        Of the gammas that reach `threshold`, the `top_k` greatest of each prompt are kept; among equal ones, those of
-        the first names in alphabetical order.
-        """
-        threshold, top_k = self._options.threshold, self._options.top_k
-        if threshold is None and top_k is None:
-            return gammas
-        chosen: Gammas = {name: [0.0] * len(each) for name, each in gammas.items()}
-        for prompt in range(max(map(len, gammas.values()), default=0)):
-            left = [
-                (-each[prompt], name) for name, each in gammas.items() if threshold is None or each[prompt] >= threshold
-            ]
-            for gamma, name in sorted(left)[:top_k]:
-                chosen[name][prompt] = -gamma
-        return chosen
 
     def _prepare(self, settings: Settings, erasers: Mapping[str, Eraser]) -> None:
         """Group the erasers by gate, unless that is done, and discard the concepts of replaced text encoders."""
@@ -172,9 +204,11 @@ class GateEvaluation:
             self._stamp = stamp
             self._groups.clear()
             self._empty.clear()
-            for eraser in erasers.values():
-                eraser.concepts.clear()
-                eraser.memos.clear()
+            self._concepts.clear()
+            self._memos.clear()
+        if (present := list(erasers.values())) != self._erasers:
+            self._groups.clear()
+            self._erasers = present
         if settings not in self._groups:
             self._groups[settings] = list(self._group(settings, erasers))
 
@@ -187,7 +221,7 @@ class GateEvaluation:
         if lengths == {prompts.states.shape[1]}:
             return False
         if settings not in self._empty:
-            self._empty[settings] = encode(self._pipe, self._pipeline_class, "", settings).shape[1]
+            self._empty[settings] = encode(self._pipe, self._reader, "", settings).shape[1]
         return lengths != {self._empty[settings]}
 
     def _group(self, settings: Settings, erasers: Mapping[str, Eraser]) -> Iterable[_Group]:
@@ -202,46 +236,43 @@ class GateEvaluation:
             elif isinstance(gate, PreparingGate):
                 with progress_if_long(self._reporter, "encoding general sentences") as progress:
                     encoder = self._text_encoder(settings, progress)
-                    prepared = gate.prepare(encoder, _gated(names, erasers, settings))
+                    prepared = gate.prepare(encoder, [self._gated(name, erasers[name], settings) for name in names])
                 yield gate, tuple(names), prepared
             else:
                 yield gate, tuple(names), ConceptIndex(tuple(self._encode(erasers[name], settings) for name in names))
 
+    def _gated(self, name: str, eraser: Eraser, settings: Settings) -> GatedEraser:
+        """Return what a gate may know of an eraser."""
+        memo = self._memos.setdefault(eraser, {}).setdefault(settings, {})
+        return GatedEraser(name, eraser.adapter.manifest.concept.names, eraser.increments, memo)
+
     def _text_encoder(self, settings: Settings, progress: ProgressCallback) -> TextEncoder:
-        pipe, base = self._pipe, self._pipeline_class
-        settings_there = (*settings, ("device", execution_device(pipe)))
+        base = self._reader
+        settings_there = (*settings, ("device", execution_device(self._pipe)))
         return TextEncoder(
-            lambda texts: encode_together(pipe, base, texts, settings_there),
-            lambda: f"{base.__name__} {settings} {encoders_digest(pipe)}",
-            vocabulary(pipe),
+            lambda texts: encode_together(self._pipe, base, texts, settings_there),
+            lambda: f"{base.__name__} {settings} {encoders_digest(self._pipe)}",
+            vocabulary(self._pipe),
             progress,
         )
 
     def _encode(self, eraser: Eraser, settings: Settings) -> EncodedConcept:
-        if settings not in eraser.concepts:
+        kept = self._concepts.setdefault(eraser, {})
+        if settings not in kept:
             texts = eraser.adapter.manifest.concept.names
-            each = [encode(self._pipe, self._pipeline_class, text, settings)[0] for text in texts]
+            each = [encode(self._pipe, self._reader, text, settings)[0] for text in texts]
             states = pad_sequence(each, batch_first=True)
-            known = texts, tokens_of(self._pipe, texts), states.float().cpu()
+            tokens = tokens_of(self._pipe, texts, settings, states.shape[1])
+            known = texts, tokens, states.float().cpu()
             try:
-                eraser.concepts[settings] = EncodedConcept(*known, self._spill_file(states[0].numel()))
+                kept[settings] = EncodedConcept(*known, self._spill_file(states[0].numel()))
             except OSError:
                 # The temporary folder is full, or missing.
-                eraser.concepts[settings] = EncodedConcept(*known)
-        return eraser.concepts[settings]
+                kept[settings] = EncodedConcept(*known)
+        return kept[settings]
 
     def _spill_file(self, elements: int) -> SpillFile | None:
         """Return the file for states with so many elements a name, None for memory. Raises OSError."""
         if elements > _SPILLED_ABOVE and elements not in self._spill_files:
             self._spill_files[elements] = SpillFile()
         return self._spill_files.get(elements)
-
-
-def _gated(names: Iterable[str], erasers: Mapping[str, Eraser], settings: Settings) -> list[GatedEraser]:
-    """Return what a gate may know of the erasers with these names."""
-    found = []
-    for name in names:
-        eraser = erasers[name]
-        memo = eraser.memos.setdefault(settings, {})
-        found.append(GatedEraser(name, eraser.adapter.manifest.concept.names, eraser.increments, memo))
-    return found

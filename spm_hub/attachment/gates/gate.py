@@ -5,7 +5,7 @@ The gate of SPM is facilitated transport (arXiv 2312.16145, Eq. 10-11).
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -22,12 +22,20 @@ class Prompts:
 
     texts: as given to the pipeline; None where it was given embeddings only.  tokens: T(p) of each prompt
     (`text_encoding.token_sets`); None where `texts` is.  states: e(p), the text-encoder states that the denoiser
-    receives, (prompts, tokens, d_text).
+    receives, (prompts, tokens, d_text).  read: the beginning of each text that fits into a text encoder's window; None
+    where that is all of every text. A gate is given these as `texts`, so that it reads what the encoders read.  cut:
+    says in words what does not fit.
     """
 
     texts: tuple[str, ...] | None
     tokens: tuple[frozenset[int], ...] | None
     states: Tensor
+    read: tuple[str, ...] | None = None
+    cut: tuple[str, ...] = ()
+
+    def as_read(self) -> "Prompts":
+        """Return these prompts with the parts of their texts that the encoders read, as a gate is given them."""
+        return self if self.read is None else replace(self, texts=self.read, read=None)
 
 
 @runtime_checkable

@@ -109,11 +109,11 @@ class Victim:
         """Return the gamma of each eraser for a try, as the pipeline that draws it computes them."""
         assert self._erasers is not None, "gammas are those of attached erasers"
         conditioning, given = one.states, {name: [text] for name, text in one.texts.items()}
-        texts, tokens = read_prompts(self.pipe, given)
         if conditioning is None:
+            others = dict(given)
             with torch.no_grad():
-                conditioning = self.encode(given.pop("prompt"), others=given)
-        with self._erasers.prompted(Prompts(texts, tokens, conditioning.states)) as gammas:
+                conditioning = self.encode(others.pop("prompt"), others=others)
+        with self._erasers.prompted(read_prompts(self.pipe, given, conditioning.states)) as gammas:
             return {name: each[0] for name, each in gammas.items()}
 
     def scores(self, states: Tensor) -> Tensor:
