@@ -229,8 +229,8 @@ def check_effect(increments: Mapping[str, Increment], source: object, concept: s
     """
     if all(increment.is_zero for increment in increments.values()):
         raise AdapterFileError(
-            f"{source} changes nothing: the changes of all its {len(increments)} modules are zero, so it would erase "
-            "nothing (a training that never began?)",
+            f"{source} changes nothing: all numbers of its change are zero ({len(increments)} "
+            f"module{'s' if len(increments) > 1 else ''}), so it would erase nothing (a training that never began?)",
             mend=f"another file; or train one: spmhub train {shlex.quote(concept)}",
         )
 

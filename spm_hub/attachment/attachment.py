@@ -111,6 +111,7 @@ class Attachment:
         self._denoiser = denoiser_of(pipe)
         family_of(pipe)
         self._refuse_attached()
+        unhook(pipe)
         self._lock = threading.RLock()
         self._calls: list[Call] = []
         self._denoisings = 0
@@ -242,6 +243,7 @@ class Attachment:
                     "the erasers are attached to",
                     mend="spm_hub.attach(pipe, adapters) for a denoiser of its own; else give both the same object",
                 )
+            unhook(pipe)
             gates = GateEvaluation(pipe, reader_of(pipe), self._options, self._reporter)
             if gates.reads_like(self._gates):
                 self._reading_alike.add(pipe)

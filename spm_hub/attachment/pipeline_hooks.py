@@ -91,7 +91,10 @@ def hook_pipeline(pipe: Any, callbacks: Callbacks) -> None:
 
 
 def unhook(part: Any) -> None:
-    """Restore the class of a pipeline or a denoiser, and leave nothing in its `__dict__`."""
+    """Restore the class of a pipeline or a denoiser, and leave nothing in its `__dict__`.
+
+    A pipeline may have a class with hooks and no attachment: `type(pipe)(**parts)` of an attached one makes it.
+    """
     if type(part).__dict__.get(ATTACHMENT):
         object.__setattr__(part, "__class__", type(part).__mro__[1])
     part.__dict__.pop(ATTACHMENT, None)

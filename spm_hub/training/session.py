@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -183,7 +184,7 @@ class Session:
         shown = base.name if self.base.pipe is not None else plan.model
         self.reporter.say(f"erasing {what} from {shown} with {plan.method} ...")
         for remark in _cut_texts(recipe, base.pipe):
-            self.reporter.say(remark)
+            warnings.warn(f"spm_hub: {remark}", UserWarning, stacklevel=2)
         checkpoint = Checkpoint(self._run_folder(recipe, base.stamp), base.stamp)
         if self.resume and not checkpoint.path.exists():
             self.reporter.say(

@@ -49,7 +49,7 @@ def zeroed(adapter: Adapter, part: str) -> Adapter:
 def test_increments_of_zeros_are_refused_wherever_they_come_in(kind: str, part: str, tmp_path: Path) -> None:
     pipe = pico_pipeline()
     adapter = zeroed(pico_eraser(pipe.unet, "snoopy", kind=kind, rank=2), part)
-    with pytest.raises(AdapterFileError, match=f"changes nothing.*all its {len(adapter.increments)} modules"):
+    with pytest.raises(AdapterFileError, match=rf"changes nothing.*\({len(adapter.increments)} modules\)"):
         attach(pipe, [adapter])
     assert not [key for key in (*vars(pipe), *vars(pipe.unet)) if "spm_hub" in key]
     with attach(pipe, []) as erasers, pytest.raises(AdapterFileError, match="changes nothing"):

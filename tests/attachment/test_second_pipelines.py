@@ -190,6 +190,18 @@ def test_an_unknown_pipeline_is_said_once_unless_its_prompts_do_not_matter(gate:
     assert all("erasers.also(pipe)" in message and "fully on" in message for message in messages)
 
 
+def test_a_pipeline_made_of_the_attached_ones_class_has_its_own_class_afterwards() -> None:
+    pipe = pico_pipeline()
+    erasers = attach(pipe, [pico_eraser(pipe.unet, "snoopy")], gate="transport")
+    twin = type(pipe)(**pipe.components, requires_safety_checker=False)
+    twin.set_progress_bar_config(disable=True)
+    expected = paint(pipe, "a dog")
+    erasers.also(twin)
+    assert torch.equal(paint(twin, "a dog"), expected)
+    erasers.detach()
+    assert type(twin) is type(pico_pipeline())
+
+
 def test_pipelines_that_cannot_be_gated_along_are_refused() -> None:
     pipe, stranger = pico_pipeline(), pico_pipeline()
     adapter = pico_eraser(pipe.unet, "snoopy")

@@ -57,6 +57,18 @@ def test_it_says_what_the_attachment_says(tmp_path: Path) -> None:
         assert (8, 48, 107) in {colour for _, colour in picture.convert("RGB").getcolors(1 << 16) or ()}
 
 
+def test_words_behind_the_text_encoders_window_are_said() -> None:
+    """The sketchbook's encoder reads 32 tokens."""
+    long = " ".join(["a dog in a park"] * 8) + " and snoopy"
+    done = spmhub(long, "-a", "snoopy", "--gate", "transport", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "has 53 tokens, and the text encoder reads 32: cut off is" in done.stderr
+    assert "and snoopy'" in done.stderr
+    assert "Traceback" not in done.stderr
+    (found,) = (one["erasers"]["snoopy"]["gamma"] for one in json.loads(done.stdout)["prompts"])
+    assert found < 1
+
+
 def test_it_prints_a_table_of_prompts_and_erasers(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("snoopy\na dog\n")

@@ -99,6 +99,23 @@ class Stop:
             raise KeyboardInterrupt
 
 
+def test_texts_that_the_text_encoder_cuts_are_said() -> None:
+    """The pico encoder reads 12 tokens, two of which begin and end a text."""
+    concept = "a red dog by a blue church on the sunny beach with snoopy"
+    with pytest.warns(UserWarning, match="cut off") as said:
+        made = spm_hub.train(
+            concept, pipe=pico_pipeline(), progress=False, aliases=["snoopy"], name="dog",
+            surrogate="a photo of a person in the style of van gogh and picasso", **SMALL,
+        )  # fmt: skip
+    assert made.manifest.concept.target == concept
+    messages = [str(one.message) for one in said if "cut off" in str(one.message)]
+    assert len(messages) == 2
+    assert "the concept 'a red dog" in messages[1]
+    assert "has 15 tokens, and the text encoder reads 12: cut off is 'beach with snoopy'" in messages[1]
+    assert "the surrogate" in messages[0]
+    assert "'van gogh and picasso'" in messages[0]
+
+
 @pytest.mark.slow
 def test_a_script_is_stopped_by_a_signal_resumes_to_the_identical_file_keeps_it_and_attaches_it(
     tmp_path: Path, cache: Path
