@@ -80,7 +80,7 @@ class Adapter:
     def check_effect(self) -> None:
         """Raise AdapterFileError if the increments change nothing; those of a lazily loaded file when they are read."""
         if not isinstance(self.increments, StoredIncrements):
-            check_effect(self.increments, f"{self.name} ({self.source})", self.manifest.concept.target)
+            check_effect(self.increments, f"{self.name} ({self.source})", self.manifest.concept.target or "CONCEPT")
 
     @cached_property
     def content(self) -> str:

@@ -45,10 +45,11 @@ def duplicate_error(one: Adapter, other: Adapter) -> UsageError:
 def refuse_same_change(one: Adapter, other: Adapter) -> None:
     """Raise UsageError if `other` is `one` under another name: the same increments for the same concept."""
     same = one is not other and one.content and one.content == other.content
-    if same and one.manifest.concept.target == other.manifest.concept.target:
+    target = one.manifest.concept.target
+    if same and target == other.manifest.concept.target:
         raise UsageError(
             f"{other.name} ({other.source}) is {one.name} ({one.source}) under another name: the two make the same "
-            f"change for {one.manifest.concept.target!r}, and together would make it twice",
+            f"change{f' for {target!r}' if target else ''}, and together would make it twice",
             mend=f"name one of them; if twice is meant, --strength {one.name}=2",
         )
 

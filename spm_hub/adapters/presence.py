@@ -35,6 +35,22 @@ def baked_as(place: Path, adapter: Adapter) -> tuple[str, bool] | None:
     return None
 
 
+def remark_on_presence(
+    adapter: Adapter, modules: Mapping[str, nn.Module], increments: Mapping[str, Increment]
+) -> str | None:
+    """Say that the weights seem to contain an eraser's change already; None if they do not.
+
+    modules, increments: those of the eraser, by the same paths.
+    """
+    share = share_in_weights(modules, increments)
+    if share is None:
+        return None
+    return (
+        f"this model's weights seem to contain {adapter.name} already ({share:.0%} of its change): it was probably "
+        "baked in or fused. A second time it erases twice; use it on the plain model instead"
+    )
+
+
 def share_in_weights(modules: Mapping[str, nn.Module], increments: Mapping[str, Increment]) -> float | None:
     """Estimate how much of an eraser's change the weights contain: about 0 normally, about 1 once it was baked in.
 

@@ -9,7 +9,7 @@ from torch import nn
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.formats.lazy import StoredIncrements
 from spm_hub.adapters.lookup import refuse_same_change
-from spm_hub.adapters.presence import baked_as, share_in_weights
+from spm_hub.adapters.presence import baked_as, remark_on_presence
 from spm_hub.attachment.options import Eraser
 from spm_hub.errors import UsageError
 
@@ -59,11 +59,8 @@ class Doubles:
             return
         if isinstance(adapter.increments, StoredIncrements):
             return  # its numbers are read when a prompt needs them
-        if (share := share_in_weights(eraser.modules, eraser.increments)) is not None:
-            self._warn(
-                f"this model's weights seem to contain {adapter.name} already ({share:.0%} of its change): it was "
-                "probably baked in or fused. Attached as well it erases twice; attach it to the plain model instead"
-            )
+        if (remark := remark_on_presence(adapter, eraser.modules, eraser.increments)) is not None:
+            self._warn(remark)
 
 
 def _places(pipe: Any, denoiser: nn.Module) -> dict[Path, None]:

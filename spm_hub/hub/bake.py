@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,13 +41,18 @@ def bake(
     registry: the folder in which names are looked up before the user's own registry.
 
     Raises UsageError (no eraser, one twice, a base that was baked itself, strengths that no float holds),
-    NotFoundError (an unknown eraser or model), CompatibilityError (an eraser of another base), ModelError,
-    RegistryError (`out` exists or cannot be written).
+    AdapterFileError (an eraser that changes nothing), NotFoundError (an unknown eraser or model), CompatibilityError
+    (an eraser of another base), ModelError, RegistryError (`out` exists or cannot be written). Warns of an eraser whose
+    change the base seems to contain.
     """
     from spm_hub.adapters import baking
     from spm_hub.adapters.adapter import Adapter
+    from spm_hub.adapters.compatibility import resolve_modules
     from spm_hub.adapters.lookup import check_names
+    from spm_hub.adapters.presence import remark_on_presence
+    from spm_hub.attachment import is_attached
     from spm_hub.hub.resolve import resolve
+    from spm_hub.models.architectures import denoiser_of
     from spm_hub.models.loading import load_pipeline
     from spm_hub.models.references import identity_of_pipeline, parse_reference
 
@@ -59,8 +65,15 @@ def bake(
     entries = [one if isinstance(one, Adapter) else resolve(str(one), folder) for one in several]
     erasers = [one if isinstance(one, Adapter) else one.load() for one in entries]
     check_names(erasers, strength if isinstance(strength, Mapping) else ())
+    for eraser in erasers:
+        eraser.check_effect()
     baking.check_place(Path(out), replace=replace)
     pipe = pipe or load_pipeline(reference, config=config, dtype="stored", device="cpu")
+    for eraser in erasers if not is_attached(pipe) else ():
+        found = resolve_modules(eraser, denoiser_of(pipe))
+        modules = {name: module for module, name in found.values()}
+        if (remark := remark_on_presence(eraser, modules, eraser.increments)) is not None:
+            warnings.warn(f"spm_hub: {remark}", UserWarning, stacklevel=2)
     base = identity_of_pipeline(pipe)[0] if source is None else source.public_name
     return baking.bake(pipe, erasers, Path(out), strength=strength, base=base, replace=replace)
 

@@ -82,9 +82,11 @@ def window_of(tokenizer: Any, settings: Mapping[str, Any]) -> int | None:
 def reads_whole(pipe: Any, settings: Mapping[str, Any], positions: int) -> bool:
     """Return whether so many text-encoder states are more than one window of each encoder has."""
     windows = [(window_of(tokenizer, settings), _is_clip(tokenizer)) for _, _, tokenizer in tokenizers_of(pipe)]
-    # SD3 puts CLIP's states and T5's one after the other; two CLIPs share their positions.
-    kinds = [max((window or _MOST for window, clip in windows if clip is kind), default=0) for kind in (True, False)]
-    return positions > sum(kinds)
+    # SD3 puts CLIP's states and T5's one after the other, zeros in place of a missing T5's; two CLIPs share positions.
+    clip, other = (
+        max((length or _MOST for length, one in windows if one is kind), default=0) for kind in (True, False)
+    )
+    return positions > clip + max(other, settings.get(WINDOW) or 0)
 
 
 def _is_clip(tokenizer: Any) -> bool:

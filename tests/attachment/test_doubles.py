@@ -141,6 +141,21 @@ def test_a_baked_change_is_seen_in_weights_that_lost_their_mark(kind: str, dtype
                 erasers.add(inside)
 
 
+def test_baking_twice_is_said_where_the_record_was_lost(tmp_path: Path) -> None:
+    pipe = pico_pipeline(channels=(32, 64))
+    inside = pico_eraser(pipe.unet, "snoopy", seed=1)
+    with attach(pipe, [inside], gate="always"), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # an attached pipeline is baked with its own weights
+        pipe("a dog", num_inference_steps=1, output_type="latent")
+        spm_hub.bake(inside, tmp_path / "once", pipe=pipe)
+    again = type(pipe).from_pretrained(tmp_path / "once", safety_checker=None)
+    with pytest.raises(UsageError, match="holds snoopy already"):
+        spm_hub.bake(inside, tmp_path / "twice", pipe=again)
+    pipe.unet.load_state_dict(again.unet.state_dict())
+    with pytest.warns(UserWarning, match="seem to contain snoopy already"):
+        spm_hub.bake(inside, tmp_path / "twice", pipe=pipe)
+
+
 def test_the_shipped_erasers_are_not_taken_for_baked_ones() -> None:
     pipe = spm_hub.load_pipeline("sketchbook")
     erasers = [spm_hub.load(slug(name)) for name in ("snoopy", "nudity", "van gogh")]
