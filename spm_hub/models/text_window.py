@@ -19,8 +19,9 @@ _MOST = 10**6
 class Cut:
     """A text that is longer than all windows of a pipeline's text encoders.
 
-    read: its beginning, which at least one encoder reads.  lost: the rest, which none does.  tokens, window: the length
-    of the text and of the window in which most of it is read, both with the tokens that begin and end a text.
+    read: its beginning, which at least one encoder reads.  lost: the rest, from the first word on that none reads
+    whole.  tokens, window: the length of the text and of the window in which most of it is read, both with the tokens
+    that begin and end a text.
     """
 
     text: str
@@ -105,4 +106,12 @@ def _cut(pipe: Any, tokenizer: Any, text: str, window: int) -> Cut | None:
         read = given[: max(end for _, end in kept.offset_mapping)]
     else:
         read = tokenizer.decode(kept.input_ids, skip_special_tokens=True)
-    return Cut(text, read, given[len(read) :].strip(), tokens, window)
+    return Cut(text, read, given[_word_at(given, len(read)) :].strip(), tokens, window)
+
+
+def _word_at(text: str, position: int) -> int:
+    """Return where the word begins that a position is in the middle of; else the position itself."""
+    start = position
+    while 0 < start < len(text) and text[start - 1].isalnum() and text[start].isalnum():
+        start -= 1
+    return start

@@ -32,6 +32,13 @@ def test_of_one_window_the_rest_is_lost(name: str) -> None:
     assert cut_text(family_pipeline(name), READ_BY_CLIP, {}) is None
 
 
+def test_a_word_that_is_read_in_part_is_named_whole() -> None:
+    """The pico tokenizer has no "zebra": each of its letters is a token, and two of them fit."""
+    cut = cut_text(pico_pipeline(), "a dog a dog a dog a dog zebra", {})
+    assert cut is not None
+    assert (cut.read, cut.lost) == ("a dog a dog a dog a dog ze", "zebra")
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux-dev", "pixart"])
 def test_of_several_windows_the_longest_counts(name: str) -> None:
     pipe = family_pipeline(name)
