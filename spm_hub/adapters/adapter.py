@@ -78,7 +78,10 @@ class Adapter:
         return self.increments.outline if isinstance(self.increments, StoredIncrements) else self.increments
 
     def check_effect(self) -> None:
-        """Raise AdapterFileError if the increments change nothing; those of a lazily loaded file when they are read."""
+        """Raise AdapterFileError if the increments change nothing.
+
+        Those of a lazily loaded file are checked when they are read.
+        """
         if not isinstance(self.increments, StoredIncrements):
             check_effect(self.increments, f"{self.name} ({self.source})", self.manifest.concept.target or "CONCEPT")
 

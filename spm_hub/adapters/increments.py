@@ -58,7 +58,7 @@ class LowRank:
 
     @property
     def is_zero(self) -> bool:
-        """Whether the product is zero because every term of it is."""
+        """True if the product is zero because every term of it is."""
         return not bool((self.up.flatten(1).ne(0).any(0) & self.down.flatten(1).ne(0).any(1)).any())
 
     def delta_for(self, weight: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Dense:
 
     @property
     def is_zero(self) -> bool:
-        """Whether neither the weight nor the bias is changed."""
+        """True if neither the weight nor the bias is changed."""
         return not any(bool(tensor.any()) for tensor in self.tensors().values())
 
     def delta_for(self, weight: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class Mask:
 
     @property
     def is_zero(self) -> bool:
-        """Whether nothing is switched off."""
+        """True if nothing is switched off."""
         return bool(self.keep.all())
 
     def delta_for(self, weight: Tensor) -> Tensor:

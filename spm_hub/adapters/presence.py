@@ -1,4 +1,4 @@
-"""Finds out whether a model's weights contain an eraser's change already, as those of a baked checkpoint do."""
+"""Finds out whether a model's weights contain an eraser's change already: whether it was baked."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,11 +52,11 @@ def remark_on_presence(
 
 
 def share_in_weights(modules: Mapping[str, nn.Module], increments: Mapping[str, Increment]) -> float | None:
-    """Estimate how much of an eraser's change the weights contain: about 0 normally, about 1 once it was baked in.
+    """Estimate how much of an eraser's change the weights contain.
 
-    It is the coefficient of the change in the weights, sum <W, dW> / sum <dW, dW>, each module weighed by the inverse
-    of its weights' variance. Weights that know nothing of the change are noise around 0. For masks it is the share of
-    the neurons switched off whose weights are all zero.
+    It is about 0 normally, and about 1 once the change was baked in: the coefficient of the change in the weights,
+    sum <W, dW> / sum <dW, dW>, each module weighed by the inverse of its weights' variance. Weights that know nothing
+    of the change are noise around 0. For masks it is the share of the neurons switched off whose weights are all zero.
     modules, increments: by the same paths. Returns None for a share that is small or too uncertain, and where weights
     are not plain numbers in memory.
     """

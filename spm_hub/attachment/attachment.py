@@ -220,10 +220,11 @@ class Attachment:
                 self._say_unreadable(gates)
 
     def also(self, pipe: Any, /) -> None:
-        """Gate another pipeline of the same denoiser by its own prompts: a second pass, inpainting, `from_pipe`.
+        """Gate another pipeline of the same denoiser by its own prompts.
 
-        pipe: has the attached pipeline's denoiser; its text encoders may be others. `detach` gives it back as well; it
-        may go away before. A pipeline that is known already stays as it is. Call this before it draws.
+        pipe: for a second pass, inpainting, made by `from_pipe`. It has the attached pipeline's denoiser; its text
+        encoders may be others. `detach` gives it back as well; it may go away before. A pipeline that is known already
+        stays as it is. Call this before it draws.
         Raises UsageError for another denoiser, or a pipeline with an attachment of its own; nothing is changed then.
         """
         with self._lock:

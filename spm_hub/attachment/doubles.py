@@ -15,7 +15,10 @@ from spm_hub.errors import UsageError
 
 
 class Doubles:
-    """The erasers that a pipeline has already: those attached by their content, and those baked into its weights."""
+    """The erasers that a pipeline has already.
+
+    Attached ones are known by their content, baked ones by the checkpoint's record and by its weights.
+    """
 
     def __init__(self, pipe: Any, denoiser: nn.Module, warn: Callable[[str], None]) -> None:
         """warn: called with each message that is no refusal."""

@@ -18,7 +18,7 @@ def is_modular(pipeline_class: type[Any]) -> bool:
 
 
 def reader_of(pipe: Any) -> Any:
-    """Return what encodes texts as the pipeline does: its class, or for a modular pipeline a `BlockReader`.
+    """Return the pipeline's class, or for a modular pipeline a `BlockReader`: it encodes texts.
 
     pipe: without hooks. A modular pipeline without a block that encodes prompts has its class, without `encode_prompt`.
     """
@@ -37,7 +37,10 @@ def text_block(blocks: Any) -> Any | None:
 
 
 class BlockReader:
-    """Encodes texts with a block of a modular pipeline; has the attributes that `text_encoding` reads of a class."""
+    """Encodes texts with a block of a modular pipeline.
+
+    It has the attributes that `text_encoding` reads of a pipeline's class.
+    """
 
     def __init__(self, name: str, block: Any) -> None:
         """name: of the pipeline's class, for messages."""

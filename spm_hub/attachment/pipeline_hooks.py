@@ -135,7 +135,7 @@ def _run_within(part: Any, enter: Callable[[Callbacks], AbstractContextManager[N
 
 
 def _report(pipe: Any, arguments: Mapping[str, Any], result: Any) -> None:
-    """Give the callbacks of a pipeline, if it still has any, what it has encoded."""
+    """Pass an encoding on to the callbacks of a pipeline, if it still has any."""
     if (callbacks := pipe.__dict__.get(ATTACHMENT)) is not None:
         callbacks.encoded(pipe, arguments, result)
 

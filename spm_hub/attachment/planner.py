@@ -183,7 +183,7 @@ class Planner:
 
     @property
     def all_constant(self) -> bool:
-        """Whether no eraser's gate depends on the prompt."""
+        """True if no eraser's gate depends on the prompt."""
         return all(isinstance(eraser.gate, ConstantGate) for eraser in self.erasers.values())
 
     def _fold_storage(self) -> tuple[torch.device | None, bool]:

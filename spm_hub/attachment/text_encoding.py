@@ -102,7 +102,7 @@ def encoder_settings(base: Any, options: Mapping[str, Any]) -> Settings:
 
 
 def encode(pipe: Any, base: Any, text: str, settings: Settings = ()) -> Tensor:
-    """Return the states of `text` as the pipeline's class or `BlockReader` encodes it: (1, tokens, d_text).
+    """Return the states of `text` as the pipeline's class or reader encodes it: (1, tokens, d_text).
 
     One text at a time: the output of a text encoder for a row may depend on the other rows in the last bit. Raises
     CannotEncodeError; only a try shows it, as SDXL encodes without its first encoder and FLUX needs both.

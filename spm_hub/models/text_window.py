@@ -1,4 +1,4 @@
-"""How much of a text a pipeline's text encoders read: they cut it at the end of their windows."""
+"""Finds the part of a text that a pipeline's text encoders read: they cut at the end of a window."""
 
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ class Cut:
     window: int
 
     def describe(self, what: str) -> str:
-        """Say what is cut. what: the text's part in the work, such as "the prompt"."""
+        """Say in words which part is cut. what: the role of the text, such as "the prompt"."""
         return (
             f"{what} {textwrap.shorten(self.text, 60, placeholder=' ...')!r} has {self.tokens} tokens, and the text "
             f"encoder reads {self.window}: cut off is {textwrap.shorten(self.lost, 300, placeholder=' ...')!r}"

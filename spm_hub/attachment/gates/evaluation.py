@@ -51,10 +51,13 @@ _SPILLED_ABOVE = 2**14
 
 
 class GateEvaluation:
-    """Asks the gates of erasers as one pipeline encodes texts; caches concepts until its text encoders change."""
+    """Asks the gates of erasers about texts, which it encodes as one pipeline does.
+
+    Concepts are cached until the text encoders change.
+    """
 
     def __init__(self, pipe: Any, reader: Any, options: Options, reporter: Reporter) -> None:
-        """Read texts with `reader`, which `modular.reader_of` returns; keep no reference to `pipe` that counts.
+        """Take a pipeline, which may go away before, and its `modular.reader_of`.
 
         reporter: shows how far a gate has come that encodes many texts first.
         """
@@ -82,7 +85,7 @@ class GateEvaluation:
         return read_prompts(self._pipe, {**dict(settings), "prompt": text}, states), settings
 
     def cut_off(self, text: str) -> Cut | None:
-        """Return what the pipeline's text encoders do not read of a text, by default; None if they read all of it."""
+        """Return the part of a text that the text encoders do not read by default, None if they read all."""
         return cut_text(self._pipe, text, self._defaults)
 
     @cached_property
