@@ -60,7 +60,7 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: t
 )
 def attack(
     out: Output,
-    name: Annotated[str, typer.Argument(help=NAME)],
+    name: Annotated[str, typer.Argument(autocompletion=options.complete_name, help=NAME)],
     *,
     with_: With = ATTACKS[0],
     model: options.Model = "sketchbook",

@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 def evaluate(
     out: Output,
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME...", help="Erasers, attached together: names, files, or owner/name.")
+        list[str],
+        typer.Argument(
+            metavar="NAME...",
+            autocompletion=options.complete_name,
+            help="Erasers, attached together: names, files, or owner/name.",
+        ),
     ],
     *,
     model: options.Model = "sketchbook",

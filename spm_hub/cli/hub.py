@@ -41,7 +41,9 @@ Repo = Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository o
 )
 def push(
     out: Output,
-    name: Annotated[str, typer.Argument(help="The eraser: a name in a registry, or a file.")],
+    name: Annotated[
+        str, typer.Argument(autocompletion=options.complete_name, help="The eraser: a name in a registry, or a file.")
+    ],
     repo: Repo,
     *,
     private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,

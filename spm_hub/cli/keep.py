@@ -13,7 +13,7 @@ from spm_hub.io.wording import counted
 if TYPE_CHECKING:
     from spm_hub.registry.archive import Transfer
 
-Names = Annotated[list[str], typer.Argument(help="Names in the registry.")]
+Names = Annotated[list[str], typer.Argument(autocompletion=options.complete_name, help="Names in the registry.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the files that would be deleted; delete nothing.")]
 
 
@@ -78,7 +78,12 @@ def gc(out: Output, *, registry: options.Registry = None, dry_run: DryRun = Fals
 )
 def export_(
     out: Output,
-    names: Annotated[list[str], typer.Argument(help="Names in a registry, files, or owner/name on the Hub.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            autocompletion=options.complete_name, help="Names in a registry, files, or owner/name on the Hub."
+        ),
+    ],
     *,
     to: Annotated[Path, typer.Option("--out", "--to", help="Folder, or file with the ending .tar.")],
     registry: options.Registry = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
-from spm_hub.errors import UsageError, nearest
+from spm_hub.errors import SpmHubError, UsageError, nearest
 from spm_hub.io.environment import KEY_VARIABLE, REGISTRY_VARIABLE
 
 if TYPE_CHECKING:
@@ -42,8 +42,25 @@ Config = Annotated[
         show_default=False,
     ),
 ]
+
+
+def complete_name(incomplete: str) -> list[str]:
+    """Return the names of erasers that complete the last of several, separated by commas."""
+    from spm_hub.registry.registry import registries
+
+    before, comma, begun = incomplete.rpartition(",")
+    try:
+        names = [entry.name for place in registries() for entry in place.entries()]
+    except SpmHubError:  # a shell has no place for messages
+        return []
+    return [f"{before}{comma}{name}" for name in dict.fromkeys(names) if name.startswith(begun)]
+
+
 ADAPTERS = typer.Option(
-    "--adapters", "-a", help="Erasers, separated by commas: names, files, or owner/name on the Hub; repeatable."
+    "--adapters",
+    "-a",
+    autocompletion=complete_name,
+    help="Erasers, separated by commas: names, files, or owner/name on the Hub; repeatable.",
 )
 Adapters = Annotated[list[str], ADAPTERS]
 Strength = Annotated[

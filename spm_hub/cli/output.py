@@ -112,7 +112,7 @@ def exit_on_error(out: Output, interrupted: str = "") -> Iterator[None]:
         out.fail(
             SpmHubError(
                 "there is not enough memory" + (f": {first}" if first else ""),
-                mend="fewer pictures at once, --dtype float16, or another --device",
+                mend="fewer pictures at once, --dtype bfloat16 (on a GPU also --dtype float16), or another --device",
             )
         )
         sys.exit(1)

@@ -13,7 +13,12 @@ from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError
 from spm_hub.io.untrusted_text import one_line
 from spm_hub.io.wording import counted
 
-Name = Annotated[str, typer.Argument(help="A name in a registry, a file, or owner/name on the Hub.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        autocompletion=options.complete_name, help="A name in a registry, a file, or owner/name on the Hub."
+    ),
+]
 
 
 @command(

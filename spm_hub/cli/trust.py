@@ -30,7 +30,10 @@ def verify(
     out: Output,
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Names, files, or owner/name on the Hub. Default: all erasers in the registry."),
+        typer.Argument(
+            autocompletion=options.complete_name,
+            help="Names, files, or owner/name on the Hub. Default: all erasers in the registry.",
+        ),
     ] = None,
     *,
     key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM) to check the signatures with.")] = None,
@@ -95,7 +98,10 @@ def audit(
     out: Output,
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Names, files, or owner/name on the Hub. Default: all erasers in the registry."),
+        typer.Argument(
+            autocompletion=options.complete_name,
+            help="Names, files, or owner/name on the Hub. Default: all erasers in the registry.",
+        ),
     ] = None,
     *,
     model: Annotated[
@@ -142,7 +148,7 @@ def audit(
 )
 def sign(
     out: Output,
-    names: Annotated[list[str], typer.Argument(help="Names in the registry.")],
+    names: Annotated[list[str], typer.Argument(autocompletion=options.complete_name, help="Names in the registry.")],
     *,
     key: Annotated[Path, typer.Option("--key", help="Private elliptic-curve key (PEM), not encrypted.")],
     registry: options.Registry = None,

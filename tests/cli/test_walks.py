@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,30 @@ def test_one_is_a_picture_and_four_are_pictures(
     many = spmhub(*arguments, "--num", 2, "--compare")
     assert f"\n4 pictures in {tmp_path}; side by side: {tmp_path / 'grid.png'}\n" in many.err
     assert "downloading" not in many.err
+
+
+INTERRUPTED_IMPORT = """
+import sys
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, CtrlC())
+module = sys.argv.pop(1)
+from spm_hub.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["typer", "spm_hub.cli.hub", "spm_hub.hub.resolve", "torch", "diffusers"])
+def test_ctrl_c_while_a_process_starts_has_no_traceback(module: str, registry: Registry) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT, module, "apply", "-a", "snoopy", "-p", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "Traceback" not in done.stderr
+    assert list(Path.cwd().iterdir()) == []
