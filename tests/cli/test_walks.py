@@ -97,12 +97,12 @@ def test_one_is_a_picture_and_four_are_pictures(
 
 INTERRUPTED_IMPORT = """
 import sys
+module = sys.argv.pop(1)
 class CtrlC:
     def find_spec(self, name, path=None, target=None):
-        if name == sys.argv[1]:
+        if name == module:
             raise KeyboardInterrupt
 sys.meta_path.insert(0, CtrlC())
-module = sys.argv.pop(1)
 from spm_hub.cli import main
 main()
 """
