@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from spm_hub.evaluation.effect import Effect
     from spm_hub.registry.entry import EraserEntry
 
+TOGETHER = "Erasers, attached together: names, files, or owner/name."
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", autocompletion=options.complete_name, help=TOGETHER)]
+
 
 @command(
     "eval",
@@ -29,14 +32,7 @@ if TYPE_CHECKING:
 )
 def evaluate(
     out: Output,
-    names: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="NAME...",
-            autocompletion=options.complete_name,
-            help="Erasers, attached together: names, files, or owner/name.",
-        ),
-    ],
+    names: Names,
     *,
     model: options.Model = "sketchbook",
     config: options.Config = None,
