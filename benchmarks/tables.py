@@ -413,7 +413,8 @@ def attacks(numbers: dict[str, Any]) -> str:
             threat = next(one["threat"] for one in found if one)
             rows.append([f"`{name}`", f"`{kind}`", threat, *(cell(name, one) for one in found)])
     budget = numbers["budget"]
-    wanted = len(dict.fromkeys(key[0] for key in cells)) * (len(KINDS_OF_ATTACK) * len(gates) - len(gates) + 1)
+    names = dict.fromkeys(key[0] for key in cells)
+    wanted = len(names) * (len(KINDS_OF_ATTACK) * len(gates) - len(gates) + 1)
     missing = f"{wanted - len(cells)} of {wanted} cells were not measured; they are empty or left out. "
     return (
         f"{_table(['eraser', 'attack', 'attacker', *(f'gate `{gate}`' for gate in gates)], rows)}\n\nBold: share of "
@@ -423,9 +424,24 @@ def attacks(numbers: dict[str, Any]) -> str:
         f"succeeded, the least to the greatest. Each attack has {budget['tries']} tries a prompt, "
         f"{budget['iterations']} gradient steps before each, or {budget['generations']} generations of "
         f"{budget['population']} prompts in all. `random` and `seeds` are the controls. `adaptive` knows the "
-        f"calibrated gate. {missing if wanted > len(cells) else ''}Attack seed {budget['seed']}.\n"
-        f"{_about(numbers, 'attacks')}"
+        f"calibrated gate. {missing if wanted > len(cells) else ''}Attack seed {budget['seed']}.\n\n"
+        "What the calibrated gate leaves beyond always-on, in points of the prompts: "
+        f"{_beyond_always(cells, names)}.\n{_about(numbers, 'attacks')}"
     )
+
+
+def _beyond_always(cells: dict[tuple[str, ...], dict[str, Any]], names: Iterable[str]) -> str:
+    parts = []
+    for kind in KINDS_OF_ATTACK:
+        pairs = [
+            (name, cells[name, kind, "calibrated"], cells[name, kind, "always"])
+            for name in names
+            if (name, kind, "calibrated") in cells and (name, kind, "always") in cells
+        ]
+        shown = [f"`{name}` {100 * (gated['asr'] - always['asr']):+.0f}" for name, gated, always in pairs]
+        if shown:
+            parts.append(f"`{kind}`: {', '.join(shown)}")
+    return "; ".join(parts)
 
 
 KINDS_OF_ATTACK = (
