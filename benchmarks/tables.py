@@ -252,6 +252,42 @@ def gates(numbers: dict[str, Any]) -> str:
     )
 
 
+def composition(numbers: dict[str, Any]) -> str:
+    titles = {"second": "second base", "sketchbook": "sketchbook"}
+    rows = []
+    for world, found in numbers["worlds"].items():
+        for gate, cells in found["cells"].items():
+            for count, one in cells.items():
+                worst, who = one["others_worst_points"]
+                share, target = one["worst_target"]
+                rows.append([
+                    titles[world], f"`{gate}`", count, f"{_share(one['targets_found'])} of {one['targets_judged']}",
+                    f"{_share(share)} ({target})" if share else "0 %",
+                    f"{one['others_mean_points']:+.2f}", f"{worst:+.1f} ({who})" if worst < 0 else f"{worst:+.1f}",
+                    f"{one['mean_sum_of_gammas']:.3f}", _share(one["prompts_of_others_with_gammas_0"]),
+                ])  # fmt: skip
+    head = [
+        "base", "gate", "erasers", "targets found", "worst target", "others, mean (points)", "others, worst (points)",
+        "mean sum of gammas", "others' prompts with gammas 0",
+    ]  # fmt: skip
+    base, how = numbers["second_base"], numbers["cheap_training"]["method"]
+    about = "; ".join(
+        f"{titles[world]}: {found['others']} others (found in {_share(found['others_found_by_the_base'])} of the "
+        f"base's pictures), {len(found['targets'])} erasers, {found['bit_identical']['identical']} of "
+        f"{found['bit_identical']['compared']} pictures with gammas 0 bit-identical to the base's"
+        for world, found in numbers["worlds"].items()
+    )
+    trained = "; ".join(f"{titles[world]}: {found['trained']}" for world, found in numbers["worlds"].items())
+    return (
+        f"{_table(head, rows)}\n\nShare of pictures in which a classifier finds the targets, and by how many points "
+        f"other subjects are found less or more often than without erasers; same noise, {numbers['steps']} steps. "
+        f"{about}. Erasers: {trained} (`{how}`: method of the others). The second base draws {base['subjects_drawn']} "
+        f"of its {base['subjects']} subjects (in at least {_share(base['drawn_above'])} of 8 pictures); its "
+        f"classifier names {_share(base['classifier']['accuracy'])} of held-out drawings. Targets that a base does not "
+        f"draw are attached and not judged.\n{_about(numbers, 'composition')}"
+    )
+
+
 def gates_in_short(results: dict[str, dict[str, Any]]) -> str:
     """The sentences of docs/how-it-works.md about gates."""
     numbers = results["gates"]
@@ -536,6 +572,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "runtime": runtime,
     "full_size": full_size,
     "gates": gates,
+    "composition": composition,
     "methods": methods,
     "robustness": robustness,
     "attacks": attacks,
