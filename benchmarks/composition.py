@@ -41,10 +41,12 @@ from spm_hub.sketchbook.world import STYLE_NAMES
 ROOT = Path(__file__).parents[1]
 COUNTS = (1, 2, 5, 10, 20, 50, 100)
 GATES = ("calibrated", "transport", "always")
-SEED, STEPS, GUIDANCE, BATCH = 20, 12, 7.5, 32
+SEED, STEPS, BATCH = 20, 12, 32
+GUIDANCE = {"second": 3.0, "sketchbook": 7.5}
 NOISE = 7000
-BY_DEFAULTS = 10
-"""The first erasers of the second base are trained by the defaults; the others, and the sketchbook's, by `CHEAP`."""
+FIRST = ("dolphin", "bacon", "panda", "avocado", "rose", "bus", "coin", "necktie", "deer", "trumpet")
+"""Targets of the second base's first erasers, which are trained by the defaults; the others, and the sketchbook's, by
+`CHEAP`. They are the first subjects of the order by `SEED` that the base drew in all or most of its first pictures."""
 CHEAP: dict[str, Any] = {"method": "instant"}
 DRAWN = 0.85
 """A subject that the base draws less often is neither among the others nor judged as a target."""
@@ -98,19 +100,20 @@ class World:
 def second(folder: Path) -> World:
     """Return the second base, with others and targets chosen at random among the subjects that it draws."""
     drawn = json.loads((folder.parent / "drawn.json").read_text())
-    classifier = second_base.Classifier.load(folder.parent / "classifier")
+    classifier = second_base.Classifier.load(folder.parent / "judge")
     order = list(second_base.SUBJECTS)
     random.Random(SEED).shuffle(order)
     right = [subject for subject in order if drawn[subject] >= DRAWN]
-    first, others, rest = right[:BY_DEFAULTS], right[BY_DEFAULTS:][:OTHERS], right[BY_DEFAULTS + OTHERS :]
-    wrong = [subject for subject in order if subject not in right]
+    free = [subject for subject in right if subject not in FIRST]
+    others, rest = free[:OTHERS], free[OTHERS:]
+    wrong = [subject for subject in order if subject not in right and subject not in FIRST]
 
     def read(pictures: np.ndarray) -> list[tuple[str, ...]]:
         return [(name,) for name in classifier.names(pictures)]
 
     return World(
         "second", spm_hub.load_pipeline(str(folder)), read, second_base.phrase, tuple(others),
-        tuple([*first, *rest, *wrong][: max(COUNTS)]), frozenset(right),
+        tuple([*FIRST, *rest, *wrong][: max(COUNTS)]), frozenset(right),
     )  # fmt: skip
 
 
@@ -148,11 +151,9 @@ def train(world: World, work: Path, most: int) -> None:
         if world.name == "sketchbook" and index < len(SHIPPED):
             registry.add(spm_hub.load(SHIPPED[index], registry=ROOT))
             continue
-        how = {} if world.name == "second" and index < BY_DEFAULTS else CHEAP
+        how = {} if world.name == "second" and target in FIRST else CHEAP
         print(f"{world.name} {index + 1}/{len(world.targets)} {target}", file=sys.stderr, flush=True)
-        spm_hub.train(
-            target, pipe=world.pipe, model=f"{world.name} base", registry=registry, progress=False, resume=True, **how
-        )
+        spm_hub.train(target, pipe=world.pipe, registry=registry, progress=False, resume=True, **how)
 
 
 def parts(pictures: Sequence[Picture]) -> Iterator[Sequence[Picture]]:
@@ -160,14 +161,15 @@ def parts(pictures: Sequence[Picture]) -> Iterator[Sequence[Picture]]:
         yield pictures[start : start + BATCH]
 
 
-def draw(pipe: Any, pictures: Sequence[Picture]) -> np.ndarray:
+def draw(world: World, pictures: Sequence[Picture]) -> np.ndarray:
     """Return one uint8 picture for each, (n, h, w, 3)."""
+    pipe = world.pipe
     pipe.set_progress_bar_config(disable=True)
     drawn = [
         pipe(
             [one.prompt for one in part],
             num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
+            guidance_scale=GUIDANCE[world.name],
             generator=[torch.Generator().manual_seed(one.seed) for one in part],
             output_type="np",
         ).images
@@ -180,7 +182,7 @@ def readings(world: World, pictures: Sequence[Picture]) -> list[bool]:
     """Return of every picture whether its subject is found."""
     if not pictures:
         return []
-    return [one.subject in seen for seen, one in zip(world.read(draw(world.pipe, pictures)), pictures, strict=True)]
+    return [one.subject in seen for seen, one in zip(world.read(draw(world, pictures)), pictures, strict=True)]
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -256,8 +258,8 @@ def identical(world: World, adapters: Sequence[Adapter], count: int, most: int =
     """Compare pictures of prompts for which all gammas are 0 with the base's, bit for bit, each drawn alone."""
     with spm_hub.attach(world.pipe, adapters[:count], gate=GATES[0], progress=False) as erasers:
         off = [one for one in world.pictures(world.others, 1) if not any(erasers.gates(one.prompt).values())][:most]
-        given = [draw(world.pipe, [one]) for one in off]
-    same = [bool((draw(world.pipe, [one]) == picture).all()) for one, picture in zip(off, given, strict=True)]
+        given = [draw(world, [one]) for one in off]
+    same = [bool((draw(world, [one]) == picture).all()) for one, picture in zip(off, given, strict=True)]
     return {"erasers": count, "compared": len(same), "identical": sum(same)}
 
 
@@ -290,7 +292,7 @@ def measure(world: World, work: Path, counts: Sequence[int], gates: Sequence[str
         "targets_found_by_the_base": round(sum(of_targets.values()) / len(of_targets), 4),
         "targets": list(world.targets[: len(adapters)]),
         "trained": (
-            f"the first {BY_DEFAULTS} by the defaults" if world.name == "second" else f"the {len(SHIPPED)} shipped ones"
+            f"the first {len(FIRST)} by the defaults" if world.name == "second" else f"the {len(SHIPPED)} shipped ones"
         ),
         "drawn_by_the_base": sorted(world.judged),
         "templates": list(TEMPLATES[world.name]),

@@ -283,7 +283,7 @@ def composition(numbers: dict[str, Any]) -> str:
         f"other subjects are found less or more often than without erasers; same noise, {numbers['steps']} steps. "
         f"{about}. Erasers: {trained} (`{how}`: method of the others). The second base draws {base['subjects_drawn']} "
         f"of its {base['subjects']} subjects (in at least {_share(base['drawn_above'])} of 8 pictures); its "
-        f"classifier names {_share(base['classifier']['accuracy'])} of held-out drawings. Targets that a base does not "
+        f"classifier names {_share(base['classifier']['drawings'])} of held-out drawings. Targets that a base does not "
         f"draw are attached and not judged.\n{_about(numbers, 'composition')}"
     )
 
