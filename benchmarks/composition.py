@@ -88,12 +88,13 @@ class World:
     judged: frozenset[str]
 
     def pictures(self, subjects: Sequence[str], each: int) -> list[Picture]:
-        """Return `each` pictures of every subject, in the templates in turn."""
+        """Return `each` pictures of every subject, in the templates in turn; few start with other templates."""
         templates = TEMPLATES[self.name]
+        few = each < len(templates)
         return [
             Picture(subject, templates[index % len(templates)].format(self.phrase(subject)), NOISE + index)
-            for subject in subjects
-            for index in range(each)
+            for position, subject in enumerate(subjects)
+            for index in range(few * position % len(templates), few * position % len(templates) + each)
         ]
 
 
@@ -202,13 +203,17 @@ def shares(pictures: Sequence[Picture], found: Sequence[bool]) -> dict[str, floa
 
 
 def each_target(gate: str, count: int) -> int:
-    """Return how many pictures of every target are drawn: at least one in each template."""
-    return 20 if gate == GATES[0] and count <= 10 else 4
+    """Return how many pictures of every target are drawn, in each template equally often if there are four or more."""
+    if gate == GATES[0]:
+        return 20 if count <= 10 else 4
+    return 4 if count <= 10 else 2
 
 
 def each_other(world: World, gate: str) -> int:
     """Return how many pictures of every other subject are drawn; the sketchbook has fewer subjects."""
-    return (8 if gate == GATES[0] else 4) * (1 if world.name == "second" else 2)
+    if gate == GATES[0]:
+        return 8 if world.name == "second" else 16
+    return 2 if world.name == "second" else 8
 
 
 def cell(world: World, adapters: Sequence[Adapter], gate: str, count: int, base: dict[str, bool]) -> dict[str, Any]:
@@ -277,7 +282,7 @@ def measure(world: World, work: Path, counts: Sequence[int], gates: Sequence[str
         place / "base.json",
         lambda: dict(zip(map(key, others), readings(world, others), strict=True)),
     )
-    asked = world.pictures([one for one in world.targets[: len(adapters)] if one in world.judged], 4)
+    asked = world.pictures([one for one in world.targets if one in world.judged], 4)
     of_targets = kept(place / "base-targets.json", lambda: shares(asked, readings(world, asked)))
     cells: dict[str, Any] = {}
     for gate in gates:
@@ -296,7 +301,7 @@ def measure(world: World, work: Path, counts: Sequence[int], gates: Sequence[str
         ),
         "drawn_by_the_base": sorted(world.judged),
         "templates": list(TEMPLATES[world.name]),
-        "bit_identical": kept(place / "identical.json", lambda: identical(world, adapters, most)),
+        "bit_identical": kept(place / f"identical-{most}.json", lambda: identical(world, adapters, most)),
         "cells": cells,
     }
 
