@@ -4,6 +4,7 @@
     python benchmarks/composition.py train sketchbook --work WORK
     python benchmarks/composition.py measure --second FOLDER --work WORK
 
+`record` instead of `measure` writes the cells that there are.
 FOLDER is the second base, made by benchmarks/second_base.py. `train` keeps the erasers in WORK; both commands can be
 interrupted and go on where they were. Every picture has the same noise with and without erasers. A picture for whose
 prompt all gammas are 0 is not drawn again: it is the base's, which is verified on a sample, bit for bit.
@@ -268,8 +269,8 @@ def identical(world: World, adapters: Sequence[Adapter], count: int, most: int =
     return {"erasers": count, "compared": len(same), "identical": sum(same)}
 
 
-def measure(world: World, work: Path, counts: Sequence[int], gates: Sequence[str]) -> dict[str, Any]:
-    """Measure all cells of a world; a cell that an earlier run measured is read from WORK."""
+def measure(world: World, work: Path, counts: Sequence[int], gates: Sequence[str], *, new: bool) -> dict[str, Any]:
+    """Measure all cells of a world; a cell that an earlier run measured is read from WORK. Without `new`, only read."""
     registry, place = registry_of(world, work), work / f"cells-{world.name}"
     adapters = []
     for target in world.targets:
@@ -287,8 +288,11 @@ def measure(world: World, work: Path, counts: Sequence[int], gates: Sequence[str
     cells: dict[str, Any] = {}
     for gate in gates:
         for count in (each for each in counts if each <= len(adapters)):
+            path = place / f"{gate}-{count}.json"
+            if not new and not path.exists():
+                continue
             made = partial(cell, world, adapters, gate, count, base)
-            cells.setdefault(gate, {})[str(count)] = kept(place / f"{gate}-{count}.json", made)
+            cells.setdefault(gate, {})[str(count)] = kept(path, made)
             print(world.name, gate, count, json.dumps(cells[gate][str(count)])[:600], file=sys.stderr, flush=True)
     most = max(each for each in counts if each <= len(adapters))
     return {
@@ -325,7 +329,7 @@ def about_the_second_base(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["train", "measure"])
+    parser.add_argument("task", choices=["train", "measure", "record"])
     parser.add_argument("worlds", nargs="*", help="second, sketchbook; both unless given")
     parser.add_argument("--second", type=Path, help="the second base, made by benchmarks/second_base.py")
     parser.add_argument("--work", type=Path, required=True, help="folder for erasers and measured cells")
@@ -341,11 +345,11 @@ def main() -> None:
         if options.task == "train":
             train(world, options.work, options.most)
         else:
-            found[name] = measure(world, options.work, options.counts, options.gates)
-    if set(found) == {"second", "sketchbook"}:
+            found[name] = measure(world, options.work, options.counts, options.gates, new=options.task == "measure")
+    if set(found) == {"second", "sketchbook"} and options.task != "train":
         about = {"second_base": about_the_second_base(options.second), "steps": STEPS, "guidance_scale": GUIDANCE}
         record(
-            "composition", {**about, "cheap_training": CHEAP, "worlds": found}, seeds={"choice": SEED, "noise": 7000}
+            "composition", {**about, "cheap_training": CHEAP, "worlds": found}, seeds={"choice": SEED, "noise": NOISE}
         )
 
 

@@ -281,10 +281,10 @@ def composition(numbers: dict[str, Any]) -> str:
     return (
         f"{_table(head, rows)}\n\nShare of pictures in which a classifier finds the targets, and by how many points "
         f"other subjects are found less or more often than without erasers; same noise, {numbers['steps']} steps. "
-        f"{about}. Erasers: {trained} (`{how}`: method of the others). The second base draws {base['subjects_drawn']} "
-        f"of its {base['subjects']} subjects (in at least {_share(base['drawn_above'])} of 8 pictures); its "
-        f"classifier names {_share(base['classifier']['drawings'])} of held-out drawings. Targets that a base does not "
-        f"draw are attached and not judged.\n{_about(numbers, 'composition')}"
+        f"{about}. Erasers ({trained}; the others by `{how}`) are added in one order. The second base draws "
+        f"{base['subjects_drawn']} of its {base['subjects']} subjects (in at least {_share(base['drawn_above'])} of 8 "
+        f"pictures); its classifier names {_share(base['classifier']['drawings'])} of held-out drawings. Targets that "
+        f"a base does not draw are attached and not judged.\n{_about(numbers, 'composition')}"
     )
 
 
