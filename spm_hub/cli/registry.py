@@ -11,7 +11,7 @@ from spm_hub.cli.output import Output, silence_hub, silence_libraries, size, tab
 from spm_hub.cli.summary import UNKNOWN_CONCEPT, summary, whole
 from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError
 from spm_hub.io.untrusted_text import one_line
-from spm_hub.io.wording import counted
+from spm_hub.io.wording import counted, quoted
 
 Name = Annotated[
     str,
@@ -101,7 +101,8 @@ def show(
 
     entry = resolve(name, registry, say=out.say)
     manifest = entry.read_manifest()
-    human = Group(*whole(entry, manifest)) if full else "\n".join(map(one_line, summary(entry, manifest, asked=name)))
+    asked = quoted(name) + ("" if registry is None else f" --registry {quoted(registry)}")
+    human = Group(*whole(entry, manifest)) if full else "\n".join(map(one_line, summary(entry, manifest, asked)))
     out.data(
         {**manifest.model_dump(mode="json"), "path": str(entry.adapter_path)}, human, brief=[str(entry.adapter_path)]
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from spm_hub.cli.output import literal, size, table
-from spm_hub.io.wording import counted, quoted
+from spm_hub.io.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,7 +27,7 @@ DETECTED = "_detected"
 def summary(entry: EraserEntry, manifest: Manifest, asked: str) -> Iterator[str]:
     """Yield the lines that people ask for first: effect, gate, concept, base, file, origin, next commands.
 
-    asked: the reference by which the user named the eraser, for the commands.
+    asked: the reference by which the user named the eraser, and the registry if one was named, as words of a command.
     """
     concept, base, gate, info = manifest.concept, manifest.base, manifest.gate, manifest.increment
     acts = f"gate {manifest.default_gate}" + (f", strength {gate.strength:g}" if gate.strength != 1 else "")
@@ -36,10 +36,10 @@ def summary(entry: EraserEntry, manifest: Manifest, asked: str) -> Iterator[str]
         where = f" (on {name}, {_how(rows[0], manifest)})"
         yield f"{_effect(manifest, rows)}; {acts}{where}"
     if concept.target is None:
-        yield f"concept {UNKNOWN_CONCEPT}; to have a gate: spmhub convert {quoted(asked)} --concept NAME"
+        yield f"concept {UNKNOWN_CONCEPT}; to have a gate: spmhub convert {asked} --concept NAME"
     elif not groups:
         # Only the sketchbook has a judge whose numbers can be recorded.
-        measure = f" (spmhub eval {quoted(asked)} --record)" if base.id.startswith("sketchbook") else ""
+        measure = f" (spmhub eval {asked} --record)" if base.id.startswith("sketchbook") else ""
         yield f"{concept.target}: not measured yet{measure}; {acts}"
     also = f" (also {', '.join(concept.aliases)})" if concept.aliases else ""
     if concept.target is not None:
@@ -57,7 +57,7 @@ def summary(entry: EraserEntry, manifest: Manifest, asked: str) -> Iterator[str]
     if manifest.origin is not None or entry.pin is not None:
         yield f"from: {entry.describe_source()}"
     yield f"licence: {manifest.licence}" + (f", by {manifest.author}" if manifest.author else "")
-    yield f"everything else: spmhub show {quoted(asked)} --full"
+    yield f"everything else: spmhub show {asked} --full"
 
 
 def whole(entry: EraserEntry, manifest: Manifest) -> Iterator[RenderableType]:

@@ -143,8 +143,10 @@ def _saying_what_is_kept(folder: PictureFolder | None, reporter: Reporter) -> It
     """Say, when a run stops early, which of its pictures exist: each is written as soon as it is drawn."""
     try:
         yield
-    except BaseException:
-        if folder is not None:
-            paths = [path for made in folder.files.values() for path in made]
-            reporter.say(f"stopped early: {counted(len(paths), 'picture')} of this run kept in {folder.folder}")
+    except BaseException as error:
+        if folder is not None and folder.files:
+            kept = sum(map(len, folder.files.values()))
+            reporter.say(f"stopped early: {counted(kept, 'picture')} of this run kept in {folder.folder}")
+        elif isinstance(error, KeyboardInterrupt):
+            reporter.say("stopped early: no picture was drawn")
         raise
