@@ -186,12 +186,17 @@ def load(reference: str | Path, *, registry: str | Path | None = None, lazy: boo
 
 
 def pull(
-    reference: str, *, registry: str | Path | None = None, name: str | None = None, replace: bool = False
+    reference: str,
+    *,
+    registry: str | Path | None = None,
+    name: str | None = None,
+    concept: str | None = None,
+    replace: bool = False,
 ) -> "Adapter":
     """Keep an eraser of the Hugging Face Hub in a registry, pinned to its commit, and return it.
 
-    reference: owner/name[@revision]. registry: your own unless given. name: unless given, the eraser's own. replace:
-    whether it may replace an eraser of that name from elsewhere.
+    reference: owner/name[@revision]. registry: your own unless given. name: unless given, the eraser's own. concept:
+    what it erases, if its file does not say. replace: whether it may replace an eraser of that name from elsewhere.
     Raises UsageError for another form of reference, HubError, NetworkError, RegistryError.
     """
     from spm_hub.hub import pull as remote
@@ -202,7 +207,8 @@ def pull(
     if match is None:
         raise UsageError(f"{reference!r} is not of the form owner/name[@revision]", mend="spmhub search snoopy")
     kept_in = registries.user_registry() if registry is None else registries.Registry(Path(registry))
-    pulled = remote.pull(match["repo"], match["revision"], registry=kept_in, name=name, replace=replace)
+    repo, revision = match["repo"], match["revision"]
+    pulled = remote.pull(repo, revision, registry=kept_in, name=name, concept=concept, replace=replace)
     return pulled.entry.load()
 
 

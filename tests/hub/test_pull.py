@@ -18,6 +18,7 @@ import torch
 from loopback import NOWHERE, LoopbackHub
 from safetensors.torch import save_file
 
+import spm_hub
 from spm_hub.adapters.adapter import Adapter, increment_info
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import MAX_BYTES, Base, Concept, Manifest
@@ -214,8 +215,8 @@ def test_a_file_that_names_no_concept_keeps_the_one_it_was_given(
 
     pulled = hub_pull.pull("someone/step-10", registry=registry)
     assert (pulled.entry.name, pulled.state, concept()) == ("lora", "new", None)
-    assert hub_pull.pull("someone/step-10", registry=registry, concept="a dog").state == "updated"
-    assert concept() == "a dog"
+    named = spm_hub.pull("someone/step-10", registry=registry.root, concept="a dog")
+    assert named.manifest.concept.target == concept() == "a dog"
     assert hub_pull.pull("someone/step-10", registry=registry).state == "unchanged"
     hub.publish("someone/step-10", {"lora.safetensors": second}, commit="d" * 40)
     assert hub_pull.pull("someone/step-10", registry=registry).state == "updated"
