@@ -117,5 +117,6 @@ def remark_on_unknown_concepts(adapters: Sequence[Adapter]) -> str:
     file = first.source if first.source.endswith(".safetensors") else first.name
     return (
         f"{names} {acts} fully on every prompt; to have a gate, say which concept it is: "
-        f"spmhub convert {shlex.quote(file)} --concept NAME, or in Python attach(..., concept=...), adapter.with_concept(...)"
+        f"spmhub convert {shlex.quote(file)} --concept NAME, or in Python attach(..., concept=...) or "
+        "adapter.with_concept(...)"
     )
