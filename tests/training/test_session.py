@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def states(cache: Path) -> list[Path]:
-    return list(cache.rglob("*.safetensors"))
+    return list(cache.rglob("training.safetensors"))
 
 
 def increments_equal(one: Adapter, other: Adapter) -> bool:
