@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spm_hub.registry.entry import EraserEntry
 
 TOGETHER = "Erasers, attached together: names, files, or owner/name."
-Names = Annotated[list[str], typer.Argument(metavar="NAME...", autocompletion=options.complete_name, help=TOGETHER)]
+Names = Annotated[list[str], typer.Argument(metavar="NAME", autocompletion=options.complete_name, help=TOGETHER)]
 
 
 @command(

@@ -16,7 +16,7 @@ from spm_hub.io.progress import progress_if_long
 if TYPE_CHECKING:
     from spm_hub.attachment.gates.gate import Explanation
 
-Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts to ask the gates about.")]
+Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts to ask the gates about.")]
 PromptFile = Annotated[Path | None, typer.Option(help="A file with one prompt a line.", show_default=False)]
 Picture = Annotated[
     Path | None, typer.Option("--out", help="Also draw a heat map of prompts and erasers (PNG).", show_default=False)

@@ -52,7 +52,7 @@ def _method_names() -> dict[str, str]:
 )
 def train(
     out: Output,
-    concepts: Annotated[list[str] | None, typer.Argument(metavar="[CONCEPT]...", help=CONCEPTS)] = None,
+    concepts: Annotated[list[str] | None, typer.Argument(metavar="CONCEPT", help=CONCEPTS)] = None,
     *,
     model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL)] = None,
     config: options.Config = None,

@@ -262,12 +262,13 @@ def check_richness(manifest: Manifest, protocol: str, base: str, samples: int, s
     """Refuse to replace numbers by those of fewer samples or steps. Raises RegistryError."""
     there = manifest.richer_evaluation(protocol, base, samples, steps)
     if there is not None:
-        at = "" if there.steps is None else f" and {counted(there.steps, 'step')}"
-        now = "" if steps is None else f" and {counted(steps, 'step')}"
+        at = "" if there.steps is None else f", {counted(there.steps, 'step')}"
+        now = "" if steps is None else f", {counted(steps, 'step')}"
+        enough = max(there.samples, samples), max(there.steps or 0, steps or 0)
         raise RegistryError(
-            f"{manifest.name} has numbers on {base} of {counted(there.samples, 'sample')}{at}, more than "
-            f"{counted(samples, 'sample')}{now}",
-            mend=f"--samples {there.samples}{f' --steps {there.steps}' if there.steps else ''}, or --force",
+            f"{manifest.name} has numbers on {base} that rest on more ({counted(there.samples, 'sample')}{at}) "
+            f"than these ({counted(samples, 'sample')}{now})",
+            mend=f"--samples {enough[0]}{f' --steps {enough[1]}' if enough[1] else ''}, or --force",
         )
 
 
