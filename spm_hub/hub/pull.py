@@ -115,7 +115,7 @@ def pull(
     entry = download(repo, revision if pin is None else pin.commit, progress=progress)
     entry = dataclasses.replace(entry, asked=asked or name or entry.asked)
     origin = Origin(repo=repo, commit=_commit_of(entry), revision=_named(revision))
-    if name is not None and entry.signature_path is not None:
+    if name is not None and pin is None and entry.signature_path is not None:
         _check_new_name(entry, repo, name)
     manifest = _complete_manifest(entry, repo)
     if asked is not None and not manifest.is_called(asked):

@@ -124,7 +124,7 @@ def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(
     process.join(60)
     assert says in said
     kept = Registry(tmp_path / "kept").find("snoopy") is not None
-    states = list((tmp_path / "cache").rglob("*.safetensors"))
+    states = list((tmp_path / "cache").rglob("training.safetensors"))
     assert kept == ("the eraser is kept" in said)
     assert bool(states) == (done > 0)
     if "is saved in" in said:

@@ -116,7 +116,7 @@ def test_every_phase_that_takes_long_is_shown(
             {"steps": 4, "planned": 4, "ended": "all steps", "goal": None},
         ),
         ({"method": "uce"}, {"steps": 0, "planned": 0, "ended": "closed form", "goal": None, "reached": None}),
-        ({"method": "instant"}, {"steps": 0, "planned": 0, "ended": "closed form"}),
+        ({"method": "instant"}, {"steps": 0, "planned": 0, "ended": "closed form", "goal": None, "reached": None}),
     ],
     ids=lambda value: str(value.get("method", "spm") if "ended" not in value else value["ended"]),
 )
