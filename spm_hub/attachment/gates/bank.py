@@ -1,7 +1,7 @@
 """Sentences as a text encoder reads them: what a calibrated gate compares every concept with.
 
-One half are general English sentences, the other half are made of the tokenizer's own words. They are encoded once for
-each text encoder and kept in the user's cache.
+Some are general English sentences, the others are made of the tokenizer's own words, one or several. They are encoded
+once for each text encoder and kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from spm_hub.attachment.gates.vocabulary import sentences_of
+from spm_hub.attachment.gates.vocabulary import sentences_of, single_words
 from spm_hub.errors import RegistryError
 from spm_hub.io.atomic import write_atomic
 from spm_hub.io.progress import ProgressCallback, no_progress
@@ -43,13 +43,15 @@ Encode = Callable[[Sequence[str]], Tensor]
 class Bank:
     """The states of sentences, each state scaled to unit length.
 
-    texts: the sentences, the `general` ones first. rows: (sentences, positions, d_text), int16, multiples of 2^-14; of
+    texts: the sentences: `general` ones, then `single` ones with one word of the tokenizer each, then others of its
+    words. rows: (sentences, positions, d_text), int16, multiples of 2^-14; of
     each sentence the first `lengths` count. means: (sentences, d_text), float64, of each sentence's own rows. empty:
     (tokens, d_text), those of the empty prompt. precision: (d_text, d_text), the inverse of the rows' covariance.
     """
 
     texts: tuple[str, ...]
     general: int
+    single: int
     rows: Tensor
     lengths: Tensor
     means: Tensor
@@ -125,9 +127,10 @@ def open_bank(
     """
     empty = encode([""])[0].float().cpu()
     count = max(_LEAST, min(_MOST, _ELEMENTS // ((_FIRST + _FURTHER) * empty.shape[-1])))
-    of_words = sentences_of(vocabulary, count // 2)
-    general = sentences()[: count - len(of_words)]
-    texts = (*general, *of_words)
+    single = single_words(vocabulary, count // 3)
+    of_words = sentences_of(vocabulary, count // 3)
+    general = sentences()[: count - len(single) - len(of_words)]
+    texts = (*general, *single, *of_words)
     named = hashlib.sha256(repr((key, texts, _FIRST, _FURTHER, _SHRINKAGE)).encode()).hexdigest()[:24]
     path = platformdirs.user_cache_path("spm-hub", appauthor=False) / "banks" / f"{named}.safetensors"
     kept = _read(path, len(texts), empty.shape[-1])
@@ -135,7 +138,9 @@ def open_bank(
         kept = _encode_all(encode, texts, progress)
         _write(path, kept)
     precision = kept["precision"].double()
-    return Bank(texts, len(general), kept["rows"], kept["lengths"], kept["means"], unit_rows(empty), precision)
+    return Bank(
+        texts, len(general), len(single), kept["rows"], kept["lengths"], kept["means"], unit_rows(empty), precision
+    )
 
 
 def _encode_all(encode: Encode, texts: Sequence[str], progress: ProgressCallback) -> dict[str, Tensor]:

@@ -40,11 +40,16 @@ FRAMES = (
     "my {}",
 )  # fmt: skip
 """Sentences in which a concept's states are looked for."""
-_ACTING = {"state": (0.001, 0.001), "sentence": (0.015, 0.002)}
-"""Share of the general sentences, and of those of the tokenizer's words, on which each term of an eraser may act.
+_ACTING = {"state": (0.001, 0.0, 0.001), "sentence": (0.015, 0.0, 0.002)}
+"""Share of the bank's sentences on which each term of an eraser may act: of the general ones, of those of one word of
+the tokenizer, and of those of several.
 
 Sentences that mention the concept do not count.
 """
+_MARGIN = 0.06
+"""How far beyond the greatest score of sentences of one word a ramp begins, at least."""
+_SAME = 0.9
+"""A word with at least this score reads like the name itself: its sentences do not count either."""
 _RAMP = 0.02
 """Where the ramp ends: a share of the way from what general sentences reach to the name itself."""
 _ROUNDS, _STATES = 4, 2
@@ -117,18 +122,15 @@ def _ramps_between(
     centre = directions @ bank.mean
     scale = 1 / (top - centre).clamp_min(1e-6)
     terms = _terms(greatest, typical, bank.means @ directions[1].T, centre, scale)
-    general = torch.arange(len(about)) < bank.general
-    highest = torch.stack(
-        [
-            torch.stack(
-                [
-                    _reached(one[part & ~about], acting)
-                    for part, acting in zip((general, ~general), _ACTING[term], strict=True)
-                ]
-            ).amax(0)
-            for term, one in zip(_TERMS, terms, strict=True)
-        ]
-    )
+    place = torch.arange(len(about))
+    single = (place >= bank.general) & (place < bank.general + bank.single)
+    parts = (place < bank.general, single & (terms.amax((0, 2)) < _SAME), place >= bank.general + bank.single)
+    reached = [
+        torch.stack([_reached(one[part & ~about], acting) for part, acting in zip(parts, _ACTING[term], strict=True)])
+        for term, one in zip(_TERMS, terms, strict=True)
+    ]
+    # The score of a word differs a little from sentence to sentence.
+    highest = (torch.stack(reached) + torch.tensor([0.0, _MARGIN, 0.0])[:, None]).amax(1)
     gap = 1 - highest
     alike = gap < _LEAST_GAP
     start, end = highest.masked_fill(alike, torch.inf), (highest + _RAMP * gap).masked_fill(alike, torch.inf)

@@ -10,8 +10,9 @@ import random
 from collections.abc import Callable, Mapping
 
 _LEAST_LETTERS = 3
+_SINGLE = ("{}", "a photo of a {}")
 _FRAMES = (
-    "{0}", "{0}", "a {0}", "a photo of {0}", "{0} and {1}", "{0} {1}", "the {0} with a {1}", "{0}, {1}, {2}",
+    "a big {0}", "my {0} at night", "{0} and {1}", "{0} {1}", "the {0} with a {1}", "{0}, {1}, {2}",
     "{0} {1} {2} {3}", "a {0} {1} in {2}", "picture of {0} {1}, {2}", "{0} by {1}", "{0} {1} {2} {3} {4} {5}",
 )  # fmt: skip
 _WORDS = 6
@@ -37,8 +38,20 @@ def rarity_of(words: Mapping[str, int], rarest: int) -> Callable[[str], float]:
     return lambda word: float(words.get(word, rarest))
 
 
+def single_words(vocabulary: Mapping[str, int], count: int) -> tuple[str, ...]:
+    """Return at most `count` sentences with one whole word of a tokenizer each, the same ones for equal tokenizers.
+
+    vocabulary: its tokens and their ids. Where it has more words, those are taken that are spread evenly over the
+    alphabet.
+    """
+    known = sorted(word for word in whole_words(vocabulary) if len(word) >= _LEAST_LETTERS)
+    places = count // len(_SINGLE)
+    chosen = known if len(known) <= places else [known[index * len(known) // places] for index in range(places)]
+    return tuple(frame.format(word) for word in chosen for frame in _SINGLE)
+
+
 def sentences_of(vocabulary: Mapping[str, int], count: int) -> tuple[str, ...]:
-    """Return `count` sentences made of a tokenizer's whole words, the same ones for equal tokenizers.
+    """Return `count` sentences made of several of a tokenizer's whole words, the same ones for equal tokenizers.
 
     vocabulary: its tokens and their ids. There are fewer sentences where the words do not suffice, none for fewer than
     six words.
