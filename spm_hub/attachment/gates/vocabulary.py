@@ -39,7 +39,7 @@ def rarity_of(words: Mapping[str, int], rarest: int) -> Callable[[str], float]:
 
 
 def single_words(vocabulary: Mapping[str, int], count: int) -> tuple[str, ...]:
-    """Return at most `count` sentences with one whole word of a tokenizer each, the same ones for equal tokenizers.
+    """Return at most `count` sentences with one whole word of a tokenizer each.
 
     vocabulary: its tokens and their ids. Where it has more words, those are taken that are spread evenly over the
     alphabet.
@@ -51,7 +51,7 @@ def single_words(vocabulary: Mapping[str, int], count: int) -> tuple[str, ...]:
 
 
 def sentences_of(vocabulary: Mapping[str, int], count: int) -> tuple[str, ...]:
-    """Return `count` sentences made of several of a tokenizer's whole words, the same ones for equal tokenizers.
+    """Return `count` sentences made of several of a tokenizer's whole words.
 
     vocabulary: its tokens and their ids. There are fewer sentences where the words do not suffice, none for fewer than
     six words.
