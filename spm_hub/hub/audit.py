@@ -8,6 +8,7 @@ none of these sentences, and no small change that was trained to do harm.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +20,9 @@ from spm_hub.adapters.formats.module_names import dotted, family_of, flat
 from spm_hub.adapters.manifest import Manifest
 from spm_hub.adapters.overlap import inner_products, undoings
 from spm_hub.attachment.gates.bank import sentences
-from spm_hub.attachment.gates.name_matcher import NameMatcher
+from spm_hub.attachment.gates.name_matcher import NameMatcher, words_of
 from spm_hub.errors import SpmHubError
+from spm_hub.io.untrusted_text import one_line
 from spm_hub.models.architectures import fingerprint
 from spm_hub.models.references import local_folder, parse_reference
 
@@ -31,6 +33,15 @@ MOST_CHANGE = 0.9
 MOST_ACTING = 0.02
 """Greatest share of the general sentences with a name of the eraser that nothing is said about."""
 MOST_NAMES, MOST_PROTECTED = 64, 256
+
+_LEAST_LETTERS = 3
+_SIGN = re.compile(r"<\|.*?\|>|</?s>|<(pad|unk|mask|bos|eos)>|\[(PAD|UNK|CLS|SEP|MASK)\]|</w>|\u2581|<extra_id_\d+>")
+_STOP_WORDS = frozenset(
+    "a about above after all also an and any are around as at be before behind below between both but by can each for "
+    "from had has have he her his how in into is it its just more most my near no not of off on one only or other our "
+    "out over own she so some such than that the their them then there these they this those through to too two under "
+    "up very was we were what when where which who with you your".split()
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,45 @@ def audit(adapters: Sequence[Adapter], *, model: str | None = None, others: Sequ
         others_undone = tuple(name for name, _ in undoes)
         found.append(Findings(adapter.name, tuple(problems), others_undone, norm, outside, acting, change))
     return found
+
+
+def beyond_limits(manifest: Manifest) -> tuple[str, ...]:
+    """Return in words where a stranger's manifest asks for more than an honest eraser needs.
+
+    The limits: a strength from 0 to 4; at most 64 names, each of three letters or more that are all seen, and more than
+    stop words and a tokenizer's own signs; at most 256 protected prompts, none of which names the concept. Reads no
+    tensor.
+    """
+    names, protected = manifest.concept.names, manifest.gate.protected
+    found = _about_strength(manifest)
+    if len(names) > MOST_NAMES:
+        found.append(f"it has {len(names)} names; {MOST_NAMES} are allowed")
+    if len(protected) > MOST_PROTECTED:
+        found.append(f"it never acts on {len(protected)} prompts; {MOST_PROTECTED} are allowed")
+    for name in names[:MOST_NAMES]:
+        if (reason := _objection(name)) is not None:
+            found.append(f"its name {one_line(name[:40])!r} {reason}")
+            break
+    matcher = _matcher(names[:MOST_NAMES])
+    own = next((prompt for prompt in protected[:MOST_PROTECTED] if matcher.match(prompt)), None)
+    if own is not None:
+        found.append(f"it never acts on {one_line(own[:40])!r}, which names its own concept")
+    return tuple(found)
+
+
+def _objection(name: str) -> str | None:
+    """Return the reason why a gate should not look for a name, None if there is none."""
+    if one_line(name) != name:
+        return "has characters that are not seen"
+    if _SIGN.search(name):
+        return "is a tokenizer's own sign"
+    letters = [letter for letter in name if letter.isalpha()]
+    # A Chinese, Japanese or Korean letter is as much as a syllable or a word.
+    if len(letters) < _LEAST_LETTERS and not any(letter >= "\u3040" for letter in letters):
+        return f"has fewer than {_LEAST_LETTERS} letters"
+    if all(word in _STOP_WORDS for word in words_of(name)):
+        return "is in every other sentence"
+    return None
 
 
 def _denoiser_folder(model: str) -> Path | None:

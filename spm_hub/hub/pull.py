@@ -109,8 +109,8 @@ def pull(
     replace: replace any eraser of that name, and write again an unchanged one. Without it only an eraser from the same
     repository is replaced, and only by one of the same concept and sign.
     Raises UsageError for a new name of a signed eraser and for another concept than the file's, HubError for another
-    eraser than the one that was asked for or is held, SignatureError for an older one than is held, and the errors of
-    `download` and `Registry.install`; the registry is unchanged then.
+    eraser than the one that was asked for or is held and for one beyond the limits of strangers, SignatureError for an
+    older one than is held, and the errors of `download` and `Registry.install`; the registry is unchanged then.
     """
     entry = download(repo, revision if pin is None else pin.commit, progress=progress)
     entry = dataclasses.replace(entry, asked=asked or name or entry.asked)
@@ -146,9 +146,22 @@ def pull(
             f"{'; '.join(changes.grave)}",
             mend=f"look at it first: spmhub show {repo}; then, if it is meant: spmhub pull {repo} --force",
         )
+    if pin is None and not replace:  # a pinned one was accepted when it was pulled first
+        _check_limits(repo, manifest)
     kept = registry.install(entry, manifest, replace=replace)
     state: Literal["new", "updated"] = "new" if existing is None else "updated"
     return PullResult(dataclasses.replace(kept, fetched=entry.fetched), origin, state, changes.said)
+
+
+def _check_limits(repo: str, manifest: Manifest) -> None:
+    """Raise HubError if a stranger's manifest asks for more than an eraser needs."""
+    from spm_hub.hub.audit import beyond_limits  # which needs torch
+
+    if beyond := beyond_limits(manifest):
+        raise HubError(
+            f"{repo} asks for more than an eraser of strangers may: {'; '.join(beyond)}",
+            mend=f"look at it first: spmhub show {repo}; then, if it is meant: spmhub pull {repo} --force",
+        )
 
 
 def _check_new_name(entry: EraserEntry, repo: str, name: str) -> None:

@@ -77,11 +77,14 @@ class _Asking:
     def _at_hub(self, repo: str, revision: str | None, known: Sequence[Registry]) -> EraserEntry:
         """Return the eraser of a repository: the one that was pulled from it, or its download."""
         from spm_hub.hub import pull as hub_pull
+        from spm_hub.hub.audit import beyond_limits
         from spm_hub.io.hub_client import is_commit
 
         if (pinned := _pinned(repo, revision, known)) is not None:
             return replace(pinned, asked=repo)
         found = hub_pull.download(repo, revision, progress=self.progress)
+        for remark in beyond_limits(found.read_manifest()) if found.manifest_path is not None else ():
+            self.say(f"{repo}: {remark}")
         # Who names a commit means that one, however old it is.
         if signing.required_key() is not None and not is_commit(revision):
             name = found.read_manifest().name
