@@ -189,6 +189,8 @@ def _about_change(change: tuple[float, str] | None) -> list[str]:
 
 def _about_names(manifest: Manifest, acting: float, known: Sequence[Manifest]) -> list[str]:
     names, found = manifest.concept.names, []
+    if not names:
+        found.append("it names no concept, so it acts on every prompt")
     if len(names) > MOST_NAMES:
         found.append(f"it has {len(names)} names; {MOST_NAMES} are many")
     if acting > MOST_ACTING:

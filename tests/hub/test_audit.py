@@ -68,6 +68,7 @@ def test_honest_erasers_have_nothing_to_say_of_them(shipped: list[Adapter]) -> N
         (lambda one: altered(one, "blurry", negated(one, 1.0), concept={"target": "blurry hands"}), "undo each other"),
         (lambda one: altered(one, "blurry", negated(one, 0.1), concept={"target": "blurry hands"}), "undo each other"),
         (lambda one: altered(one, "blurry", concept={"target": "blur", "aliases": ("a", "the")}), "general sentences"),
+        (lambda one: altered(one, "blurry", concept={"target": None}), "names no concept, so it acts on every prompt"),
         (lambda one: altered(one, "blurry", gate={"strength": -1.0}), "adds what it claims to erase"),
         (lambda one: altered(one, "blurry", gate={"strength": 1e6}), "its strength is 1e+06"),
         (lambda one: altered(one, "blurry", gate={"protected": ("snoopy on the beach",)}), "'snoopy on the beach'"),
