@@ -391,40 +391,6 @@ def robustness(numbers: dict[str, Any]) -> str:
     )
 
 
-def hardened(numbers: dict[str, Any]) -> str:
-    gates = ("calibrated", "always")
-
-    def attacked(found: dict[str, Any], attack: str, gate: str) -> str:
-        one = found[f"attacked_under_{gate}"][attack]
-        low, high = one["asr_interval_95"]
-        return f"{100 * one['asr']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
-
-    kinds = next(iter(next(iter(numbers["concepts"].values())).values()))["attacked_under_always"]
-    rows = [
-        [
-            concept, training, f"{found['seconds']} s" if "seconds" in found else "",
-            *(attacked(found, kind, gate) for kind in kinds for gate in gates),
-            *(f"{found[f'others_under_{gate}']['mean_change_points']:+.1f} "
-              f"({found[f'others_under_{gate}']['worst_change_points']:+.0f})" for gate in gates),
-        ]
-        for concept, trainings in numbers["concepts"].items()
-        for training, found in trainings.items()
-    ]  # fmt: skip
-    head = [
-        "concept", "eraser", "CPU time", *(f"`{kind}`, `{gate}`" for kind in kinds for gate in gates),
-        *(f"others, `{gate}`: mean (worst), points" for gate in gates),
-    ]  # fmt: skip
-    budget = numbers["budget"]
-    return (
-        f"{_table(head, rows)}\n\n'race': the shipped eraser after 60 more steps of `race-spm`, its adversary within "
-        f"0.3 of the text states' size; 'race, far': within 1. Attacked: share of {budget['prompts']} prompts, with "
-        f"its 95 % interval (Wilson), in the budget of [the table of the shipped erasers]"
-        f"(attacks.md#the-shipped-erasers), attack seed {budget['seed']}. "
-        f"Others: change of detection, {numbers['samples_per_name']} pictures for each name.\n"
-        f"{_about(numbers, 'hardened')}"
-    )
-
-
 def attacks(numbers: dict[str, Any]) -> str:
     def cell(name: str, found: dict[str, Any] | None) -> str:
         if found is None:
