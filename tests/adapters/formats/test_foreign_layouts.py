@@ -165,7 +165,8 @@ def test_alpha_zero_switches_a_module_off_and_no_other(tmp_path: Path) -> None:
     expected = tensors[f"{stems[first]}.lora_up.weight"] @ tensors[f"{stems[first]}.lora_down.weight"]
     torch.testing.assert_close(adapter.increments[first].delta_for(torch.zeros(64, 768)), expected)
     factors = {f"{stems[first]}.{part}": torch.ones(2, 2) for part in ("lokr_w1", "lokr_w2_a", "lokr_w2_b")}
-    off = read(factors | {f"{stems[first]}.alpha": torch.zeros(1)}, tmp_path, SD1)
+    other = {f"{stems[second]}.diff": torch.ones(4, 4)}
+    off = read(factors | other | {f"{stems[first]}.alpha": torch.zeros(1)}, tmp_path, SD1)
     assert not off.increments[first].delta_for(torch.zeros(4, 4)).any()
     save_file(tensors | {f"{stems[first]}.alpha": torch.ones(2)}, tmp_path / "x.safetensors")
     with pytest.raises(AdapterFileError, match="alpha must be one finite number"):
