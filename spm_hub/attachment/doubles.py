@@ -12,6 +12,7 @@ from spm_hub.adapters.lookup import refuse_same_change
 from spm_hub.adapters.presence import baked_as, remark_on_presence
 from spm_hub.attachment.options import Eraser
 from spm_hub.errors import UsageError
+from spm_hub.io.wording import quoted
 
 
 class Doubles:
@@ -56,7 +57,8 @@ class Doubles:
             if same:
                 raise UsageError(
                     f"{adapter.name} is baked into this model already ({place}): attached as well it would erase twice",
-                    mend=f"leave it out; or take it out of the model: spmhub recover {name} --checkpoint {place}",
+                    mend="leave it out; or take it out of the model: "
+                    f"spmhub recover {name} --checkpoint {quoted(place)}",
                 )
             self._warn(f"another eraser named {name} is baked into this model ({place}): both will act")
             return

@@ -266,6 +266,7 @@ def _bar(label: str) -> Iterator[Progress]:
             yield move
         finally:
             if inside:
+                bars.refresh()  # a short phase is seen at all
                 bars.remove_task(task)
 
 

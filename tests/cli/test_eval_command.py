@@ -136,7 +136,7 @@ def test_a_judge_from_the_working_folder_counts_the_concepts_alone(
         "def green(pictures):\n    return [picture.getpixel((0, 0))[0] == 0 for picture in pictures]\n"
     )
     monkeypatch.chdir(registry)
-    done = run("snoopy", "mickey", "--judge", "mine.judges:green", "--samples", "3", "--json")
+    done = run("snoopy", "mickey", "--judge", "mine.judges:green", "--samples", "3", "--json", "--registry", ".")
     assert done.exit_code == 0, done.output
     assert [(row["name"], row["without"], row["with"]) for row in json.loads(done.stdout)["rows"]] == [
         ("snoopy", 1.0, 0.0), ("mickey", 1.0, 0.0),

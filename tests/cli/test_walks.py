@@ -81,7 +81,7 @@ def test_an_empty_registry_prints_no_empty_table(spmhub: Spmhub, registry: Regis
     assert (empty.code, empty.out) == (0, "")
     assert "spmhub train" in empty.err
     unknown = spmhub("verify", "church", "--registry", tmp_path / "none")
-    assert (unknown.code, "spmhub train church" in unknown.err) == (2, True)
+    assert (unknown.code, "no eraser 'church'" in unknown.err) == (2, True)
     assert spmhub("outdated").out == ""
 
 
