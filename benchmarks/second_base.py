@@ -1,4 +1,4 @@
-"""Trains a second small base model, of another world than the sketchbook's, on which nothing of the product was tuned.
+"""Trains a second small base model, of another world than the sketchbook's; no eraser's training was tuned to it.
 
 The world is Google's Noto emoji: `npm pack @iconify-json/noto` (version 1.2.9, Apache-2.0), rendered by `resvg-py`
 (0.5.0). One picture shows one of `SUBJECTS` on a tinted ground. The art and the weights are not part of this

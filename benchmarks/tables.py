@@ -277,10 +277,16 @@ def composition(numbers: dict[str, Any]) -> str:
         f"{found['bit_identical']['compared']} pictures with gammas 0 bit-identical to the base's"
         for world, found in numbers["worlds"].items()
     )
+    pictures = "; ".join(
+        f"{titles[world]}, `{gate}`: {next(iter(cells.values()))['pictures_of_each_other']}"
+        for world, found in numbers["worlds"].items()
+        for gate, cells in found["cells"].items()
+    )
     trained = "; ".join(f"{titles[world]}: {found['trained']}" for world, found in numbers["worlds"].items())
     return (
         f"{_table(head, rows)}\n\nShare of pictures in which a classifier finds the targets, and by how many points "
         f"other subjects are found less or more often than without erasers; same noise, {numbers['steps']} steps. "
+        f"Pictures of each other subject ({pictures}). "
         f"{about}. Erasers ({trained}; the others by `{how}`) are added in one order. The second base draws "
         f"{base['subjects_drawn']} of its {base['subjects']} subjects (in at least {_share(base['drawn_above'])} of 8 "
         f"pictures); its classifier names {_share(base['classifier']['drawings'])} of held-out drawings. Targets that "
