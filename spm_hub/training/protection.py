@@ -22,6 +22,7 @@ from spm_hub.models.architectures import weight_of
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.recipe.protected_prompts import exactly_protected, members
+from spm_hub.training.trainable.module_selection import TEXT_ENTRY
 
 PROTOCOL = "protected-prompts"
 _NOISE = 1e-7  # of the largest singular value: below is float32's rounding of states that are the same
@@ -231,7 +232,7 @@ def changes_text_states(denoiser: nn.Module) -> bool:
 
 def modules_reading_more(denoiser: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the paths of those modules that read more than the text states, by their names alone."""
-    return [path for path in modules if changes_text_states(denoiser) or "attn2" not in path]
+    return [path for path in modules if changes_text_states(denoiser) or ("attn2" not in path and path != TEXT_ENTRY)]
 
 
 def _check_modules(base: TeacherModel, modules: Mapping[str, nn.Module], prompt: str) -> None:

@@ -13,6 +13,7 @@ from pico_families import family_pipeline
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import LowRank
+from spm_hub.attachment.attachment import attach
 from spm_hub.errors import RecipeError
 from spm_hub.training import Recipe, train
 from spm_hub.training.base_model import TeacherModel
@@ -20,7 +21,7 @@ from spm_hub.training.loop.run import Task
 from spm_hub.training.methods.instant import everything_else, nearest, sentences_of
 from spm_hub.training.trainer import train_together
 
-FEW = {"sentences": 20, "held": 30}
+FEW = {"sentences": 20, "held": 30, "hold": 4.0}
 
 
 def recipe(**values: Any) -> Recipe:
@@ -49,7 +50,7 @@ def loss(change: np.ndarray, weight: np.ndarray, states: np.ndarray, goals: np.n
 def solved(given: tuple[np.ndarray, ...], rank: int) -> LowRank:
     weight, states, goals, kept = given
     pull, metric = (goals - states).T @ states / 60, metric_of(states, kept)
-    return nearest(*map(torch.from_numpy, (weight, pull, metric)), rank)
+    return nearest({"": torch.from_numpy(weight)}, torch.from_numpy(pull), torch.from_numpy(metric), rank)[""]
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
@@ -103,7 +104,7 @@ def expected(pipe: Any, plan: Recipe, rank: int) -> dict[str, np.ndarray]:
     states, judged = encoded(pipe, texts), encoded(pipe, new)
     bare = [task.prompts.without(text, plan.surrogate) if plan.surrogate else "" for text in (*texts, *new)]
     goals, wanted = np.split(encoded(pipe, bare), [len(texts)])
-    others = [text for text in everything_else(task) if "snoopy" not in text]
+    others = [text for text in everything_else(task)[: plan.options.held] if "snoopy" not in text]  # type: ignore[union-attr]
     kept, one = encoded(pipe, others), encoded(pipe, ["snoopy"])[0]
     cosine = (kept * one).sum((1, 2)) / (np.linalg.norm(kept, axis=(1, 2)) * np.linalg.norm(one))
     weights = np.maximum(1 - np.abs(cosine), 1e-2) ** -2
@@ -128,7 +129,7 @@ def expected(pipe: Any, plan: Recipe, rank: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("family", "values", "rank"),
     [
-        ("sd1", {"options": {"sentences": 70, "held": 90}}, 1),
+        ("sd1", {"options": {"sentences": 70, "held": 90, "hold": 4.0}}, 1),
         ("sd1", {"surrogate": "cat", "increment": {"rank": 2}, "options": {**FEW, "reach": 0.5}}, 2),
         ("sdxl", {}, 1),
     ],
@@ -147,6 +148,25 @@ def test_an_eraser_is_the_closed_form_of_its_states(family: str, values: dict[st
         found = (increment.up.double() @ increment.down.double()).numpy()
         np.testing.assert_allclose(found, changes[path], rtol=1e-3, atol=1e-4 * np.abs(changes[path]).max())
     assert all(torch.equal(value, before[key]) for key, value in pipe.unet.state_dict().items())
+
+
+def test_the_weight_of_keeping_is_the_one_that_moves_new_sentences_least() -> None:
+    pipe = pico_pipeline(text_width=64)
+    few = {"sentences": 20, "held": 40}
+    task = Task(recipe(options=few), TeacherModel(pipe), {})
+    new = [text for text in everything_else(task)[40:] if "snoopy" not in text]
+    states, one = encoded(pipe, new), encoded(pipe, ["snoopy"])[0]
+    cosine = (states * one).sum((1, 2)) / (np.linalg.norm(states, axis=(1, 2)) * np.linalg.norm(one))
+    weights = np.maximum(1 - np.abs(cosine), 1e-2) ** -2
+
+    def leak(adapter: Adapter) -> float:
+        deltas = [one.delta_for(pipe.unet.get_submodule(path).weight) for path, one in adapter.increments.items()]
+        moved = sum(((states @ delta.double().numpy().T) ** 2).sum((1, 2)) for delta in deltas)
+        return float((weights * moved).sum())
+
+    by_hold = {hold: leak(train(recipe(options={**few, "hold": hold}), pipe=pipe)) for hold in (1.0, 4.0, 16.0, 64.0)}
+    assert leak(train(recipe(options=few), pipe=pipe)) == pytest.approx(min(by_hold.values()), rel=1e-5)
+    assert max(by_hold.values()) > 1.05 * min(by_hold.values()), "a choice that matters"
 
 
 def movement(pipe: Any, adapter: Adapter, text: str) -> float:
@@ -196,7 +216,7 @@ def test_new_sentences_are_none_of_those_computed_with() -> None:
     assert not set(texts) & set(new)
     assert all("snoopy" in text for text in (*texts, *new))
     others = everything_else(task)
-    assert len(others) == len(set(others)) == 300
+    assert len(others) == len(set(others)) == 375
     elsewhere = Task(
         recipe(target="van gogh", options={"sentences": 5, "held": 300}), TeacherModel(pico_pipeline()), {}
     )
@@ -220,10 +240,60 @@ def test_a_recipe_that_would_change_nothing_is_refused(values: dict[str, Any], w
         recipe(**values)
 
 
-@pytest.mark.parametrize("family", ["flux-schnell", "sd3", "pixart"])
-def test_modules_that_read_more_than_text_states_are_refused(family: str) -> None:
-    with pytest.raises(RecipeError, match="method 'instant' computes with what modules make of the text"):
-        train(recipe(), pipe=family_pipeline(family))
+def smaller(pipe: Any) -> dict[str, Any]:
+    """What a call of pico PixArt needs: its pictures are of none of the sizes that the pipeline knows."""
+    return {"use_resolution_binning": False} if type(pipe).__name__.startswith("PixArt") else {}
+
+
+def read_by(pipe: Any, path: str, text: str) -> np.ndarray:
+    """What a module of the denoiser is really given for a prompt, by the pipeline's own call; tokens (n, width)."""
+    seen: list[torch.Tensor] = []
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    hook = denoiser.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        pipe(
+            text,
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            output_type="latent",
+            generator=torch.manual_seed(0),
+            **smaller(pipe),
+        )
+    hook.remove()
+    tokens: np.ndarray = seen[0][0].double().numpy()
+    # PixArt masks its padding.
+    return tokens[: len(pipe.tokenizer(text).input_ids)] if smaller(pipe) else tokens
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "entry"),
+    [
+        ("sd2", 8, ""), ("sdxl", 16, ""), ("sd3", 1, "context_embedder"), ("flux-dev", 1, "context_embedder"),
+        ("flux-schnell", 1, "context_embedder"), ("pixart", 4, ""),
+    ],
+)  # fmt: skip
+def test_every_family_has_an_eraser_that_moves_the_concept_most(family: str, count: int, entry: str) -> None:
+    """Judged by what the modules are given when the pipeline draws, not by what the method believes they read."""
+    pipe = family_pipeline(family)
+    adapter = train(recipe(options={"sentences": 40, "held": 60}), pipe=pipe)
+    assert len(adapter.increments) == count
+    assert all(path == entry if entry else path.endswith(("attn2.to_k", "attn2.to_v")) for path in adapter.increments)
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    gone, left = [], []
+    for path, increment in adapter.increments.items():
+        weight = denoiser.get_submodule(path).weight
+        delta, whole = increment.delta_for(weight).double().numpy(), weight.detach().double().numpy()
+        nothing = read_by(pipe, path, "")
+        for name, found in (("snoopy", gone), ("dog", left), ("church", left)):
+            states = read_by(pipe, path, name)
+            way = (nothing[np.minimum(np.arange(len(states)), len(nothing) - 1)] - states) @ whole.T
+            found.append(((states @ delta.T * way).sum(), (way**2).sum()))
+    share = [sum(one for one, _ in found) / sum(other for _, other in found) for found in (gone, left)]
+    assert share[0] > 0.1
+    # Most of what SD3 reads is T5's padding, which random weights hardly tell apart.
+    assert family == "sd3" or share[0] > 1.5 * share[1]
+    with attach(pipe, [adapter], gate="always"):
+        pipe("snoopy", num_inference_steps=1, output_type="latent", **smaller(pipe))
 
 
 def test_a_concept_that_the_encoder_cannot_tell_from_its_surrogate_is_refused() -> None:

@@ -1,8 +1,8 @@
 """Instant: an eraser computed from text states alone, in closed form.
 
-No prediction of the denoiser is made. Keys and values of cross-attention are linear in the text states. So an increment
-can be computed that moves those of a concept's sentences to those of its surrogate, and all others as little as
-possible.
+No prediction of the denoiser is made. Keys and values of cross-attention are linear in the text states, and so is the
+layer through which the text enters SD3 and FLUX. So an increment can be computed that moves a concept's sentences there
+to those of its surrogate, and all others as little as possible.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 64  # prompts, whose states are in memory together in float64
 _SPARE, _MOST_ROUNDS, _CONVERGED = 8, 500, 1e-12  # of the subspace iteration
+_HOLDS = (1.0, 4.0, 16.0, 64.0)
+_JUDGING = 8  # modules that stand for all when one of these weights is chosen
+_NOTHING = 1e-9  # share of the way
 _MOST_DRAWS = 4  # for each sentence wanted, as the same one may be drawn twice
 
 
@@ -42,9 +45,14 @@ class Options(RecipePart):
         gt=0,
         description="share of the way to the surrogate's that keys and values of new sentences about the concept go",
     )
-    sentences: int = Field(default=200, ge=1, description="about the concept, to compute the increment from")
-    held: int = Field(default=800, ge=1, description="sentences about everything else, whose keys and values are kept")
-    hold: float = Field(default=4.0, gt=0, description="weight of keeping these, against 1 for the concept's")
+    sentences: int = Field(default=64, ge=1, description="about the concept, to compute the increment from")
+    held: int = Field(default=200, ge=1, description="sentences about everything else, whose keys and values are kept")
+    hold: float | None = Field(
+        default=None,
+        gt=0,
+        description="weight of keeping these, against 1 for the concept's; unless given the one of 1, 4, 16, 64 that "
+        "moves new sentences about everything else least",
+    )
     keep: tuple[NonBlank, ...] = Field(
         default=(), description="further prompts to keep, as much as all others together"
     )
@@ -65,11 +73,11 @@ class Moments:
     gap: Tensor
 
 
-def nearest(weight: Tensor, pull: Tensor, metric: Tensor, rank: int) -> LowRank:
-    """Return the increment X of that rank that brings W t nearest to W g, and moves other states least.
+def nearest(weights: Mapping[str, Tensor], pull: Tensor, metric: Tensor, rank: int) -> dict[str, LowRank]:
+    """Return the increments X of that rank that bring W t nearest to W g, and move other states least.
 
-    weight: W (out, d_text).  pull: the mean of (g - t) t^T.  metric: M, positive definite, the weighted sum of t t^T
-    over the concept's states and of a a^T over all states to keep.
+    weights: path to W (out, d_text).  pull: the mean of (g - t) t^T.  metric: M, positive definite, the weighted sum of
+    t t^T over the concept's states and of a a^T over all states to keep.
 
     Among all matrices W pull M^-1 minimises mean |X t - W (g - t)|^2 + mean |X a|^2, with the weights in M. For any
     other X the sum is greater by |(X - W pull M^-1) M^(1/2)|^2, so that the best one of a rank has the leading singular
@@ -80,10 +88,16 @@ def nearest(weight: Tensor, pull: Tensor, metric: Tensor, rank: int) -> LowRank:
     from spm_hub.adapters.increments import LowRank
 
     root = torch.linalg.cholesky(metric)
-    whole = torch.linalg.solve_triangular(root, (weight.to(pull) @ pull).T, upper=False).T
-    left = _leading(whole, min(rank, *whole.shape))
-    right = torch.linalg.solve_triangular(root.T, (left.T @ whole).T, upper=True).T
-    return LowRank(right.contiguous(), left.contiguous())
+    shared = torch.linalg.solve_triangular(root, pull.T, upper=False).T
+    found = {}
+    with phase("computing the closed form") as move:
+        for done, (path, weight) in enumerate(weights.items(), start=1):
+            whole = weight.to(metric) @ shared
+            left = _leading(whole, min(rank, *whole.shape))
+            right = torch.linalg.solve_triangular(root.T, (left.T @ whole).T, upper=True).T
+            found[path] = LowRank(right.contiguous(), left.contiguous())
+            move(done, len(weights))
+    return found
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
@@ -112,8 +126,7 @@ def solve(task: Task) -> dict[str, LowRank]:
     """Return the increments on `modules`, float64 on the CPU.
 
     With `together` each concept's increment also keeps the other concepts' keys and values.
-    Raises RecipeError where modules read more than the text encoder's states, a weight is quantised, or the text
-    encoder makes the same of the concept as of its surrogate.
+    Raises RecipeError for a quantised weight, and where the text encoder makes the same of concept and surrogate.
     """
     import torch
 
@@ -121,29 +134,46 @@ def solve(task: Task) -> dict[str, LowRank]:
     from spm_hub.models.architectures import weight_of
 
     recipe, base, chosen = task.recipe, task.base, _options(task.recipe)
-    _check_modules(base.denoiser, task.modules)
+    _check_weights(task.modules)
+    weights = {path: weight_of(module) for path, module in task.modules.items()}
     with torch.no_grad():
         sentences, unseen = sentences_of(task)
         concept, new = (_moments(base, texts, _goals(task, texts)) for texts in (sentences, unseen))
-        metric = concept.second + chosen.hold * _kept(task)
-        metric.diagonal().add_(chosen.ridge * metric.diagonal().mean())
-        found: dict[str, LowRank] = {}
-        gone = whole = 0.0
-        with phase("computing the closed form") as move:
-            for done, (path, module) in enumerate(task.modules.items(), start=1):
-                weight = weight_of(module).to(metric)
-                found[path] = one = nearest(weight, concept.pull, metric, recipe.increment.rank)
-                gone += float((one.up.T @ weight @ new.pull @ one.down.T).trace())
-                whole += float(((weight @ new.gap) * weight).sum())
-                move(done, len(task.modules))
-        if not 0 < gone < float("inf"):
+        kept, judged = _kept(task)
+        holds = (chosen.hold,) if chosen.hold is not None else _HOLDS
+        some = dict(list(weights.items())[:: max(1, len(weights) // _JUDGING)]) if len(holds) > 1 else weights
+        tried = {}
+        for hold in holds:
+            metric = concept.second + hold * kept
+            metric.diagonal().add_(chosen.ridge * metric.diagonal().mean())
+            found = nearest(some, concept.pull, metric, recipe.increment.rank)
+            tried[hold] = metric, _moved(found, judged) / max(_gone(found, some, new), _NOTHING) ** 2
+        metric, _ = tried[min(tried, key=lambda hold: tried[hold][1])]
+        found = nearest(weights, concept.pull, metric, recipe.increment.rank)
+        gone = _gone(found, weights, new)
+        if gone <= _NOTHING:
             raise RecipeError(
                 f"the text encoder makes nothing of {recipe.target!r} that tells it from {recipe.surrogate!r}: there "
                 "is nothing to erase",
                 mend="another name for the concept, or --method spm",
             )
-        share = chosen.reach * whole / gone
+        share = chosen.reach / gone
         return {path: LowRank(one.down, share * one.up).to(device="cpu") for path, one in found.items()}
+
+
+def _gone(found: Mapping[str, LowRank], weights: Mapping[str, Tensor], new: Moments) -> float:
+    """Return the share of the way to their goals that keys and values of new sentences go."""
+    gone = whole = 0.0
+    for path, one in found.items():
+        weight = weights[path].to(new.gap)
+        gone += float((one.up.T @ weight @ new.pull @ one.down.T).trace())
+        whole += float(((weight @ new.gap) * weight).sum())
+    return gone / whole if whole > 0 else 0.0
+
+
+def _moved(found: Mapping[str, LowRank], second: Tensor) -> float:
+    """Return the mean |X a|^2, summed over the increments X, of states a with this second moment."""
+    return sum(float(((one.up.T @ one.up) @ (one.down @ second @ one.down.T)).trace()) for one in found.values())
 
 
 def _options(recipe: RecipeFields) -> Options:
@@ -186,8 +216,8 @@ def _moments(base: TeacherModel, texts: Sequence[str], goals: Sequence[str]) -> 
             keep, ends = _counted(given), _counted(wanted).sum(1) - 1
             # A goal with fewer tokens repeats its last one.
             at = torch.minimum(torch.arange(keep.shape[1], device=ends.device), ends[:, None])
-            goal = torch.take_along_dim(wanted.states, at[..., None], 1)[keep].double()
-            states = given.states[keep].double()
+            goal = torch.take_along_dim(_read(base, wanted.states), at[..., None], 1)[keep]
+            states = _read(base, given.states)[keep]
             gap, tokens = goal - states, tokens + len(states)
             products = [states.T @ states, gap.T @ states, gap.T @ gap]
             sums = [one + other for one, other in zip(sums, products, strict=True)] if sums else products
@@ -204,37 +234,41 @@ def _counted(rows: Conditioning) -> Tensor:
     return rows.mask.bool()
 
 
-def _kept(task: Task) -> Tensor:
-    """Return the mean of a a^T (d_text, d_text) over the states a of everything that is kept.
+def _kept(task: Task) -> tuple[Tensor, Tensor]:
+    """Return the mean of a a^T (d_text, d_text) over the states a to keep, and over new ones.
 
     Of the sentences about everything else, those near to the concept weigh most, as in latent anchoring.
     """
     from spm_hub.training.data.anchors import anchor_weights
 
-    recipe, base = task.recipe, task.base
+    recipe, base, count = task.recipe, task.base, _options(task.recipe).held
     target = base.encode([recipe.target]).states[0]
-    others = [text for text in everything_else(task) if not task.prompts.mentions_concept(text)]
+    others = everything_else(task)
     weights = []
     with phase("encoding sentences about everything else") as move:
         for start in range(0, len(others), _AT_ONCE):
-            states = base.encode(others[start : start + _AT_ONCE], literally=True).states
-            weights += anchor_weights(states, target, recipe.anchoring.alpha).tolist()
-            move(min(start + _AT_ONCE, len(others)), len(others))
-    mean = _second(base, others, weights)
+            texts = others[start : start + _AT_ONCE]
+            near = anchor_weights(base.encode(texts, literally=True).states, target, recipe.anchoring.alpha).tolist()
+            other = [not task.prompts.mentions_concept(text) for text in texts]
+            weights += [one * counts for one, counts in zip(near, other, strict=True)]
+            move(start + len(texts), len(others))
+    mean = _second(base, others[:count], weights[:count])
+    new = _second(base, others[count:], weights[count:]) if any(weights[count:]) else mean
     company = [name for one in recipe.together for name in (one.target, *one.aliases)]
     if named := [*_options(recipe).keep, *company]:
         mean = mean + _second(base, named, [1.0] * len(named))
-    return mean
+    return mean, new
 
 
 def everything_else(task: Task) -> list[str]:
-    """Return sentences of every kind, the empty one first; they are the same for every concept."""
+    """Return sentences of every kind, the same for every concept: those to keep, and a quarter more."""
     from spm_hub.training.data.prompts import PromptMaker
     from spm_hub.training.data.sampling import generator_for
 
     maker = PromptMaker((), task.recipe.kind, task.prompts.words, task.prompts.vocabulary)
     generator, count = generator_for(task.recipe.seed, 6, 0), _options(task.recipe).held
-    return list(dict.fromkeys(["", *(maker.anchor(generator) for _ in range(_MOST_DRAWS * count))]))[:count]
+    drawn = ["", *(maker.anchor(generator) for _ in range(_MOST_DRAWS * (count + 1)))]
+    return list(dict.fromkeys(drawn))[: count + max(1, count // 4)]
 
 
 def _second(base: TeacherModel, texts: Sequence[str], weights: Sequence[float]) -> Tensor:
@@ -247,23 +281,24 @@ def _second(base: TeacherModel, texts: Sequence[str], weights: Sequence[float]) 
         counted = _counted(rows)
         share = torch.tensor(weights[start : start + _AT_ONCE], dtype=torch.float64, device=counted.device)
         each = (counted * (share / counted.sum(1))[:, None])[counted]
-        states = rows.states[counted].double()
+        states = _read(base, rows.states)[counted]
         product = states.T @ (states * each[:, None])
         total = product if total is None else total + product
     assert total is not None, "there are prompts to keep"
     return total / sum(weights)
 
 
-def _check_modules(denoiser: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    from spm_hub.models.architectures import weight_of
-    from spm_hub.training.protection import modules_reading_more
+def _read(base: TeacherModel, states: Tensor) -> Tensor:
+    """Return the inputs of the changed modules for text states (n, tokens, d): in PixArt projected."""
+    for name in ("caption_projection", "caption_norm"):
+        layer = getattr(base.denoiser, name, None)
+        states = states if layer is None else layer(states)
+    return states.double()
 
-    if more := modules_reading_more(denoiser, modules):
-        raise RecipeError(
-            f"method 'instant' computes with what modules make of the text encoder's states: {more[0]} ({len(more)} of "
-            f"{len(modules)} modules) reads something else",
-            mend="--method spm, or a model with cross-attention (SD 1, SD 2, SDXL)",
-        )
+
+def _check_weights(modules: Mapping[str, nn.Module]) -> None:
+    from spm_hub.models.architectures import weight_of
+
     if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
         raise RecipeError(f"method 'instant' cannot read {path}: it is quantised", mend="--method esd-x")
 
@@ -274,28 +309,28 @@ def check(recipe: RecipeFields) -> None:
 
 
 def check_model(recipe: RecipeFields, denoiser: nn.Module) -> None:
-    """Raise RecipeError for a denoiser whose chosen modules read more than the text encoder's states."""
+    """Raise RecipeError for a denoiser without modules that read the text alone."""
     from spm_hub.training.trainable.module_selection import select_modules
 
-    _check_modules(denoiser, select_modules(denoiser, recipe.increment.modules))
+    select_modules(denoiser, recipe.increment.modules)
 
 
 METHOD = Method(
     name="instant",
     title="Instant, SPM's increment in closed form",
     paper="spm-hub; it solves for keys and values what SPM (CVPR 2024, arXiv 2312.16145) trains by predictions",
-    summary="Computes a rank 1 increment of keys and values from text states alone: an eraser in seconds.",
+    summary="Computes a rank 1 increment of what reads the text, from text states alone: an eraser in seconds.",
     cost="Seconds on the sketchbook; no training loop, and no prediction of the denoiser.",
     harm="Without a gate, relatives of the concept change too; `spmhub eval` shows which.",
-    preset={"objective": {"name": "instant"}, "increment": {"modules": "esd-x-strict"}},
+    preset={"objective": {"name": "instant"}, "increment": {"modules": "text"}},
     trains=ClosedForm(solve),
     uses=frozenset({"anchoring.alpha", "increment.rank", "increment.dtype", "protection", "together"}),
     instead={
         "*": "it is a closed form, without a training loop",
         "objective.eta": "options.reach is how far it goes",
         "anchoring": "options.held, options.hold and options.keep say what it keeps",
-        "increment": "it gives a low_rank increment of increment.rank on keys and values of cross-attention",
-        "increment.modules": "it changes keys and values of cross-attention, 'esd-x-strict', only",
+        "increment": "it gives a low_rank increment of increment.rank on the modules that read the text",
+        "increment.modules": "it changes the modules that read the text, 'text', only",
         "closed_form": "its settings are options.reach, sentences, held, hold, keep and ridge",
     },
     options=Options,

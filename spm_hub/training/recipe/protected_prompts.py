@@ -12,7 +12,7 @@ from spm_hub.training.recipe.schema import Companion
 
 R = TypeVar("R", bound=RecipeFields)
 
-TEXT_MODULES = ("esd-x-strict", "esd-x-strict-text")
+TEXT_MODULES = ("text", "esd-x-strict", "esd-x-strict-text")
 """The selections of which every module reads the text states."""
 
 

@@ -121,8 +121,11 @@ class IncrementRecipe(RecipePart):
 
     kind: Literal["low_rank", "dense", "mask", "null_space", "loha", "lokr", "vera", "dora"] = "low_rank"
     rank: int = Field(default=1, ge=1, le=256, description="of low_rank and PEFT's kinds; a closed form has its own")
-    modules: Literal["targets", "esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn"] = (
-        Field(default="targets", description="targets: SPM's, all of the attention blocks; the others: ESD's")
+    modules: Literal[
+        "targets", "text", "esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn"
+    ] = Field(
+        default="targets",
+        description="targets: SPM's, all of the attention blocks; text: what reads the text alone; the others: ESD's",
     )
     beta: float = Field(
         default=1e-4,

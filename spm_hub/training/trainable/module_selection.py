@@ -10,11 +10,17 @@ from torch import nn
 from spm_hub.errors import RecipeError
 from spm_hub.models.architectures import family_of, matrices, targets
 
+TEXT_ENTRY = "context_embedder"
+"""The layer through which the text enters SD3, FLUX and others whose attention reads picture and text together."""
+_CROSS_ATTENTION = r"(^|\.)attn2\.to_[kv]$"
 _JOINT = ("flux", "sd3")  # one attention over picture and text: there is no attn1 and attn2 to tell apart
 
 
 def select_modules(denoiser: nn.Module, selection: str) -> dict[str, nn.Module]:
-    """Return the modules of a selection by dotted path: "targets" is SPM's, the others are ESD's.
+    """Return the modules of a selection by dotted path: "targets" is SPM's, all but "text" are ESD's.
+
+    "text" is what reads the text and nothing else: keys and values of cross-attention or, in models that attend to
+    picture and text together, the layer through which the text enters.
 
     ESD (arXiv 2303.07345) selects by name among all Linear and Conv2d (norms never): esd-x cross-attention,
     esd-x-strict its keys and values, esd-u all but cross-attention, esd-all, esd-selfattn. In SDXL, esd-u and esd-all
@@ -24,9 +30,13 @@ def select_modules(denoiser: nn.Module, selection: str) -> dict[str, nn.Module]:
     """
     if selection == "targets":
         return targets(denoiser)
-    family = family_of(denoiser).name
-    wanted = _rules(family)[selection]
-    found = {path: module for path, module in matrices(denoiser).items() if wanted(path)}
+    family, known = family_of(denoiser).name, matrices(denoiser)
+    if selection == "text":
+        # The attn2 of SD3.5's blocks is a second attention of the picture.
+        found = {path: module for path, module in known.items() if path == TEXT_ENTRY}
+        found = found or {path: module for path, module in known.items() if re.search(_CROSS_ATTENTION, path)}
+    else:
+        found = {path: module for path, module in known.items() if _rules(family)[selection](path)}
     if not found:
         raise RecipeError(
             f"recipe key increment.modules: {type(denoiser).__name__} ({family}) has no modules of {selection!r}",
