@@ -245,14 +245,16 @@ def pull(
     for one in pulled if require_signature is not None else ():
         one.entry.load()  # an unchanged eraser was not loaded by the pull, so check its signature now
     rows = [
-        {"name": one.entry.name, "state": one.state, "changes": one.changes, **one.origin.model_dump(),
-         "adapter": one.entry.adapter_path, "manifest": one.entry.manifest_path}
+        {"name": one.entry.name, "state": one.state, "changes": one.changes, "remarks": one.remarks,
+         **one.origin.model_dump(), "adapter": one.entry.adapter_path, "manifest": one.entry.manifest_path}
         for one in pulled
     ]  # fmt: skip
     lines = [f"{one.entry.name} ({one.state}): {one.entry.describe_source()}" for one in pulled]
     for one in pulled:
         if one.changes:
             out.say(f"{one.entry.name} changed: {'; '.join(one.changes)}")
+        for remark in one.remarks:
+            out.say(f"warning: {one.entry.name}: {remark}")
     if not pulled:
         out.say(f"nothing to do: {kept_in.root} has all erasers of its lock file")
     out.data(rows, "\n".join(lines), brief=[str(one.entry.adapter_path) for one in pulled])

@@ -23,6 +23,7 @@ from spm_hub.attachment.gates.bank import sentences
 from spm_hub.attachment.gates.name_matcher import NameMatcher, words_of
 from spm_hub.errors import SpmHubError
 from spm_hub.io.untrusted_text import one_line
+from spm_hub.models.aliases import ALIASES
 from spm_hub.models.architectures import fingerprint
 from spm_hub.models.references import local_folder, parse_reference
 
@@ -63,20 +64,28 @@ class Findings:
     greatest_change: tuple[float, str] | None = None
 
 
-def audit(adapters: Sequence[Adapter], *, model: str | None = None, others: Sequence[Manifest] = ()) -> list[Findings]:
+def audit(
+    adapters: Sequence[Adapter],
+    *,
+    beside: Sequence[Adapter] = (),
+    model: str | None = None,
+    others: Sequence[Manifest] = (),
+) -> list[Findings]:
     """Audit erasers, each of them also against all the others.
 
+    beside: further erasers to compare these with, which are not audited themselves.
     model: the base whose weights the changes are compared with; None is the one that each was trained on. A base that
     is not on this machine is left out. others: manifests of further erasers whose concepts the names are compared with.
     Reads all tensors of the erasers. Raises AdapterFileError for a file that is damaged.
     """
-    strengths = [adapter.manifest.gate.strength for adapter in adapters]
-    undone = undoings(inner_products([adapter.increments for adapter in adapters]), strengths)
-    known = [*(adapter.manifest for adapter in adapters), *others]
+    together = [*adapters, *beside]
+    strengths = [adapter.manifest.gate.strength for adapter in together]
+    undone = undoings(inner_products([adapter.increments for adapter in together]), strengths)
+    known = [*(adapter.manifest for adapter in together), *others]
     found = []
     for index, adapter in enumerate(adapters):
-        undoes = [(adapters[one.of].name, one.cosine) for one in undone if one.by == index]
-        folder = _denoiser_folder(model or adapter.manifest.base.id)
+        undoes = [(together[one.of].name, one.cosine) for one in undone if one.by == index]
+        folder = _denoiser_folder(model or _public(adapter.manifest.base.id))
         change = None if folder is None else _greatest_change(adapter, FolderWeights(folder))
         acting = _acting(adapter.manifest)
         problems = [
@@ -135,10 +144,18 @@ def _objection(name: str) -> str | None:
     return None
 
 
+def _public(base: str) -> str:
+    """Return a base's id if it is an alias or of the form owner/name, else nothing.
+
+    A stranger must not name a folder to read.
+    """
+    return base if base in ALIASES or re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
+
+
 def _denoiser_folder(model: str) -> Path | None:
     """Return the folder of a model's denoiser; None where there is none on this machine."""
     try:
-        folder = local_folder(parse_reference(model))
+        folder = local_folder(parse_reference(model)) if model else None
     except SpmHubError:
         return None
     parts = () if folder is None else (folder / "unet", folder / "transformer")

@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 from huggingface_hub import ModelInfo, constants, errors, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 
+from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.manifest import MAX_BYTES, Concept, Manifest, Origin, slug
 from spm_hub.errors import HubError, HubNotFoundError, NetworkError, NotFoundError, SpmHubError, UsageError
 from spm_hub.hub.changes import Changes, changes_between
@@ -24,6 +26,8 @@ from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME, EraserEntry
 from spm_hub.registry.registry import Registry
 
 _SUFFIX = ".safetensors"
+_COMPARED = 64
+"""How many erasers of the registry a new one is compared with; `spmhub audit` compares all."""
 
 
 def download(repo: str, revision: str | None = None, *, progress: ProgressCallback | None = None) -> EraserEntry:
@@ -79,13 +83,14 @@ def download(repo: str, revision: str | None = None, *, progress: ProgressCallba
 class PullResult:
     """The eraser that a pull put into the registry, and whether that changed anything.
 
-    changes: what an update changed, in words.
+    changes: what an update changed, in words.  remarks: what an audit found in a new eraser, in words.
     """
 
     entry: EraserEntry
     origin: Origin
     state: Literal["new", "updated", "unchanged"]
     changes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def pull(
@@ -148,9 +153,32 @@ def pull(
         )
     if pin is None and not replace:  # a pinned one was accepted when it was pulled first
         _check_limits(repo, manifest)
+    remarks = _audited(dataclasses.replace(entry.load(), manifest=manifest), repo, registry, replace=replace)
     kept = registry.install(entry, manifest, replace=replace)
     state: Literal["new", "updated"] = "new" if existing is None else "updated"
-    return PullResult(dataclasses.replace(kept, fetched=entry.fetched), origin, state, changes.said)
+    kept = dataclasses.replace(kept, fetched=entry.fetched)
+    return PullResult(kept, origin, state, changes.said, remarks)
+
+
+def _audited(adapter: Adapter, repo: str, registry: Registry, *, replace: bool) -> tuple[str, ...]:
+    """Return the problems that an audit finds in a new eraser, compared with those of a registry.
+
+    Damaged erasers of the registry are left out. Raises HubError if the new one undoes another, unless `replace`.
+    """
+    from spm_hub.hub.audit import audit  # which needs torch
+
+    held = []
+    for entry in registry.entries()[:_COMPARED]:
+        if entry.name != adapter.name:
+            with suppress(SpmHubError):
+                held.append(entry.load_now())
+    (findings,) = audit([adapter], beside=held)
+    if findings.undoes and not replace:
+        raise HubError(
+            f"{repo} would undo an eraser that is held: {'; '.join(findings.problems)}",
+            mend=f"look at it first: spmhub show {repo}; then, if it is meant: spmhub pull {repo} --force",
+        )
+    return findings.problems
 
 
 def _check_limits(repo: str, manifest: Manifest) -> None:

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import LoopbackHub
 from typer.testing import CliRunner
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.cli import app
+from spm_hub.errors import HubError
 from spm_hub.hub.audit import Findings, audit
+from spm_hub.hub.pull import pull
+from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME
+from spm_hub.registry.registry import Registry
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("snoopy", "mickey", "spongebob", "van-gogh", "nudity")
@@ -94,6 +99,29 @@ def test_a_base_that_is_not_here_is_left_out(shipped: list[Adapter]) -> None:
     (found,) = audit([altered(shipped[0], "elsewhere", base={"id": "someone/not-here"})])
     assert found.greatest_change is None
     assert found.problems == ()
+
+
+def test_a_pull_refuses_what_undoes_an_eraser_that_is_held(
+    shipped: list[Adapter], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = Registry(tmp_path / "registry")
+    kept.add(shipped[0])
+    hands = altered(shipped[0], "hands", negated(shipped[0], 1.0), concept={"target": "blurry hands"})
+    loud = altered(shipped[1], "loud", concept={"target": "loud", "aliases": ("photo",)})
+    with LoopbackHub() as hub:
+        hub.adopt(monkeypatch, tmp_path)
+        for number, adapter in enumerate((hands, loud)):
+            folder = tmp_path / adapter.name
+            folder.mkdir()
+            adapter.save(folder / WEIGHTS_NAME, folder / MANIFEST_NAME)
+            files = {name: (folder / name).read_bytes() for name in (WEIGHTS_NAME, MANIFEST_NAME)}
+            hub.publish(f"someone/{adapter.name}", files, commit=str(number) * 40)
+        with pytest.raises(HubError, match="that of snoopy undo each other"):
+            pull("someone/hands", registry=kept)
+        assert [entry.name for entry in kept.entries()] == ["snoopy"]
+        assert pull("someone/hands", registry=kept, replace=True).state == "new"
+        (remark,) = pull("someone/loud", registry=kept).remarks
+        assert "of general sentences have one of its names, such as 'photo'" in remark
 
 
 def test_the_command_says_so_and_its_exit_code_is_1(shipped: list[Adapter], tmp_path: Path) -> None:
