@@ -42,8 +42,8 @@ def verify(
     """Check erasers without using them.
 
     It checks size and sha256 against the manifest, the layout of the file, that its numbers are finite, the manifest
-    inside it, its entry in the lock file, its signature and its recipe's keys; what an eraser does, `spmhub audit` says.
-    The exit code is 1 if a check failed.
+    inside it, its entry in the lock file, its signature and its recipe's keys. What an eraser does is said by
+    `spmhub audit`. The exit code is 1 if a check failed.
     """
     from spm_hub.hub.resolve import resolve
     from spm_hub.registry.registry import registries
