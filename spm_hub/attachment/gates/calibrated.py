@@ -16,6 +16,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from spm_hub.attachment.gates.bank import (
     Bank,
@@ -166,14 +167,17 @@ def mean_state(units: Tensor) -> Tensor:
 
     units: (texts, tokens, d_text), as `unit_rows` returns them; the result is in fixed point as well.
     """
-    means = torch.stack([kept.mean(0) for kept in kept_states(units)])
-    return means.mul_(2.0**24).round_().mul_(2.0**-24)
+    return _rounded(torch.stack([kept.mean(0) for kept in kept_states(units)]))
+
+
+def _rounded(numbers: Tensor) -> Tensor:
+    """Round numbers to fixed point in place, so that sums of their products are exact."""
+    return numbers.mul_(2.0**24).round_().mul_(2.0**-24)
 
 
 def _unit(direction: Tensor) -> Tensor:
     length = direction.norm().clamp_min(torch.finfo(torch.float64).tiny)
-    unit: Tensor = direction / length
-    return unit.mul_(2.0**24).round_().mul_(2.0**-24)
+    return _rounded(direction / length)
 
 
 def _centre(states: Tensor, bank: Bank) -> Tensor:
@@ -288,9 +292,9 @@ class PreparedCalibratedGate:
         greatest, positions = products.max(1)
         kept = [positions_of(length) for length in lengths_of(units)]
         lengths = torch.tensor([len(one) for one in kept])
-        index = torch.tensor([[*one, *one[-1:] * (int(lengths.max()) - len(one))] for one in kept])
-        above = products.gather(1, index[..., None].expand(-1, -1, products.shape[-1])).sub_(known.centre[0])
-        typical, of_mean = root_mean_square(above, lengths), mean_state(units) @ known.directions[1].T
+        above = pad_sequence([each[one] for each, one in zip(products, kept, strict=True)], batch_first=True)
+        means = _rounded(torch.stack([unit[one].mean(0) for unit, one in zip(units, kept, strict=True)]))
+        typical, of_mean = root_mean_square(above.sub_(known.centre[0]), lengths), means @ known.directions[1].T
         return _terms(greatest, typical, of_mean, known.centre, known.scale), positions
 
     def _along(self, scores: Tensor) -> Tensor:
