@@ -536,6 +536,30 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
     return _table(["Measured on the sketchbook, unless a row says otherwise", "Result"], rows)
 
 
+def instant(numbers: dict[str, Any]) -> str:
+    rows = [
+        [
+            concept, f"{cell['cpu_seconds']:.1f} s",
+            *(
+                text
+                for gated in ("ungated", "gated")
+                for text in (
+                    _share(cell[gated]["found"]),
+                    f"{cell[gated]['others_mean_points']:+.1f}, worst {cell[gated]['others_worst_points']:+.0f}",
+                )
+            ),
+        ]
+        for concept, cell in numbers["cells"].items()
+    ]  # fmt: skip
+    head = ["concept", "CPU time", "found, no gate", "others, no gate", "found, calibrated", "others, calibrated"]
+    return (
+        f"{_table(head, rows)}\n\nErasers by `--method instant` on the sketchbook: share of pictures in which the "
+        "concept is still found, and points by which other subjects and styles are found less or more often. The names "
+        "of the others are left out of the sentences whose states the method holds.\n"
+        f"{_about(numbers, 'instant')}"
+    )
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sketchbook": sketchbook,
     "sketchbook_training": sketchbook_training,
@@ -546,6 +570,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gates": gates,
     "composition": composition,
     "methods": methods,
+    "instant": instant,
     "robustness": robustness,
     "attacks": attacks,
     "registry": registry,

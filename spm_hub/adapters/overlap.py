@@ -80,7 +80,7 @@ def _add_low_rank(total: Tensor, found: Sequence[tuple[int, LowRank]]) -> None:
 
 def _add_dense(total: Tensor, index: int, one: Dense, found: Sequence[tuple[int, Increment]]) -> None:
     """Add the products of a whole change with the low-rank ones, and the whole ones before it."""
-    whole = one.delta.double().flatten(1)
+    whole = one.delta.double().reshape(len(one.delta), -1)  # a norm's has one dimension
     for other, increment in found:
         if isinstance(increment, LowRank):
             up, down = increment.up.double().flatten(1), increment.down.double().flatten(1)
@@ -89,7 +89,7 @@ def _add_dense(total: Tensor, index: int, one: Dense, found: Sequence[tuple[int,
                 total[index, other] += product
                 total[other, index] += product
         elif isinstance(increment, Dense) and other <= index and increment.delta.numel() == whole.numel():
-            product = float((whole * increment.delta.double().flatten(1)).sum())
+            product = float((whole * increment.delta.double().reshape(whole.shape)).sum())
             total[index, other] += product
             if other != index:
                 total[other, index] += product

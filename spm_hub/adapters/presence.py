@@ -73,7 +73,7 @@ def share_in_weights(modules: Mapping[str, nn.Module], increments: Mapping[str, 
         if left < 0 and size:
             break
         with torch.no_grad():
-            wide = weight.detach().float().flatten(1)
+            wide = weight.detach().float().reshape(len(weight), -1)  # a norm's has one dimension
             both, own = _products(wide, increment)
             variance = float(wide.square().mean()) or 1.0
         overlap, size = overlap + both / variance, size + own / variance
@@ -89,7 +89,7 @@ def _products(weight: Tensor, increment: Increment) -> tuple[float, float]:
         up, down = (part.to(weight).flatten(1) for part in (increment.up, increment.down))
         return float(((weight @ down.T) * up).sum()), float(((up.T @ up) * (down @ down.T)).sum())
     assert isinstance(increment, Dense)
-    delta = increment.delta.to(weight).flatten(1)
+    delta = increment.delta.to(weight).reshape(weight.shape)
     return float((weight * delta).sum()), float(delta.square().sum())
 
 
@@ -108,6 +108,8 @@ def _share_of_masks(modules: Mapping[str, nn.Module], increments: Mapping[str, I
         weight = weight_of(modules[path])
         if weight.is_meta or type(weight) is not nn.Parameter or not isinstance(increment, Mask):
             return None
+        if weight.shape[increment.dim] != len(increment.keep):
+            return None  # quantised weights are packed
         by_neuron = weight.detach().movedim(increment.dim, 0).flatten(1)[~increment.keep.to(weight.device)]
         off, zero = off + len(by_neuron), zero + int((by_neuron == 0).all(1).sum())
     return zero / off if off and zero / off > _LEAST else None

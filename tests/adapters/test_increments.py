@@ -132,7 +132,7 @@ def test_a_change_of_a_bias_needs_a_bias() -> None:
         lambda: LowRank(torch.ones(0, 4), torch.ones(3, 0)),
         lambda: LowRank(torch.ones(4), torch.ones(3, 1)),
         lambda: LowRank(torch.ones(1, 4), torch.ones(3, 1, 3, 3)),
-        lambda: Dense(torch.ones(4)),
+        lambda: Dense(torch.ones(3, 4, 5)),
         lambda: Dense(torch.ones(3, 4), torch.ones(4)),
         lambda: Mask(torch.ones(3), 0),
         lambda: Mask(torch.ones(3, 3, dtype=torch.bool), 0),

@@ -80,7 +80,7 @@ class Written:
             "drawing pictures to learn from",
         ),
         ({"method": "uce", "closed_form": {"sentences": 3}}, "encoding sentences about snoopy"),
-        ({"method": "instant"}, "encoding sentences about the concept"),
+        ({"method": "instant"}, "encoding sentences about everything else"),
         ({"method": "instant"}, "encoding sentences about everything else"),
         ({"method": "instant"}, "computing the closed form"),
     ],

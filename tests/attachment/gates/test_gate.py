@@ -155,7 +155,7 @@ def test_a_constant_gate_gives_all_prompts_the_same_gamma():
 
 def test_token_sets_leave_special_ids_out_and_end_with_the_window():
     tokenizer = pico_tokenizer()
-    dog, dogs, empty, long = token_sets(tokenizer, ["dog", "Dog DOG dog", "", "dog " * 30 + "snoopy"])
+    dog, dogs, empty, long = token_sets(tokenizer, ["dog", "Dog DOG dog", "", "dog " * 30 + "snoopy"], window=12)
     assert dog == dogs == long == {tokenizer.convert_tokens_to_ids("dog</w>")}
     assert empty == frozenset()
 
