@@ -81,7 +81,6 @@ class Written:
         ),
         ({"method": "uce", "closed_form": {"sentences": 3}}, "encoding sentences about snoopy"),
         ({"method": "instant"}, "encoding sentences about everything else"),
-        ({"method": "instant"}, "encoding sentences about everything else"),
         ({"method": "instant"}, "computing the closed form"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
