@@ -212,8 +212,9 @@ def test_masks_as_they_begin_are_refused_once_saved(family: str, tmp_path: Path)
     pipe = family_pipeline(family)
     plan = recipe(steps=1, optimiser={"lr": 1e-6}, masks={"groups": GROUPS.get(family, ("ff", "norm", "attn"))})
     train(plan, pipe=pipe).save(tmp_path / "fresh.safetensors")
+    adapter = load_file(tmp_path / "fresh.safetensors")
     with pytest.raises(AdapterFileError, match="changes nothing"):
-        load_file(tmp_path / "fresh.safetensors")
+        spm_hub.attach(pipe, [adapter], gate="always")
 
 
 def masked_by_activations(
