@@ -12,8 +12,8 @@ from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
 from spm_hub.errors import SpmHubError
 from spm_hub.models.architectures import weight_of
 
-_READ = 2**24
-"""The most elements of weights that are read for one eraser; the first and largest parts of its change are."""
+_READ = 2**22
+"""The most elements of weights that are read for one eraser: those come first that it changes most for their size."""
 _SURE, _LEAST = 10.0, 0.3
 """A share counts from so many standard errors on, and from this size on: unrelated erasers have shares around 0."""
 

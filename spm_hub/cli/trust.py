@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 FAILED = 1
 
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(
+        autocompletion=options.complete_name,
+        help="Names, files, or owner/name on the Hub. Default: all erasers in the registry.",
+    ),
+]
+
 
 @command(
     "verify",
@@ -28,13 +36,7 @@ FAILED = 1
 )
 def verify(
     out: Output,
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            autocompletion=options.complete_name,
-            help="Names, files, or owner/name on the Hub. Default: all erasers in the registry.",
-        ),
-    ] = None,
+    names: Names = None,
     *,
     key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM) to check the signatures with.")] = None,
     registry: options.Registry = None,
@@ -97,13 +99,7 @@ def _recipe(entry: "EraserEntry") -> "Check":
 )
 def audit(
     out: Output,
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            autocompletion=options.complete_name,
-            help="Names, files, or owner/name on the Hub. Default: all erasers in the registry.",
-        ),
-    ] = None,
+    names: Names = None,
     *,
     model: Annotated[
         str | None,

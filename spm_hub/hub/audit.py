@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 from spm_hub.adapters.adapter import Adapter
@@ -89,11 +89,10 @@ def audit(
         change = None if folder is None else _greatest_change(adapter, FolderWeights(folder))
         acting = _acting(adapter.manifest)
         problems = [
-            *_about_strength(adapter.manifest),
+            *beyond_limits(adapter.manifest),
             *_about_change(change),
             *(f"its change and that of {name} undo each other (cosine {cosine:.2f})" for name, cosine in undoes),
             *_about_names(adapter.manifest, acting, known),
-            *_about_protected(adapter.manifest),
             *_about_claims(adapter),
         ]
         squares = _squared_norms(adapter)
@@ -208,10 +207,8 @@ def _about_names(manifest: Manifest, acting: float, known: Sequence[Manifest]) -
     names, found = manifest.concept.names, []
     if not names:
         found.append("it names no concept, so it acts on every prompt")
-    if len(names) > MOST_NAMES:
-        found.append(f"it has {len(names)} names; {MOST_NAMES} are many")
     if acting > MOST_ACTING:
-        telling = max(names, key=lambda name: len(_sentences_with([name])))
+        telling = max(names[:MOST_NAMES], key=lambda name: len(_sentences_with([name])))
         found.append(f"{acting:.0%} of general sentences have one of its names, such as {telling!r}")
     taken = {
         one.concept.target.casefold(): one.name for one in known if one.concept.target and one.name != manifest.name
@@ -219,16 +216,6 @@ def _about_names(manifest: Manifest, acting: float, known: Sequence[Manifest]) -
     for alias in manifest.concept.aliases:
         if alias.casefold() in taken and alias.casefold() != str(manifest.concept.target).casefold():
             found.append(f"its alias {alias!r} is what {taken[alias.casefold()]} erases")
-    return found
-
-
-def _about_protected(manifest: Manifest) -> list[str]:
-    protected = manifest.gate.protected
-    matcher = _matcher(manifest.concept.names)
-    own = next((prompt for prompt in protected if matcher.match(prompt)), None)
-    found = [] if own is None else [f"it never acts on {own!r}, which names its own concept"]
-    if len(protected) > MOST_PROTECTED:
-        found.append(f"it never acts on {len(protected)} prompts; {MOST_PROTECTED} are many")
     return found
 
 
@@ -248,7 +235,7 @@ def _about_claims(adapter: Adapter) -> list[str]:
 
 def _acting(manifest: Manifest) -> float:
     """Return the share of the general sentences that contain a name of the eraser's concept."""
-    return len(_sentences_with(manifest.concept.names)) / len(sentences())
+    return len(_sentences_with(manifest.concept.names[:MOST_NAMES])) / len(sentences())
 
 
 def _sentences_with(names: Sequence[str]) -> list[str]:
@@ -256,7 +243,7 @@ def _sentences_with(names: Sequence[str]) -> list[str]:
     return [text for text in sentences() if matcher.match(text)]
 
 
-@cache
+@lru_cache(maxsize=128)
 def _matcher(names: tuple[str, ...]) -> NameMatcher:
     """Return a matcher that takes no word for a misspelling of another."""
     return NameMatcher(names, lambda word: 1.0, lambda word: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,9 +10,8 @@ from typing import TYPE_CHECKING
 from spm_hub.adapters.manifest import Manifest
 
 if TYPE_CHECKING:
-    import torch
-
     from spm_hub.adapters.adapter import Adapter
+    from spm_hub.adapters.increments import Increment
 
 _OPPOSITE = -0.5
 """A cosine between the old and the new change of the weights: below, the new one does mostly the contrary."""
@@ -56,42 +56,20 @@ def similarity(one: Adapter, other: Adapter) -> float | None:
     It is that of all modules they share, as one vector, in float64. None if they share no module of one shape, or one
     of them changes nothing there. A mask's change depends on the base, so that masks do not count.
     """
-    import torch
+    from spm_hub.adapters.overlap import inner_products  # which needs torch
 
-    inner = torch.zeros(3, dtype=torch.float64)  # one by one, other by other, one by other
-    for path in one.increments.keys() & other.increments.keys():
-        first, second = _factors(one.increments[path]), _factors(other.increments[path])
-        if first is None or second is None or _shape(first) != _shape(second):
-            continue
-        inner += torch.stack([_inner(first, first), _inner(second, second), _inner(first, second)])
-    size = float((inner[0] * inner[1]).sqrt())
+    shared = one.increments.keys() & other.increments.keys()
+    alike = [path for path in shared if _matrix(one.increments[path]) == _matrix(other.increments[path])]
+    inner = inner_products([{path: each.increments[path] for path in alike} for each in (one, other)])
+    size = float((inner[0, 0] * inner[1, 1]).sqrt())
     sign = _sign(one.manifest.gate.strength) * _sign(other.manifest.gate.strength)
-    return sign * float(inner[2]) / size if size > 0 else None
+    return sign * float(inner[0, 1]) / size if size > 0 else None
 
 
-def _factors(increment: object) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return a change of weights as a product (out, r) @ (r, in), in float64; None for a mask."""
-    import torch
-
-    from spm_hub.adapters.increments import Dense, LowRank
-
-    match increment:
-        case LowRank(down, up):
-            return up.double().flatten(1), down.double().flatten(1)
-        case Dense(delta):
-            flat = delta.double().flatten(1)
-            return flat, torch.eye(flat.shape[1], dtype=torch.float64)
-    return None
-
-
-def _shape(factors: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
-    return factors[0].shape[0], factors[1].shape[1]
-
-
-def _inner(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Return sum_ij A_ij B_ij of A = up_a down_a and B = up_b down_b, without multiplying either out."""
-    inner: torch.Tensor = ((one[0].T @ other[0]) * (one[1] @ other[1].T)).sum()
-    return inner
+def _matrix(increment: Increment) -> tuple[int, int] | None:
+    """Return the shape of a change as a matrix, by which a 1x1 convolution is a Linear; None for a mask."""
+    shape = increment.weight_shape
+    return None if shape is None else (shape[0], math.prod(shape[1:]))
 
 
 def _in_gate(old: Manifest, new: Manifest) -> Iterable[str]:

@@ -151,19 +151,20 @@ def pull(
             f"{'; '.join(changes.grave)}",
             mend=f"look at it first: spmhub show {repo}; then, if it is meant: spmhub pull {repo} --force",
         )
-    if pin is None and not replace:  # a pinned one was accepted when it was pulled first
+    accepted = replace or pin is not None  # a pinned one was accepted when it was pulled first
+    if not accepted:
         _check_limits(repo, manifest)
-    remarks = _audited(dataclasses.replace(entry.load(), manifest=manifest), repo, registry, replace=replace)
+    remarks = _audited(dataclasses.replace(entry.load(), manifest=manifest), repo, registry, accepted=accepted)
     kept = registry.install(entry, manifest, replace=replace)
     state: Literal["new", "updated"] = "new" if existing is None else "updated"
     kept = dataclasses.replace(kept, fetched=entry.fetched)
     return PullResult(kept, origin, state, changes.said, remarks)
 
 
-def _audited(adapter: Adapter, repo: str, registry: Registry, *, replace: bool) -> tuple[str, ...]:
+def _audited(adapter: Adapter, repo: str, registry: Registry, *, accepted: bool) -> tuple[str, ...]:
     """Return the problems that an audit finds in a new eraser, compared with those of a registry.
 
-    Damaged erasers of the registry are left out. Raises HubError if the new one undoes another, unless `replace`.
+    Damaged erasers of the registry are left out. Raises HubError if the new one undoes another, unless `accepted`.
     """
     from spm_hub.hub.audit import audit  # which needs torch
 
@@ -173,7 +174,7 @@ def _audited(adapter: Adapter, repo: str, registry: Registry, *, replace: bool) 
             with suppress(SpmHubError):
                 held.append(entry.load_now())
     (findings,) = audit([adapter], beside=held)
-    if findings.undoes and not replace:
+    if findings.undoes and not accepted:
         raise HubError(
             f"{repo} would undo an eraser that is held: {'; '.join(findings.problems)}",
             mend=f"look at it first: spmhub show {repo}; then, if it is meant: spmhub pull {repo} --force",

@@ -16,7 +16,7 @@ from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.cli import app
 from spm_hub.errors import HubError
 from spm_hub.hub.audit import Findings, audit
-from spm_hub.hub.pull import pull
+from spm_hub.hub.pull import pull, restore
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME
 from spm_hub.registry.registry import Registry
 
@@ -120,6 +120,9 @@ def test_a_pull_refuses_what_undoes_an_eraser_that_is_held(
             pull("someone/hands", registry=kept)
         assert [entry.name for entry in kept.entries()] == ["snoopy"]
         assert pull("someone/hands", registry=kept, replace=True).state == "new"
+        # What was accepted once is brought back by the lock file, without a question.
+        (kept.root / "adapters" / "hands.safetensors").unlink()
+        assert [one.entry.name for one in restore(kept)] == ["hands"]
         (remark,) = pull("someone/loud", registry=kept).remarks
         assert "of general sentences have one of its names, such as 'photo'" in remark
 

@@ -118,13 +118,15 @@ def test_the_similarity_is_that_of_the_weights_multiplied_out() -> None:
         "a": LowRank(drawn(2, 5), drawn(4, 2)),
         "b": Dense(drawn(3, 2, 3, 3)),
         "c": Mask(torch.ones(4, dtype=torch.bool), 0),
+        "norm": Dense(drawn(6)),
     }
     other: dict[str, Increment] = {
         "a": Dense(drawn(4, 5)),
         "b": LowRank(drawn(1, 2, 3, 3), drawn(3, 1, 1, 1)),
         "d": Dense(drawn(2, 2)),
+        "norm": Dense(drawn(6)),
     }
-    weights = {"a": torch.empty(4, 5), "b": torch.empty(3, 2, 3, 3)}
+    weights = {"a": torch.empty(4, 5), "b": torch.empty(3, 2, 3, 3), "norm": torch.empty(6)}
     flat = [
         torch.cat([each[path].delta_for(weight).double().flatten() for path, weight in weights.items()])
         for each in (one, other)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from spm_hub.attachment.gates.vocabulary import sentences_of, single_words
+from spm_hub.attachment.gates.vocabulary import sentences_of, single_words, words_for_sentences
 from spm_hub.errors import RegistryError
 from spm_hub.io.atomic import write_atomic
 from spm_hub.io.progress import ProgressCallback, no_progress
@@ -44,9 +44,9 @@ class Bank:
     """The states of sentences, each state scaled to unit length.
 
     texts: the sentences: `general` ones, then `single` ones with one word of the tokenizer each, then others of its
-    words. rows: (sentences, positions, d_text), int16, multiples of 2^-14; of
-    each sentence the first `lengths` count. means: (sentences, d_text), float64, of each sentence's own rows. empty:
-    (tokens, d_text), those of the empty prompt. precision: (d_text, d_text), the inverse of the rows' covariance.
+    words. rows: (sentences, positions, d_text), int16, multiples of 2^-14; the first `lengths` of each sentence count.
+    means: (sentences, d_text), float64, of each sentence's own rows. empty: (tokens, d_text), those of the empty
+    prompt. precision: (d_text, d_text), the inverse of the rows' covariance.
     """
 
     texts: tuple[str, ...]
@@ -127,8 +127,8 @@ def open_bank(
     """
     empty = encode([""])[0].float().cpu()
     count = max(_LEAST, min(_MOST, _ELEMENTS // ((_FIRST + _FURTHER) * empty.shape[-1])))
-    single = single_words(vocabulary, count // 3)
-    of_words = sentences_of(vocabulary, count // 3)
+    words = words_for_sentences(vocabulary)
+    single, of_words = single_words(words, count // 3), sentences_of(words, count // 3)
     general = sentences()[: count - len(single) - len(of_words)]
     texts = (*general, *single, *of_words)
     named = hashlib.sha256(repr((key, texts, _FIRST, _FURTHER, _SHRINKAGE)).encode()).hexdigest()[:24]

@@ -52,11 +52,11 @@ _MARGIN = 0.06
 _SAME = 0.9
 """A word with at least this score reads like the name itself: its sentences do not count either."""
 _RAMP = 0.02
-"""Where the ramp ends: a share of the way from what general sentences reach to the name itself."""
+"""Where the ramp ends: a share of the way from its beginning to the score of the name itself."""
 _ROUNDS, _STATES = 4, 2
 """How often the states that carry a name are chosen again, and how many of a sentence."""
 _LEAST_GAP = 0.15
-"""A name whose states are no further beyond those of general sentences is found by its words alone."""
+"""A name whose ramp would begin closer to its own score is found by its words alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,7 @@ def _terms(greatest: Tensor, typical: Tensor, of_mean: Tensor, centre: Tensor, s
 
 
 def _reached(scores: Tensor, acting: float) -> Tensor:
-    """Return the score of each name that general sentences reach, (names,), equally rare for all names.
+    """Return the score of each name that sentences reach, (names,), equally rare for all names.
 
     scores: (sentences, names). acting: the share of the sentences in which some name may have a greater score. Without
     sentences it is minus infinity.
@@ -201,7 +201,7 @@ def _centre(states: Tensor, bank: Bank) -> Tensor:
 class CalibratedGate:
     """The calibrated gate: `prepare` calibrates it for a text encoder.
 
-    The general sentences are encoded once for each text encoder and kept in the user's cache.
+    The bank's sentences are encoded once for each text encoder and kept in the user's cache.
     """
 
     def prepare(self, encoder: TextEncoder, erasers: Sequence[GatedEraser]) -> PreparedCalibratedGate:

@@ -237,7 +237,7 @@ class GateEvaluation:
             if isinstance(gate, ConstantGate):
                 yield gate, tuple(names), None
             elif isinstance(gate, PreparingGate):
-                with progress_if_long(self._reporter, "encoding general sentences") as progress:
+                with progress_if_long(self._reporter, "encoding sentences to compare with") as progress:
                     encoder = self._text_encoder(settings, progress)
                     prepared = gate.prepare(encoder, [self._gated(name, erasers[name], settings) for name in names])
                 yield gate, tuple(names), prepared

@@ -7,7 +7,7 @@ of the tokenizer's own words show what such an encoder distinguishes.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 _LEAST_LETTERS = 3
 _SINGLE = ("{}", "a photo of a {}")
@@ -38,28 +38,26 @@ def rarity_of(words: Mapping[str, int], rarest: int) -> Callable[[str], float]:
     return lambda word: float(words.get(word, rarest))
 
 
-def single_words(vocabulary: Mapping[str, int], count: int) -> tuple[str, ...]:
-    """Return at most `count` sentences with one whole word of a tokenizer each.
+def words_for_sentences(vocabulary: Mapping[str, int]) -> list[str]:
+    """Return the whole words of a tokenizer that sentences are made of, in alphabetical order."""
+    return sorted(word for word in whole_words(vocabulary) if len(word) >= _LEAST_LETTERS)
 
-    vocabulary: its tokens and their ids. Where it has more words, those are taken that are spread evenly over the
-    alphabet.
-    """
-    known = sorted(word for word in whole_words(vocabulary) if len(word) >= _LEAST_LETTERS)
+
+def single_words(words: Sequence[str], count: int) -> tuple[str, ...]:
+    """Return at most `count` sentences with one word each, of words spread evenly over the list."""
     places = count // len(_SINGLE)
-    chosen = known if len(known) <= places else [known[index * len(known) // places] for index in range(places)]
+    chosen = words if len(words) <= places else [words[index * len(words) // places] for index in range(places)]
     return tuple(frame.format(word) for word in chosen for frame in _SINGLE)
 
 
-def sentences_of(vocabulary: Mapping[str, int], count: int) -> tuple[str, ...]:
-    """Return `count` sentences made of several of a tokenizer's whole words.
+def sentences_of(words: Sequence[str], count: int) -> tuple[str, ...]:
+    """Return `count` sentences of several words each, the same ones for equal words.
 
-    vocabulary: its tokens and their ids. There are fewer sentences where the words do not suffice, none for fewer than
-    six words.
+    There are fewer sentences where the words do not suffice, none for fewer than six words.
     """
-    known = sorted(word for word in whole_words(vocabulary) if len(word) >= _LEAST_LETTERS)
-    if len(known) < _WORDS:
+    if len(words) < _WORDS:
         return ()
     dice, found = random.Random(0), dict[str, None]()
     for _ in range(2 * count):
-        found[dice.choice(_FRAMES).format(*dice.sample(known, _WORDS))] = None
+        found[dice.choice(_FRAMES).format(*dice.sample(words, _WORDS))] = None
     return tuple(found)[:count]
