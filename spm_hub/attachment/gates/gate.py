@@ -171,7 +171,7 @@ def similarity(states: Tensor, concepts: ConceptIndex) -> Tensor:
     if concepts.varying:
         rows = fixed_point(states)
         shared = ((names, min(names.shape[1], rows.shape[1])) for names in concepts.units)
-        return torch.cat([rows[:, :both] @ names[:, :both].T for names, both in shared], dim=1)
+        return _at_most_1(torch.cat([rows[:, :both] @ names[:, :both].T for names, both in shared], dim=1))
     tokens, width = concepts.each[0].shape
     chunks = [(chunk.shape[1], fixed_point(chunk)) for chunk in torch.split(states, tokens, dim=1)]
     found = []
@@ -182,8 +182,12 @@ def similarity(states: Tensor, concepts: ConceptIndex) -> Tensor:
             there = names if length == tokens else fixed_point(names.view(-1, tokens, width)[:, :length])
             cosines.append(chunk @ there.T)
         found.append(cosines[0] if len(cosines) == 1 else torch.stack(cosines).amax(dim=0))
-    # Rounding to fixed point may lengthen a vector to 1 + 1e-7; no gamma exceeds 1.
-    return torch.cat(found, dim=1).clamp_(-1.0, 1.0)
+    return _at_most_1(torch.cat(found, dim=1))
+
+
+def _at_most_1(cosines: Tensor) -> Tensor:
+    """Clamp cosines, in place: rounding to fixed point may lengthen a vector to 1 + 1e-7, and no gamma exceeds 1."""
+    return cosines.clamp_(-1.0, 1.0)
 
 
 def overlap(prompts: Prompts, concepts: ConceptIndex) -> Tensor:
