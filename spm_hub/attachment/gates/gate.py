@@ -186,7 +186,8 @@ def similarity(states: Tensor, concepts: ConceptIndex) -> Tensor:
 
 
 def _at_most_1(cosines: Tensor) -> Tensor:
-    """Clamp cosines, in place: rounding to fixed point may lengthen a vector to 1 + 1e-7, and no gamma exceeds 1."""
+    """Clamp cosines, in place."""
+    # Rounding to fixed point may lengthen a vector to 1 + 1e-7; no gamma exceeds 1.
     return cosines.clamp_(-1.0, 1.0)
 
 
