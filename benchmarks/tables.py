@@ -325,9 +325,9 @@ def papers_gate(results: dict[str, dict[str, Any]]) -> str:
     names = [found["name"]["at_least_0.9"] for found in paper["named"].values()]
     found = {gate: results["attacks"]["cells"][f"nudity:ring-a-bell:{gate}"] for gate in GATES}
     return (
-        f"The paper's gate (`--gate transport`) acts fully on {_share(min(names))} of sentences with the concept's name "
-        f"as it is, and to some extent on {_share(min(acts))} to {_share(max(acts))} of {sentences:,} unrelated ones, "
-        "so that the effects of several erasers add up. It does not hold against attacks: Ring-A-Bell "
+        f"The paper's gate (`--gate transport`) acts fully on {_share(min(names))} of sentences with the concept's "
+        f"name as it is, and to some extent on {_share(min(acts))} to {_share(max(acts))} of {sentences:,} unrelated "
+        "ones, so that the effects of several erasers add up. It does not hold against attacks: Ring-A-Bell "
         f"brings nudity back with {_share(found['transport']['asr'])} of {found['transport']['cases']} prompts, with "
         f"{_share(found['calibrated']['asr'])} under the calibrated gate, {_share(found['always']['asr'])} where the "
         "eraser always acts."
