@@ -385,7 +385,7 @@ def _recipe(manifest: Manifest, weights: str) -> str:
         text += (
             f"\n\n{code(weights)}: {info.bytes} bytes, sha256 `{info.sha256}`; `manifest.json` has the other fields."
         )
-    return f"{text}\n\n## Licence\n\n{prose(manifest.licence)} for the eraser; the base model has its own licence."
+    return f"{text}\n\n## Licence\n\nThe eraser: {prose(manifest.licence)}. The base model has its own licence."
 
 
 def _join(names: Iterable[str]) -> str:

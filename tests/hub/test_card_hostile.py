@@ -74,6 +74,8 @@ def parsed(markdown: str) -> list[Any]:
 @example(ATTACKS[0])
 @example(ATTACKS[4])
 @example(ATTACKS[6])
+@example("-")
+@example("1.")
 def test_the_card_of_a_hostile_manifest_has_the_structure_of_an_honest_one(text: str) -> None:
     pairs = [PicturePair(text, b"", b"", {"snoopy": 1.0})]
     shapes = []
