@@ -5,13 +5,17 @@ of the prompt's text-encoder states with the direction that separates the states
 sentences (Fisher's linear discriminant), the greatest over all states. Sentence: the mean of two scores, the root mean
 square of these products over the states, and the product of the prompt's mean state with its own such direction. The
 terms of states are 0 up to the score that other sentences reach, and rise to 1 on a ramp beyond it.
+
+Many erasers would act on many prompts if each acted on few. The ramps of more than ten therefore begin at the scores
+that fewer sentences reach: all erasers together act about as often as ten. Words count the same for any number.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import torch
@@ -47,6 +51,11 @@ the tokenizer, and of those of several.
 
 Sentences that mention the concept do not count.
 """
+_CROWDS = (10, 16, 25, 40, 63, 100, 160, 250, 400, 1000)
+"""Numbers of erasers for which ramps are kept.
+
+The shares of `_ACTING` are those of ten or fewer. Among more erasers, each acts on a share that is smaller by as much.
+"""
 _MARGIN = 0.06
 """How far beyond the greatest score of sentences of one word a ramp begins, at least."""
 _SAME = 0.9
@@ -65,8 +74,9 @@ class Calibration:
 
     directions: (2, names, d_text), float64, of unit length in fixed point: for single states, and for the mean of a
     prompt's states. A score is a product less `centre`, times `scale`, both (2, names): 0 at the bank's mean, 1 at the
-    name itself. start, end: (2, names), the scores where the ramps of the state's and of the sentence's term begin and
-    end; infinite for a name that other sentences cannot be told from.
+    name itself. start, end: (crowds, 2, names), the scores where the ramps of the state's and of the sentence's term
+    begin and end, for each number of erasers of `_CROWDS`; infinite for a name that other sentences cannot be told
+    from. `among` leaves those of one number, (2, names).
     """
 
     directions: Tensor
@@ -74,6 +84,11 @@ class Calibration:
     scale: Tensor
     start: Tensor
     end: Tensor
+
+    def among(self, erasers: int) -> Calibration:
+        """Return the calibration with the ramps for so many erasers under the gate."""
+        crowd = min(bisect_left(_CROWDS, erasers), len(_CROWDS) - 1)
+        return replace(self, start=self.start[crowd], end=self.end[crowd])
 
 
 def calibrate(
@@ -131,7 +146,8 @@ def _ramps_between(
         for term, one in zip(_TERMS, terms, strict=True)
     ]
     # The score of a word differs a little from sentence to sentence.
-    highest = (torch.stack(reached) + torch.tensor([0.0, _MARGIN, 0.0])[:, None]).amax(1)
+    margins = torch.tensor([0.0, _MARGIN, 0.0])[:, None, None]
+    highest = (torch.stack(reached) + margins).amax(1).transpose(0, 1)
     gap = 1 - highest
     alike = gap < _LEAST_GAP
     start, end = highest.masked_fill(alike, torch.inf), (highest + _RAMP * gap).masked_fill(alike, torch.inf)
@@ -149,17 +165,17 @@ def _terms(greatest: Tensor, typical: Tensor, of_mean: Tensor, centre: Tensor, s
 
 
 def _reached(scores: Tensor, acting: float) -> Tensor:
-    """Return the score of each name that sentences reach, (names,), equally rare for all names.
+    """Return the scores of each name that sentences reach, equally rare for all names: (crowds, names).
 
-    scores: (sentences, names). acting: the share of the sentences in which some name may have a greater score. Without
-    sentences it is minus infinity.
+    scores: (sentences, names). acting: the share of the sentences in which some name may have a greater score, for the
+    first of `_CROWDS`. Without sentences it is minus infinity.
     """
     if not len(scores):
-        return scores.new_full(scores.shape[1:], -torch.inf)
+        return scores.new_full((len(_CROWDS), scores.shape[1]), -torch.inf)
     # The rank of a sentence among all, by the name for which it is highest; 0 is the highest score.
-    ranks = scores.argsort(0, descending=True).argsort(0).amin(1)
-    rarest = ranks.sort().values[min(len(ranks) - 1, int(acting * len(ranks)))]
-    return scores.sort(0, descending=True).values[rarest]
+    ranks = scores.argsort(0, descending=True).argsort(0).amin(1).sort().values
+    above = [int(acting * _CROWDS[0] / crowd * len(ranks)) for crowd in _CROWDS]
+    return scores.sort(0, descending=True).values[ranks[[min(len(ranks) - 1, number) for number in above]]]
 
 
 def mean_state(units: Tensor) -> Tensor:
@@ -229,11 +245,9 @@ class PreparedCalibratedGate:
     def __init__(self, matcher: NameMatcher, owners: Sequence[int], calibrations: Sequence[Calibration]) -> None:
         """owners: of each name, the index of its eraser; the names are in the order of the calibrations."""
         self._matcher, self._owners, self._erasers = matcher, torch.tensor(owners), len(calibrations)
+        among = [one.among(len(calibrations)) for one in calibrations]
         self._known = Calibration(
-            *(
-                torch.cat([getattr(one, part.name) for one in calibrations], dim=1).contiguous()
-                for part in fields(Calibration)
-            )
+            *(torch.cat([getattr(one, part.name) for one in among], dim=1).contiguous() for part in fields(Calibration))
         )
 
     def gammas(self, prompts: Prompts) -> Tensor:

@@ -177,16 +177,35 @@ def test_the_direction_is_fishers_discriminant_written_out_in_numpy() -> None:
     of_state = states.max(1)
     of_sentence = (np.sqrt((states.clip(0) ** 2).mean(1)) + means * float(found.scale[1, 0])) / 2
     for term, scores in enumerate((of_state, of_sentence)):
-        assert np.isfinite(float(found.start[term, 0]))
-        assert (scores > float(found.start[term, 0]) + 1e-6).sum() == (0, 4)[term]
+        assert np.isfinite(float(found.start[0, term, 0]))
+        assert (scores > float(found.start[0, term, 0]) + 1e-6).sum() == (0, 4)[term]
 
 
-def test_a_share_of_sentences_is_that_of_all_names_together() -> None:
-    """At most ten of 1,000 sentences have a greater score by any name, if the share is 0.01."""
+@pytest.mark.parametrize(("crowd", "least", "most"), [(0, 6, 10), (2, 1, 4), (5, 0, 1), (9, 0, 0)])
+def test_a_share_of_sentences_is_that_of_all_names_together(crowd: int, least: int, most: int) -> None:
+    """Of 1,000 sentences ten have a greater score by any name, if the share is 0.01; fewer among more erasers."""
     scores = torch.randn(1000, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    reached = _reached(scores * torch.tensor([1.0, 5.0, 0.1, 2.0]), 0.01) / torch.tensor([1.0, 5.0, 0.1, 2.0])
+    scales = torch.tensor([1.0, 5.0, 0.1, 2.0])
+    reached = _reached(scores * scales, 0.01)[crowd] / scales
     exceeded = (scores > reached + 1e-9).any(1).sum()
-    assert 6 <= int(exceeded) <= 10
+    assert least <= int(exceeded) <= most
+
+
+def test_among_many_erasers_states_count_for_less_and_words_for_as_much() -> None:
+    bank = unit_bank(7)
+    generator = torch.Generator().manual_seed(12)
+    states = {f"name{index}": unit_rows(torch.randn(1, 1, 6, generator=generator)) for index in range(100)}
+    nothing = torch.zeros(100, len(bank.texts)).bool()
+    found = calibrate(
+        [[name] for name in states], lambda texts: states[texts[0]].expand(len(texts), 1, 6), bank, list(nothing)
+    )
+    few, many = (torch.stack([one.among(count).start for one in found]) for count in (10, 100))
+    assert (many >= few).all()
+    assert (many > few)[:, 1].float().mean() > 0.5
+    for count in (1, 9, 10):
+        assert torch.equal(found[0].among(count).start, found[0].start[0])
+    assert torch.equal(found[0].among(11).start, found[0].start[1])
+    assert torch.equal(found[0].among(10**6).start, found[0].start[-1])
 
 
 def test_a_name_that_reads_like_anything_else_is_left_to_its_words() -> None:
@@ -195,7 +214,7 @@ def test_a_name_that_reads_like_anything_else_is_left_to_its_words() -> None:
     nothing = torch.zeros(len(bank.texts)).bool()
     (found,) = calibrate([["x"]], lambda texts: usual.expand(len(texts), -1, -1), bank, [nothing])
     assert isinstance(found, Calibration)
-    assert torch.isinf(found.start[0, 0])
+    assert torch.isinf(found.start[0, 0, 0])
 
 
 def test_sums_are_exact_whatever_they_are_computed_with() -> None:
