@@ -178,3 +178,20 @@ def test_without_a_figure_there_is_none() -> None:
 def test_an_older_manifest_has_none_and_its_embedded_copy_stays_as_it_was() -> None:
     assert '"training"' not in of(None).to_embedded_json()
     assert Manifest.from_json(of(None).to_embedded_json()).training is None
+
+
+def test_prompts_that_an_adversary_found_have_no_goal() -> None:
+    """The adversary begins in the middle: before, the concept's own prompts have one."""
+    recipe = Recipe.make(
+        target="snoopy", method="race-spm", steps=6, batch_size=2, x_t=X_T, adversary={"steps": 1, "begins": 0.5}
+    )
+    goals: list[float | None] = []
+    eraser = train(
+        recipe,
+        pipe=pico_pipeline(text_width=64),
+        progress=lambda step, total, figures: goals.append(figures.get("goal")),
+    )
+    assert goals == [0.9, 0.9, 0.9, None, None, None]
+    assert eraser.manifest.training is not None
+    assert eraser.manifest.training.goal is None
+    assert eraser.manifest.training.reached is not None

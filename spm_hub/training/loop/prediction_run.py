@@ -131,13 +131,21 @@ class PredictionRun(Run):
 
     @property
     def reached(self) -> float | None:
-        """The share of the way to the surrogate's prediction that the concept's predictions went."""
+        """The share of the way to the surrogate's prediction that the concept's predictions went.
+
+        Under an adversary: those of the prompts that it found.
+        """
         left = self.anchor_weight.left
         return None if left is None else self.objective.reached(left)
 
     @property
     def goal(self) -> float | None:
-        """The recipe's `anchoring.reach`, else where its early stop is due."""
+        """The recipe's `anchoring.reach`, else where its early stop is due; None under an adversary.
+
+        The adversary searches for prompts that stay behind. How far these should go is not known.
+        """
+        if self.attacker is not None and self.taken > self.recipe.adversary_from:
+            return None
         anchoring, below = self.recipe.anchoring, self.recipe.stop.below
         if anchoring.weight > 0 and anchoring.reach is not None:
             return anchoring.reach
