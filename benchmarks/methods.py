@@ -32,7 +32,7 @@ from spm_hub.evaluation import attacks
 from spm_hub.evaluation.grid import GridRow, draw_grid
 from spm_hub.evaluation.guidance import negative_prompt, safe_latent_diffusion
 from spm_hub.evaluation.judging import probe_judge, sentences
-from spm_hub.evaluation.metrics import frechet_distance
+from spm_hub.evaluation.metrics.distances import frechet_distance
 from spm_hub.evaluation.sketchbook import DetectionCase, cases, count, paint, probe
 from spm_hub.models.loading import load_pipeline
 from spm_hub.training.methods import METHODS

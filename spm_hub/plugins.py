@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeVar
 
-Kind = Literal["objectives", "families", "formats"]
+Kind = Literal["objectives", "families", "formats", "metrics", "judges"]
 GROUP = "spm_hub.{}"
-"""The entry-point group of a kind. objectives hold a `Method`, families a `spm_hub.Family`, formats a `spm_hub.Format`;
-the entry point's name is that of the method, family or format."""
+"""The entry-point group of a kind. objectives hold a `Method`, families a `spm_hub.Family`, formats a `spm_hub.Format`,
+metrics and judges a `spm_hub.evaluation.metrics.metric.NamedMetric`; the entry point's name is that of the object."""
 
 T = TypeVar("T")
 

@@ -18,6 +18,8 @@ from packaging.version import Version
 
 from spm_hub.adapters.formats.format import Format
 from spm_hub.adapters.formats.reading import FORMATS
+from spm_hub.evaluation.metrics.metric import NamedMetric
+from spm_hub.evaluation.metrics.named import METRICS
 from spm_hub.models.aliases import ALIASES
 from spm_hub.models.architectures import FAMILIES, Family
 from spm_hub.models.references import is_available
@@ -112,6 +114,8 @@ def _plugins() -> Iterator[Finding]:
         ("objectives", Method, set(METHODS)),
         ("families", Family, {family.name for family in FAMILIES}),
         ("formats", Format, {known.name for known in FORMATS}),
+        ("metrics", NamedMetric, {metric.name for metric in METRICS}),
+        ("judges", NamedMetric, {metric.name for metric in METRICS}),
     )
     for kind, expected, own in groups:
         for plugin in examine(kind, expected):

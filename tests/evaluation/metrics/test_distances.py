@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spm_hub.evaluation.metrics import frechet_distance
+from spm_hub.evaluation.metrics.distances import frechet_distance, kernel_distance
 
 
 @settings(max_examples=30, deadline=None)
@@ -44,3 +44,30 @@ def test_sets_that_have_no_covariance_are_refused() -> None:
         frechet_distance(torch.zeros(1, 3), torch.zeros(5, 3))
     with pytest.raises(ValueError, match="one width"):
         frechet_distance(torch.zeros(5, 2), torch.zeros(5, 3))
+
+
+def test_the_kernel_distance_is_its_double_sum() -> None:
+    """Bińkowski et al. 2018: the mean of the kernel over pairs of different points, worked out pair by pair."""
+    random = torch.Generator().manual_seed(4)
+    one, two = (torch.randn(n, 3, generator=random, dtype=torch.float64) for n in (6, 5))
+
+    def kernel(x: torch.Tensor, y: torch.Tensor) -> float:
+        return (float(x @ y) / 3 + 1) ** 3
+
+    def within(points: torch.Tensor) -> float:
+        pairs = [kernel(x, y) for i, x in enumerate(points) for j, y in enumerate(points) if i != j]
+        return sum(pairs) / len(pairs)
+
+    across = [kernel(x, y) for x in one for y in two]
+    expected = within(one) + within(two) - 2 * sum(across) / len(across)
+    assert kernel_distance(one, two) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="two or more rows"):
+        kernel_distance(one[:1], two)
+
+
+def test_the_kernel_distance_of_one_distribution_is_zero_on_average_and_grows_with_a_shift() -> None:
+    random = torch.Generator().manual_seed(5)
+    draws = [torch.randn(30, 4, generator=random) for _ in range(200)]
+    same = torch.tensor([kernel_distance(one, two) for one, two in zip(draws[::2], draws[1::2], strict=True)])
+    assert float(same.mean().abs()) < 3 * float(same.std()) / 10
+    assert kernel_distance(draws[0], draws[1] + 1) > float(same.max())

@@ -1,0 +1,1 @@
+"""Judges: they decide for each picture whether it shows a subject."""

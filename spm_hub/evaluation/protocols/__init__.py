@@ -1,0 +1,1 @@
+"""Protocols as data: what is drawn, measured and compared, and the numbers that papers published."""

@@ -1,0 +1,1 @@
+"""Records of a run: its rows, batches, pictures and scores, in a folder that can be resumed."""
