@@ -172,7 +172,7 @@ def _of_sets(before: Tensor, after: Tensor, distance: Callable[[Tensor, Tensor],
 
 
 def findings(tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines whose intervals say something, each with what it says.
+    """Return the lines whose intervals say something, each with its conclusion.
 
     "erased": a target is drawn less often. "not erased": it is not shown to be. "not drawn": the base draws the target
     in no picture, so nothing was measured. "damage": a neighbour or unrelated subject is drawn less often, or a number
