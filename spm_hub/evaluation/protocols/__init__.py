@@ -1,1 +1,1 @@
-"""Protocols as data: what is drawn, measured and compared, and the numbers that papers published."""
+"""Protocols as data: the rows, drawing and metrics of an evaluation, and papers' numbers."""

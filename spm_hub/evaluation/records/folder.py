@@ -141,7 +141,7 @@ class RunFolder:
         append_durably(self.path / SAMPLES, "".join(sample.to_line() for sample in samples))
 
     def replace(self, samples: Sequence[Sample]) -> None:
-        """Write samples.jsonl anew, atomically. Raises RegistryError."""
+        """Replace samples.jsonl, atomically. Raises RegistryError."""
         write_atomic(self.path / SAMPLES, "".join(sample.to_line() for sample in samples).encode())
 
     def picture(self, sample: Sample) -> Image.Image:
