@@ -102,8 +102,8 @@ def erasers(numbers: dict[str, Any]) -> str:
         f"{_table(head, rows)}\n\nShare of pictures in which the probe finds what was asked for, "
         f"{numbers['samples_per_name']} pictures for each of 22 subjects and 5 styles, {_steps(numbers)} steps, "
         f"guidance {numbers['guidance_scale']}, in sentences that no eraser was trained on. 'Others' are all other "
-        "subjects and styles. The erasers were trained on `sketchbook` alone by `spmhub train NAME`, and drawn "
-        f"{_gates(measured)}.\n"
+        "subjects and styles. The erasers were trained on `sketchbook` alone by `spmhub train NAME --method race-spm`, "
+        f"and drawn {_gates(measured)}.\n"
         f"{_about(numbers, 'erasure')}"
     )
 
