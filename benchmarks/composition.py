@@ -4,7 +4,7 @@
     python benchmarks/composition.py train sketchbook --work WORK
     python benchmarks/composition.py measure --second FOLDER --work WORK
 
-`record` instead of `measure` writes the cells that there are.
+`record` instead of `measure` writes the cells that there are. The other base's stay as they were.
 FOLDER is the second base, made by benchmarks/second_base.py. `train` keeps the erasers in WORK; both commands can be
 interrupted and go on where they were. Every picture has the same noise with and without erasers. A picture for whose
 prompt all gammas are 0 is not drawn again: it is the base's, which is verified on a sample, bit for bit.
@@ -28,7 +28,7 @@ import second_base
 import torch
 from diffusers.utils import logging
 from PIL import Image
-from record import record
+from record import RESULTS, record
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
@@ -346,11 +346,17 @@ def main() -> None:
             train(world, options.work, options.most)
         else:
             found[name] = measure(world, options.work, options.counts, options.gates, new=options.task == "measure")
-    if set(found) == {"second", "sketchbook"} and options.task != "train":
-        about = {"second_base": about_the_second_base(options.second), "steps": STEPS, "guidance_scale": GUIDANCE}
+    if options.task != "train":
+        before = json.loads((RESULTS / "composition.json").read_text())
+        about = about_the_second_base(options.second) if "second" in found else before["second_base"]
         record(
-            "composition", {**about, "cheap_training": CHEAP, "worlds": found}, seeds={"choice": SEED, "noise": NOISE}
-        )
+            "composition",
+            {
+                "second_base": about, "steps": STEPS, "guidance_scale": GUIDANCE, "cheap_training": CHEAP,
+                "worlds": before["worlds"] | found,
+            },
+            seeds={"choice": SEED, "noise": NOISE},
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
