@@ -112,6 +112,20 @@ Judge = Annotated[
         show_default=False,
     ),
 ]
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge",
+        help="Decides which pictures show a concept: MODULE:FUNCTION, a Python function, also of the working folder; "
+        "with --protocol also nudenet:spm9 and others (spmhub protocols --metrics); repeatable. Default: the "
+        "sketchbook's probe, or the protocol's.",
+        show_default=False,
+    ),
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option("--metric", help="Metric, as spmhub protocols --metrics lists them; repeatable.", show_default=False),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files and erasers.")]
 
 

@@ -19,7 +19,7 @@ from spm_hub.evaluation.records.drawing import RowDefaults, draw_missing
 from spm_hub.evaluation.records.folder import RunFolder
 from spm_hub.evaluation.records.rows import PromptRow
 from spm_hub.evaluation.records.scoring import score
-from spm_hub.evaluation.reports.report import report_of, write_report
+from spm_hub.evaluation.reports.writing import write_reports
 from spm_hub.io.progress import Bars
 
 QUIET = Bars(shown=False)
@@ -30,7 +30,13 @@ ROWS = (
     PromptRow("3", "a dog", 4, "dog", "neighbour", guidance=2.0),
     PromptRow("4", "a red church", 2**63, "church", "unrelated", negative="blue"),
 )
-RUN: dict[str, Any] = {"protocol": "test", "conditions": ["without", "with"], "at_once": 2}
+RUN: dict[str, Any] = {
+    "protocol": {"name": "test", "version": 1, "sha256": "0" * 64, "about": "A test.", "paper": None, "base": None,
+                 "differs": ["small"]},
+    "published": [], "model": "pico", "erasers": [{"name": "snoopy"}], "conditions": ["without", "with"], "at_once": 2,
+    "drawing": {"steps": 2, "guidance": 3.0}, "seed": 0, "quick": False, "limit": None, "all_rows": 5, "prompts": None,
+    "stand_in_for": None, "versions": {"torch": "2"},
+}  # fmt: skip
 DEFAULTS = RowDefaults(steps=2, guidance=3.0)
 
 
@@ -61,6 +67,6 @@ def evaluate(
     with folder.locked():
         draw_missing(folder, pipe, conditions, DEFAULTS)
         score(folder, metrics() if measured is None else measured, QUIET)
-        write_report(folder, report_of(folder, distances()))
+        write_reports(folder, distances())
     written: dict[str, Any] = json.loads((path / "report.json").read_text())
     return written

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from spm_hub.errors import UsageError, did_you_mean
-from spm_hub.evaluation.judges import nudenet, opennsfw, probe
+from spm_hub.evaluation.judges import classifier, clip, nudenet, opennsfw, probe
 from spm_hub.evaluation.judges.function import function_judge
 from spm_hub.evaluation.metrics import lpips, sets, structure
 from spm_hub.evaluation.metrics.metric import Judge, Metric, NamedMetric
@@ -17,6 +17,9 @@ METRICS: tuple[NamedMetric, ...] = (
     probe.PROBE_JUDGE,
     nudenet.NUDENET,
     opennsfw.OPENNSFW,
+    clip.CLIP_JUDGE,
+    classifier.CLASSIFIER,
+    clip.CLIP_SCORE,
     structure.SSIM,
     structure.PSNR,
     lpips.LPIPS,

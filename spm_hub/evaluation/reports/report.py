@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,8 @@ from spm_hub.evaluation.pictures import WITHOUT
 from spm_hub.evaluation.records.folder import SAMPLES, RunFolder
 from spm_hub.evaluation.records.sample import Sample
 from spm_hub.evaluation.records.scoring import described_metrics, features_of
-from spm_hub.io.atomic import write_atomic
 from spm_hub.io.hashing import sha256_of
 
-REPORT = "report.json"
 FORMAT = 1
 ALL = "all"
 """The subject of a line about every subject of a role."""
@@ -63,11 +60,6 @@ def report_of(folder: RunFolder, distances: Distances) -> dict[str, Any]:
         "tables": tables,
         "findings": findings(tables),
     }
-
-
-def write_report(folder: RunFolder, report: Mapping[str, Any]) -> None:
-    """Write report.json. Raises RegistryError."""
-    write_atomic(folder.path / REPORT, (json.dumps(report, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def groups_of(folder: RunFolder) -> tuple[Group, ...]:

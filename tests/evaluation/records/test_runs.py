@@ -21,9 +21,10 @@ from spm_hub.evaluation.records import folder as folders
 from spm_hub.evaluation.records.folder import RunFolder
 from spm_hub.evaluation.records.rows import PromptRow, cut, pictures_at_once
 from spm_hub.evaluation.records.scoring import score
-from spm_hub.evaluation.reports.report import report_of, write_report
+from spm_hub.evaluation.reports.report import report_of
+from spm_hub.evaluation.reports.writing import write_reports
 
-FILES = ("run.json", "rows.jsonl", "samples.jsonl", "metrics.json", "report.json")
+FILES = ("run.json", "rows.jsonl", "samples.jsonl", "metrics.json", "report.json", "report.md", "report.html")
 
 
 def contents(path: Path) -> dict[str, str]:
@@ -134,7 +135,7 @@ def test_kept_pictures_are_judged_again_without_a_model(whole: Path, tmp_path: P
     folder = RunFolder.open(path)
     folder.replace([sample.scored({}) for sample in folder.samples()])
     score(folder, metrics(), QUIET)
-    write_report(folder, report_of(folder, distances()))
+    write_reports(folder, distances())
     assert contents(path) == contents(whole)
     # Another threshold is another judge: it measures again, and the report says so.
     strict = Judge("bright", lambda pictures, subjects: [type(v)(False, 0.0) for v in bright(pictures, subjects)], {})

@@ -1,0 +1,204 @@
+"""Runs a protocol on erasers and a base, in one folder that can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spm_hub.adapters.adapter import Adapter
+from spm_hub.attachment.attachment import attach
+from spm_hub.errors import UsageError
+from spm_hub.evaluation.metrics.named import distances, metrics_named
+from spm_hub.evaluation.pictures import WITH, WITHOUT
+from spm_hub.evaluation.prompts.columns import ColumnMap
+from spm_hub.evaluation.prompts.reading import PromptFile, read_prompt_file
+from spm_hub.evaluation.protocols.protocol import Protocol, Variant
+from spm_hub.evaluation.protocols.rows import nearest_by_text, rows_of
+from spm_hub.evaluation.records.drawing import Conditions, RowDefaults, draw_missing
+from spm_hub.evaluation.records.folder import RunFolder
+from spm_hub.evaluation.records.rows import PromptRow, pictures_at_once
+from spm_hub.evaluation.records.scoring import score
+from spm_hub.evaluation.reports.writing import write_reports
+from spm_hub.io.progress import Reporter
+from spm_hub.models.base_choice import BaseChoice
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from spm_hub.attachment.options import GateChoice
+
+_LIBRARIES = ("spm-hub", "torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A user's wishes, beyond the protocol's own settings.
+
+    seed: of the first picture. prompts: a file for its first set, with columns, if not found by name. measure: metrics
+    and judges in place of the protocol's. limit: at most so many rows, which marks the report as incomplete.
+    at_once: pictures of a batch; None for a number that suits their size. quick: the protocol's first look.
+    steps, guidance, size (width and height in pixels): in place of the protocol's.
+    """
+
+    seed: int = 2024
+    prompts: str | None = None
+    columns: ColumnMap | None = None
+    measure: tuple[str, ...] = ()
+    limit: int | None = None
+    at_once: int | None = None
+    quick: bool = False
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that draw nothing."""
+        for name, value in (("limit", self.limit), ("at-once", self.at_once), ("steps", self.steps)):
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} is {value}, not 1 or more", mend=f"--{name} 1")
+
+
+def evaluate(
+    protocol: Protocol,
+    erasers: Sequence[Adapter],
+    base: BaseChoice,
+    out: Path,
+    asked: Asked,
+    reporter: Reporter,
+    *,
+    resume: bool = False,
+    gate: GateChoice | None = None,
+    strength: Mapping[str, float] | float | None = None,
+) -> dict[str, Any]:
+    """Draw and measure what a protocol asks, with and without the erasers, and return the report.
+
+    out: a new folder, or that of the same run if `resume`: what it has is not drawn again. gate, strength: as for
+    `attach`. base: after its `check`.
+    Raises UsageError, NotFoundError before anything is drawn; MetricError, ModelError, CompatibilityError.
+    """
+    variant = protocol.sketchbook if base.is_embedded else protocol.usual
+    metrics = metrics_named(asked.measure or variant.measure)
+    concepts = [eraser.manifest.concept for eraser in erasers]
+    first = concepts[0].require_target(erasers[0].source)
+    file = None
+    if asked.prompts is not None:
+        file = read_prompt_file(asked.prompts, subject=first, seed=asked.seed, columns=asked.columns)
+    pipe = base.open()
+    defaults = _defaults(pipe, variant, protocol, asked, reporter)
+    rows = rows_of(
+        variant, concepts, seed=asked.seed, nearest=nearest_by_text(pipe),
+        samples=protocol.quick.samples if asked.quick else None,
+        given=() if file is None else _some(file, protocol, asked),
+    )  # fmt: skip
+    kept = rows if asked.limit is None else rows[: asked.limit]
+    run = _run(protocol, variant, erasers, base.name(pipe), defaults, asked, file)
+    run |= {"gate": _gate_name(gate), "strength": _strength(strength), "all_rows": len(rows)}
+    run["at_once"] = asked.at_once or _at_once(pipe, kept, defaults)
+    folder = RunFolder.start(out, run, kept, resume=resume)
+    conditions: Conditions = {
+        WITHOUT: nullcontext,
+        WITH: lambda: attach(pipe, erasers, gate=gate, strength=strength, reporter=reporter),
+    }
+    with folder.locked():
+        with reporter.progress("drawing") as progress:
+            draw_missing(folder, pipe, conditions, defaults, progress)
+        score(folder, metrics, reporter)
+        return write_reports(folder, distances())
+
+
+def score_again(path: Path, measure: Sequence[str], reporter: Reporter) -> dict[str, Any]:
+    """Measure the kept pictures of a run without a model, and return the new report.
+
+    Numbers of other metrics stay. Raises NotFoundError, UsageError, MetricError.
+    """
+    folder = RunFolder.open(path)
+    metrics = metrics_named(measure)
+    with folder.locked():
+        score(folder, metrics, reporter)
+        return write_reports(folder, distances())
+
+
+def _some(file: PromptFile, protocol: Protocol, asked: Asked) -> tuple[PromptRow, ...]:
+    return file.rows[: protocol.quick.samples] if asked.quick else file.rows
+
+
+def _defaults(
+    pipe: DiffusionPipeline, variant: Variant, protocol: Protocol, asked: Asked, reporter: Reporter
+) -> RowDefaults:
+    drawing = variant.drawing
+    steps = asked.steps or (min(protocol.quick.steps, drawing.steps) if asked.quick else drawing.steps)
+    width, height = asked.size or (drawing.width, drawing.height)
+    guidance = drawing.guidance if asked.guidance is None else asked.guidance
+    defaults = RowDefaults(steps, guidance, drawing.negative, width, height)
+    known = inspect.signature(type(pipe).__call__).parameters
+    if defaults.negative and "negative_prompt" not in known:
+        reporter.say(f"{type(pipe).__name__} takes no negative prompt: the protocol's is left out")
+        return replace(defaults, negative=None)
+    return defaults
+
+
+def _run(
+    protocol: Protocol,
+    variant: Variant,
+    erasers: Sequence[Adapter],
+    model: str,
+    defaults: RowDefaults,
+    asked: Asked,
+    file: PromptFile | None,
+) -> dict[str, Any]:
+    """Return everything that decides the pictures, and how the protocol was departed from, for run.json."""
+    wanted = variant.sets[0].file
+    erased = {name.casefold() for one in erasers for name in one.manifest.concept.names}
+    return {
+        "protocol": {
+            "name": protocol.name, "version": protocol.version, "sha256": protocol.sha256, "about": protocol.about,
+            "paper": protocol.paper, "base": protocol.base, "differs": list(protocol.differs),
+        },
+        "published": [one.model_dump() for one in protocol.published if one.erased is None or one.erased in erased],
+        "model": model,
+        "erasers": [
+            {"name": one.name, "concept": list(one.manifest.concept.names), "sha256": _digest(one)} for one in erasers
+        ],
+        "conditions": [WITHOUT, WITH],
+        "drawing": asdict(defaults),
+        "seed": asked.seed,
+        "quick": asked.quick,
+        "limit": asked.limit,
+        "prompts": None if file is None else file.as_dict(),
+        "stand_in_for": wanted if file is None else None,
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }  # fmt: skip
+
+
+def _digest(eraser: Adapter) -> str:
+    """Return the sha256 of an eraser's numbers, by module and part; its file may be of any format."""
+    digest = hashlib.sha256()
+    for path, increment in sorted(eraser.increments.items()):
+        for part, tensor in sorted(increment.tensors().items()):
+            digest.update(f"{path} {part} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().double().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _gate_name(gate: object) -> str | float | None:
+    return gate if gate is None or isinstance(gate, str | float | int) else type(gate).__name__
+
+
+def _strength(strength: Mapping[str, float] | float | None) -> Any:
+    return dict(strength) if isinstance(strength, Mapping) else strength
+
+
+def _at_once(pipe: Any, rows: Sequence[PromptRow], defaults: RowDefaults) -> int:
+    """Return a number of pictures that suits the largest of them."""
+    own = getattr(pipe, "default_sample_size", None)
+    if own is None:
+        own = getattr(getattr(pipe, "unet", None), "config", {}).get("sample_size")
+    side = own * getattr(pipe, "vae_scale_factor", 8) if isinstance(own, int) else 1024
+    sizes = [(row.width or defaults.width or side, row.height or defaults.height or side) for row in rows]
+    return pictures_at_once(*max(sizes, key=lambda size: size[0] * size[1]))

@@ -1,0 +1,80 @@
+"""Plots of reports, as SVG: the change of each subject, and runs by erasure and by damage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+WIDTH, LEFT, RIGHT, LINE = 760, 210, 60, 26
+_ERASED, _KEPT, _AXIS = "#2563eb", "#d97706", "#a1a1aa"
+
+
+def changes(tables: Sequence[Mapping[str, Any]]) -> str:
+    """Return a plot of the first judge's table: for each subject its share without and with erasers.
+
+    Blue subjects are to go, orange ones are to stay; bars are the 95 % intervals with erasers. "" without a judge.
+    """
+    judged = next((table for table in tables if table["kind"] == "judge" and table["lines"]), None)
+    if judged is None:
+        return ""
+    scale = WIDTH - LEFT - RIGHT
+
+    def x(share: float) -> float:
+        return round(LEFT + share * scale, 1)
+
+    parts = []
+    for number, line in enumerate(judged["lines"]):
+        y = LINE * (number + 1)
+        colour = _ERASED if line["role"] == "target" else _KEPT
+        low, high = line["with_interval"]
+        name = f"{line['subject'] or 'captions'} ({line['role']})"
+        parts += [
+            f'<text x="{LEFT - 12}" y="{y + 4}" text-anchor="end">{escape(name)}</text>',
+            f'<line x1="{x(low)}" x2="{x(high)}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="6" opacity=".3"/>',
+            f'<line x1="{x(line["without"])}" x2="{x(line["with"])}" y1="{y}" y2="{y}" stroke="{colour}"/>',
+            f'<circle cx="{x(line["without"])}" cy="{y}" r="5" fill="none" stroke="{colour}" stroke-width="2"/>',
+            f'<circle cx="{x(line["with"])}" cy="{y}" r="5" fill="{colour}"/>',
+        ]
+    bottom = LINE * (len(judged["lines"]) + 1)
+    for share in (0.0, 0.5, 1.0):
+        parts.append(f'<line x1="{x(share)}" x2="{x(share)}" y1="8" y2="{bottom}" stroke="{_AXIS}" opacity=".4"/>')
+        parts.append(f'<text x="{x(share)}" y="{bottom + 18}" text-anchor="middle">{share:.0%}</text>')
+    label = f"Share of pictures that show the subject by {judged['metric']}: circles without, dots with erasers"
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {bottom + 46}" role="img" aria-label="{escape(label)}">{"".join(parts)}'
+        f'<text x="{LEFT}" y="{bottom + 40}">{escape(judged["metric"])}: circles without, dots with erasers</text>'
+        "</svg>"
+    )
+
+
+def trade_off(points: Sequence[tuple[str, float, float]]) -> str:
+    """Return a plot of runs: the target's share erased to the right, others' share lost upwards.
+
+    points: (name, share erased, mean share lost), each share of 0 to 1; a loss below 0 is drawn as 0.
+    """
+    height, bottom = 360, 310
+
+    def x(share: float) -> float:
+        return round(LEFT / 2 + share * (WIDTH - LEFT / 2 - RIGHT), 1)
+
+    def y(share: float) -> float:
+        return round(bottom - min(1.0, max(0.0, share)) * (bottom - 20), 1)
+
+    parts = [
+        f'<line x1="{x(0)}" x2="{x(1)}" y1="{bottom}" y2="{bottom}" stroke="{_AXIS}"/>',
+        f'<line x1="{x(0)}" x2="{x(0)}" y1="20" y2="{bottom}" stroke="{_AXIS}"/>',
+    ]
+    for share in (0.0, 0.5, 1.0):
+        parts.append(f'<text x="{x(share)}" y="{bottom + 18}" text-anchor="middle">{share:.0%}</text>')
+        parts.append(f'<text x="{x(0) - 8}" y="{y(share) + 4}" text-anchor="end">{share:.0%}</text>')
+    for name, erased, lost in points:
+        parts.append(
+            f'<circle cx="{x(erased)}" cy="{y(lost)}" r="6" fill="{_ERASED}"><title>{escape(name)}</title></circle>'
+        )
+        parts.append(f'<text x="{x(erased) - 10}" y="{y(lost) - 8}" text-anchor="end">{escape(name)}</text>')
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Erased share of the target against the share lost '
+        f'of others">{"".join(parts)}<text x="{x(0)}" y="{height - 8}">target erased (right is better), others lost '
+        f"(up is worse)</text></svg>"
+    )

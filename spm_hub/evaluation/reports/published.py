@@ -1,0 +1,42 @@
+"""Puts the numbers of a paper next to those of a report that mean the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Line = Mapping[str, Any]
+
+_QUANTITIES: dict[str, Callable[[Line], float]] = {
+    "CS": lambda line: float(line["with"]),
+    "CER": lambda line: 100 * (1 - float(line["with"])),
+    "FID": lambda line: float(line["value"]),
+    "pre-ASR": lambda line: 100 * float(line["with"]),
+}
+"""How a line of ours gives the paper's quantity, in the paper's unit. Other quantities have no number of ours."""
+
+_WITHOUT: dict[str, Callable[[Line], float]] = {
+    "CS": lambda line: float(line["without"]),
+    "CER": lambda line: 100 * (1 - float(line["without"])),
+}
+
+
+def beside(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the paper's numbers, each with this run's number as "here"; None where there is none.
+
+    A number of the paper's base is next to this run's pictures without erasers.
+    """
+    return [{**one, "here": _here(one, report["tables"])} for one in report["run"]["published"]]
+
+
+def _here(one: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> float | None:
+    read = (_QUANTITIES if one["erased"] is not None else _WITHOUT).get(one["quantity"])
+    if read is None:
+        return None
+    for table in tables:
+        if table["metric"].partition(":")[0] != one["measure"]:
+            continue
+        for line in table["lines"]:
+            if line["subject"].casefold() == one["subject"] and line.get("value", line.get("with")) is not None:
+                return round(read(line), 4)
+    return None

@@ -1,0 +1,28 @@
+"""Writes all forms of a run's report: report.json, report.md and report.html."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from spm_hub.evaluation.records.folder import RunFolder
+from spm_hub.evaluation.reports.html import page
+from spm_hub.evaluation.reports.markdown import text_of
+from spm_hub.evaluation.reports.published import beside
+from spm_hub.evaluation.reports.report import Distances, report_of
+from spm_hub.io.atomic import write_together
+
+REPORT = "report.json"
+
+
+def write_reports(folder: RunFolder, distances: Distances) -> dict[str, Any]:
+    """Compute the report of a run, write its three forms, and return it. Raises RegistryError."""
+    report = report_of(folder, distances)
+    report["published"] = beside(report)
+    document = json.dumps(report, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_together({
+        folder.path / "report.md": text_of(report).encode(),
+        folder.path / "report.html": page(folder, report).encode(),
+        folder.path / REPORT: document.encode(),
+    })  # fmt: skip
+    return report

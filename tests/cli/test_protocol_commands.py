@@ -1,0 +1,104 @@
+"""spmhub eval --protocol, protocols, score and compare, on the sketchbook itself at one step a picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from spm_hub.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def spmhub(*given: str) -> Any:
+    return CliRunner().invoke(app, list(given))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "snoopy"
+    prompts = out.parent / "mine.csv"
+    prompts.write_text("text,seed\na photo of snoopy,3\nsnoopy at the beach,4\n")
+    done = spmhub(
+        "eval", "snoopy", "--registry", str(ROOT), "--protocol", "spm-objects", "--quick", "--steps", "1", "--limit",
+        "6", "--prompts", str(prompts), "--out", str(out), "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report == json.loads((out / "report.json").read_text())
+    return out
+
+
+def test_a_protocol_leaves_records_pictures_and_three_reports(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    assert {table["metric"] for table in report["tables"]} == {"probe", "ssim", "frechet:probe", "kid:probe"}
+    assert len(list((run / "pictures").rglob("*.png"))) == len((run / "samples.jsonl").read_text().splitlines()) == 12
+    assert report["run"]["prompts"]["rows"] == 2
+    assert "INCOMPLETE: 6 of" in (run / "report.md").read_text()
+    assert any(one["method"] == "SPM" for one in report["published"])
+    assert str(run.parent) not in (run / "report.json").read_text()
+
+
+def test_it_goes_on_only_where_it_is_asked_to(run: Path) -> None:
+    again = ("eval", "snoopy", "--registry", str(ROOT), "--protocol", "spm-objects", "--quick", "--limit", "6",
+             "--prompts", str(run.parent / "mine.csv"), "--out", str(run))  # fmt: skip
+    done = spmhub(*again, "--steps", "1")
+    assert (done.exit_code, "has a run already" in done.stderr) == (2, True)
+    before = (run / "report.json").read_bytes()
+    (run / "report.json").unlink()
+    assert spmhub(*again, "--steps", "1", "--resume").exit_code == 0
+    assert (run / "report.json").read_bytes() == before
+    other = spmhub(*again, "--steps", "2", "--resume")
+    assert (other.exit_code, "has another run: drawing is" in other.stderr) == (2, True)
+
+
+def test_kept_pictures_are_scored_and_compared(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    done = spmhub("score", str(copy), "--metric", "psnr", "--json")
+    assert done.exit_code == 0, done.output
+    assert "psnr" in {table["metric"] for table in json.loads(done.stdout)["tables"]}
+    assert spmhub("score", str(copy)).exit_code == 2
+    page = tmp_path / "page.html"
+    compared = spmhub("compare", str(run), str(copy), "--out", str(page), "--json")
+    assert compared.exit_code == 0, compared.output
+    found = json.loads(compared.stdout)
+    assert (found["same_base"], {one["metric"] for one in found["lines"]}) == (True, {"probe", "ssim"})
+    assert page.read_text().startswith("<!doctype html>")
+    assert spmhub("compare", str(run)).exit_code == 2
+
+
+def test_protocols_are_listed_and_shown() -> None:
+    names = [one["name"] for one in json.loads(spmhub("protocols", "--json").stdout)]
+    assert {"spm-objects", "spm-styles", "neighbours", "i2p-nudity", "coco-preservation"} <= set(names)
+    shown = spmhub("protocols", "spm-objects")
+    assert (shown.exit_code, "55.48" in shown.stdout, "not as in the paper" in shown.stdout) == (0, True, True)
+    assert "nudenet:" in spmhub("protocols", "--metrics").stdout
+    assert "4703" in spmhub("protocols", "--sets").stdout
+    assert spmhub("protocols", "spm-object").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--quick"], "--quick is for an evaluation by a protocol"),
+        (["--at-once", "3"], "--at-once is for an evaluation by a protocol"),
+        (["--protocol", "neighbours", "--record"], "--record has no effect with --protocol neighbours"),
+        (["--protocol", "neighbours", "--samples", "3"], "--samples has no effect"),
+        (["--protocol", "neighbour"], "did you mean neighbours"),
+        (["--protocol", "neighbours", "--columns", "prompt=a"], "--columns is for --prompts"),
+        (["--protocol", "neighbours", "--size", "100x64"], "multiples of 8"),
+        (["--protocol", "neighbours", "--metric", "blur"], "no metric or judge 'blur'"),
+        (["--protocol", "neighbours", "--prompts", "none.csv"], "none.csv"),
+        (["--judge", "a:b", "--judge", "c:d"], "several judges are for --protocol"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(given: list[str], words: str) -> None:
+    done = spmhub("eval", "snoopy", "--registry", str(ROOT), *given)
+    assert done.exit_code == 2, done.output
+    assert words in " ".join(done.stderr.split())
