@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,16 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
-    """A Hub with erasers of the account spm-hub and of another one; an empty working folder."""
-    with LoopbackHub() as served:
-        served.adopt(monkeypatch, tmp_path)
-        (tmp_path / "work").mkdir()
-        monkeypatch.chdir(tmp_path / "work")
-        for owner, name in (("spm-hub", "nudity"), ("spm-hub", "mickey"), ("mine", "nudity")):
-            served.publish(f"{owner}/{name}", repository(tmp_path / owner / name, eraser(name=name)))
-        yield served
+def hub(empty_hub: LoopbackHub, tmp_path: Path) -> LoopbackHub:
+    """A Hub with erasers of the account spm-hub and of another one."""
+    for owner, name in (("spm-hub", "nudity"), ("spm-hub", "mickey"), ("mine", "nudity")):
+        empty_hub.publish(f"{owner}/{name}", repository(tmp_path / owner / name, eraser(name=name)))
+    return empty_hub
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    kept = Registry(tmp_path / "registry")
-    (kept.root / "adapters").mkdir(parents=True)
-    return kept
+def registry(empty_registry: Registry) -> Registry:
+    return empty_registry
 
 
 def called(name: str, **concept: Any) -> Any:

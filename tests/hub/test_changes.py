@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +65,9 @@ SAID: dict[str, tuple[Adapter, str]] = {
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
-    with LoopbackHub() as served:
-        served.adopt(monkeypatch, tmp_path)
-        (tmp_path / "work").mkdir()
-        monkeypatch.chdir(tmp_path / "work")
-        served.publish(REPO, repository(tmp_path / "made", BEFORE))
-        yield served
+def hub(empty_hub: LoopbackHub, tmp_path: Path) -> LoopbackHub:
+    empty_hub.publish(REPO, repository(tmp_path / "made", BEFORE))
+    return empty_hub
 
 
 @pytest.fixture

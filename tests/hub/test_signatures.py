@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -35,13 +34,9 @@ pytest.importorskip("model_signing.signing", reason="the extra sign is not insta
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
-    with LoopbackHub() as served:
-        served.adopt(monkeypatch, tmp_path)
-        (tmp_path / "work").mkdir()
-        monkeypatch.chdir(tmp_path / "work")
-        monkeypatch.setenv(signing.KEY_VARIABLE, "")
-        yield served
+def hub(empty_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    monkeypatch.setenv(signing.KEY_VARIABLE, "")
+    return empty_hub
 
 
 @pytest.fixture
@@ -55,10 +50,8 @@ def author(tmp_path: Path, keys: tuple[Path, Path]) -> Registry:  # noqa: F811
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Registry:
-    place = Registry(tmp_path / "mine")
-    (place.root / "adapters").mkdir(parents=True)
-    return place
+def mine(empty_registry: Registry) -> Registry:
+    return empty_registry
 
 
 @pytest.fixture
