@@ -2,6 +2,7 @@
 
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file, of Keras or TensorFlow", _ASK),
     (b"\x93NUMPY", "an array of numpy", _ASK),
 )
-_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|script)", re.IGNORECASE)
+_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|!--|html|head|body|script)", re.IGNORECASE)
 _XML = re.compile(rb"(\xef\xbb\xbf)?\s*<(\?xml|error)", re.IGNORECASE)
 _JSON = re.compile(rb"(\xef\xbb\xbf)?\s*[\[{]\s*[\"\[{\]}]")
 
@@ -48,6 +49,7 @@ SAFETENSORS = Kind("a safetensors file", "give it a name that ends in .safetenso
 TORCH = Kind("a zip archive of PyTorch's (a pickle); pickles can run code and are never loaded", _ASK)
 PICKLE = Kind("a pickle; pickles can run code and are never loaded", _ASK)
 EMPTY = Kind("an empty file", "download it again")
+ZEROS = Kind("a file that begins with zeros, as an interrupted download leaves it", "download it again")
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -76,6 +78,10 @@ def recognise(start: bytes, size: int) -> Kind | None:
     # First: the length of an honest header may begin with the same bytes as another kind of file.
     if int.from_bytes(start[:8], "little") <= size - 8 and start[8:9] == b"{":
         return SAFETENSORS
+    if not any(start):
+        return ZEROS
+    if start.startswith(b"\x1f\x8b") and (text := _text_kind(_unzipped(start))) is not None:
+        return Kind(f"{text.about}, packed with gzip", text.mend)
     for magic, about, mend in _OTHERS:
         if start.startswith(magic):
             return Kind(about, mend)
@@ -87,15 +93,30 @@ def recognise(start: bytes, size: int) -> Kind | None:
         return Kind("a picture (WebP)", _PICTURE)
     if start[257:262] == b"ustar":
         return Kind("a tar archive", _UNPACK)
+    return _text_kind(start)
+
+
+def _text_kind(start: bytes) -> Kind | None:
+    """Return what a text is that begins with these bytes; None for what is no text."""
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        start = start.decode("utf-16", errors="ignore").encode()
     if _PAGE.match(start):
         return Kind("a web page", _DOWNLOAD)
     if _XML.match(start):
         return Kind("an XML document, as a server answers with an error", _DOWNLOAD)
     if _JSON.match(start):
         return Kind(f"JSON text, as a server answers with an error: {_excerpt(start)}", _DOWNLOAD)
-    if len(start) >= 16 and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start):
+    if len(start) > 2 and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start):
         return Kind(f"plain text: {_excerpt(start)}", _DOWNLOAD)
     return None
+
+
+def _unzipped(start: bytes) -> bytes:
+    """Return the beginning of what a gzip archive holds, nothing if it is damaged."""
+    try:
+        return zlib.decompressobj(wbits=31).decompress(start, LONGEST)
+    except zlib.error:
+        return b""
 
 
 def _is_torch(path: Path) -> bool:

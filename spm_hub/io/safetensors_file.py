@@ -245,6 +245,8 @@ def _parse_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
     """
     start = file.read(first_bytes.LONGEST)
     kind = first_bytes.recognise(start, file_bytes)
+    if kind is first_bytes.TORCH:
+        kind = first_bytes.kind_of(path)  # only the end of a zip archive says whose it is
     if kind is not None and kind is not first_bytes.SAFETENSORS:
         _refuse(path, f"it is {kind.about}", kind.mend)
     if file_bytes < 8:
@@ -278,7 +280,7 @@ def _parse_entry(path: Path, key: str, entry: Any) -> Entry:
         _refuse(path, f"{key}: not a tensor's entry of dtype, shape and data_offsets: {str(entry)[:120]}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BYTES_OF:
-        _refuse(path, f"{key}: unknown dtype {str(dtype)[:120]!r}")
+        _refuse(path, f"{key}: unknown dtype {str(dtype)[:120]!r}", "ask its author for a float16 version")
     for field, numbers, length in (("shape", shape, range(9)), ("data_offsets", offsets, range(2, 3))):
         if not (isinstance(numbers, list) and len(numbers) in length and all(map(_is_count, numbers))):
             _refuse(path, f"{key}: {field} is {str(numbers)[:120]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,6 +118,7 @@ class Session:
         Raises TrainingInterruptedError at Ctrl-C, TrainingDivergedError, RecipeError, ModelError, RegistryError.
         """
         from spm_hub.training.preflight import check_before_loading
+        from spm_hub.training.trainer import TrainingInterruptedError
 
         folder = self.base.folder()
         for plan in self.plans:
@@ -127,7 +128,10 @@ class Session:
         finished: list[Checkpoint] = []
         with _evaluating(opened.pipe), show_phases(self.reporter):
             for plan in self.plans:
-                made += self._run(plan, opened, finished)
+                try:
+                    made += self._run(plan, opened, finished)
+                except (KeyboardInterrupt, TrainingInterruptedError) as stop:
+                    raise self._stopped(stop, plan, made) from None
         # Without a registry a later run could be interrupted; until then these states are all that is kept.
         for checkpoint in finished:
             self._forget(checkpoint)
@@ -201,6 +205,23 @@ class Session:
         except KeyboardInterrupt as interrupt:
             raise self._interrupted(interrupt, recipe, checkpoint) from None
         return [*entries]
+
+    def _stopped(
+        self, stop: KeyboardInterrupt | SpmHubError, plan: Recipe, made: Sequence[EraserEntry | Adapter]
+    ) -> SpmHubError:
+        """Return the error for Ctrl-C in the run of `plan`, with the erasers that were made before it."""
+        from spm_hub.training.trainer import TrainingInterruptedError
+
+        if not isinstance(stop, SpmHubError):
+            before = f"stopped before the training on {plan.target!r} began"
+            stop = TrainingInterruptedError(before, mend="the same command again")
+        if not made:
+            return stop
+        kept = "as the states of their runs" if self.registry is None else f"in {self.registry.root}"
+        return TrainingInterruptedError(
+            f"{stop.message}; what was made before it is kept {kept}: {', '.join(one.name for one in made)}",
+            mend="the same command with --resume, in Python resume=True: it goes on from there",
+        )
 
     def _interrupted(self, interrupt: KeyboardInterrupt, recipe: Recipe, checkpoint: Checkpoint) -> SpmHubError:
         """Return the error for Ctrl-C after the training: its eraser is in the registry, or its state on disk."""

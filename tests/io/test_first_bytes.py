@@ -61,6 +61,12 @@ FOREIGN = {
     "pdf": b"%PDF-1.7\n" + bytes(900),
     "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n",
     "text": b"Too many requests. Try again later.\n",
+    "short text": b"404",
+    "commented page": b"<!-- saved from url=(0014)about:internet -->\n<html lang=en>",
+    "page in utf-16": "<!DOCTYPE html><html><title>Anmelden</title>".encode("utf-16"),
+    "packed page": gzip.compress(b"<!doctype html><html><title>Log in</title>" + b" " * 900),
+    "packed json": gzip.compress(b'{"error":"Unauthorized"}'),
+    "zeros": bytes(900),
     "empty": b"",
 }
 WORDS = {
@@ -68,7 +74,9 @@ WORDS = {
     "json list": "JSON text", "gguf": "GGUF", "7z": "a 7z archive", "rar": "a RAR archive", "xz": "an xz archive",
     "png": "a picture", "jpeg": "a picture", "webp": "a picture", "pdf": "a PDF", "lfs": "Git LFS pointer",
     "text": "plain text", "empty": "an empty file", "zip": "a zip archive", "tar": "a tar archive",
-    "gz": "a gzip archive",
+    "gz": "a gzip archive", "short text": "plain text: '404'", "commented page": "a web page",
+    "page in utf-16": "a web page", "packed page": "a web page, packed with gzip",
+    "packed json": "JSON text.*packed with gzip", "zeros": "begins with zeros",
 }  # fmt: skip
 
 

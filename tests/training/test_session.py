@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,42 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def states(cache: Path) -> list[Path]:
     return list(cache.rglob("training.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "says"),
+    [
+        ("session._cut_texts", 2, "stopped before the training on 'mickey' began; "),
+        ("loop.prediction_run.PredictionRun.losses", 6, "stopped; step 1 of 4 is saved in "),
+    ],
+)
+def test_ctrl_c_in_a_second_training_says_that_the_first_eraser_is_kept(
+    place: str, call: int, says: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, _, name = f"spm_hub.training.{place}".rpartition(".")
+    whole, calls = getattr(pkgutil.resolve_name(owner), name), 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    def trained() -> None:
+        both = ["snoopy", "mickey"]
+        spm_hub.train(both, model=str(folder), registry=tmp_path / "kept", resume=True, progress=False, **SMALL)
+
+    monkeypatch.setattr(f"spm_hub.training.{place}", interrupted)
+    with pytest.raises(spm_hub.TrainingInterruptedError) as stopped:
+        trained()
+    assert str(stopped.value).startswith(says)
+    assert f"kept in {tmp_path / 'kept'}: snoopy\n" in str(stopped.value)
+    assert "--resume" in str(stopped.value.mend)
+    first = (tmp_path / "kept" / "adapters" / "snoopy.safetensors").read_bytes()
+    trained()
+    assert (tmp_path / "kept" / "adapters" / "snoopy.safetensors").read_bytes() == first
+    assert [entry.name for entry in Registry(tmp_path / "kept").entries()] == ["mickey", "snoopy"]
 
 
 def increments_equal(one: Adapter, other: Adapter) -> bool:

@@ -45,7 +45,7 @@ def assemble(module: str, parts: Mapping[Part, Tensor]) -> Increment:
                 )
         return _with_added(module, change, parts)
     except CompatibilityError as error:
-        raise AdapterFileError(f"{module}: {error.message}", mend=GET_AGAIN) from error
+        raise AdapterFileError(f"{module}: {error.message}", mend=error.mend or GET_AGAIN) from error
 
 
 def _with_added(module: str, change: Increment, parts: Mapping[Part, Tensor]) -> Increment:
@@ -104,7 +104,10 @@ def dense(module: str, increment: LowRank | Dense) -> Dense:
 
 def _floating(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
-        raise CompatibilityError(f"{tensor.dtype} is not a dtype of increments (float16, bfloat16, float32, float64)")
+        raise CompatibilityError(
+            f"{tensor.dtype} is not a dtype of increments (float16, bfloat16, float32, float64)",
+            mend="ask its author for a float16 version",
+        )
     return widened(tensor)
 
 

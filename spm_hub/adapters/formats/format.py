@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from spm_hub.adapters.formats import eight_bit, other_components, state_dicts
+from spm_hub.adapters.formats.differences import added, differences, is_whole
 from spm_hub.adapters.formats.keys import read_by_keys, unknown_key
 from spm_hub.adapters.formats.lora_config import Scaling, scaling_in
 from spm_hub.adapters.formats.slots import KeyParser, Slot
@@ -20,6 +21,7 @@ from spm_hub.io import first_bytes, pickles
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.progress import Progress, no_progress
 from spm_hub.io.safetensors_file import Image, read_tensors
+from spm_hub.io.wording import quoted
 from spm_hub.models import architectures
 
 # The names that programs give to the one adapter file of a folder, in the order in which they are looked for.
@@ -139,14 +141,28 @@ class Source:
         """
         tensors = self.tensors if tensors is None else tensors
         slots: dict[str, Slot] = {}
+        whole: dict[str, Tensor] = {}
         for key in tensors:
             found = slot_of(self.formats(), key)
-            if found is None:
+            if found is not None:
+                slots[key] = found[1]
+            elif is_whole(key):
+                whole[key] = tensors[key]
+            else:
                 raise unknown_key(self.place, key, tensors, describe(self.formats()))
-            slots[key] = found[1]
-        tensors = {key: eight_bit.widened(tensor, self.scales.get(key)) for key, tensor in tensors.items()}
+        small = {key: eight_bit.widened(tensors[key], self.scales.get(key)) for key in slots}
         base = None if self.base is None else self.base.tensors
-        return read_by_keys(self.place, tensors, slots, scaling, converting=converting, base=base)
+        if whole and self.base is None:
+            raise AdapterFileError(
+                f"{self.place}: {next(iter(whole))!r} is a whole tensor beside small changes; what it changes is the "
+                "difference to the base",
+                mend=f"spmhub convert {quoted(self.place)} --model M, the base that it was trained on",
+            )
+        increments = read_by_keys(self.place, small, slots, scaling, converting=converting, base=base)
+        if not whole or self.base is None:
+            return increments
+        more = differences(self.place, whole, self.base.denoiser, self.scales, self.progress)
+        return {**added(increments, more)} if more else increments
 
     @cached_property
     def _opened(self) -> _Weights | None:

@@ -25,10 +25,11 @@ _PADDING = 8
 _MERGED = "merge it in the program that wrote it, save the whole denoiser, and: spmhub convert MERGED --model M"
 _REFUSED = {
     re.compile(r".*\.(lokr_t1|bm\.weight|glora.*)"): ("a rare layout of LyCORIS", _MERGED),
-    re.compile(r".*\.(hra_\w+|vera_\w+|vera_lambda.*|boft_[RS].*|oft_[RS].*|ia3_l.*)"): (
+    re.compile(r".*\.(hra_\w+|vera_\w+|vera_lambda.*|boft_[RSs].*|oft_[RSr].*|ia3_l.*|ln_tuning_layers.*)"): (
         "another kind of PEFT's",
         _MERGED,
     ),
+    re.compile(r".*\.(set_weight|reshape_weight)"): ("a layer that ComfyUI replaces or widens", _MERGED),
     re.compile(r".*(ip_adapter|\.processor\.(norm|im)\.|image_proj|to_[kv]_ip).*"): (
         "an IP-Adapter, which adds layers and changes no weight",
         None,
@@ -38,6 +39,9 @@ _REFUSED = {
         "ask its author for a float16 version",
     ),
 }
+_ATTENTION = re.compile(
+    r"(?:down_blocks|mid_block|up_blocks|(?:in|out)put_blocks|middle_block)[._].+[._]attn[12][._]to_(?P<layer>[qkv])"
+)
 # Read by a conversion only, because it needs more than the file.
 _CONVERTED = {
     re.compile(r"((unet|transformer)\.)?base_model\.model\..*"): "PEFT's, whose scale is in another file",
@@ -82,6 +86,7 @@ def read_by_keys(
     if not modules:
         raise AdapterFileError(f"{path}: it holds no tensors", mend=GET_AGAIN)
     magnitudes = _take_magnitudes(path, modules, scaling, base)
+    _leave_out_biases_of_keys(path, modules, base)
     if not converting and (
         thick := next((m for m, parts in modules.items() if "down" in parts and ADDED & parts.keys()), None)
     ):
@@ -128,6 +133,33 @@ def unknown_key(
     )
 
 
+def _leave_out_biases_of_keys(
+    path: Path, modules: dict[str, dict[Part, Tensor]], base: Mapping[str, Tensor] | None
+) -> None:
+    """Take the changes of biases out of attention layers that have none, where they change nothing.
+
+    The layers of queries, keys and values in Stable Diffusion's U-Nets have no bias. One on the keys adds the same
+    number to all scores of a query, which a softmax takes out again. Raises AdapterFileError for queries and values.
+    """
+    owned = {flat(key) for key in base or ()}
+    for module in list(modules):
+        match, biases = _ATTENTION.fullmatch(module), {"up_bias", "delta_bias"} & modules[module].keys()
+        if match is None or not biases or f"{flat(module)}_bias" in owned:
+            continue
+        if match["layer"] != "k":
+            raise AdapterFileError(
+                f"{path}: {module} has the change of a bias, and that layer has no bias in Stable Diffusion's U-Nets",
+                mend="ask its author for one that was trained without biases",
+            )
+        modules[module] = {part: value for part, value in modules[module].items() if part not in biases}
+        if not modules[module].keys() - {"alpha"}:
+            del modules[module]
+    if not modules:
+        raise AdapterFileError(
+            f"{path}: it changes biases of keys alone, and these change nothing", mend="another file of its author"
+        )
+
+
 def _rewritten(
     path: Path, modules: Mapping[str, Mapping[Part, Tensor]], base: Mapping[str, Tensor] | None
 ) -> dict[str, Increment]:
@@ -136,13 +168,18 @@ def _rewritten(
         return {}
     if base is None:
         name, parts = next(iter(modules.items()))
+        about = f"{name} is of {rewritten.name_of(parts)}, so that its change depends on the base"
+        if parts.keys() - {"alpha"} == {"delta_bias"}:
+            about = f"{name} changes a bias alone, and only the base says which shape its weight has"
         raise AdapterFileError(
-            f"{path}: {name} is of {rewritten.name_of(parts)}, so that its change depends on the base",
+            f"{path}: {about}",
             mend=f"spmhub convert {quoted(path)} --model M, the base that it was trained on",
         )
     by_name = {flat(key): tensor for key, tensor in base.items()}
     return {
-        name: rewritten.rewrite(f"{path}: {name}", parts, original_tensor(name, "weight", by_name))
+        name: rewritten.rewrite(
+            f"{path}: {name}", parts, *(original_tensor(name, kind, by_name) for kind in ("weight", "bias"))
+        )
         for name, parts in modules.items()
     }
 

@@ -18,8 +18,6 @@ CONFIG_UNFOLDS = 20
 # Fields that change the product beyond its scale, with the value that leaves it a plain LoRA.
 _PLAIN = {
     "fan_in_fan_out": False,
-    "bias": "none",
-    "modules_to_save": None,
     "target_parameters": None,
     "layer_replication": None,
     "use_qalora": False,

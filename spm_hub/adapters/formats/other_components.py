@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from spm_hub.errors import AdapterFileError
-from spm_hub.io.wording import quoted
+from spm_hub.io.wording import counted, quoted
 
 _LAYER = re.compile(
     r"(lora_te\d?_|lycoris_te\d?_|te\d?[_.]|cond_stage_model\.|conditioner\.embedders\.|text_encoders\."
@@ -62,7 +62,7 @@ def alone(keys: Iterable[str]) -> str | None:
     keys = tuple(keys)
     for what, pattern in _ALONE.items():
         if keys and all(map(pattern.fullmatch, keys)):
-            return f"{what} ({len(keys)} tensors), and an eraser changes the denoiser only"
+            return f"{what} ({counted(len(keys), 'tensor')}), and an eraser changes the denoiser only"
     return None
 
 

@@ -4,13 +4,16 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from spm_hub.adapters.formats import peft_kinds
 from spm_hub.adapters.formats.format import Files, Format, Source, Writer
 from spm_hub.adapters.formats.keys import PEFT_KEYS, tensors_by_key
 from spm_hub.adapters.formats.lora_config import CONFIG_UNFOLDS, Scaling, scaling_in
 from spm_hub.adapters.formats.module_names import dotted
+from spm_hub.adapters.formats.products import FACTORS
 from spm_hub.adapters.formats.slots import Part, Slot
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import Manifest
@@ -23,39 +26,41 @@ CONFIG = "adapter_config.json"
 
 _KEY = re.compile(
     r"(?:unet\.|transformer\.)?base_model\.model\.(?:unet\.|transformer\.)?(?P<module>[\w.]+?)\."
-    r"(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?)"
+    r"(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?|(?:hada|lokr)_\w+|ia3_l|oft_R\.weight)"
 )
-_PARTS: dict[str, Part] = {"lora_A.weight": "down", "lora_B.weight": "up", "lora_B.bias": "up_bias"}
+_PARTS: dict[str, Part] = {
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_B.bias": "up_bias",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "ia3_l": "ia3_l",
+    "oft_R.weight": "oft_R",
+    **{part: part for part in sorted(FACTORS)},
+}
 
 
 def parse_key(key: str) -> Slot | None:
     """Return the slot of a key of PEFT's."""
     match = _KEY.fullmatch(key)
-    return None if match is None else Slot(match["module"], _PARTS.get(match["part"], "magnitude"))
+    return Slot(match["module"], _PARTS[match["part"]]) if match is not None and match["part"] in _PARTS else None
 
 
-def read_scaling(weights: Path) -> Scaling:
-    """Read the scales from the config next to `weights`.
-
-    Raises NotFoundError without a config, AdapterFileError for one that is no plain LoRA's.
-    """
+def read_config(weights: Path) -> dict[str, Any]:
+    """Read the config next to `weights`. Raises NotFoundError without one, AdapterFileError for a damaged one."""
     path = weights.with_name(CONFIG)
     try:
         config = untrusted.parse(path.read_bytes(), unfolds=CONFIG_UNFOLDS)
     except FileNotFoundError as error:
         raise NotFoundError(
-            f"{weights} is PEFT's: the strength of its LoRA is in {CONFIG}, which is missing from its folder",
+            f"{weights} is PEFT's: the strength of its change is in {CONFIG}, which is missing from its folder",
             mend=f"fetch {CONFIG} into the same folder",
         ) from error
     except ValueError as error:
         raise AdapterFileError(f"{path} is not JSON: {error}", mend=f"fetch {CONFIG} again") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise AdapterFileError(
-            f"{path}: peft_type is {kind!r}, only 'LORA' is read",
-            mend="merge it with PEFT's merge_and_unload, save the denoiser, and: spmhub convert MERGED --model M",
-        )
-    return Scaling.of(config, path)
+    if not isinstance(config, dict):
+        raise AdapterFileError(f"{path} is no JSON object", mend=f"fetch {CONFIG} again")
+    return config
 
 
 def _matches(source: Source) -> bool:
@@ -63,7 +68,12 @@ def _matches(source: Source) -> bool:
 
 
 def _read(source: Source) -> dict[str, Increment]:
-    return source.read_keys(scaling=scaling_in(source.metadata, source.place) or read_scaling(source.place))
+    if (scaling := scaling_in(source.metadata, source.place)) is not None:
+        return source.read_keys(scaling=scaling)
+    config, path = read_config(source.place), source.place.with_name(CONFIG)
+    if config.get("peft_type") != "LORA":
+        return source.read_keys(peft_kinds.prepared(config, path, source.tensors))
+    return source.read_keys(scaling=Scaling.of(config, path))
 
 
 def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mapping[str, Tensor]) -> Files:

@@ -3,7 +3,8 @@
 OFT (Qiu et al., arXiv 2306.07280) rotates blocks of rows, BOFT (Liu et al., arXiv 2311.06243) does so several times
 over interleaved rows, each rotation R = (I + Q)(I - Q)^-1 from a skew-symmetric Q; IA3 (arXiv 2205.05638) scales rows
 or columns; GLoRA (arXiv 2306.07967) adds a product, and another one times the weight. As LyCORIS and kohya write them:
-the blocks are applied transposed in OFT and as they are in BOFT, and alpha times the number of rows limits |Q|.
+the blocks are applied transposed in OFT and as they are in BOFT, and alpha times the number of rows limits |Q|. PEFT's
+OFT rotates columns instead, and its IA3 scales the bias too (`peft_kinds`).
 """
 
 from collections.abc import Mapping
@@ -17,13 +18,13 @@ from spm_hub.errors import AdapterFileError, CompatibilityError
 
 _OFT: tuple[Part, ...] = ("oft_blocks", "oft_blocks_0", "oft_blocks_1", "oft_blocks_2", "oft_blocks_3")
 _GLORA: tuple[Part, ...] = ("glora_a1", "glora_a2", "glora_b1", "glora_b2")
-PARTS: frozenset[Part] = frozenset((*_OFT, *_GLORA, "oft_diag", "rescale", "ia3", "on_input"))
+PARTS: frozenset[Part] = frozenset((*_OFT, *_GLORA, "oft_diag", "rescale", "ia3", "on_input", "ia3_l", "oft_R"))
 """The parts that `rewrite` takes, alpha and a bias apart."""
 
 
 def name_of(parts: Mapping[Part, Tensor]) -> str | None:
     """Return what these parts are in words, or None for parts that say their change without the weight."""
-    if "ia3" in parts or "on_input" in parts:
+    if parts.keys() & {"ia3", "on_input", "ia3_l"}:
         return "IA3, which scales rows or columns of the weight"
     if any(part in parts for part in _GLORA):
         return "GLoRA, which multiplies the weight"
@@ -33,10 +34,13 @@ def name_of(parts: Mapping[Part, Tensor]) -> str | None:
     return "the change of a bias alone" if parts.keys() - {"alpha"} == {"delta_bias"} else None
 
 
-def rewrite(module: str, parts: Mapping[Part, Tensor], weight: Tensor | None) -> Dense:
+def rewrite(
+    module: str, parts: Mapping[Part, Tensor], weight: Tensor | None, bias_before: Tensor | None = None
+) -> Dense:
     """Return the change of `weight`, (out, in[, kh, kw]) or (channels,), that these parts make; float32.
 
-    module: named in messages.  Raises AdapterFileError for parts that are not whole or do not fit the weight.
+    module: named in messages.  bias_before: the bias, (out,), which PEFT's IA3 scales where it scales rows.
+    Raises AdapterFileError for parts that are not whole or do not fit the weight.
     """
     if weight is None:
         raise AdapterFileError(
@@ -48,6 +52,8 @@ def rewrite(module: str, parts: Mapping[Part, Tensor], weight: Tensor | None) ->
         wide = {part: tensor.double() for part, tensor in parts.items()}
         changed = _changed(wide, weight.double())
         bias = parts.get("delta_bias")
+        if "ia3_l" in wide and bias_before is not None and wide["ia3_l"].shape[1] == 1:
+            bias = bias_before.double() * (wide["ia3_l"].flatten() - 1)
         return Dense((changed - weight.double()).float(), None if bias is None else bias.float())
     except (KeyError, IndexError, RuntimeError, CompatibilityError) as error:
         shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in sorted(parts.items()))
@@ -58,6 +64,12 @@ def rewrite(module: str, parts: Mapping[Part, Tensor], weight: Tensor | None) ->
 
 
 def _changed(parts: Mapping[Part, Tensor], weight: Tensor) -> Tensor:
+    if "ia3_l" in parts:
+        if parts["ia3_l"].shape not in ((len(weight), 1), (1, weight.shape[1])):
+            raise CompatibilityError("another width")
+        return weight * parts["ia3_l"].reshape(*parts["ia3_l"].shape, *[1] * (weight.dim() - 2))
+    if "oft_R" in parts:
+        return _rotated_inputs(weight, parts["oft_R"])
     if "ia3" in parts:
         scales = 1 + parts["ia3"].flatten()
         dim = 1 if bool(parts["on_input"].any()) else 0
@@ -95,6 +107,15 @@ def _rotated(weight: Tensor, rotations: Tensor) -> Tensor:
     count, size, _ = rotations.shape
     parts = weight.reshape(count, size, -1)
     return torch.einsum("knm,knp->kmp", rotations, parts).reshape(weight.shape)
+
+
+def _rotated_inputs(weight: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate the inputs in blocks; rotations: (blocks, n, n), or (1, n, n) for all blocks alike."""
+    if weight[0, 0].numel() > 1:
+        raise CompatibilityError("PEFT's OFT of a convolution is no change of its weight")
+    columns = weight.flatten(1).unflatten(1, (-1, rotations.shape[-1]))
+    rotations = rotations.expand(columns.shape[1], -1, -1)
+    return torch.einsum("obn,bmn->obm", columns, rotations).reshape(weight.shape)
 
 
 def _interleaved(weight: Tensor, rotations: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Part = Literal[
     "dora_scale", "magnitude",
     "up_bias", "bias_indices", "bias_values", "bias_size",
     "oft_blocks", "oft_blocks_0", "oft_blocks_1", "oft_blocks_2", "oft_blocks_3", "oft_diag", "rescale",
-    "ia3", "on_input", "glora_a1", "glora_a2", "glora_b1", "glora_b2",
+    "ia3", "on_input", "ia3_l", "oft_R", "glora_a1", "glora_a2", "glora_b1", "glora_b2",
 ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Names that wrappers leave in a file's keys: parallel training, torch.compile, PEFT's adapters.
 
 None of them is part of a module's path. A compiled model, for instance, saves `_orig_mod.up_blocks...`, and PEFT's
-plain state dict `...to_k.lora_A.default.weight`, where `default` is the name of an adapter.
+plain state dict `...to_k.lora_A.default.weight`, where `default` is the name of an adapter. PEFT also keeps the base's
+own weight as `...to_k.base_layer.weight`, and a layer that it trained whole as `...modules_to_save.default.weight`.
 """
 
 import re
@@ -17,10 +18,17 @@ _BEFORE = "model|diffusion_model|unet|transformer|base_model"
 _WRAPPER = re.compile(rf"(?:^|(?<=\.))(?:{_INNER})\.")
 _PARALLEL = re.compile(rf"^((?:(?:{_BEFORE})\.)*)module\.")
 _FLAT = re.compile(r"^((?:lora_unet|lora_transformer|lycoris|oft_unet)_)(?:_orig_mod_)+")
-_ADAPTER = re.compile(
-    r"\.(?P<part>lora_[AB])\.(?P<name>[^.]+)\.(?P<kind>weight|bias)$"
-    r"|\.lora_magnitude_vector\.(?P<dora>(?!weight$)[^.]+)(?:\.weight)?$"
+# Of each group that matches, what is left of the key; the rest is the name of an adapter.
+_ADAPTERS = (
+    re.compile(r"(.+\.lora_[AB])\.[^.]+(\.weight|\.bias)"),
+    re.compile(r"(.+\.oft_R)\.[^.]+(\.weight)"),
+    re.compile(r"(.+\.lora_magnitude_vector)\.(?!weight$)[^.]+(?:\.weight)?"),
+    re.compile(r"(.+\.(?:hada_\w+|lokr_\w+|ia3_l|boft_[RSs]|vera_lambda_[bd]))\.(?!weight$)[^.]+"),
+    re.compile(r"(.+)\.modules_to_save\.[^.]+(\.weight|\.bias)"),
+    re.compile(r"(.+)\.base_layer(\.weight|\.bias)"),
+    re.compile(r"(.+)\.default(\.(?:weight|bias|diff|diff_b|w_norm|b_norm|alpha|hada_\w+|lokr_\w+))"),
 )
+_HOLDER = re.compile(r"^(?:model\.)+(?=(?:unet|transformer)\.)")
 
 
 def unwrapped(source: object, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -45,8 +53,8 @@ def _without_wrappers(key: str) -> str:
     plain = _FLAT.sub(r"\1", _WRAPPER.sub("", key))
     while (shorter := _PARALLEL.sub(r"\1", plain)) != plain:
         plain = shorter
-    match = _ADAPTER.search(plain)
-    if match is None:
-        return plain
-    end = "lora_magnitude_vector" if match["dora"] else f"{match['part']}.{match['kind']}"
-    return f"{plain[: match.start()]}.{end}"
+    plain = _HOLDER.sub("", plain)
+    for pattern in _ADAPTERS:
+        if (match := pattern.fullmatch(plain)) is not None:
+            plain = "".join(filter(None, match.groups()))
+    return plain

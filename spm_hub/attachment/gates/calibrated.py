@@ -12,6 +12,7 @@ that fewer sentences reach: all erasers together act about as often as ten. Word
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -291,6 +292,8 @@ class PreparedCalibratedGate:
             gamma, term = float(gammas[name]), int(terms[name])
             start, end = (float(part[term, name]) for part in (self._known.start, self._known.end))
             shown = f"score {float(scores[term, 0, name]):.2f} (0 at {start:.2f}, 1 at {end:.2f})"
+            if math.isinf(start):
+                shown = "no word of its names; other texts have states like theirs, so only words count"
             position = int(positions[0, name]) if term == 0 else None
             found = Explanation(gamma, _TERMS[term] if gamma else "none", shown, position)
             if (match := matches.get(name)) is not None and match.share >= gamma:

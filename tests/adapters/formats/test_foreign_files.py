@@ -137,7 +137,9 @@ def test_pefts_own_files_are_read_with_the_scale_of_their_config(stabilised: boo
         load_file(tmp_path / "lora" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("change", [{"use_dora": True}, {"peft_type": "LOHA"}, {"bias": "all"}, {"lora_alpha": None}])
+@pytest.mark.parametrize(
+    "change", [{"use_dora": True}, {"peft_type": "VERA"}, {"use_qalora": True}, {"lora_alpha": None}]
+)
 def test_pefts_other_kinds_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     conversion.write(random_eraser(topology("sd1")), conversion.writer_named("peft"), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

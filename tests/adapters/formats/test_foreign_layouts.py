@@ -48,7 +48,7 @@ def delta_of(adapter: Adapter, path: str, like: Tensor) -> Tensor:
     "prefix",
     [
         "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "unet._orig_mod.", "module.unet.",
-        "unet.module._orig_mod.", "_fsdp_wrapped_module.unet.", "module.module.",
+        "unet.module._orig_mod.", "_fsdp_wrapped_module.unet.", "module.module.", "model.module.unet.", "model.unet.",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("inner", ["", "_orig_mod."])
@@ -102,6 +102,19 @@ def test_names_of_pefts_adapters_are_no_part_of_a_name(name: str, module: str, t
     save_file(named | pair(module, ("lora_A.other.weight", "lora_B.other.weight")), tmp_path / "two.safetensors")
     with pytest.raises(AdapterFileError, match="of two adapters or two copies"):
         conversion.read(tmp_path / "two.safetensors", said)
+
+
+@pytest.mark.parametrize("module", [f"unet.{TO_K}", TO_K, f"lora_unet_{flat(TO_K)}"])
+def test_the_name_of_an_adapter_in_other_kinds_of_files(module: str, tmp_path: Path) -> None:
+    delta = torch.randn(64, 768, generator=torch.Generator().manual_seed(3))
+    (one,) = read({f"{module}.default.diff": delta}, tmp_path, SD1).increments.values()
+    assert torch.equal(one.tensors()["delta"], delta)
+    first, second = delta[:, :2].contiguous(), delta[:2].contiguous()
+    factors = {"hada_w1_a": first, "hada_w1_b": second, "hada_w2_a": 2 * first, "hada_w2_b": second}
+    (one,) = read(
+        {f"{module}.{part}.default": each for part, each in factors.items()}, tmp_path, SD1
+    ).increments.values()
+    torch.testing.assert_close(one.tensors()["delta"], 2 * (first @ second) ** 2, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -295,7 +308,7 @@ def test_the_change_of_a_bias_alone(tmp_path: Path) -> None:
     adapter = read({"lora_unet_conv_out.diff_b": torch.ones_like(bias)}, tmp_path, NOBODY, base)
     (one,) = adapter.increments.values()
     assert (one.tensors()["delta"].any(), one.tensors()["delta_bias"].tolist()) == (False, [1.0] * len(bias))
-    with pytest.raises(AdapterFileError, match="of a bias alone"):
+    with pytest.raises(AdapterFileError, match="a bias alone"):
         read({"lora_unet_conv_out.diff_b": torch.ones_like(bias)}, tmp_path, SD1)
 
 

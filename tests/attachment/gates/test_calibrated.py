@@ -217,6 +217,19 @@ def test_a_name_that_reads_like_anything_else_is_left_to_its_words() -> None:
     assert torch.isinf(found.start[0, 0, 0])
 
 
+def test_a_term_that_is_off_is_said_in_words(
+    pipe: Any, shipped: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No ramp is that long, so that both terms of states are off."""
+    monkeypatch.setattr("spm_hub.attachment.gates.calibrated._LEAST_GAP", 2.0)
+    with spm_hub.attach(pipe, shipped[:1], gate="calibrated") as erasers:
+        found = erasers.explain("a dog")["snoopy"]
+        assert (found.gamma, found.term) == (0.0, "none")
+        assert "only words count" in found.shown
+        assert "inf" not in found.shown
+        assert erasers.explain("snoopy")["snoopy"].gamma == 1.0
+
+
 def test_sums_are_exact_whatever_they_are_computed_with() -> None:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(3, 77, 768, generator=generator) * 20
