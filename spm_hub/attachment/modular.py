@@ -6,15 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from spm_hub.models.architectures import is_modular
+
 _STATES, _NEGATIVE_STATES, _IMAGES = "prompt_embeds", "negative_prompt_embeds", "num_images_per_prompt"
 
 Report = Callable[[Mapping[str, Any], Any], object]
 """Called with the arguments of an encoding by name, and with its result, as `encode_prompt` would return it."""
-
-
-def is_modular(pipeline_class: type[Any]) -> bool:
-    """Return whether this is a class of modular pipelines (diffusers' `ModularPipeline`)."""
-    return any(kind.__name__ == "ModularPipeline" for kind in pipeline_class.__mro__)
 
 
 def reader_of(pipe: Any) -> Any:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from spm_hub.attachment.modular import call_observed, is_modular
+from spm_hub.attachment.modular import call_observed
 from spm_hub.errors import UsageError
-from spm_hub.models.architectures import body_of, changeable
+from spm_hub.models.architectures import body_of, changeable, is_modular
 
 ATTACHMENT = "_spm_hub_attachment"
 """The key of the attachment in the `__dict__` of a pipeline and of its denoiser."""

@@ -25,6 +25,7 @@ from spm_hub.evaluation.step_callback import StepCallback
 from spm_hub.io.atomic import write_atomic, write_new
 from spm_hub.io.progress import ProgressCallback, Reporter
 from spm_hub.io.wording import quoted
+from spm_hub.models.architectures import is_modular
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -148,12 +149,15 @@ def draw(
 
     callback = StepCallback(pipe, progress)
     chosen = {name: value for name, value in given.items() if value is not None}
+    modular = is_modular(type(pipe))
+    if modular:
+        _check_inputs(pipe, chosen)
     try:
         made = pipe(
-            prompt,
+            prompt=prompt,
             num_images_per_prompt=drawing.number,
             generator=generators,
-            **callback.options,
+            **({"output": "images"} if modular else callback.options),
             **chosen,
         )
     except ValueError as error:
@@ -163,7 +167,18 @@ def draw(
             mend="leave out --steps and --guidance" if chosen else None,
         ) from error
     callback.check(prompt)
-    return tuple(made.images)
+    if modular and progress is not None:
+        progress(1, 1)  # its steps are not reported
+    return tuple(made if modular else made.images)
+
+
+def _check_inputs(pipe: Any, chosen: Mapping[str, Any]) -> None:
+    """Refuse settings that a modular pipeline would leave aside, with a line in a log. Raises UsageError."""
+    if unknown := sorted(chosen.keys() - set(pipe.blocks.input_names)):
+        raise UsageError(
+            f"{type(pipe).__name__} has no input {unknown[0]}: a modular pipeline keeps it in one of its components",
+            mend="leave it out, and set it there (guidance in pipe.guider)",
+        )
 
 
 def save(

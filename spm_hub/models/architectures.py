@@ -98,6 +98,11 @@ def denoiser_of(pipe: object) -> nn.Module:
     )
 
 
+def is_modular(pipeline_class: type[Any]) -> bool:
+    """Return whether this is a class of modular pipelines (diffusers' `ModularPipeline`)."""
+    return any(kind.__name__ == "ModularPipeline" for kind in pipeline_class.__mro__)
+
+
 def further_denoisers(pipe: object) -> list[str]:
     """Return the names of further denoisers of a pipeline, which no eraser reaches.
 

@@ -106,7 +106,7 @@ class Session:
                 known = self.resume and self._made_by(member, apart_from=_KNOWN_AFTER_LOADING)
                 self._check_room(member.slug, replace=known)
         if self.base.pipe is not None:
-            _check_weights(self.base.pipe)
+            _check_given(self.base.pipe)
         if remark := self.base.check():
             self.reporter.say(remark)
         _ = self._starts
@@ -341,10 +341,15 @@ def _cut_texts(recipe: Recipe, pipe: DiffusionPipeline) -> Iterator[str]:
             yield f"{cut.describe(what)}. Nothing is learnt of that part; train an eraser of each of its concepts"
 
 
-def _check_weights(pipe: DiffusionPipeline) -> None:
-    """Refuse a pipeline whose denoiser is on the meta device."""
-    from spm_hub.models.architectures import denoiser_of
+def _check_given(pipe: DiffusionPipeline) -> None:
+    """Refuse a modular pipeline, and one whose denoiser is on the meta device."""
+    from spm_hub.models.architectures import denoiser_of, is_modular
 
+    if is_modular(type(pipe)):
+        raise UsageError(
+            f"{type(pipe).__name__} is a modular pipeline: erasers attach to it, but training calls an ordinary one",
+            mend="give an ordinary pipeline of the same parts, or model=, and attach the eraser to the modular one",
+        )
     denoiser = denoiser_of(pipe)
     if any(parameter.is_meta for parameter in denoiser.parameters()):
         raise UsageError(

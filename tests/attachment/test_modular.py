@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from pico_families import family_pipeline
 from test_families import apart, eraser
 from topologies import Bare
 
+import spm_hub
 from spm_hub.attachment.attachment import attach
+from spm_hub.errors import UsageError
 
 MODULAR = {"sdxl": StableDiffusionXLModularPipeline, "flux-dev": FluxModularPipeline}
 SETTINGS: dict[str, dict[str, Any]] = {"sdxl": {}, "flux-dev": {"max_sequence_length": 16}}
@@ -81,6 +84,30 @@ def test_negative_prompts_of_a_modular_pipeline_follow_the_option_rows(negative:
     assert len(moved) == 4  # two steps, each with a call for the prompt and one for the negative prompt
     assert min(moved[0::2]) > 1e-3
     assert max(moved[1::2]) <= 1e-6
+
+
+@pytest.mark.parametrize("name", MODULAR)
+def test_apply_draws_with_a_modular_pipeline_and_training_refuses_it(name: str, tmp_path: Path) -> None:
+    base = family_pipeline(name)
+    pipe, adapter = modular(name, base), eraser(base, "snoopy", 1)
+    drawn = spm_hub.apply([adapter], ["a dog"], pipe=pipe, steps=2, number=2, seed=5, gate="transport", progress=False)
+    gamma = drawn.gammas[0]["snoopy"]
+    assert 0 < gamma < 1
+
+    def by_hand() -> list[bytes]:
+        generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+        settings = {"num_inference_steps": 2, "num_images_per_prompt": 2, "generator": generators}
+        return [picture.tobytes() for picture in pipe(prompt="a dog", output="images", **settings)]
+
+    assert [picture.tobytes() for picture in drawn.without[0]] == by_hand()
+    with attach(pipe, [adapter], gate=gamma):
+        assert [picture.tobytes() for picture in drawn.with_erasers[0]] == by_hand()
+    for refused in (
+        lambda: spm_hub.train("snoopy", pipe=pipe, progress=False),
+        lambda: spm_hub.attach(pipe, erase=["snoopy"], registry=tmp_path),
+    ):
+        with pytest.raises(UsageError, match="is a modular pipeline: erasers attach to it, but training"):
+            refused()
 
 
 def test_a_modular_pipeline_next_to_an_ordinary_one() -> None:

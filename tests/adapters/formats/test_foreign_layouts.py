@@ -110,7 +110,7 @@ def test_the_name_of_an_adapter_in_other_kinds_of_files(module: str, tmp_path: P
     (one,) = read({f"{module}.default.diff": delta}, tmp_path, SD1).increments.values()
     assert torch.equal(one.tensors()["delta"], delta)
     first, second = delta[:, :2].contiguous(), delta[:2].contiguous()
-    factors = {"hada_w1_a": first, "hada_w1_b": second, "hada_w2_a": 2 * first, "hada_w2_b": second}
+    factors = {"hada_w1_a": first, "hada_w1_b": second, "hada_w2_a": 2 * first, "hada_w2_b": second.clone()}
     (one,) = read(
         {f"{module}.{part}.default": each for part, each in factors.items()}, tmp_path, SD1
     ).increments.values()
