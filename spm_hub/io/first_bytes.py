@@ -97,7 +97,7 @@ def recognise(start: bytes, size: int) -> Kind | None:
 
 
 def _text_kind(start: bytes) -> Kind | None:
-    """Return what a text is that begins with these bytes; None for what is no text."""
+    """Return the kind of a text that begins with these bytes, None if they are no text."""
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         start = start.decode("utf-16", errors="ignore").encode()
     if _PAGE.match(start):

@@ -219,7 +219,7 @@ class Session:
             return stop
         kept = "as the states of their runs" if self.registry is None else f"in {self.registry.root}"
         return TrainingInterruptedError(
-            f"{stop.message}; what was made before it is kept {kept}: {', '.join(one.name for one in made)}",
+            f"{stop.message}; the erasers of earlier trainings are kept {kept}: {', '.join(one.name for one in made)}",
             mend="the same command with --resume, in Python resume=True: it goes on from there",
         )
 

@@ -1,4 +1,4 @@
-"""The differences of whole tensors to a base's: what a file of trained weights, or a part of one, changes."""
+"""Computes what a file's whole tensors change: their differences to a base."""
 
 import re
 from collections.abc import Mapping
@@ -33,10 +33,11 @@ def differences(
     scales: Mapping[str, Tensor] | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Dense]:
-    """Return the difference of each tensor to the denoiser's, by dotted path; none for tensors that are equal.
+    """Return the difference of each tensor to the denoiser's, by dotted path.
 
-    The denoiser's is rounded to the file's precision first, as training began from it; a tensor that equals it then was
-    not trained. path: named in messages. scales: of tensors in eight-bit floats, by key.
+    Tensors that are equal have none. The denoiser's is rounded to the file's precision first, as training began from
+    it; a tensor that equals it then was not trained. path: named in messages. scales: of tensors in eight-bit floats,
+    by key.
     Raises AdapterFileError for a tensor that the denoiser does not have, or has in another shape, and for a changed one
     that no increment can hold.
     """

@@ -154,7 +154,7 @@ class Source:
         base = None if self.base is None else self.base.tensors
         if whole and self.base is None:
             raise AdapterFileError(
-                f"{self.place}: {next(iter(whole))!r} is a whole tensor beside small changes; what it changes is the "
+                f"{self.place}: {next(iter(whole))!r} is a whole tensor among small changes; its change is the "
                 "difference to the base",
                 mend=f"spmhub convert {quoted(self.place)} --model M, the base that it was trained on",
             )

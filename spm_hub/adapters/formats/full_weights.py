@@ -31,7 +31,10 @@ def _is_esd(source: Source) -> bool:
 
 
 def _read(source: Source) -> dict[str, Increment]:
-    """Return the differences to the base. Raises AdapterFileError as `differences` does, and if there are none."""
+    """Return the differences to the base.
+
+    Raises AdapterFileError as `differences` does, and if there are none.
+    """
     assert source.base is not None  # `needs_base`
     found = differences(source.place, source.tensors, source.base.denoiser, source.scales, source.progress)
     if not found:

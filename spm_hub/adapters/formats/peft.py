@@ -47,7 +47,10 @@ def parse_key(key: str) -> Slot | None:
 
 
 def read_config(weights: Path) -> dict[str, Any]:
-    """Read the config next to `weights`. Raises NotFoundError without one, AdapterFileError for a damaged one."""
+    """Read the config next to `weights`.
+
+    Raises NotFoundError without one, AdapterFileError for a damaged one.
+    """
     path = weights.with_name(CONFIG)
     try:
         config = untrusted.parse(path.read_bytes(), unfolds=CONFIG_UNFOLDS)
