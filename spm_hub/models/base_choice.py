@@ -56,15 +56,16 @@ class BaseChoice:
         """Return the diffusers folder of the base, if it is known before the base is loaded."""
         return None if self.pipe is not None else references.local_folder(self._parsed)
 
-    def open(self, *, for_gradients: bool = False) -> DiffusionPipeline:
+    def open(self, *, for_gradients: bool = False, mapped: bool = False) -> DiffusionPipeline:
         """Return the pipeline; load it unless it was given. Raises as `load_pipeline` does.
 
-        for_gradients: float32 instead of float16, unless float16 was asked for: they vanish in it.
+        for_gradients: float32 instead of float16, unless float16 was asked for: they vanish in it. mapped: leave the
+        denoiser's weights in their file, where it can be.
         """
         if self.pipe is not None:
             return self.pipe
         dtype = WIDE if for_gradients and self.dtype in (None, AUTO) else self.dtype
-        return loading.load_pipeline(self._parsed.text, config=self.config, dtype=dtype, device=self.device)
+        return loading.load_pipeline(self._parsed.text, config=self.config, dtype=dtype, device=self.device, mapped=mapped)
 
     def open_and_describe(self) -> tuple[DiffusionPipeline, str]:
         """Return the pipeline as `open` does, and where its files come from, for a person."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from spm_hub.errors import ModelError, NetworkError
 from spm_hub.models import snapshots
+from spm_hub.models.mapped import mark_mapped
 from spm_hub.models.placement import AUTO, STORED, WIDE, automatic_dtype, choose_device, parse_dtype
 from spm_hub.models.references import ModelRef, cached_snapshot, is_embedded, parse_reference
 from spm_hub.models.single_file import loading
@@ -27,6 +28,7 @@ def load_pipeline(
     config: str | None = None,
     dtype: torch.dtype | str | None = AUTO,
     device: str | torch.device | None = AUTO,
+    mapped: bool = False,
 ) -> DiffusionPipeline:
     """Load a base model as a diffusers pipeline in evaluation mode, without a safety checker.
 
@@ -36,7 +38,8 @@ def load_pipeline(
     dtype: torch.float16 or "float16", for instance. "auto" means float16 or bfloat16 where the denoiser is stored in it
     (float16 on an accelerator only), otherwise float32, as for the sketchbook. "wide" is the same without float16, for
     training. "stored" keeps the precision of the files: each part of a folder has its own, a single file that of its
-    denoiser.
+    denoiser. mapped: leave the weights of the denoiser in their file, which is enough to read some of them; on a CPU
+    only. It cannot predict then; see `models.mapped`.
     Only safetensors weights are read. A download happens once; later calls need no network. There is no safety checker
     because it would replace pictures that are to be compared by black ones.
 
@@ -48,10 +51,11 @@ def load_pipeline(
     wanted = parse_reference(reference, config=config)
     place = choose_device(device)
     precision = _Precision(dtype if dtype is not None else AUTO, place)
+    mapped = mapped and place.type == "cpu"
     if wanted.file is not None:
-        pipe = loading.load(wanted.file, _configuration(wanted), precision.of_file(wanted.file))
+        pipe = loading.load(wanted.file, _configuration(wanted), precision.of_file(wanted.file), mapped=mapped)
     else:
-        pipe = _load_folder(wanted, precision)
+        pipe = _load_folder(wanted, precision, mapped=mapped)
     pipe.to(place)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
@@ -104,7 +108,7 @@ class _Precision:
         return automatic_dtype(stored, self.device, wide=self.asked == WIDE)
 
 
-def _load_folder(wanted: ModelRef, precision: _Precision) -> DiffusionPipeline:
+def _load_folder(wanted: ModelRef, precision: _Precision, *, mapped: bool) -> DiffusionPipeline:
     import torch
     from diffusers import DiffusionPipeline
 
@@ -114,16 +118,31 @@ def _load_folder(wanted: ModelRef, precision: _Precision) -> DiffusionPipeline:
     dtype = precision.of_folder(folder, variant)
     if precision.asked == AUTO and is_embedded(wanted):  # its files are float16 to be small
         dtype = torch.float32
+    stored = _left_in_files(folder, variant) if mapped and isinstance(dtype, torch.dtype) else {}
     with _reading(wanted.text):
         pipe: DiffusionPipeline = DiffusionPipeline.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype={"default": dtype, **stored} if stored else dtype,
             use_safetensors=True,
             variant=variant,
             local_files_only=True,
             **loading.without_checker(folder),
         )
+    for part in stored:
+        mark_mapped(getattr(pipe, part), dtype)
     return pipe
+
+
+def _left_in_files(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
+    """Return the precision of the parts that no method without predictions needs whole: the denoiser and the VAE.
+
+    In this precision diffusers copies no weight. Empty if the files do not state it; loading them reports why.
+    """
+    try:
+        stored = stored_dtypes(folder, variant)
+    except ModelError:
+        return {}
+    return {part: stored[part] for part in ("unet", "transformer", "vae") if part in stored}
 
 
 def stored_dtypes(folder: Path, variant: str | None = None) -> dict[str, torch.dtype]:

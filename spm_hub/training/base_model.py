@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from spm_hub.errors import ModelError
 from spm_hub.models.architectures import FEW_STEPS, body_of, denoiser_of, family_of
+from spm_hub.models.mapped import intended_dtype, is_mapped
 from spm_hub.training.conditioning import Conditioning, DenoiserCall
 
 _ENCODED_AT_ONCE = 64  # prompts
@@ -42,8 +43,7 @@ class TeacherModel:
         self.denoiser: nn.Module = denoiser_of(pipe)
         self.family = family_of(pipe)
         config: Any = self.denoiser.config
-        parameter = next(self.denoiser.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = next(self.denoiser.parameters()).device, intended_dtype(self.denoiser)
         self._few_steps = self.family.few_steps(config)
         self._resolution = resolution
         self._prompts: dict[str, Conditioning] = {}
@@ -53,7 +53,7 @@ class TeacherModel:
         two, _ = self._called(["a", "a"], 2)
         self._call = DenoiserCall.learnt(one, two, float(scheduler.timesteps[0]))
         self.latent_shape = tuple(one[self._call.latents].shape[1:])
-        self._raw = self._learn_raw()
+        self._raw = None if is_mapped(self.denoiser) else self._learn_raw()
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, literally: bool = False) -> Conditioning:
@@ -108,6 +108,7 @@ class TeacherModel:
 
         It is float32; float64 where the model is.
         """
+        assert self._raw is not None, "a method that predicts has the denoiser's weights loaded"
         output = self.denoiser(**self._call.arguments(latents.to(self.dtype), times, conditioning))
         return self._raw(_tensor(output)).to(torch.promote_types(self.dtype, torch.float32))
 

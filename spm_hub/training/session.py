@@ -145,7 +145,7 @@ class Session:
         if self.base.pipe is None:
             self.reporter.say(f"loading {self.plans[0].model} ...")
         try:
-            pipe = self.base.open(for_gradients=True)
+            pipe = self.base.open(for_gradients=True, mapped=not any(map(_predicts, self.plans)))
             return _Opened(pipe, *self.base.identity(pipe), base_stamp(pipe))
         except KeyboardInterrupt:
             raise TrainingInterruptedError(
@@ -339,6 +339,15 @@ def _cut_texts(recipe: Recipe, pipe: DiffusionPipeline) -> Iterator[str]:
     for text, what in texts.items():
         if (cut := cut_text(pipe, text, {})) is not None:
             yield f"{cut.describe(what)}. Nothing is learnt of that part; train an eraser of each of its concepts"
+
+
+def _predicts(plan: Recipe) -> bool:
+    """Return whether the denoiser has to predict in this run; protecting prompts tries out what its modules read."""
+    from spm_hub.training.methods import find_method
+    from spm_hub.training.recipe.protected_prompts import protects
+
+    method = find_method(plan.method)
+    return method is None or method.predicts or protects(plan)
 
 
 def _check_given(pipe: DiffusionPipeline) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spm_hub.errors import ModelError, NetworkError, NotFoundError
+from spm_hub.models.mapped import mark_mapped
 from spm_hub.models.single_file import bare_text_encoders
 from spm_hub.models.single_file.inspection import UNET, Checkpoint
 
@@ -104,11 +105,11 @@ def configuration(checkpoint: Checkpoint, bases: Sequence[tuple[str, tuple[str |
         ) from error
 
 
-def load(checkpoint: Checkpoint, folder: Path, precision: torch.dtype) -> DiffusionPipeline:
+def load(checkpoint: Checkpoint, folder: Path, precision: torch.dtype, *, mapped: bool = False) -> DiffusionPipeline:
     """Return the pipeline of a checkpoint under the configuration in `folder`.
 
     The folder also provides the parts that the file lacks. The file is memory-mapped; each weight is copied at most
-    once, into `precision`. Nothing is downloaded.
+    once, into `precision`. Nothing is downloaded. mapped: the denoiser's weights stay in the file; see `models.mapped`.
     Raises ModelError if the two do not fit, or a part is neither in the file nor in the folder.
     """
     import diffusers
@@ -124,6 +125,7 @@ def load(checkpoint: Checkpoint, folder: Path, precision: torch.dtype) -> Diffus
     lent = _lent(checkpoint, folder, pipeline_class, precision)
     lent |= bare_text_encoders.load(checkpoint.path, checkpoint.keys, folder, precision)
     try:
+        lent |= _mapped_denoiser(checkpoint, folder, precision) if mapped else {}
         pipe = pipeline_class.from_single_file(
             str(checkpoint.path),
             config=str(folder),
@@ -146,6 +148,22 @@ def load(checkpoint: Checkpoint, folder: Path, precision: torch.dtype) -> Diffus
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
     whole: DiffusionPipeline = pipe
     return whole
+
+
+def _mapped_denoiser(checkpoint: Checkpoint, folder: Path, precision: torch.dtype) -> dict[str, Any]:
+    """Return the denoiser by its name in the pipeline; its weights stay in the file. Raises as diffusers does."""
+    import diffusers
+
+    for name, (_, kind) in components(folder).items():
+        made: Any = getattr(diffusers, kind, None)
+        if name in ("unet", "transformer") and hasattr(made, "from_single_file"):
+            denoiser = made.from_single_file(
+                str(checkpoint.path), config=str(folder), subfolder=name, dtype=precision_of(checkpoint),
+                local_files_only=True,
+            )  # fmt: skip
+            mark_mapped(denoiser, precision)
+            return {name: denoiser}
+    return {}
 
 
 def precision_of(checkpoint: Checkpoint) -> torch.dtype:

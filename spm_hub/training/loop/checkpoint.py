@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spm_hub.errors import RecipeError, RegistryError, SpmHubError
 from spm_hub.io.atomic import write_atomic
 from spm_hub.models.architectures import denoiser_of
+from spm_hub.models.mapped import intended_dtype, is_mapped
 from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.trainable.trainable import Trainable
 
@@ -117,8 +118,9 @@ def base_stamp(pipe: DiffusionPipeline) -> dict[str, str]:
             if type(parameter.data) is Tensor and not parameter.is_meta:
                 flat = parameter.detach().flatten()
                 some = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
+                some = some.to(intended_dtype(module)) if is_mapped(module) else some
                 whole.update(some.view(torch.uint8).numpy().tobytes())
-    precision = str(next(denoiser_of(pipe).parameters()).dtype).removeprefix("torch.")
+    precision = str(intended_dtype(denoiser_of(pipe))).removeprefix("torch.")
     return {"base-dtype": precision, "base-weights": whole.hexdigest()[:16]}
 
 

@@ -292,7 +292,7 @@ def _read(base: TeacherModel, states: Tensor) -> Tensor:
     """Return the inputs of the changed modules for text states (n, tokens, d): in PixArt projected."""
     for name in ("caption_projection", "caption_norm"):
         layer = getattr(base.denoiser, name, None)
-        states = states if layer is None else layer(states)
+        states = states if layer is None else layer.to(states.dtype)(states)  # it may be in its file's precision
     return states.double()
 
 
@@ -324,6 +324,7 @@ METHOD = Method(
     harm="Without a gate, relatives of the concept change too; `spmhub eval` shows which.",
     preset={"objective": {"name": "instant"}, "increment": {"modules": "text"}},
     trains=ClosedForm(solve),
+    predicts=False,
     uses=frozenset({"anchoring.alpha", "increment.rank", "increment.dtype", "protection", "together"}),
     instead={
         "*": "it is a closed form, without a training loop",

@@ -62,6 +62,7 @@ class Method:
     name, title, paper: its name in commands, its name in words, and its publication.
     summary, cost, harm: one short sentence each: which eraser is it for, what does it take, what does it damage.
     trains: task -> run: by default a `PredictionRun`; `ClosedForm(solve)`, or a loop of its own.
+    predicts: False if it reads text states and weights alone: then the denoiser need not be in memory.
     uses: the recipe keys that it reads, "part" or "part.key"; a recipe that sets any other is refused. Keys about the
     concept, the model, the seed, the name and the strength are read for every method.
     instead: reasons shown when a key that it does not read is set, by "part.key", "part", or "*" for all others.
@@ -82,6 +83,7 @@ class Method:
     cost: str = ""
     harm: str = ""
     trains: Callable[[Task], Run] = compare_predictions
+    predicts: bool = True
     uses: frozenset[str] = TARGET_KEYS
     instead: Mapping[str, str] = field(default_factory=dict)
     options: type[RecipePart] | None = None
