@@ -2,25 +2,43 @@
 
     python benchmarks/instant.py                # everything not measured yet
     python benchmarks/instant.py snoopy         # a concept again
+    python benchmarks/instant.py --cost DIR     # time and memory of one concept and of ten
 
 All names that the table judges are taken out of the words that the eraser's other sentences are made of, so that no
 sentence that was held names a subject that is judged. Each eraser is judged under its own gate and at gamma 1.
+
+--cost computes erasers, in processes of their own, on the sketchbook and from a folder of Stable Diffusion 1.5's exact
+sizes with random weights (U-Net 860 M, CLIP-L's text encoder, float16), which is written to DIR unless it is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from record import RESULTS, record
+from runtime import UNETS, tokenizer_of_77
+from transformers import CLIPTextConfig, CLIPTextModel
 
+import spm_hub
 from spm_hub import Adapter, attach
 from spm_hub.evaluation.sketchbook import DetectionCase, cases, count, paint
 from spm_hub.models.loading import load_pipeline
@@ -110,8 +128,71 @@ def measure(concept: str) -> None:
     record("instant", numbers, seeds=SEED)
 
 
-if __name__ == "__main__":
+TEN = (*CONCEPTS, "pikachu", "hello kitty", "r2d2", "monet", "golden gate bridge")
+
+
+def write_sd15(folder: Path) -> None:
+    """A diffusers folder of Stable Diffusion 1.5's sizes, random weights in float16."""
+    torch.manual_seed(0)
+    tokenizer = tokenizer_of_77()
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    encoder = CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        max_position_embeddings=77, projection_dim=768, **ids,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=512,
+        ),
+        text_encoder=CLIPTextModel(encoder), tokenizer=tokenizer, unet=UNet2DConditionModel(**UNETS["sd1"]),
+        scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.to(dtype=torch.float16).save_pretrained(folder)
+
+
+def computed(model: str, number: int) -> dict[str, float]:
+    """Compute erasers in this process; its time without start-up, and the most memory that it ever held."""
+    begun, clock = time.process_time(), time.perf_counter()
+    made = spm_hub.train(TEN[:number], model=model, method="instant", device="cpu", progress=False)
+    assert len(made) == number
+    return {
+        "cpu_seconds": round(time.process_time() - begun, 1), "seconds": round(time.perf_counter() - clock, 1),
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }  # fmt: skip
+
+
+def cost(folder: Path) -> None:
+    """Time and memory of one concept and of ten, kept beside the table."""
+    if not folder.exists():
+        write_sd15(folder)
+    for name, model in {"sketchbook": "sketchbook", "sd15": str(folder)}.items():
+        for number in (1, 10):
+            if str(number) in kept().get("cost", {}).get(name, {}):
+                continue
+            command = [sys.executable, __file__, "--computed", model, str(number)]
+            seen = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, "TQDM_DISABLE": "1"})
+            numbers = kept()
+            numbers.setdefault("cost", {}).setdefault(name, {})[str(number)] = json.loads(seen.stdout)
+            print(name, number, numbers["cost"][name][str(number)], file=sys.stderr, flush=True)
+            record("instant", numbers, seeds=SEED)
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("concepts", nargs="*", help="concepts; all that are not measured yet unless given")
-    for one in parser.parse_args().concepts or [name for name in CONCEPTS if name not in kept()["cells"]]:
-        measure(one)
+    parser.add_argument("--cost", type=Path, metavar="DIR", help="measure time and memory, with SD1.5's sizes in DIR")
+    parser.add_argument("--computed", nargs=2, metavar=("MODEL", "COUNT"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.computed:
+        print(json.dumps(computed(given.computed[0], int(given.computed[1]))))
+    elif given.cost:
+        cost(given.cost)
+    else:
+        for one in given.concepts or [name for name in CONCEPTS if name not in kept()["cells"]]:
+            measure(one)
+
+
+if __name__ == "__main__":
+    main()

@@ -83,7 +83,8 @@ UNETS: dict[str, dict[str, Any]] = {
 SIDE = {"sd1": 64, "sdxl": 128}
 
 
-def _tokenizer() -> CLIPTokenizer:
+def tokenizer_of_77() -> CLIPTokenizer:
+    """The sketchbook's tokenizer with CLIP's own window."""
     tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "base" / "tokenizer")
     tokenizer.model_max_length = 77
     return tokenizer
@@ -100,7 +101,7 @@ def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
 def pipeline(model: str) -> Any:
     """The pipeline of a model: its exact U-Net, and everything else small."""
     torch.manual_seed(0)
-    tokenizer = _tokenizer()
+    tokenizer = tokenizer_of_77()
     unet = UNet2DConditionModel(**UNETS[model])
     vae = AutoencoderKL(
         block_out_channels=(32,) * 4,
@@ -119,8 +120,9 @@ def pipeline(model: str) -> Any:
     else:
         second = CLIPTextModelWithProjection(_text_config(tokenizer, 1280))
         pipe = StableDiffusionXLPipeline(
-            **shared, text_encoder=text_encoder, text_encoder_2=second, tokenizer_2=_tokenizer(), add_watermarker=False
-        )
+            **shared, text_encoder=text_encoder, text_encoder_2=second, tokenizer_2=tokenizer_of_77(),
+            add_watermarker=False,
+        )  # fmt: skip
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)

@@ -555,8 +555,25 @@ def instant(numbers: dict[str, Any]) -> str:
     return (
         f"{_table(head, rows)}\n\nErasers by `--method instant` on the sketchbook: share of pictures in which the "
         "concept is still found, and points by which other subjects and styles are found less or more often. The names "
-        "of the others are left out of the sentences whose states the method holds.\n"
+        "of the others are left out of the sentences whose states the method holds.\n\n"
+        f"{_instant_cost(numbers['cost'])}\n\n"
         f"{_about(numbers, 'instant')}"
+    )
+
+
+def _instant_cost(cost: dict[str, Any]) -> str:
+    names = {"sketchbook": "the sketchbook", "sd15": "Stable Diffusion 1.5's sizes, random weights"}
+    rows = [
+        [
+            names[model], f"{one['cpu_seconds']} s", f"{ten['cpu_seconds']} s",
+            f"{ten['cpu_seconds'] / one['cpu_seconds']:.1f}", f"{max(one['peak_gib'], ten['peak_gib'])} GiB",
+        ]
+        for model, (one, ten) in ((model, (seen["1"], seen["10"])) for model, seen in cost.items())
+    ]  # fmt: skip
+    head = ["base", "one concept", "ten at once", "ratio", "peak memory of the process"]
+    return (
+        f'{_table(head, rows)}\n\nCPU time of `spm_hub.train(..., method="instant")` with one thread, loading '
+        "included. The denoiser stays in its file."
     )
 
 

@@ -105,6 +105,7 @@ def attach(
     adapters: "str | Path | Adapter | Iterable[str | Path | Adapter]" = (),
     *,
     erase: str | Iterable[str] = (),
+    look: bool = True,
     registry: str | Path | None = None,
     gate: "GateName | float | Gate | PreparingGate | None" = None,
     concept: Mapping[str, str] | str | None = None,
@@ -123,6 +124,7 @@ def attach(
     adapters: one or several Adapters or references: a path, a name in a registry, owner/name[@revision] on the Hub.
     erase: concepts to erase by whatever eraser fits this pipeline: a registry's or, where none has one, a new one that
         is computed in seconds (method "instant") and kept in the registry.
+    look: whether a quick look says what a new one does, where that takes seconds.
     registry: the first folder to look names up in; None, the default, starts with $SPMHUB_REGISTRY or your own.
     gate: "calibrated" (0 on prompts that do not concern the concept, 1 on its names), "transport" (facilitated
         transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), a gamma, or a `Gate`.
@@ -131,18 +133,18 @@ def attach(
     strength: the finite factor of gamma, one number for all erasers or some by name.
     rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
     mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
-    memory_budget: bytes of original weights that folding may keep on their device; None, the default, is no limit.
-    increment_budget: bytes of lazily loaded increments that stay in memory; None, the default, is no limit.
-    threshold: the least gamma that acts, a smaller one counts as 0; None, the default, lets every gamma act.
-    top_k: how many erasers act on one prompt, those of greatest gamma; None, the default, is all of them.
-    progress: of a calibrated gate's first use, if it is slow: True for a bar, False, or a function of (done, all, {}).
-    reporter: shows this progress instead; None, the default, is the bar or function of `progress`.
+    memory_budget, increment_budget: bytes of original weights that folding may keep on their device, and of lazily
+        loaded increments that stay in memory; None is no limit.
+    threshold, top_k: the least gamma that acts, and how many erasers act on one prompt, those of greatest gamma; None,
+        the default, lets all act.
+    progress: of a calibrated gate's first use, if slow: True for a bar, False, or a function of (done, all, {}).
+    reporter: shows it instead, unless None.
 
     None, the default of gate, strength and rows, takes what each eraser's manifest says; gates are "calibrated" there,
     unless somebody chose another (`Manifest.default_gate`).
 
-    Under an increment_budget references are loaded lazily. Threads, saving and calls of the denoiser by hand are
-    described in `spm_hub.attachment.attach`. A server attaches an empty list before its threads draw, and adds later.
+    Under an increment_budget references are loaded lazily. `spm_hub.attachment.attach` describes threads, saving and
+    calls of the denoiser by hand. A server attaches an empty list before its threads draw, and adds later.
     Raises SpmHubError; the pipeline is then unchanged.
     """
     from spm_hub.adapters.adapter import Adapter
@@ -154,7 +156,7 @@ def attach(
     loaded = [one if isinstance(one, Adapter) else load(one, registry=registry, lazy=lazy) for one in several]
     if concepts := [erase] if isinstance(erase, str) else list(erase):
         place, shown = None if registry is None else Path(registry), reporter or Bars(progress)
-        loaded += [one.load(lazy=lazy) for one in erasers_for(concepts, pipe, None, shown, place)]
+        loaded += [one.load(lazy=lazy) for one in erasers_for(concepts, pipe, None, shown, place, look=look)]
     return attachment.attach(
         pipe,
         loaded,
@@ -254,7 +256,7 @@ def train(
     device: "str | torch.device | None" = None, dtype: "torch.dtype | str | None" = None,
     pipe: "DiffusionPipeline | None" = None, registry: "str | Path | Registry | bool | None" = None,
     name: str | None = None, replace: bool = False, resume: bool = False, checkpoint_dir: str | Path | None = None,
-    progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
+    memory: float | None = None, progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
     callbacks: "Sequence[Callable[[TrainingStep], object]]" = (), **recipe: Any,
 ) -> "Adapter": ...  # fmt: skip
 @overload
@@ -264,7 +266,7 @@ def train(
     device: "str | torch.device | None" = None, dtype: "torch.dtype | str | None" = None,
     pipe: "DiffusionPipeline | None" = None, registry: "str | Path | Registry | bool | None" = None,
     name: str | None = None, replace: bool = False, resume: bool = False, checkpoint_dir: str | Path | None = None,
-    progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
+    memory: float | None = None, progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
     callbacks: "Sequence[Callable[[TrainingStep], object]]" = (), **recipe: Any,
 ) -> "tuple[Adapter, ...]": ...  # fmt: skip
 
@@ -283,6 +285,7 @@ def train(
     replace: bool = False,
     resume: bool = False,
     checkpoint_dir: str | Path | None = None,
+    memory: float | None = None,
     progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
     callbacks: "Sequence[Callable[[TrainingStep], object]]" = (),
     **recipe: Any,
@@ -303,6 +306,7 @@ def train(
         the identical file.
     checkpoint_dir: the folder for the state of the run, which is saved every 50 steps and at Ctrl-C, with or without a
         registry, and deleted at the end; default: the one that `spmhub train` uses for this recipe on this base.
+    memory: GiB that training may use, weights included; default: what is free. Rows that do not fit take turns.
     progress: True for a bar in terminals and notebooks, False for none, or a function of (step, steps in all, figures),
         which are the losses, and "reached" and "goal" where the method measures them.
     callbacks: called after every step with a `TrainingStep`; one that returns True ends the training there, which
@@ -329,9 +333,8 @@ def train(
     place = None if registry is None or isinstance(registry, bool) else _folder_of(registry)
     session = Session(
         plans, BaseChoice(model if pipe is not None else plans[0].model, config, device, dtype, pipe), Bars(progress),
-        lambda start: resolve(start, place),
+        lambda start: resolve(start, place), replace=replace, resume=resume, memory=memory,
         registry=registry_for_new(place) if registry not in (None, False) else None,
-        replace=replace, resume=resume,
         checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), callbacks=tuple(callbacks),
     )  # fmt: skip
     session.check()

@@ -80,7 +80,7 @@ def test_erasers_are_meant_by_their_concepts_too(tmp_path: Path) -> None:
 def test_both_doors_of_attach_document_the_same_parameters() -> None:
     """One line each in the docstring, one type and one default: nothing is taken that neither shows."""
     door, inner = (inspect.signature(one).parameters for one in (spm_hub.attach, attachment.attach))
-    assert door.keys() - inner.keys() == {"registry", "erase"}
+    assert door.keys() - inner.keys() == {"registry", "erase", "look"}
     assert not inner.keys() - door.keys()
     assert all(one.kind is not one.VAR_KEYWORD for one in (*door.values(), *inner.values()))
     assert {name: one.default for name, one in inner.items()} == {

@@ -50,6 +50,7 @@ def apply(
         bool, typer.Option("--compare", help="Also draw without the erasers, and a grid of both side by side.")
     ] = False,
     grid: Annotated[bool, typer.Option("--grid", help="Also draw all pictures as one labelled grid.")] = False,
+    look: options.Look = True,
     gate: options.Gate = None,
     strength: options.Strength = None,
     registry: options.Registry = None,
@@ -86,7 +87,7 @@ def apply(
         applied = application.apply(
             entries, texts, base, drawing, out,
             gate=acting, strength=strengths, compare=compare, out=to, grid=grid or compare,
-            erase=concepts, registry=registry,
+            erase=concepts, look=look, registry=registry,
         )  # fmt: skip
     paths = [str(path) for group in applied.files.values() for path in group]
     out.data(

@@ -72,6 +72,13 @@ Strength = Annotated[
 Device = Annotated[
     str, typer.Option("--device", help="Device to compute on: cpu, cuda, cuda:1, mps; auto is a GPU if there is one.")
 ]
+Look = Annotated[
+    bool,
+    typer.Option(
+        "--look/--no-look",
+        help="Draw a few pictures of a new eraser's nearest names, and say what was lost; where that takes seconds.",
+    ),
+]
 Precision = Annotated[
     Literal["auto", "float32", "float16", "bfloat16"],
     typer.Option(

@@ -12,6 +12,7 @@ from spm_hub.cli.output import Output, silence_libraries, size
 
 if TYPE_CHECKING:
     from spm_hub.registry.entry import EraserEntry
+    from spm_hub.training.session import Session
 
 CONCEPTS = "What to erase, in words; an eraser for each. The recipe may name it instead."
 MODEL = "Base model: see spmhub models. Unless given: sketchbook."
@@ -24,6 +25,9 @@ PROTECT = "A prompt whose pictures stay as they are; repeatable. See --separable
 AFTER = "An earlier eraser, whose concept is protected too; repeatable."
 SEPARABLE = "Protect with any method that changes keys and values only; sepme always does."
 RUN = "Folder for the state of the run. Unless given: in your cache folder."
+MEMORY = "GiB that training may use, weights included. Unless given: what is free."
+PLAN = "Print rows, memory and time, and train nothing."
+Memory = Annotated[float | None, typer.Option(metavar="GIB", min=0.1, help=MEMORY)]
 Protect = Annotated[list[str] | None, typer.Option(metavar="TEXT", help=PROTECT)]
 After = Annotated[list[str] | None, typer.Option(metavar="NAME", help=AFTER)]
 Sets = Annotated[
@@ -46,6 +50,7 @@ def _method_names() -> dict[str, str]:
     Example("spmhub train mickey --method esd-x --increment lora:4", "another method, another increment"),
     Example('spmhub train snoopy mickey "van gogh" --method sepme', "one eraser each, made not to interfere"),
     Example('spmhub train pikachu --method sepme --after snoopy --protect "a dog"', "leave snoopy and dogs alone"),
+    Example("spmhub train snoopy --model sdxl --plan --memory 16", "what it takes, on a card of 16 GiB"),
     Example("spmhub train snoopy --resume", "go on after Ctrl-C or a crash"),
     panel="Make",
     help_values=_method_names,
@@ -70,9 +75,13 @@ def train(
     dtype: options.Precision = "auto",
     checkpoint_dir: Annotated[Path | None, typer.Option(help=RUN)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state of an earlier run.")] = False,
+    look: options.Look = True,
+    memory: Memory = None,
+    plan: Annotated[bool, typer.Option("--plan", help=PLAN)] = False,
     force: options.Force = False,
 ) -> None:
     """Train an eraser for each CONCEPT and keep it in the registry."""
+    from spm_hub.hub.quick_look import looked
     from spm_hub.hub.resolve import resolve
     from spm_hub.models.base_choice import BaseChoice
     from spm_hub.registry.entry import EraserEntry
@@ -94,9 +103,12 @@ def train(
     session = Session(
         plans, BaseChoice(plans[0].model, config, device, dtype), out,
         lambda start: resolve(start, registry, say=out.say), registry=registry_for_new(registry),
-        replace=force, resume=resume, checkpoint_dir=checkpoint_dir,
+        replace=force, resume=resume, checkpoint_dir=checkpoint_dir, memory=memory, look=looked if look else None,
     )  # fmt: skip
     session.check()
+    if plan:
+        _print_forecasts(out, session)
+        return
     with silence_libraries():
         entries = [one for one in session.train() if isinstance(one, EraserEntry)]
     _print(out, entries)
@@ -105,6 +117,16 @@ def train(
     listed = ["--adapters", ",".join(entry.name for entry in entries)]
     look = shlex.join(["spmhub", "apply", *source, *listed, "--prompt", plans[0].target, "--compare"])
     _say_how_it_went(out, entries, look)
+
+
+def _print_forecasts(out: Output, session: "Session") -> None:
+    """Print what each run takes."""
+    from spm_hub.training.forecast import Forecast, forecasts
+
+    with silence_libraries():
+        found = list(forecasts(session.plans, session.base, session.memory))
+    lines = [one.describe() if isinstance(one, Forecast) else one for one in found]
+    out.data([one.figures() if isinstance(one, Forecast) else {"remark": one} for one in found], "\n".join(lines))
 
 
 def _say_how_it_went(out: Output, entries: "list[EraserEntry]", look: str) -> None:

@@ -87,6 +87,7 @@ def apply(
     out: Path | None = None,
     grid: bool = True,
     erase: Sequence[str] = (),
+    look: bool = True,
     registry: Path | None = None,
 ) -> Applied:
     """Draw every prompt with the erasers and, if `compare`, from the same noise without them.
@@ -94,6 +95,7 @@ def apply(
     base: after its `check`. gate to top_k: as for `attach`. out: a folder for the pictures as PNG files, each written
     as soon as it is drawn under a name that no file there has, and for a grid if `grid`.
     erase: concepts to erase too, by erasers of `registry` that fit the base or, where it has none, by new ones.
+    look: whether a quick look says what each new one does, where that takes seconds.
     Raises UsageError for prompts, names and options that are wrong, RegistryError for a folder that cannot be written,
     before the base is loaded; NetworkError, ModelError, CompatibilityError.
     """
@@ -106,7 +108,7 @@ def apply(
         reporter.say(remark)
     pipe, origin = base.open_and_describe()
     if erase:
-        made = erasers_for(erase, pipe, base.reference, reporter, registry)
+        made = erasers_for(erase, pipe, base.reference, reporter, registry, look=look)
         erasers = [*erasers, *made]
         adapters += [one.load() for one in made]
         check_names(adapters, strength if isinstance(strength, Mapping) else ())

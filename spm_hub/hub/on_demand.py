@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from spm_hub.adapters.manifest import slug
 from spm_hub.errors import SpmHubError, UsageError
+from spm_hub.hub.quick_look import looked
 from spm_hub.io.progress import Reporter
 from spm_hub.io.wording import quoted
 from spm_hub.models.base_choice import BaseChoice
@@ -29,6 +30,8 @@ def erasers_for(
     model: str | None,
     reporter: Reporter,
     registry: Path | None = None,
+    *,
+    look: bool = True,
 ) -> list[EraserEntry]:
     """Return erasers of all concepts that fit this pipeline, those of a registry or new ones.
 
@@ -36,6 +39,7 @@ def erasers_for(
     where the pipeline was loaded from. registry: searched first, and where new erasers are kept; None is the user's.
     New erasers are computed at once from the pipeline's own text encoder and weights (`--method instant`), and kept
     under the concept's name or, if that is taken, under one with the base's name in it.
+    look: whether a quick look says what each new one does, where that takes seconds.
     Raises UsageError for an empty concept, where new erasers would have to be signed, and for a pipeline with erasers
     attached; RecipeError for a pipeline that this cannot be done on; RegistryError.
     """
@@ -52,7 +56,7 @@ def erasers_for(
     for concept, entry in found.items():
         reporter.say(f"{concept!r}: {entry.name}, {entry.describe_source()}")
     if missing := [concept for concept in wanted if concept not in found]:
-        found |= dict(zip(missing, _made(missing, base, pipe, target, reporter), strict=True))
+        found |= dict(zip(missing, _made(missing, base, pipe, target, reporter, look=look), strict=True))
     return list({found[concept].adapter_path: found[concept] for concept in wanted}.values())
 
 
@@ -68,7 +72,13 @@ def _kept(concept: str, places: Iterable[Registry], shapes: str, model: str) -> 
 
 
 def _made(
-    concepts: Sequence[str], base: BaseChoice, pipe: DiffusionPipeline, target: Registry, reporter: Reporter
+    concepts: Sequence[str],
+    base: BaseChoice,
+    pipe: DiffusionPipeline,
+    target: Registry,
+    reporter: Reporter,
+    *,
+    look: bool,
 ) -> list[EraserEntry]:
     """Compute an eraser of each concept, all in one run, and keep them."""
     from spm_hub.adapters.adapter import Adapter
@@ -93,7 +103,8 @@ def _made(
     for name in names:
         target.check_room_for(name)
     began = time.monotonic()
-    session = Session(plan_runs(concepts, {"method": AT_ONCE}), base, reporter, target.get)
+    plans = plan_runs(concepts, {"method": AT_ONCE})
+    session = Session(plans, base, reporter, target.get, look=looked if look else None)
     session.check()
     entries = []
     for name, adapter in zip(names, session.train(), strict=True):
@@ -102,7 +113,7 @@ def _made(
         entries.append(target.add(Adapter(manifest, adapter.increments, adapter.source)))
     reporter.say(
         f"no registry had an eraser of {', '.join(map(repr, concepts))} for {model}: computed {', '.join(names)} from "
-        f"its text encoder in {time.monotonic() - began:.1f} s, and kept in {target.root}; not measured yet, see "
+        f"its text encoder in {time.monotonic() - began:.1f} s, and kept in {target.root}; to measure them: "
         "spmhub eval"
     )
     return entries

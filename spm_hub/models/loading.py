@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from spm_hub.errors import ModelError, NetworkError
 from spm_hub.models import snapshots
-from spm_hub.models.mapped import mark_mapped
+from spm_hub.models.mapped import WORTH_IT, mark_mapped
 from spm_hub.models.placement import AUTO, STORED, WIDE, automatic_dtype, choose_device, parse_dtype
 from spm_hub.models.references import ModelRef, cached_snapshot, is_embedded, parse_reference
 from spm_hub.models.single_file import loading
@@ -39,7 +39,7 @@ def load_pipeline(
     (float16 on an accelerator only), otherwise float32, as for the sketchbook. "wide" is the same without float16, for
     training. "stored" keeps the precision of the files: each part of a folder has its own, a single file that of its
     denoiser. mapped: leave the weights of the denoiser in their file, which is enough to read some of them; on a CPU
-    only. It cannot predict then; see `models.mapped`.
+    only, and unless they are few. It cannot predict then; see `models.mapped`.
     Only safetensors weights are read. A download happens once; later calls need no network. There is no safety checker
     because it would replace pictures that are to be compared by black ones.
 
@@ -53,6 +53,7 @@ def load_pipeline(
     precision = _Precision(dtype if dtype is not None else AUTO, place)
     mapped = mapped and place.type == "cpu"
     if wanted.file is not None:
+        mapped = mapped and wanted.file.path.stat().st_size >= WORTH_IT
         pipe = loading.load(wanted.file, _configuration(wanted), precision.of_file(wanted.file), mapped=mapped)
     else:
         pipe = _load_folder(wanted, precision, mapped=mapped)
@@ -136,8 +137,12 @@ def _load_folder(wanted: ModelRef, precision: _Precision, *, mapped: bool) -> Di
 def _left_in_files(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
     """Return the precision of the parts that no method without predictions needs whole: the denoiser and the VAE.
 
-    In this precision diffusers copies no weight. Empty if the files do not state it; loading them reports why.
+    In this precision diffusers copies no weight. Empty if the denoiser is small, or if the files do not state their
+    precision; loading them reports why.
     """
+    files = [file for part in ("unet", "transformer") for file in (folder / part).glob("*.safetensors")]
+    if sum(file.stat().st_size for file in files) < WORTH_IT:
+        return {}
     try:
         stored = stored_dtypes(folder, variant)
     except ModelError:

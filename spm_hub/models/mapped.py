@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+WORTH_IT = 100 * 2**20
+"""Bytes of a denoiser's files from which on its weights stay there; a smaller one is read at once, and can predict."""
 _INTENDED = "_spm_hub_intended_dtype"
 
 

@@ -11,17 +11,20 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spm_hub.errors import ModelError
 from spm_hub.models.architectures import FEW_STEPS, body_of, denoiser_of, family_of
 from spm_hub.models.mapped import intended_dtype, is_mapped
 from spm_hub.training.conditioning import Conditioning, DenoiserCall
+from spm_hub.training.memory import Split, block_inputs_alone
 
 _ENCODED_AT_ONCE = 64  # prompts
 
@@ -45,7 +48,8 @@ class TeacherModel:
         config: Any = self.denoiser.config
         self.device, self.dtype = next(self.denoiser.parameters()).device, intended_dtype(self.denoiser)
         self._few_steps = self.family.few_steps(config)
-        self._resolution = resolution
+        self.resolution = resolution
+        self.split = Split()
         self._prompts: dict[str, Conditioning] = {}
         self._probe = _knowing_its_device(self.pipe)
         self._schedule = self._memoryless()
@@ -96,6 +100,11 @@ class TeacherModel:
         """
         return self._called([""], steps)[1]
 
+    def bytes_of_weights(self) -> int:
+        """Return the bytes of the pipeline's weights in the precision to compute in."""
+        parts = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+        return sum(one.numel() * intended_dtype(part).itemsize for part in parts for one in part.parameters())
+
     def noise(self, count: int, generator: torch.Generator) -> Tensor:
         """Standard normal latents (count, *latent_shape), packed where the denoiser takes packed ones.
 
@@ -106,11 +115,37 @@ class TeacherModel:
     def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction for latents (n, *latent_shape), times (n,) as the scheduler has them.
 
-        It is float32; float64 where the model is.
+        It is float32; float64 where the model is. `split` says how many rows are predicted at once; with gradients each
+        group of them is predicted again when its gradient is due.
         """
+        rows = len(latents) if self.split.rows is None else self.split.rows
+        if rows >= len(latents):
+            return self._predicted(latents, times, conditioning)
+        parts = []
+        for start in range(0, len(latents), rows):
+            part = slice(start, start + rows)
+            given = latents[part], times[part], conditioning[part]
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(self._predicted, *given, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(self._predicted(*given))
+        return torch.cat(parts)
+
+    def _predicted(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         assert self._raw is not None, "a method that predicts has the denoiser's weights loaded"
-        output = self.denoiser(**self._call.arguments(latents.to(self.dtype), times, conditioning))
+        arguments = self._call.arguments(latents.to(self.dtype), times, conditioning)
+        keeps_less = self.split.checkpointing and torch.is_grad_enabled()
+        with block_inputs_alone(body_of(self.denoiser)) if keeps_less else nullcontext():
+            output = self.denoiser(**arguments)
         return self._raw(_tensor(output)).to(torch.promote_types(self.dtype, torch.float32))
+
+    def arguments_without_values(self, rows: int) -> dict[str, Any]:
+        """Return the arguments of a call of the denoiser with that many rows, on the meta device."""
+        given = self.encode(["a"])[0].expand(rows)
+        given = given.map(lambda part: part.to(self.dtype) if part.is_floating_point() else part)
+        latents = torch.empty((rows, *self.latent_shape), dtype=self.dtype, device="meta")
+        arguments = self._call.arguments(latents, torch.ones(rows, device="meta"), given)
+        return {name: _on_meta(value) for name, value in arguments.items()}
 
     def guide(self, empty: Tensor, given: Tensor, scale: Tensor) -> Tensor:
         """Return the guided prediction: `empty` pushed by scale (n,) towards `given`.
@@ -157,7 +192,7 @@ class TeacherModel:
             "output_type": "latent",
             "generator": torch.Generator(),  # the noise is not used, and global random state not touched
             "use_resolution_binning": False,
-            **({} if self._resolution is None else {"height": self._resolution, "width": self._resolution}),
+            **({} if self.resolution is None else {"height": self.resolution, "width": self.resolution}),
         }
         known = inspect.signature(type(probe).__call__).parameters
         signature = inspect.signature(body_of(self.denoiser).forward)
@@ -178,7 +213,7 @@ class TeacherModel:
         except (ValueError, TypeError) as error:
             raise ModelError(
                 f"{type(self.pipe).__name__} cannot be trained on: {str(error).strip()}",
-                mend=None if self._resolution is None else "another resolution",
+                mend=None if self.resolution is None else "another resolution",
             ) from error
         finally:
             hook.remove()
@@ -227,6 +262,12 @@ def _knowing_its_device(pipe: Any) -> Any:
     probe = copy.copy(pipe)
     probe.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, "_execution_device": device})
     return probe
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _on_meta(part) for name, part in value.items()}
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def _without_variance(raw: Tensor) -> Tensor:

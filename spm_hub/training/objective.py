@@ -41,6 +41,9 @@ class Objective(ABC):
     measures_distance: ClassVar[bool] = True
     """Whether `distance` is measured for every batch; else only that of the first batch is `erase` before training."""
 
+    by_row: ClassVar[bool] = True
+    """Whether it reads predictions alone, so that rows may be predicted one group after the other."""
+
     @property
     @abstractmethod
     def push(self) -> float:

@@ -82,6 +82,8 @@ class Session:
     checkpoint_dir: the folder for the state of the run, in a folder for each if there are several; unless given, a
     folder in the user's cache that belongs to this recipe on this base. The state is saved every 50 steps and at
     Ctrl-C, and deleted when the results are kept or returned.
+    look: draws what a new eraser does, and returns it with that in its manifest, and in words; None draws nothing.
+    memory: GiB that the training may use, weights included; None for what is free.
     """
 
     plans: tuple[Recipe, ...]
@@ -93,6 +95,8 @@ class Session:
     resume: bool = False
     checkpoint_dir: Path | None = None
     callbacks: tuple[Callback, ...] = ()
+    look: Callable[[DiffusionPipeline, Adapter], tuple[Adapter, str]] | None = None
+    memory: float | None = None
 
     def check(self) -> None:
         """Refuse, without loading anything, a base that is none and names that the registry has no room for.
@@ -195,6 +199,11 @@ class Session:
                 f"nothing to resume: {checkpoint.folder} has no run of this recipe on this base; starting from step 1"
             )
         adapters = self._trained(recipe, base, checkpoint, start)
+        if self.look is not None:
+            try:
+                adapters = tuple(self._looked(base.pipe, adapter) for adapter in adapters)
+            except KeyboardInterrupt as interrupt:
+                raise self._interrupted(interrupt, recipe, checkpoint) from None
         if self.registry is None:
             finished.append(checkpoint)
             return [*adapters]
@@ -222,6 +231,13 @@ class Session:
             f"{stop.message}; the erasers of earlier trainings are kept {kept}: {', '.join(one.name for one in made)}",
             mend="the same command with --resume, in Python resume=True: it goes on from there",
         )
+
+    def _looked(self, pipe: DiffusionPipeline, adapter: Adapter) -> Adapter:
+        assert self.look is not None
+        with phase("a quick look"):
+            seen, words = self.look(pipe, adapter)
+        self.reporter.say(words)
+        return seen
 
     def _interrupted(self, interrupt: KeyboardInterrupt, recipe: Recipe, checkpoint: Checkpoint) -> SpmHubError:
         """Return the error for Ctrl-C after the training: its eraser is in the registry, or its state on disk."""
@@ -261,6 +277,7 @@ class Session:
                 resume=self.resume,
                 start=start,
                 on_step=call if self.callbacks else None,
+                memory=self.memory,
             )
 
     def _kept(self, adapter: Adapter, registry: Registry, checkpoint: Checkpoint, *, replace: bool) -> EraserEntry:

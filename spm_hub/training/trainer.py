@@ -63,6 +63,7 @@ class _Loop:
     every: int
     resume: bool
     on_step: Callable[[int, Trainable], bool] | None
+    memory: float | None
 
 
 def train(
@@ -76,6 +77,7 @@ def train(
     resume: bool = False,
     start: Adapter | None = None,
     on_step: Callable[[int, Trainable], bool] | None = None,
+    memory: float | None = None,
 ) -> Adapter:
     """Train one eraser on `pipe`, which is restored; of several concepts, return the recipe's own.
 
@@ -85,11 +87,13 @@ def train(
     from there, and the result is bit for bit that of an undisturbed run on the same machine.
     start: the eraser that the recipe's start_from names; the caller has to load it.
     on_step: called after each step; returning True ends the training there (for benchmarks).
+    memory: GiB that the training may use, weights included; None for what is free. Where a batch needs more, its rows
+    go through the denoiser in groups: the same gradient, to rounding.
     Raises TrainingInterruptedError, TrainingDivergedError, RecipeError, ModelError.
     """
     return train_together(
         recipe, pipe=pipe, revision=revision, progress=progress, checkpoint_dir=checkpoint_dir,
-        checkpoint_every=checkpoint_every, resume=resume, start=start, on_step=on_step,
+        checkpoint_every=checkpoint_every, resume=resume, start=start, on_step=on_step, memory=memory,
     )[0]  # fmt: skip
 
 
@@ -104,11 +108,12 @@ def train_together(
     resume: bool = False,
     start: Adapter | None = None,
     on_step: Callable[[int, Trainable], bool] | None = None,
+    memory: float | None = None,
 ) -> tuple[Adapter, ...]:
     """Train as `train` does; return all erasers of the run, the recipe's own and those of `together`."""
     recipe = with_start_recorded(recipe, start)
     checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, base_stamp(pipe))
-    loop = _Loop(revision, progress, checkpoint, checkpoint_every, resume, on_step)
+    loop = _Loop(revision, progress, checkpoint, checkpoint_every, resume, on_step, memory)
     had_gradients = [name for name, parameter in denoiser_of(pipe).named_parameters() if parameter.requires_grad]
     try:
         try:
@@ -144,7 +149,8 @@ def _train_all(
     try:
         for member in members(recipe):
             objective = None if method.objective is None else method.objective(member)
-            runs[member.target] = method.trains(Task(member, base, modules, objective, start))
+            task = Task(member, base, modules, objective, start, loop.memory, len(recipe.together))
+            runs[member.target] = method.trains(task)
             if recipe.together:
                 runs[member.target].trainable.remove()  # the next one has to find the denoiser bare
         run = method.joins(list(runs.values())) if recipe.together else runs[recipe.target]

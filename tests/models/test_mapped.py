@@ -15,9 +15,17 @@ from test_single_file import pico_xl
 
 import spm_hub
 from spm_hub import Adapter
+from spm_hub.models import loading
 from spm_hub.models.architectures import denoiser_of
 from spm_hub.models.loading import load_pipeline
 from spm_hub.models.mapped import intended_dtype, is_mapped
+
+
+@pytest.fixture(autouse=True)
+def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pico denoisers stay in their files too."""
+    monkeypatch.setattr(loading, "WORTH_IT", 0)
+
 
 FEW = {"sentences": 12, "held": 16, "hold": 4.0}
 

@@ -56,7 +56,11 @@ class JointRun(Run):
         losses = [self._losses(run, step) for run in going]
         weights = balance([each.erase for each in losses]).clamp_max(_MOST)
         for run, loss, weight in zip(going, losses, weights, strict=True):
-            run.differentiate(run.total(step, loss, weight))
+            run.trainable.install()  # rows that are predicted in groups are predicted again for their gradient
+            try:
+                run.differentiate(run.total(step, loss, weight))
+            finally:
+                run.trainable.remove()
         seen = []
         with delay_interrupts():
             for run, loss in zip(going, losses, strict=True):

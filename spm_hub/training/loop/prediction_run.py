@@ -20,12 +20,14 @@ from spm_hub.training.data.q_sample import QSampleSource
 from spm_hub.training.data.sampling import generator_for
 from spm_hub.training.data.student import StudentSource
 from spm_hub.training.data.trajectories import TrajectorySource
+from spm_hub.training.forecast import split_for
 from spm_hub.training.loop.anchor_weight import AnchorWeight
 from spm_hub.training.loop.checkpoint import restore, tensors_of
 from spm_hub.training.loop.early_stopping import EarlyStopping
 from spm_hub.training.loop.interrupts import delay_interrupts
 from spm_hub.training.loop.moving_average import EMA
 from spm_hub.training.loop.run import Run, Task
+from spm_hub.training.memory import Split
 from spm_hub.training.objective import Losses
 from spm_hub.training.protection import space_left
 from spm_hub.training.recipe.fields import RecipeFields
@@ -86,6 +88,9 @@ class PredictionRun(Run):
         self.objective = task.objective
         self.space = space_left(recipe, base, task.modules) if protects(recipe) else None
         anchors = AnchorSource(base, recipe.anchoring, recipe.target, task.prompts, recipe.surrogate)
+        # Several concepts of a run share the base, and how their rows go through it.
+        if self.objective.by_row and base.split == Split():
+            base.split = split_for(task)
         self.attacker = Attacker(recipe.adversary, base, recipe.seed) if recipe.adversary.steps else None
         self.at_attack: dict[str, Tensor] = {}  # the parameters when the adversary began, if the recipe holds them
         if trainable is None:
@@ -235,6 +240,8 @@ class PredictionRun(Run):
         tensors |= {f"held.{key}": value for key, value in self.at_attack.items()}
         if self.distance is not None:
             tensors["distance"] = self.distance
+        if (split := self.base.split) != Split():
+            tensors["split"] = torch.tensor([split.rows or 0, int(split.checkpointing)])
         tensors["steering"] = self.anchor_weight.state()
         tensors["stopping"] = self.stopping.state()
         if self.average is not None:
@@ -243,6 +250,9 @@ class PredictionRun(Run):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         restore(self.trainable, self.optimiser, tensors)
+        # The bits of a sum depend on how it is split.
+        rows, checkpointing = tensors["split"].tolist() if "split" in tensors else (0, 0)
+        self.base.split = Split(rows or None, bool(checkpointing))
         kept = (key for key in tensors if key.startswith("held."))
         self.at_attack = {key.removeprefix("held."): tensors[key].to(self.base.device) for key in kept}
         self.distance = tensors["distance"].to(self.base.device)

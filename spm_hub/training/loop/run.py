@@ -29,7 +29,8 @@ class Task:
     """Everything that a method needs to make one eraser.
 
     modules: those of `increment.modules`, by path.  objective: the method's, None if it has none.  start: the eraser
-    that the training begins with, None for nothing erased.
+    that the training begins with, None for nothing erased.  memory: GiB that the training may use, weights included;
+    None for what is free.  beside: other concepts that take their steps in the same run.
     """
 
     recipe: RecipeFields
@@ -37,6 +38,8 @@ class Task:
     modules: Mapping[str, nn.Module]
     objective: Objective | None = None
     start: Adapter | None = None
+    memory: float | None = None
+    beside: int = 0
 
     @cached_property
     def prompts(self) -> PromptMaker:

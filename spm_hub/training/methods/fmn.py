@@ -34,6 +34,7 @@ class ForgetMeNot(Objective):
 
     # The base's attention is not computed again for every batch.
     measures_distance: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
     names: tuple[str, ...]
     tokens: Literal["concept", "onwards"] = "concept"
 

@@ -1,0 +1,220 @@
+"""Forecasts a training: its rows, what they keep in memory, and how long they take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isinf
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spm_hub.models.architectures import body_of, denoiser_of
+from spm_hub.models.base_choice import BaseChoice
+from spm_hub.models.mapped import mark_mapped
+from spm_hub.models.placement import AUTO, choose_device, parse_dtype
+from spm_hub.training.base_model import TeacherModel
+from spm_hub.training.loop.run import Task
+from spm_hub.training.memory import (
+    GIB,
+    Plan,
+    Split,
+    fitted,
+    is_small,
+    kept_by_one_row,
+    room_on,
+    whole_copy_without_values,
+)
+from spm_hub.training.methods import find_method
+from spm_hub.training.methods.method import compare_predictions
+from spm_hub.training.recipe.fields import RecipeFields
+from spm_hub.training.recipe.protected_prompts import members
+from spm_hub.training.recipe.recipe import Recipe
+from spm_hub.training.trainable.kinds import make_trainable
+from spm_hub.training.trainable.module_selection import select_modules
+
+_BACKWARD = 2.0
+"""Passes that the gradient of a row takes, in forward passes; weights are frozen, so that it is rather less."""
+_EFFICIENCY = 0.5
+"""Speed of a denoiser against that of one product of large matrices."""
+_TRIED = 1024  # side of these matrices
+
+
+def rows_with_gradient(recipe: RecipeFields) -> int:
+    """Return the rows whose gradients one step of one concept needs: of the concept, anchors and the empty prompt."""
+    size, anchored = recipe.batch_size, recipe.anchoring.weight > 0
+    per = recipe.anchoring.per_target if anchored else 0
+    if not anchored or recipe.x_t.source != "trajectory":
+        return size * (1 + per)
+    # Of the first group of trajectories alone, later of two groups, half of the batch each.
+    shares = [[size], [size // 2, size - size // 2]][: min(recipe.x_t.chunks, recipe.steps)]
+    return size * (1 + per) + max(sum(max(1, one // 4) for one in some if one) for some in shares)
+
+
+def rows_without_gradient(recipe: RecipeFields) -> int:
+    """Return the rows that the frozen base predicts in the whole training of one concept, about."""
+    x_t, anchored = recipe.x_t, recipe.anchoring.weight > 0
+    per = recipe.anchoring.per_target if anchored else 0
+    further = int(recipe.erase_from is not None)
+    if x_t.source == "trajectory":
+        asked = 2 + int(recipe.surrogate != "") + further + per
+        return min(x_t.chunks, recipe.steps) * x_t.steps * x_t.trajectories * asked
+    taught = recipe.steps * recipe.batch_size * (2 + further + per)
+    if x_t.source == "q_sample":
+        return min(x_t.chunks, recipe.steps) * x_t.steps * x_t.trajectories * 2 + taught
+    return recipe.steps * recipe.batch_size * x_t.steps + taught
+
+
+def memory_plan(task: Task, outline: nn.Module, room: float) -> Plan:
+    """Return how the rows of a step fit into `room` bytes.
+
+    outline: a copy of the bare denoiser without values; the recipe's increment is put into it.
+    Raises RecipeError if not even one row fits.
+    """
+    recipe, base = task.recipe, task.base
+    modules = select_modules(outline, recipe.increment.modules)
+    basis = torch.eye(base.encode(["a"]).shape[-1]) if recipe.increment.kind == "null_space" else None
+    make_trainable(recipe.increment, outline, modules, torch.Generator(), basis)
+    arguments = base.arguments_without_values(1)
+
+    def count(checkpointing: bool) -> int:
+        return kept_by_one_row(outline, arguments, checkpointing=checkpointing)
+
+    side = "" if recipe.resolution is None else f" at {recipe.resolution} pixels"
+    rows = rows_with_gradient(recipe) * (1 + task.beside)
+    return fitted(rows, room, count, f"{type(outline).__name__}{side} in {base.dtype}".replace("torch.", ""))
+
+
+def split_for(task: Task) -> Split:
+    """Return how a batch has to go through the denoiser to fit into the memory there is.
+
+    Small denoisers, and devices that do not tell what is free, get all rows at once. Raises RecipeError as
+    `memory_plan` does.
+    """
+    denoiser = body_of(task.base.denoiser)
+    room = room_on(task.base.device, task.memory, task.base.bytes_of_weights(), loaded=True)
+    if room is None or (task.memory is None and is_small(denoiser)):
+        return Split()
+    return memory_plan(task, whole_copy_without_values(denoiser), room).split
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a training takes.
+
+    rows, kept, split: as in `Plan`.  steps, without: its steps, and its rows without gradient.  weights: bytes of the
+    pipeline.  room: bytes that autograd may keep.  seconds: about; None where the device cannot be tried out.
+    """
+
+    concepts: tuple[str, ...]
+    rows: int
+    steps: int
+    without: int
+    weights: int
+    room: float
+    kept: int
+    split: Split
+    seconds: float | None
+
+    def figures(self) -> dict[str, Any]:
+        """Return the forecast as plain values; bytes and seconds are whole numbers."""
+        return {
+            "concepts": list(self.concepts), "rows": self.rows, "steps": self.steps, "rows_at_once": self.split.rows,
+            "checkpointing": self.split.checkpointing, "rows_without_gradient": self.without,
+            "weights_bytes": self.weights, "kept_bytes": self.kept,
+            "room_bytes": None if isinf(self.room) else int(self.room),
+            "seconds": None if self.seconds is None else round(self.seconds),
+        }  # fmt: skip
+
+    def describe(self) -> str:
+        """Return the forecast in words."""
+        at_once = "all at once" if self.split.rows is None else f"{self.split.rows} at once"
+        again = ", blocks keep their inputs alone" if self.split.checkpointing else ""
+        took = "" if self.seconds is None else f"; about {_duration(self.seconds)}"
+        of = "" if isinf(self.room) else f" of {self.room / GIB:.2f}"
+        return (
+            f"{', '.join(self.concepts)}: {self.steps} steps of {self.rows} rows with gradient ({at_once}{again}), "
+            f"{self.without} rows without; weights {self.weights / GIB:.2f} GiB, kept for gradients "
+            f"{self.kept / GIB:.2f}{of} GiB{took}"
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def forecasts(plans: Sequence[Recipe], base: BaseChoice, memory: float | None) -> Iterator[Forecast | str]:
+    """Yield what each run takes or, for a method without steps that compare predictions, a remark.
+
+    The weights of a base that is not given as a pipeline stay in their files.
+    memory: GiB that the training may use, weights included; None for what is free.
+    Raises RecipeError where not even one row fits; ModelError and others as loading the base does.
+    """
+    pipe = base.pipe if base.pipe is not None else _opened_on_paper(base)
+    device = choose_device(base.device) if base.pipe is None else next(denoiser_of(pipe).parameters()).device
+    for plan in plans:
+        method = find_method(plan.method)
+        assert method is not None, "a recipe's method is known"
+        if method.objective is None or method.trains is not compare_predictions:
+            yield f"{plan.target}: {method.name} takes no steps that compare predictions, and is not forecast"
+            continue
+        model = TeacherModel(pipe, plan.resolution)
+        tasks = [Task(one, model, {}, None, None, memory, len(plan.together)) for one in members(plan)]
+        yield forecast(tasks, device, loaded=base.pipe is not None)
+
+
+def _opened_on_paper(base: BaseChoice) -> DiffusionPipeline:
+    """Return the base with its denoiser's weights in their file, in the precision that was asked for by name."""
+    pipe = replace(base, device="cpu", dtype=None).open(for_gradients=True, mapped=True)
+    if base.dtype not in (None, AUTO):
+        mark_mapped(denoiser_of(pipe), parse_dtype(base.dtype))
+    return pipe
+
+
+def forecast(tasks: Sequence[Task], device: torch.device, *, loaded: bool) -> Forecast:
+    """Return what the training of these concepts, all in one run, takes on `device`.
+
+    loaded: whether the base's weights are there already. Raises RecipeError if not even one row fits.
+    """
+    first, base = tasks[0], tasks[0].base
+    outline = whole_copy_without_values(body_of(base.denoiser)).to(base.dtype)
+    operations, weights = _operations(outline, base), base.bytes_of_weights()
+    room = room_on(device, first.memory, weights, loaded=loaded)
+    plan = memory_plan(first, outline, float("inf") if room is None else room)
+    steps, without = first.recipe.steps, sum(rows_without_gradient(one.recipe) for one in tasks)
+    whole = without + plan.rows * steps * (plan.split.passes + _BACKWARD)
+    rate = _speed(device, base.dtype)
+    return Forecast(
+        tuple(one.recipe.target for one in tasks), plan.rows, steps, without, weights, plan.room, plan.kept, plan.split,
+        None if rate is None else whole * operations / (_EFFICIENCY * rate),
+    )  # fmt: skip
+
+
+def _operations(outline: nn.Module, base: TeacherModel) -> int:
+    """Return the floating-point operations of one row."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        outline(**base.arguments_without_values(1))
+    return counter.get_total_flops()
+
+
+def _speed(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the floating-point operations in a second of a product of matrices, tried out."""
+    try:
+        left = torch.ones((_TRIED, _TRIED), device=device, dtype=dtype)
+        multiply = partial(torch.mm, left, left)
+        multiply().sum().item()
+        begun, times = time.perf_counter(), 8
+        for _ in range(times):
+            product = multiply()
+        product.sum().item()
+    except RuntimeError:
+        return None
+    return times * 2 * _TRIED**3 / (time.perf_counter() - begun)
