@@ -123,8 +123,7 @@ def attach(
 
     adapters: one or several Adapters or references: a path, a name in a registry, owner/name[@revision] on the Hub.
     erase: concepts to erase by whatever eraser fits this pipeline: a registry's or, where none has one, a new one that
-        is computed in seconds (method "instant") and kept in the registry.
-    look: whether a quick look says what a new one does, where that takes seconds.
+        is computed in seconds (method "instant") and kept in the registry. look: whether a quick look judges it.
     registry: the first folder to look names up in; None, the default, starts with $SPMHUB_REGISTRY or your own.
     gate: "calibrated" (0 on prompts that do not concern the concept, 1 on its names), "transport" (facilitated
         transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), a gamma, or a `Gate`.
@@ -133,10 +132,9 @@ def attach(
     strength: the finite factor of gamma, one number for all erasers or some by name.
     rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
     mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
-    memory_budget, increment_budget: bytes of original weights that folding may keep on their device, and of lazily
-        loaded increments that stay in memory; None is no limit.
-    threshold, top_k: the least gamma that acts, and how many erasers act on one prompt, those of greatest gamma; None,
-        the default, lets all act.
+    memory_budget: bytes of original weights that folding may keep on their device; None is no limit, as in the next.
+    increment_budget: bytes of lazily loaded increments that stay in memory.
+    threshold, top_k: the least gamma that acts, and the most erasers that act on one prompt; None lets all act.
     progress: of a calibrated gate's first use, if slow: True for a bar, False, or a function of (done, all, {}).
     reporter: shows it instead, unless None.
 
