@@ -563,13 +563,14 @@ def instant(numbers: dict[str, Any]) -> str:
 
 def _instant_cost(cost: dict[str, Any]) -> str:
     names = {"sketchbook": "the sketchbook", "sd15": "Stable Diffusion 1.5's sizes, random weights"}
-    rows = [
-        [
-            names[model], f"{one['cpu_seconds']} s", f"{ten['cpu_seconds']} s",
-            f"{ten['cpu_seconds'] / one['cpu_seconds']:.1f}", f"{max(one['peak_gib'], ten['peak_gib'])} GiB",
-        ]
-        for model, (one, ten) in ((model, (seen["1"], seen["10"])) for model, seen in cost.items())
-    ]  # fmt: skip
+    rows = []
+    for model, seen in cost.items():
+        one, ten = seen["1"], seen.get("10")
+        several = ["-", "-"]
+        if ten is not None:
+            several = [f"{ten['cpu_seconds']} s", f"{ten['cpu_seconds'] / one['cpu_seconds']:.1f}"]
+        peak = max(each["peak_gib"] for each in seen.values())
+        rows.append([names[model], f"{one['cpu_seconds']} s", *several, f"{peak} GiB"])
     head = ["base", "one concept", "ten at once", "ratio", "peak memory of the process"]
     return (
         f'{_table(head, rows)}\n\nCPU time of `spm_hub.train(..., method="instant")` with one thread, loading '
