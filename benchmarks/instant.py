@@ -97,10 +97,10 @@ def judged(pipe: DiffusionPipeline, adapter: Adapter, concept: str, gate: str | 
     }  # fmt: skip
 
 
-def kept() -> dict[str, Any]:
+def kept(name: str = "instant", part: str = "cells") -> dict[str, Any]:
     """What has been measured so far."""
-    file = RESULTS / "instant.json"
-    numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"cells": {}}
+    file = RESULTS / f"{name}.json"
+    numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {part: {}}
     return numbers
 
 
@@ -163,19 +163,19 @@ def computed(model: str, number: int) -> dict[str, float]:
 
 
 def cost(folder: Path) -> None:
-    """Time and memory of one concept and of ten, kept beside the table."""
+    """Time and memory of one concept and of ten."""
     if not folder.exists():
         write_sd15(folder)
     for name, model in {"sketchbook": "sketchbook", "sd15": str(folder)}.items():
         for number in (1, 10):
-            if str(number) in kept().get("cost", {}).get(name, {}):
+            numbers = kept("instant_cost", "bases")
+            if str(number) in numbers["bases"].get(name, {}):
                 continue
             command = [sys.executable, __file__, "--computed", model, str(number)]
             seen = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, "TQDM_DISABLE": "1"})
-            numbers = kept()
-            numbers.setdefault("cost", {}).setdefault(name, {})[str(number)] = json.loads(seen.stdout)
-            print(name, number, numbers["cost"][name][str(number)], file=sys.stderr, flush=True)
-            record("instant", numbers, seeds=SEED)
+            numbers["bases"].setdefault(name, {})[str(number)] = json.loads(seen.stdout)
+            print(name, number, numbers["bases"][name][str(number)], file=sys.stderr, flush=True)
+            record("instant_cost", numbers, seeds=0)
 
 
 def main() -> None:

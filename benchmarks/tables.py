@@ -35,11 +35,12 @@ def _gates(measured: Iterable[dict[str, Any]]) -> str:
     return "with " + " or ".join(f"`--gate {gate}`" for gate in sorted({one["gate"] for one in measured}))
 
 
-def _about(numbers: dict[str, Any], script: str) -> str:
+def _about(numbers: dict[str, Any], script: str, file: str | None = None) -> str:
     machine = numbers["machine"]
     return (
         f"Measured on {machine['cores']} cores ({machine['processor']}), torch {numbers['versions']['torch']}, by "
-        f"`python benchmarks/{script}.py`; output in `benchmarks/results/{script}.json`."
+        f"`python benchmarks/{script}.py`; output in "
+        f"`benchmarks/results/{file or script}.json`."
     )
 
 
@@ -555,16 +556,15 @@ def instant(numbers: dict[str, Any]) -> str:
     return (
         f"{_table(head, rows)}\n\nErasers by `--method instant` on the sketchbook: share of pictures in which the "
         "concept is still found, and points by which other subjects and styles are found less or more often. The names "
-        "of the others are left out of the sentences whose states the method holds.\n\n"
-        f"{_instant_cost(numbers['cost'])}\n\n"
+        "of the others are left out of the sentences whose states the method holds.\n"
         f"{_about(numbers, 'instant')}"
     )
 
 
-def _instant_cost(cost: dict[str, Any]) -> str:
+def instant_cost(numbers: dict[str, Any]) -> str:
     names = {"sketchbook": "the sketchbook", "sd15": "Stable Diffusion 1.5's sizes, random weights"}
     rows = []
-    for model, seen in cost.items():
+    for model, seen in numbers["bases"].items():
         one, ten = seen["1"], seen.get("10")
         several = ["-", "-"]
         if ten is not None:
@@ -574,7 +574,8 @@ def _instant_cost(cost: dict[str, Any]) -> str:
     head = ["base", "one concept", "ten at once", "ratio", "peak memory of the process"]
     return (
         f'{_table(head, rows)}\n\nCPU time of `spm_hub.train(..., method="instant")` with one thread, loading '
-        "included. The denoiser stays in its file."
+        "included. The denoiser stays in its file, unless it is as small as the sketchbook's.\n"
+        f"{_about(numbers, 'instant', 'instant_cost')}"
     )
 
 
@@ -589,6 +590,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "composition": composition,
     "methods": methods,
     "instant": instant,
+    "instant_cost": instant_cost,
     "robustness": robustness,
     "attacks": attacks,
     "registry": registry,
