@@ -115,8 +115,8 @@ def train(
     source = ["--model", plans[0].model, *(["--config", config] if config else [])]
     source += ["--registry", str(registry)] if registry is not None else []
     listed = ["--adapters", ",".join(entry.name for entry in entries)]
-    look = shlex.join(["spmhub", "apply", *source, *listed, "--prompt", plans[0].target, "--compare"])
-    _say_how_it_went(out, entries, look)
+    next_command = shlex.join(["spmhub", "apply", *source, *listed, "--prompt", plans[0].target, "--compare"])
+    _say_how_it_went(out, entries, next_command)
 
 
 def _print_forecasts(out: Output, session: "Session") -> None:

@@ -119,7 +119,9 @@ def _load_folder(wanted: ModelRef, precision: _Precision, *, mapped: bool) -> Di
     dtype = precision.of_folder(folder, variant)
     if precision.asked == AUTO and is_embedded(wanted):  # its files are float16 to be small
         dtype = torch.float32
-    stored = _left_in_files(folder, variant) if mapped and isinstance(dtype, torch.dtype) else {}
+    # In the precisions of the files everything is left in them anyway.
+    intended = dtype if isinstance(dtype, torch.dtype) else None
+    stored = _left_in_files(folder, variant) if mapped and intended is not None else {}
     with _reading(wanted.text):
         pipe: DiffusionPipeline = DiffusionPipeline.from_pretrained(
             folder,
@@ -129,8 +131,9 @@ def _load_folder(wanted: ModelRef, precision: _Precision, *, mapped: bool) -> Di
             local_files_only=True,
             **loading.without_checker(folder),
         )
-    for part in stored:
-        mark_mapped(getattr(pipe, part), dtype)
+    if intended is not None:
+        for part in stored:
+            mark_mapped(getattr(pipe, part), intended)
     return pipe
 
 

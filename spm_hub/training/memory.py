@@ -200,7 +200,8 @@ class _FusedAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **given)
         names = ("query", "key", "value")
-        return _Attention.apply(*(given[name] if name in given else args[at] for at, name in enumerate(names)))
+        read = (given[name] if name in given else args[at] for at, name in enumerate(names))
+        return _Attention.apply(*read)  # type: ignore[no-untyped-call]
 
 
 class _Attention(torch.autograd.Function):
