@@ -147,7 +147,7 @@ def attach(
     """
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.attachment import attachment
-    from spm_hub.hub.on_demand import erasers_for
+    from spm_hub.hub.making.on_demand import erasers_for
     from spm_hub.io.progress import Bars
 
     several, lazy = _several(adapters), increment_budget is not None

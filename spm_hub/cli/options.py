@@ -76,7 +76,7 @@ Look = Annotated[
     bool,
     typer.Option(
         "--look/--no-look",
-        help="Draw a few pictures of a new eraser's nearest names, and say what was lost; where that takes seconds.",
+        help="Draw a few pictures of the names nearest to a new eraser's concept, and say which were lost.",
     ),
 ]
 Precision = Annotated[

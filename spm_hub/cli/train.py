@@ -25,7 +25,7 @@ PROTECT = "A prompt whose pictures stay as they are; repeatable. See --separable
 AFTER = "An earlier eraser, whose concept is protected too; repeatable."
 SEPARABLE = "Protect with any method that changes keys and values only; sepme always does."
 RUN = "Folder for the state of the run. Unless given: in your cache folder."
-MEMORY = "GiB that training may use, weights included. Unless given: what is free."
+MEMORY = "GiB that training may use, weights included. Unless given: all free memory."
 PLAN = "Print rows, memory and time, and train nothing."
 Memory = Annotated[float | None, typer.Option(metavar="GIB", min=0.1, help=MEMORY)]
 Protect = Annotated[list[str] | None, typer.Option(metavar="TEXT", help=PROTECT)]
@@ -50,7 +50,7 @@ def _method_names() -> dict[str, str]:
     Example("spmhub train mickey --method esd-x --increment lora:4", "another method, another increment"),
     Example('spmhub train snoopy mickey "van gogh" --method sepme', "one eraser each, made not to interfere"),
     Example('spmhub train pikachu --method sepme --after snoopy --protect "a dog"', "leave snoopy and dogs alone"),
-    Example("spmhub train snoopy --model sdxl --plan --memory 16", "what it takes, on a card of 16 GiB"),
+    Example("spmhub train snoopy --model sdxl --plan --memory 16", "rows, memory and time on a card of 16 GiB"),
     Example("spmhub train snoopy --resume", "go on after Ctrl-C or a crash"),
     panel="Make",
     help_values=_method_names,
@@ -81,7 +81,7 @@ def train(
     force: options.Force = False,
 ) -> None:
     """Train an eraser for each CONCEPT and keep it in the registry."""
-    from spm_hub.hub.quick_look import looked
+    from spm_hub.hub.making.quick_look import looked
     from spm_hub.hub.resolve import resolve
     from spm_hub.models.base_choice import BaseChoice
     from spm_hub.registry.entry import EraserEntry

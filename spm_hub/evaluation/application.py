@@ -24,7 +24,7 @@ from spm_hub.evaluation.pictures import (
     show,
 )
 from spm_hub.evaluation.sketchbook import remark_on_words
-from spm_hub.hub.on_demand import erasers_for
+from spm_hub.hub.making.on_demand import erasers_for
 from spm_hub.io.atomic import check_writable
 from spm_hub.io.progress import Reporter
 from spm_hub.io.wording import counted

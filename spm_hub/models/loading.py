@@ -138,7 +138,7 @@ def _load_folder(wanted: ModelRef, precision: _Precision, *, mapped: bool) -> Di
 
 
 def _left_in_files(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
-    """Return the precision of the parts that no method without predictions needs whole: the denoiser and the VAE.
+    """Return the stored precision of the parts to leave in their files: denoiser and VAE.
 
     In this precision diffusers copies no weight. Empty if the denoiser is small, or if the files do not state their
     precision; loading them reports why.

@@ -29,6 +29,6 @@ def is_mapped(part: nn.Module) -> bool:
 
 
 def intended_dtype(part: nn.Module) -> torch.dtype:
-    """Return the precision that `part` computes in or, if its weights stay in their file, would compute in."""
+    """Return the precision that `part` computes in, or would if it left its file."""
     found: torch.dtype = vars(part).get(_INTENDED) or next(part.parameters()).dtype
     return found

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from spm_hub.errors import (
 from spm_hub.io.atomic import Content, write_atomic, write_together
 from spm_hub.io.environment import REGISTRY_VARIABLE
 from spm_hub.io.wording import counted, quoted
-from spm_hub.registry import lockfile, signing, storage
+from spm_hub.registry import concept_index, lockfile, signing, storage
 from spm_hub.registry.entry import EraserEntry, entry_of
 
 if TYPE_CHECKING:
@@ -77,10 +78,8 @@ class Registry:
         An alias never finds an eraser: anybody's manifest can claim any alias.
         Raises NotFoundError with the nearest names, UsageError if several have the target.
         """
-        entries = self.entries()
-        for entry in entries:
-            if entry.name == reference:
-                return entry
+        if (entry := self.find(reference)) is not None:
+            return entry
         found = self.erasing(reference)
         if len(found) > 1:
             raise _ambiguous(reference, found)
@@ -91,10 +90,26 @@ class Registry:
 
     def erasing(self, concept: str) -> list[EraserEntry]:
         """Return all erasers whose name or target is `concept`, in any spelling; an alias is neither."""
-        return [entry for entry in self.entries() if _is_called(entry, concept)]
+        known = concept_index.candidates(self.root, plain_name(concept))
+        indexed = [entry for name in known or () if (entry := self.find(name)) is not None]
+        if found := [entry for entry in indexed if plain_name(concept) in _called(entry)]:
+            return found
+        begun = time.time_ns()
+        names: dict[str, list[str]] = {}
+        found = []
+        for entry in self.entries():
+            called = _called(entry)
+            found += [entry] if plain_name(concept) in called else []
+            for name in called:
+                names.setdefault(name, []).append(entry.name)
+        if known is None:
+            concept_index.keep(self.root, names, begun)
+        return found
 
     def find(self, name: str) -> EraserEntry | None:
         """Return the eraser of exactly that name, or None."""
+        if Path(name).name != name:
+            return None  # a path, which no name is
         path = storage.part_path(self.root, storage.ADAPTERS, name)
         return entry_of(path) if path.is_file() else None
 
@@ -233,7 +248,7 @@ class Registry:
 
     def remove(self, name: str) -> None:
         """Delete an eraser's files. Raises NotFoundError, or RegistryError if they cannot be deleted."""
-        if not any(entry.name == name for entry in self.entries()):
+        if self.find(name) is None:
             raise self._missing(name)
         with storage.write_lock(self.root):
             if not storage.part_path(self.root, storage.ADAPTERS, name).exists():
@@ -331,11 +346,10 @@ def registry_with(name: str, registry: Path | None = None) -> Registry:
     Raises NotFoundError with the nearest names.
     """
     known = editable_registries(registry)
-    names: list[str] = []
     for place in known:
-        names += [entry.name for entry in place.entries()]
-        if name in names:
+        if place.find(name) is not None:
             return place
+    names = [entry.name for place in known for entry in place.entries()]
     raise unknown_eraser(name, names, "in " + ", ".join(str(place.root) for place in known))
 
 
@@ -385,8 +399,10 @@ def _ambiguous(reference: str, found: Sequence[EraserEntry]) -> UsageError:
     return ambiguous_eraser(reference, (f"{entry.name} ({entry.adapter_path})" for entry in found))
 
 
-def _is_called(entry: EraserEntry, name: str) -> bool:
+def _called(entry: EraserEntry) -> frozenset[str]:
+    """Return an eraser's name and its target, as `plain_name` spells them."""
     try:
-        return entry.read_manifest().is_called(name)
+        manifest = entry.read_manifest()
     except SpmHubError:
-        return False  # An unreadable manifest must not block the lookup of other erasers; loading it reports the error.
+        return frozenset()  # an unreadable manifest must not block the others; loading it reports the error
+    return frozenset(plain_name(one) for one in (manifest.name, manifest.concept.target) if one is not None)

@@ -1,4 +1,4 @@
-"""Forecasts a training: its rows, what they keep in memory, and how long they take."""
+"""Forecasts a training: its rows, their memory, and their time."""
 
 from __future__ import annotations
 
@@ -19,41 +19,20 @@ from spm_hub.models.base_choice import BaseChoice
 from spm_hub.models.mapped import mark_mapped
 from spm_hub.models.placement import AUTO, choose_device, parse_dtype
 from spm_hub.training.base_model import TeacherModel
+from spm_hub.training.loop.fitting import memory_plan
 from spm_hub.training.loop.run import Task
-from spm_hub.training.memory import (
-    GIB,
-    Plan,
-    Split,
-    fitted,
-    is_small,
-    kept_by_one_row,
-    room_on,
-    whole_copy_without_values,
-)
+from spm_hub.training.memory import GIB, Split, room_on, whole_copy_without_values
 from spm_hub.training.methods import find_method
 from spm_hub.training.methods.method import compare_predictions
 from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.recipe.protected_prompts import members
 from spm_hub.training.recipe.recipe import Recipe
-from spm_hub.training.trainable.kinds import make_trainable
-from spm_hub.training.trainable.module_selection import select_modules
 
 _BACKWARD = 2.0
 """Passes that the gradient of a row takes, in forward passes; weights are frozen, so that it is rather less."""
 _EFFICIENCY = 0.5
 """Speed of a denoiser against that of one product of large matrices."""
 _TRIED = 1024  # side of these matrices
-
-
-def rows_with_gradient(recipe: RecipeFields) -> int:
-    """Return the rows whose gradients one step of one concept needs: of the concept, anchors and the empty prompt."""
-    size, anchored = recipe.batch_size, recipe.anchoring.weight > 0
-    per = recipe.anchoring.per_target if anchored else 0
-    if not anchored or recipe.x_t.source != "trajectory":
-        return size * (1 + per)
-    # Of the first group of trajectories alone, later of two groups, half of the batch each.
-    shares = [[size], [size // 2, size - size // 2]][: min(recipe.x_t.chunks, recipe.steps)]
-    return size * (1 + per) + max(sum(max(1, one // 4) for one in some if one) for some in shares)
 
 
 def rows_without_gradient(recipe: RecipeFields) -> int:
@@ -70,42 +49,9 @@ def rows_without_gradient(recipe: RecipeFields) -> int:
     return recipe.steps * recipe.batch_size * x_t.steps + taught
 
 
-def memory_plan(task: Task, outline: nn.Module, room: float) -> Plan:
-    """Return how the rows of a step fit into `room` bytes.
-
-    outline: a copy of the bare denoiser without values; the recipe's increment is put into it.
-    Raises RecipeError if not even one row fits.
-    """
-    recipe, base = task.recipe, task.base
-    modules = select_modules(outline, recipe.increment.modules)
-    basis = torch.eye(base.encode(["a"]).shape[-1]) if recipe.increment.kind == "null_space" else None
-    make_trainable(recipe.increment, outline, modules, torch.Generator(), basis)
-    arguments = base.arguments_without_values(1)
-
-    def count(checkpointing: bool) -> int:
-        return kept_by_one_row(outline, arguments, checkpointing=checkpointing)
-
-    side = "" if recipe.resolution is None else f" at {recipe.resolution} pixels"
-    rows = rows_with_gradient(recipe) * (1 + task.beside)
-    return fitted(rows, room, count, f"{type(outline).__name__}{side} in {base.dtype}".replace("torch.", ""))
-
-
-def split_for(task: Task) -> Split:
-    """Return how a batch has to go through the denoiser to fit into the memory there is.
-
-    Small denoisers, and devices that do not tell what is free, get all rows at once. Raises RecipeError as
-    `memory_plan` does.
-    """
-    denoiser = body_of(task.base.denoiser)
-    room = room_on(task.base.device, task.memory, task.base.bytes_of_weights(), loaded=True)
-    if room is None or (task.memory is None and is_small(denoiser)):
-        return Split()
-    return memory_plan(task, whole_copy_without_values(denoiser), room).split
-
-
 @dataclass(frozen=True)
 class Forecast:
-    """What a training takes.
+    """The rows, memory and time of a training.
 
     rows, kept, split: as in `Plan`.  steps, without: its steps, and its rows without gradient.  weights: bytes of the
     pipeline.  room: bytes that autograd may keep.  seconds: about; None where the device cannot be tried out.
@@ -171,7 +117,7 @@ def forecasts(plans: Sequence[Recipe], base: BaseChoice, memory: float | None) -
 
 
 def _opened_on_paper(base: BaseChoice) -> DiffusionPipeline:
-    """Return the base with its denoiser's weights in their file, in the precision that was asked for by name."""
+    """Return the base with its denoiser's weights in their file, and the precision that was asked for."""
     pipe = replace(base, device="cpu", dtype=None).open(for_gradients=True, mapped=True)
     if base.dtype not in (None, AUTO):
         mark_mapped(denoiser_of(pipe), parse_dtype(base.dtype))

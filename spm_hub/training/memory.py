@@ -31,7 +31,7 @@ _SMALL = 100 * 2**20
 
 @dataclass(frozen=True)
 class Split:
-    """How a batch goes through the denoiser.
+    """The way of a batch through the denoiser.
 
     rows: at once, None for all.  checkpointing: keep the inputs of the denoiser's blocks alone.
     """
@@ -47,7 +47,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step of a training needs.
+    """The rows and memory of one step of a training.
 
     rows: with gradient.  room: bytes that autograd may keep.  split: how the rows fit; kept: bytes then.
     """

@@ -359,7 +359,7 @@ def _cut_texts(recipe: Recipe, pipe: DiffusionPipeline) -> Iterator[str]:
 
 
 def _predicts(plan: Recipe) -> bool:
-    """Return whether the denoiser has to predict in this run; protecting prompts tries out what its modules read."""
+    """Return whether the denoiser has to predict; protecting prompts tries it out."""
     from spm_hub.training.methods import find_method
     from spm_hub.training.recipe.protected_prompts import protects
 

@@ -12,8 +12,8 @@ from pico_families import family_pipeline
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import GateDefaults
-from spm_hub.hub import quick_look
-from spm_hub.hub.quick_look import PROTOCOL, Look, look, looked, neighbours
+from spm_hub.hub.making import quick_look
+from spm_hub.hub.making.quick_look import PROTOCOL, Look, look, looked, neighbours
 from spm_hub.models.loading import load_pipeline
 
 

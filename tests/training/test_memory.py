@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from spm_hub.errors import RecipeError
 from spm_hub.training import Recipe
 from spm_hub.training.base_model import TeacherModel
-from spm_hub.training.forecast import rows_with_gradient
+from spm_hub.training.loop.fitting import rows_with_gradient
 from spm_hub.training.loop.prediction_run import PredictionRun
 from spm_hub.training.loop.run import Task
 from spm_hub.training.memory import Split, fitted, kept_by_one_row

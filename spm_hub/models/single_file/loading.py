@@ -151,7 +151,7 @@ def load(checkpoint: Checkpoint, folder: Path, precision: torch.dtype, *, mapped
 
 
 def _mapped_denoiser(checkpoint: Checkpoint, folder: Path, precision: torch.dtype) -> dict[str, Any]:
-    """Return the denoiser by its name in the pipeline; its weights stay in the file. Raises as diffusers does."""
+    """Return the denoiser, whose weights stay in the file, by its name. Raises as diffusers does."""
     import diffusers
 
     for name, (_, kind) in components(folder).items():

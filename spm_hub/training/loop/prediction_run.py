@@ -20,10 +20,10 @@ from spm_hub.training.data.q_sample import QSampleSource
 from spm_hub.training.data.sampling import generator_for
 from spm_hub.training.data.student import StudentSource
 from spm_hub.training.data.trajectories import TrajectorySource
-from spm_hub.training.forecast import split_for
 from spm_hub.training.loop.anchor_weight import AnchorWeight
 from spm_hub.training.loop.checkpoint import restore, tensors_of
 from spm_hub.training.loop.early_stopping import EarlyStopping
+from spm_hub.training.loop.fitting import split_for
 from spm_hub.training.loop.interrupts import delay_interrupts
 from spm_hub.training.loop.moving_average import EMA
 from spm_hub.training.loop.run import Run, Task

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from spm_hub.adapters.manifest import slug
 from spm_hub.errors import SpmHubError, UsageError
-from spm_hub.hub.quick_look import looked
+from spm_hub.hub.making.quick_look import looked
 from spm_hub.io.progress import Reporter
 from spm_hub.io.wording import quoted
 from spm_hub.models.base_choice import BaseChoice

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from spm_hub.adapters.manifest import Evaluation
@@ -52,7 +53,7 @@ class Look:
         return [name for name, change in self.gated.items() if change >= LOST]
 
     def describe(self) -> str:
-        """Return what was lost, in a sentence."""
+        """Return the losses in a sentence."""
         most = max(self.full, key=lambda name: self.full[name], default=None)
         if most is None:
             return f"a quick look: no name is near {self.concept}"
@@ -66,12 +67,11 @@ class Look:
 
     def evaluation(self, base: str) -> tuple[Evaluation, ...]:
         """Return the numbers for a manifest, those of the concept first."""
-        from spm_hub import __version__
 
         def one(subject: str, metric: str, value: float, gate: str | None) -> Evaluation:
             return Evaluation(
                 protocol=PROTOCOL, base=base, subject=subject, metric=metric, value=round(value, 4), samples=1,
-                seed=SEED, steps=STEPS, gate=gate, version=__version__,
+                seed=SEED, steps=STEPS, gate=gate, version=version("spm-hub"),
             )  # fmt: skip
 
         neighbours = [
@@ -142,7 +142,7 @@ def looked(pipe: DiffusionPipeline, adapter: Adapter) -> tuple[Adapter, str]:
 
 
 def neighbours(pipe: DiffusionPipeline, names: Sequence[str], kind: str) -> list[str]:
-    """Return the names nearest to a concept by the text encoder, of its own kind; none of the concept's own."""
+    """Return the names of a concept's kind that the text encoder puts nearest to it."""
     import torch.nn.functional as F
 
     from spm_hub.training.base_model import TeacherModel
