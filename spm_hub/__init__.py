@@ -132,18 +132,18 @@ def attach(
     strength: the finite factor of gamma, one number for all erasers or some by name.
     rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
     mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
-    memory_budget: bytes of original weights that folding may keep on their device; None is no limit, as in the next.
-    increment_budget: bytes of lazily loaded increments that stay in memory.
-    threshold, top_k: the least gamma that acts, and the most erasers that act on one prompt; None lets all act.
-    progress: of a calibrated gate's first use, if slow: True for a bar, False, or a function of (done, all, {}).
-    reporter: shows it instead, unless None.
+    memory_budget: bytes of original weights that folding may keep on their device; None, the default, is no limit.
+    increment_budget: bytes of lazily loaded increments that stay in memory; None, the default, is no limit.
+    threshold: the least gamma that acts, a smaller one counts as 0; None, the default, lets every gamma act.
+    top_k: how many erasers act on one prompt, those of greatest gamma; None, the default, is all of them.
+    progress: of a calibrated gate's first use, if it is slow: True for a bar, False, or a function of (done, all, {}).
+    reporter: shows this progress instead; None, the default, is the bar or function of `progress`.
 
     None, the default of gate, strength and rows, takes what each eraser's manifest says; gates are "calibrated" there,
     unless somebody chose another (`Manifest.default_gate`).
 
     Under an increment_budget references are loaded lazily. `spm_hub.attachment.attach` describes threads, saving and
-    calls of the denoiser by hand. A server attaches an empty list before its threads draw, and adds later.
-    Raises SpmHubError; the pipeline is then unchanged.
+    calls of the denoiser by hand. Raises SpmHubError; the pipeline is then unchanged.
     """
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.attachment import attachment

@@ -65,9 +65,8 @@ class BaseChoice:
         if self.pipe is not None:
             return self.pipe
         dtype = WIDE if for_gradients and self.dtype in (None, AUTO) else self.dtype
-        return loading.load_pipeline(
-            self._parsed.text, config=self.config, dtype=dtype, device=self.device, mapped=mapped
-        )
+        load = loading.load_mapped if mapped else loading.load_pipeline
+        return load(self._parsed.text, config=self.config, dtype=dtype, device=self.device)
 
     def open_and_describe(self) -> tuple[DiffusionPipeline, str]:
         """Return the pipeline as `open` does, and where its files come from, for a person."""

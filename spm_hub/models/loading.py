@@ -28,7 +28,6 @@ def load_pipeline(
     config: str | None = None,
     dtype: torch.dtype | str | None = AUTO,
     device: str | torch.device | None = AUTO,
-    mapped: bool = False,
 ) -> DiffusionPipeline:
     """Load a base model as a diffusers pipeline in evaluation mode, without a safety checker.
 
@@ -38,14 +37,39 @@ def load_pipeline(
     dtype: torch.float16 or "float16", for instance. "auto" means float16 or bfloat16 where the denoiser is stored in it
     (float16 on an accelerator only), otherwise float32, as for the sketchbook. "wide" is the same without float16, for
     training. "stored" keeps the precision of the files: each part of a folder has its own, a single file that of its
-    denoiser. mapped: leave the weights of the denoiser in their file, which is enough to read some of them; on a CPU
-    only, and unless they are few. It cannot predict then; see `models.mapped`.
+    denoiser.
     Only safetensors weights are read. A download happens once; later calls need no network. There is no safety checker
     because it would replace pictures that are to be compared by black ones.
 
     Raises NotFoundError (unknown alias, file, repository or revision), NetworkError (a download is needed and there is
     no network), ModelError (the folder, file or its weights cannot be used), UsageError (no such device or dtype).
     """
+    return _load(reference, config, dtype, device, mapped=False)
+
+
+def load_mapped(
+    reference: str,
+    *,
+    config: str | None = None,
+    dtype: torch.dtype | str | None = AUTO,
+    device: str | torch.device | None = AUTO,
+) -> DiffusionPipeline:
+    """Load a base model as `load_pipeline` does, but leave the denoiser's weights in their file.
+
+    That is enough to read some of them, and the pipeline cannot draw; see `models.mapped`. On an accelerator, and where
+    there are few weights, they are loaded all the same.
+    """
+    return _load(reference, config, dtype, device, mapped=True)
+
+
+def _load(
+    reference: str,
+    config: str | None,
+    dtype: torch.dtype | str | None,
+    device: str | torch.device | None,
+    *,
+    mapped: bool,
+) -> DiffusionPipeline:
     import torch
 
     wanted = parse_reference(reference, config=config)

@@ -8,7 +8,6 @@ of the same concept.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from spm_hub.io.atomic import write_atomic
 from spm_hub.io.small_files import read_small
 from spm_hub.registry import storage
 
-_FILE = "concepts.json"
+_FILE = "concepts.tsv"
 _MOST_BYTES = 16 * 2**20
 _SETTLED = 10**9
 """Nanoseconds without a change after which the folders' times tell every further one: clocks of files tick slowly."""
@@ -30,13 +29,14 @@ def candidates(root: Path, plain: str) -> tuple[str, ...] | None:
     plain: the name, as `plain_name` spells it.
     """
     try:
-        kept = json.loads(read_small(root / storage.STATE / _FILE, _MOST_BYTES))
-        if kept["changed"] != _changed(root):
+        kept = read_small(root / storage.STATE / _FILE, _MOST_BYTES).decode()
+        if not kept.startswith(_heading(root)):
             return None
-        found = kept["names"].get(plain, [])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError):
         return None
-    return tuple(name for name in found if isinstance(name, str)) if isinstance(found, list) else None
+    # One line is looked for, as reading thousands of them takes longer than a few manifests.
+    _, found, after = kept.partition(f"\n{plain}\t")
+    return tuple(after.partition("\n")[0].split("\t")) if found else ()
 
 
 def keep(root: Path, names: Mapping[str, list[str]], begun: int) -> None:
@@ -46,10 +46,15 @@ def keep(root: Path, names: Mapping[str, list[str]], begun: int) -> None:
     nanoseconds since 1970.
     """
     with suppress(OSError, RegistryError):  # without an index all manifests are read
-        changed = _changed(root)
-        if storage.is_shared(root) and max(changed) < begun - _SETTLED:
-            text = json.dumps({"changed": changed, "names": names})
-            write_atomic(root / storage.STATE / _FILE, text.encode())
+        heading, latest = _heading(root), max(_changed(root))
+        if storage.is_shared(root) and latest < begun - _SETTLED:
+            lines = ["\t".join((plain, *several)) for plain, several in names.items()]
+            write_atomic(root / storage.STATE / _FILE, (heading + "\n".join(("", *lines, ""))).encode())
+
+
+def _heading(root: Path) -> str:
+    """Return the first line of an index of the folders as they are now. Raises OSError."""
+    return f"changed {_changed(root)}\n"
 
 
 def _changed(root: Path) -> list[int]:

@@ -85,7 +85,7 @@ def test_a_single_file_gives_the_same_eraser_from_its_pages_as_from_memory(tmp_p
 
 def test_weights_keep_the_precision_of_the_file_and_know_the_one_to_compute_in(tmp_path: Path) -> None:
     pico_pipeline(dtype=torch.float16).save_pretrained(tmp_path)
-    pipe = load_pipeline(str(tmp_path), device="cpu", dtype="wide", mapped=True)
+    pipe = loading.load_mapped(str(tmp_path), device="cpu", dtype="wide")
     assert is_mapped(pipe.unet)
     assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float16}
     assert {parameter.dtype for parameter in pipe.text_encoder.parameters()} == {torch.float32}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -78,23 +77,23 @@ def test_a_manifest_written_in_place_is_read_again(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"changed": [1, 2], "names": {}}', '{"changed": NOW, "names": {"thing7": 3}}', "[" * 9000]
+    "text",
+    ["", "changed", "changed [1, 2]\n\nthing-7\teraser-1\n", "changed NOW\n", "changed NOW\n\nthing-7\t", "\udcff"],
 )
 def test_a_damaged_index_is_none(registry: Registry, text: str) -> None:
     settle(registry)
     changed = [(registry.root / folder).stat().st_mtime_ns for folder in (storage.ADAPTERS, storage.MANIFESTS)]
-    file = registry.root / storage.STATE / "concepts.json"
-    file.write_text(text.replace("NOW", json.dumps(changed)))
+    file = registry.root / storage.STATE / "concepts.tsv"
+    file.write_text(text.replace("NOW", str(changed)), errors="surrogateescape")
     assert registry.get("thing 7").name == "eraser-7"
 
 
 def test_an_index_that_lies_names_no_other_eraser(registry: Registry) -> None:
     settle(registry)
     assert registry.get("thing 7").name == "eraser-7"
-    file = registry.root / storage.STATE / "concepts.json"
-    kept = json.loads(file.read_text())
-    kept["names"] = {name: ["eraser-1", "../adapters/eraser-2", "gone"] for name in kept["names"]}
-    file.write_text(json.dumps(kept))
+    file = registry.root / storage.STATE / "concepts.tsv"
+    assert "\nthing-7\teraser-7\n" in file.read_text()
+    file.write_text(file.read_text().replace("\teraser-7", "\teraser-1\t../adapters/eraser-2\tgone"))
     assert registry.get("thing 7").name == "eraser-7"
 
 

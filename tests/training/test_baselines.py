@@ -262,7 +262,7 @@ def test_per_concept_erasers_that_name_each_other_are_the_joint_solution(closed_
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"method": "ca", "target": "gadget"}, "anchor concept.*surrogate: dog"),
+        ({"method": "ca", "target": "gadget"}, "anchor concept(.|\n)*--set surrogate=dog"),
         (
             {"method": "sdd", "objective": {"eta": 2}},
             "objective.eta 2.0 would change nothing: method 'sdd' does not read it; the unconditional prediction",

@@ -32,9 +32,10 @@ def check(recipe: RecipeFields) -> None:
     """Refuse a recipe without an anchor concept."""
     check_prediction(recipe)
     if not recipe.surrogate:
+        broader = "painting" if recipe.kind == "style" else "person" if recipe.kind == "person" else "dog"
         raise ValueError(
-            "method 'ca' makes the concept into an anchor concept, which surrogate has to name: "
-            "surrogate: dog for snoopy, surrogate: painting for a style; method 'sdd' needs none"
+            f"method 'ca' makes {recipe.target!r} into an anchor concept, a broader or similar one, and none is named; "
+            f"try: --set surrogate={broader}, for instance, or --method sdd, which needs none"
         )
 
 
