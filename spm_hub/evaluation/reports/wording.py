@@ -54,6 +54,7 @@ def with_interval(
 
 def _plain(value: float, kind: str, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
+    value += 0.0  # no "-0"
     if kind == "judge":
         return f"{100 * value:{sign}.0f} %"
     return f"{value:{sign}.4g}"

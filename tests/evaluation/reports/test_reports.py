@@ -171,3 +171,8 @@ def test_plots_stay_within_their_frame() -> None:
         assert all(0 <= float(x) <= width for x in re.findall(r'\b(?:cx|x1|x2)="([-\d.]+)"', drawn))
         assert all(0 <= float(y) <= height for y in re.findall(r'\b(?:cy|y1|y2)="([-\d.]+)"', drawn))
     assert plot.changes([{"metric": "ssim", "kind": "pair", "lines": [{}]}]) == ""
+
+
+def test_a_zero_has_no_sign() -> None:
+    assert wording.with_interval(-0.0, (-0.0, 0.0), "set") == "0 (0 to 0)"
+    assert wording.with_interval(-0.0, None, "judge", signed=True) == "+0 %"
