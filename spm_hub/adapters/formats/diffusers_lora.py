@@ -61,11 +61,16 @@ def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mappin
 def _caveat(manifest: Manifest) -> str | None:
     if manifest.base.family in ("sd1", "sd2", "sdxl"):
         return (
-            "diffusers loads this file whole; ComfyUI loads it without its attention layers, and the web UIs leave it "
-            "out: for these, --to comfyui or --to webui"
+            "diffusers loads this file whole; ComfyUI loads it without its attention layers, and the web UIs and "
+            "sd-scripts leave it out: for these, --to comfyui, --to webui or --to kohya"
         )
     if manifest.base.family == "sd3":
-        return "diffusers and ComfyUI load this file whole; Forge leaves it out: for it, --to webui"
+        return (
+            "diffusers and ComfyUI load this file whole; Forge and sd-scripts leave it out: for these, --to webui or "
+            "--to kohya"
+        )
+    if manifest.base.family == "flux":
+        return "diffusers, ComfyUI and Forge load this file whole; sd-scripts leaves it out: for it, --to kohya"
     return None
 
 

@@ -9,6 +9,7 @@ from spm_hub.adapters.formats import kohya
 from spm_hub.adapters.formats.format import Format, Writer
 from spm_hub.adapters.formats.products import FACTORS
 from spm_hub.adapters.formats.slots import Part, Slot
+from spm_hub.adapters.manifest import Manifest
 
 _PARTS: dict[str, Part] = {
     **{part: part for part in sorted(FACTORS)},
@@ -52,10 +53,19 @@ def parse_key(key: str) -> Slot | None:
     return None if match is None else Slot(match["module"], _PARTS[match["part"]])
 
 
+def _caveat(manifest: Manifest) -> str | None:
+    if manifest.increment.kind == "low_rank":
+        return None
+    return (
+        "sd-scripts' own networks (lora, lora_flux, lora_sd3) load nothing of a dense change: for them, --to kohya "
+        "--svd-rank 8"
+    )
+
+
 FORMAT = Format.by_keys(
     "lycoris",
     "LyCORIS: full (.diff) and LoRA are written, LoHa, LoKr and, with --model, DoRA read too; kohya's module names",
     parse_key,
-    Writer(("low_rank", "dense"), kohya.write),
+    Writer(("low_rank", "dense"), kohya.write, caveat=_caveat),
     converted_only=True,
 )

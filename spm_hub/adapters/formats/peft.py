@@ -105,11 +105,14 @@ def _write(manifest: Manifest, increments: Mapping[str, Increment], base: Mappin
 def _caveat(manifest: Manifest) -> str | None:
     if manifest.base.family in ("sd1", "sd2", "sdxl", "flux"):
         return (
-            "PEFT and diffusers load this folder; ComfyUI and the web UIs load nothing of it: for these, --to comfyui "
-            "or --to webui"
+            "PEFT and diffusers load this folder; ComfyUI, the web UIs and sd-scripts load nothing of it: for these, "
+            "--to comfyui, --to webui or --to kohya"
         )
     if manifest.base.family == "sd3":
-        return "PEFT, diffusers and ComfyUI load this folder's file; Forge leaves it out: for it, --to webui"
+        return (
+            "PEFT, diffusers and ComfyUI load this folder's file; Forge and sd-scripts leave it out: for these, "
+            "--to webui or --to kohya"
+        )
     return None
 
 

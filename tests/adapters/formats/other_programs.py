@@ -1,7 +1,7 @@
 """The rules by which other programs load a file, in float64, and small denoisers in the original code's layout.
 
 Written from ComfyUI 0.3.64 (comfy/lora.py, comfy/utils.py), Forge of 2025-06-26 (its copy of ComfyUI's loader), and
-InvokeAI of 2026-08-19 (backend/patches/lora_conversions); each was also run on the same files.
+InvokeAI of 2026-08-19 (backend/patches/lora_conversions), sd-scripts of 2026-02-16; each was also run on these files.
 """
 
 from __future__ import annotations
@@ -229,6 +229,14 @@ def invoke_takes_for(family: str, file: State) -> bool:
     ]
     # Of SDXL all names are the original code's, or none.
     return len(names) == len(file) and (all(original) or not any(original))
+
+
+def sd_scripts_takes(file: State) -> bool:
+    """True if sd-scripts (networks/lora.py, lora_flux.py, lora_sd3.py of 2026-02-16) makes a network of every key.
+
+    A module's name is what stands before the first dot, and only factors and alpha are looked for under it.
+    """
+    return all(re.fullmatch(r"lora_unet_\w+\.(lora_down\.weight|lora_up\.weight|alpha)", key) for key in file)
 
 
 def forge_takes_for(metadata: Mapping[str, str]) -> str | None:

@@ -16,6 +16,7 @@ from other_programs import (
     invoke_takes_for,
     original_state,
     patched,
+    sd_scripts_takes,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file as load_tensors
@@ -116,6 +117,7 @@ def test_every_kind_loads_whole(family: str, kind: str, tmp_path: Path) -> None:
     assert loads_whole(written(adapter, "comfyui", tmp_path), adapter, family)
     web = written(adapter, "webui", tmp_path)
     assert loads_whole(web, adapter, family)
+    assert sd_scripts_takes(load_tensors(web)) == (kind == "low_rank")
     assert loads_whole(web, adapter, family, forge=True)
     with safe_open(web, "pt") as opened:
         assert forge_takes_for(opened.metadata()) == (None if family == "sd3" else family)
@@ -183,6 +185,7 @@ def test_what_does_not_load_elsewhere_is_said(family: str, to: str, tmp_path: Pa
     assert target.writer is not None
     said = target.writer.caveat(adapter.manifest)
     lost = {name: not loads_whole(file, adapter, family, forge=name == "Forge") for name in ("ComfyUI", "Forge")}
+    lost["sd-scripts"] = not sd_scripts_takes(load_tensors(file))
     assert (said is not None) == any(lost.values())
     for name, is_lost in lost.items():
         if is_lost:
