@@ -579,6 +579,46 @@ def instant_cost(numbers: dict[str, Any]) -> str:
     )
 
 
+def intervals(numbers: dict[str, Any]) -> str:
+    names = {
+        "shares": "share: Wilson's",
+        "differences_of_shares": "difference of shares of pairs: Agresti and Min's",
+        "means": "mean, and difference of means of pairs: expanded percentile bootstrap",
+    }
+    rows = []
+    for key, name in names.items():
+        covered = [one["covered"] for one in numbers[key]]
+        worst = min(numbers[key], key=lambda one: one["covered"])
+        rows.append(
+            [name, _share(min(covered)), f"{worst['case']}, n = {worst['n']}", _share(sum(covered) / len(covered))]
+        )
+    booted = min(numbers["differences_of_shares"], key=lambda one: one["bootstrap_covers"])
+    return (
+        f"{_table(['95 % interval', 'holds the truth in', 'of', 'mean of all cases'], rows)}\n\n"
+        f"Of {numbers['repetitions']:,} repetitions of each case, so that each share is uncertain by "
+        f"{100 * numbers['noise']:.1f} points. Where few pairs change, a bootstrap of the same pairs holds it in "
+        f"as few as {_share(booted['bootstrap_covers'])} ({booted['case']}, n = {booted['n']}).\n"
+        f"{_about(numbers, 'intervals')}"
+    )
+
+
+def judges(numbers: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"LPIPS, {network}",
+            *(f"{stated:g} / {here:.3f}" for stated, here in zip(one["authors"], one["here"], strict=True)),
+        ]
+        for network, one in numbers["lpips"].items()
+    ]
+    seen, ssim = numbers["nudenet"], numbers["ssim"]
+    return (
+        f"{_table(['authors / here', 'first example pair', 'second example pair'], rows)}\n\n"
+        f"NudeNet's own detector and the judge give equal detections on {seen['equal']} of {seen['pictures']} crops of "
+        f"photographs ({seen['detections']} detections). SSIM of two photographs: {ssim['scikit_image']} by "
+        f"scikit-image, {ssim['here']} here.\n{_about(numbers, 'judges')}"
+    )
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sketchbook": sketchbook,
     "sketchbook_training": sketchbook_training,
@@ -595,6 +635,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "attacks": attacks,
     "registry": registry,
     "hostile": hostile,
+    "intervals": intervals,
+    "judges": judges,
 }
 ACROSS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
     "summary": summary, "gates_in_short": gates_in_short, "papers_gate": papers_gate

@@ -107,13 +107,14 @@ def attack(
     wanted = _count_or_file(prompts)
     with silence_libraries():
         from spm_hub.evaluation import attacks
-        from spm_hub.evaluation.judging import cases_for, import_judge, probe_judge
+        from spm_hub.evaluation.judging import cases_for, probe_judge
+        from spm_hub.evaluation.metrics.named import judge_of_subject
 
         eraser = entry.load()
         concept = eraser.manifest.concept
         if judge is None or isinstance(wanted, int):
             concept.require_target(eraser.source)
-        judged_by = probe_judge(concept) if judge is None else import_judge(judge)
+        judged_by = probe_judge(concept) if judge is None else judge_of_subject(judge, concept.target or "")
         cases = cases_for(concept, wanted, seed)
         methods = {one: one.attack(concept.kind) for one in settings}
         methods |= {one: one.attack(concept.kind) for one in _controls(methods) if controls}

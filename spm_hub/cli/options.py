@@ -113,9 +113,9 @@ Judge = Annotated[
     str | None,
     typer.Option(
         "--judge",
-        metavar="MODULE:FUNCTION",
-        help="Python function that decides which pictures show the concept; may be in the working folder. Default: the "
-        "sketchbook's probe.",
+        metavar="JUDGE",
+        help="Decides which pictures show the concept: MODULE:FUNCTION, a Python function, also of the working folder, "
+        "or nudenet:spm9 and others (spmhub protocols --metrics). Default: the sketchbook's probe.",
         show_default=False,
     ),
 ]
@@ -123,8 +123,8 @@ Judges = Annotated[
     list[str] | None,
     typer.Option(
         "--judge",
-        help="Decides which pictures show a concept: MODULE:FUNCTION, a Python function, also of the working folder; "
-        "with --protocol also nudenet:spm9 and others (spmhub protocols --metrics); repeatable. Default: the "
+        help="Decides which pictures show a concept: MODULE:FUNCTION, a Python function, also of the working folder, "
+        "or nudenet:spm9 and others (spmhub protocols --metrics); with --protocol repeatable. Default: the "
         "sketchbook's probe, or the protocol's.",
         show_default=False,
     ),

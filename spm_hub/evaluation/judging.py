@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,8 +9,9 @@ from typing import Literal
 from PIL import Image
 
 from spm_hub.adapters.manifest import Concept
-from spm_hub.errors import NotFoundError, UsageError, did_you_mean
+from spm_hub.errors import NotFoundError, did_you_mean
 from spm_hub.evaluation.attacks import Case, Judge
+from spm_hub.evaluation.metrics.named import judge_of_subject
 from spm_hub.evaluation.pictures import read_prompts
 from spm_hub.evaluation.sketchbook import (
     STYLE_TEMPLATES,
@@ -51,30 +49,13 @@ def probe_judge(concept: Concept) -> Judge:
     return judge
 
 
-def import_judge(reference: str) -> Judge:
-    """Import the judge "package.module:function", also from the working folder. Raises UsageError."""
-    module, colon, name = reference.partition(":")
-    # A console script, unlike `python -m`, does not have the working folder on sys.path.
-    sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name) if module and colon and name else None
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"--judge {reference}: {error}", mend="--judge PACKAGE.MODULE:FUNCTION") from None
-    finally:
-        sys.path.pop()
-    if not callable(found):
-        raise UsageError(f"--judge {reference!r} is not PACKAGE.MODULE:FUNCTION", mend="--judge my.judges:nude")
-    judge: Judge = found
-    return judge
-
-
 def table_of(
     concepts: Sequence[Concept], judge: str | None, samples: int, seed: int
 ) -> tuple[list[DetectionCase], Callable[[Sequence[Image.Image]], list[DetectionRow]]]:
     """Return the pictures to draw to judge erasers, and a function from pictures to table rows.
 
-    judge: "package.module:function"; the table then has the concepts only. By default the sketchbook's probe judges,
-    and the table has every subject and style that it knows. `samples` pictures are drawn for each.
+    judge: a text that `judge_of_subject` knows; the table then has the concepts only. By default the sketchbook's probe
+    judges, and the table has every subject and style that it knows. `samples` pictures are drawn for each.
     Raises NotFoundError for a concept that the probe was not trained on, UsageError for an unknown concept and if
     `judge` cannot be imported.
     """
@@ -83,9 +64,9 @@ def table_of(
             probe_judge(concept)
         wanted = cases(samples=samples, seed=seed)
         return wanted, lambda pictures: count(wanted, pictures)
-    sees = import_judge(judge)
     kinds: list[Literal["subject", "style"]] = ["style" if one.kind == "style" else "subject" for one in concepts]
     targets = [concept.require_target() for concept in concepts]
+    shown = [judge_of_subject(judge, target) for target in targets]
     asked = [
         DetectionCase(kind, target, case.prompt, case.seed)
         for kind, target, concept in zip(kinds, targets, concepts, strict=True)
@@ -93,10 +74,10 @@ def table_of(
     ]
 
     def judged(pictures: Sequence[Image.Image]) -> list[DetectionRow]:
-        seen = sees(pictures)
+        parts = [pictures[at * samples : (at + 1) * samples] for at in range(len(targets))]
         return [
-            DetectionRow(kind, target, sum(map(bool, seen[at * samples : (at + 1) * samples])) / samples, samples)
-            for at, (kind, target) in enumerate(zip(kinds, targets, strict=True))
+            DetectionRow(kind, target, sum(map(bool, judged_by(part))) / samples, samples)
+            for kind, target, judged_by, part in zip(kinds, targets, shown, parts, strict=True)
         ]
 
     return asked, judged

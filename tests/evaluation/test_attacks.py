@@ -18,7 +18,8 @@ from spm_hub.attachment.attachment import attach
 from spm_hub.errors import ModelError, NotFoundError, UsageError
 from spm_hub.evaluation import attacks
 from spm_hub.evaluation.attacks.victim import Victim
-from spm_hub.evaluation.judging import import_judge, probe_judge, sentences
+from spm_hub.evaluation.judges.importing import import_judge
+from spm_hub.evaluation.judging import probe_judge, sentences
 
 
 def test_asr_counts_successes_before_and_of_the_attack() -> None:

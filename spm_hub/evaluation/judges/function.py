@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from spm_hub.evaluation.judging import import_judge
+from spm_hub.evaluation.judges.importing import import_judge
 from spm_hub.evaluation.metrics.metric import Judge, Verdict
 from spm_hub.io.hashing import sha256_of
 

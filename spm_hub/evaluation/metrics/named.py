@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from PIL.Image import Image
 from torch import Tensor
 
 from spm_hub.errors import UsageError, did_you_mean
+from spm_hub.evaluation import attacks
 from spm_hub.evaluation.judges import classifier, clip, nudenet, opennsfw, probe
 from spm_hub.evaluation.judges.function import function_judge
+from spm_hub.evaluation.judges.importing import import_judge
 from spm_hub.evaluation.metrics import lpips, sets, structure
 from spm_hub.evaluation.metrics.metric import Judge, Metric, NamedMetric
 from spm_hub.plugins import plugins
@@ -62,6 +65,21 @@ def judge_named(text: str) -> Judge:
     if not isinstance(found, Judge):
         raise UsageError(f"{text!r} gives a number, and is no judge", mend=f"--metric {text}")
     return found
+
+
+def judge_of_subject(text: str, subject: str) -> attacks.Judge:
+    """Return the function from pictures to one bool each: does it show the subject?
+
+    text: a judge's name, as `judge_named` knows it, or MODULE:FUNCTION. Raises as `judge_named` does.
+    """
+    if text.partition(":")[0] not in known_metrics():
+        return import_judge(text)
+    judge = judge_named(text)
+
+    def shown(pictures: Sequence[Image]) -> list[bool]:
+        return [one.present for one in judge.measure(pictures, [subject] * len(pictures))]
+
+    return shown
 
 
 def distances() -> dict[str, Callable[[Tensor, Tensor], float]]:

@@ -89,6 +89,9 @@ def evaluate(
     file = None
     if asked.prompts is not None:
         file = read_prompt_file(asked.prompts, subject=first, seed=asked.seed, columns=asked.columns)
+    for eraser in erasers:
+        if protocol.kinds and (kind := eraser.manifest.concept.kind) not in protocol.kinds:
+            reporter.say(f"{protocol.name} is for {' and '.join(protocol.kinds)}, and {eraser.name} is of kind {kind}")
     pipe = base.open()
     defaults = _defaults(pipe, variant, protocol, asked, reporter)
     rows = rows_of(

@@ -52,6 +52,8 @@ def draw_missing(
     kept = folder.samples()
     folder.replace(kept)
     there = {(sample.condition, sample.batch) for sample in kept}
+    if len(there) < len(folder.batches) * len(folder.conditions):
+        folder.forget_scores()
     total, done = len(folder.rows) * len(folder.conditions), len(kept)
     for condition in folder.conditions:
         missing = [batch for batch in folder.batches if (condition, batch.number) not in there]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from spm_hub.io import untrusted_json
 from spm_hub.io.atomic import write_atomic, write_together
 from spm_hub.io.wording import quoted
 
-RUN, ROWS, SAMPLES = "run.json", "rows.jsonl", "samples.jsonl"
+RUN, ROWS, SAMPLES, METRICS = "run.json", "rows.jsonl", "samples.jsonl", "metrics.json"
+SCORES, FEATURES = "scores", "features"
 _UNFOLDS = 40
 
 
@@ -143,6 +146,14 @@ class RunFolder:
     def replace(self, samples: Sequence[Sample]) -> None:
         """Replace samples.jsonl, atomically. Raises RegistryError."""
         write_atomic(self.path / SAMPLES, "".join(sample.to_line() for sample in samples).encode())
+
+    def forget_scores(self) -> None:
+        """Remove all scores and features, as some pictures are to be drawn again. Raises RegistryError."""
+        if (self.path / METRICS).exists():
+            self.replace([replace(sample, scores={}) for sample in self.samples()])
+            (self.path / METRICS).unlink()
+        for name in (SCORES, FEATURES):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def picture(self, sample: Sample) -> Image.Image:
         """Read a kept picture as RGB. Raises UsageError if it is missing, or not the one that was drawn."""

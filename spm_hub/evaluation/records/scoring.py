@@ -19,14 +19,13 @@ from torch import Tensor
 from spm_hub.errors import SpmHubError, UsageError
 from spm_hub.evaluation.metrics.metric import Judge, Metric, PairMetric, PictureMetric, SetMetric, Verdict
 from spm_hub.evaluation.pictures import WITHOUT
-from spm_hub.evaluation.records.folder import RunFolder, append_durably, whole_lines
+from spm_hub.evaluation.records.folder import FEATURES, METRICS, SCORES, RunFolder, append_durably, whole_lines
 from spm_hub.evaluation.records.rows import Batch, PromptRow
 from spm_hub.evaluation.records.sample import Sample, Score
 from spm_hub.io.atomic import write_atomic
 from spm_hub.io.progress import Reporter
 from spm_hub.io.wording import counted
 
-METRICS = "metrics.json"
 OF_JUDGE = ".score"
 """Ending of the key under which a judge's number is kept, next to its answer."""
 
@@ -86,7 +85,7 @@ def described_metrics(folder: RunFolder) -> dict[str, Any]:
 
 def features_of(folder: RunFolder, key: str, described: Any, condition: str) -> Tensor:
     """Return the features of a condition's pictures, (n, d), in the order of `folder.samples()`."""
-    place = folder.path / "features" / _digest(key, described)
+    place = folder.path / FEATURES / _digest(key, described)
     return torch.cat([load_file(place / _features_name(condition, batch))["features"] for batch in folder.batches])
 
 
@@ -123,7 +122,7 @@ def _numbers(folder: RunFolder, metric: Judge | PictureMetric | PairMetric) -> I
 
 def _features(folder: RunFolder, metric: SetMetric) -> Iterator[list[dict[str, Score]]]:
     """Write the features of each unit, unless an interrupted run has; single pictures get no score."""
-    place = folder.path / "features" / _digest(metric.key, describe(metric))
+    place = folder.path / FEATURES / _digest(metric.key, describe(metric))
     by_unit = _by_unit(folder)
     for condition, batch in _units(folder, metric):
         path = place / _features_name(condition, batch)
@@ -200,7 +199,7 @@ def _by_unit(folder: RunFolder) -> dict[tuple[str, int], list[Sample]]:
 
 
 def _journal(folder: RunFolder, metric: Metric) -> Path:
-    return folder.path / "scores" / f"{_digest(metric.key, describe(metric))}.jsonl"
+    return folder.path / SCORES / f"{_digest(metric.key, describe(metric))}.jsonl"
 
 
 def _features_name(condition: str, batch: Batch) -> str:

@@ -19,7 +19,8 @@ from spm_hub.errors import NetworkError, NotFoundError, UsageError
 from spm_hub.evaluation.judges import nudenet
 from spm_hub.evaluation.judges.clip import prepared
 from spm_hub.evaluation.metrics.metric import Judge, PictureMetric
-from spm_hub.evaluation.metrics.named import judge_named, metric_named
+from spm_hub.evaluation.metrics.named import judge_named, judge_of_subject, metric_named
+from spm_hub.sketchbook.world import drawings
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
@@ -171,6 +172,15 @@ def test_functions_of_the_users() -> None:
 def test_texts_that_name_no_metric(text: str, kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         metric_named(text)
+
+
+def test_a_judge_of_one_subject_is_a_plain_function() -> None:
+    pictures = [drawn for _, drawn, _ in drawings(12, torch.Generator().manual_seed(0))]
+    named = judge_named("probe").measure(pictures, ["church"] * 12)
+    assert judge_of_subject("probe", "church")(pictures) == [one.present for one in named]
+    assert judge_of_subject(f"{__name__}:seen", "x") is seen
+    with pytest.raises(UsageError, match="is no judge"):
+        judge_of_subject("ssim", "x")
 
 
 def test_a_metric_is_no_judge() -> None:

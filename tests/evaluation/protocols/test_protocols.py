@@ -72,6 +72,9 @@ def test_rows_of_erasers_leave_their_names_out_of_the_neighbours() -> None:
     given = [PromptRow("a", "my own", 3, "snoopy")]
     own = rows_of(variant, [SNOOPY], seed=7, nearest=first, samples=3, given=given)
     assert [(row.prompt, row.seed) for row in own if row.role == "target"] == [("my own", 3)]
+    given.append(PromptRow("b", "a church", 4, "church"))
+    both = rows_of(variant, [SNOOPY], seed=7, nearest=first, samples=3, given=given)
+    assert [(row.subject, row.role) for row in both[:2]] == [("snoopy", "target"), ("church", "neighbour")]
     with pytest.raises(UsageError, match="names no concept"):
         rows_of(variant, [Concept(target=None)], seed=1, nearest=first)
 

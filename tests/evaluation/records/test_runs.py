@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -125,8 +126,6 @@ def test_every_picture_is_a_line_with_its_file_its_hash_and_its_scores(whole: Pa
 
 
 def test_kept_pictures_are_judged_again_without_a_model(whole: Path, tmp_path: Path) -> None:
-    import shutil
-
     path = tmp_path / "copy"
     shutil.copytree(whole, path)
     for name in ("report.json", "metrics.json"):
@@ -143,6 +142,15 @@ def test_kept_pictures_are_judged_again_without_a_model(whole: Path, tmp_path: P
     again = report_of(folder, distances())
     assert [line["with"] for line in again["tables"][0]["lines"]] == [0.0] * 3
     assert again["tables"][0]["about"] == {}
+
+
+def test_pictures_that_are_drawn_again_are_measured_again(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(whole, path)
+    lines = (path / "samples.jsonl").read_text().splitlines(keepends=True)
+    (path / "samples.jsonl").write_text("".join(lines[:-1]))
+    evaluate(path, resume=True)
+    assert contents(path) == contents(whole)
 
 
 def test_a_folder_takes_no_other_run_and_no_altered_picture(whole: Path, tmp_path: Path) -> None:
