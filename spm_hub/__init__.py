@@ -116,6 +116,7 @@ def attach(
     increment_budget: int | None = None,
     threshold: float | None = None,
     top_k: int | None = None,
+    force: bool = False,
     progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
     reporter: "Reporter | None" = None,
 ) -> "Attachment":
@@ -136,6 +137,7 @@ def attach(
     increment_budget: bytes of lazily loaded increments that stay in memory; None, the default, is no limit.
     threshold: the least gamma that acts, a smaller one counts as 0; None, the default, lets every gamma act.
     top_k: how many erasers act on one prompt, those of greatest gamma; None, the default, is all of them.
+    force: attach erasers although one takes back what another changes, which is refused otherwise.
     progress: of a calibrated gate's first use, if it is slow: True for a bar, False, or a function of (done, all, {}).
     reporter: shows this progress instead; None, the default, is the bar or function of `progress`.
 
@@ -156,20 +158,10 @@ def attach(
         place, shown = None if registry is None else Path(registry), reporter or Bars(progress)
         loaded += [one.load(lazy=lazy) for one in erasers_for(concepts, pipe, None, shown, place, look=look)]
     return attachment.attach(
-        pipe,
-        loaded,
-        gate=gate,
-        concept=concept,
-        strength=strength,
-        rows=rows,
-        mode=mode,
-        memory_budget=memory_budget,
-        increment_budget=increment_budget,
-        threshold=threshold,
-        top_k=top_k,
-        progress=progress,
-        reporter=reporter,
-    )
+        pipe, loaded, gate=gate, concept=concept, strength=strength, rows=rows, mode=mode,
+        memory_budget=memory_budget, increment_budget=increment_budget, threshold=threshold, top_k=top_k, force=force,
+        progress=progress, reporter=reporter,
+    )  # fmt: skip
 
 
 def load(reference: str | Path, *, registry: str | Path | None = None, lazy: bool = False) -> "Adapter":
@@ -192,11 +184,13 @@ def pull(
     name: str | None = None,
     concept: str | None = None,
     replace: bool = False,
+    largest: int | None = None,
 ) -> "Adapter":
     """Keep an eraser of the Hugging Face Hub in a registry, pinned to its commit, and return it.
 
     reference: owner/name[@revision]. registry: your own unless given. name: unless given, the eraser's own. concept:
     what it erases, if its file does not say. replace: whether it may replace an eraser of that name from elsewhere.
+    largest: bytes that its file may have; None is 512 MB, or what the variable SPMHUB_LARGEST_DOWNLOAD says.
     Raises UsageError for another form of reference, HubError, NetworkError, RegistryError.
     """
     from spm_hub.hub import pull as remote
@@ -208,7 +202,7 @@ def pull(
         raise UsageError(f"{reference!r} is not of the form owner/name[@revision]", mend="spmhub search snoopy")
     kept_in = registries.user_registry() if registry is None else registries.Registry(Path(registry))
     repo, revision = match["repo"], match["revision"]
-    pulled = remote.pull(repo, revision, registry=kept_in, name=name, concept=concept, replace=replace)
+    pulled = remote.pull(repo, revision, registry=kept_in, name=name, concept=concept, replace=replace, largest=largest)
     return pulled.entry.load()
 
 
@@ -361,6 +355,7 @@ def apply(
     mode: Literal["auto", "fold", "branch"] = "auto",
     threshold: float | None = None,
     top_k: int | None = None,
+    force: bool = False,
     compare: bool = True,
     out: str | Path | None = None,
     progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
@@ -373,7 +368,7 @@ def apply(
     pipe: a diffusers pipeline to draw with, as it is and where it is; afterwards it is as before.
     seed, number: pictures for each prompt; the first starts from the noise of `seed`, the next from that of seed + 1.
     steps, guidance: denoising steps and guidance scale; default: the pipeline's own.
-    gate, strength, rows, mode, threshold, top_k: as for `attach`.
+    gate, strength, rows, mode, threshold, top_k, force: as for `attach`.
     compare: whether to draw without the erasers too.
     out: a folder for the pictures as PNG files and for `grid.png`; None, the default, writes nothing.
     progress: True for a bar in terminals and notebooks, False for none, or a function of (step, steps in all, {}).
@@ -402,7 +397,7 @@ def apply(
         erasers, [prompts] if isinstance(prompts, str) else prompts, base,
         DrawingOptions(seed, number, steps, guidance), reporter,
         gate=gate, strength=strength, rows=rows, mode=mode, threshold=threshold, top_k=top_k,
-        compare=compare, out=None if out is None else Path(out),
+        force=force, compare=compare, out=None if out is None else Path(out),
         erase=[erase] if isinstance(erase, str) else list(erase), registry=place,
     )  # fmt: skip
 

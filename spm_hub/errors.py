@@ -82,6 +82,10 @@ class HubError(SpmHubError):
     """A refusal by the Hub (access, name, conflicting change), or wrong data from it."""
 
 
+class TooLargeError(HubError):
+    """An eraser on the Hub that is too large to be downloaded without the user's consent."""
+
+
 class HubNotFoundError(HubError):
     """A repository, revision or file that the Hub does not have, or not for this user."""
 

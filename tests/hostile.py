@@ -610,13 +610,13 @@ def send(
         for name, act in acts.items():
             what = f"{seed} {repository.done} {name}"
             with watched(kept.root, folder / "hf") as cost:
-                outcome = _outcome(what, lambda act=act: act(adapter, manifest, kept), tally.failures)  # type: ignore[misc]
-            tally.outcomes[f"{name}: {outcome}"] += 1
+                result = outcome(what, lambda act=act: act(adapter, manifest, kept), tally.failures)  # type: ignore[misc]
+            tally.outcomes[f"{name}: {result}"] += 1
             tally.judge(what, cost, len(repository.weights) + len(repository.manifest))
     return tally
 
 
-def _outcome(what: str, act: Callable[[], object], failures: list[str]) -> str:
+def outcome(what: str, act: Callable[[], object], failures: list[str]) -> str:
     """Accepted, or the name of our error; whatever else comes is a failure."""
     try:
         act()

@@ -15,7 +15,7 @@ from spm_hub.adapters.formats import spm
 from spm_hub.adapters.formats.header import concept_in, header_metadata
 from spm_hub.adapters.formats.lazy import StoredIncrements, with_dots
 from spm_hub.adapters.formats.lora_config import scaling_in
-from spm_hub.adapters.formats.module_names import check_roots, family_of, flat
+from spm_hub.adapters.formats.module_names import check_roots, contradicted, family_of, flat
 from spm_hub.adapters.formats.reading import read_increments
 from spm_hub.adapters.increments import Increment, LowRank, check_effect
 from spm_hub.adapters.manifest import Base, Concept, IncrementInfo, Manifest, slug
@@ -166,7 +166,8 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
     another program gets a manifest made from its header, name and tensors. Where its scales lead to a wider dtype than
     the tensors have, the manifest of a lazily loaded one has the dtype of the tensors.
     Raises AdapterFileError for a file that is truncated, altered, not finite or of an unknown layout; NotFoundError;
-    ManifestError for a manifest that is not valid, describes other tensors, or contradicts the one inside the file.
+    ManifestError for a manifest that is not valid, describes other tensors or those of another family, or contradicts
+    the one inside the file.
     """
     path = Path(path)
     sidecar = None if manifest_path is None else Manifest.read(Path(manifest_path))
@@ -188,7 +189,9 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
             path, header, None if sidecar is None else sidecar.increment.sha256,
             () if known is None else known.increment.modules,
         )  # fmt: skip
-        return Adapter(own or _manifest_of_foreign(path, header, stored.outline, sidecar), stored, str(path))
+        manifest = own or _manifest_of_foreign(path, header, stored.outline, sidecar)
+        _check_family(path, manifest, stored.outline)
+        return Adapter(manifest, stored, str(path))
     header, tensors, sha256 = read_tensors(path)
     if sidecar is not None and sidecar.increment.sha256 != sha256:
         raise AdapterFileError(
@@ -198,6 +201,7 @@ def load_file(path: Path | str, manifest_path: Path | str | None = None, *, lazy
         )
     increments = read_increments(path, tensors, scaling_in(header.metadata, path))
     manifest = _manifest_of(path, header, sidecar) or _manifest_of_foreign(path, header, increments, sidecar)
+    _check_family(path, manifest, increments)
     return Adapter(manifest, with_dots(increments, manifest.increment.modules), str(path))
 
 
@@ -254,6 +258,15 @@ def _manifest_of(path: Path, header: Header, outside: Manifest | None) -> Manife
     if difference := manifest_difference(outside, embedded, path, _DECISIVE):
         raise ManifestError(f"{path}: its manifests contradict each other in {difference}", mend=GET_AGAIN)
     return outside
+
+
+def _check_family(path: Path, manifest: Manifest, increments: Mapping[str, Increment]) -> None:
+    """Raise ManifestError where a manifest states one family, and the tensors are certainly of another."""
+    if (found := contradicted(manifest.base.family, increments)) is not None:
+        raise ManifestError(
+            f"{path}: its manifest says base.family {manifest.base.family!r}, and its tensors are of {found!r}",
+            mend="do not use it, and tell its author",
+        )
 
 
 def _manifest_of_foreign(

@@ -26,7 +26,7 @@ from spm_hub.adapters.checkpoint_folder import FolderWeights, clone_folder, forg
 from spm_hub.adapters.compatibility import resolve_modules
 from spm_hub.adapters.folding import effective
 from spm_hub.adapters.lookup import resolve_names
-from spm_hub.adapters.manifest import NAME
+from spm_hub.adapters.manifest import NAME, UNFOLDS, excess_of
 from spm_hub.errors import (
     AdapterFileError,
     CompatibilityError,
@@ -36,6 +36,7 @@ from spm_hub.errors import (
     UsageError,
     nearest,
 )
+from spm_hub.io import untrusted_json as untrusted
 from spm_hub.io.atomic import write_atomic
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.safetensors_file import encode, read_tensors
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 PROVENANCE = "spmhub.json"
 ORIGINALS = "spmhub/originals.safetensors"
+_LARGEST_RECORD = 2**20
+"""Bytes; an eraser takes about 150."""
 
 # What a stranger's record names is written to: one folder inside the checkpoint, and files that erasers may have.
 _Folder = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w{0,63}$")]
@@ -147,14 +150,18 @@ def _check_base(pipe: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
     )
 
 
-def recover(checkpoint: Path, name: str, *, check: Callable[[Adapter], None] | None = None) -> Provenance:
+def recover(
+    checkpoint: Path, name: str, *, check: Callable[[Adapter], None] | None = None, force: bool = False
+) -> Provenance:
     """Take the eraser `name` out of a baked folder, which then equals, byte for byte, a bake without it.
 
     With the last one the folder becomes the plain base again, without provenance. Needs no pipeline. The folder is
     replaced as a whole, so that a failure leaves it as it was. Returns the record of the erasers that remain.
-    check: called with each of these; what it raises ends the recovery.
+    check: called with each of these; what it raises ends the recovery. force: fold also erasers whose recorded strength
+    is outside of the limits of manifests, 0 to 4.
 
-    Raises ModelError (not a baked folder, or it was altered), NotFoundError (no such eraser in it), RegistryError.
+    Raises ModelError (not a baked folder, altered, or with strengths outside of the limits), NotFoundError (no such
+    eraser in it), RegistryError.
     """
     before = read_provenance(checkpoint)
     names = [eraser.name for eraser in before.erasers]
@@ -166,6 +173,8 @@ def recover(checkpoint: Path, name: str, *, check: Callable[[Adapter], None] | N
             mend=f"spmhub recover {(*meant, *names, 'NAME')[0]} --checkpoint {quoted(checkpoint)}",
         )
     kept = tuple(eraser for eraser in before.erasers if eraser.name != name)
+    if not force:
+        _check_strengths(checkpoint, name, kept)
     remaining = [_read_eraser(checkpoint, eraser) for eraser in kept]
     if check is not None:
         for one in remaining:
@@ -189,6 +198,16 @@ def recover(checkpoint: Path, name: str, *, check: Callable[[Adapter], None] | N
     return after
 
 
+def _check_strengths(checkpoint: Path, name: str, erasers: Iterable[Baked]) -> None:
+    """Raise ModelError for an eraser that a record gives more strength than a stranger's manifest may."""
+    for eraser in erasers:
+        if (excess := excess_of(eraser.strength)) is not None:
+            raise ModelError(
+                f"{checkpoint / PROVENANCE} would fold {eraser.name} again, and {excess}",
+                mend=f"if you baked it so: spmhub recover {name} --checkpoint {quoted(checkpoint)} --force",
+            )
+
+
 def read_provenance(checkpoint: Path) -> Provenance:
     """Return the record of the erasers in the folder `checkpoint`.
 
@@ -196,7 +215,14 @@ def read_provenance(checkpoint: Path) -> Provenance:
     """
     file = checkpoint / PROVENANCE
     try:
-        return Provenance.model_validate_json(file.read_bytes())
+        if file.exists() and not file.is_file():
+            raise ModelError(f"{file} is no file", mend="bake the checkpoint again")
+        with open(file, "rb") as content:  # which may be a link, as in the Hub's cache
+            text = content.read(_LARGEST_RECORD + 1)
+        if len(text) > _LARGEST_RECORD:
+            raise ModelError(f"{file} has more than {_LARGEST_RECORD} bytes", mend="bake the checkpoint again")
+        untrusted.parse(text, unfolds=UNFOLDS)
+        return Provenance.model_validate_json(text)
     except FileNotFoundError as error:
         raise ModelError(
             f"{checkpoint} is no baked checkpoint: it has no {PROVENANCE}",
@@ -205,7 +231,9 @@ def read_provenance(checkpoint: Path) -> Provenance:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "(whole file)"
-        raise ModelError(f"{file}: {key}: {first['msg']}", mend="bake the checkpoint again") from error
+        raise ModelError(f"{file}: {key[:200]}: {first['msg'][:200]}", mend="bake the checkpoint again") from error
+    except ValueError as error:
+        raise ModelError(f"{file}: {str(error)[:200]}", mend="bake the checkpoint again") from error
 
 
 def _fold(

@@ -31,6 +31,11 @@ class FolderWeights:
     def __contains__(self, key: str) -> bool:
         return key in self._file_of
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all weights by their keys; reads the files' headers only."""
+        headers = [read_header(file) for file in dict.fromkeys(self._file_of.values())]
+        return {key: entry.shape for header in headers for key, entry in header.entries.items()}
+
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Return copies of these tensors. Raises ModelError for one that the folder does not have."""
         found: dict[str, Tensor] = {}
@@ -101,15 +106,19 @@ def clone_folder(source: Path, target: Path, rewritten: tuple[Path, ...]) -> Non
     """Copy a folder.
 
     Files outside `rewritten` never change, so they become hard links if the disk supports these.
+    Raises ModelError for a symbolic link inside of it, which may be a stranger's and name any file of this machine.
     """
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         copy = target / relative
-        if file.is_dir():
+        if file.is_dir() and not file.is_symlink():
             copy.mkdir(parents=True, exist_ok=True)
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if not any(relative.is_relative_to(part) for part in rewritten):
+        changes = any(relative.is_relative_to(part) for part in rewritten)
+        if changes and file.is_symlink():
+            raise ModelError(f"{file} is a symbolic link; nothing was changed", mend="bake the checkpoint again")
+        if not changes:
             try:
                 os.link(file, copy)
                 continue

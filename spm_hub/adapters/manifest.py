@@ -152,6 +152,19 @@ class GateDefaults(_Part):
     )
 
 
+MOST_STRENGTH = 4.0
+"""Greatest strength that a stranger's eraser may have; those of published ones are near 1."""
+
+
+def excess_of(strength: float) -> str | None:
+    """Say why a stranger's eraser must not have this strength; None if it is from 0 to 4."""
+    if strength < 0:
+        return f"its strength is {strength:g}: it adds what it claims to erase"
+    if strength > MOST_STRENGTH:
+        return f"its strength is {strength:g}; nothing above {MOST_STRENGTH:g} is usual"
+    return None
+
+
 class Origin(_Part):
     """The Hub repository and commit that this copy was pulled from.
 

@@ -5,13 +5,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
 from torch import nn
 
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.adapters.compatibility import resolve_modules
+from spm_hub.adapters.compatibility import remark_on_fingerprint, resolve_modules
 from spm_hub.adapters.lookup import (
     duplicate_error,
     find_name,
@@ -24,13 +25,14 @@ from spm_hub.attachment.doubles import Doubles
 from spm_hub.attachment.gates.evaluation import GateEvaluation
 from spm_hub.attachment.gates.gate import Explanation, Gate, PreparedGate, Prompts, UnknownConceptGate
 from spm_hub.attachment.modular import reader_of
+from spm_hub.attachment.objections import Objections
 from spm_hub.attachment.options import Eraser, Gammas, GateChoice, Mode, Options, Rows, Strength
 from spm_hub.attachment.pipeline_hooks import ATTACHMENT, hook_pipeline, install_hooks, remove_hooks, unhook
 from spm_hub.attachment.planner import FULLY_ON, Planner
 from spm_hub.attachment.text_encoding import Settings, encoders_of
 from spm_hub.errors import UsageError
 from spm_hub.io.progress import Bars, Reporter
-from spm_hub.models.architectures import body_of, denoiser_of, family_of, further_denoisers
+from spm_hub.models.architectures import body_of, denoiser_of, family_of, fingerprint_of, further_denoisers
 
 _LISTED = 8
 """How many erasers the repr of an attachment lists."""
@@ -49,6 +51,7 @@ def attach(
     increment_budget: int | None = None,
     threshold: float | None = None,
     top_k: int | None = None,
+    force: bool = False,
     progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
     reporter: Reporter | None = None,
 ) -> "Attachment":
@@ -67,6 +70,7 @@ def attach(
     increment_budget: bytes of lazily loaded increments that stay in memory; None, the default, is no limit.
     threshold: the least gamma that acts, a smaller one counts as 0; None, the default, lets every gamma act.
     top_k: how many erasers act on one prompt, those of greatest gamma; None, the default, is all of them.
+    force: attach erasers although one takes back what another changes, which is refused otherwise.
     progress: of a calibrated gate's first use, if it is slow: True for a bar, False, or a function of (done, all, {}).
     reporter: shows this progress instead; None, the default, is the bar or function of `progress`.
 
@@ -88,10 +92,11 @@ def attach(
     Another pipeline around the same denoiser draws with the same erasers. Its prompts are unknown, so that they are
     fully on and a warning says so once, until `erasers.also(pipe)` has it gated as well.
 
-    Raises UsageError or CompatibilityError; the pipeline is then unchanged.
+    Warns of erasers that ask for more than an honest one needs, as `spmhub audit` does. Raises UsageError, also for
+    erasers that undo each other, or CompatibilityError; the pipeline is then unchanged.
     """
     options = Options(gate, strength, rows, mode, memory_budget, increment_budget, threshold, top_k)
-    return Attachment(pipe, with_concepts(adapters, concept), options, reporter or Bars(progress))
+    return Attachment(pipe, with_concepts(adapters, concept), options, reporter or Bars(progress), force=force)
 
 
 class Attachment:
@@ -101,7 +106,9 @@ class Attachment:
     wait for the picture in progress, so no picture mixes two states.
     """
 
-    def __init__(self, pipe: Any, adapters: Sequence[Adapter], options: Options, reporter: Reporter) -> None:
+    def __init__(
+        self, pipe: Any, adapters: Sequence[Adapter], options: Options, reporter: Reporter, *, force: bool = False
+    ) -> None:
         if isinstance(pipe, nn.Module):
             raise UsageError(f"attach takes a pipeline, not its {type(pipe).__name__}", mend="attach(pipe, ...)")
         if isinstance(options.strength, Mapping):
@@ -123,9 +130,11 @@ class Attachment:
         self._planner = Planner(self._denoiser, options)
         self._attached = True
         self._doubles = Doubles(pipe, self._denoiser, self._planner.warn_once)
+        self._objections = Objections(self._planner.warn_once)
         erasers: dict[str, Eraser] = {}
         for adapter in adapters:
             erasers[adapter.name] = self._eraser(adapter, erasers)
+        self._objections.admit(list(erasers.values()), force=force)
         self._planner.install(erasers)
         install_hooks(pipe, self._denoiser, self)
         self._say_what_is_unknown(erasers.values())
@@ -203,9 +212,10 @@ class Attachment:
             found = find_name(name, self._planner.erasers)
             return self._gates.gate_of(found, self._planner.erasers)
 
-    def add(self, adapter: Adapter, /) -> None:
+    def add(self, adapter: Adapter, /, *, force: bool = False) -> None:
         """Attach one more eraser, under the options of `attach`.
 
+        force: also if it undoes another, or another undoes it.
         Raises UsageError or CompatibilityError as `attach` does, and then changes nothing.
         """
         if not isinstance(adapter, Adapter):
@@ -214,6 +224,7 @@ class Attachment:
             self._check_attached()
             self._planner.restore_weights()
             eraser = self._eraser(adapter, self._planner.erasers)
+            self._objections.admit([eraser], force=force)
             self._planner.install({adapter.name: eraser})
             self._say_what_is_unknown([eraser])
             for gates in (self._gates, *self._gates_of.values()):
@@ -258,6 +269,7 @@ class Attachment:
             self._check_attached()
             found = find_name(name, self._planner.erasers)
             self._doubles.forget(self._planner.erasers[found].adapter)
+            self._objections.forget(self._planner.erasers[found].adapter)
             self._planner.uninstall(found)
 
     def detach(self) -> None:
@@ -364,12 +376,18 @@ class Attachment:
             raise duplicate_error(other.adapter, adapter)
         adapter.check_effect()
         eraser = self._options.eraser(adapter, resolve_modules(adapter, self._denoiser))
+        if remark := remark_on_fingerprint(adapter, self._fingerprint):
+            self._reporter.say(f"note: {remark}")
         self._doubles.admit(eraser)
         for name in adapter.manifest.concept.names:
             if (cut := self._gates.cut_off(name)) is not None:
                 said = cut.describe(f"the concept of {adapter.name}")
                 self._planner.warn_once(f"{said}. No gate looks for that part")
         return eraser
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint_of(body_of(self._denoiser))
 
     def _say_what_is_unknown(self, erasers: Iterable[Eraser]) -> None:
         unknown = [eraser.adapter for eraser in erasers if isinstance(eraser.gate, UnknownConceptGate)]

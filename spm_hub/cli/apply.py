@@ -56,6 +56,7 @@ def apply(
     registry: options.Registry = None,
     pull: options.Pull = False,
     require_signature: options.RequireSignature = None,
+    force: options.ForceAttach = False,
     device: options.Device = "auto",
     dtype: options.Precision = "auto",
 ) -> None:
@@ -86,7 +87,7 @@ def apply(
         drawing = DrawingOptions(seed=seed, number=num, steps=steps, guidance=guidance)
         applied = application.apply(
             entries, texts, base, drawing, out,
-            gate=acting, strength=strengths, compare=compare, out=to, grid=grid or compare,
+            gate=acting, strength=strengths, force=force, compare=compare, out=to, grid=grid or compare,
             erase=concepts, look=look, registry=registry,
         )  # fmt: skip
     paths = [str(path) for group in applied.files.values() for path in group]

@@ -68,6 +68,9 @@ def recover(
     checkpoint: Annotated[Path, typer.Option("--checkpoint", help="A folder that spmhub bake wrote.")],
     registry: options.Registry = None,
     require_signature: options.RequireSignature = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Fold the others again at any strength that the checkpoint records.")
+    ] = False,
 ) -> None:
     """Take one eraser out of a baked checkpoint.
 
@@ -77,7 +80,7 @@ def recover(
     with silence_libraries():
         from spm_hub.hub.bake import recover as run
 
-        provenance = run(checkpoint, name, registry)
+        provenance = run(checkpoint, name, registry, force=force)
     left = ", ".join(eraser.name for eraser in provenance.erasers)
     out.data(
         {"checkpoint": checkpoint, "recovered": name, **provenance.model_dump(mode="json")},

@@ -88,7 +88,8 @@ def gates(
         loaded = [entry.load() for entry in entries]
         check_names(loaded)
         pipe = base.open()
-        with attach(pipe, loaded, gate=acting, reporter=out) as erasers:
+        # No picture is drawn, so erasers that undo each other do no harm.
+        with attach(pipe, loaded, gate=acting, force=True, reporter=out) as erasers:
             found = [erasers.explain(prompt) for prompt in asked]
         names = [one.name for one in loaded]
         described = {"model": base.name(pipe), "gate": gate, "adapters": names}

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,15 +13,17 @@ from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import InterruptedByUserError, Output, silence_hub, silence_libraries, size, table
 from spm_hub.cli.terminal import printable
-from spm_hub.errors import UsageError
+from spm_hub.errors import TooLargeError, UsageError
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.progress import progress_if_long
 from spm_hub.io.web_addresses import hub_reference
 from spm_hub.io.wording import counted
+from spm_hub.registry.storage import MAX_BYTES
 
 if TYPE_CHECKING:
     from spm_hub.adapters.manifest import Concept
     from spm_hub.hub.card import PicturePair
+    from spm_hub.hub.pull import PullResult
     from spm_hub.hub.search import SearchResult
     from spm_hub.registry.entry import EraserEntry
 
@@ -218,8 +221,12 @@ def pull(
     registry: options.Registry = None,
     require_signature: options.RequireSignature = None,
     force: options.Force = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Download large files without a question.")] = False,
 ) -> None:
-    """Download an eraser from the Hub into the registry, pinned to its commit."""
+    """Download an eraser from the Hub into the registry, pinned to its commit.
+
+    It asks before it downloads more than 512 MB, or than SPMHUB_LARGEST_DOWNLOAD says.
+    """
     from spm_hub.registry.registry import HUB_REFERENCE, registry_for_new
 
     kept_in = registry_for_new(registry)
@@ -232,16 +239,18 @@ def pull(
     silence_hub()
     from spm_hub.hub import pull as hub_pull
 
-    with progress_if_long(out, "downloading", after=0.0) as progress:
-        if match is None:
-            pulled = list(hub_pull.restore(kept_in, progress=progress))
-        else:
-            repo, revision = match["repo"], match["revision"]
-            pulled = [
+    def run(largest: int | None) -> list["PullResult"]:
+        with progress_if_long(out, "downloading", after=0.0) as progress:
+            if match is None:
+                return list(hub_pull.restore(kept_in, largest=largest, progress=progress))
+            return [
                 hub_pull.pull(
-                    repo, revision, registry=kept_in, name=name, concept=concept, replace=force, progress=progress
+                    match["repo"], match["revision"], registry=kept_in, name=name, concept=concept, replace=force,
+                    largest=largest, progress=progress,
                 )
             ]  # fmt: skip
+
+    pulled = run(MAX_BYTES) if yes else _asking_about_size(run)
     for one in pulled if require_signature is not None else ():
         one.entry.load()  # an unchanged eraser was not loaded by the pull, so check its signature now
     rows = [
@@ -264,6 +273,18 @@ def pull(
                 f"warning: {one.entry.name} names no concept, so it acts fully on every prompt; to have a gate: "
                 f"spmhub pull {one.origin.repo} --concept NAME"
             )
+
+
+def _asking_about_size(run: "Callable[[int | None], list[PullResult]]") -> "list[PullResult]":
+    """Pull, and ask in a terminal about files that are too large; elsewhere they are refused."""
+    try:
+        return run(None)
+    except TooLargeError as error:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        if not typer.confirm(f"{printable(error.message, sys.stderr)}. Download it?", err=True):
+            raise
+    return run(MAX_BYTES)
 
 
 @command(

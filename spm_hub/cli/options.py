@@ -133,6 +133,9 @@ Metrics = Annotated[
     list[str] | None,
     typer.Option("--metric", help="Metric, as spmhub protocols --metrics lists them; repeatable.", show_default=False),
 ]
+ForceAttach = Annotated[
+    bool, typer.Option("--force", help="Attach erasers although one takes back what another changes.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files and erasers.")]
 
 

@@ -1,6 +1,8 @@
 """Help panel "Trust": verify, audit and sign, which check erasers before they are used."""
 
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,7 @@ from spm_hub.cli.output import Output, table
 from spm_hub.errors import SpmHubError
 
 if TYPE_CHECKING:
+    from spm_hub.adapters.adapter import Adapter
     from spm_hub.registry.entry import EraserEntry
     from spm_hub.registry.verification import Check
 
@@ -44,18 +47,20 @@ def verify(
     """Check erasers without using them.
 
     It checks size and sha256 against the manifest, the layout of the file, that its numbers are finite, the manifest
-    inside it, its entry in the lock file, its signature and its recipe's keys. What an eraser does is said by
-    `spmhub audit`. The exit code is 1 if a check failed.
+    inside it, its entry in the lock file, its signature, its recipe's keys, and what `spmhub audit` says of it together
+    with the others of the registry. The exit code is 1 if a check failed.
     """
     from spm_hub.hub.resolve import resolve
     from spm_hub.registry.registry import registries
     from spm_hub.registry.verification import verify as run
 
-    entries = [resolve(name, registry, say=out.say) for name in names] if names else registries(registry)[0].entries()
+    held = registries(registry)[0].entries()
+    entries = [resolve(name, registry, say=out.say) for name in names] if names else held
     found: list[dict[str, Any]] = []
     with out.progress("verifying") as progress:
+        audits = _audits(entries, held)
         for number, entry in enumerate(entries):
-            checks = [vars(check) for check in (*run(entry, key), _recipe(entry))]
+            checks = [vars(check) for check in (*run(entry, key), _recipe(entry), audits[number])]
             ok = all(check["state"] != "failed" for check in checks)
             found.append({"name": entry.name, "file": str(entry.adapter_path), "ok": ok, "checks": checks})
             progress(number + 1, len(entries))
@@ -88,6 +93,32 @@ def _recipe(entry: "EraserEntry") -> "Check":
     except SpmHubError as error:
         return Check("recipe", "failed", error.message)
     return Check("recipe", "ok", f"every key is known: {recipe.method} on {recipe.target}")
+
+
+def _audits(entries: "Sequence[EraserEntry]", held: "Sequence[EraserEntry]") -> "list[Check]":
+    """Audit erasers together with the others of a registry, as far as these can be read.
+
+    That one names no concept is no failure: other programs' files name none.
+    """
+    from spm_hub.hub.audit import audit as run
+    from spm_hub.registry.verification import Check
+
+    loaded: dict[Path, Adapter] = {}
+    for entry in (*entries, *held):
+        with suppress(SpmHubError, OSError):
+            loaded.setdefault(entry.adapter_path, entry.load())
+    asked = dict.fromkeys(entry.adapter_path for entry in entries if entry.adapter_path in loaded)
+    beside = [adapter for path, adapter in loaded.items() if path not in asked]
+    findings = dict(zip(asked, run([loaded[path] for path in asked], beside=beside), strict=True))
+    checks = []
+    for entry in entries:
+        if (found := findings.get(entry.adapter_path)) is None:
+            checks.append(Check("audit", "not checked", "the eraser cannot be read"))
+            continue
+        unknown = loaded[entry.adapter_path].manifest.concept.target is None
+        bad = len(found.problems) > unknown
+        checks.append(Check("audit", "failed" if bad else "ok", "; ".join(found.problems) or "nothing to say"))
+    return checks
 
 
 @command(

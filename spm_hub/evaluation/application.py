@@ -83,6 +83,7 @@ def apply(
     mode: Mode = "auto",
     threshold: float | None = None,
     top_k: int | None = None,
+    force: bool = False,
     compare: bool = True,
     out: Path | None = None,
     grid: bool = True,
@@ -92,7 +93,7 @@ def apply(
 ) -> Applied:
     """Draw every prompt with the erasers and, if `compare`, from the same noise without them.
 
-    base: after its `check`. gate to top_k: as for `attach`. out: a folder for the pictures as PNG files, each written
+    base: after its `check`. gate to force: as for `attach`. out: a folder for the pictures as PNG files, each written
     as soon as it is drawn under a name that no file there has, and for a grid if `grid`.
     erase: concepts to erase too, by erasers of `registry` that fit the base or, where it has none, by new ones.
     look: whether a quick look says what each new one does, where that takes seconds.
@@ -127,7 +128,7 @@ def apply(
             shown = show(
                 pipe, adapters, prompts, drawing,
                 gate=gate, strength=strength, rows=rows, mode=mode, threshold=threshold, top_k=top_k,
-                compare=compare, reporter=reporter, progress=progress,
+                force=force, compare=compare, reporter=reporter, progress=progress,
                 each=_keep_nothing if folder is None else folder.keep,
             )  # fmt: skip
         if folder is not None and grid:

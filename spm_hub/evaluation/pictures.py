@@ -85,6 +85,7 @@ def show(
     mode: Mode = "auto",
     threshold: float | None = None,
     top_k: int | None = None,
+    force: bool = False,
     compare: bool = True,
     reporter: Reporter | None = None,
     progress: ProgressCallback | None = None,
@@ -92,8 +93,8 @@ def show(
 ) -> tuple[PromptPictures, ...]:
     """Draw every prompt with `adapters` attached and, if `compare`, from the same noise without them.
 
-    gate, strength, rows, mode, threshold, top_k, reporter: as for `attach`; None means the setting in each eraser's
-    manifest.
+    gate, strength, rows, mode, threshold, top_k, force, reporter: as for `attach`; None means the setting in each
+    eraser's manifest.
     progress: called with the denoising steps done and their total.
     each: called with a prompt's index and its pictures under one condition, as soon as they are drawn.
     The pipeline is restored at the end. Raises UsageError if there is no prompt, or an empty one.
@@ -106,7 +107,7 @@ def show(
     def attached() -> Attachment:
         return attach(
             pipe, adapters, gate=gate, strength=strength, rows=rows, mode=mode, threshold=threshold, top_k=top_k,
-            reporter=reporter,
+            force=force, reporter=reporter,
         )  # fmt: skip
 
     def draw_all(condition: str) -> None:

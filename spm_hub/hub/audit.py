@@ -9,40 +9,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.checkpoint_folder import FolderWeights
-from spm_hub.adapters.formats.module_names import dotted, family_of, flat
+from spm_hub.adapters.formats.module_names import contradicted, dotted, flat
+from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.manifest import Manifest
-from spm_hub.adapters.overlap import inner_products, undoings
+from spm_hub.adapters.overlap import inner_products, squared_norms, undoings
 from spm_hub.attachment.gates.bank import sentences
-from spm_hub.attachment.gates.name_matcher import NameMatcher, words_of
+from spm_hub.attachment.objections import (
+    MOST_NAMES,
+    MOST_PROTECTED,
+    about_changes,
+    beyond_limits,
+    matcher_of,
+)
 from spm_hub.errors import SpmHubError
-from spm_hub.io.untrusted_text import one_line
 from spm_hub.models.aliases import ALIASES
-from spm_hub.models.architectures import fingerprint
+from spm_hub.models.architectures import fingerprint_by_names
 from spm_hub.models.references import local_folder, parse_reference
 
-MOST_STRENGTH = 4.0
-"""Greatest strength that nothing is said about; the strengths of published erasers are near 1."""
-MOST_CHANGE = 0.9
-"""Greatest change of a weight, as a share of its own norm, that nothing is said about."""
 MOST_ACTING = 0.02
 """Greatest share of the general sentences with a name of the eraser that nothing is said about."""
-MOST_NAMES, MOST_PROTECTED = 64, 256
-
-_LEAST_LETTERS = 3
-_SIGN = re.compile(r"<\|.*?\|>|</?s>|<(pad|unk|mask|bos|eos)>|\[(PAD|UNK|CLS|SEP|MASK)\]|</w>|\u2581|<extra_id_\d+>")
-_STOP_WORDS = frozenset(
-    "a about above after all also an and any are around as at be before behind below between both but by can each for "
-    "from had has have he her his how in into is it its just more most my near no not of off on one only or other our "
-    "out over own she so some such than that the their them then there these they this those through to too two under "
-    "up very was we were what when where which who with you your".split()
-)
 
 
 @dataclass(frozen=True)
@@ -53,6 +45,7 @@ class Findings:
     other erasers whose change it takes back. greatest_change: of a weight, as a share of that weight's norm, and the
     module it is in; None without a base. norm: of the whole change, at its strength. outside: the share of the squared
     norm outside cross-attention, for information. acting: the share of the general sentences with one of its names.
+    spares: the names of other erasers whose concepts its protected prompts name, for information.
     """
 
     name: str
@@ -62,6 +55,7 @@ class Findings:
     outside: float
     acting: float
     greatest_change: tuple[float, str] | None = None
+    spares: tuple[str, ...] = ()
 
 
 def audit(
@@ -80,67 +74,35 @@ def audit(
     """
     together = [*adapters, *beside]
     strengths = [adapter.manifest.gate.strength for adapter in together]
-    undone = undoings(inner_products([adapter.increments for adapter in together]), strengths)
+    norms = [squared_norms(adapter.increments) for adapter in together]
+    undone = undoings(inner_products([adapter.increments for adapter in together]), strengths, norms)
     known = [*(adapter.manifest for adapter in together), *others]
+    base_of = cache(_base)
     found = []
     for index, adapter in enumerate(adapters):
         undoes = [(together[one.of].name, one.cosine) for one in undone if one.by == index]
-        folder = _denoiser_folder(model or _public(adapter.manifest.base.id))
-        change = None if folder is None else _greatest_change(adapter, FolderWeights(folder))
+        own = base_of(_public(adapter.manifest.base.id))
+        base = own if model is None else base_of(model)
+        squares = norms[index]
+        changes = {} if base is None else _changes(adapter, squares, base)
+        change = max(((size, path) for path, size in changes.items()), default=None)
+        beyond = about_changes(changes)
         acting = _acting(adapter.manifest)
         problems = [
             *beyond_limits(adapter.manifest),
-            *_about_change(change),
+            *((beyond,) if beyond is not None else ()),
             *(f"its change and that of {name} undo each other (cosine {cosine:.2f})" for name, cosine in undoes),
             *_about_names(adapter.manifest, acting, known),
-            *_about_claims(adapter),
+            *_about_explicit(adapter.manifest, known),
+            *_about_claims(adapter, own),
         ]
-        squares = _squared_norms(adapter)
         total = math.fsum(squares.values())
         inside = math.fsum(square for path, square in squares.items() if _is_cross_attention(path))
         norm, outside = abs(adapter.manifest.gate.strength) * math.sqrt(total), 1 - inside / total if total else 0.0
         others_undone = tuple(name for name, _ in undoes)
-        found.append(Findings(adapter.name, tuple(problems), others_undone, norm, outside, acting, change))
+        spares = _spared(adapter.manifest, known)
+        found.append(Findings(adapter.name, tuple(problems), others_undone, norm, outside, acting, change, spares))
     return found
-
-
-def beyond_limits(manifest: Manifest) -> tuple[str, ...]:
-    """Return in words where a stranger's manifest asks for more than an honest eraser needs.
-
-    The limits: a strength from 0 to 4; at most 64 names, each of three letters or more that are all seen, and more than
-    stop words and a tokenizer's own signs; at most 256 protected prompts, none of which names the concept. Reads no
-    tensor.
-    """
-    names, protected = manifest.concept.names, manifest.gate.protected
-    found = _about_strength(manifest)
-    if len(names) > MOST_NAMES:
-        found.append(f"it has {len(names)} names; {MOST_NAMES} are allowed")
-    if len(protected) > MOST_PROTECTED:
-        found.append(f"it never acts on {len(protected)} prompts; {MOST_PROTECTED} are allowed")
-    for name in names[:MOST_NAMES]:
-        if (reason := _objection(name)) is not None:
-            found.append(f"its name {one_line(name[:40])!r} {reason}")
-            break
-    matcher = _matcher(names[:MOST_NAMES])
-    own = next((prompt for prompt in protected[:MOST_PROTECTED] if matcher.match(prompt)), None)
-    if own is not None:
-        found.append(f"it never acts on {one_line(own[:40])!r}, which names its own concept")
-    return tuple(found)
-
-
-def _objection(name: str) -> str | None:
-    """Return the reason why a gate should not look for a name, None if there is none."""
-    if one_line(name) != name:
-        return "has characters that are not seen"
-    if _SIGN.search(name):
-        return "is a tokenizer's own sign"
-    letters = [letter for letter in name if letter.isalpha()]
-    # A Chinese, Japanese or Korean letter is as much as a syllable or a word.
-    if len(letters) < _LEAST_LETTERS and not any(letter >= "\u3040" for letter in letters):
-        return f"has fewer than {_LEAST_LETTERS} letters"
-    if all(word in _STOP_WORDS for word in words_of(name)):
-        return "is in every other sentence"
-    return None
 
 
 def _public(base: str) -> str:
@@ -151,56 +113,55 @@ def _public(base: str) -> str:
     return base if base in ALIASES or re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
 
 
-def _denoiser_folder(model: str) -> Path | None:
-    """Return the folder of a model's denoiser; None where there is none on this machine."""
+def _base(model: str) -> _Base | None:
+    """Return the denoiser of a model; None where there is none on this machine."""
     try:
         folder = local_folder(parse_reference(model)) if model else None
     except SpmHubError:
         return None
     parts = () if folder is None else (folder / "unet", folder / "transformer")
-    return next((part for part in parts if part.is_dir()), None)
+    return next((_Base(part) for part in parts if part.is_dir()), None)
 
 
-def _greatest_change(adapter: Adapter, base: FolderWeights) -> tuple[float, str]:
-    """Return the greatest change of a weight, as a share of its norm, and its module."""
-    strength, greatest = abs(adapter.manifest.gate.strength), (0.0, "")
-    keys = {path: f"{dotted(path)}.weight" for path in adapter.increments}
-    for path, increment in adapter.increments.items():
-        if keys[path] not in base:
-            continue
-        (weight,) = base.read([keys[path]]).values()
-        if increment.weight_shape and math.prod(increment.weight_shape) != weight.numel():
-            continue
-        change = (
-            strength * float(increment.delta_for(weight).double().norm()) / max(float(weight.double().norm()), 1e-30)
-        )
-        greatest = max(greatest, (change, path))
-    return greatest
+class _Base:
+    """The denoiser of a base on this machine: its shapes, norms and fingerprint."""
+
+    def __init__(self, folder: Path) -> None:
+        self._weights = FolderWeights(folder)
+        self.shapes = self._weights.shapes()
+        self._norms: dict[str, float] = {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint_by_names(self.shapes)
+
+    def fits(self, path: str, increment: Increment) -> bool:
+        """Return whether there is a weight of this path, with as many elements as the increment's."""
+        there, shape = self.shapes.get(f"{dotted(path)}.weight"), increment.weight_shape
+        return there is not None and (shape is None or math.prod(shape) == math.prod(there))
+
+    def norm(self, path: str) -> float:
+        """Return the norm of a module's weight, never 0."""
+        if path not in self._norms:
+            (weight,) = self._weights.read([f"{dotted(path)}.weight"]).values()
+            self._norms[path] = max(float(weight.double().norm()), 1e-30)
+        return self._norms[path]
 
 
-def _squared_norms(adapter: Adapter) -> dict[str, float]:
-    return {path: float(inner_products([{path: increment}])[0, 0]) for path, increment in adapter.increments.items()}
+def _changes(adapter: Adapter, squares: Mapping[str, float], base: _Base) -> dict[str, float]:
+    """Return how much an eraser changes the weights of its modules, as shares of their norms."""
+    strength = abs(adapter.manifest.gate.strength)
+    return {
+        path: strength * math.sqrt(max(square, 0.0)) / base.norm(path)
+        for path, square in squares.items()
+        if square and base.fits(path, adapter.increments[path])
+    }
 
 
 def _is_cross_attention(path: str) -> bool:
     """Tell whether a module is in a layer of attention to the text; transformers attend to both in one."""
     name = flat(path)
     return "attn2" in name or ("_attn_" in name and "transformer_blocks" in name and "attn1" not in name)
-
-
-def _about_strength(manifest: Manifest) -> list[str]:
-    strength = manifest.gate.strength
-    if strength < 0:
-        return [f"its strength is {strength:g}: it adds what it claims to erase"]
-    if strength > MOST_STRENGTH:
-        return [f"its strength is {strength:g}; nothing above {MOST_STRENGTH:g} is usual"]
-    return []
-
-
-def _about_change(change: tuple[float, str] | None) -> list[str]:
-    if change is None or change[0] <= MOST_CHANGE:
-        return []
-    return [f"it changes {change[1]} by {change[0]:.3g} times that weight's own norm"]
 
 
 def _about_names(manifest: Manifest, acting: float, known: Sequence[Manifest]) -> list[str]:
@@ -219,17 +180,33 @@ def _about_names(manifest: Manifest, acting: float, known: Sequence[Manifest]) -
     return found
 
 
-def _about_claims(adapter: Adapter) -> list[str]:
-    """Compare the family and the fingerprint of the manifest with the tensors."""
-    base, found = adapter.manifest.base, []
-    family = family_of(adapter.increments)
-    if family is not None and family != base.family:
-        found.append(f"its manifest says family {base.family!r}, its tensors are of {family!r}")
-    shapes = {path: increment.weight_shape for path, increment in adapter.increments.items()}
-    if base.fingerprint and all(shape is not None for shape in shapes.values()):
-        actual = fingerprint({path: shape for path, shape in shapes.items() if shape is not None})
-        if actual != base.fingerprint:
-            found.append("the fingerprint in its manifest is not that of its tensors")
+def _spared(manifest: Manifest, known: Sequence[Manifest]) -> tuple[str, ...]:
+    """Return the names of other erasers whose concepts are in protected prompts."""
+    others = [one for one in known if one.name != manifest.name and one.concept.names]
+    protected = manifest.gate.protected[:MOST_PROTECTED]
+    named = {one.name: matcher_of(one.concept.names[:MOST_NAMES]) for one in others if protected}
+    return tuple(name for name, matcher in named.items() if any(matcher.match(prompt) for prompt in protected))
+
+
+def _about_explicit(manifest: Manifest, known: Sequence[Manifest]) -> list[str]:
+    """Name an eraser of nudity and the like that another one of that kind has no effect on."""
+    explicit = [one for one in known if one.concept.kind == "nsfw"]
+    if manifest.concept.kind != "nsfw":
+        return []
+    return [f"it never acts on prompts that name what {name} erases" for name in _spared(manifest, explicit)]
+
+
+def _about_claims(adapter: Adapter, base: _Base | None) -> list[str]:
+    """Compare the family and base that the manifest states with the tensors and the base."""
+    stated, found = adapter.manifest.base, []
+    if (family := contradicted(stated.family, adapter.increments)) is not None:
+        found.append(f"its manifest says family {stated.family!r}, its tensors are of {family!r}")
+    if base is not None:
+        misfit = next((path for path, one in adapter.increments.items() if not base.fits(path, one)), None)
+        if misfit is not None:
+            found.append(f"its manifest says base {stated.id}, which has no {misfit} of the shape that it changes")
+        if stated.fingerprint not in ("", base.fingerprint):
+            found.append(f"the fingerprint in its manifest is not that of its base, {stated.id}")
     return found
 
 
@@ -239,11 +216,5 @@ def _acting(manifest: Manifest) -> float:
 
 
 def _sentences_with(names: Sequence[str]) -> list[str]:
-    matcher = _matcher(tuple(names))
+    matcher = matcher_of(tuple(names))
     return [text for text in sentences() if matcher.match(text)]
-
-
-@lru_cache(maxsize=128)
-def _matcher(names: tuple[str, ...]) -> NameMatcher:
-    """Return a matcher that takes no word for a misspelling of another."""
-    return NameMatcher(names, lambda word: 1.0, lambda word: True)

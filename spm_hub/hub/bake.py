@@ -78,19 +78,22 @@ def bake(
     return baking.bake(pipe, erasers, Path(out), strength=strength, base=base, replace=replace)
 
 
-def recover(checkpoint: Path, name: str, registry: Path | None = None) -> Provenance:
+def recover(checkpoint: Path, name: str, registry: Path | None = None, *, force: bool = False) -> Provenance:
     """Take one eraser out of a baked checkpoint, as `adapters.baking.recover` does.
 
     Where a signature is required, each eraser that stays has to be one that a registry holds signed: a checkpoint keeps
-    erasers without their signatures. registry: a folder to look for them in first.
+    erasers without their signatures. registry: a folder to look for them in first. force: fold the others at any
+    strength that the checkpoint records.
     Raises SignatureError, and the errors of `adapters.baking.recover`.
     """
     from spm_hub.adapters import baking
     from spm_hub.registry import signing
 
     if signing.required_key() is None:
-        return baking.recover(checkpoint, name)
-    return baking.recover(checkpoint, name, check=lambda eraser: _check_signed(eraser, checkpoint, registry))
+        return baking.recover(checkpoint, name, force=force)
+    return baking.recover(
+        checkpoint, name, check=lambda eraser: _check_signed(eraser, checkpoint, registry), force=force
+    )
 
 
 def _check_signed(baked: Adapter, checkpoint: Path, registry: Path | None) -> None:

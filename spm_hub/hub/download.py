@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 from httpx2 import ConnectError, ConnectTimeout, TransportError
 from huggingface_hub import (
+    ModelInfo,
     constants,
     errors,
     get_hf_file_metadata,
@@ -27,11 +28,53 @@ from huggingface_hub.file_download import HfFileMetadata, repo_folder_name
 # Documented as public, but not re-exported by name.
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-from spm_hub.errors import HubError
+from spm_hub.errors import HubError, TooLargeError, UsageError
+from spm_hub.io.environment import SIZE_VARIABLE
 from spm_hub.io.hub_client import SECONDS_TO_REACH_THE_HUB, TRIES, pause_after, retry
 from spm_hub.io.progress import ProgressCallback
 
 _ETAG = re.compile(r"[\w.-]{1,128}")
+_MEGABYTE = 2**20
+_UNASKED = 512
+"""Megabytes: all layers of SDXL at rank 32 are 400, and a stranger may truthfully say 60 GB."""
+
+
+def largest_without_consent() -> int:
+    """Return the bytes of the largest eraser that is downloaded without a question.
+
+    It is the environment variable's number of megabytes, or 512. Raises UsageError if that is no number.
+    """
+    said = os.environ.get(SIZE_VARIABLE, "").strip() or str(_UNASKED)
+    if not said.isdecimal():
+        raise UsageError(
+            f"{SIZE_VARIABLE} is {said!r}; it is a number of megabytes", mend=f"{SIZE_VARIABLE}={_UNASKED}"
+        )
+    return int(said) * _MEGABYTE
+
+
+def check_size(repo: str, name: str, size: int | None, allowed: int) -> None:
+    """Raise TooLargeError for a file of more than `allowed` bytes; None is an unknown size."""
+    if size is not None and size > allowed:
+        raise TooLargeError(
+            f"{repo}: {name} has {size / _MEGABYTE:,.1f} MB, more than the {allowed / _MEGABYTE:,.1f} MB that are "
+            "downloaded without a question; nothing was downloaded",
+            mend=f"if you want it: spmhub pull {repo} --yes; {SIZE_VARIABLE}=MB is another limit",
+        )
+
+
+def announced_size(repo: str, info: ModelInfo, weights: str, stated: int | None) -> int | None:
+    """Return the size of a file in bytes, by the Hub or else by the manifest; None if unknown.
+
+    Raises HubError if they differ.
+    """
+    size = next((sibling.size for sibling in info.siblings or () if sibling.rfilename == weights), None)
+    if None not in (size, stated) and size != stated:
+        raise HubError(
+            f"{repo}: its manifest says increment.bytes {stated}, but {weights} has {size}",
+            mend="report it to the author",
+        )
+    known = stated if size is None else size
+    return known if known is not None else _metadata(hf_hub_url(repo, weights, revision=info.sha)).size
 
 
 def fetch(

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import ModelInfo, constants, errors, hf_hub_download
+from huggingface_hub import constants, errors, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.manifest import MAX_BYTES, Concept, Manifest, Origin, slug
 from spm_hub.errors import HubError, HubNotFoundError, NetworkError, NotFoundError, SpmHubError, UsageError
 from spm_hub.hub.changes import Changes, changes_between
-from spm_hub.hub.download import fetch
+from spm_hub.hub.download import announced_size, check_size, fetch, largest_without_consent
 from spm_hub.io.atomic import write_atomic
 from spm_hub.io.hashing import sha256_of
 from spm_hub.io.hub_client import is_commit, repository_info, translate_errors
@@ -30,12 +30,16 @@ _COMPARED = 64
 """How many erasers of the registry a new one is compared with; `spmhub audit` compares all."""
 
 
-def download(repo: str, revision: str | None = None, *, progress: ProgressCallback | None = None) -> EraserEntry:
+def download(
+    repo: str, revision: str | None = None, *, largest: int | None = None, progress: ProgressCallback | None = None
+) -> EraserEntry:
     """Download a repository's adapter and manifest, of one commit, into the Hub's cache.
 
     A commit that is already in the cache needs no request; a cached branch or tag is used if the Hub is out of reach.
     Downloaded files are verified against the hashes of the Hub and of the manifest before they enter the cache.
-    Raises HubNotFoundError, HubError, ManifestError, NetworkError; UsageError if the repository has several adapters.
+    largest: bytes that the adapter may have; None is `download.largest_without_consent`.
+    Raises HubNotFoundError, HubError, ManifestError, NetworkError; TooLargeError before anything large is downloaded;
+    UsageError if the repository has several adapters.
     """
     cached = _cached(repo, revision)
     # A cached adapter without a manifest may come from another program, which did not download the manifest.
@@ -60,18 +64,20 @@ def download(repo: str, revision: str | None = None, *, progress: ProgressCallba
             manifest = Manifest.read(manifest_path)
         weights = _choose_file(repo, names, manifest)
         stated = None if manifest is None else manifest.increment
-        if stated is not None:
-            _compare_sizes(repo, info, weights, stated.bytes)
+        stated_bytes = None if stated is None else stated.bytes
+        announced = announced_size(repo, info, weights, stated_bytes)
+        allowed = largest_without_consent() if largest is None else largest
+        if is_new:
+            check_size(repo, weights, announced, allowed)
         # Fetch the signature before the weights: a cached commit with weights is used as it is, signature included.
         if signing.SIGNATURE_NAME in names:
             fetch(repo, signing.SIGNATURE_NAME, commit, largest=signing.MAX_BYTES)
-        stated_bytes = None if stated is None else stated.bytes
         path = fetch(
             repo,
             weights,
             commit,
             sha256=None if stated is None else stated.sha256,
-            largest=storage.MAX_BYTES if stated_bytes is None else min(stated_bytes, storage.MAX_BYTES),
+            largest=min(allowed if announced is None else announced, storage.MAX_BYTES),
             progress=progress,
         )
     _write_ref(repo, revision, commit)
@@ -103,6 +109,7 @@ def pull(
     asked: str | None = None,
     pin: lockfile.Pin | None = None,
     replace: bool = False,
+    largest: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> PullResult:
     """Download a repository's eraser into `registry`, pinned to its commit in the registry's lock file.
@@ -113,11 +120,12 @@ def pull(
     pin: commit and sha256 that the download must have, regardless of what `revision` names now.
     replace: replace any eraser of that name, and write again an unchanged one. Without it only an eraser from the same
     repository is replaced, and only by one of the same concept and sign.
+    largest: bytes that its file may have; None is `download.largest_without_consent`.
     Raises UsageError for a new name of a signed eraser and for another concept than the file's, HubError for another
     eraser than the one that was asked for or is held and for one beyond the limits of strangers, SignatureError for an
     older one than is held, and the errors of `download` and `Registry.install`; the registry is unchanged then.
     """
-    entry = download(repo, revision if pin is None else pin.commit, progress=progress)
+    entry = download(repo, revision if pin is None else pin.commit, largest=largest, progress=progress)
     entry = dataclasses.replace(entry, asked=asked or name or entry.asked)
     origin = Origin(repo=repo, commit=_commit_of(entry), revision=_named(revision))
     if name is not None and pin is None and entry.signature_path is not None:
@@ -184,7 +192,7 @@ def _audited(adapter: Adapter, repo: str, registry: Registry, *, accepted: bool)
 
 def _check_limits(repo: str, manifest: Manifest) -> None:
     """Raise HubError if a stranger's manifest asks for more than an eraser needs."""
-    from spm_hub.hub.audit import beyond_limits  # which needs torch
+    from spm_hub.attachment.objections import beyond_limits  # which needs torch
 
     if beyond := beyond_limits(manifest):
         raise HubError(
@@ -216,14 +224,18 @@ def _changes(existing: EraserEntry, entry: EraserEntry, manifest: Manifest, *, n
     return changes_between(old, dataclasses.replace(entry.load(), manifest=manifest))
 
 
-def restore(registry: Registry, *, progress: ProgressCallback | None = None) -> Iterator[PullResult]:
+def restore(
+    registry: Registry, *, largest: int | None = None, progress: ProgressCallback | None = None
+) -> Iterator[PullResult]:
     """Pull, at their pinned commits, all erasers of the lock file that the registry lacks.
 
-    An eraser whose file does not match its pin is pulled too.
+    An eraser whose file does not match its pin is pulled too. largest: as for `pull`, of each.
     """
     for name, pin in lockfile.read(registry.root).items():
         if not _has_pinned(registry, name, pin):
-            yield pull(pin.repo, pin.revision, registry=registry, name=name, pin=pin, progress=progress)
+            yield pull(
+                pin.repo, pin.revision, registry=registry, name=name, pin=pin, largest=largest, progress=progress
+            )
 
 
 @dataclass(frozen=True)
@@ -347,16 +359,6 @@ def _choose_file(repo: str, files: list[str], manifest: Manifest | None) -> str:
             mend=f"hf download {repo} {quoted(found[0])} --local-dir . and give its path",
         )
     return found[0]
-
-
-def _compare_sizes(repo: str, info: ModelInfo, weights: str, stated: int | None) -> None:
-    """Raise HubError if the Hub announces another file size than the manifest; nothing is downloaded yet."""
-    size = next((sibling.size for sibling in info.siblings or () if sibling.rfilename == weights), None)
-    if None not in (size, stated) and size != stated:
-        raise HubError(
-            f"{repo}: its manifest says increment.bytes {stated}, but {weights} has {size}",
-            mend="report it to the author",
-        )
 
 
 def _cached(repo: str, revision: str | None) -> EraserEntry | None:

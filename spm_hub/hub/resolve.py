@@ -76,8 +76,8 @@ class _Asking:
 
     def _at_hub(self, repo: str, revision: str | None, known: Sequence[Registry]) -> EraserEntry:
         """Return the eraser of a repository: the one that was pulled from it, or its download."""
+        from spm_hub.attachment.objections import beyond_limits
         from spm_hub.hub import pull as hub_pull
-        from spm_hub.hub.audit import beyond_limits
         from spm_hub.io.hub_client import is_commit
 
         if (pinned := _pinned(repo, revision, known)) is not None:

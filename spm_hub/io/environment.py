@@ -8,3 +8,6 @@ KEY_VARIABLE = "SPMHUB_REQUIRE_SIGNATURE"
 
 OWNER_VARIABLE = "SPMHUB_OWNER"
 """The Hub user whose repositories are asked for a name that no registry has; empty for none."""
+
+SIZE_VARIABLE = "SPMHUB_LARGEST_DOWNLOAD"
+"""Megabytes (2**20 bytes) of the largest eraser that is downloaded without a question."""

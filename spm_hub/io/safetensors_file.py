@@ -127,6 +127,8 @@ def _count_bad(tensor: "Tensor") -> int:
     """
     import torch
 
+    if not tensor.numel():  # thousands of these have to be read in no time
+        return 0
     if tensor.dtype is torch.bool:
         return int((tensor.view(torch.uint8) > 1).sum())
     if not tensor.is_floating_point():

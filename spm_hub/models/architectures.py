@@ -41,6 +41,8 @@ FEW_STEPS = 4
 # are also the widest layers of an MMDiT: without them an eraser of FLUX is a quarter smaller.
 _MODULATION = re.compile(r"(.*\.)?(norm\w*|\w*_norm|adaln\w*|\w*_mod|mod|\w*modulation\w*)(\..*)?")
 # to_q, to_query, to_qkv, to_qkv_mlp_proj, q_proj, qkv, query
+# The modules inside the blocks of named families, by their paths: Transformer2DModel, and the blocks of an MMDiT.
+_IN_BLOCKS = re.compile(r"(\w+_blocks?\.(\d+\.)?attentions\.\d+|(single_)?transformer_blocks\.\d+)\.")
 _QUERIES = re.compile(r"(to_)?q(uery|kv\w*)?(_proj)?")
 _UNET = ("UNet2DConditionModel",)
 GENERIC = "generic"
@@ -224,6 +226,16 @@ def fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
 def fingerprint_of(denoiser: nn.Module) -> str:
     """Return the fingerprint of a denoiser's targets."""
     return fingerprint({path: shape_of(module) for path, module in targets(denoiser).items()})
+
+
+def fingerprint_by_names(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Return the fingerprint of a denoiser of SD, SD3 or FLUX.1 by its tensors, without building it.
+
+    shapes: of all tensors in its files, by their keys.
+    """
+    weights = {key.removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight")}
+    matrices = {path: shape for path, shape in weights.items() if len(shape) > 1 and _IN_BLOCKS.match(path)}
+    return fingerprint({path: shape for path, shape in matrices.items() if not _MODULATION.fullmatch(path)})
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:

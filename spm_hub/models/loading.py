@@ -276,9 +276,9 @@ def _reading(reference: str) -> Iterator[None]:
 
     try:
         yield
-    # The last three where an index names something that is no class, or no part, of diffusers.
+    # The last four where an index names something that is no class, or no part, of diffusers.
     except (
-        OSError, ValueError, KeyError, RuntimeError, SafetensorError, AttributeError, TypeError, ImportError
+        OSError, ValueError, RuntimeError, SafetensorError, LookupError, AttributeError, TypeError, ImportError
     ) as error:  # fmt: skip
         raise ModelError(f"model {reference!r} cannot be loaded: {_first_line(error)}", mend="spmhub doctor") from error
 

@@ -188,8 +188,11 @@ class Registry:
             raise UsageError(f"{name!r} is not a valid name for an eraser", mend=f"name it {slug(name)}")
         manifest = storage.part_path(self.root, storage.MANIFESTS, name)
         entry = EraserEntry(name, storage.part_path(self.root, storage.ADAPTERS, name), manifest)
-        if name in storage.RESERVED:
-            raise RegistryError(f"{name!r} is a reserved name: {manifest} is not a manifest")
+        if storage.is_reserved(name):
+            raise RegistryError(
+                f"{name!r} is a reserved name: of our own files, or of a device on Windows",
+                mend="another name with --name; in Python name=",
+            )
         if entry.adapter_path.exists() and not replace and not _same_repository(entry, origin):
             raise RegistryError(
                 f"{self.root} already has an eraser named {name!r}",

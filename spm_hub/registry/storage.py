@@ -32,7 +32,10 @@ SECONDS_TO_WAIT = 600.0
 """Longer than the largest adapter takes to copy; a process that keeps the lock for longer is stuck."""
 
 RESERVED = frozenset({"schema"})
-"""Names that no eraser may have: manifests/schema.json is the JSON Schema of manifests."""
+"""Names of our own files: manifests/schema.json is the JSON Schema of manifests."""
+
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+"""Names that Windows has devices under, with any ending; a registry may be carried there."""
 
 _JOURNAL = "journal.json"
 _LARGEST_JOURNAL = 2**20
@@ -42,6 +45,11 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 def part_path(root: Path, folder: str, name: str) -> Path:
     """Return the path of the file of eraser `name` in `folder` (ADAPTERS, MANIFESTS or SIGNATURES)."""
     return root / folder / f"{name}{SUFFIXES[folder]}"
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether no eraser may have this name: our own files have it, or Windows' devices."""
+    return name in RESERVED or _DEVICES.fullmatch(name) is not None
 
 
 @contextmanager

@@ -242,6 +242,59 @@ def test_an_altered_bake_is_refused_and_left_alone(tmp_path: Path) -> None:
         recover(out, "snoopy")
 
 
+@pytest.mark.parametrize("strength", [-1.0, 4.5, 1e38])
+def test_a_record_of_a_strength_beyond_the_limits_needs_force(tmp_path: Path, strength: float) -> None:
+    pipe = pico_pipeline()
+    erasers = [pico_eraser(pipe.unet, name, seed) for seed, name in enumerate(("snoopy", "mickey"))]
+    out = tmp_path / "out"
+    bake(pipe, erasers, out)
+    said = json.loads((out / PROVENANCE).read_text())
+    (altered,) = [one for one in said["erasers"] if one["name"] == "mickey"]
+    altered["strength"] = strength
+    (out / PROVENANCE).write_text(json.dumps(said))
+    before = digest(out)
+    with pytest.raises(ModelError, match=r"would fold mickey again, and its strength is") as refused:
+        recover(out, "snoopy")
+    assert "--force" in str(refused.value.mend)
+    assert digest(out) == before
+    assert recover(tmp_path / "out", "mickey").erasers[0].name == "snoopy", "the one that is taken out does no harm"
+
+
+def test_a_strength_that_a_user_baked_is_recovered_by_force(tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    erasers = [pico_eraser(pipe.unet, name, seed) for seed, name in enumerate(("snoopy", "mickey"))]
+    bake(pipe, erasers, tmp_path / "both", strength={"mickey": -0.5})
+    bake(pipe, erasers[1:], tmp_path / "one", strength=-0.5)
+    recover(tmp_path / "both", "snoopy", force=True)
+    assert digest(tmp_path / "both") == digest(tmp_path / "one")
+
+
+@pytest.mark.parametrize("place", ["unet/notes.txt", "spmhub/erasers/more.safetensors", "unet/more"])
+def test_what_a_link_in_a_strangers_checkpoint_names_is_not_copied(tmp_path: Path, place: str) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key.pem").write_text("secret")
+    out = tmp_path / "out"
+    bake(pico_pipeline(), [pico_eraser(pico_pipeline().unet)], out)
+    (out / place).symlink_to(tmp_path / "private" / ("key.pem" if "." in place else ""))
+    before = digest(out)
+    with pytest.raises(ModelError, match=f"{Path(place).name} is a symbolic link"):
+        recover(out, "snoopy")
+    assert digest(out) == before
+
+
+@pytest.mark.parametrize("kind", ["large", "pipe"])
+def test_a_record_that_is_no_small_file(tmp_path: Path, kind: str) -> None:
+    bake(pico_pipeline(), [pico_eraser(pico_pipeline().unet)], tmp_path / "out")
+    record = tmp_path / "out" / PROVENANCE
+    if kind == "large":
+        record.write_bytes(record.read_bytes() + b" " * 2**21)
+    else:
+        record.unlink()
+        os.mkfifo(record)
+    with pytest.raises(ModelError, match=r"has more than|is no file"):
+        recover(tmp_path / "out", "snoopy")
+
+
 @pytest.mark.parametrize("denoiser", ["{outside}", "../other/unet", "unet/..", ""])
 def test_a_record_that_names_another_models_folder_overwrites_nothing(tmp_path: Path, denoiser: str) -> None:
     pipe = pico_pipeline()

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from spm_hub.adapters.increments import Dense, Increment, LowRank, Mask
-from spm_hub.adapters.overlap import inner_products, undoings
+from spm_hub.adapters.overlap import inner_products, squared_norms, undoings
 
 
 def low_rank(seed: int, rank: int, out: int, width: tuple[int, ...]) -> LowRank:
@@ -21,6 +21,11 @@ def whole(increment: Increment) -> np.ndarray:
     return increment.delta.double().flatten(1).numpy()
 
 
+def biases(one: Increment, other: Increment) -> float:
+    pair = [each.delta_bias for each in (one, other) if isinstance(each, Dense) and each.delta_bias is not None]
+    return float(pair[0] @ pair[1]) if len(pair) == 2 else 0.0
+
+
 def test_inner_products_are_those_of_the_whole_weights() -> None:
     generator = torch.Generator().manual_seed(7)
     erasers: list[dict[str, Increment]] = [
@@ -34,7 +39,7 @@ def test_inner_products_are_those_of_the_whole_weights() -> None:
     expected = [
         [
             sum(
-                (whole(one[path]) * whole(other[path])).sum()
+                (whole(one[path]) * whole(other[path])).sum() + biases(one[path], other[path])
                 for path in one.keys() & other.keys()
                 if not isinstance(one[path], Mask) and not isinstance(other[path], Mask)
             )
@@ -61,3 +66,18 @@ def test_who_undoes_whom_depends_on_signs_of_strengths_and_on_how_much_is_taken_
     (found,) = undoings(inner_products([{"m": one}, {"m": hidden}]), [1.0, 1.0])
     assert (found.by, found.of) == (1, 0)
     assert -0.5 < found.cosine <= -0.3
+
+
+def test_who_takes_another_back_in_few_modules_is_found_and_who_shares_none_is_not() -> None:
+    one = {name: low_rank(seed, 1, 5, (6,)) for seed, name in enumerate("abcdefgh")}
+    against = {"a": LowRank(one["a"].down, -one["a"].up)}
+    beside = {"z": LowRank(one["a"].down, -one["a"].up)}
+    unlike = {"a": low_rank(77, 1, 5, (6,))}
+    erasers: list[dict[str, Increment]] = [dict(one), dict(against), dict(beside), dict(unlike)]
+    products, norms = inner_products(erasers), [squared_norms(each) for each in erasers]
+    whole_cosine = products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()
+    assert -0.5 < whole_cosine < -0.1
+    assert (1, 0) not in {(each.by, each.of) for each in undoings(products, [1.0] * 4)}
+    assert (1, 0) in {(each.by, each.of) for each in undoings(products, [1.0] * 4, norms)}
+    assert {each.by for each in undoings(products, [1.0] * 4, norms)} <= {0, 1}
+    assert undoings(products, [1.0, -1.0, 1.0, 1.0], norms) == []

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from loopback import LoopbackHub
+from pico_families import family_pipeline
 from typer.testing import CliRunner
 
 import spm_hub
@@ -17,6 +19,7 @@ from spm_hub.cli import app
 from spm_hub.errors import HubError
 from spm_hub.hub.audit import Findings, audit
 from spm_hub.hub.pull import pull, restore
+from spm_hub.models.architectures import denoiser_of, fingerprint_by_names, fingerprint_of
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME
 from spm_hub.registry.registry import Registry
 
@@ -93,6 +96,60 @@ def test_a_weight_that_is_taken_away_whole_is_found(shipped: list[Adapter]) -> N
     weight = spm_hub.load_pipeline("sketchbook").unet.conv_in.weight.detach()
     trojan = altered(shipped[0], "trojan", {"conv_in": Dense(-weight)}, base={"fingerprint": ""})
     assert "it changes conv_in by 1 times that weight's own norm" in of(audit([trojan]), "trojan")
+
+
+def test_layers_that_read_the_text_may_be_changed_more(shipped: list[Adapter]) -> None:
+    path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    weight = spm_hub.load_pipeline("sketchbook").unet.get_submodule(path).weight.detach()
+    for times, found in ((5.0, False), (100.0, True)):
+        (said,) = audit([altered(shipped[0], "closed", {path: Dense(times * weight)})])
+        assert bool(said.problems) == found
+        assert said.greatest_change == (pytest.approx(times, rel=1e-4), path)
+
+
+def test_a_bias_that_outweighs_its_weight_is_found(shipped: list[Adapter]) -> None:
+    layer = spm_hub.load_pipeline("sketchbook").unet.conv_out
+    shift = Dense(torch.full_like(layer.weight, 1e-6).detach(), torch.full_like(layer.bias, 40.0).detach())
+    trojan = altered(shipped[0], "trojan", {"conv_out": shift})
+    assert "it changes conv_out by" in of(audit([trojan]), "trojan")
+
+
+def test_a_base_without_the_modules_that_are_changed_is_found(shipped: list[Adapter]) -> None:
+    path, one = next((path, one) for path, one in shipped[0].increments.items() if isinstance(one, LowRank))
+    other = altered(shipped[0], "other", {f"{path}.more": one})
+    assert f"base sketchbook, which has no {path}.more" in of(audit([other]), "other")
+
+
+def test_protected_prompts_of_others_are_told_and_of_nudity_a_problem(shipped: list[Adapter]) -> None:
+    gate = {"protected": ("mickey on the beach", "nudity")}
+    joint = altered(shipped[0], "joint", gate=gate)
+    (found,) = audit([joint], beside=shipped[1:])
+    assert found.spares == ("mickey", "nudity")
+    assert found.problems == ()
+    safe = altered(shipped[0], "safe", concept={"target": "nsfw", "kind": "nsfw"}, gate=gate)
+    (hollow,) = audit([safe], beside=shipped[1:])
+    assert hollow.problems == ("it never acts on prompts that name what nudity erases",)
+
+
+def test_the_fingerprint_of_a_base_by_its_files_is_that_of_the_model() -> None:
+    for name in ("sd1", "sd2", "sdxl", "sd3", "flux-dev"):
+        denoiser = denoiser_of(family_pipeline(name))
+        shapes = {key: tuple(value.shape) for key, value in denoiser.state_dict().items()}
+        assert fingerprint_by_names(shapes) == fingerprint_of(denoiser)
+
+
+def test_verify_says_what_an_audit_finds(shipped: list[Adapter], tmp_path: Path) -> None:
+    kept = Registry(tmp_path)
+    kept.add(shipped[0])
+    kept.add(altered(shipped[0], "hands", negated(shipped[0], 1.0), concept={"target": "blurry hands"}))
+    runner = CliRunner()
+    done = runner.invoke(app, ["verify", "hands", "--registry", str(tmp_path), "--json"])
+    assert done.exit_code == 1
+    (checked,) = [one for one in json.loads(done.stdout)[0]["checks"] if one["subject"] == "audit"]
+    assert checked["state"] == "failed"
+    assert "that of snoopy undo each other" in checked["detail"]
+    kept.remove("hands")
+    assert runner.invoke(app, ["verify", "--registry", str(tmp_path)]).exit_code == 0
 
 
 def test_a_base_that_is_not_here_is_left_out(shipped: list[Adapter]) -> None:

@@ -11,9 +11,9 @@ from pico import pico_eraser, pico_pipeline
 
 import spm_hub
 from spm_hub.adapters.manifest import Concept, Manifest
+from spm_hub.attachment.objections import beyond_limits
 from spm_hub.errors import HubError
 from spm_hub.hub import pull as hub_pull
-from spm_hub.hub.audit import beyond_limits
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME
 from spm_hub.registry.registry import Registry
 

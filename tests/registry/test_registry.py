@@ -185,6 +185,18 @@ def test_a_name_is_given_once(registry: Registry) -> None:
     assert registry.get("snoopy").load().name == "snoopy"
 
 
+@pytest.mark.parametrize("name", ["con", "nul", "aux", "prn", "com1", "lpt9", "con.snoopy", "nul.tar.gz"])
+def test_names_of_windows_devices_are_refused(name: str, registry: Registry) -> None:
+    with pytest.raises(RegistryError, match="is a reserved name"):
+        registry.add(named(name))
+    assert registry.find(name) is None
+
+
+@pytest.mark.parametrize("name", ["console", "com10", "lpt", "null", "snoopy.con"])
+def test_names_that_only_begin_as_those_are_kept(name: str, registry: Registry) -> None:
+    assert registry.add(named(name)).name == name
+
+
 def test_the_schema_is_not_overwritten(registry: Registry) -> None:
     with pytest.raises(RegistryError, match="reserved"):
         registry.add(named("schema"))

@@ -114,6 +114,28 @@ def family_of(increments: Mapping[str, Increment]) -> str | None:
     return _family_of_unet(shapes, telling)
 
 
+def contradicted(family: str, increments: Mapping[str, Increment]) -> str | None:
+    """Return the family of the increments if it is certain, and not the stated `family`.
+
+    Certain are names, text widths, and SD1's convolutions around attention. The number of blocks is no proof: small
+    checkpoints have fewer. Families that are not ours (`generic`, plug-ins') contradict nothing.
+    """
+    found = family_of(increments)
+    if family not in _ROOTS:
+        return None
+    if found in _ROOTS and _ROOTS[found] is not _ROOTS[family]:
+        # SD3 and FLUX.1 share the names of double blocks, and small FLUX models are as narrow as SD3.
+        return None if (family, found) == ("flux", "sd3") else found
+    if _ROOTS[family] is not _UNET_ROOTS:
+        return None
+    shapes = {flat(path): one.weight_shape for path, one in increments.items() if one.weight_shape}
+    widths = {shape[1] for path, shape in shapes.items() if path.endswith(("attn2_to_k", "attn2_to_v"))}
+    told = {_FAMILY_OF_TEXT_WIDTH[width] for width in widths if width in _FAMILY_OF_TEXT_WIDTH}
+    if not told and any(len(shape) == 4 for path, shape in shapes.items() if _PROJECTION.search(path)):
+        told = {"sd1"}  # not the other way round: programs write a 1x1 convolution's factors as matrices, too
+    return told.pop() if len(told) == 1 and family not in told else None
+
+
 def _family_of_transformer(shapes: Mapping[str, tuple[int, ...] | None]) -> str | None:
     """Return the family of double blocks: SD3 and FLUX.1 share their names, but not their width or number."""
     foreign = re.compile(r"transformer_blocks_\d+_(attn1_\w+|img_\w+|txt_\w+)")  # PixArt, Qwen-Image

@@ -19,6 +19,7 @@ from yaml.nodes import Node
 
 from spm_hub.adapters.manifest import NAME, slug
 from spm_hub.errors import RecipeError, UsageError
+from spm_hub.io.untrusted_text import one_line
 from spm_hub.training.methods import METHODS, Method, all_methods, find_method
 from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.recipe.known_concepts import anchor_concept, known
@@ -33,6 +34,8 @@ from spm_hub.training.recipe.validation import (
     check_unused_keys,
 )
 
+_MOST_BYTES = 2**20
+"""Bytes of a recipe's file; ours have some hundred."""
 _OF_TARGET = ("target", "aliases", "kind", "surrogate", "name")
 _RENAMED = (("x_t", "told", "guidance_embedding"),)  # (part, the key's old name, its present name)
 
@@ -180,7 +183,7 @@ def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
         if not separator or not key.strip():
             raise RecipeError(f"--set {assignment!r} is not KEY=VALUE", mend="for instance --set objective.eta=2")
         try:
-            value = yaml.load(text, _PlainLoader)
+            value = _parsed(text)
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {key}: {text!r} is not YAML: {error}") from None
         for step in reversed(key.strip().split(".")):
@@ -211,9 +214,21 @@ def _difference(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _parsed(text: str) -> Any:
+    """Return the value of a YAML text. Raises yaml.YAMLError, whatever the parser raises."""
+    try:
+        return yaml.load(text, _PlainLoader)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        # Dates that are none, numbers of thousands of digits, tags with other content than they name, deep nesting.
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else f"{type(error).__name__}: {error}"
+        raise yaml.YAMLError(one_line(reason[:200])) from error
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        if path.stat().st_size > _MOST_BYTES or (path.exists() and not path.is_file()):
+            raise RecipeError(f"the recipe {path} is no file of at most {_MOST_BYTES} bytes", mend="check the path")
+        values = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}", mend="check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -222,9 +237,9 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} holds {type(values).__name__}, not keys and values")
-    if odd := next((key for key in values if not isinstance(key, str)), None):
+    for odd in (key for key in values if not isinstance(key, str)):
         raise RecipeError(
-            f"the recipe {path} has the key {odd!r}, which YAML reads as {type(odd).__name__}, not as a name",
+            f"the recipe {path} has the key {str(odd)[:80]!r}, which YAML reads as {type(odd).__name__}, not as a name",
             mend="see the recipe in `spmhub show NAME --full`",
         )
     return _renamed(values)
