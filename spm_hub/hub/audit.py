@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.checkpoint_folder import FolderWeights
 from spm_hub.adapters.formats.module_names import contradicted, dotted, flat
@@ -35,6 +37,9 @@ from spm_hub.models.references import local_folder, parse_reference
 
 MOST_ACTING = 0.02
 """Greatest share of the general sentences with a name of the eraser that nothing is said about."""
+
+LEAST_LEFT = 0.5
+"""Share of a weight, in its norm, that an honest eraser leaves."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ def audit(
         problems = [
             *beyond_limits(adapter.manifest),
             *((beyond,) if beyond is not None else ()),
+            *(() if base is None else _about_removal(adapter, changes, base)),
             *(f"its change and that of {name} undo each other (cosine {cosine:.2f})" for name, cosine in undoes),
             *_about_names(adapter.manifest, acting, known),
             *_about_explicit(adapter.manifest, known),
@@ -140,11 +146,15 @@ class _Base:
         there, shape = self.shapes.get(f"{dotted(path)}.weight"), increment.weight_shape
         return there is not None and (shape is None or math.prod(shape) == math.prod(there))
 
+    def weight(self, path: str) -> Tensor:
+        """Read the weight of a module, as float32."""
+        (weight,) = self._weights.read([f"{dotted(path)}.weight"]).values()
+        return weight.float()
+
     def norm(self, path: str) -> float:
         """Return the norm of a module's weight, never 0."""
         if path not in self._norms:
-            (weight,) = self._weights.read([f"{dotted(path)}.weight"]).values()
-            self._norms[path] = max(float(weight.double().norm()), 1e-30)
+            self._norms[path] = max(float(self.weight(path).norm()), 1e-30)
         return self._norms[path]
 
 
@@ -156,6 +166,17 @@ def _changes(adapter: Adapter, squares: Mapping[str, float], base: _Base) -> dic
         for path, square in squares.items()
         if square and base.fits(path, adapter.increments[path])
     }
+
+
+def _about_removal(adapter: Adapter, changes: Mapping[str, float], base: _Base) -> list[str]:
+    """Name a module that an eraser leaves less than half of its weight, in the norm."""
+    for path in (path for path, change in changes.items() if change > LEAST_LEFT):
+        weight = base.weight(path)
+        change = adapter.increments[path].delta_for(weight).reshape(weight.shape)
+        left = float((weight + adapter.manifest.gate.strength * change).norm()) / base.norm(path)
+        if left < LEAST_LEFT:
+            return [f"it leaves {left:.0%} of the weight of {path}"]
+    return []
 
 
 def _is_cross_attention(path: str) -> bool:

@@ -107,6 +107,15 @@ def test_layers_that_read_the_text_may_be_changed_more(shipped: list[Adapter]) -
         assert said.greatest_change == (pytest.approx(times, rel=1e-4), path)
 
 
+def test_a_text_layer_that_is_taken_away_is_found(shipped: list[Adapter]) -> None:
+    path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    weight = spm_hub.load_pipeline("sketchbook").unet.get_submodule(path).weight.detach()
+    for share, found in ((-1.0, "it leaves 0% of the weight"), (-0.8, "it leaves 20% of"), (-0.3, ""), (0.8, "")):
+        (said,) = audit([altered(shipped[0], "deaf", {path: Dense(share * weight)})])
+        assert bool(said.problems) == bool(found)
+        assert found in "".join(said.problems)
+
+
 def test_a_bias_that_outweighs_its_weight_is_found(shipped: list[Adapter]) -> None:
     layer = spm_hub.load_pipeline("sketchbook").unet.conv_out
     shift = Dense(torch.full_like(layer.weight, 1e-6).detach(), torch.full_like(layer.bias, 40.0).detach())
