@@ -64,7 +64,7 @@ def read(root: Path) -> Mapping[str, Pin]:
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"])) or "(whole file)"
-        raise _damaged(path, f"{key}: {problem['msg']}") from error
+        raise _damaged(path, f"{key[:200]}: {problem['msg'][:200]}") from error
     except ValueError as error:
         raise _damaged(path, str(error)) from error
 
