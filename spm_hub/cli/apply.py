@@ -70,9 +70,8 @@ def apply(
         raise UsageError("--prompt and --prompts are both given", mend="put all prompts into the file")
     if not adapters and not erase:
         raise UsageError("no eraser is named", mend="--adapters NAME, or --erase CONCEPT; spmhub list has all names")
-    wanted, acting = options.names(adapters or []), options.gate(gate)
-    concepts = options.names(erase or [], "--erase")
-    strengths = options.strengths(strength)
+    wanted, concepts = options.names(adapters or []), options.names(erase or [], "--erase")
+    acting, strengths = options.gate(gate), options.strengths(strength)
     options.require_signature(require_signature)
     base = BaseChoice(model, config, device, dtype)
     if remark := base.check():

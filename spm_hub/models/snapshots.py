@@ -69,7 +69,10 @@ def is_whole(folder: Path) -> bool:
 
 
 def _is_whole_part(part: Path) -> bool:
-    names = {path.name for path in part.glob("*")} if part.is_dir() else set()
+    try:
+        names = {path.name for path in part.glob("*")} if part.is_dir() else set()
+    except OSError:  # of a name that no file can have
+        return False
     weights = {name for name in names if name.endswith(".safetensors")}
     # Tokenizers and schedulers have neither; a model has both, and of several files all.
     if not names or ("config.json" in names) != bool(weights):

@@ -16,4 +16,4 @@ def test_mutated_files_are_accepted_or_refused_in_words(tmp_path: Path) -> None:
     tally = hostile_files.send(range(50_000, 50_200), tmp_path)
     assert not tally.failures, "\n".join(tally.failures[:10])
     both = {kind for kind in hostile_files.KINDS if len([one for one in tally.outcomes if one.startswith(kind)]) > 1}
-    assert both >= {"card", "pickle", "picture", "recipe", "safetensors header"}, "they reach both sides of the checks"
+    assert both >= {"card", "pickle", "picture", "safetensors header"}, "they reach both sides of the checks"
