@@ -28,7 +28,9 @@ def _make(argument: str) -> Judge:
         return classified(folder, pictures, [labels or [subject] for subject in subjects])
 
     return Judge(
-        f"classifier:{argument}", verdicts, {**about, "labels": [*labels], "present": "the first answer is one"}
+        f"classifier:{about['model']}{equals}{listed}",
+        verdicts,
+        {**about, "labels": [*labels], "present": "the first answer is one"},
     )
 
 

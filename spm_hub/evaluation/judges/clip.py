@@ -88,7 +88,7 @@ def _make_score(argument: str) -> PictureMetric:
         return found
 
     about = {**about, "formula": "100 x 2.5 x max(cosine, 0)", "text": "the subject, or the prompt where there is none"}
-    return PictureMetric(f"clip-score:{argument}", measure, about, better="higher")
+    return PictureMetric(f"clip-score:{about['model']}", measure, about, better="higher")
 
 
 def _make_judge(argument: str) -> Judge:
@@ -100,7 +100,9 @@ def _make_judge(argument: str) -> Judge:
         cosines, empty = (shown * clip.texts(subjects)).sum(1).tolist(), (shown @ clip.texts([""]).T)[:, 0].tolist()
         return [Verdict(cosine > nothing, round(cosine, 6)) for cosine, nothing in zip(cosines, empty, strict=True)]
 
-    return Judge(f"clip:{argument}", verdicts, {**about, "present": "nearer to the subject than to the empty text"})
+    return Judge(
+        f"clip:{about['model']}", verdicts, {**about, "present": "nearer to the subject than to the empty text"}
+    )
 
 
 def _required(name: str, argument: str) -> str:

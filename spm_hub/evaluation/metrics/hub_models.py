@@ -25,7 +25,8 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 def model_folder(text: str, metric: str) -> tuple[Path, About]:
     """Return the folder of a model, downloaded if need be, and its commit or hash.
 
-    metric: the name of the metric that needs it, for messages.
+    metric: the name of the metric that needs it, for messages. The facts have the model's name, "model", for the key of
+    the metric: of a folder its own name alone, as no path of this machine belongs into a report.
     Raises NotFoundError for a folder without a configuration, UsageError for another text, HubError, NetworkError.
     """
     path = Path(text)

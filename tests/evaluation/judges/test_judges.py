@@ -76,6 +76,7 @@ def test_clips_error_rate_and_score_by_hand_on_five_pictures(clip_folder: Path) 
             assert number == pytest.approx(250 * max(cosine, 0), abs=1e-3)
     assert sum(not verdict.present for verdict in verdicts) == errors
     assert len(json.dumps(dict(judge.about))) > 64, "the hash of the weights is in it"
+    assert (judge.key, score.key) == (f"clip:{clip_folder.name}", f"clip-score:{clip_folder.name}"), "no path"
 
 
 def test_pictures_are_prepared_as_by_the_processor_of_transformers() -> None:
