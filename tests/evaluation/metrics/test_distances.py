@@ -47,22 +47,24 @@ def test_sets_that_have_no_covariance_are_refused() -> None:
 
 
 def test_the_kernel_distance_is_its_double_sum() -> None:
-    """Bińkowski et al. 2018: the mean of the kernel over pairs of different points, worked out pair by pair."""
+    """Gretton et al. 2012, Lemma 6: the mean over pairs of different places, worked out pair by pair."""
     random = torch.Generator().manual_seed(4)
-    one, two = (torch.randn(n, 3, generator=random, dtype=torch.float64) for n in (6, 5))
+    one, two = (torch.randn(6, 3, generator=random, dtype=torch.float64) for _ in range(2))
 
     def kernel(x: torch.Tensor, y: torch.Tensor) -> float:
         return (float(x @ y) / 3 + 1) ** 3
 
-    def within(points: torch.Tensor) -> float:
-        pairs = [kernel(x, y) for i, x in enumerate(points) for j, y in enumerate(points) if i != j]
-        return sum(pairs) / len(pairs)
-
-    across = [kernel(x, y) for x in one for y in two]
-    expected = within(one) + within(two) - 2 * sum(across) / len(across)
-    assert kernel_distance(one, two) == pytest.approx(expected, rel=1e-12)
-    with pytest.raises(ValueError, match="two or more rows"):
-        kernel_distance(one[:1], two)
+    pairs = [
+        kernel(one[i], one[j]) + kernel(two[i], two[j]) - kernel(one[i], two[j]) - kernel(one[j], two[i])
+        for i in range(6)
+        for j in range(6)
+        if i != j
+    ]
+    assert kernel_distance(one, two) == pytest.approx(sum(pairs) / len(pairs), rel=1e-12)
+    assert kernel_distance(one, one) == pytest.approx(0.0, abs=1e-12), "pictures that nothing changed"
+    for wrong in (one[:1], one[:, :2], one[:4]):
+        with pytest.raises(ValueError, match="same two or more rows"):
+            kernel_distance(one[:1] if len(wrong) == 1 else one, wrong)
 
 
 def test_the_kernel_distance_of_one_distribution_is_zero_on_average_and_grows_with_a_shift() -> None:
