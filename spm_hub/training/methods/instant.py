@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 64  # prompts, whose states are in memory together in float64
 _SPARE, _MOST_ROUNDS, _CONVERGED = 8, 500, 1e-12  # of the subspace iteration
+_ROUGHLY = 1e-6  # in place of the last, to choose between the weights below
 _HOLDS = (1.0, 4.0, 16.0, 64.0)
 _JUDGING = 8  # modules that stand for all when one of these weights is chosen
 _NOTHING = 1e-9  # share of the way
@@ -73,11 +74,14 @@ class Moments:
     gap: Tensor
 
 
-def nearest(weights: Mapping[str, Tensor], pull: Tensor, metric: Tensor, rank: int) -> dict[str, LowRank]:
+def nearest(
+    weights: Mapping[str, Tensor], pull: Tensor, metric: Tensor, rank: int, converged: float = _CONVERGED
+) -> dict[str, LowRank]:
     """Return the increments X of that rank that bring W t nearest to W g, and move other states least.
 
     weights: path to W (out, d_text).  pull: the mean of (g - t) t^T.  metric: M, positive definite, the weighted sum of
-    t t^T over the concept's states and of a a^T over all states to keep.
+    t t^T over the concept's states and of a a^T over all states to keep.  converged: the relative change of singular
+    values in a round after which they count as found.
 
     Among all matrices W pull M^-1 minimises mean |X t - W (g - t)|^2 + mean |X a|^2, with the weights in M. For any
     other X the sum is greater by |(X - W pull M^-1) M^(1/2)|^2, so that the best one of a rank has the leading singular
@@ -93,14 +97,14 @@ def nearest(weights: Mapping[str, Tensor], pull: Tensor, metric: Tensor, rank: i
     with phase("computing the closed form") as move:
         for done, (path, weight) in enumerate(weights.items(), start=1):
             whole = weight.to(metric) @ shared
-            left = _leading(whole, min(rank, *whole.shape))
+            left = _leading(whole, min(rank, *whole.shape), converged)
             right = torch.linalg.solve_triangular(root.T, (left.T @ whole).T, upper=True).T
             found[path] = LowRank(right.contiguous(), left.contiguous())
             move(done, len(weights))
     return found
 
 
-def _leading(matrix: Tensor, rank: int) -> Tensor:
+def _leading(matrix: Tensor, rank: int, converged: float) -> Tensor:
     """Return the leading left singular vectors of `matrix` (m, n) as (m, rank).
 
     By subspace iteration from a fixed start: for one vector of a wide matrix a whole SVD would take a thousand times
@@ -115,7 +119,7 @@ def _leading(matrix: Tensor, rank: int) -> Tensor:
     for _ in range(_MOST_ROUNDS):
         basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
         turned, values, _ = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-        if bool((values[:rank] - before).abs().max() <= _CONVERGED * values[0]):
+        if bool((values[:rank] - before).abs().max() <= converged * values[0]):
             break
         before = values[:rank]
     found: Tensor = basis @ turned[:, :rank]
@@ -142,15 +146,15 @@ def solve(task: Task) -> dict[str, LowRank]:
         kept, judged = _kept(task)
         holds = (chosen.hold,) if chosen.hold is not None else _HOLDS
         some = dict(list(weights.items())[:: max(1, len(weights) // _JUDGING)]) if len(holds) > 1 else weights
-        tried = {}
+        tried, way = {}, _way(some, new)
         for hold in holds:
             metric = concept.second + hold * kept
             metric.diagonal().add_(chosen.ridge * metric.diagonal().mean())
-            found = nearest(some, concept.pull, metric, recipe.increment.rank)
-            tried[hold] = metric, _moved(found, judged) / max(_gone(found, some, new), _NOTHING) ** 2
+            found = nearest(some, concept.pull, metric, recipe.increment.rank, _ROUGHLY)
+            tried[hold] = metric, _moved(found, judged) / max(_gone(found, some, new, way), _NOTHING) ** 2
         metric, _ = tried[min(tried, key=lambda hold: tried[hold][1])]
         found = nearest(weights, concept.pull, metric, recipe.increment.rank)
-        gone = _gone(found, weights, new)
+        gone = _gone(found, weights, new, way if some is weights else _way(weights, new))
         if gone <= _NOTHING:
             raise RecipeError(
                 f"the text encoder makes nothing of {recipe.target!r} that tells it from {recipe.surrogate!r}: there "
@@ -161,14 +165,18 @@ def solve(task: Task) -> dict[str, LowRank]:
         return {path: LowRank(one.down, share * one.up).to(device="cpu") for path, one in found.items()}
 
 
-def _gone(found: Mapping[str, LowRank], weights: Mapping[str, Tensor], new: Moments) -> float:
-    """Return the share of the way to their goals that keys and values of new sentences go."""
-    gone = whole = 0.0
-    for path, one in found.items():
-        weight = weights[path].to(new.gap)
-        gone += float((one.up.T @ weight @ new.pull @ one.down.T).trace())
-        whole += float(((weight @ new.gap) * weight).sum())
-    return gone / whole if whole > 0 else 0.0
+def _gone(found: Mapping[str, LowRank], weights: Mapping[str, Tensor], new: Moments, way: float) -> float:
+    """Return the share of the way to their goals that keys and values of new sentences go; way: that of `_way`."""
+    gone = sum(
+        float((one.up.T @ weights[path].to(new.pull) @ new.pull @ one.down.T).trace()) for path, one in found.items()
+    )
+    return gone / way if way > 0 else 0.0
+
+
+def _way(weights: Mapping[str, Tensor], new: Moments) -> float:
+    """Return the mean |W (g - t)|^2 of new sentences, summed over the weights W."""
+    wide = (weight.to(new.gap) for weight in weights.values())
+    return sum(float(((weight @ new.gap) * weight).sum()) for weight in wide)
 
 
 def _moved(found: Mapping[str, LowRank], second: Tensor) -> float:
