@@ -166,7 +166,10 @@ def solve(task: Task) -> dict[str, LowRank]:
 
 
 def _gone(found: Mapping[str, LowRank], weights: Mapping[str, Tensor], new: Moments, way: float) -> float:
-    """Return the share of the way to their goals that keys and values of new sentences go; way: that of `_way`."""
+    """Return the share of the way to their goals that keys and values of new sentences go.
+
+    way: the whole of it, from `_way`.
+    """
     gone = sum(
         float((one.up.T @ weights[path].to(new.pull) @ new.pull @ one.down.T).trace()) for path, one in found.items()
     )
