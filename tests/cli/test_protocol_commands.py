@@ -39,6 +39,7 @@ def test_a_protocol_leaves_records_pictures_and_three_reports(run: Path) -> None
     assert {table["metric"] for table in report["tables"]} == {"probe", "ssim", "frechet:probe", "kid:probe"}
     assert len(list((run / "pictures").rglob("*.png"))) == len((run / "samples.jsonl").read_text().splitlines()) == 12
     assert report["run"]["prompts"]["rows"] == 2
+    assert len(list((run / "features").iterdir())) == 1, "both distances share the probe's features"
     assert "INCOMPLETE: 6 of" in (run / "report.md").read_text()
     assert any(one["method"] == "SPM" for one in report["published"])
     assert str(run.parent) not in (run / "report.json").read_text()

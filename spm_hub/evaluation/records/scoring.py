@@ -83,9 +83,12 @@ def described_metrics(folder: RunFolder) -> dict[str, Any]:
     return found
 
 
-def features_of(folder: RunFolder, key: str, described: Any, condition: str) -> Tensor:
-    """Return the features of a condition's pictures, (n, d), in the order of `folder.samples()`."""
-    place = folder.path / FEATURES / _digest(key, described)
+def features_of(folder: RunFolder, described: Any, condition: str) -> Tensor:
+    """Return the features of a condition's pictures, (n, d), in the order of `folder.samples()`.
+
+    described: a metric of sets, as `describe` describes it.
+    """
+    place = _place_of_features(folder, described)
     return torch.cat([load_file(place / _features_name(condition, batch))["features"] for batch in folder.batches])
 
 
@@ -122,7 +125,7 @@ def _numbers(folder: RunFolder, metric: Judge | PictureMetric | PairMetric) -> I
 
 def _features(folder: RunFolder, metric: SetMetric) -> Iterator[list[dict[str, Score]]]:
     """Write the features of each unit, unless an interrupted run has; single pictures get no score."""
-    place = folder.path / FEATURES / _digest(metric.key, describe(metric))
+    place = _place_of_features(folder, describe(metric))
     by_unit = _by_unit(folder)
     for condition, batch in _units(folder, metric):
         path = place / _features_name(condition, batch)
@@ -200,6 +203,11 @@ def _by_unit(folder: RunFolder) -> dict[tuple[str, int], list[Sample]]:
 
 def _journal(folder: RunFolder, metric: Metric) -> Path:
     return folder.path / SCORES / f"{_digest(metric.key, describe(metric))}.jsonl"
+
+
+def _place_of_features(folder: RunFolder, described: Any) -> Path:
+    """Return the folder of features that metrics of the same network share, whatever their distance is."""
+    return folder.path / FEATURES / _digest(FEATURES, described["about"])
 
 
 def _features_name(condition: str, batch: Batch) -> str:

@@ -88,7 +88,7 @@ def _lines(
     lines = []
     kind = described["kind"]
     if kind == "set":
-        features = {one: features_of(folder, key, described, one) for one in (WITHOUT, condition)}
+        features = {one: features_of(folder, described, one) for one in (WITHOUT, condition)}
         drawn = (row.id for batch in folder.batches for row in batch.rows)
         order = {row: place for place, row in enumerate(drawn)}
         distance = distances[key.partition(":")[0]]
