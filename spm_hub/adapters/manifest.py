@@ -134,7 +134,7 @@ class Base(_Part):
     )
 
 
-GateName = Literal["calibrated", "transport", "always"]
+GateName = Literal["calibrated", "transport", "always", "evidence"]
 """The gates that have a name: see `spm_hub.attachment.gates`."""
 
 

@@ -23,6 +23,7 @@ from spm_hub.adapters.lookup import (
 from spm_hub.attachment.call import Call
 from spm_hub.attachment.doubles import Doubles
 from spm_hub.attachment.gates.evaluation import GateEvaluation
+from spm_hub.attachment.gates.evidence import Evidence
 from spm_hub.attachment.gates.gate import Explanation, Gate, PreparedGate, Prompts, UnknownConceptGate
 from spm_hub.attachment.modular import reader_of
 from spm_hub.attachment.objections import Objections
@@ -30,6 +31,7 @@ from spm_hub.attachment.options import Eraser, Gammas, GateChoice, Mode, Options
 from spm_hub.attachment.pipeline_hooks import ATTACHMENT, hook_pipeline, install_hooks, remove_hooks, unhook
 from spm_hub.attachment.planner import FULLY_ON, Planner
 from spm_hub.attachment.text_encoding import Settings, encoders_of
+from spm_hub.attachment.watch import Again, Watch
 from spm_hub.errors import UsageError
 from spm_hub.io.progress import Bars, Reporter
 from spm_hub.models.architectures import body_of, denoiser_of, family_of, fingerprint_of, further_denoisers
@@ -128,6 +130,7 @@ class Attachment:
         self._gates_of: weakref.WeakKeyDictionary[Any, GateEvaluation] = weakref.WeakKeyDictionary()
         self._reading_alike: weakref.WeakSet[Any] = weakref.WeakSet()
         self._planner = Planner(self._denoiser, options)
+        self._watch, self._evidence = Watch(self._denoiser, self._planner), dict[str, tuple[Evidence, ...]]()
         self._attached = True
         self._doubles = Doubles(pipe, self._denoiser, self._planner.warn_once)
         self._objections = Objections(self._planner.warn_once)
@@ -168,6 +171,14 @@ class Attachment:
         """The factor of each eraser's gamma, by name; a change acts from the next call of the denoiser on."""
         return Strength(self._planner.erasers, self._set_strength)
 
+    @property
+    def last_evidence(self) -> dict[str, tuple[Evidence, ...]]:
+        """What the denoiser showed about the prompts of the last pictures, by eraser: one for each prompt, in order.
+
+        Erasers of the evidence gate are watched, and of these only those that some prompt's text leaves below gamma 1.
+        """
+        return dict(self._evidence)
+
     def gates(self, prompt: str, /, **options: Any) -> dict[str, float]:
         """Return the gamma of every eraser for a prompt, before its strength: why a picture is as it is.
 
@@ -201,7 +212,8 @@ class Attachment:
             self._check_attached()
             call = self._calls[-1]
             # The states that the denoiser is given may be others: the rows count as `prompts` all the same.
-            call.prompts, call.as_encoded = prompts, False
+            # Which timestep a picture would begin with is unknown here, so no evidence is looked for.
+            call.prompts, call.as_encoded, call.watched = prompts, False, True
             call.gammas = self._gates.ask(prompts, call.settings, self._planner.erasers)
             yield self._options.select(call.gammas)
 
@@ -309,7 +321,7 @@ class Attachment:
             try:
                 yield
             finally:
-                self._calls.pop()
+                self._evidence = self._calls.pop().evidence
                 self._planner.end_call()
 
     @contextmanager
@@ -326,13 +338,17 @@ class Attachment:
         self._say_cut(self._calls[-1].prompts)
         # Now, as the text encoder may be offloaded before the denoiser is called.
         self._planner.ask_gates(self._calls[-1])
+        self._watch.encode_names(self._calls[-1])
 
     @contextmanager
-    def denoising(self, rows: int | None, states: Any) -> Iterator[None]:
+    def denoising(self, rows: int | None, states: Any, again: Again) -> Iterator[None]:
         """Surround one call of the denoiser: the factors of its batch are in effect until it ends."""
         with self._lock:
             if self._attached:
-                self._planner.put_in_effect(self._calls[-1] if self._calls else None, rows, states)
+                call = self._calls[-1] if self._calls else None
+                self._planner.put_in_effect(call, rows, states)
+                if call is not None and self._watch.look(call, rows, states, again):
+                    self._planner.put_in_effect(call, rows, states)
             self._denoisings += 1
             try:
                 yield

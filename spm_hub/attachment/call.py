@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spm_hub.attachment.gates.evaluation import GateEvaluation
+from spm_hub.attachment.gates.evidence import Evidence
 from spm_hub.attachment.gates.gate import Prompts
 from spm_hub.attachment.text_encoding import Settings, read_prompts, settings_among
 
@@ -22,6 +23,8 @@ class Call:
     unconditional: for each block of rows in the denoiser's batch, whether it belongs to the negative prompts.
     as_encoded: whether the denoiser receives states as `encode_prompt` returned them, which its first call shows.
     replaced: prompts of this picture that are not its present ones.
+    watched: whether the denoiser was asked for evidence about the prompts (`watch.Watch`).
+    evidence: what it showed, by eraser, one for each prompt.
 
     A block is the rows of all prompts once (`rows_per_block`). What the denoiser receives under guidance:
 
@@ -45,6 +48,8 @@ class Call:
     unconditional: tuple[bool, ...] = ()
     as_encoded: bool | None = None
     replaced: list[Prompts] = field(default_factory=list)
+    watched: bool = False
+    evidence: dict[str, tuple[Evidence, ...]] = field(default_factory=dict)
     _last_input: tuple[Any, int | None] = field(default=(None, None), init=False)
 
     def record_encoding(self, arguments: Mapping[str, Any], result: Any) -> None:
@@ -99,7 +104,7 @@ class Call:
                 Prompts(None, None, blocks[-1][:: self.images].detach()),
             )
             self.replaced = [before, *(other for other in self.replaced if other is not self.prompts)]
-            self.gammas = {}
+            self.gammas, self.watched, self.evidence = {}, False, {}
         if rows == 2 * block:
             # Under classifier-free guidance diffusers puts the unconditional rows first.
             self.unconditional = self.guided, False

@@ -14,6 +14,7 @@ from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.lookup import find_name
 from spm_hub.adapters.manifest import GateName
 from spm_hub.attachment.gates.calibrated import CalibratedGate
+from spm_hub.attachment.gates.evidence import EvidenceGate
 from spm_hub.attachment.gates.gate import ConstantGate, Gate, PreparingGate, TransportGate, UnknownConceptGate
 from spm_hub.errors import NotFoundError, UsageError
 
@@ -25,7 +26,8 @@ Gammas = dict[str, list[float]]
 """The gammas of each eraser, by name: one for each prompt."""
 
 _NAMED: Mapping[GateName, Gate | PreparingGate] = {
-    "calibrated": CalibratedGate(), "transport": TransportGate(), "always": ConstantGate(1.0)
+    "calibrated": CalibratedGate(), "transport": TransportGate(), "always": ConstantGate(1.0),
+    "evidence": EvidenceGate(),
 }  # fmt: skip
 """The gates that have a name. Erasers that share a gate are asked about together, hence one object each."""
 
@@ -121,6 +123,8 @@ class Eraser:
 
     def __str__(self) -> str:
         match self.gate:
+            case EvidenceGate():
+                gate = "evidence"
             case CalibratedGate():
                 gate = "calibrated"
             case TransportGate():

@@ -26,6 +26,9 @@ ATTACHMENT = "_spm_hub_attachment"
 _HANDLES = "_spm_hub_handles"
 """The key of the handles of hooks on a denoiser's modules in the denoiser's `__dict__`."""
 
+_SEED = 0
+"""Of the noise that stands for a picture's latents where the denoiser is asked about a prompt."""
+
 _FUSED = "fused query, key and value projections are weights of their own, which no eraser was trained on"
 
 
@@ -46,10 +49,14 @@ class Callbacks(Protocol):
     def encoding(self) -> AbstractContextManager[None]:
         """Surround one call of `encode_prompt`."""
 
-    def denoising(self, rows: int | None, states: Any) -> AbstractContextManager[None]:
+    def denoising(
+        self, rows: int | None, states: Any, again: Callable[[slice, Tensor | None], Tensor]
+    ) -> AbstractContextManager[None]:
         """Surround one call of the denoiser.
 
         rows: of its batch, None where the input does not show them.  states: the text-encoder states that it is given.
+        again: calls the denoiser with some rows of the same inputs, but with noise in place of the latents, and with
+        other states unless those are None.
         """
 
     def bare_weights(self, *, moving: bool) -> AbstractContextManager[None]:
@@ -201,7 +208,7 @@ def _hooked_denoiser(base: Any) -> Any:
         @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             while (callbacks := self.__dict__.get(ATTACHMENT)) is not None:
-                denoising = _enter_denoising(callbacks, args, kwargs)
+                denoising = _enter_denoising(callbacks, functools.partial(base.__call__, self), args, kwargs)
                 try:
                     if self.__dict__.get(ATTACHMENT) is callbacks:
                         return base.__call__(self, *args, **kwargs)
@@ -216,9 +223,21 @@ def _hooked_denoiser(base: Any) -> Any:
 
 # Not a `with` around the call: under fullgraph=True torch.compile would trace its `__enter__` and `__exit__`, and fail.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _enter_denoising(callbacks: Callbacks, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExitStack:
+def _enter_denoising(
+    callbacks: Callbacks, denoise: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> ExitStack:
+    rows, states = _batch_rows(args, kwargs), kwargs.get("encoder_hidden_states")
+
+    @torch.no_grad()
+    def again(part: slice, others: Tensor | None) -> Tensor:
+        inputs, named = _with_noise(*_rows_of((args, kwargs), rows, part))
+        output = denoise(*inputs, **(named if others is None else {**named, "encoder_hidden_states": others}))
+        found = output[0] if isinstance(output, tuple) else output.sample
+        assert isinstance(found, Tensor)
+        return found
+
     stack = ExitStack()
-    stack.enter_context(callbacks.denoising(_batch_rows(args, kwargs), kwargs.get("encoder_hidden_states")))
+    stack.enter_context(callbacks.denoising(rows, states, again))
     return stack
 
 
@@ -268,9 +287,33 @@ def _with_bare_weights(base: Any, name: str, *, moving: bool = False) -> Any:
     return with_bare_weights
 
 
+def _with_noise(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Replace the latents in a denoiser's inputs by noise of a fixed seed, the same in every row."""
+    noisy = _latents(args, kwargs)
+    noise = torch.randn(noisy.shape[1:], generator=torch.Generator().manual_seed(_SEED)).to(noisy).expand_as(noisy)
+    if args:
+        return (noise, *args[1:]), kwargs
+    return args, {**kwargs, "sample" if "sample" in kwargs else "hidden_states": noise}
+
+
+def _latents(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+
+
 def _batch_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    noisy = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+    noisy = _latents(args, kwargs)
     return len(noisy) if isinstance(noisy, Tensor) and noisy.dim() > 0 else None
+
+
+def _rows_of(value: Any, rows: int | None, part: slice) -> Any:
+    """Return some rows of every tensor that has one row for each of the batch, in tuples, lists and mappings too."""
+    if isinstance(value, Tensor):
+        return value[part] if value.dim() and len(value) == rows else value
+    if isinstance(value, Mapping):
+        return {key: _rows_of(each, rows, part) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_rows_of(each, rows, part) for each in value)
+    return value
 
 
 def _refuse_copy(part: Any, protocol: object) -> NoReturn:

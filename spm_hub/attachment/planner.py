@@ -134,6 +134,18 @@ class Planner:
             self._release_unused(name for name, each in factors.items() if any(each))
         self._planned_for = call, rows, unconditional
 
+    def put_alone(self, name: str | None) -> None:
+        """Put one eraser into effect with the factor 1 on every row, or none, until `put_in_effect` is called."""
+        factors = {other: [float(other == name)] for other in self.erasers}
+        self._plan = self._planned_for = None
+        with self._writing():
+            if self._options.mode == "fold":
+                self._layers.fold({other: each[0] for other, each in factors.items()}, (self._storage or (None,))[0])
+            else:
+                # For one call: writing the weights would take longer.
+                self._layers.branch(factors)
+        self._release_unused([name] if name is not None else [])
+
     def warn_once(self, message: str) -> None:
         """Warn with this message, unless this attachment has already done so."""
         if len(self._warned) == _REMEMBERED:
@@ -160,7 +172,9 @@ class Planner:
         if rows is None or rows % call.rows_per_block:
             self.warn_once(f"{rows} rows do not come from {call.rows_per_block} prompts and pictures: {FULLY_ON}")
             return self._factors_without_prompts()
-        gammas: Gammas = self._options.select({name: call.gammas[name] for name in self.erasers})
+        gammas: Gammas = {name: call.gammas[name] for name in self.erasers}
+        gammas |= {name: [one.gamma for one in each] for name, each in call.evidence.items() if name in gammas}
+        gammas = self._options.select(gammas)
         factors = {}
         for name, eraser in self.erasers.items():
             block = [gamma * eraser.strength for gamma in gammas[name] for _ in range(call.images)]

@@ -105,7 +105,8 @@ Gate = Annotated[
     typer.Option(
         "--gate",
         help="calibrated (acts on prompts that concern the concept), transport (the paper's rule, acts a little on "
-        "every prompt), always, or a number. Default: that of each eraser's manifest, calibrated as a rule.",
+        "every prompt), always, evidence (calibrated, and asks the denoiser about each prompt), or a number. Default: that "
+        "of each eraser's manifest, calibrated as a rule.",
         show_default=False,
     ),
 ]
@@ -177,7 +178,7 @@ def strengths(texts: list[str] | None) -> dict[str, float] | None:
 def gate(text: str | None) -> GateName | float | None:
     """Return a gate's name or number, None if none is given. Raises UsageError for anything else."""
     match text:
-        case None | "calibrated" | "transport" | "always":
+        case None | "calibrated" | "transport" | "always" | "evidence":
             return text
     from spm_hub.adapters import manifest
 

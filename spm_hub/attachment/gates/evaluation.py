@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spm_hub.attachment.gates.concept_index import ConceptIndex, EncodedConcept
@@ -273,6 +274,13 @@ class GateEvaluation:
                 # The temporary folder is full, or missing.
                 kept[settings] = EncodedConcept(*known)
         return kept[settings]
+
+    def target_states(self, eraser: Eraser, settings: Settings) -> Tensor:
+        """Return the states of the name that an eraser's concept has first: (tokens, d_text).
+
+        settings: the arguments that the prompts were encoded with. Raises CannotEncodeError.
+        """
+        return self._encode(eraser, settings).states[0]
 
     def _spill_file(self, elements: int) -> SpillFile | None:
         """Return the file for states with so many elements a name, None for memory. Raises OSError."""

@@ -241,7 +241,7 @@ class _Trial:
 
     def _drawn_alike(self, case: Case, one: Try) -> object:
         """Return a key of the picture that is drawn, whatever the gate; None if it has no key."""
-        if not self.shared or one.states is not None or one.latents is not None:
+        if not self.shared or self.victim.watched or one.states is not None or one.latents is not None:
             return None
         seed = case.seed if one.seed is None else one.seed
         gammas = tuple(self.victim.gammas(one).items())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.attachment.attachment import Attachment, attach
+from spm_hub.attachment.gates.evidence import PreparedEvidenceGate
 from spm_hub.attachment.gates.gate import Prompts
 from spm_hub.attachment.pipeline_hooks import is_attached
 from spm_hub.attachment.text_encoding import read_prompts, tokens_of
@@ -81,6 +82,14 @@ class Victim:
                 mend="--with ring-a-bell, or attack the eraser on a Stable Diffusion 1, 2 or XL checkpoint",
             )
         return self.vocabularies[0]
+
+    @property
+    def watched(self) -> bool:
+        """True if gammas depend on more than a prompt's text and states: on what the denoiser makes of it."""
+        erasers = self._erasers
+        return erasers is not None and any(
+            isinstance(erasers.gate_of(name), PreparedEvidenceGate) for name in erasers.names
+        )
 
     @contextmanager
     def attach(self, adapters: Sequence[Adapter], **options: Any) -> Iterator[None]:

@@ -1,0 +1,72 @@
+"""The evidence gate: the calibrated gate, and what the denoiser makes of a prompt.
+
+Before the first step of a picture the denoiser is asked, on noise of a fixed seed, what an eraser would change for
+the prompt and what it changes for the concept's name. Where the first is a good part of the second, the prompt is one for
+the concept, whatever its words and its text-encoder states are, and the eraser is fully on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from spm_hub.attachment.gates.calibrated import CalibratedGate, PreparedCalibratedGate
+from spm_hub.attachment.gates.gate import Explanation, GatedEraser, PreparedGate, Prompts, TextEncoder
+
+LEAST_SHARE = 0.15
+"""The least share of an eraser's effect on the name at which a prompt counts as one for the concept."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the denoiser showed about one prompt and eraser, and the gamma that the eraser then had.
+
+    share: of the eraser's effect on the concept's name, 1 for the name itself.  gamma: before `threshold`, `top_k` and
+    the eraser's strength.
+    """
+
+    share: float
+    gamma: float
+
+
+@dataclass(frozen=True)
+class EvidenceGate(CalibratedGate):
+    """The evidence gate: its gammas of a text are the calibrated gate's, and those below 1 are watched."""
+
+    def prepare(self, encoder: TextEncoder, erasers: Sequence[GatedEraser]) -> PreparedGate:
+        """Calibrate the gate as `CalibratedGate.prepare` does."""
+        return PreparedEvidenceGate(super().prepare(encoder, erasers))
+
+
+class PreparedEvidenceGate:
+    """The part of the evidence gate that reads texts, for some erasers under one text encoder."""
+
+    def __init__(self, of_text: PreparedCalibratedGate) -> None:
+        self._of_text = of_text
+
+    def gammas(self, prompts: Prompts) -> Tensor:
+        """Return gamma of every prompt and eraser as the text shows it: (prompts, erasers), float64."""
+        return self._of_text.gammas(prompts)
+
+    def scores(self, states: Tensor) -> Tensor:
+        """Return the scores of the text, as `PreparedCalibratedGate.scores` does."""
+        return self._of_text.scores(states)
+
+    def explain(self, prompts: Prompts) -> list[Explanation]:
+        """Return for every eraser what the text shows, and say that the denoiser may show more."""
+        return [
+            one if one.gamma >= 1 else replace(one, shown=f"{one.shown}; the denoiser may show more")
+            for one in self._of_text.explain(prompts)
+        ]
+
+
+def shares_of_effect(effect: Tensor, on_name: Tensor) -> Tensor:
+    """Return <e, d> / <d, d> of each row: (rows,), float64; 0 where the eraser does nothing to the name.
+
+    effect, on_name: (rows, ...), e and d, the eraser's effects on the predictions for the prompt and for the name.
+    """
+    e, d = (each.detach().to("cpu", torch.float64).flatten(1) for each in (effect, on_name))
+    return ((e * d).sum(1) / d.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(0.0, 0.0, 0.0)
