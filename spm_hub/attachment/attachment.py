@@ -62,7 +62,8 @@ def attach(
     pipe: a diffusers pipeline of a known family.
     adapters: the erasers, each under a name of its own; an empty list is one that `add` fills later.
     gate: "calibrated" (0 on prompts that do not concern the concept, 1 on its names), "transport" (facilitated
-        transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), a gamma, or a `Gate`.
+        transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), "evidence" (calibrated, and asks the denoiser what
+        the eraser would change), a gamma, or a `Gate`.
     concept: what the only eraser erases, or some by name, where a file does not say it or says another. Without a
         concept an eraser acts fully on every prompt, with a warning.
     strength: the finite factor of gamma, one number for all erasers or some by name.
@@ -130,7 +131,8 @@ class Attachment:
         self._gates_of: weakref.WeakKeyDictionary[Any, GateEvaluation] = weakref.WeakKeyDictionary()
         self._reading_alike: weakref.WeakSet[Any] = weakref.WeakSet()
         self._planner = Planner(self._denoiser, options)
-        self._watch, self._evidence = Watch(self._denoiser, self._planner), dict[str, tuple[Evidence, ...]]()
+        self._watch = Watch(self._denoiser, self._planner)
+        self._last: Call | None = None
         self._attached = True
         self._doubles = Doubles(pipe, self._denoiser, self._planner.warn_once)
         self._objections = Objections(self._planner.warn_once)
@@ -177,7 +179,15 @@ class Attachment:
 
         Erasers of the evidence gate are watched, and of these only those that some prompt's text leaves below gamma 1.
         """
-        return dict(self._evidence)
+        return dict(self._last.evidence) if self._last is not None else {}
+
+    @property
+    def last_gammas(self) -> Gammas:
+        """The gammas that the last pictures were drawn with, by eraser: one for each prompt, in order.
+
+        They are before the erasers' strengths. Empty where the prompts were unknown.
+        """
+        return {name: list(each) for name, each in self._last.acting.items()} if self._last is not None else {}
 
     def gates(self, prompt: str, /, **options: Any) -> dict[str, float]:
         """Return the gamma of every eraser for a prompt, before its strength: why a picture is as it is.
@@ -321,7 +331,7 @@ class Attachment:
             try:
                 yield
             finally:
-                self._evidence = self._calls.pop().evidence
+                self._last = self._calls.pop()
                 self._planner.end_call()
 
     @contextmanager

@@ -24,7 +24,7 @@ class Call:
     as_encoded: whether the denoiser receives states as `encode_prompt` returned them, which its first call shows.
     replaced: prompts of this picture that are not its present ones.
     watched: whether the denoiser was asked for evidence about the prompts (`watch.Watch`).
-    evidence: what it showed, by eraser, one for each prompt.
+    evidence: what it showed, by eraser, one for each prompt.  acting: the gammas in effect, `select` applied.
 
     A block is the rows of all prompts once (`rows_per_block`). What the denoiser receives under guidance:
 
@@ -50,6 +50,7 @@ class Call:
     replaced: list[Prompts] = field(default_factory=list)
     watched: bool = False
     evidence: dict[str, tuple[Evidence, ...]] = field(default_factory=dict)
+    acting: dict[str, list[float]] = field(default_factory=dict)
     _last_input: tuple[Any, int | None] = field(default=(None, None), init=False)
 
     def record_encoding(self, arguments: Mapping[str, Any], result: Any) -> None:

@@ -174,7 +174,7 @@ class Planner:
             return self._factors_without_prompts()
         gammas: Gammas = {name: call.gammas[name] for name in self.erasers}
         gammas |= {name: [one.gamma for one in each] for name, each in call.evidence.items() if name in gammas}
-        gammas = self._options.select(gammas)
+        call.acting = gammas = self._options.select(gammas)
         factors = {}
         for name, eraser in self.erasers.items():
             block = [gamma * eraser.strength for gamma in gammas[name] for _ in range(call.images)]

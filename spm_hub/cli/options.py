@@ -105,8 +105,8 @@ Gate = Annotated[
     typer.Option(
         "--gate",
         help="calibrated (acts on prompts that concern the concept), transport (the paper's rule, acts a little on "
-        "every prompt), always, evidence (calibrated, and asks the denoiser about each prompt), or a number. Default: that "
-        "of each eraser's manifest, calibrated as a rule.",
+        "every prompt), always, evidence (calibrated, and asks the denoiser about each prompt), or a number. "
+        "Default: that of each eraser's manifest, calibrated as a rule.",
         show_default=False,
     ),
 ]

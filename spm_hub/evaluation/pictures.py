@@ -110,17 +110,19 @@ def show(
             force=force, reporter=reporter,
         )  # fmt: skip
 
-    def draw_all(condition: str) -> None:
+    def draw_all(condition: str, erasers: Attachment | None = None) -> None:
         for index, prompt in enumerate(prompts):
             drawn[condition].append(draw(pipe, prompt, drawing, count))
+            if erasers is not None:  # more than `gates` says, where the denoiser was asked too
+                gates[index] |= {name: gamma for name, (gamma,) in erasers.last_gammas.items()}
             each(index, PromptPictures(prompt, gates[index], {condition: drawn[condition][index]}))
 
     with attached() as erasers:
         gates = [erasers.gates(prompt) for prompt in prompts]
     if compare:
         draw_all(WITHOUT)
-    with attached():
-        draw_all(WITH)
+    with attached() as erasers:
+        draw_all(WITH, erasers)
     return tuple(
         PromptPictures(prompt, gates[index], {condition: drawn[condition][index] for condition in conditions})
         for index, prompt in enumerate(prompts)

@@ -289,13 +289,18 @@ def _use(manifest: Manifest, repo: str, weights: str) -> str:
 
 def _gate(manifest: Manifest, pairs: Sequence[PicturePair]) -> str:
     gate, kind = manifest.gate, manifest.default_gate
-    if kind == "calibrated":
+    if kind in ("calibrated", "evidence"):
         text = (
             "For each prompt the eraser's effect is multiplied by a factor gamma. It is 1 where the prompt has a name "
             "of the concept, in the plural, as a possessive, joined or misspelt once too, or where the text encoder "
             "reads it as it reads the name; 0 where it reads it as it reads general sentences; and between 0 and 1 in "
             "between."
         )
+        if kind == "evidence":
+            text += (
+                " It is also 1 where the denoiser shows that the eraser would do to the prompt a good part of what it "
+                "does to the concept's name."
+            )
     elif kind == "transport":
         text = (
             "For each prompt the eraser's effect is multiplied by a factor gamma (facilitated transport, arXiv "

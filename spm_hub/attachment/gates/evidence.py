@@ -1,8 +1,8 @@
 """The evidence gate: the calibrated gate, and what the denoiser makes of a prompt.
 
 Before the first step of a picture the denoiser is asked, on noise of a fixed seed, what an eraser would change for
-the prompt and what it changes for the concept's name. Where the first is a good part of the second, the prompt is one for
-the concept, whatever its words and its text-encoder states are, and the eraser is fully on.
+the prompt and what it changes for the concept's name. Where the first is a good part of the second, the prompt is one
+for the concept, whatever its words and its text-encoder states are, and the eraser is fully on.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class EvidenceGate(CalibratedGate):
-    """The evidence gate: its gammas of a text are the calibrated gate's, and those below 1 are watched."""
+class EvidenceGate:
+    """The evidence gate: its gammas of a text are the calibrated gate's; for those below 1 the denoiser is asked."""
 
     def prepare(self, encoder: TextEncoder, erasers: Sequence[GatedEraser]) -> PreparedGate:
         """Calibrate the gate as `CalibratedGate.prepare` does."""
-        return PreparedEvidenceGate(super().prepare(encoder, erasers))
+        return PreparedEvidenceGate(CalibratedGate().prepare(encoder, erasers))
 
 
 class PreparedEvidenceGate:

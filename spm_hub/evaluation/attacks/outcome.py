@@ -43,7 +43,7 @@ class Outcome:
     before: True if the erased model draws the concept without an attack.
     adversarial: the try that brought the concept back, as text; None if the attack failed.
     rounds: number of pictures that the attack drew and had judged, up to its success.
-    gammas: of each eraser for the successful try, by name.
+    gammas: of each eraser for the successful try, by name; under the evidence gate those of the text.
     fresh: whether the successful try brings the concept back at each of the fresh seeds.
     """
 
