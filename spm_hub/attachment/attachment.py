@@ -175,17 +175,18 @@ class Attachment:
 
     @property
     def last_evidence(self) -> dict[str, tuple[Evidence, ...]]:
-        """What the denoiser showed about the prompts of the last pictures, by eraser: one for each prompt, in order.
+        """The evidence about the prompts of the last pictures, by eraser.
 
-        Erasers of the evidence gate are watched, and of these only those that some prompt's text leaves below gamma 1.
+        One for each prompt, in order. Erasers of the evidence gate are watched, and of these only those that some
+        prompt's text leaves below gamma 1.
         """
         return dict(self._last.evidence) if self._last is not None else {}
 
     @property
     def last_gammas(self) -> Gammas:
-        """The gammas that the last pictures were drawn with, by eraser: one for each prompt, in order.
+        """The gammas that the last pictures were drawn with, by eraser.
 
-        They are before the erasers' strengths. Empty where the prompts were unknown.
+        One for each prompt, in order, before the erasers' strengths; empty where the prompts were unknown.
         """
         return {name: list(each) for name, each in self._last.acting.items()} if self._last is not None else {}
 

@@ -306,7 +306,10 @@ def _batch_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
 
 
 def _rows_of(value: Any, rows: int | None, part: slice) -> Any:
-    """Return some rows of every tensor that has one row for each of the batch, in tuples, lists and mappings too."""
+    """Return a value with some rows of its tensors.
+
+    Those with one row for each of the batch are cut, in tuples, lists and mappings too.
+    """
     if isinstance(value, Tensor):
         return value[part] if value.dim() and len(value) == rows else value
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Asks the denoiser for evidence of erased concepts before the first step of a picture: see `gates.evidence`."""
+"""Asks the denoiser for evidence of erased concepts: see `gates.evidence`."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spm_hub.attachment.call import Call
 from spm_hub.attachment.gates.bank import lengths_of
-from spm_hub.attachment.gates.evidence import LEAST_SHARE, Evidence, EvidenceGate, shares_of_effect
+from spm_hub.attachment.gates.evidence import Evidence, EvidenceGate, shares_of_effect
 from spm_hub.attachment.options import Eraser
 from spm_hub.attachment.planner import Planner
 from spm_hub.attachment.text_encoding import CannotEncodeError
@@ -33,11 +33,13 @@ class Watch:
 
     def encode_names(self, call: Call) -> None:
         """Encode the names of the erasers that this call will be watched for, while the text encoder is there."""
-        for name, eraser in self._watched(call).items():
-            self._name_states(call, name, eraser)
+        for eraser in self._watched(call).values():
+            self._states(call, eraser)
 
     def look(self, call: Call, rows: int | None, states: object, again: Again) -> bool:
-        """Record the evidence about this call's prompts, unless that is done. Return whether gammas may have risen.
+        """Record the evidence about this call's prompts, unless that is done.
+
+        Return whether gammas may have risen.
 
         rows, states: of the denoiser's batch, whose text gammas are in effect.
         """
@@ -56,8 +58,10 @@ class Watch:
         for name, shares in self._shares(call, erasers, states[part], part, again).items():
             if len(shares) > len(call.gammas[name]):
                 shares = shares.view(-1, block)[prompted[0], :: call.images]
+            gate = erasers[name].gate
+            assert isinstance(gate, EvidenceGate)
             call.evidence[name] = tuple(
-                Evidence(share, max(gamma, float(share >= LEAST_SHARE)))
+                Evidence(share, max(gamma, float(share >= gate.least_share)))
                 for share, gamma in zip(shares.tolist(), call.gammas[name], strict=True)
             )
         return True
@@ -67,20 +71,23 @@ class Watch:
     ) -> dict[str, Tensor]:
         """Return for each eraser the share of its effect on the name, (rows of the part,)."""
         names: dict[str, Tensor] = {}
+        empty = states
         for name, eraser in erasers.items():
-            encoded = self._name_states(call, name, eraser)
-            if encoded is not None and encoded.shape[1] == states.shape[-1]:
-                names[name] = _fitted(encoded.to(states), states.shape[1]).expand_as(states)
+            encoded = self._states(call, eraser)
+            if encoded is not None and encoded[0].shape[1] == states.shape[-1]:
+                names[name], empty = (_fitted(each.to(states), states.shape[1]).expand_as(states) for each in encoded)
         if len(names) < len(erasers):
             unknown = ", ".join(sorted(erasers.keys() - names.keys()))
             self._planner.warn_once(f"the names of {unknown} cannot be encoded: {_BY_TEXT}")
         self._planner.put_alone(None)
-        bare = again(part, None)
+        bare, of_empty = again(part, None), again(part, empty)
         of_names = {name: again(part, row) for name, row in names.items()}
         found = {}
         for name, row in names.items():
             self._planner.put_alone(name)
-            found[name] = shares_of_effect(bare - again(part, None), of_names[name] - again(part, row))
+            everywhere = of_empty - again(part, empty)
+            effect, on_name = bare - again(part, None), of_names[name] - again(part, row)
+            found[name] = shares_of_effect(effect - everywhere, on_name - everywhere)
         return found
 
     def _watched(self, call: Call) -> dict[str, Eraser]:
@@ -91,9 +98,10 @@ class Watch:
             if isinstance(eraser.gate, EvidenceGate) and eraser.strength and min(call.gammas.get(name, [1.0])) < 1
         }
 
-    def _name_states(self, call: Call, name: str, eraser: Eraser) -> Tensor | None:
+    def _states(self, call: Call, eraser: Eraser) -> tuple[Tensor, Tensor] | None:
+        """Return the states of an eraser's name and of the empty prompt, None where they cannot be encoded."""
         try:
-            return call.gates.target_states(eraser, call.settings)
+            return call.gates.target_states(eraser, call.settings), call.gates.empty_states(call.settings)
         except CannotEncodeError:
             return None
 
@@ -107,6 +115,6 @@ class Watch:
 
 
 def _fitted(states: Tensor, length: int) -> Tensor:
-    """Return states (tokens, d_text) cut to a length, or filled up by repeating the last: (length, d_text)."""
+    """Cut states (tokens, d_text) to a length, or repeat the last: (length, d_text)."""
     used = states[: lengths_of(states[None])[0]]
     return torch.cat([used, used[-1:].expand(max(0, length - len(used)), -1)])[:length]

@@ -70,6 +70,7 @@ class GateEvaluation:
         self._memos: weakref.WeakKeyDictionary[Eraser, dict[Settings, dict[str, Any]]] = weakref.WeakKeyDictionary()
         self._groups: dict[Settings, list[_Group]] = {}
         self._empty: dict[Settings, int] = {}
+        self._of_empty: dict[Settings, Tensor] = {}
         self._stamp: tuple[object, ...] = ()
 
     @property
@@ -208,6 +209,7 @@ class GateEvaluation:
             self._stamp = stamp
             self._groups.clear()
             self._empty.clear()
+            self._of_empty.clear()
             self._concepts.clear()
             self._memos.clear()
         if (present := list(erasers.values())) != self._erasers:
@@ -281,6 +283,12 @@ class GateEvaluation:
         settings: the arguments that the prompts were encoded with. Raises CannotEncodeError.
         """
         return self._encode(eraser, settings).states[0]
+
+    def empty_states(self, settings: Settings) -> Tensor:
+        """Return the states of the empty prompt: (tokens, d_text). Raises CannotEncodeError."""
+        if settings not in self._of_empty:
+            self._of_empty[settings] = encode(self._pipe, self._reader, "", settings)[0].float().cpu()
+        return self._of_empty[settings]
 
     def _spill_file(self, elements: int) -> SpillFile | None:
         """Return the file for states with so many elements a name, None for memory. Raises OSError."""

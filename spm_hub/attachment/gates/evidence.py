@@ -1,8 +1,9 @@
 """The evidence gate: the calibrated gate, and what the denoiser makes of a prompt.
 
 Before the first step of a picture the denoiser is asked, on noise of a fixed seed, what an eraser would change for
-the prompt and what it changes for the concept's name. Where the first is a good part of the second, the prompt is one
-for the concept, whatever its words and its text-encoder states are, and the eraser is fully on.
+the prompt and what it changes for the concept's name, each without what it changes for the empty prompt. Where the
+first is a good part of the second, the prompt is one for the concept, whatever its words and its text-encoder states
+are, and the eraser is fully on.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 from spm_hub.attachment.gates.calibrated import CalibratedGate, PreparedCalibratedGate
 from spm_hub.attachment.gates.gate import Explanation, GatedEraser, PreparedGate, Prompts, TextEncoder
 
-LEAST_SHARE = 0.15
-"""The least share of an eraser's effect on the name at which a prompt counts as one for the concept."""
+LEAST_SHARE = 0.2
+"""The bar unless another is given: prompts for other subjects seldom reach it."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the denoiser showed about one prompt and eraser, and the gamma that the eraser then had.
+    """The evidence about one prompt and eraser, and the gamma that follows.
 
     share: of the eraser's effect on the concept's name, 1 for the name itself.  gamma: before `threshold`, `top_k` and
     the eraser's strength.
@@ -34,7 +35,13 @@ class Evidence:
 
 @dataclass(frozen=True)
 class EvidenceGate:
-    """The evidence gate: its gammas of a text are the calibrated gate's; for those below 1 the denoiser is asked."""
+    """The evidence gate: `prepare` calibrates its text part.
+
+    Its gammas of a text are the calibrated gate's; for those below 1 the denoiser is asked.
+    least_share: of the eraser's effect on the name, at which a prompt counts as one for the concept.
+    """
+
+    least_share: float = LEAST_SHARE
 
     def prepare(self, encoder: TextEncoder, erasers: Sequence[GatedEraser]) -> PreparedGate:
         """Calibrate the gate as `CalibratedGate.prepare` does."""
@@ -66,7 +73,8 @@ class PreparedEvidenceGate:
 def shares_of_effect(effect: Tensor, on_name: Tensor) -> Tensor:
     """Return <e, d> / <d, d> of each row: (rows,), float64; 0 where the eraser does nothing to the name.
 
-    effect, on_name: (rows, ...), e and d, the eraser's effects on the predictions for the prompt and for the name.
+    effect, on_name: (rows, ...), e and d, the eraser's effects on the predictions for the prompt and for the name, each
+    less its effect on that for the empty prompt.
     """
     e, d = (each.detach().to("cpu", torch.float64).flatten(1) for each in (effect, on_name))
     return ((e * d).sum(1) / d.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(0.0, 0.0, 0.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spm_hub.attachment.attachment import attach
 from spm_hub.attachment.gates import bank
-from spm_hub.attachment.gates.evidence import LEAST_SHARE, PreparedEvidenceGate, shares_of_effect
+from spm_hub.attachment.gates.evidence import LEAST_SHARE, EvidenceGate, PreparedEvidenceGate, shares_of_effect
 
 OTHER = "a dog"
 
@@ -85,8 +85,8 @@ def test_the_share_is_that_of_predictions_made_by_hand(pipe: Any) -> None:
     adapter = pico_eraser(pipe.unet)
     pipe.scheduler.set_timesteps(2)
     first = int(pipe.scheduler.timesteps[0])
-    e, d = (effects(pipe, adapter, prompt, first).flatten() for prompt in (OTHER, "snoopy"))
-    expected = float(e @ d / (d @ d))
+    e, d, everywhere = (effects(pipe, adapter, prompt, first).flatten() for prompt in (OTHER, "snoopy", ""))
+    expected = float((e - everywhere) @ (d - everywhere) / ((d - everywhere) @ (d - everywhere)))
     for mode, options in (
         ("auto", {}), ("branch", {"guidance_scale": 1.0}), ("fold", {"num_images_per_prompt": 2}),
     ):  # fmt: skip
@@ -98,9 +98,7 @@ def test_the_share_is_that_of_predictions_made_by_hand(pipe: Any) -> None:
 
 
 @pytest.mark.usefixtures("blind")
-def test_a_prompt_without_evidence_is_drawn_as_ever_and_one_with_it_as_always(
-    pipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_without_evidence_is_drawn_as_ever_and_one_with_it_as_always(pipe: Any) -> None:
     adapter = pico_eraser(pipe.unet)
     weights = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
     others = ["a dog", "church", "van gogh", "a cat and a dog", "mickey"]
@@ -109,12 +107,12 @@ def test_a_prompt_without_evidence_is_drawn_as_ever_and_one_with_it_as_always(
         share, other = min((one.share, text) for one, text in zip(erasers.last_evidence["snoopy"], others, strict=True))
     assert share < 1 - 1e-3
     # Random erasers change any prompt: the bar is set between this prompt and the name.
-    monkeypatch.setattr("spm_hub.attachment.watch.LEAST_SHARE", (1 + share) / 2)
+    gate = EvidenceGate(least_share=(1 + share) / 2)
     bare = [sketch(pipe, [prompt]) for prompt in (other, "snoopy")]
     with attach(pipe, [adapter], gate="always"):
         always = sketch(pipe, ["snoopy"])
     assert not torch.equal(always, bare[1])
-    with attach(pipe, [adapter, pico_eraser(pipe.unet, "cat", seed=2)], gate="evidence") as erasers:
+    with attach(pipe, [adapter, pico_eraser(pipe.unet, "cat", seed=2)], gate=gate) as erasers:
         erasers.recover("cat")
         assert torch.equal(sketch(pipe, [other]), bare[0])
         assert torch.equal(sketch(pipe, ["snoopy"]), always)
@@ -152,7 +150,7 @@ def test_the_denoiser_is_asked_once_a_picture_and_only_where_the_text_leaves_roo
         erasers.strength["snoopy"] = 0.0
         sketch(pipe, [OTHER])
     handle.remove()
-    assert (watched, named, rows) == ([1] * 4 + [2] * 2, [2] * 2, [2] * 2)
+    assert (watched, named, rows) == ([1] * 6 + [2] * 2, [2] * 2, [2] * 2)
 
 
 @pytest.mark.usefixtures("blind")
@@ -165,9 +163,7 @@ def test_a_question_that_fails_leaves_the_weights_as_they_were(pipe: Any, monkey
                 with pytest.raises(KeyboardInterrupt):
                     sketch(pipe, [OTHER])
             assert all(torch.equal(weights[key], value) for key, value in pipe.unet.state_dict().items())
-            with monkeypatch.context() as patch:
-                patch.setattr("spm_hub.attachment.watch.LEAST_SHARE", 1e9)
-                sketch(pipe, [OTHER])
+            sketch(pipe, [OTHER])
         assert all(torch.equal(weights[key], value) for key, value in pipe.unet.state_dict().items())
 
 
