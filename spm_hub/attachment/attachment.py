@@ -132,7 +132,8 @@ class Attachment:
         self._reading_alike: weakref.WeakSet[Any] = weakref.WeakSet()
         self._planner = Planner(self._denoiser, options)
         self._watch = Watch(self._denoiser, self._planner)
-        self._last: Call | None = None
+        self._last_evidence: dict[str, tuple[Evidence, ...]] = {}
+        self._last_gammas: Gammas = {}
         self._attached = True
         self._doubles = Doubles(pipe, self._denoiser, self._planner.warn_once)
         self._objections = Objections(self._planner.warn_once)
@@ -180,7 +181,7 @@ class Attachment:
         One for each prompt, in order. Erasers of the evidence gate are watched, and of these only those that some
         prompt's text leaves below gamma 1.
         """
-        return dict(self._last.evidence) if self._last is not None else {}
+        return dict(self._last_evidence)
 
     @property
     def last_gammas(self) -> Gammas:
@@ -188,7 +189,7 @@ class Attachment:
 
         One for each prompt, in order, before the erasers' strengths; empty where the prompts were unknown.
         """
-        return {name: list(each) for name, each in self._last.acting.items()} if self._last is not None else {}
+        return {name: list(each) for name, each in self._last_gammas.items()}
 
     def gates(self, prompt: str, /, **options: Any) -> dict[str, float]:
         """Return the gamma of every eraser for a prompt, before its strength: why a picture is as it is.
@@ -332,7 +333,8 @@ class Attachment:
             try:
                 yield
             finally:
-                self._last = self._calls.pop()
+                ended = self._calls.pop()
+                self._last_evidence, self._last_gammas = ended.evidence, ended.acting
                 self._planner.end_call()
 
     @contextmanager
