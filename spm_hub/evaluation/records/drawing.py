@@ -91,7 +91,7 @@ def draw_batch(pipe: DiffusionPipeline, batch: Batch, defaults: RowDefaults) -> 
     callback = StepCallback(pipe)
     try:
         made = pipe(
-            [row.prompt for row in batch.rows],
+            prompt=[row.prompt for row in batch.rows],
             num_inference_steps=defaults.steps,
             generator=[torch.Generator("cpu").manual_seed(row.seed) for row in batch.rows],
             **callback.options,

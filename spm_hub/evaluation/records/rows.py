@@ -46,6 +46,8 @@ class PromptRow:
             raise UsageError(f"row {self.id}: role is {self.role!r}, not {', '.join(get_args(Role))}")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise UsageError(f"row {self.id}: guidance is {self.guidance}, not a finite number")
+        if (self.width is None) != (self.height is None):
+            raise UsageError(f"row {self.id}: width is {self.width} and height {self.height}: give both, or neither")
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None and (side < SMALLEST_SIDE or side % SMALLEST_SIDE):
                 raise UsageError(f"row {self.id}: {name} is {side}, not a multiple of {SMALLEST_SIDE} pixels")

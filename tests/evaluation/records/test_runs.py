@@ -187,7 +187,7 @@ def test_batches_are_cut_by_what_a_call_shares_and_do_not_depend_on_the_machine(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("seed", -1), ("seed", 2**64), ("width", 60), ("height", 0), ("guidance", float("nan")), ("role", "friend")],
+    [("seed", -1), ("seed", 2**64), ("width", 64), ("guidance", float("nan")), ("role", "friend")],
 )
 def test_rows_that_draw_nothing_are_refused(key: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"row 7: {key} is"):
