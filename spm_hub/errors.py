@@ -106,6 +106,8 @@ def unknown_eraser(reference: str, names: Iterable[str], where: str) -> NotFound
     """Return the error for a reference that matches no eraser `where`; it suggests the nearest of `names`."""
     known = tuple(names)
     mend = "spmhub list" if known else f"make one: spmhub train {shlex.quote(reference)}"
+    if not known and reference.lower().endswith((".safetensors", ".pt", ".ckpt", ".bin")):
+        mend = "the path of a file that is there"  # nobody erases a concept of such a name
     return NotFoundError(f"no eraser {reference!r} {where}{did_you_mean(reference, known)}", mend=mend)
 
 

@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 from spm_hub import errors
-from spm_hub.errors import NotFoundError, SpmHubError, UsageError, nearest
+from spm_hub.errors import NotFoundError, SpmHubError, UsageError, nearest, unknown_eraser
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SpmHubError)]
 
@@ -29,3 +29,9 @@ def test_nearest_names() -> None:
     assert nearest("snopy", known)[0] == "snoopy"
     assert nearest("van gogh", known) == ("Van-Gogh",)
     assert nearest("zzz", known) == ()
+
+
+def test_a_file_that_is_not_there_is_no_concept_to_train() -> None:
+    assert "spmhub train" in str(unknown_eraser("church", (), "here").mend)
+    for name in ("sub folder/x.safetensors", "old.CKPT", "x.bin"):
+        assert unknown_eraser(name, (), "on this disk").mend == "the path of a file that is there"
