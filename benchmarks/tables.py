@@ -479,6 +479,22 @@ def hostile(numbers: dict[str, Any]) -> str:
     )
 
 
+def audit(numbers: dict[str, Any]) -> str:
+    rows = [
+        [design, f"{cell['found']} of {cell['built']}", cell["said"].replace("|", r"\|")]
+        for design, cell in numbers["attacks"].items()
+    ]
+    honest = numbers["honest"]
+    kinds = ", ".join(f"{count} {how}" for how, count in honest.items())
+    return (
+        f"{_table(['attack', 'found', 'what was said of the first'], rows)}\n\n"
+        f"Each design was built against each of the five shipped erasers, and audited beside them. Of "
+        f"{sum(honest.values())} honest erasers ({kinds}), audited all at once, "
+        f"{len(numbers['false_alarms'])} were suspected. The five shipped ones take "
+        f"{numbers['cpu_seconds_for_five']:.1f} CPU seconds, without starting Python.\n{_about(numbers, 'audit')}"
+    )
+
+
 def summary(results: dict[str, dict[str, Any]]) -> str:
     """The README's one table, out of the results of several benchmarks."""
     alone, together = results["erasure"]["alone"].values(), results["erasure"]["together"]
@@ -637,6 +653,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "hostile": hostile,
     "intervals": intervals,
     "judges": judges,
+    "audit": audit,
 }
 ACROSS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
     "summary": summary, "gates_in_short": gates_in_short, "papers_gate": papers_gate
