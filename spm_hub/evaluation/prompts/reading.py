@@ -69,7 +69,7 @@ def read_prompt_file(
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(
             f"{source} ends in {path.suffix or 'no suffix'!r}, and prompts are read from {', '.join(SUFFIXES)}",
-            mend="spmhub eval NAME --protocol detection --prompts prompts.csv",
+            mend="spmhub eval NAME --protocol neighbours --prompts prompts.csv",
         )
     try:
         sha256 = sha256_of(path)

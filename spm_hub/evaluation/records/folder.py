@@ -78,7 +78,7 @@ class RunFolder:
         except FileNotFoundError as error:
             raise NotFoundError(
                 f"{path} is not the folder of an evaluation: it has no {Path(str(error.filename)).name}",
-                mend="spmhub eval NAME --protocol detection --out DIR",
+                mend="spmhub eval NAME --protocol neighbours --out DIR",
             ) from error
         except TypeError as error:
             raise UsageError(f"{path / ROWS} is not a file of prompt rows: {error}") from error
