@@ -55,8 +55,8 @@ class Callbacks(Protocol):
         """Surround one call of the denoiser.
 
         rows: of its batch, None where the input does not show them.  states: the text-encoder states that it is given.
-        again: calls the denoiser with some rows of the same inputs, but with noise in place of the latents, and with
-        other states unless those are None.
+        again: calls the denoiser with some rows of the same inputs, but with noise in place of the latents, at half of
+        the timestep, and with other states unless those are None.
         """
 
     def bare_weights(self, *, moving: bool) -> AbstractContextManager[None]:
@@ -288,12 +288,25 @@ def _with_bare_weights(base: Any, name: str, *, moving: bool = False) -> Any:
 
 
 def _with_noise(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Replace the latents in a denoiser's inputs by noise of a fixed seed, the same in every row."""
+    """Replace the latents in a denoiser's inputs by noise, the same in every row, and halve the timestep.
+
+    At the first step predictions hardly depend on the prompt. Half of that timestep is the middle, whether timesteps
+    are counted to 1,000 or to 1.
+    """
     noisy = _latents(args, kwargs)
     noise = torch.randn(noisy.shape[1:], generator=torch.Generator().manual_seed(_SEED)).to(noisy).expand_as(noisy)
+    if "timestep" in kwargs:
+        kwargs = {**kwargs, "timestep": _half(kwargs["timestep"])}
+    elif len(args) > 1:
+        args = (args[0], _half(args[1]), *args[2:])
     if args:
         return (noise, *args[1:]), kwargs
     return args, {**kwargs, "sample" if "sample" in kwargs else "hidden_states": noise}
+
+
+def _half(timestep: Any) -> Any:
+    whole = isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point())
+    return timestep // 2 if whole else timestep / 2
 
 
 def _latents(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

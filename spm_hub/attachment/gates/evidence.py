@@ -1,9 +1,9 @@
 """The evidence gate: the calibrated gate, and what the denoiser makes of a prompt.
 
-Before the first step of a picture the denoiser is asked, on noise of a fixed seed, what an eraser would change for
-the prompt and what it changes for the concept's name, each without what it changes for the empty prompt. Where the
-first is a good part of the second, the prompt is one for the concept, whatever its words and its text-encoder states
-are, and the eraser is fully on.
+Before the first step of a picture the denoiser is asked, on noise of a fixed seed and at a timestep in the middle, what
+an eraser would change for the prompt and what it changes for the concept's name, each without what it changes for the
+empty prompt. Where the first is a good part of the second, the prompt is one for the concept, whatever its words and
+its text-encoder states are, and the eraser is fully on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from spm_hub.attachment.gates.calibrated import CalibratedGate, PreparedCalibratedGate
 from spm_hub.attachment.gates.gate import Explanation, GatedEraser, PreparedGate, Prompts, TextEncoder
 
-LEAST_SHARE = 0.2
+LEAST_SHARE = 0.15
 """The bar unless another is given: prompts for other subjects seldom reach it."""
 
 

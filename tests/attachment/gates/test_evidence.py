@@ -84,8 +84,8 @@ def test_an_eraser_that_does_nothing_to_the_name_gives_no_evidence() -> None:
 def test_the_share_is_that_of_predictions_made_by_hand(pipe: Any) -> None:
     adapter = pico_eraser(pipe.unet)
     pipe.scheduler.set_timesteps(2)
-    first = int(pipe.scheduler.timesteps[0])
-    e, d, everywhere = (effects(pipe, adapter, prompt, first).flatten() for prompt in (OTHER, "snoopy", ""))
+    middle = int(pipe.scheduler.timesteps[0]) // 2
+    e, d, everywhere = (effects(pipe, adapter, prompt, middle).flatten() for prompt in (OTHER, "snoopy", ""))
     expected = float((e - everywhere) @ (d - everywhere) / ((d - everywhere) @ (d - everywhere)))
     for mode, options in (
         ("auto", {}), ("branch", {"guidance_scale": 1.0}), ("fold", {"num_images_per_prompt": 2}),
