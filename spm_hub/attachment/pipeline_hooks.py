@@ -55,8 +55,8 @@ class Callbacks(Protocol):
         """Surround one call of the denoiser.
 
         rows: of its batch, None where the input does not show them.  states: the text-encoder states that it is given.
-        again: calls the denoiser with some rows of the same inputs, but with noise in place of the latents, at half of
-        the timestep, and with other states unless those are None.
+        again: calls the denoiser with some rows of the same inputs, but with noise in place of the latents, at the
+        timestep in the middle of the schedule, and with other states unless those are None.
         """
 
     def bare_weights(self, *, moving: bool) -> AbstractContextManager[None]:
@@ -288,25 +288,27 @@ def _with_bare_weights(base: Any, name: str, *, moving: bool = False) -> Any:
 
 
 def _with_noise(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Replace the latents in a denoiser's inputs by noise, the same in every row, and halve the timestep.
+    """Replace the latents by noise, the same in every row, and the timestep by the middle one.
 
-    At the first step predictions hardly depend on the prompt. Half of that timestep is the middle, whether timesteps
-    are counted to 1,000 or to 1.
+    At the first step predictions hardly depend on the prompt.
     """
     noisy = _latents(args, kwargs)
     noise = torch.randn(noisy.shape[1:], generator=torch.Generator().manual_seed(_SEED)).to(noisy).expand_as(noisy)
     if "timestep" in kwargs:
-        kwargs = {**kwargs, "timestep": _half(kwargs["timestep"])}
+        kwargs = {**kwargs, "timestep": _middle(kwargs["timestep"])}
     elif len(args) > 1:
-        args = (args[0], _half(args[1]), *args[2:])
+        args = (args[0], _middle(args[1]), *args[2:])
     if args:
         return (noise, *args[1:]), kwargs
     return args, {**kwargs, "sample" if "sample" in kwargs else "hidden_states": noise}
 
 
-def _half(timestep: Any) -> Any:
-    whole = isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point())
-    return timestep // 2 if whole else timestep / 2
+def _middle(timestep: Any) -> Any:
+    """Return the timestep in the middle: of 1,000, or of 1 for denoisers that count to 1."""
+    if isinstance(timestep, Tensor):
+        to_one = timestep.is_floating_point() and bool(timestep.max() <= 1)
+        return torch.full_like(timestep, 0.5 if to_one else 500)
+    return 0.5 if isinstance(timestep, float) and timestep <= 1 else 500
 
 
 def _latents(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from spm_hub.attachment.attachment import attach
 from spm_hub.attachment.gates import bank
 from spm_hub.attachment.gates.evidence import LEAST_SHARE, EvidenceGate, PreparedEvidenceGate, shares_of_effect
+from spm_hub.attachment.pipeline_hooks import _middle
 
 OTHER = "a dog"
 
@@ -83,9 +84,7 @@ def test_an_eraser_that_does_nothing_to_the_name_gives_no_evidence() -> None:
 @pytest.mark.usefixtures("blind")
 def test_the_share_is_that_of_predictions_made_by_hand(pipe: Any) -> None:
     adapter = pico_eraser(pipe.unet)
-    pipe.scheduler.set_timesteps(2)
-    middle = int(pipe.scheduler.timesteps[0]) // 2
-    e, d, everywhere = (effects(pipe, adapter, prompt, middle).flatten() for prompt in (OTHER, "snoopy", ""))
+    e, d, everywhere = (effects(pipe, adapter, prompt, 500).flatten() for prompt in (OTHER, "snoopy", ""))
     expected = float((e - everywhere) @ (d - everywhere) / ((d - everywhere) @ (d - everywhere)))
     for mode, options in (
         ("auto", {}), ("branch", {"guidance_scale": 1.0}), ("fold", {"num_images_per_prompt": 2}),
@@ -197,3 +196,17 @@ def test_the_name_itself_is_drawn_as_by_the_gate_always(name: str) -> None:
     assert torch.equal(drawn, always)
     assert not torch.equal(drawn, bare)
     assert torch.equal(draw(pipe, ["snoopy"]), bare)
+
+
+@pytest.mark.parametrize(
+    ("timestep", "middle"),
+    [
+        (torch.tensor(981), torch.tensor(500)), (torch.tensor([1, 1]), torch.tensor([500, 500])), (981, 500), (1, 500),
+        (torch.tensor([1000.0]), torch.tensor([500.0])), (torch.tensor([1.0, 0.4]), torch.tensor([0.5, 0.5])),
+        (0.9, 0.5),
+    ],
+)  # fmt: skip
+def test_the_middle_is_of_the_timesteps_that_a_denoiser_counts(timestep: Any, middle: Any) -> None:
+    found = _middle(timestep)
+    assert type(found) is type(middle)
+    torch.testing.assert_close(found, middle, rtol=0, atol=0)
