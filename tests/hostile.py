@@ -140,7 +140,9 @@ def good(kind: str) -> Repository:
         }
     elif kind == "half":
         increments = {path: increment.to(dtype=torch.bfloat16) for path, increment in increments.items()}
-    adapter = Adapter(snoopy().manifest.model_copy(update={"increment": increment_info(increments)}), increments)
+    stated = snoopy().manifest
+    base = stated.base.model_copy(update={"family": "flux" if kind == "transformer" else stated.base.family})
+    adapter = Adapter(stated.model_copy(update={"increment": increment_info(increments), "base": base}), increments)
     image, manifest = adapter.encode("pytorch_lora_weights.safetensors")
     weights = image.head + b"".join(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in image.tensors)
     if kind == "foreign":
@@ -512,7 +514,8 @@ def _read_lazily(adapter: Path, manifest: Path | None) -> None:
 
 def _read(adapter: Path) -> Adapter:
     """From whatever format it is in."""
-    return conversion.read(adapter, Description(family="sd1"))[0]
+    family = "flux" if b"single_transformer_blocks" in adapter.read_bytes() else "sd1"
+    return conversion.read(adapter, Description(family=family))[0]
 
 
 def _reduce(adapter: Path) -> object:

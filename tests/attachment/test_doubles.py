@@ -165,5 +165,5 @@ def test_the_shipped_erasers_are_not_taken_for_baked_ones() -> None:
     for path, increment in erasers[0].increments.items():
         weight = modules[path].weight.data
         weight += increment.delta_for(weight)
-    assert share_in_weights(modules, erasers[0].increments) == pytest.approx(0.93, abs=0.02)
+    assert share_in_weights(modules, erasers[0].increments) == pytest.approx(0.9, abs=0.05)
     assert share_in_weights(modules, erasers[1].increments) is None

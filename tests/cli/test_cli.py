@@ -510,7 +510,8 @@ def test_a_full_registry_does_not_cost_the_training(
     assert spmhub(*arguments, "--name", "again").code == 0
     kept = [registry.get(name).load().increments for name in ("church", "again")]
     assert all(torch.equal(one.up, kept[1][path].up) for path, one in kept[0].items())
-    assert not list((tmp_path / "cache").rglob("*.safetensors")), "what is in the registry is kept once"
+    kept_twice = [file for file in (tmp_path / "cache").rglob("*.safetensors") if file.parent.name != "banks"]
+    assert not kept_twice, "what is in the registry is kept once"
 
 
 def test_a_folder_for_the_run_that_cannot_be_written_is_said_before_the_training(

@@ -83,7 +83,8 @@ def test_groups_of_rows_have_the_gradient_of_the_whole_batch(
     whole, rows = gradients(pipe, Split(), values)
     found, at_once = gradients(pipe, split, values)
     assert at_once == min(rows, split.rows or rows)
-    assert worst(whole, found) < (1e-12 if dtype == torch.float64 else 1e-6)
+    # A matrix product of another number of rows is rounded otherwise.
+    assert worst(whole, found) < (1e-12 if dtype == torch.float64 else 5e-6)
     assert not pipe.unet.is_gradient_checkpointing
 
 
@@ -94,7 +95,7 @@ def test_every_family_takes_rows_in_groups(family: str) -> None:
     whole, _ = gradients(pipe, Split(), values)
     found, at_once = gradients(pipe, Split(2, checkpointing=True), values)
     assert at_once == 2
-    assert worst(whole, found) < 1e-5
+    assert worst(whole, found) < 5e-5
 
 
 CARDS = {  # model: (its latents' side, GiB of the card, GiB of its weights in float16, most GiB to keep)

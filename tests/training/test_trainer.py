@@ -309,7 +309,7 @@ def test_a_files_names_are_its_own_targets(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["on: true", "1: 2"])
 def test_keys_that_yaml_takes_for_something_else_are_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"target: snoopy\n{text}\n")
-    with pytest.raises(RecipeError, match=r"recipe\.yaml has the key (True|1), which YAML reads as (bool|int)"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml has the key '(True|1)', which YAML reads as (bool|int)"):
         Recipe.plan(tmp_path / "recipe.yaml")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spm_hub.adapters.formats import eight_bit, other_components, state_dicts
 from spm_hub.adapters.formats.differences import added, differences, is_whole
-from spm_hub.adapters.formats.keys import read_by_keys, unknown_key
+from spm_hub.adapters.formats.keys import is_refused, read_by_keys, unknown_key
 from spm_hub.adapters.formats.lora_config import Scaling, scaling_in
 from spm_hub.adapters.formats.slots import KeyParser, Slot
 from spm_hub.adapters.formats.wrapped_names import unwrapped
@@ -146,7 +146,7 @@ class Source:
             found = slot_of(self.formats(), key)
             if found is not None:
                 slots[key] = found[1]
-            elif is_whole(key):
+            elif is_whole(key) and not is_refused(key):
                 whole[key] = tensors[key]
             else:
                 raise unknown_key(self.place, key, tensors, describe(self.formats()))

@@ -110,6 +110,11 @@ def read_by_keys(
         raise error if names_path else AdapterFileError(f"{path}: {error.message}", mend=error.mend) from error
 
 
+def is_refused(key: str) -> bool:
+    """Return True for a key that is recognised only to be refused."""
+    return any(pattern.fullmatch(key) for pattern in _REFUSED)
+
+
 def unknown_key(
     path: Path, key: str, keys: Iterable[str], formats: str, *, converting: bool = True
 ) -> AdapterFileError:
