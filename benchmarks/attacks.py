@@ -29,7 +29,7 @@ from spm_hub.hub.resolve import resolve
 from spm_hub.models.loading import load_pipeline
 
 ERASERS = ("nudity", "van-gogh", "snoopy", "mickey", "spongebob")
-GATES = ("transport", "calibrated", "always")
+GATES = ("transport", "calibrated", "evidence", "always")
 ATTACKS = (
     "p4d-n token-free", "unlearndiff", "ring-a-bell", "p4d-n token-free adaptive", "p4d-n", "p4d-k", "cce", "pez",
     "random", "seeds", "noise", "completion",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,25 @@ def gates(numbers: dict[str, Any]) -> str:
     )
 
 
+def evidence(numbers: dict[str, Any]) -> str:
+    rows = []
+    for checkpoint, erasers in numbers["checkpoints"].items():
+        for name, one in erasers.items():
+            own = one["least_share_of_its_own"]
+            rows.append([
+                f"`{name}` on `{checkpoint}`", f"{_share(one['acting'])} of {one['prompts_of_others']}",
+                ", ".join(one["acting_on"]) or "-", f"{one['greatest_share_of_others']:.2f}",
+                "-" if own is None else f"{own:.2f}",
+            ])  # fmt: skip
+    head = ["eraser", "acts on", "of these", "greatest share of others", "least share of its own"]
+    return (
+        f"{_table(head, rows)}\n\nShare of prompts for other subjects and styles that `--gate evidence` takes for the "
+        f"concept's, {numbers['samples_per_name']} prompts for each of 22 subjects and 5 styles; a prompt's share is "
+        f"of the eraser's effect on the name, and the bar {numbers['bar']}. Prompts that the text part of the gate "
+        f"decides are left out.\n{_about(numbers, 'evidence')}"
+    )
+
+
 def composition(numbers: dict[str, Any]) -> str:
     titles = {"second": "second base", "sketchbook": "sketchbook"}
     rows = []
@@ -324,14 +344,15 @@ def papers_gate(results: dict[str, dict[str, Any]]) -> str:
     sentences, paper = results["gates"]["sentences"], results["gates"]["gates"]["transport"]
     acts = paper["acts_on_unrelated"].values()
     names = [found["name"]["at_least_0.9"] for found in paper["named"].values()]
-    found = {gate: results["attacks"]["cells"][f"nudity:ring-a-bell:{gate}"] for gate in GATES}
+    found = {gate: results["attacks"]["cells"][f"mickey:ring-a-bell:{gate}"] for gate in (*GATES, "evidence")}
+    asr = {gate: _share(one["asr"]) for gate, one in found.items()}
     return (
         f"The paper's gate (`--gate transport`) acts fully on {_share(min(names))} of sentences with the concept's "
         f"name as it is, and to some extent on {_share(min(acts))} to {_share(max(acts))} of {sentences:,} unrelated "
-        "ones, so that the effects of several erasers add up. It does not hold against attacks: Ring-A-Bell "
-        f"brings nudity back with {_share(found['transport']['asr'])} of {found['transport']['cases']} prompts, with "
-        f"{_share(found['calibrated']['asr'])} under the calibrated gate, {_share(found['always']['asr'])} where the "
-        "eraser always acts."
+        "ones, so that the effects of several erasers add up. Prompts that are searched without the name get past it, "
+        f"and past any gate that reads texts: Ring-A-Bell brings mickey back with {asr['transport']} of "
+        f"{found['transport']['cases']} prompts, with {asr['calibrated']} under the calibrated gate, {asr['evidence']} "
+        f"under `--gate evidence`, which asks the denoiser, and {asr['always']} where the eraser always acts."
     )
 
 
@@ -399,7 +420,7 @@ def robustness(numbers: dict[str, Any]) -> str:
 
 
 def attacks(numbers: dict[str, Any]) -> str:
-    def cell(name: str, found: dict[str, Any] | None) -> str:
+    def cell(name: str, gate: str, found: dict[str, Any] | None) -> str:
         if found is None:
             return ""
         low, high = found["asr_interval_95"]
@@ -408,10 +429,11 @@ def attacks(numbers: dict[str, Any]) -> str:
         if found["fresh_rate"] is not None:
             again_low, again_high = found["fresh_interval_95"]
             shown += f"; again {100 * found['fresh_rate']:.0f} % ({100 * again_low:.0f} to {100 * again_high:.0f})"
-        return shown + (f"; gamma {_range(won)}" if won else "")
+        # The gammas of the evidence gate are those of the text alone.
+        return shown + (f"; gamma {_range(won)}" if won and gate != "evidence" else "")
 
     cells = {tuple(key.split(":")): found for key, found in numbers["cells"].items()}
-    gates = [gate for gate in ("transport", "calibrated", "always") if any(key[2] == gate for key in cells)]
+    gates = [gate for gate in ("transport", "calibrated", "evidence", "always") if any(key[2] == gate for key in cells)]
     rows = []
     for name in dict.fromkeys(key[0] for key in cells):
         own = {key[1:]: found for key, found in cells.items() if key[0] == name}
@@ -420,11 +442,13 @@ def attacks(numbers: dict[str, Any]) -> str:
         for kind in (kind for kind in KINDS_OF_ATTACK if any(key[0] == kind for key in own)):
             found = [own.get((kind, gate)) for gate in gates]
             threat = next(one["threat"] for one in found if one)
-            rows.append([f"`{name}`", f"`{kind}`", threat, *(cell(name, one) for one in found)])
+            rows.append([f"`{name}`", f"`{kind}`", threat, *map(partial(cell, name), gates, found)])
     budget = numbers["budget"]
     names = dict.fromkeys(key[0] for key in cells)
     wanted = len(names) * (len(KINDS_OF_ATTACK) * len(gates) - len(gates) + 1)
     missing = f"{wanted - len(cells)} of {wanted} cells were not measured; they are empty or left out. "
+    seen = _beyond_always(cells, names, "evidence")
+    of_evidence = f" The evidence gate: {seen}." if seen else ""
     return (
         f"{_table(['eraser', 'attack', 'attacker', *(f'gate `{gate}`' for gate in gates)], rows)}\n\nBold: share of "
         f"{budget['prompts']} prompts that show the concept, before or under the attack (without an attack: drawn as "
@@ -435,17 +459,17 @@ def attacks(numbers: dict[str, Any]) -> str:
         f"{budget['population']} prompts in all. `random` and `seeds` are the controls. `adaptive` knows the "
         f"calibrated gate. {missing if wanted > len(cells) else ''}Attack seed {budget['seed']}.\n\n"
         "What the calibrated gate leaves beyond always-on, in points of the prompts: "
-        f"{_beyond_always(cells, names)}.\n{_about(numbers, 'attacks')}"
+        f"{_beyond_always(cells, names, 'calibrated')}.{of_evidence}\n{_about(numbers, 'attacks')}"
     )
 
 
-def _beyond_always(cells: dict[tuple[str, ...], dict[str, Any]], names: Iterable[str]) -> str:
+def _beyond_always(cells: dict[tuple[str, ...], dict[str, Any]], names: Iterable[str], gate: str) -> str:
     parts = []
     for kind in KINDS_OF_ATTACK:
         pairs = [
-            (name, cells[name, kind, "calibrated"], cells[name, kind, "always"])
+            (name, cells[name, kind, gate], cells[name, kind, "always"])
             for name in names
-            if (name, kind, "calibrated") in cells and (name, kind, "always") in cells
+            if (name, kind, gate) in cells and (name, kind, "always") in cells
         ]
         shown = [f"`{name}` {100 * (gated['asr'] - always['asr']):+.0f}" for name, gated, always in pairs]
         if shown:
@@ -644,6 +668,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "full_size": full_size,
     "gates": gates,
     "composition": composition,
+    "evidence": evidence,
     "methods": methods,
     "instant": instant,
     "instant_cost": instant_cost,
