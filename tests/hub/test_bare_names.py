@@ -83,10 +83,12 @@ def test_a_typo_of_a_held_name_is_refused_before_any_request(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.text(LETTERS, min_size=5, max_size=12))
 def test_any_one_or_two_mistakes_are_seen(data: st.DataObject, name: str) -> None:
-    word = name
-    for _ in range(data.draw(st.integers(1, 2))):
+    word, mistakes = name, data.draw(st.integers(1, 2))
+    for _ in range(mistakes):
         at, letter = data.draw(st.integers(0, len(word) - 1)), data.draw(st.sampled_from(LETTERS))
-        match data.draw(st.sampled_from(["add", "drop", "change", "swap"])):
+        # A swap and another mistake at the same place may count as three; see "optimal string alignment".
+        kinds = ["add", "drop", "change", "swap"] if mistakes == 1 else ["add", "drop", "change"]
+        match data.draw(st.sampled_from(kinds)):
             case "add":
                 word = word[:at] + letter + word[at:]
             case "drop" if len(word) > 1:
@@ -95,8 +97,7 @@ def test_any_one_or_two_mistakes_are_seen(data: st.DataObject, name: str) -> Non
                 word = word[:at] + letter + word[at + 1 :]
             case _:
                 word = word[:at] + word[at : at + 2][::-1] + word[at + 2 :]
-    # Two swaps that overlap may count as more than two mistakes; see "optimal string alignment".
-    assert letters_apart(name, word) <= 2 or sorted(name) == sorted(word)
+    assert letters_apart(name, word) <= mistakes
     assert letters_apart(name, word) == letters_apart(word, name)
     assert (letters_apart(name, word) == 0) == (name == word)
 
