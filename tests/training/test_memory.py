@@ -65,6 +65,12 @@ def worst(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(float((one - right[name]).norm() / whole) for name, one in left.items())
 
 
+def by_other_kernels(pipe: Any, values: dict[str, Any]) -> dict[str, Tensor]:
+    """The whole batch's gradients with products that are rounded otherwise: how sure float32 is of them."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        return gradients(pipe, Split(), values)[0]
+
+
 @pytest.mark.parametrize(
     ("dtype", "values", "split"),
     [
@@ -83,8 +89,8 @@ def test_groups_of_rows_have_the_gradient_of_the_whole_batch(
     whole, rows = gradients(pipe, Split(), values)
     found, at_once = gradients(pipe, split, values)
     assert at_once == min(rows, split.rows or rows)
-    # A matrix product of another number of rows is rounded otherwise.
-    assert worst(whole, found) < (1e-12 if dtype == torch.float64 else 5e-6)
+    allowed = 1e-12 if dtype == torch.float64 else max(1e-6, 2 * worst(whole, by_other_kernels(pipe, values)))
+    assert worst(whole, found) < allowed
     assert not pipe.unet.is_gradient_checkpointing
 
 
@@ -95,7 +101,7 @@ def test_every_family_takes_rows_in_groups(family: str) -> None:
     whole, _ = gradients(pipe, Split(), values)
     found, at_once = gradients(pipe, Split(2, checkpointing=True), values)
     assert at_once == 2
-    assert worst(whole, found) < 5e-5
+    assert worst(whole, found) < max(1e-5, 2 * worst(whole, by_other_kernels(pipe, values)))
 
 
 CARDS = {  # model: (its latents' side, GiB of the card, GiB of its weights in float16, most GiB to keep)
