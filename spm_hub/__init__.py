@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spm_hub.adapters.manifest import GateName, Manifest
     from spm_hub.attachment.attachment import Attachment
     from spm_hub.attachment.gates.gate import Gate, PreparingGate
+    from spm_hub.attachment.gates.text_gates import Encode, TextGates
     from spm_hub.evaluation.application import Applied
     from spm_hub.hub.bake import bake
     from spm_hub.hub.convert import Conversion, convert
@@ -59,6 +60,7 @@ __all__ = [
     "Registry",
     "Run",
     "Task",
+    "TextGates",
     "Trainable",
     "TrainingInterruptedError",
     "TrainingStep",
@@ -67,6 +69,7 @@ __all__ = [
     "attach",
     "bake",
     "convert",
+    "gates",
     "load",
     "load_pipeline",
     "pull",
@@ -91,6 +94,7 @@ _ROOMS = {
     "Registry": "spm_hub.registry.registry",
     "Run": "spm_hub.training.loop.run",
     "Task": "spm_hub.training.loop.run",
+    "TextGates": "spm_hub.attachment.gates.text_gates",
     "Trainable": "spm_hub.training.trainable.trainable",
     "TrainingInterruptedError": "spm_hub.training.trainer",
     "TrainingStep": "spm_hub.training.session",
@@ -163,6 +167,44 @@ def attach(
         memory_budget=memory_budget, increment_budget=increment_budget, threshold=threshold, top_k=top_k, force=force,
         progress=progress, reporter=reporter,
     )  # fmt: skip
+
+
+def gates(
+    erasers: "str | Path | Adapter | Iterable[str | Path | Adapter]",
+    text: str,
+    *,
+    encode: "Encode",
+    states: "torch.Tensor | None" = None,
+    tokenizers: Sequence[Any] = (),
+    registry: str | Path | None = None,
+    gate: "GateName | float | Gate | PreparingGate | None" = None,
+    concept: Mapping[str, str] | str | None = None,
+    threshold: float | None = None,
+    top_k: int | None = None,
+    max_sequence_length: int | None = None,
+    progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
+) -> dict[str, float]:
+    """Return the gamma of every eraser for a text, as an attached pipeline's `erasers.gates(text)`, without a pipeline.
+
+    For programs that encode texts and draw on their own; `TextGates` is quicker for several texts.
+    erasers, registry: one or several Adapters or references, as for `attach`; only their headers are read.
+    encode: gives the states of several texts as the denoiser receives them: (texts, tokens, d_text).
+    states: those of `text`, (1, tokens, d_text); None, the default, encodes it.
+    tokenizers: those of transformers, in the pipeline's order; None in place of one that is missing.
+    max_sequence_length: how many tokens language models such as T5 read, as in the pipeline's call.
+    gate, concept, threshold, top_k, progress: as for `attach`; "evidence" reads the text alone.
+
+    Raises UsageError, NotFoundError with the nearest names, and what `load` raises.
+    """
+    from spm_hub.adapters.adapter import Adapter
+    from spm_hub.attachment.gates.text_gates import TextGates
+
+    loaded = [one if isinstance(one, Adapter) else load(one, registry=registry, lazy=True) for one in _several(erasers)]
+    asked = TextGates(
+        loaded, encode, tokenizers, gate=gate, concept=concept, threshold=threshold, top_k=top_k,
+        max_sequence_length=max_sequence_length, progress=progress,
+    )  # fmt: skip
+    return asked.gates(text, states)
 
 
 def load(reference: str | Path, *, registry: str | Path | None = None, lazy: bool = False) -> "Adapter":

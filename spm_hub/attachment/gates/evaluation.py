@@ -1,7 +1,7 @@
 """Computes gamma for each (prompt, eraser); caches encoded concepts; applies `threshold` and `top_k`."""
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -57,12 +57,16 @@ class GateEvaluation:
     Concepts are cached until the text encoders change.
     """
 
-    def __init__(self, pipe: Any, reader: Any, options: Options, reporter: Reporter) -> None:
+    def __init__(
+        self, pipe: Any, reader: Any, options: Options, reporter: Reporter, digest: Callable[[], str] | None = None
+    ) -> None:
         """Take a pipeline, which may go away before, and its `modular.reader_of`.
 
-        reporter: shows how far a gate has come that encodes many texts first.
+        reporter: shows how far a gate has come that encodes many texts first.  digest: gives a hash that tells the text
+        encoders from others, the same in every process; None makes it of the pipeline's encoders.
         """
         self._pipe_ref = weakref.ref(pipe)
+        self._digest = digest or (lambda: encoders_digest(self._pipe))
         self._reader, self._options, self._reporter = reader, options, reporter
         self._spill_files: dict[int, SpillFile] = {}
         self._erasers: list[Eraser] = []
@@ -257,7 +261,7 @@ class GateEvaluation:
         settings_there = (*settings, ("device", execution_device(self._pipe)))
         return TextEncoder(
             lambda texts: encode_together(self._pipe, base, texts, settings_there),
-            lambda: f"{base.__name__} {settings} {encoders_digest(self._pipe)}",
+            lambda: f"{base.__name__} {settings} {self._digest()}",
             vocabulary(self._pipe),
             progress,
         )
