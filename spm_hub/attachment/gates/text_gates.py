@@ -120,7 +120,7 @@ class _Texts:
 
 
 class _Reader:
-    """Encodes texts with a function; it has the attributes that `text_encoding` reads of a pipeline's class."""
+    """Encodes texts with a function, as `text_encoding` asks a pipeline's class to."""
 
     __name__ = "encode function"
 
