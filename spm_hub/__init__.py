@@ -184,7 +184,7 @@ def gates(
     max_sequence_length: int | None = None,
     progress: bool | Callable[[int, int, Mapping[str, float]], object] = True,
 ) -> dict[str, float]:
-    """Return the gamma of every eraser for a text, as an attached pipeline's `erasers.gates(text)`, without a pipeline.
+    """Return the gamma of every eraser for a text as `Attachment.gates` does, without a pipeline.
 
     For programs that encode texts and draw on their own; `TextGates` is quicker for several texts.
     erasers, registry: one or several Adapters or references, as for `attach`; only their headers are read.
