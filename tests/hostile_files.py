@@ -31,7 +31,8 @@ from spm_hub.io import pickles
 from spm_hub.io.safetensors_file import read_tensors
 from spm_hub.models import snapshots
 from spm_hub.models.loading import load_pipeline
-from spm_hub.models.single_file.loading import INDEX, lost_files
+from spm_hub.models.single_file.loading import lost_files
+from spm_hub.models.snapshots import INDEX
 from spm_hub.registry import lockfile, storage
 from spm_hub.training.recipe.recipe import Recipe
 

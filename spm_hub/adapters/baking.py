@@ -98,7 +98,7 @@ def bake(
     NotFoundError (a strength for none of them), CompatibilityError (an adapter that does not fit), RegistryError (`out`
     exists or cannot be written).
     """
-    strengths = _strengths(adapters, strength)
+    strengths = strengths_of(adapters, strength)
     check_place(out, replace=replace)
     _check_base(pipe, adapters)
     family = family_of(pipe)
@@ -283,7 +283,11 @@ def _with_model_paths(adapter: Adapter, modules: Mapping[str, tuple[object, str]
     return Adapter(manifest, increments, adapter.source)
 
 
-def _strengths(adapters: Sequence[Adapter], asked: float | Mapping[str, float] | None) -> dict[str, float]:
+def strengths_of(adapters: Sequence[Adapter], asked: float | Mapping[str, float] | None) -> dict[str, float]:
+    """Return the strength of each adapter: the one asked for, else its manifest's own.
+
+    Raises UsageError (no adapter, one twice, a strength that no float holds), NotFoundError (a strength for none).
+    """
     names = [adapter.name for adapter in adapters]
     if not names:
         raise UsageError("no adapter is named: there is nothing to bake", mend="spmhub list")

@@ -29,6 +29,11 @@ class Undoing:
     of: int
     cosine: float
 
+    def told(self, names: Sequence[str]) -> str:
+        """Say so in words. names: of all erasers that were compared."""
+        by, of = names[self.by], names[self.of]
+        return f"{by} undoes {of}: its change of the weights is the opposite (cosine {self.cosine:.2f})"
+
 
 def undoings(
     products: Tensor, strengths: Sequence[float], norms_by_module: Sequence[Mapping[str, float]] = ()

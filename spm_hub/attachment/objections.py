@@ -77,7 +77,7 @@ class Objections:
             if not force:
                 raise UsageError(
                     f"{undone}; nothing was attached",
-                    mend="attach only one of them; if it is meant: force=True, or --force of spmhub apply",
+                    mend="attach only one of them; if it is meant: force=True, or the same command with --force",
                 )
             self._warn(undone)
         self._acting |= {eraser.adapter.name: eraser for eraser in compared}
@@ -98,9 +98,9 @@ class Objections:
         products = torch.tensor([math.fsum(norms.values()) for norms in known], dtype=torch.float64).diag()
         found = inner_products([one.increments for one in new], [one.increments for one in together])
         products[: len(new)], products[:, : len(new)] = found, found.T
+        names = [eraser.adapter.name for eraser in together]
         for one in undoings(products, [eraser.strength for eraser in together], known):
-            by, of = together[one.by].adapter.name, together[one.of].adapter.name
-            yield f"{by} undoes {of}: its change of the weights is the opposite (cosine {one.cosine:.2f})"
+            yield one.told(names)
 
     def _changes(self, eraser: Eraser, squares: Mapping[str, float]) -> dict[str, float]:
         """Return about how much an eraser changes its modules' weights, as shares of their norms, where known."""

@@ -29,7 +29,7 @@ def bake(
     registry: options.Registry = None,
     pull: options.Pull = False,
     require_signature: options.RequireSignature = None,
-    force: options.Force = False,
+    force: options.ForceBake = False,
 ) -> None:
     """Write a plain checkpoint with erasers folded in: a diffusers folder, also of a single file.
 
@@ -48,7 +48,9 @@ def bake(
     with silence_libraries():
         out.say(f"baking {counted(len(erasers), 'eraser')} into {model} ...")
         entries = [resolve(one, registry, pull=pull, say=out.say).load() for one in erasers]
-        provenance = run(entries, to, model=model, config=config, strength=strengths, registry=registry, replace=force)
+        provenance = run(
+            entries, to, model=model, config=config, strength=strengths, registry=registry, replace=force, force=force
+        )
     names = ", ".join(eraser.name for eraser in provenance.erasers)
     out.data(
         {"checkpoint": to, **provenance.model_dump(mode="json")}, f"{to}: {model} without {names}", brief=[str(to)]

@@ -74,8 +74,16 @@ Guidance = Annotated[
 Record = Annotated[
     bool, typer.Option("--record", help="Keep the numbers in the eraser's manifest, where spmhub show has them.")
 ]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Attach erasers although one takes back what another changes; with --record: replace numbers of more "
+        "pictures.",
+    ),
+]
 _OF_PROTOCOLS = ("prompts", "columns", "metric", "out", "resume", "limit", "at_once", "size", "quick")
-_OF_DETECTION = ("samples", "record", "force")
+_OF_DETECTION = ("samples", "record")
 
 
 @command(
@@ -113,7 +121,7 @@ def evaluate(
     size: Size = None,
     samples: Samples = None,
     record: Record = False,
-    force: Annotated[bool, typer.Option("--force", help="With --record: replace numbers of more pictures.")] = False,
+    force: Force = False,
     gate: options.Gate = None,
     strength: options.Strength = None,
     seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 2024,
@@ -137,17 +145,18 @@ def evaluate(
 
     options.require_signature(require_signature)
     given = {"prompts": prompts, "columns": columns, "metric": metric, "out": folder, "resume": resume, "limit": limit,
-             "at_once": at_once, "size": size, "quick": quick, "samples": samples, "record": record,
-             "force": force}  # fmt: skip
+             "at_once": at_once, "size": size, "quick": quick, "samples": samples, "record": record}  # fmt: skip
     _check_options(protocol, given)
+    if force and not record and len(names) == 1:
+        raise UsageError("--force is for several erasers, or for --record", mend="leave it out, or add --record")
     base = BaseChoice(model, config, device, dtype)
-    how = _Settings(base, options.gate(gate), options.strengths(strength), seed, steps, guidance)
+    how = _Settings(base, options.gate(gate), options.strengths(strength), force, seed, steps, guidance)
     entries = [resolve(reference, registry, pull=pull, say=out.say) for reference in names]
     if protocol is not None:
         asked = _asked(how, given, (*(judge or ()), *(metric or ())))
         _by_protocol(out, protocol, entries, how, folder, asked, resume=resume)
         return
-    _detect(out, entries, how, judge, samples or 20, record=record, force=force)
+    _detect(out, entries, how, judge, samples or 20, record=record)
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,7 @@ class _Settings:
     base: "BaseChoice"
     gate: "GateName | float | None"
     strengths: dict[str, float] | None
+    force: bool
     seed: int
     steps: int | None
     guidance: float | None
@@ -215,7 +225,7 @@ def _by_protocol(
 
         report = running.evaluate(
             protocol, [entry.load() for entry in entries], how.base, place, asked, out,
-            resume=resume, gate=how.gate, strength=how.strengths,
+            resume=resume, gate=how.gate, strength=how.strengths, force=how.force,
         )  # fmt: skip
     show_report(out, report, place)
 
@@ -228,7 +238,6 @@ def _detect(
     samples: int,
     *,
     record: bool,
-    force: bool,
 ) -> None:
     """Count detections on the project's own sentences; keep the numbers if asked to."""
     from spm_hub.models.references import parse_reference
@@ -242,21 +251,19 @@ def _detect(
     assert how.base.reference is not None
     options.check_judge(judge, parse_reference(how.base.reference, config=how.base.config))
     how.base.check()
-    if force and not record:
-        raise UsageError("--force is for --record, which is not given", mend="add --record")
     if record:
         _check_recordable(entries, asked=(judge, how.gate, how.strengths))
-        if not force:
+        if not how.force:
             check_richness(entries[0].read_manifest(), PROTOCOL, how.base.public_name, samples, steps)
     with silence_libraries():
         from spm_hub.evaluation.effect import measure
 
         effect = measure(
             [entry.load() for entry in entries], how.base, out, samples=samples, seed=how.seed, steps=steps,
-            guidance=guidance, judge=judge, gate=how.gate, strength=how.strengths,
+            guidance=guidance, judge=judge, gate=how.gate, strength=how.strengths, force=how.force,
         )  # fmt: skip
     if record:
-        _record(out, entries[0], effect, replace=force)
+        _record(out, entries[0], effect, replace=how.force)
     _show(out, effect, samples)
 
 

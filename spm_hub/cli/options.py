@@ -138,6 +138,10 @@ ForceAttach = Annotated[
     bool, typer.Option("--force", help="Attach erasers although one takes back what another changes.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files and erasers.")]
+ForceBake = Annotated[
+    bool,
+    typer.Option("--force", help="Replace a checkpoint, and bake erasers although one undoes another."),
+]
 
 
 def names(texts: list[str], option: str = "--adapters") -> list[str]:

@@ -84,12 +84,13 @@ def measure(
     judge: str | None = None,
     gate: GateChoice | None = None,
     strength: Mapping[str, float] | float | None = None,
+    force: bool = False,
 ) -> Effect:
     """Draw the same cases without and with the erasers, from the same noise, and count the concepts.
 
     samples: pictures of each concept. steps, guidance: denoising steps and guidance scale.
     judge: "package.module:function"; None for the sketchbook's probe, which counts all concepts that it knows.
-    gate, strength: as for `attach`.
+    gate, strength, force: as for `attach`.
     Raises NotFoundError for a concept that the probe does not know, UsageError for numbers that draw nothing, for an
     eraser of an unknown concept and for a judge that cannot be imported, before the base is loaded; ModelError,
     CompatibilityError.
@@ -106,9 +107,10 @@ def measure(
             pictures = sketchbook.paint(pipe, wanted, steps=steps, guidance_scale=guidance, progress=progress)
             return tuple(count(pictures))
 
-    without = drawn("drawing without")
-    with attach(pipe, erasers, gate=gate, strength=strength, reporter=reporter):
+    # First with them, as erasers that do not go together are refused here.
+    with attach(pipe, erasers, gate=gate, strength=strength, force=force, reporter=reporter):
         given = drawn("drawing with")
+    without = drawn("drawing without")
     erased = frozenset(name.lower() for concept in concepts for name in concept.names)
     return Effect(
         base.name(pipe), tuple(eraser.name for eraser in erasers), erased, without, given, seed, steps, guidance

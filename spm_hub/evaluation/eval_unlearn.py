@@ -32,7 +32,7 @@ class TechniqueConfig:
 
     erase_concept: the concept, and the eraser's name unless `adapters` is given.
     adapters: names, files or owner/name on the Hub, as a list or separated by commas.
-    model_id: as `spmhub apply --model`.
+    model_id: as `spmhub apply --model`. force: attach erasers although one takes back what another changes.
     """
 
     erase_concept: str = ""
@@ -44,6 +44,7 @@ class TechniqueConfig:
     guidance_scale: float = 7.5
     gate: GateName | float | None = None
     strength: float | None = None
+    force: bool = False
     registry: str | None = None
 
     @classmethod
@@ -82,7 +83,9 @@ class SpmHubTechnique:
         )
         place = None if self.config.registry is None else Path(self.config.registry)
         erasers = [load(name, place) for name in self.config.references]
-        self.erasers = attach(self.pipe, erasers, gate=self.config.gate, strength=self.config.strength)
+        self.erasers = attach(
+            self.pipe, erasers, gate=self.config.gate, strength=self.config.strength, force=self.config.force
+        )
 
     def generate(self, prompts: list[str], seed: int | None = None, **given: Any) -> list[Image]:
         """Draw one picture for each prompt; the i-th starts from the noise of `seed` + i.

@@ -26,6 +26,7 @@ def bake(
     strength: float | Mapping[str, float] | None = None,
     registry: str | Path | None = None,
     replace: bool = False,
+    force: bool = False,
 ) -> Provenance:
     """Write a plain diffusers checkpoint with erasers folded in, and return its record of them.
 
@@ -39,8 +40,10 @@ def bake(
     if given, else by where it was loaded from.
     strength: one number, numbers by eraser, or None for each manifest's own.
     registry: the folder in which names are looked up before the user's own registry.
+    force: bake erasers although one takes back what another changes, with a warning.
 
-    Raises UsageError (no eraser, one twice, a base that was baked itself, strengths that no float holds),
+    Raises UsageError (no eraser, one twice, one that undoes another, a base that was baked itself, strengths that no
+    float holds),
     AdapterFileError (an eraser that changes nothing), NotFoundError (an unknown eraser or model), CompatibilityError
     (an eraser of another base), ModelError, RegistryError (`out` exists or cannot be written). Warns of an eraser whose
     change the base seems to contain.
@@ -67,6 +70,7 @@ def bake(
     check_names(erasers, strength if isinstance(strength, Mapping) else ())
     for eraser in erasers:
         eraser.check_effect()
+    _check_undoing(erasers, strength, force=force)
     baking.check_place(Path(out), replace=replace)
     pipe = pipe or load_pipeline(reference, config=config, dtype="stored", device="cpu")
     for eraser in erasers if not is_attached(pipe) else ():
@@ -76,6 +80,23 @@ def bake(
             warnings.warn(f"spm_hub: {remark}", UserWarning, stacklevel=2)
     base = identity_of_pipeline(pipe)[0] if source is None else source.public_name
     return baking.bake(pipe, erasers, Path(out), strength=strength, base=base, replace=replace)
+
+
+def _check_undoing(erasers: Sequence[Adapter], strength: float | Mapping[str, float] | None, *, force: bool) -> None:
+    """Refuse an eraser that takes back the change of another; with `force` that is a warning."""
+    from spm_hub.adapters.baking import strengths_of
+    from spm_hub.adapters.overlap import inner_products, squared_norms, undoings
+
+    increments = [eraser.increments for eraser in erasers]
+    names, strengths = [eraser.name for eraser in erasers], list(strengths_of(erasers, strength).values())
+    for one in undoings(inner_products(increments), strengths, list(map(squared_norms, increments))):
+        said = one.told(names)
+        if not force:
+            raise UsageError(
+                f"{said}; nothing was written",
+                mend="bake only one of them; if it is meant: force=True, or the same command with --force",
+            )
+        warnings.warn(f"spm_hub: {said}", UserWarning, stacklevel=3)
 
 
 def recover(checkpoint: Path, name: str, registry: Path | None = None, *, force: bool = False) -> Provenance:

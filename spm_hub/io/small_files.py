@@ -1,4 +1,4 @@
-"""Reads small files of a folder that may be a stranger's: no links, no devices, nothing large."""
+"""Reads small files of a folder that may be a stranger's: no devices, and nothing large."""
 
 import errno
 import os
@@ -6,16 +6,18 @@ import stat
 from pathlib import Path
 
 
-def read_small(path: Path, largest: int) -> bytes:
+def read_small(path: Path, largest: int, *, follow: bool = False) -> bytes:
     """Return the content of a plain file of at most `largest` bytes.
 
-    Raises OSError: FileNotFoundError without such a file, ELOOP for a symbolic link, EINVAL for a device or pipe, and
-    EFBIG for a larger file, of which nothing is read.
+    follow: read what a symbolic link leads to, as in the Hub's cache.
+    Raises OSError: FileNotFoundError without such a file, ELOOP for a symbolic link unless `follow`, EINVAL for a
+    device or pipe, and EFBIG for a larger file, of which nothing is read.
     """
-    if path.is_symlink():
+    if not follow and path.is_symlink():
         raise OSError(errno.ELOOP, "it is a symbolic link", str(path))
     # Without blocking: a pipe would wait for a writer for ever.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    no_link = 0 if follow else getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(path, os.O_RDONLY | no_link | getattr(os, "O_NONBLOCK", 0))
     try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):

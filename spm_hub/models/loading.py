@@ -139,6 +139,7 @@ def _load_folder(wanted: ModelRef, precision: _Precision, *, mapped: bool) -> Di
 
     half = precision.half and wanted.fp16
     folder = wanted.folder or _download(wanted, half=half)
+    loading.check_configurations(folder)
     variant = snapshots.variant_of(snapshots.names_in(folder), half=half)
     dtype = precision.of_folder(folder, variant)
     if precision.asked == AUTO and is_embedded(wanted):  # its files are float16 to be small

@@ -13,7 +13,7 @@ from spm_hub.io.web_addresses import hub_reference
 from spm_hub.models import snapshots
 from spm_hub.models.aliases import ALIASES, Alias
 from spm_hub.models.single_file import inspection
-from spm_hub.models.single_file.loading import INDEX
+from spm_hub.models.snapshots import INDEX
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -4,6 +4,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from spm_hub.io.small_files import read_small
+
+INDEX = "model_index.json"
+LARGEST_INDEX = 2**20
+"""Bytes of an index, or of the configuration of a part, that are read. They have a thousandth of it."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _NOT_LOADED = frozenset({"safety_checker"})
 FP16 = "fp16"
@@ -55,7 +60,7 @@ def is_whole(folder: Path) -> bool:
     if any((folder.parent.parent / "blobs").glob("*.incomplete")):
         return False
     try:
-        index = json.loads((folder / "model_index.json").read_bytes())
+        index = json.loads(read_small(folder / INDEX, LARGEST_INDEX, follow=True))
     except (OSError, ValueError, RecursionError):
         return False
     if not isinstance(index, dict) or not index:

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from spm_hub.adapters.adapter import Adapter, load_file
+from spm_hub.adapters.increments import LowRank
 from spm_hub.attachment import is_attached
 from spm_hub.cli.app import app
 from spm_hub.evaluation.sketchbook import DetectionCase
@@ -123,7 +125,7 @@ def test_a_record_says_how_it_was_made_and_is_not_spoilt(registry: Path, monkeyp
             assert refused.exit_code == 1
             assert "--samples 60 --steps 3, or --force" in refused.stderr
         alone = run("snoopy", "--registry", str(registry), "--force")
-        assert (alone.exit_code, "--force is for --record" in alone.stderr) == (2, True)
+        assert (alone.exit_code, "--force is for several erasers, or for --record" in alone.stderr) == (2, True)
     assert recorded()[:2] == (60, 3)
     assert run(*asked, "60").exit_code == 0, "as many replace as many"
 
@@ -141,6 +143,31 @@ def test_a_judge_from_the_working_folder_counts_the_concepts_alone(
     assert [(row["name"], row["without"], row["with"]) for row in json.loads(done.stdout)["rows"]] == [
         ("snoopy", 1.0, 0.0), ("mickey", 1.0, 0.0),
     ]  # fmt: skip
+
+
+def test_erasers_that_undo_each_other_are_refused_before_a_picture_is_drawn(
+    registry: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    snoopy = load_file(registry / "adapters/snoopy.safetensors")
+    negative = {path: LowRank(one.down, -one.up) for path, one in snoopy.increments.items() if isinstance(one, LowRank)}
+    manifest = snoopy.manifest.model_copy(update={"name": "hands"})
+    Registry(registry).add(Adapter(manifest, snoopy.with_increments(negative).increments))
+    both, out = ("snoopy", "hands", "--registry", str(registry)), str(tmp_path / "run")
+    forced = run(*both, "--samples", "1", "--force", "--json")
+    assert forced.exit_code == 0, forced.output
+    assert "undoes" in " ".join(forced.stderr.split())
+    assert json.loads(forced.stdout)["erasers"] == ["snoopy", "hands"]
+
+    def never(*given: object, **also: object) -> None:
+        raise AssertionError("a picture is drawn")
+
+    monkeypatch.setattr("spm_hub.evaluation.sketchbook.paint", never)
+    for way in ((), ("--protocol", "spm-objects", "--quick", "--out", out)):
+        refused = run(*both, *way)
+        assert refused.exit_code == 2, refused.output
+        assert "undoes" in " ".join(refused.stderr.split())
+        assert "--force" in refused.stderr
+    assert not Path(out).exists()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from safetensors.torch import load_file as load_tensors
 
 import spm_hub
 from spm_hub.adapters import baking
+from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import Dense, LowRank
+from spm_hub.adapters.manifest import Concept
 from spm_hub.errors import CompatibilityError, NotFoundError, UsageError
 from spm_hub.registry.registry import Registry
 
@@ -145,6 +147,24 @@ def test_baked_weights_are_the_bases_plus_the_erasers(kept: Registry, pipe: Any)
         baking.recover(Path("safe"), name)
     plain = load_tensors("safe/unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(plain[key], before[key]) for key in before)
+
+
+def test_an_eraser_that_undoes_another_is_not_baked_with_it(kept: Registry, pipe: Any) -> None:
+    adapter = kept.get("snoopy").load()
+    negative = {
+        path: LowRank(one.down, -one.up) for path, one in adapter.increments.items() if isinstance(one, LowRank)
+    }
+    manifest = adapter.manifest.model_copy(update={"name": "hands", "concept": Concept(target="blurry hands")})
+    both = [adapter, Adapter(manifest, adapter.with_increments(negative).increments)]
+    with pytest.raises(UsageError, match=r"undoes .*nothing was written") as refused:
+        spm_hub.bake(both, "safe", pipe=pipe)
+    assert "--force" in str(refused.value.mend)
+    with pytest.raises(UsageError, match="undoes"):  # to replace a checkpoint is another wish
+        spm_hub.bake(both, "safe", pipe=pipe, replace=True)
+    assert not Path("safe").exists()
+    with pytest.warns(UserWarning, match="undoes"):
+        spm_hub.bake(both, "safe", pipe=pipe, force=True)
+    assert Path("safe/model_index.json").is_file()
 
 
 def test_a_base_by_reference_is_loaded_after_all_else_was_checked(

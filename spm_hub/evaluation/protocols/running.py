@@ -75,11 +75,12 @@ def evaluate(
     resume: bool = False,
     gate: GateChoice | None = None,
     strength: Mapping[str, float] | float | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Draw and measure what a protocol asks, with and without the erasers, and return the report.
 
-    out: a new folder, or that of the same run if `resume`: what it has is not drawn again. gate, strength: as for
-    `attach`. base: after its `check`.
+    out: a new folder, or that of the same run if `resume`: what it has is not drawn again. gate, strength, force:
+    as for `attach`. base: after its `check`.
     Raises UsageError, NotFoundError before anything is drawn; MetricError, ModelError, CompatibilityError.
     """
     variant = protocol.sketchbook if base.is_embedded else protocol.usual
@@ -100,14 +101,16 @@ def evaluate(
         given=() if file is None else _some(file, protocol, asked),
     )  # fmt: skip
     kept = rows if asked.limit is None else rows[: asked.limit]
+    conditions: Conditions = {
+        WITHOUT: nullcontext,
+        WITH: lambda: attach(pipe, erasers, gate=gate, strength=strength, force=force, reporter=reporter),
+    }
+    with conditions[WITH]():
+        pass  # erasers that do not go together are refused before there is a folder
     run = _run(protocol, variant, erasers, base.name(pipe), defaults, asked, file)
     run |= {"gate": _gate_name(gate), "strength": _strength(strength), "all_rows": len(rows)}
     run["at_once"] = asked.at_once or _at_once(pipe, kept, defaults)
     folder = RunFolder.start(out, run, kept, resume=resume)
-    conditions: Conditions = {
-        WITHOUT: nullcontext,
-        WITH: lambda: attach(pipe, erasers, gate=gate, strength=strength, reporter=reporter),
-    }
     with folder.locked():
         with reporter.progress("drawing") as progress:
             draw_missing(folder, pipe, conditions, defaults, progress)

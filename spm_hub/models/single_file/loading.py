@@ -6,23 +6,27 @@ The tensors are read by diffusers' `from_single_file`, which here never download
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spm_hub.errors import ModelError, NetworkError, NotFoundError
+from spm_hub.io.small_files import read_small
+from spm_hub.io.untrusted_text import one_line
 from spm_hub.models.mapped import mark_mapped
 from spm_hub.models.single_file import bare_text_encoders
 from spm_hub.models.single_file.inspection import UNET, Checkpoint
+from spm_hub.models.snapshots import INDEX, LARGEST_INDEX
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-INDEX = "model_index.json"
 CONFIGURATION = ("*.json", "*.txt", "*.model")
 """The small files of a diffusers repository: everything but weights."""
 
+_FOLDER = re.compile(r"\w[\w.-]{0,99}")
 # By a word in the name of a part's class; every other class keeps its configuration in config.json.
 _CONFIGURED_IN = {
     "Scheduler": "scheduler_config.json",
@@ -51,9 +55,16 @@ def lost_files(folder: Path) -> list[str]:
 def components(folder: Path) -> dict[str, tuple[str, str]]:
     """Return (library, class) by name for the parts of a diffusers folder's pipeline.
 
-    Parts that are left out, such as a safety checker, are not among them.
+    Parts that are left out, such as a safety checker, are not among them. Raises ModelError for an index that cannot be
+    read, and for a part whose name is not that of a folder in `folder`.
     """
     index = _index(folder)
+    odd = next((name for name, part in index.items() if isinstance(part, list) and not _FOLDER.fullmatch(name)), None)
+    if odd is not None:
+        raise ModelError(
+            f"{folder} cannot be loaded: its {INDEX} names a part {one_line(odd[:40])!r}, which is no folder's name",
+            mend="fetch it again",
+        )
     return {
         name: (part[0], part[1])
         for name, part in index.items()
@@ -62,6 +73,14 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
         and all(isinstance(word, str) for word in part)
         and name != "safety_checker"
     }
+
+
+def check_configurations(folder: Path) -> None:
+    """Raise ModelError for a part's configuration in a diffusers folder that is larger than any."""
+    for name in components(folder):
+        for file in (folder / name / one for one in ("config.json", *sorted({*_CONFIGURED_IN.values()}))):
+            if file.is_file() and (size := file.stat().st_size) > LARGEST_INDEX:
+                raise ModelError(f"{file} has {size} bytes; at most {LARGEST_INDEX} are read", mend="fetch it again")
 
 
 def without_checker(folder: Path) -> dict[str, Any]:
@@ -258,9 +277,10 @@ def _misfit(checkpoint: Checkpoint, folder: Path, reason: str) -> ModelError:
 
 def _index(folder: Path) -> dict[str, Any]:
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = json.loads(read_small(folder / INDEX, LARGEST_INDEX, follow=True).decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{folder} cannot be loaded: its {INDEX}: {error}", mend="fetch it again") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{folder} cannot be loaded: its {INDEX}: {reason}", mend="fetch it again") from error
     if not isinstance(index, dict) or not index.get("_class_name"):
         raise ModelError(f"{folder} cannot be loaded: its {INDEX} names no pipeline", mend="fetch it again")
     return index
