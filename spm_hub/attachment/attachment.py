@@ -27,7 +27,7 @@ from spm_hub.attachment.gates.evidence import Evidence
 from spm_hub.attachment.gates.gate import Explanation, Gate, PreparedGate, Prompts, UnknownConceptGate
 from spm_hub.attachment.modular import reader_of
 from spm_hub.attachment.objections import Objections
-from spm_hub.attachment.options import Eraser, Gammas, GateChoice, Mode, Options, Rows, Strength
+from spm_hub.attachment.options import Eraser, Gammas, GateChoice, Mode, Options, Rows, Strength, choice_of
 from spm_hub.attachment.pipeline_hooks import ATTACHMENT, hook_pipeline, install_hooks, remove_hooks, unhook
 from spm_hub.attachment.planner import FULLY_ON, Planner
 from spm_hub.attachment.text_encoding import Settings, encoders_of
@@ -228,6 +228,25 @@ class Attachment:
             call.prompts, call.as_encoded, call.watched = prompts, False, True
             call.gammas = self._gates.ask(prompts, call.settings, self._planner.erasers)
             yield self._options.select(call.gammas)
+
+    @contextmanager
+    def only(self, chosen: Sequence[Iterable[str] | Mapping[str, float]], /) -> Iterator[None]:
+        """Let only some of the erasers act on each prompt of the pictures that are drawn inside this block.
+
+        chosen: for each prompt of the call, in order, the names of the erasers that act on it, or their strengths by
+            name. The others have gamma 0 there, so that prompts with different erasers can share one batch.
+
+        Other threads wait until the block ends. `gates` and `explain` still answer for every eraser. Raises
+        NotFoundError for an eraser that is not attached; the call of the pipeline raises UsageError if it has another
+        number of prompts, or if they are unknown.
+        """
+        with self._lock:
+            self._check_attached()
+            before = self._planner.choose(choice_of(chosen, self._planner.erasers))
+            try:
+                yield
+            finally:
+                self._planner.choose(before)
 
     def gate_of(self, name: str, /) -> Gate | PreparedGate:
         """Return the gate that is asked about one eraser; a calibrated one with its calibration."""

@@ -1,7 +1,7 @@
 """The validated arguments of `attach`, and the settings of each eraser that follow from them."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
@@ -24,6 +24,8 @@ GateChoice = GateName | float | Gate | PreparingGate
 
 Gammas = dict[str, list[float]]
 """The gammas of each eraser, by name: one for each prompt."""
+Choice = tuple[Mapping[str, float | None], ...]
+"""The erasers that act on each prompt of a call: their strengths by name, None for the one that they have."""
 
 _NAMED: Mapping[GateName, Gate | PreparingGate] = {
     "calibrated": CalibratedGate(), "transport": TransportGate(), "always": ConstantGate(1.0),
@@ -108,6 +110,23 @@ class Options:
             for gamma, name in sorted(left)[:top_k]:
                 chosen[name][prompt] = -gamma
         return chosen
+
+
+def choice_of(chosen: Sequence[Iterable[str] | Mapping[str, float]], names: Iterable[str]) -> Choice:
+    """Return what a caller chose for each prompt, by the erasers' own names.
+
+    Raises NotFoundError for a name of none of `names`, UsageError for a strength that is no finite number.
+    """
+    known, found = tuple(names), []
+    for one in chosen:
+        if isinstance(one, str):
+            raise UsageError(f"{one!r} is not a list of erasers' names", mend=f"only([[{one!r}]]), a list a prompt")
+        strengths = one if isinstance(one, Mapping) else dict.fromkeys(one)
+        for name, value in strengths.items():
+            if value is not None:
+                finite(f"strength[{name!r}]", value)
+        found.append({find_name(name, known): value for name, value in strengths.items()})
+    return tuple(found)
 
 
 @dataclass(eq=False)

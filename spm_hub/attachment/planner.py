@@ -11,10 +11,11 @@ from spm_hub.adapters.formats.lazy import StoredIncrements
 from spm_hub.attachment.call import Call
 from spm_hub.attachment.gates.gate import ConstantGate
 from spm_hub.attachment.layers import Layers, foldable, kept_bytes, offloaded_in_groups
-from spm_hub.attachment.options import Eraser, Gammas, Options
+from spm_hub.attachment.options import Choice, Eraser, Gammas, Options
 from spm_hub.attachment.peft_layers import unmerge_disabled
 from spm_hub.attachment.text_encoding import CannotEncodeError
 from spm_hub.errors import UsageError
+from spm_hub.io.wording import counted
 from spm_hub.models.architectures import body_of, weight_of
 
 _REMEMBERED = 1000
@@ -32,6 +33,7 @@ class Planner:
     def __init__(self, denoiser: nn.Module, options: Options) -> None:
         self.erasers: dict[str, Eraser] = {}
         self._denoiser, self._options = denoiser, options
+        self._choice: Choice | None = None
         self._layers = Layers()
         self._warned: set[str] = set()
         # Each is None when it has to be computed again: the factors in effect and whether they are folded; the inputs
@@ -75,6 +77,15 @@ class Planner:
         """Set the strength of the eraser `name` from the next denoiser call on."""
         self.erasers[name].strength = value
         self._planned_for = None
+
+    def choose(self, choice: Choice | None) -> Choice | None:
+        """Let only these erasers act on each prompt from the next denoiser call on, None for all. Return the last."""
+        before, self._choice, self._planned_for = self._choice, choice, None
+        return before
+
+    def may_act(self, name: str) -> bool:
+        """Return whether the eraser `name` is chosen for some prompt."""
+        return self._choice is None or any(name in one for one in self._choice)
 
     def end_call(self) -> None:
         """Forget the inputs of the call that ended; offloading may be turned on or off before the next one."""
@@ -157,6 +168,7 @@ class Planner:
     def _factors(self, call: Call | None, rows: int | None) -> dict[str, list[float]]:
         """Return gamma times strength of every eraser: one number for each row, or one for all rows."""
         if call is None:
+            self._refuse_choice("the denoiser was called outside of a pipeline's call")
             if not self.all_constant:
                 self.warn_once(
                     "the denoiser was called outside of the attached pipeline's calls, without a known prompt: "
@@ -166,24 +178,49 @@ class Planner:
             return self._factors_without_prompts()
         self.ask_gates(call)
         if call.prompts is None or not self.erasers.keys() <= call.gammas.keys():
+            self._refuse_choice("the prompts of this call, or the text encoder, are unknown")
             if not self.all_constant:
                 self.warn_once(f"the prompts of this call, or the text encoder, are unknown: {FULLY_ON}")
             return self._factors_without_prompts()
         if rows is None or rows % call.rows_per_block:
+            self._refuse_choice(f"{rows} rows do not come from {call.rows_per_block} prompts and pictures")
             self.warn_once(f"{rows} rows do not come from {call.rows_per_block} prompts and pictures: {FULLY_ON}")
             return self._factors_without_prompts()
         gammas: Gammas = {name: call.gammas[name] for name in self.erasers}
         gammas |= {name: [one.gamma for one in each] for name, each in call.evidence.items() if name in gammas}
+        choice = self._choice_for(len(call.prompts.states))
+        gammas = {
+            name: [gamma if name in choice[row] else 0.0 for row, gamma in enumerate(each)]
+            for name, each in gammas.items()
+        }
         call.acting = gammas = self._options.select(gammas)
         factors = {}
         for name, eraser in self.erasers.items():
-            block = [gamma * eraser.strength for gamma in gammas[name] for _ in range(call.images)]
+            strengths = [one[name] if one.get(name) is not None else eraser.strength for one in choice]
+            each = [gamma * strength for gamma, strength in zip(gammas[name], strengths, strict=True)]
+            block = [factor for factor in each for _ in range(call.images)]
             blocks = [block] * (rows // call.rows_per_block)
             for index, unconditional in enumerate(call.unconditional):
                 if unconditional and eraser.rows == "conditional":
                     blocks[index] = [0.0] * call.rows_per_block
             factors[name] = [factor for each in blocks for factor in each]
         return factors
+
+    def _choice_for(self, prompts: int) -> Choice:
+        """Return the erasers that act on each of so many prompts. Raises UsageError if they were chosen for others."""
+        if self._choice is None:
+            return (dict.fromkeys(self.erasers),) * prompts
+        if len(self._choice) != prompts:
+            raise UsageError(
+                f"erasers were chosen for {counted(len(self._choice), 'prompt')}, and this call has {prompts}",
+                mend="erasers.only([...]) with one list of names for each prompt of the call",
+            )
+        return self._choice
+
+    def _refuse_choice(self, why: str) -> None:
+        """Raise UsageError if erasers were chosen for each prompt, as it is unknown which rows belong to which."""
+        if self._choice is not None:
+            raise UsageError(f"erasers were chosen for each prompt, but {why}", mend="draw outside of erasers.only()")
 
     def _factors_without_prompts(self) -> dict[str, list[float]]:
         """Return the factors of a call whose prompts are unknown: gamma is a constant gate's own, else 1."""

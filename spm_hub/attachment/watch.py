@@ -95,7 +95,10 @@ class Watch:
         return {
             name: eraser
             for name, eraser in self._planner.erasers.items()
-            if isinstance(eraser.gate, EvidenceGate) and eraser.strength and min(call.gammas.get(name, [1.0])) < 1
+            if isinstance(eraser.gate, EvidenceGate)
+            and eraser.strength
+            and self._planner.may_act(name)
+            and min(call.gammas.get(name, [1.0])) < 1
         }
 
     def _states(self, call: Call, eraser: Eraser) -> tuple[Tensor, Tensor] | None:
