@@ -90,6 +90,18 @@ class HubNotFoundError(HubError):
     """A repository, revision or file that the Hub does not have, or not for this user."""
 
 
+class BusyError(SpmHubError):
+    """A request to a server that has too many already."""
+
+
+class ClosingError(SpmHubError):
+    """A request to a server that is shutting down."""
+
+
+class ForbiddenError(SpmHubError):
+    """A request to a server for something that its operator does not allow."""
+
+
 def did_you_mean(name: str, candidates: Iterable[str], otherwise: str = "") -> str:
     """Return "; did you mean A or B?" for an unknown `name`, or `otherwise` if no candidate resembles it."""
     close = nearest(name, candidates)

@@ -20,6 +20,7 @@ LEVELS = (
     ("attachment", "registry", "training"),
     ("hub",),
     ("evaluation",),
+    ("serving",),
     ("cli",),
 )
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}

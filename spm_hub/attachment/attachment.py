@@ -230,11 +230,12 @@ class Attachment:
             yield self._options.select(call.gammas)
 
     @contextmanager
-    def only(self, chosen: Sequence[Iterable[str] | Mapping[str, float]], /) -> Iterator[None]:
+    def only(self, chosen: Sequence[Iterable[str] | Mapping[str, float | None]], /) -> Iterator[None]:
         """Let only some of the erasers act on each prompt of the pictures that are drawn inside this block.
 
         chosen: for each prompt of the call, in order, the names of the erasers that act on it, or their strengths by
-            name. The others have gamma 0 there, so that prompts with different erasers can share one batch.
+            name, where None is the one that it has. The others have gamma 0 there, so that prompts with different
+            erasers can share one batch.
 
         Other threads wait until the block ends. `gates` and `explain` still answer for every eraser. Raises
         NotFoundError for an eraser that is not attached; the call of the pipeline raises UsageError if it has another

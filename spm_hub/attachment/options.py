@@ -112,7 +112,7 @@ class Options:
         return chosen
 
 
-def choice_of(chosen: Sequence[Iterable[str] | Mapping[str, float]], names: Iterable[str]) -> Choice:
+def choice_of(chosen: Sequence[Iterable[str] | Mapping[str, float | None]], names: Iterable[str]) -> Choice:
     """Return what a caller chose for each prompt, by the erasers' own names.
 
     Raises NotFoundError for a name of none of `names`, UsageError for a strength that is no finite number.

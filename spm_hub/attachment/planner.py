@@ -196,7 +196,8 @@ class Planner:
         call.acting = gammas = self._options.select(gammas)
         factors = {}
         for name, eraser in self.erasers.items():
-            strengths = [one[name] if one.get(name) is not None else eraser.strength for one in choice]
+            given = [one.get(name) for one in choice]
+            strengths = [eraser.strength if value is None else value for value in given]
             each = [gamma * strength for gamma, strength in zip(gammas[name], strengths, strict=True)]
             block = [factor for factor in each for _ in range(call.images)]
             blocks = [block] * (rows // call.rows_per_block)
