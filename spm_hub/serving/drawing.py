@@ -25,9 +25,9 @@ Watcher = Callable[[int, int, Preview], object]
 class Order:
     """One picture to draw.
 
-    seed: of its noise.  negative: the negative prompt, None for none.  size: width and height in pixels; for it,
-    steps and guidance None is the pipeline's default.  erasers: those that act, with their strengths, where None is the attached
-    one's own; None for all that are attached when it is drawn.  recover: erasers that do not act all the same.
+    seed: of its noise.  negative: the negative prompt, None for none.  size: width and height in pixels; for it, steps
+    and guidance None is the pipeline's default.  erasers: those that act, with their strengths, where None is the
+    attached one's own; None for all that are attached when it is drawn.  recover: erasers that do not act all the same.
     exact: drawn in a call of its own, bit for bit as the pipeline alone draws it.
     """
 
