@@ -79,7 +79,10 @@ class Planner:
         self._planned_for = None
 
     def choose(self, choice: Choice | None) -> Choice | None:
-        """Let only these erasers act on each prompt from the next denoiser call on, None for all. Return the last."""
+        """Let only these erasers act from the next denoiser call on, None for all.
+
+        Return the choice before.
+        """
         before, self._choice, self._planned_for = self._choice, choice, None
         return before
 
@@ -208,7 +211,10 @@ class Planner:
         return factors
 
     def _choice_for(self, prompts: int) -> Choice:
-        """Return the erasers that act on each of so many prompts. Raises UsageError if they were chosen for others."""
+        """Return the erasers that act on each of so many prompts.
+
+        Raises UsageError if they were chosen for another number.
+        """
         if self._choice is None:
             return (dict.fromkeys(self.erasers),) * prompts
         if len(self._choice) != prompts:
@@ -219,7 +225,7 @@ class Planner:
         return self._choice
 
     def _refuse_choice(self, why: str) -> None:
-        """Raise UsageError if erasers were chosen for each prompt, as it is unknown which rows belong to which."""
+        """Raise UsageError if erasers were chosen for each prompt, whose rows are unknown."""
         if self._choice is not None:
             raise UsageError(f"erasers were chosen for each prompt, but {why}", mend="draw outside of erasers.only()")
 

@@ -61,7 +61,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture, the gammas and the strengths that it was drawn with, and how many pictures shared its call."""
+    """A picture, with the gammas that gave it.
+
+    gammas, strengths: of the erasers that could act on it.  together: how many pictures shared its call.
+    """
 
     picture: Image.Image
     gammas: Mapping[str, float]
@@ -70,7 +73,9 @@ class Drawn:
 
 
 def draw(pipe: Any, erasers: Attachment, orders: Sequence[Order]) -> list[Drawn | SpmHubError]:
-    """Draw the pictures of orders with the same `settings` in one call; an error in the place of each that failed.
+    """Draw the pictures of orders with the same `settings` in one call.
+
+    Returns an error in the place of each that failed.
 
     Raises NotFoundError for an eraser that is not attached, and what the call of the pipeline raises: then no picture
     was drawn.

@@ -1,4 +1,7 @@
-"""Draws queued orders in batches: one thread has the pipeline to itself, and changes erasers between the batches."""
+"""Draws queued orders in batches: one thread has the pipeline to itself.
+
+Erasers are changed between the batches.
+"""
 
 from __future__ import annotations
 
@@ -183,7 +186,10 @@ class Engine:
         return [one for one, _ in zip(alike, range(self._together), strict=False)]
 
     def _draw(self, batch: Sequence[_Waiting]) -> None:
-        """Draw a batch and answer; if its call fails, draw each picture alone, so that only the guilty one fails."""
+        """Draw a batch and answer its orders.
+
+        If its call fails, each picture is drawn alone, so that only the guilty one fails.
+        """
         begun = time.monotonic()
         try:
             drawn = draw(self._pipe, self._erasers, [one.order for one in batch])
@@ -203,7 +209,7 @@ class Engine:
 
 
 def _settle(answer: Future[T], work: Callable[[], T]) -> None:
-    """Give a future the result of some work, or its error, unless nobody waits for it any more."""
+    """Give a future the result of some work, or its error, unless it was cancelled."""
     if not answer.set_running_or_notify_cancel():
         return
     try:
