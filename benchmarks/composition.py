@@ -5,9 +5,10 @@
     python benchmarks/composition.py measure --second FOLDER --work WORK
 
 `record` instead of `measure` writes the cells that there are. The other base's stay as they were.
-FOLDER is the second base, made by benchmarks/second_base.py. `train` keeps the erasers in WORK; both commands can be
-interrupted and go on where they were. Every picture has the same noise with and without erasers. A picture for whose
-prompt all gammas are 0 is not drawn again: it is the base's, which is verified on a sample, bit for bit.
+FOLDER is the second base, benchmarks/bases/fluent/base, made by benchmarks/second_base.py. `train` keeps the erasers
+in WORK; both commands can be interrupted and go on where they were. Every picture has the same noise with and without
+erasers. A picture for whose prompt all gammas are 0 is not drawn again: it is the base's, which is verified on a
+sample, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import second_base
 import torch
 from diffusers.utils import logging
 from PIL import Image
 from record import RESULTS, record
+from second_base import Classifier
+from worlds import WORLDS
+from worlds import phrase as phrase_of
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
@@ -42,12 +45,13 @@ from spm_hub.sketchbook.world import STYLE_NAMES
 ROOT = Path(__file__).parents[1]
 COUNTS = (1, 2, 5, 10, 20, 50, 100)
 GATES = ("calibrated", "transport", "always")
+SECOND = "fluent"
+"""The world of the second base."""
 SEED, STEPS, BATCH = 20, 12, 32
 GUIDANCE = {"second": 3.0, "sketchbook": 7.5}
 NOISE = 7000
-FIRST = ("dolphin", "bacon", "panda", "avocado", "rose", "bus", "coin", "necktie", "deer", "trumpet")
-"""Targets of the second base's first erasers, which are trained by the defaults; the others, and the sketchbook's, by
-`CHEAP`. They are the first subjects of the order by `SEED` that the base drew in all or most of its first pictures."""
+FIRST = 10
+"""So many erasers of the second base are trained by the defaults; the others, and the sketchbook's, by `CHEAP`."""
 CHEAP: dict[str, Any] = {"method": "instant"}
 DRAWN = 0.85
 """A subject that the base draws less often is neither among the others nor judged as a target."""
@@ -102,20 +106,19 @@ class World:
 def second(folder: Path) -> World:
     """Return the second base, with others and targets chosen at random among the subjects that it draws."""
     drawn = json.loads((folder.parent / "drawn.json").read_text())
-    classifier = second_base.Classifier.load(folder.parent / "judge")
-    order = list(second_base.SUBJECTS)
+    classifier = Classifier.load(folder.parent / "judge")
+    order = list(drawn)
     random.Random(SEED).shuffle(order)
     right = [subject for subject in order if drawn[subject] >= DRAWN]
-    free = [subject for subject in right if subject not in FIRST]
-    others, rest = free[:OTHERS], free[OTHERS:]
-    wrong = [subject for subject in order if subject not in right and subject not in FIRST]
+    wrong = [subject for subject in order if subject not in right]
+    first, others, rest = right[:FIRST], right[FIRST : FIRST + OTHERS], right[FIRST + OTHERS :]
 
     def read(pictures: np.ndarray) -> list[tuple[str, ...]]:
         return [(name,) for name in classifier.names(pictures)]
 
     return World(
-        "second", spm_hub.load_pipeline(str(folder)), read, second_base.phrase, tuple(others),
-        tuple([*FIRST, *rest, *wrong][: max(COUNTS)]), frozenset(right),
+        "second", spm_hub.load_pipeline(str(folder)), read, phrase_of, tuple(others),
+        tuple([*first, *rest, *wrong][: max(COUNTS)]), frozenset(right),
     )  # fmt: skip
 
 
@@ -123,7 +126,7 @@ def sketchbook() -> World:
     """Return the sketchbook; targets beyond those that it can draw are words that it does not know."""
     named = [name.replace("-", " ") for name in SHIPPED]
     targets = (*named, *SKETCHBOOK_TARGETS)
-    unknown = [word for word in second_base.SUBJECTS if word not in SUBJECTS]
+    unknown = [word for word in WORLDS[SECOND].subjects if word not in SUBJECTS]
     random.Random(SEED).shuffle(unknown)
 
     def read(pictures: np.ndarray) -> list[tuple[str, ...]]:
@@ -153,7 +156,7 @@ def train(world: World, work: Path, most: int) -> None:
         if world.name == "sketchbook" and index < len(SHIPPED):
             registry.add(spm_hub.load(SHIPPED[index], registry=ROOT))
             continue
-        how = {} if world.name == "second" and target in FIRST else CHEAP
+        how = {} if world.name == "second" and index < FIRST else CHEAP
         print(f"{world.name} {index + 1}/{len(world.targets)} {target}", file=sys.stderr, flush=True)
         spm_hub.train(target, pipe=world.pipe, registry=registry, progress=False, resume=True, **how)
 
@@ -301,7 +304,7 @@ def measure(world: World, work: Path, counts: Sequence[int], gates: Sequence[str
         "targets_found_by_the_base": round(sum(of_targets.values()) / len(of_targets), 4),
         "targets": list(world.targets[: len(adapters)]),
         "trained": (
-            f"the first {len(FIRST)} by the defaults" if world.name == "second" else f"the {len(SHIPPED)} shipped ones"
+            f"the first {FIRST} by the defaults" if world.name == "second" else f"the {len(SHIPPED)} shipped ones"
         ),
         "drawn_by_the_base": sorted(world.judged),
         "templates": list(TEMPLATES[world.name]),
@@ -315,7 +318,7 @@ def about_the_second_base(folder: Path) -> dict[str, Any]:
     drawn = json.loads((folder.parent / "drawn.json").read_text())
     return {
         "made_by": "benchmarks/second_base.py",
-        "art": "@iconify-json/noto 1.2.9 (Google Noto Emoji, Apache-2.0)",
+        "art": f"{WORLDS[SECOND].package} ({WORLDS[SECOND].licence})",
         "sha256": {
             str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.rglob("*.safetensors"))

@@ -1,12 +1,11 @@
-"""Trains a second small base model, of another world than the sketchbook's; no eraser's training was tuned to it.
+"""Trains small base models of other worlds than the sketchbook's; no eraser's training was tuned to them.
 
-The world is Google's Noto emoji: `npm pack @iconify-json/noto` (version 1.2.9, Apache-2.0), rendered by `resvg-py`
-(0.5.0). One picture shows one of `SUBJECTS` on a tinted ground. The art and the weights are not part of this
-repository. Seeds are fixed: the same machine and versions give the same weights.
+A world is a set of emoji of benchmarks/worlds.py, rendered by `resvg-py` (0.5.0). One picture shows one subject on a
+tinted ground. Seeds are fixed: the same machine and versions give the same weights.
 
     npm pack @iconify-json/noto@1.2.9 && tar xzf iconify-json-noto-1.2.9.tgz
     pip install --no-deps --target lib resvg-py==0.5.0
-    PYTHONPATH=lib python benchmarks/second_base.py --icons package/icons.json --out second_base
+    PYTHONPATH=lib python benchmarks/second_base.py --world noto --icons package/icons.json --out second_base
 
 Each stage is saved and skipped if it exists; the denoiser's also resumes. Several processes may train the denoiser,
 with a part of each batch each: `torchrun --nproc-per-node 2 benchmarks/second_base.py --only unet ...`, as for the base
@@ -40,31 +39,12 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
 )
+from worlds import WORLDS, World, phrase
 
 import spm_hub.sketchbook
 from spm_hub.sketchbook.miniature import encode, make_clip, make_tokenizer, save_pipeline, scale, tokens_of
 from spm_hub.sketchbook.train import LossPrinter, atomic_path, record_seconds, train_clip, train_unet, train_vae
 
-SUBJECTS: tuple[str, ...] = tuple(
-    """
-    bat bear beetle butterfly camel cat cow crab crocodile deer dog dolphin dragon duck eagle elephant fish flamingo
-    fox frog giraffe goat hedgehog horse jellyfish kangaroo koala ladybug lion octopus owl panda parrot peacock
-    penguin pig rabbit rooster shark snail snake spider swan tiger turkey turtle whale zebra avocado bacon banana
-    bread broccoli butter carrot cherries coconut cookie croissant cucumber cupcake doughnut egg eggplant garlic
-    grapes hamburger lemon lollipop melon mushroom peach pear pie pineapple pizza popcorn pretzel strawberry sushi
-    taco tomato waffle watermelon cactus hibiscus rose sunflower tulip shamrock airplane ambulance bicycle bus
-    helicopter rocket sailboat skateboard taxi anchor axe backpack balloon basketball bell bomb bone bucket camera
-    candle castle chair coin crown door dress drum envelope fire gear ghost glasses gloves guitar hammer house jeans
-    key kite ladder laptop lighthouse lipstick magnet megaphone microscope mountain necktie pencil rainbow ring
-    robot scissors shield skull snowflake snowman star sun teapot television tent tooth tornado trophy trumpet
-    umbrella violin volcano wheel
-    """.split()
-)
-_NO_ARTICLE = {
-    "bacon", "bread", "broccoli", "butter", "cherries", "garlic", "glasses", "gloves", "grapes", "jeans", "popcorn",
-    "scissors", "sushi", "fire",
-}  # fmt: skip
-_ICONS = {"ladybug": "lady-beetle"}  # where the icon's name is not the word
 GROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (248, 248, 246), "grey": (176, 178, 184), "blue": (150, 190, 240), "green": (168, 218, 160),
     "pink": (248, 190, 208), "yellow": (250, 236, 150), "purple": (206, 180, 238), "brown": (196, 164, 130),
@@ -86,7 +66,8 @@ _AT_PLACE = {
 }  # fmt: skip
 SIDE = 64
 _RENDERED = 192  # pixels, of the figures that are resized to every drawing's size
-NOTHING = len(SUBJECTS)  # the classifier's class of an empty ground
+NOTHING = "nothing"
+"""The classifier's name of an empty ground, its last class."""
 
 
 @dataclass(frozen=True)
@@ -100,25 +81,17 @@ class Steps:
     unet: int = 2200
 
 
-def phrase(subject: str, adjective: str = "") -> str:
-    """Return the subject with its article: "an egg", "a small cat", "scissors"."""
-    words = f"{adjective} {subject}".strip()
-    if subject in _NO_ARTICLE:
-        return words
-    return f"{'an' if words[0] in 'aeiou' and not words.startswith('uni') else 'a'} {words}"
-
-
-def figures(icons: Path) -> dict[str, Image.Image]:
+def figures(world: World, icons: Path) -> dict[str, Image.Image]:
     """Render the subjects' icons, RGBA of `_RENDERED` x `_RENDERED` pixels."""
     import resvg_py  # only where the base is made
 
     data = json.loads(icons.read_text())
     shapes = {}
-    for subject in SUBJECTS:
-        body = data["icons"][_ICONS.get(subject, subject)]["body"]
+    for subject in world.subjects:
+        body = data["icons"][world.icons.get(subject, subject)]["body"]
         svg = (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="0 0 {data["width"]} {data["height"]}">{body}</svg>'
+            f'viewBox="0 0 {data.get("width", 32)} {data.get("height", 32)}">{body}</svg>'
         )
         png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=_RENDERED, height=_RENDERED))
         shapes[subject] = Image.open(io.BytesIO(png)).convert("RGBA")
@@ -156,26 +129,26 @@ def _caption(subject: str | None, ground: str, size: str, place: str, dice: np.r
     return text
 
 
-def make_drawings(icons: Path, count: int, seed: int) -> dict[str, Any]:
+def make_drawings(world: World, icons: Path, count: int, seed: int) -> dict[str, Any]:
     """Draw `count` pictures: uint8 (n, 3, 64, 64), their subjects' indices (n,) and captions; 4 % are empty grounds."""
-    shapes = figures(icons)
+    shapes = figures(world, icons)
     dice = np.random.default_rng(seed)
     pictures, targets, captions = [], [], []
     for _ in range(count):
-        subject = None if dice.random() < 0.04 else SUBJECTS[dice.integers(len(SUBJECTS))]
+        subject = None if dice.random() < 0.04 else world.subjects[dice.integers(len(world.subjects))]
         ground, size, place = (str(dice.choice(list(choices))) for choices in (GROUNDS, _SIZES, _PLACES))
         pictures.append(np.asarray(_draw(shapes[subject] if subject else None, ground, size, place, dice)))
         captions.append(_caption(subject, ground, size, place, dice))
-        targets.append(SUBJECTS.index(subject) if subject else NOTHING)
+        targets.append(world.subjects.index(subject) if subject else len(world.subjects))
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     return {"pictures": stacked, "targets": torch.tensor(targets), "captions": captions}
 
 
-def load_drawings(icons: Path, out: Path, count: int, seed: int) -> dict[str, Any]:
+def load_drawings(world: World, icons: Path, out: Path, count: int, seed: int) -> dict[str, Any]:
     """Make the drawings of `make_drawings`, or read those that an earlier run has kept in `out`."""
     file, text = out / f"drawings-{seed}.safetensors", out / f"captions-{seed}.txt"
     if not file.exists():
-        made = make_drawings(icons, count, seed)
+        made = make_drawings(world, icons, count, seed)
         text.write_text("\n".join(made["captions"]))
         with atomic_path(file) as place:
             save_file({"pictures": made["pictures"], "targets": made["targets"]}, place)
@@ -245,10 +218,10 @@ def _fit(
     model.eval()
 
 
-def _classifier_stage(out: Path, data: dict[str, Any], steps: int) -> None:
+def _classifier_stage(world: World, out: Path, data: dict[str, Any], steps: int) -> None:
     """Train a classifier on drawings, never on pictures of a model."""
     _seeded(3)
-    names = (*SUBJECTS, "nothing")
+    names = (*world.subjects, NOTHING)
     model = ResNetForImageClassification(
         ResNetConfig(
             embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 2, 1], layer_type="basic",
@@ -305,7 +278,7 @@ class Classifier:
     def names(self, pictures: np.ndarray) -> list[str]:
         """Return the subjects, or "nothing", of uint8 pictures (n, 64, 64, 3)."""
         tensors = scale(torch.from_numpy(pictures).permute(0, 3, 1, 2))
-        return [(*SUBJECTS, "nothing")[index] for index in self.indices(tensors).tolist()]
+        return [self.model.config.id2label[index] for index in self.indices(tensors).tolist()]
 
 
 def text_encoder_of(out: Path) -> CLIPTextModel:
@@ -348,13 +321,13 @@ def _base_stage(out: Path) -> None:
 
 
 @torch.no_grad()
-def drawn(out: Path, pictures: int = 8) -> dict[str, float]:
+def drawn(world: World, out: Path, pictures: int = 8) -> dict[str, float]:
     """Return how often the classifier names the subject of the base's pictures of it (8 noises, 12 steps)."""
     pipe = StableDiffusionPipeline.from_pretrained(out / "base", torch_dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     classifier = Classifier.load(out / "judge")
     right = {}
-    for subject in SUBJECTS:
+    for subject in world.subjects:
         noises = [torch.Generator().manual_seed(1000 + index) for index in range(pictures)]
         prompts = [f"a photo of {phrase(subject)}"] * pictures
         made = pipe(prompts, num_inference_steps=12, guidance_scale=3.0, generator=noises, output_type="np").images
@@ -366,7 +339,8 @@ def drawn(out: Path, pictures: int = 8) -> dict[str, float]:
 def main() -> None:
     """Run the stages that are not in `--out` yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--icons", type=Path, required=True, help="icons.json of @iconify-json/noto")
+    parser.add_argument("--world", choices=sorted(WORLDS), default="noto")
+    parser.add_argument("--icons", type=Path, required=True, help="icons.json of the world's package")
     parser.add_argument("--out", type=Path, required=True, help="folder for the stages and the results")
     parser.add_argument("--drawings", type=int, default=24000)
     parser.add_argument("--only", help="run one stage only")
@@ -375,13 +349,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    data = load_drawings(options.icons, out, options.drawings, 0)
-    held_out = partial(load_drawings, options.icons, out, 3000, 1)
+    world = WORLDS[options.world]
+    data = load_drawings(world, options.icons, out, options.drawings, 0)
+    held_out = partial(load_drawings, world, options.icons, out, 3000, 1)
     steps = Steps()
     stages: dict[str, Callable[[], None]] = {
         "clip": lambda: _clip_stage(out, data, steps.clip),
         "vae": lambda: _vae_stage(out, data, steps.vae),
-        "classifier": lambda: _classifier_stage(out, data, steps.classifier),
+        "classifier": lambda: _classifier_stage(world, out, data, steps.classifier),
         "judge": lambda: _judge_stage(out, data, held_out(), steps.judge),
         "unet": lambda: _unet_stage(out, data, steps.unet),
         "base": lambda: _base_stage(out),
@@ -391,7 +366,7 @@ def main() -> None:
             with record_seconds(out, name):
                 stage()
     if options.only is None:
-        (out / "drawn.json").write_text(json.dumps(drawn(out), indent=1))
+        (out / "drawn.json").write_text(json.dumps(drawn(world, out), indent=1))
 
 
 if __name__ == "__main__":

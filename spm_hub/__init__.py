@@ -115,6 +115,7 @@ def attach(
     concept: Mapping[str, str] | str | None = None,
     strength: Mapping[str, float] | float | None = None,
     rows: Literal["both", "conditional"] | None = None,
+    law: Literal["linear", "squared"] | None = None,
     mode: Literal["auto", "fold", "branch"] = "auto",
     memory_budget: int | None = None,
     increment_budget: int | None = None,
@@ -137,6 +138,7 @@ def attach(
         concept an eraser acts fully on every prompt, with a warning.
     strength: the finite factor of gamma, one number for all erasers or some by name.
     rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
+    law: "linear" (the change is times gamma times strength), or "squared", as in the code released with SPM.
     mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
     memory_budget: bytes of original weights that folding may keep on their device; None, the default, is no limit.
     increment_budget: bytes of lazily loaded increments that stay in memory; None, the default, is no limit.
@@ -146,8 +148,8 @@ def attach(
     progress: of a calibrated gate's first use, if it is slow: True for a bar, False, or a function of (done, all, {}).
     reporter: shows this progress instead; None, the default, is the bar or function of `progress`.
 
-    None, the default of gate, strength and rows, takes what each eraser's manifest says; gates are "calibrated" there,
-    unless somebody chose another (`Manifest.default_gate`).
+    None, the default of gate, strength, rows and law, takes what each eraser's manifest says; gates are "calibrated"
+    there, unless somebody chose another (`Manifest.default_gate`).
 
     Under an increment_budget references are loaded lazily. `spm_hub.attachment.attach` describes threads, saving and
     calls of the denoiser by hand. Raises SpmHubError; the pipeline is then unchanged.
@@ -163,7 +165,7 @@ def attach(
         place, shown = None if registry is None else Path(registry), reporter or Bars(progress)
         loaded += [one.load(lazy=lazy) for one in erasers_for(concepts, pipe, None, shown, place, look=look)]
     return attachment.attach(
-        pipe, loaded, gate=gate, concept=concept, strength=strength, rows=rows, mode=mode,
+        pipe, loaded, gate=gate, concept=concept, strength=strength, rows=rows, law=law, mode=mode,
         memory_budget=memory_budget, increment_budget=increment_budget, threshold=threshold, top_k=top_k, force=force,
         progress=progress, reporter=reporter,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from spm_hub.adapters.checkpoint_folder import FolderWeights, clone_folder, forg
 from spm_hub.adapters.compatibility import resolve_modules
 from spm_hub.adapters.folding import effective
 from spm_hub.adapters.lookup import resolve_names
-from spm_hub.adapters.manifest import NAME, UNFOLDS, excess_of
+from spm_hub.adapters.manifest import NAME, UNFOLDS, excess_of, factor_of
 from spm_hub.errors import (
     AdapterFileError,
     CompatibilityError,
@@ -295,8 +295,9 @@ def strengths_of(adapters: Sequence[Adapter], asked: float | Mapping[str, float]
         if names.count(name) > 1:
             raise UsageError(f"adapter {name!r} is given twice", mend="name every adapter once, or set its strength")
     given = resolve_names(asked, names, "strength") if isinstance(asked, Mapping) else dict.fromkeys(names, asked)
-    own = {adapter.name: adapter.manifest.gate.strength for adapter in adapters}
-    return {name: float(one if (one := given.get(name)) is not None else own[name]) for name in names}
+    gates = {adapter.name: adapter.manifest.gate for adapter in adapters}
+    strengths = {name: float(one if (one := given.get(name)) is not None else gates[name].strength) for name in names}
+    return {name: factor_of(gates[name].law, 1.0, strength) for name, strength in strengths.items()}
 
 
 def eraser_file(folder: Path, name: str) -> Path:

@@ -13,7 +13,7 @@ from spm_hub.adapters.formats.format import About, Format, Source
 from spm_hub.adapters.formats.header import concept_in, family_in
 from spm_hub.adapters.formats.module_names import check_roots, family_of
 from spm_hub.adapters.increments import Increment
-from spm_hub.adapters.manifest import Base, Concept, Manifest, slug
+from spm_hub.adapters.manifest import Base, Concept, GammaLaw, GateDefaults, Manifest, slug
 from spm_hub.errors import UsageError
 from spm_hub.models import architectures
 
@@ -26,13 +26,14 @@ class Description:
     """The caller's statements about a file, which outrank the file's own.
 
     family: name of a model family.  without_text_encoder: leave out the tensors of text encoders; a file with such
-    tensors is refused unless this is True.
+    tensors is refused unless this is True.  law: how the change follows from gamma.
     """
 
     name: str | None = None
     concept: str | None = None
     family: str | None = None
     without_text_encoder: bool = False
+    law: GammaLaw | None = None
 
 
 def apply_description(adapter: Adapter, said: Description) -> Adapter:
@@ -48,6 +49,8 @@ def apply_description(adapter: Adapter, said: Description) -> Adapter:
     update: dict[str, Any] = {}
     if said.name:
         update["name"] = said.name
+    if said.law:
+        update["gate"] = manifest.gate.model_copy(update={"law": said.law})
     if said.family:
         if manifest.base.family not in (said.family, UNKNOWN_FAMILY):
             raise UsageError(f"--base {said.family}, but its manifest says {manifest.base.family}")
@@ -81,6 +84,7 @@ def make_manifest(
             fingerprint=architectures.fingerprint_of(base.denoiser) if base else "",
         ),
         recipe=_origin(source, known, about, place),
+        gate=GateDefaults(law=said.law or "linear"),
         licence=metadata.get("modelspec.license", "unknown"),
         author=metadata.get("modelspec.author", ""),
     )

@@ -138,6 +138,16 @@ GateName = Literal["calibrated", "transport", "always", "evidence"]
 """The gates that have a name: see `spm_hub.attachment.gates`."""
 
 
+GammaLaw = Literal["linear", "squared"]
+"""How the weights' change follows from gamma: as gamma times strength, or as the square of this."""
+
+
+def factor_of(law: GammaLaw, gamma: float, strength: float) -> float:
+    """Return the factor of an eraser's change of the weights."""
+    product = gamma * strength
+    return product * product if law == "squared" else product
+
+
 class GateDefaults(_Part):
     """The adapter's gate, unless the user chooses another.
 
@@ -147,9 +157,19 @@ class GateDefaults(_Part):
     kind: GateName = "calibrated"
     strength: float = 1.0
     rows: Literal["both", "conditional"] = "both"
+    law: GammaLaw = Field(
+        default="linear",
+        description="the factor of the change is gamma times strength, or squared, as in the code released with SPM, "
+        "which multiplies both vectors of a layer by gamma",
+    )
     protected: tuple[str, ...] = Field(
         default=(), description="prompts that the increments have no effect on: gamma is 0 there, whatever the gate"
     )
+
+    @property
+    def full(self) -> float:
+        """The factor of the change at gamma 1."""
+        return factor_of(self.law, 1.0, self.strength)
 
 
 MOST_STRENGTH = 4.0
@@ -289,6 +309,8 @@ class Manifest(_Part):
             row: {key for key in _LATER_IN_EVALUATIONS if getattr(one, key) is None}
             for row, one in enumerate(self.evaluation)
         }
+        if self.gate.law == "linear":
+            unset["gate"] = {"law"}
         return {**unset, "evaluation": measured}
 
     def to_embedded_json(self) -> str:
@@ -299,7 +321,7 @@ class Manifest(_Part):
         """
         omitted: dict[str, Any] = dict.fromkeys(("created", "evaluation", "origin", "signed"), True)
         omitted["increment"] = {"file", "bytes", "sha256"}
-        omitted |= {key: True for key in self._without_a_value() if key != "evaluation"}
+        omitted |= {key: value for key, value in self._without_a_value().items() if key != "evaluation"}
         return json.dumps(self.model_dump(mode="json", exclude=omitted), sort_keys=True, separators=(",", ":"))
 
     @classmethod

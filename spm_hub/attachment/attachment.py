@@ -20,6 +20,7 @@ from spm_hub.adapters.lookup import (
     resolve_names,
     with_concepts,
 )
+from spm_hub.adapters.manifest import GammaLaw
 from spm_hub.attachment.call import Call
 from spm_hub.attachment.doubles import Doubles
 from spm_hub.attachment.gates.evaluation import GateEvaluation
@@ -48,6 +49,7 @@ def attach(
     concept: Mapping[str, str] | str | None = None,
     strength: Mapping[str, float] | float | None = None,
     rows: Rows | None = None,
+    law: GammaLaw | None = None,
     mode: Mode = "auto",
     memory_budget: int | None = None,
     increment_budget: int | None = None,
@@ -68,6 +70,7 @@ def attach(
         concept an eraser acts fully on every prompt, with a warning.
     strength: the finite factor of gamma, one number for all erasers or some by name.
     rows: "both", or "conditional" to leave the unconditional rows of classifier-free guidance as they are.
+    law: "linear" (the change is times gamma times strength), or "squared", as in the code released with SPM.
     mode: "fold" (written into the weights), "branch" (a gamma for each row), or "auto" (default: by each batch).
     memory_budget: bytes of original weights that folding may keep on their device; None, the default, is no limit.
     increment_budget: bytes of lazily loaded increments that stay in memory; None, the default, is no limit.
@@ -77,8 +80,8 @@ def attach(
     progress: of a calibrated gate's first use, if it is slow: True for a bar, False, or a function of (done, all, {}).
     reporter: shows this progress instead; None, the default, is the bar or function of `progress`.
 
-    None, the default of gate, strength and rows, takes what each eraser's manifest says; gates are "calibrated" there,
-    unless somebody chose another (`Manifest.default_gate`).
+    None, the default of gate, strength, rows and law, takes what each eraser's manifest says; gates are "calibrated"
+    there, unless somebody chose another (`Manifest.default_gate`).
 
     A folded sum serves one set of gammas at the bare model's speed; "auto" folds where all rows of a batch need the
     same and branches elsewhere. Originals beyond `memory_budget` are kept on the CPU; where the model itself is on the
@@ -98,7 +101,7 @@ def attach(
     Warns of erasers that ask for more than an honest one needs, as `spmhub audit` does. Raises UsageError, also for
     erasers that undo each other, or CompatibilityError; the pipeline is then unchanged.
     """
-    options = Options(gate, strength, rows, mode, memory_budget, increment_budget, threshold, top_k)
+    options = Options(gate, strength, rows, mode, memory_budget, increment_budget, threshold, top_k, law)
     return Attachment(pipe, with_concepts(adapters, concept), options, reporter or Bars(progress), force=force)
 
 

@@ -99,7 +99,7 @@ class Objections:
         found = inner_products([one.increments for one in new], [one.increments for one in together])
         products[: len(new)], products[:, : len(new)] = found, found.T
         names = [eraser.adapter.name for eraser in together]
-        for one in undoings(products, [eraser.strength for eraser in together], known):
+        for one in undoings(products, [eraser.factor() for eraser in together], known):
             yield one.told(names)
 
     def _changes(self, eraser: Eraser, squares: Mapping[str, float]) -> dict[str, float]:
@@ -109,7 +109,7 @@ class Objections:
             if path not in self._norms:
                 self._norms[path] = _norm(eraser.modules[path])
             if self._norms[path]:
-                changes[path] = abs(eraser.strength) * math.sqrt(max(square, 0.0)) / self._norms[path]
+                changes[path] = abs(eraser.factor()) * math.sqrt(max(square, 0.0)) / self._norms[path]
         return changes
 
 
@@ -146,7 +146,7 @@ def beyond_limits(manifest: Manifest) -> tuple[str, ...]:
     tensor.
     """
     names, protected = manifest.concept.names, manifest.gate.protected
-    found = [said for said in (excess_of(manifest.gate.strength),) if said is not None]
+    found = [said for said in (excess_of(manifest.gate.full),) if said is not None]
     if len(names) > MOST_NAMES:
         found.append(f"it has {len(names)} names; {MOST_NAMES} are allowed")
     if len(protected) > MOST_PROTECTED:

@@ -12,7 +12,7 @@ from torch import nn
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import Increment
 from spm_hub.adapters.lookup import find_name
-from spm_hub.adapters.manifest import GateName
+from spm_hub.adapters.manifest import GammaLaw, GateName, factor_of
 from spm_hub.attachment.gates.calibrated import CalibratedGate
 from spm_hub.attachment.gates.evidence import EvidenceGate
 from spm_hub.attachment.gates.gate import ConstantGate, Gate, PreparingGate, TransportGate, UnknownConceptGate
@@ -48,10 +48,12 @@ class Options:
     increment_budget: int | None
     threshold: float | None
     top_k: int | None
+    law: GammaLaw | None = None
 
     def __post_init__(self) -> None:
         _one_of("rows", self.rows, (None, *get_args(Rows)))
         _one_of("mode", self.mode, get_args(Mode))
+        _one_of("law", self.law, (None, *get_args(GammaLaw)))
         for key in ("memory_budget", "increment_budget"):
             _whole(key, getattr(self, key), 0, "a whole number of bytes, or None for no limit")
         _whole("top_k", self.top_k, 1, "the number of erasers that may act on a prompt, at least 1, or None for all")
@@ -91,7 +93,7 @@ class Options:
         if any(path != name for path, (_, name) in modules.items()):
             increments = {path: increments[name] for path, (_, name) in modules.items()}
         only = {path: module for path, (module, _) in modules.items()}
-        return Eraser(adapter, only, increments, gate, strength, self.rows or default.rows)
+        return Eraser(adapter, only, increments, gate, strength, self.rows or default.rows, self.law or default.law)
 
     def select(self, gammas: Gammas) -> Gammas:
         """Apply `threshold` and `top_k`: return the gammas with those of all other erasers set to 0.
@@ -139,6 +141,11 @@ class Eraser:
     gate: Gate | PreparingGate
     strength: float
     rows: Rows
+    law: GammaLaw
+
+    def factor(self, gamma: float = 1.0) -> float:
+        """Return the factor of the change of the weights at a gamma."""
+        return factor_of(self.law, gamma, self.strength)
 
     def __str__(self) -> str:
         match self.gate:
@@ -154,7 +161,8 @@ class Eraser:
                 gate = "always" if gamma == 1 else f"gamma {gamma:g}"
             case _:
                 gate = type(self.gate).__name__
-        return f"{self.adapter.name} ({gate}, strength {self.strength:g}, rows {self.rows!r})"
+        law = ", gamma squared" if self.law == "squared" else ""
+        return f"{self.adapter.name} ({gate}, strength {self.strength:g}{law}, rows {self.rows!r})"
 
 
 def finite(key: str, value: object) -> None:

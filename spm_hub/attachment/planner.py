@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from spm_hub.adapters.formats.lazy import StoredIncrements
+from spm_hub.adapters.manifest import factor_of
 from spm_hub.attachment.call import Call
 from spm_hub.attachment.gates.gate import ConstantGate
 from spm_hub.attachment.layers import Layers, foldable, kept_bytes, offloaded_in_groups
@@ -169,7 +170,7 @@ class Planner:
             warnings.warn(f"spm_hub: {message}", UserWarning, stacklevel=2)
 
     def _factors(self, call: Call | None, rows: int | None) -> dict[str, list[float]]:
-        """Return gamma times strength of every eraser: one number for each row, or one for all rows."""
+        """Return the factor of every eraser: one number for each row, or one for all rows."""
         if call is None:
             self._refuse_choice("the denoiser was called outside of a pipeline's call")
             if not self.all_constant:
@@ -201,7 +202,7 @@ class Planner:
         for name, eraser in self.erasers.items():
             given = [one.get(name) for one in choice]
             strengths = [eraser.strength if value is None else value for value in given]
-            each = [gamma * strength for gamma, strength in zip(gammas[name], strengths, strict=True)]
+            each = [factor_of(eraser.law, *pair) for pair in zip(gammas[name], strengths, strict=True)]
             block = [factor for factor in each for _ in range(call.images)]
             blocks = [block] * (rows // call.rows_per_block)
             for index, unconditional in enumerate(call.unconditional):
@@ -237,7 +238,7 @@ class Planner:
         }
         if self.all_constant:
             gammas = self._options.select(gammas)
-        return {name: [gammas[name][0] * eraser.strength] for name, eraser in self.erasers.items()}
+        return {name: [eraser.factor(gammas[name][0])] for name, eraser in self.erasers.items()}
 
     @property
     def all_constant(self) -> bool:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spm_hub.adapters.manifest import GammaLaw
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     "convert",
     Example("spmhub convert lora.safetensors --concept snoopy", "another program's file, into the registry"),
     Example("spmhub convert esd-nudity.safetensors --model sd-v1-4", "whole weights: their difference to the base"),
+    Example("spmhub convert spm-snoopy.safetensors --concept snoopy --gamma squared", "as SPM's released code draws"),
     Example("spmhub convert lora.safetensors --without-text-encoder", "the part for the denoiser alone"),
     Example("spmhub convert snoopy --to comfyui --out snoopy-lora.safetensors", "for another program"),
     Example("spmhub convert esd-nudity --to kohya --svd-rank 8", "a dense eraser as a LoRA, its error stated"),
@@ -53,6 +55,14 @@ def convert(
     base: Annotated[
         str | None, typer.Option("--base", help="Model family (sd1, sdxl, flux ...), if the file does not say.")
     ] = None,
+    law: Annotated[
+        GammaLaw | None,
+        typer.Option(
+            "--gamma",
+            help="How the change follows from gamma; squared: as the code released with SPM draws.",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="The base it was trained on: for whole weights, DoRA, masks, --to esd."),
@@ -83,8 +93,8 @@ def convert(
     with silence_libraries():
         done = run(
             source, to=to, out=place, keep=to is None, svd_rank=svd_rank, name=name, concept=concept, family=base,
-            model=model, config=config, without_text_encoder=without_text_encoder, registry=registry, replace=force,
-            reporter=out,
+            law=law, model=model, config=config, without_text_encoder=without_text_encoder, registry=registry,
+            replace=force, reporter=out,
         )  # fmt: skip
     if done.relative_error is not None:
         lost = f", {done.biases_left_out} biases and norms left out" * bool(done.biases_left_out)

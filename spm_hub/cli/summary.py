@@ -31,6 +31,7 @@ def summary(entry: EraserEntry, manifest: Manifest, asked: str) -> Iterator[str]
     """
     concept, base, gate, info = manifest.concept, manifest.base, manifest.gate, manifest.increment
     acts = f"gate {manifest.default_gate}" + (f", strength {gate.strength:g}" if gate.strength != 1 else "")
+    acts += ", gamma squared" if gate.law == "squared" else ""
     groups = _detections(manifest)
     for name, rows in groups.items():
         where = f" (on {name}, {_how(rows[0], manifest)})"

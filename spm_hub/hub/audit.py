@@ -78,7 +78,7 @@ def audit(
     Reads all tensors of the erasers. Raises AdapterFileError for a file that is damaged.
     """
     together = [*adapters, *beside]
-    strengths = [adapter.manifest.gate.strength for adapter in together]
+    strengths = [adapter.manifest.gate.full for adapter in together]
     norms = [squared_norms(adapter.increments) for adapter in together]
     undone = undoings(inner_products([adapter.increments for adapter in together]), strengths, norms)
     known = [*(adapter.manifest for adapter in together), *others]
@@ -104,7 +104,7 @@ def audit(
         ]
         total = math.fsum(squares.values())
         inside = math.fsum(square for path, square in squares.items() if _is_cross_attention(path))
-        norm, outside = abs(adapter.manifest.gate.strength) * math.sqrt(total), 1 - inside / total if total else 0.0
+        norm, outside = abs(adapter.manifest.gate.full) * math.sqrt(total), 1 - inside / total if total else 0.0
         others_undone = tuple(name for name, _ in undoes)
         spares = _spared(adapter.manifest, known)
         found.append(Findings(adapter.name, tuple(problems), others_undone, norm, outside, acting, change, spares))
@@ -160,7 +160,7 @@ class _Base:
 
 def _changes(adapter: Adapter, squares: Mapping[str, float], base: _Base) -> dict[str, float]:
     """Return how much an eraser changes the weights of its modules, as shares of their norms."""
-    strength = abs(adapter.manifest.gate.strength)
+    strength = abs(adapter.manifest.gate.full)
     return {
         path: strength * math.sqrt(max(square, 0.0)) / base.norm(path)
         for path, square in squares.items()
@@ -173,7 +173,7 @@ def _about_removal(adapter: Adapter, changes: Mapping[str, float], base: _Base) 
     for path in (path for path, change in changes.items() if change > LEAST_LEFT):
         weight = base.weight(path)
         change = adapter.increments[path].delta_for(weight).reshape(weight.shape)
-        left = float((weight + adapter.manifest.gate.strength * change).norm()) / base.norm(path)
+        left = float((weight + adapter.manifest.gate.full * change).norm()) / base.norm(path)
         if left < LEAST_LEFT:
             return [f"it leaves {left:.0%} of the weight of {path}"]
     return []

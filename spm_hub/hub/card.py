@@ -313,7 +313,8 @@ def _gate(manifest: Manifest, pairs: Sequence[PicturePair]) -> str:
         names = _join(map(prose, manifest.concept.names[:_MOST_NAMES]))
         text += f" The concept's names are: {names}. When the denoiser is called without a prompt, gamma is 1."
     rows = "conditional and unconditional rows" if gate.rows == "both" else "conditional rows only"
-    text += f" Its strength is {gate.strength:g}, applied to {rows}."
+    law = " Gamma times strength is squared." if gate.law == "squared" else ""
+    text += f" Its strength is {gate.strength:g}, applied to {rows}.{law}"
     gammas = [(prose(pair.prompt), f"{gamma:.2f}") for pair in pairs for gamma in list(pair.gates.values())[:1]]
     return f"## When it acts\n\n{text}" + (f"\n\n{_table(('prompt', 'gamma'), gammas)}" if gammas else "")
 

@@ -40,7 +40,7 @@ def changes_between(old: Adapter, new: Adapter) -> Changes:
         grave.append(f"it no longer knows the names {', '.join(map(repr, dropped))}")
     if added := _without(after.aliases, before.aliases):
         said.append(f"it also acts on the names {', '.join(map(repr, added))}")
-    one, other = old.manifest.gate.strength, new.manifest.gate.strength
+    one, other = old.manifest.gate.full, new.manifest.gate.full
     if one != other:
         (grave if _sign(one) != _sign(other) else said).append(f"strength {one:g} -> {other:g}")
     elif (cosine := similarity(old, new)) is not None and cosine < _OPPOSITE:
@@ -62,7 +62,7 @@ def similarity(one: Adapter, other: Adapter) -> float | None:
     alike = [path for path in shared if _matrix(one.increments[path]) == _matrix(other.increments[path])]
     inner = inner_products([{path: each.increments[path] for path in alike} for each in (one, other)])
     size = float((inner[0, 0] * inner[1, 1]).sqrt())
-    sign = _sign(one.manifest.gate.strength) * _sign(other.manifest.gate.strength)
+    sign = _sign(one.manifest.gate.full) * _sign(other.manifest.gate.full)
     return sign * float(inner[0, 1]) / size if size > 0 else None
 
 
@@ -76,6 +76,7 @@ def _in_gate(old: Manifest, new: Manifest) -> Iterable[str]:
     for key, one, other in (
         ("kind", old.default_gate, new.default_gate),
         ("rows", old.gate.rows, new.gate.rows),
+        ("law", old.gate.law, new.gate.law),
     ):
         if one != other:
             yield f"gate.{key} {one} -> {other}"

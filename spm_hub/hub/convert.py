@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spm_hub.adapters.manifest import slug
+from spm_hub.adapters.manifest import GammaLaw, slug
 from spm_hub.errors import SignatureError, UsageError
 from spm_hub.hub.resolve import resolve
 from spm_hub.io.environment import KEY_VARIABLE
@@ -51,6 +51,7 @@ def convert(
     name: str | None = None,
     concept: str | None = None,
     family: str | None = None,
+    law: GammaLaw | None = None,
     model: str | None = None,
     config: str | None = None,
     pipe: DiffusionPipeline | None = None,
@@ -71,6 +72,7 @@ def convert(
     keep: store it in a registry.  registry: for this, and for names; unless given, the user's own.  replace: overwrite.
     svd_rank: approximate every module's change by at most this rank, and state the relative error.
     name, concept, family: the eraser's name, concept and model family (sd1 ...), unless the file's are right.
+    law: "squared" for a file whose own program squares gamma, as the code released with SPM does; else "linear".
     model: the base it was trained on, for whole weights, DoRA, masks, and `to="esd"`: an alias, folder, file or Hub
     id.  config: as in `load_pipeline`, for a model that is a single file.  pipe: that base, already loaded; it is not
     changed, and the manifest names it by `model` if given, else by where it was loaded from.
@@ -93,7 +95,7 @@ def convert(
     reporter = reporter or Bars(progress)
     target = None if to is None else conversion.writer_named(to)
     base = _base(model, config, pipe, reporter)
-    description = Description(None if name is None else slug(name), concept, family, without_text_encoder)
+    description = Description(None if name is None else slug(name), concept, family, without_text_encoder, law)
     adapter, read_as = _read(source, folder, description, base, reporter)
     error = biases = None
     if svd_rank is not None:

@@ -134,7 +134,7 @@ def train_clip(
         )
 
     clip.train()
-    _loop("clip", steps, list(clip.parameters()), 1e-3, loss_of, weight_decay=0.05)
+    _loop("clip", steps, [each for each in clip.parameters() if each.requires_grad], 1e-3, loss_of, weight_decay=0.05)
     clip.eval()
 
 
