@@ -29,7 +29,8 @@ _VISION = {
 def make_vision_clip() -> CLIPModel:
     """Make a CLIP with the base's text encoder, frozen, and a picture half and projections with random weights."""
     text = CLIPTextModel.from_pretrained(_BASE / "text_encoder", torch_dtype=torch.float32)
-    clip = CLIPModel(CLIPConfig(text_config=text.config.to_dict(), vision_config=_VISION, projection_dim=WIDTH))
+    config = {key: value for key, value in text.config.to_dict().items() if key != "_name_or_path"}
+    clip = CLIPModel(CLIPConfig(text_config=config, vision_config=_VISION, projection_dim=WIDTH))
     clip.text_model.load_state_dict(text.state_dict())
     clip.text_model.requires_grad_(False)
     return clip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from spm_hub.errors import UsageError
-from spm_hub.evaluation.metrics.hub_models import model_folder
-from spm_hub.evaluation.metrics.metric import Judge, NamedMetric, PictureMetric, Verdict
+from spm_hub.evaluation.metrics.hub_models import folder_hash, model_folder
+from spm_hub.evaluation.metrics.metric import About, Judge, NamedMetric, PictureMetric, Verdict
+from spm_hub.sketchbook.vision import FOLDER
 
 WEIGHT = 2.5
 """The factor of the CLIP score (Hessel et al. 2021, arXiv 2104.08718), which SPM's tables have too, times 100."""
@@ -29,7 +30,7 @@ class Clip:
     """A CLIP model; pictures and texts become rows of length 1."""
 
     def __init__(self, folder: Path) -> None:
-        self._model: Any = CLIPModel.from_pretrained(folder).eval()
+        self._model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self._side = int(self._model.config.vision_config.image_size)
         settings = folder / "preprocessor_config.json"
@@ -79,7 +80,7 @@ def _clip(folder: Path) -> Clip:
 
 
 def _make_score(argument: str) -> PictureMetric:
-    folder, about = model_folder(_required("clip-score", argument), "clip-score")
+    folder, about = _model(argument, "clip-score")
 
     def measure(pictures: Sequence[Image], subjects: Sequence[str]) -> list[float]:
         clip = _clip(folder)
@@ -92,7 +93,7 @@ def _make_score(argument: str) -> PictureMetric:
 
 
 def _make_judge(argument: str) -> Judge:
-    folder, about = model_folder(_required("clip", argument), "clip")
+    folder, about = _model(argument, "clip")
 
     def verdicts(pictures: Sequence[Image], subjects: Sequence[str]) -> list[Verdict]:
         clip = _clip(folder)
@@ -105,10 +106,19 @@ def _make_judge(argument: str) -> Judge:
     )
 
 
-def _required(name: str, argument: str) -> str:
+def clip_features(argument: str, metric: str) -> tuple[Callable[[Sequence[Image]], Tensor], About]:
+    """Return a CLIP model's features of pictures, rows of length 1, and the facts about it."""
+    folder, about = _model(argument, metric)
+    return lambda pictures: _clip(folder).pictures(pictures), {"features": f"clip:{about['model']}", **about}
+
+
+def _model(argument: str, name: str) -> tuple[Path, About]:
+    """Return the folder of a CLIP model and the facts about it; "sketchbook" is the one that comes with the package."""
     if not argument:
         raise UsageError(f"{name} needs a model", mend=f"{name}:openai/clip-vit-base-patch32")
-    return argument
+    if argument == "sketchbook":
+        return FOLDER, {"model": argument, "weights": folder_hash(FOLDER)}
+    return model_folder(argument, name)
 
 
 CLIP_SCORE = NamedMetric("clip-score", "clip-score:MODEL", "CLIP score of each picture and its subject", _make_score)

@@ -9,6 +9,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from spm_hub.errors import UsageError, did_you_mean
+from spm_hub.evaluation.judges.clip import clip_features
 from spm_hub.evaluation.judges.probe import probe_about
 from spm_hub.evaluation.metrics.distances import frechet_distance, kernel_distance
 from spm_hub.evaluation.metrics.metric import About, NamedMetric, SetMetric
@@ -16,7 +17,7 @@ from spm_hub.evaluation.sketchbook import probe
 
 Features = Callable[[Sequence[Image]], Tensor]
 
-NETWORKS = ("probe", "inception")
+NETWORKS = ("probe", "inception", "clip:MODEL")
 """Networks of features by name; inception's makes these distances FID and KID."""
 
 
@@ -28,6 +29,8 @@ def _network(name: str, metric: str) -> tuple[Features, About]:
         from spm_hub.evaluation.metrics.inception import inception
 
         return inception()
+    if name.startswith("clip"):
+        return clip_features(name.removeprefix("clip").removeprefix(":"), metric)
     raise UsageError(
         f"{metric}:{name} names no network of features{did_you_mean(name, NETWORKS)}", mend=f"{metric}:{NETWORKS[1]}"
     )
