@@ -1,4 +1,6 @@
-"""Trains the picture half of a CLIP for the sketchbook's text encoder: `python -m spm_hub.sketchbook.vision --out DIR`.
+"""Trains the picture half of a CLIP for the sketchbook's text encoder.
+
+    python -m spm_hub.sketchbook.vision --out DIR
 
 The text encoder is the base's own and stays as it is, so that its states and the denoisers remain valid. The result, a
 whole CLIP, is committed as `weights/clip`: with it CLIP scores, CLIP's error rate and Frechet distances of CLIP's
@@ -27,7 +29,7 @@ _VISION = {
 
 
 def make_vision_clip() -> CLIPModel:
-    """Make a CLIP with the base's text encoder, frozen, and a picture half and projections with random weights."""
+    """Make a CLIP with the base's frozen text encoder; all else has random weights."""
     text = CLIPTextModel.from_pretrained(_BASE / "text_encoder", torch_dtype=torch.float32)
     config = {key: value for key, value in text.config.to_dict().items() if key != "_name_or_path"}
     clip = CLIPModel(CLIPConfig(text_config=config, vision_config=_VISION, projection_dim=WIDTH))
@@ -38,7 +40,10 @@ def make_vision_clip() -> CLIPModel:
 
 @torch.no_grad()
 def reproduced(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Return uint8 pictures (n, 3, 64, 64) as the autoencoder reproduces them: a denoiser's pictures look like that."""
+    """Return uint8 pictures (n, 3, 64, 64) as the autoencoder reproduces them.
+
+    A denoiser's pictures have the same small faults.
+    """
     parts = [vae.decode(vae.encode(scale(part)).latent_dist.mean).sample.clamp(-1, 1) for part in pictures.split(64)]
     return ((torch.cat(parts) + 1) * 127.5).round().to(torch.uint8)
 

@@ -113,7 +113,10 @@ def clip_features(argument: str, metric: str) -> tuple[Callable[[Sequence[Image]
 
 
 def _model(argument: str, name: str) -> tuple[Path, About]:
-    """Return the folder of a CLIP model and the facts about it; "sketchbook" is the one that comes with the package."""
+    """Return the folder of a CLIP model and the facts about it.
+
+    "sketchbook" is the one that comes with the package.
+    """
     if not argument:
         raise UsageError(f"{name} needs a model", mend=f"{name}:openai/clip-vit-base-patch32")
     if argument == "sketchbook":
