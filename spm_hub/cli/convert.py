@@ -15,6 +15,15 @@ from spm_hub.io.wording import counted
 if TYPE_CHECKING:
     from spm_hub.hub.convert import Conversion
 
+Law = Annotated[
+    GammaLaw | None,
+    typer.Option(
+        "--gamma",
+        help="How the change follows from gamma; squared: as the code released with SPM draws.",
+        show_default=False,
+    ),
+]
+
 
 @command(
     "convert",
@@ -55,14 +64,7 @@ def convert(
     base: Annotated[
         str | None, typer.Option("--base", help="Model family (sd1, sdxl, flux ...), if the file does not say.")
     ] = None,
-    law: Annotated[
-        GammaLaw | None,
-        typer.Option(
-            "--gamma",
-            help="How the change follows from gamma; squared: as the code released with SPM draws.",
-            show_default=False,
-        ),
-    ] = None,
+    law: Law = None,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="The base it was trained on: for whole weights, DoRA, masks, --to esd."),
@@ -96,6 +98,12 @@ def convert(
             law=law, model=model, config=config, without_text_encoder=without_text_encoder, registry=registry,
             replace=force, reporter=out,
         )  # fmt: skip
+    _remark(out, done, svd_rank)
+    _show(out, done)
+
+
+def _remark(out: Output, done: "Conversion", svd_rank: int | None) -> None:
+    """Say what was lost, and that a file without a concept acts on every prompt."""
     if done.relative_error is not None:
         lost = f", {done.biases_left_out} biases and norms left out" * bool(done.biases_left_out)
         out.say(f"rank {svd_rank}: relative error {done.relative_error:.3g}{lost}")
@@ -104,7 +112,6 @@ def convert(
             f"warning: {done.adapter.name} names no concept, so it acts fully on every prompt; to have a gate, say "
             "which it is: --concept NAME"
         )
-    _show(out, done)
 
 
 def _show(out: Output, done: "Conversion") -> None:

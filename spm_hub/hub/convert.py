@@ -71,8 +71,8 @@ def convert(
     folder for a format of several files; unless given, a name in the working folder.
     keep: store it in a registry.  registry: for this, and for names; unless given, the user's own.  replace: overwrite.
     svd_rank: approximate every module's change by at most this rank, and state the relative error.
-    name, concept, family: the eraser's name, concept and model family (sd1 ...), unless the file's are right.
-    law: "squared" for a file whose own program squares gamma, as the code released with SPM does; else "linear".
+    name, concept, family: the eraser's name, concept and model family (sd1 ...), unless the file's are right.  law:
+    "squared" draws with gamma squared, as the code released with SPM does.
     model: the base it was trained on, for whole weights, DoRA, masks, and `to="esd"`: an alias, folder, file or Hub
     id.  config: as in `load_pipeline`, for a model that is a single file.  pipe: that base, already loaded; it is not
     changed, and the manifest names it by `model` if given, else by where it was loaded from.
@@ -91,8 +91,7 @@ def convert(
         raise UsageError("config is for a model that is a single file, and there is none to load", mend="model=FILE")
     if out is not None and to is None:
         raise UsageError("out names the file of a format, and there is no format", mend='to="diffusers"')
-    folder = None if registry is None else Path(registry)
-    reporter = reporter or Bars(progress)
+    folder, reporter = None if registry is None else Path(registry), reporter or Bars(progress)
     target = None if to is None else conversion.writer_named(to)
     base = _base(model, config, pipe, reporter)
     description = Description(None if name is None else slug(name), concept, family, without_text_encoder, law)
