@@ -96,14 +96,13 @@ def convert(
     base = _base(model, config, pipe, reporter)
     description = Description(None if name is None else slug(name), concept, family, without_text_encoder, law)
     adapter, read_as = _read(source, folder, description, base, reporter)
-    error = biases = None
+    files, error, biases = [], None, None
     if svd_rank is not None:
         if base is not None:
             adapter = conversion.densified(adapter, base)
         with reporter.progress(f"rank {svd_rank}") as move:
             near = low_rank_approximation.truncate(adapter, svd_rank, move)
         adapter, error, biases = near.adapter, near.relative_error, near.biases_left_out
-    files: list[Path] = []
     if keep:
         files.append(registry_for_new(folder).add(adapter, replace=replace).adapter_path)
     if target is not None and target.writer is not None:
