@@ -103,7 +103,7 @@ def convert(
 
 
 def _remark(out: Output, done: "Conversion", svd_rank: int | None) -> None:
-    """Say what was lost, and that a file without a concept acts on every prompt."""
+    """State the error of an approximation, and warn of a file without a concept."""
     if done.relative_error is not None:
         lost = f", {done.biases_left_out} biases and norms left out" * bool(done.biases_left_out)
         out.say(f"rank {svd_rank}: relative error {done.relative_error:.3g}{lost}")
