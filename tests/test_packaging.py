@@ -38,7 +38,7 @@ def imported() -> set[str]:
 
 
 def test_every_import_is_declared_and_every_declaration_imported() -> None:
-    extras = {canonicalize_name(Requirement(line).name) for extra in ("eval", "sign") for line in EXTRAS[extra]}
+    extras = {canonicalize_name(Requirement(line).name) for extra in ("eval", "serve", "sign") for line in EXTRAS[extra]}
     used = {canonicalize_name(BROUGHT.get(name, NAMES.get(name, name))) for name in imported()}
     declared = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
     assert used - extras <= declared
@@ -76,7 +76,7 @@ def test_metadata() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text().splitlines()[1]
     assert PROJECT["scripts"] == dict.fromkeys(("spmhub", "hf-spm"), "spm_hub.cli:main")
     assert Version(PROJECT["version"])
-    assert {"eval", "sign", "dev"} == set(EXTRAS)
+    assert {"eval", "serve", "sign", "dev"} == set(EXTRAS)
     assert (ROOT / "spm_hub" / "py.typed").is_file()
 
 

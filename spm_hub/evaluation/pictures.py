@@ -237,7 +237,7 @@ class PictureFolder:
 
     def _write(self, condition: str, names: Iterable[str], picture: Image.Image, about: Mapping[str, Any]) -> Path:
         """Write a picture under the first free name; another process may take a name meanwhile."""
-        content = _png(picture, {**self._described, **about})
+        content = png_of(picture, {**self._described, **about})
         for name in names:
             path = self.folder / name
             with suppress(FileExistsError):
@@ -263,10 +263,11 @@ def grid_of(shown: Sequence[PromptPictures], title: str) -> Image.Image:
 
 def write_png(path: Path, picture: Image.Image, about: Mapping[str, Any]) -> None:
     """Write one PNG atomically, with `about` as JSON in its text chunk "spmhub"."""
-    write_atomic(path, _png(picture, about))
+    write_atomic(path, png_of(picture, about))
 
 
-def _png(picture: Image.Image, about: Mapping[str, Any]) -> bytes:
+def png_of(picture: Image.Image, about: Mapping[str, Any]) -> bytes:
+    """Return a picture as a PNG file, with `about` as JSON in its text chunk "spmhub"."""
     text = PngInfo()
     text.add_itxt(METADATA_KEY, json.dumps(about, sort_keys=True))
     file = io.BytesIO()

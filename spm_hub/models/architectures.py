@@ -105,6 +105,17 @@ def is_modular(pipeline_class: type[Any]) -> bool:
     return any(kind.__name__ == "ModularPipeline" for kind in pipeline_class.__mro__)
 
 
+def native_side(pipe: Any) -> int:
+    """Return the side in pixels of the pictures that a pipeline draws by default.
+
+    It is 1024 where the pipeline does not say.
+    """
+    own = getattr(pipe, "default_sample_size", None)
+    if own is None:
+        own = getattr(getattr(pipe, "unet", None), "config", {}).get("sample_size")
+    return own * int(getattr(pipe, "vae_scale_factor", 8)) if isinstance(own, int) else 1024
+
+
 def further_denoisers(pipe: object) -> list[str]:
     """Return the names of further denoisers of a pipeline, which no eraser reaches.
 

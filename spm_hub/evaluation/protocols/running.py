@@ -26,6 +26,7 @@ from spm_hub.evaluation.records.rows import PromptRow, pictures_at_once
 from spm_hub.evaluation.records.scoring import score
 from spm_hub.evaluation.reports.writing import write_reports
 from spm_hub.io.progress import Reporter
+from spm_hub.models.architectures import native_side
 from spm_hub.models.base_choice import BaseChoice
 
 if TYPE_CHECKING:
@@ -202,9 +203,6 @@ def _strength(strength: Mapping[str, float] | float | None) -> Any:
 
 def _at_once(pipe: Any, rows: Sequence[PromptRow], defaults: RowDefaults) -> int:
     """Return a number of pictures that suits the largest of them."""
-    own = getattr(pipe, "default_sample_size", None)
-    if own is None:
-        own = getattr(getattr(pipe, "unet", None), "config", {}).get("sample_size")
-    side = own * getattr(pipe, "vae_scale_factor", 8) if isinstance(own, int) else 1024
+    side = native_side(pipe)
     sizes = [(row.width or defaults.width or side, row.height or defaults.height or side) for row in rows]
     return pictures_at_once(*max(sizes, key=lambda size: size[0] * size[1]))
