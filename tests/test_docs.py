@@ -132,8 +132,10 @@ def run(page: str, command: Command) -> None:
         done_there = subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done_there.returncode == 0, f"{where}\n{done_there.stderr}"
     elif arguments[:3] == ["-m", "pip", "install"]:
-        assert command.mark == "needs a package index", where
-        assert arguments[3:] == ["path/to/spm-hub"], where
+        assert command.mark is not None, where
+        *options, place = arguments[3:]
+        assert set(options) <= {"--no-deps"}, where
+        assert (ROOT / place.removeprefix("path/to/spm-hub").strip("/") / "pyproject.toml").is_file(), where
     elif program == "python":
         assert arguments[:2] == ["-m", "pytest"], where
         paths = [word for word in arguments if word.startswith("tests/")]
@@ -141,6 +143,10 @@ def run(page: str, command: Command) -> None:
         assert all((ROOT / path).exists() for path in paths), where
     else:
         assert shutil.which(program), where
+        if command.mark is not None:
+            sources = [word.removeprefix("path/to/spm-hub/") for word in command.words if "path/to/spm-hub/" in word]
+            assert all((ROOT / source).exists() for source in sources), where
+            return
         subprocess.run(command.words, check=True, capture_output=True)
 
 
