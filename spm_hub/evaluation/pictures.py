@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.attachment.options import GateChoice, Mode, Rows
 
-WITHOUT, WITH = "without", "with"
+WITHOUT, WITH, RESTORED = "without", "with", "restored"
+"""The conditions of a picture; "restored" has all erasers but the first, which was attached and taken away."""
+
 METADATA_KEY = "spmhub"
 SEEDS = 2**64
 """Number of seeds that torch accepts: 0 to 2^64 - 1."""

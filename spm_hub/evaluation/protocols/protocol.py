@@ -34,15 +34,22 @@ class RowSet(_Part):
     """Rows of one role.
 
     subjects: names to draw, "erased" for those of the erasers; `nearest` chooses them instead. Erased names are left
-    out of the other roles. templates: sentences with {} for the subject, in turn. samples: pictures of each subject.
-    sentences: whole prompts without a subject, in place of subjects and templates. file: the published set that the
-    paper used; the user brings it, and the templates or sentences take its place where nobody has brought it.
+    out of the other roles. kinds: of the erased concepts that the set is for; empty for all. templates: sentences with
+    {} for the subject, in turn. also: for each template what its sentence shows next to the subject; judges look for
+    it in place of the subject. names: what a subject is called in the templates' language. group: as in `PromptRow`.
+    samples: pictures of each subject. sentences: whole prompts without a subject, in place of subjects and templates.
+    file: the published set that the paper used; the user brings it, and the templates or sentences take its place where
+    nobody has brought it.
     """
 
     role: Role
     subjects: Literal["erased"] | tuple[str, ...] = ()
     nearest: Nearest | None = None
+    kinds: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    names: dict[str, str] = {}
+    group: str | None = None
     sentences: tuple[str, ...] = ()
     samples: int = Field(ge=1)
     file: Name | None = None
@@ -56,6 +63,10 @@ class RowSet(_Part):
             raise ValueError("a set has templates for its subjects, or sentences")
         if wrong := [one for one in self.templates if one.count("{}") != 1]:
             raise ValueError(f"template {wrong[0]!r} has not one place for the subject")
+        if self.also and len(self.also) != len(self.templates):
+            raise ValueError(f"also has {len(self.also)} names, for {len(self.templates)} templates")
+        if self.kinds and self.subjects != "erased":
+            raise ValueError("kinds are those of erased concepts")
         return self
 
 
@@ -88,7 +99,8 @@ class Published(_Part):
     """One number of a paper.
 
     measure: the name of the metric or judge that it belongs to, before its colon. quantity: the paper's name for it.
-    method, erased, subject: whose picture it is; erased is None for the base itself. where: table or figure.
+    method, erased, subject: whose picture it is; erased is None for the base itself. condition: "with" the erasers, or
+    "restored". where: table or figure.
     """
 
     measure: str
@@ -98,13 +110,15 @@ class Published(_Part):
     subject: str
     value: float
     where: str
+    condition: Literal["with", "restored"] = "with"
 
 
 class Protocol(_Part):
     """A way to evaluate erasers, as a paper or this project defines it.
 
     version: rises with every change that changes numbers. base: the model that the paper used. usual: what is drawn
-    and measured on any base but the sketchbook; sketchbook: on it, with its own names and probe. differs: where this
+    and measured on any base but the sketchbook; sketchbook: on it, with its own names and probe. restores: also draw
+    with the first eraser taken away again. elsewhere: meant for another base than the eraser's own. differs: where this
     protocol is not the paper's. published: the paper's numbers.
     """
 
@@ -117,6 +131,8 @@ class Protocol(_Part):
     usual: Variant
     sketchbook: Variant
     quick: Quick
+    restores: bool = False
+    elsewhere: bool = False
     differs: tuple[str, ...] = ()
     published: tuple[Published, ...] = ()
 

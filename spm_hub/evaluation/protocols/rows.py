@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ def rows_of(
         for subject, kind in subjects:
             start = seed + SEEDS_APART * place
             place += 1
-            rows += _rows_of_subject(one, subject, kind, count, start)
+            rows += _rows_of_subject(one, subject, kind, count, start, erased)
     if not rows:
         raise UsageError("the protocol has no row for these erasers", mend="another protocol: spmhub protocols")
     return tuple(replace(row, id=f"{number:06d}") for number, row in enumerate(rows))
@@ -63,7 +64,7 @@ def _subjects(
     if one.sentences:
         return [("", "")]
     if one.subjects == "erased":
-        return list(targets)
+        return [(name, kind) for name, kind in targets if not one.kinds or kind in one.kinds]
     if one.nearest is None:
         names: Sequence[str] = [name for name in one.subjects if name.casefold() not in erased]
     else:
@@ -75,11 +76,16 @@ def _subjects(
     return [(name, "") for name in names]
 
 
-def _rows_of_subject(one: RowSet, subject: str, kind: str, count: int, seed: int) -> list[PromptRow]:
+def _rows_of_subject(one: RowSet, subject: str, kind: str, count: int, seed: int, erased: set[str]) -> list[PromptRow]:
     sentences = one.sentences or one.templates
     shown = phrase(subject, kind) if subject else ""
+    shown = one.names.get(shown, shown)
+    judged = one.also or (subject,) * len(sentences)
+    # What is erased cannot be asked to stay.
+    choice = [pair for pair in zip(sentences, judged, strict=True) if not one.also or pair[1] not in erased]
     return [
-        PromptRow("", sentences[i % len(sentences)].format(shown), seed + i, subject, one.role) for i in range(count)
+        PromptRow("", sentence.format(shown), seed + i, looked_for, one.role, group=one.group)
+        for i, (sentence, looked_for) in zip(range(count), cycle(choice), strict=False)
     ]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from spm_hub.adapters.adapter import Adapter
 from spm_hub.attachment.attachment import attach
 from spm_hub.errors import UsageError
 from spm_hub.evaluation.metrics.named import distances, metrics_named
-from spm_hub.evaluation.pictures import WITH, WITHOUT
+from spm_hub.evaluation.pictures import RESTORED, WITH, WITHOUT
 from spm_hub.evaluation.prompts.columns import ColumnMap
 from spm_hub.evaluation.prompts.reading import PromptFile, read_prompt_file
 from spm_hub.evaluation.protocols.protocol import Protocol, Variant
@@ -105,11 +105,18 @@ def evaluate(
     conditions: Conditions = {
         WITHOUT: nullcontext,
         WITH: lambda: attach(pipe, erasers, gate=gate, strength=strength, force=force, reporter=reporter),
+        RESTORED: lambda: _without_the_first(
+            pipe, erasers, gate=gate, strength=strength, force=force, reporter=reporter
+        ),
     }
     with conditions[WITH]():
         pass  # erasers that do not go together are refused before there is a folder
     run = _run(protocol, variant, erasers, base.name(pipe), defaults, asked, file)
     run |= {"gate": _gate_name(gate), "strength": _strength(strength), "all_rows": len(rows)}
+    if protocol.elsewhere and (own := erasers[0].manifest.base.id) == run["model"]:
+        reporter.say(f"{protocol.name} is for another base than the eraser's own, and this is its own: {own}")
+    if protocol.restores:
+        run |= {"restored": first, "conditions": [WITHOUT, WITH, RESTORED]}
     run["at_once"] = asked.at_once or _at_once(pipe, kept, defaults)
     folder = RunFolder.start(out, run, kept, resume=resume)
     with folder.locked():
@@ -129,6 +136,14 @@ def score_again(path: Path, measure: Sequence[str], reporter: Reporter) -> dict[
     with folder.locked():
         score(folder, metrics, reporter)
         return write_reports(folder, distances())
+
+
+@contextmanager
+def _without_the_first(pipe: DiffusionPipeline, erasers: Sequence[Adapter], **options: Any) -> Iterator[None]:
+    """Attach all erasers, and take the first one away again, for the duration of the block."""
+    with attach(pipe, erasers, **options) as attached:
+        attached.recover(erasers[0].name)
+        yield
 
 
 def _some(file: PromptFile, protocol: Protocol, asked: Asked) -> tuple[PromptRow, ...]:

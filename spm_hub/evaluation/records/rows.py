@@ -24,7 +24,8 @@ MOST_AT_ONCE = 50
 class PromptRow:
     """One picture to draw under every condition.
 
-    id: unique in a run. subject: the name that a judge looks for. negative, guidance, width and height (pixels): None
+    id: unique in a run. subject: the name that a judge looks for. group: what the row has in common with others of its
+    subject, such as a language; reports count each group by itself. negative, guidance, width and height (pixels): None
     for those of the run. seed: of the noise, 0 to 2^64 - 1.
     Raises UsageError for values that draw nothing.
     """
@@ -38,6 +39,7 @@ class PromptRow:
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
+    group: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < SEEDS:

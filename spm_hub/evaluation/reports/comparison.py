@@ -15,6 +15,7 @@ from spm_hub.evaluation.records.sample import Sample
 from spm_hub.evaluation.records.scoring import described_metrics
 from spm_hub.evaluation.reports.plot import trade_off
 from spm_hub.evaluation.reports.report import groups_of
+from spm_hub.evaluation.reports.wording import named
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Comparison:
         """Return one HTML page with the plot of erasure against damage. It loads nothing."""
         plot = trade_off(self.points) if self.points else "<p>No judge measured all runs.</p>"
         rows = "".join(
-            f"<tr><td>{escape(line['metric'])}</td><td>{escape(line['subject'] or 'captions')} ({line['role']})</td>"
+            f"<tr><td>{escape(line['metric'])}</td><td>{escape(named(line))}</td>"
             + "".join(f"<td>{value:.4g}</td>" for value in line["values"])
             + "</tr>"
             for line in self.lines
@@ -92,7 +93,8 @@ def _lines(first: RunFolder, key: str, samples: Sequence[Mapping[tuple[str, str]
             continue
         columns = [[float(found[WITH, row].scores[key]) for row in rows] for found in samples]
         lines.append({
-            "metric": key, "role": group.role, "subject": group.subject, "n": len(rows),
+            "metric": key, "role": group.role, "subject": group.subject, "group": group.group, "condition": WITH,
+            "n": len(rows),
             "values": [sum(column) / len(rows) for column in columns],
             "differences": [
                 {"value": (sum(column) - sum(columns[0])) / len(rows), "interval": _interval(columns[0], column)}

@@ -10,14 +10,14 @@ from typing import Any
 
 from PIL.Image import Image, Resampling
 
-from spm_hub.evaluation.pictures import WITH, WITHOUT
+from spm_hub.evaluation.pictures import WITH
 from spm_hub.evaluation.records.folder import RunFolder
 from spm_hub.evaluation.reports.plot import changes
 from spm_hub.evaluation.reports.report import groups_of
-from spm_hub.evaluation.reports.wording import HEADINGS, cells, finding, remarks
+from spm_hub.evaluation.reports.wording import HEADINGS, cells, finding, named, remarks
 
 PAIRS = 4
-"""Pairs of pictures of each subject that the page shows."""
+"""Rows of each subject that the page shows."""
 
 LARGEST = 256
 """Pixels of the longer side of a picture on the page."""
@@ -35,7 +35,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 12px; }
 figure { margin: 0; } figcaption { font-size: .8rem; color: var(--faint); }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
+.pair { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 2px; }
 .pair img { width: 100%; image-rendering: auto; display: block; } .damage { color: var(--bad); }
 svg { width: 100%; height: auto; max-width: 760px; } svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
 """
@@ -73,7 +73,7 @@ def _parts(folder: RunFolder, report: Mapping[str, Any]) -> Iterator[str]:
             [(one["method"], one["subject"] or "captions", one["quantity"], f"{one['value']:g}",
               "-" if one["here"] is None else f"{one['here']:.4g}", one["where"]) for one in report["published"]],
         )  # fmt: skip
-    yield "<h2>Pictures</h2>\n<p>Left without, right with the erasers.</p>"
+    yield f"<h2>Pictures</h2>\n<p>From left to right: {', '.join(run['conditions'])}.</p>"
     yield from _pictures(folder)
     yield f"<p>Run {run['sha256']}, protocol {run['protocol']['sha256']}.</p>\n</body>\n</html>"
 
@@ -88,11 +88,12 @@ def _pictures(folder: RunFolder) -> Iterator[str]:
         seen.update(group.rows)
         if not fresh:
             continue
-        yield f'<h3>{escape(group.subject or "captions")} ({group.role})</h3>\n<div class="grid">'
+        about = {"subject": group.subject, "role": group.role, "group": group.group, "condition": WITH}
+        yield f'<h3>{escape(named(about))}</h3>\n<div class="grid">'
         for row in fresh:
             pair = "".join(
                 f'<img src="{_data(folder.picture(samples[one, row]))}" alt="{one}" loading="lazy">'
-                for one in (WITHOUT, WITH)
+                for one in folder.conditions
             )
             yield f'<figure><div class="pair">{pair}</div><figcaption>{escape(rows[row].prompt)}</figcaption></figure>'
         yield "</div>"

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from spm_hub.evaluation.reports.wording import named
+
 WIDTH, LEFT, RIGHT, LINE = 760, 210, 60, 26
 _ERASED, _KEPT, _AXIS = "#2563eb", "#d97706", "#a1a1aa"
 
@@ -28,7 +30,7 @@ def changes(tables: Sequence[Mapping[str, Any]]) -> str:
         y = LINE * (number + 1)
         colour = _ERASED if line["role"] == "target" else _KEPT
         low, high = line["with_interval"]
-        name = f"{line['subject'] or 'captions'} ({line['role']})"
+        name = named(line)
         parts += [
             f'<text x="{LEFT - 12}" y="{y + 4}" text-anchor="end">{escape(name)}</text>',
             f'<line x1="{x(low)}" x2="{x(high)}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="6" opacity=".3"/>',

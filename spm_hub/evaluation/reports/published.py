@@ -11,6 +11,8 @@ _QUANTITIES: dict[str, Callable[[Line], float]] = {
     "CS": lambda line: float(line["with"]),
     "CER": lambda line: 100 * (1 - float(line["with"])),
     "FID": lambda line: float(line["value"]),
+    "LPIPS": lambda line: float(line["value"]),
+    "ACC": lambda line: 100 * float(line["with"]),
     "pre-ASR": lambda line: 100 * float(line["with"]),
 }
 """How a line of ours gives the paper's quantity, in the paper's unit. Other quantities have no number of ours."""
@@ -37,6 +39,8 @@ def _here(one: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> float 
         if table["metric"].partition(":")[0] != one["measure"]:
             continue
         for line in table["lines"]:
-            if line["subject"].casefold() == one["subject"] and line.get("value", line.get("with")) is not None:
+            if line["condition"] != one["condition"] or line["subject"].casefold() != one["subject"]:
+                continue
+            if line.get("value", line.get("with")) is not None:
                 return round(read(line), 4)
     return None

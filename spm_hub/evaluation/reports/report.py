@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spm_hub.evaluation import statistics
 from spm_hub.evaluation.attacks.outcome import wilson
-from spm_hub.evaluation.pictures import WITHOUT
+from spm_hub.evaluation.pictures import RESTORED, WITHOUT
 from spm_hub.evaluation.records.folder import SAMPLES, RunFolder
 from spm_hub.evaluation.records.sample import Sample
 from spm_hub.evaluation.records.scoring import described_metrics, features_of
@@ -28,11 +28,15 @@ Distances = Mapping[str, Callable[[Tensor, Tensor], float]]
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one role and subject; subject is ALL for those of every subject."""
+    """Rows of one role, subject and group.
+
+    subject: ALL for the rows of every subject. group: None for rows without one.
+    """
 
     role: str
     subject: str
     rows: tuple[str, ...]
+    group: str | None = None
 
 
 def report_of(folder: RunFolder, distances: Distances) -> dict[str, Any]:
@@ -58,20 +62,20 @@ def report_of(folder: RunFolder, distances: Distances) -> dict[str, Any]:
         "pictures": len(samples),
         "samples_sha256": sha256_of(folder.path / SAMPLES),
         "tables": tables,
-        "findings": findings(tables),
+        "findings": findings(tables, folder.run.get("restored")),
     }
 
 
 def groups_of(folder: RunFolder) -> tuple[Group, ...]:
-    """Return the groups of a run's rows in order of appearance; a role of several subjects has one of all."""
-    found: dict[str, dict[str, list[str]]] = {}
+    """Return the groups of a run's rows in order of appearance; a role of several has one of all."""
+    found: dict[str, dict[tuple[str, str | None], list[str]]] = {}
     for row in folder.rows:
-        found.setdefault(row.role, {}).setdefault(row.subject, []).append(row.id)
+        found.setdefault(row.role, {}).setdefault((row.subject, row.group), []).append(row.id)
     groups = []
-    for role, subjects in found.items():
-        groups += [Group(role, subject, tuple(rows)) for subject, rows in subjects.items()]
-        if len(subjects) > 1:
-            groups.append(Group(role, ALL, tuple(row for rows in subjects.values() for row in rows)))
+    for role, parts in found.items():
+        groups += [Group(role, subject, tuple(rows), group) for (subject, group), rows in parts.items()]
+        if len(parts) > 1:
+            groups.append(Group(role, ALL, tuple(row for rows in parts.values() for row in rows)))
     return tuple(groups)
 
 
@@ -93,7 +97,7 @@ def _lines(
         order = {row: place for place, row in enumerate(drawn)}
         distance = distances[key.partition(":")[0]]
     for group in groups:
-        about = {"condition": condition, "role": group.role, "subject": group.subject}
+        about = {"condition": condition, "role": group.role, "subject": group.subject, "group": group.group}
         if kind == "set":
             places = torch.tensor([order[row] for row in group.rows])
             numbers = _of_sets(features[WITHOUT][places], features[condition][places], distance)
@@ -163,22 +167,23 @@ def _of_sets(before: Tensor, after: Tensor, distance: Callable[[Tensor, Tensor],
     return {"n": len(before), "value": _rounded(distance(before, after)), "value_interval": _ends(interval)}
 
 
-def findings(tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def findings(tables: Sequence[Mapping[str, Any]], restored: str | None = None) -> list[dict[str, Any]]:
     """Return the lines whose intervals say something, each with its conclusion.
 
     "erased": a target is drawn less often. "not erased": it is not shown to be. "not drawn": the base draws the target
     in no picture, so nothing was measured. "damage": a neighbour or unrelated subject is drawn less often, or a number
     of which more is better fell, or one of which less is better rose.
+    restored: the target whose eraser was taken away again, "restored" or "not restored": it is drawn less often.
     """
     found = []
     for table in tables:
         for line in table["lines"]:
-            if (says := _says(table, line)) is not None:
+            if (says := _says(table, line, restored)) is not None:
                 found.append({"metric": table["metric"], "says": says, **line})
     return found
 
 
-def _says(table: Mapping[str, Any], line: Mapping[str, Any]) -> str | None:
+def _says(table: Mapping[str, Any], line: Mapping[str, Any], restored: str | None) -> str | None:
     low, high = line.get("difference_interval") or (None, None)
     fell, rose = high is not None and high < 0, low is not None and low > 0
     if line["role"] != "target":
@@ -188,6 +193,11 @@ def _says(table: Mapping[str, Any], line: Mapping[str, Any]) -> str | None:
         return None
     if line["without"] == 0:
         return "not drawn"
+    if line["condition"] == RESTORED:
+        if line["subject"] == ALL:
+            return None
+        if line["subject"] == restored:
+            return "not restored" if fell else "restored"
     return "erased" if fell else "not erased"
 
 

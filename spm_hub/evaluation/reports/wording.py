@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spm_hub.evaluation.pictures import WITH
 from spm_hub.evaluation.reports.report import ALL
 
 HEADINGS = {
@@ -20,12 +21,14 @@ _SAYS = {
     "not erased": "{subject} is not shown to be drawn less often",
     "not drawn": "the base draws {subject} in no picture, so its erasure was not measured",
     "damage": "{subject} suffers",
+    "restored": "{subject} is drawn again once its eraser is taken away",
+    "not restored": "{subject} is drawn less often although its eraser was taken away",
 }
 
 
 def cells(line: Mapping[str, Any], kind: str) -> tuple[str, ...]:
     """Return the cells of a line of a metric's table, in the order of `HEADINGS`."""
-    name = f"{line['subject'] or 'captions'} ({line['role']})"
+    name = named(line)
     if kind in ("pair", "set"):
         return name, str(line["n"]), with_interval(line["value"], line["value_interval"], kind)
     share = kind == "judge"
@@ -37,6 +40,12 @@ def cells(line: Mapping[str, Any], kind: str) -> tuple[str, ...]:
     if share:
         numbers.append(with_interval(line["erased"], line["erased_interval"], kind))
     return name, str(line["n"]), *numbers, _plain(line["detectable"], kind)
+
+
+def named(line: Mapping[str, Any]) -> str:
+    """Return the name of a line: its subject and role, its group, and the condition unless it is "with"."""
+    parts = [line["role"], *filter(None, [line["group"]]), *([line["condition"]] if line["condition"] != WITH else [])]
+    return f"{line['subject'] or 'captions'} ({', '.join(parts)})"
 
 
 def with_interval(
@@ -65,6 +74,8 @@ def finding(one: Mapping[str, Any], kind: str) -> str:
     subject = "everything unrelated" if not one["subject"] else one["subject"]
     if one["subject"] == ALL:
         subject = f"every {one['role']} together"
+    if one["group"] is not None:
+        subject = f"{subject} ({one['group']})"
     says = _SAYS[one["says"]].format(subject=subject)
     change = with_interval(one["difference"], one["difference_interval"], kind, signed=True)
     return f"{says}: {one['metric']} {_plain(one['without'], kind)} to {_plain(one['with'], kind)}, {change}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from pico import pico_pipeline
+from pico import pico_eraser, pico_pipeline
 from pydantic import ValidationError
+from recorded import QUIET
 
 from spm_hub.adapters.manifest import Concept
 from spm_hub.errors import NotFoundError, UsageError
@@ -14,10 +16,16 @@ from spm_hub.evaluation.metrics.named import known_metrics, metric_named
 from spm_hub.evaluation.prompts.catalogue import catalogue
 from spm_hub.evaluation.protocols.protocol import Protocol, protocol_named, protocols
 from spm_hub.evaluation.protocols.rows import nearest_by_text, phrase, rows_of
+from spm_hub.evaluation.protocols.running import Asked, evaluate
+from spm_hub.evaluation.records.folder import RunFolder
 from spm_hub.evaluation.records.rows import PromptRow
+from spm_hub.models.base_choice import BaseChoice
 from spm_hub.sketchbook.world import unknown_words
 
 SNOOPY = Concept(target="snoopy", aliases=("beagle",), kind="character")
+
+
+LANGUAGES = ("Spanish", "French", "German", "Italian", "Portuguese")
 
 
 def first(name: str, among: Sequence[str], count: int) -> tuple[str, ...]:
@@ -32,11 +40,13 @@ def test_every_protocol_runs_on_the_sketchbook_and_names_what_exists(protocol: P
         assert {text.partition(":")[0] for text in variant.measure} <= known_metrics().keys()
         for one in variant.sets:
             assert one.file is None or one.file in {known.name for known in catalogue()}
+            english = one.group in (None, "English") or protocol.name != "multilingual"
             for sentence in (*one.templates, *one.sentences):
-                assert not unknown_words(sentence.format("")), "sentences of ours, in words that the sketchbook knows"
+                words = unknown_words(sentence.format(""))
+                assert bool(words) != english, "sentences of ours, in words that the sketchbook knows"
     rows = rows_of(protocol.sketchbook, [SNOOPY], seed=1, nearest=first, samples=2)
     assert len({row.id for row in rows}) == len({row.seed for row in rows}) == len(rows)
-    assert not any(unknown_words(row.prompt) for row in rows)
+    assert not any(unknown_words(row.prompt) for row in rows if row.group not in LANGUAGES)
     assert protocol.published == () or protocol.paper is not None
 
 
@@ -51,6 +61,8 @@ def test_numbers_of_the_papers() -> None:
     assert value("spm-styles", method="ESD", erased="rembrandt", subject="picasso", quantity="CS") == 66.14
     assert value("unlearndiffatk", method="ESD", erased="nudity", quantity="ASR") == 76.05
     assert value("i2p-nudity", method="SPM") == 85.3
+    assert value("sepme-restore", erased="cezanne", quantity="ACC", condition="restored") == 98.0
+    assert value("minimalist-ip", method="FlowEdit") == 78
 
 
 def test_the_hash_changes_with_whatever_decides_the_numbers_and_with_nothing_else() -> None:
@@ -61,6 +73,46 @@ def test_the_hash_changes_with_whatever_decides_the_numbers_and_with_nothing_els
     others.append(one.model_copy(update={"version": 2}))
     assert len({one.sha256, *(other.sha256 for other in others)}) == 4
     assert one.model_copy(update={"published": (), "about": "x"}).sha256 == one.sha256
+
+
+def test_rows_of_a_language_have_its_words_and_the_english_subject() -> None:
+    variant = protocol_named("multilingual").usual
+    dog = rows_of(variant, [Concept(target="dog", kind="object")], seed=7, nearest=first, samples=1)
+    prompts = {row.group: (row.prompt, row.subject) for row in dog if row.role == "target"}
+    assert prompts["Spanish"] == ("una foto de un perro", "dog")
+    assert prompts["German"] == ("ein Foto von einem Hund", "dog")
+    assert prompts["English"] == ("a photo of a dog", "dog")
+    assert set(prompts) == {"English", *LANGUAGES}
+
+
+def test_what_stands_beside_a_concept_is_looked_for_unless_it_is_erased_itself() -> None:
+    variant = protocol_named("dual-version").sketchbook
+    concepts = [SNOOPY, Concept(target="picasso", kind="style")]
+    rows = rows_of(variant, concepts, seed=7, nearest=first, samples=5)
+    beside = [row for row in rows if row.role == "neighbour"]
+    assert ("snoopy in the style of warhol", "warhol") in {(row.prompt, row.subject) for row in beside}
+    assert ("a painting of a dog by picasso", "dog") in {(row.prompt, row.subject) for row in beside}
+    assert "picasso" not in {row.subject for row in beside}, "it is erased"
+    assert all(row.subject in row.prompt for row in beside)
+
+
+@pytest.mark.filterwarnings("ignore:spm_hub. the prompt")
+@pytest.mark.parametrize("name", protocols())
+def test_a_first_look_by_every_protocol_on_a_checkpoint_of_the_users(name: str, tmp_path: Path) -> None:
+    pipe = pico_pipeline()
+    base = BaseChoice(None, pipe=pipe)
+    asked = Asked(quick=True, steps=1, limit=4, measure=("ssim", "judged:bright"), at_once=4, size=(32, 32))
+    report = evaluate(protocol_named(name), [pico_eraser(pipe.unet)], base, tmp_path / "run", asked, QUIET)
+    samples = RunFolder.open(tmp_path / "run").samples()
+    conditions = report["run"]["conditions"]
+    assert len(samples) == 4 * len(conditions)
+    assert {table["metric"] for table in report["tables"]} == {"ssim", "judged:bright"}
+    assert report["run"]["protocol"]["sha256"] == protocol_named(name).sha256
+    if "restored" in conditions:
+        hashes = {one: [sample.sha256 for sample in samples if sample.condition == one] for one in conditions}
+        assert hashes["restored"] == hashes["without"] != hashes["with"]
+        says = {one["says"] for one in report["findings"] if one["condition"] == "restored"}
+        assert says <= {"restored", "not drawn"}
 
 
 def test_rows_of_erasers_leave_their_names_out_of_the_neighbours() -> None:

@@ -75,9 +75,10 @@ def test_texts_of_strangers_are_escaped(tmp_path: Path) -> None:
 
 
 def line(**more: Any) -> dict[str, Any]:
-    return {"condition": "with", "role": "target", "subject": "snoopy", "n": 20, "without": 1.0, "with": 0.1,
-            "without_interval": [0.84, 1.0], "with_interval": [0.03, 0.3], "difference": -0.9, "erased": 0.9,
-            "erased_interval": [0.7, 0.97], "difference_interval": [-1.0, -0.7], "detectable": 0.2, **more}  # fmt: skip
+    return {"condition": "with", "role": "target", "subject": "snoopy", "group": None, "n": 20, "without": 1.0,
+            "with": 0.1, "without_interval": [0.84, 1.0], "with_interval": [0.03, 0.3], "difference": -0.9,
+            "erased": 0.9, "erased_interval": [0.7, 0.97], "difference_interval": [-1.0, -0.7],
+            "detectable": 0.2, **more}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,13 @@ def test_findings(more: dict[str, Any], says: str | None) -> None:
     assert [one["says"] for one in findings([table])] == ([] if says is None else [says])
     for one in findings([table]):
         assert wording.finding(one, "judge").count("snoopy") == 1
+
+
+def test_a_target_whose_eraser_was_taken_away_is_to_be_drawn_again() -> None:
+    back = line(condition="restored", difference_interval=[-0.1, 0.1])
+    gone, other = line(condition="restored"), line(condition="restored", subject="mickey")
+    table = {"metric": "probe", "kind": "judge", "better": None, "lines": [back, gone, other]}
+    assert [one["says"] for one in findings([table], "snoopy")] == ["restored", "not restored", "erased"]
 
 
 def test_a_number_that_rises_is_damage_only_where_less_is_better() -> None:
@@ -138,6 +146,7 @@ def test_papers_numbers_are_next_to_ours_in_their_unit() -> None:
         {"measure": "clip", "quantity": "CER", "erased": None, "subject": "snoopy", "value": 0.62},
         {"measure": "attack", "quantity": "ASR", "erased": "snoopy", "subject": "snoopy", "value": 88.0},
     ]
+    numbers = [{**one, "condition": "with"} for one in numbers]
     found = published.beside({"run": {"published": numbers}, "tables": tables})
     assert [one["here"] for one in found] == [pytest.approx(20.0), 55.1, 0.0, None]
 

@@ -1,0 +1,12 @@
+"""A judge for --judge MODULE:FUNCTION: a picture shows the concept if it is brighter than most of this pipeline's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL.Image import Image
+
+
+def bright(pictures: Sequence[Image]) -> list[bool]:
+    return [bool(np.asarray(picture).mean() > 120) for picture in pictures]
