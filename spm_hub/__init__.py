@@ -483,9 +483,12 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("spm-hub")
+        try:
+            return version("spm-hub")
+        except PackageNotFoundError:
+            return version("spm-hub-core")
     if name not in _ROOMS:
         raise AttributeError(f"module 'spm_hub' has no attribute {name!r}")
     return getattr(import_module(_ROOMS[name]), name)

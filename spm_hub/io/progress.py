@@ -60,8 +60,11 @@ class Bars:
         if not isinstance(self.shown, bool):
             yield self._called
             return
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
+        try:
+            from tqdm.auto import tqdm  # type: ignore[import-untyped]
+        except ModuleNotFoundError:  # a program that uses gates alone
+            yield no_progress
+            return
         # A bar inside another one (leave=None) is wiped out when it is done.
         with tqdm(desc=label, disable=not (self.shown and _is_watched()), leave=None) as bar:
 

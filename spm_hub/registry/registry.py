@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-import platformdirs
-
 from spm_hub.adapters.manifest import NAME, Evaluation, Manifest, Origin, plain_name, slug
 from spm_hub.errors import (
     AdapterFileError,
@@ -27,7 +25,7 @@ from spm_hub.errors import (
     unknown_eraser,
 )
 from spm_hub.io.atomic import Content, write_atomic, write_together
-from spm_hub.io.environment import REGISTRY_VARIABLE
+from spm_hub.io.environment import REGISTRY_VARIABLE, user_folder
 from spm_hub.io.wording import counted, quoted
 from spm_hub.registry import concept_index, lockfile, signing, storage
 from spm_hub.registry.entry import EraserEntry, entry_of
@@ -292,7 +290,7 @@ def check_richness(manifest: Manifest, protocol: str, base: str, samples: int, s
 
 def user_registry() -> Registry:
     """Return the user's own registry, in the platform's data folder."""
-    return Registry(platformdirs.user_data_path("spm-hub", appauthor=False))
+    return Registry(user_folder("data"))
 
 
 def requested_root(registry: Path | None = None) -> Path | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spm_hub.errors import RegistryError, SpmHubError, UsageError
+from spm_hub.io.environment import user_folder
 from spm_hub.io.progress import Reporter, phase, show_phases
 from spm_hub.models.base_choice import BaseChoice
 from spm_hub.training.recipe.protected_prompts import members
@@ -327,10 +328,8 @@ class Session:
         """Return the folder for the state of a run: each recipe on each base has its own."""
         if self.checkpoint_dir is not None:
             return self.checkpoint_dir / recipe.slug if len(self.plans) > 1 else self.checkpoint_dir
-        import platformdirs
-
         digest = hashlib.sha256(repr((recipe.model_dump_json(), *stamp.values())).encode()).hexdigest()
-        return platformdirs.user_cache_path("spm-hub", appauthor=False) / "runs" / f"{recipe.slug}-{digest[:8]}"
+        return user_folder("cache") / "runs" / f"{recipe.slug}-{digest[:8]}"
 
     def _forget(self, checkpoint: Checkpoint) -> None:
         """Delete the state of a run, and its folder if it is one of ours."""

@@ -350,7 +350,7 @@ def as_asked(server: Server, name: str) -> Graph:
                     if more and more[0].get("control_after_generate"):
                         next(values)
         assert next(values, None) is None, f"{kind} has more values than widgets"
-        inputs |= {key: value // 8 for key, value in inputs.items() if key in ("width", "height", "x", "y")}
+        inputs |= {key: value // 4 for key, value in inputs.items() if key in ("width", "height", "x", "y")}
         inputs |= {"steps": 2} if kind == "KSampler" else {}
         inputs |= {each["name"]: links[each["link"]] for each in one["inputs"] if each["link"] is not None}
         graph[str(one["id"])] = node(kind, **inputs)

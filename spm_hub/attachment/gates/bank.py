@@ -15,7 +15,6 @@ from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
-import platformdirs
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -24,6 +23,7 @@ from torch import Tensor
 from spm_hub.attachment.gates.vocabulary import sentences_of, single_words, words_for_sentences
 from spm_hub.errors import RegistryError
 from spm_hub.io.atomic import write_atomic
+from spm_hub.io.environment import user_folder
 from spm_hub.io.progress import ProgressCallback, no_progress
 
 _AT_ONCE = 32
@@ -132,7 +132,7 @@ def open_bank(
     general = sentences()[: count - len(single) - len(of_words)]
     texts = (*general, *single, *of_words)
     named = hashlib.sha256(repr((key, texts, _FIRST, _FURTHER, _SHRINKAGE)).encode()).hexdigest()[:24]
-    path = platformdirs.user_cache_path("spm-hub", appauthor=False) / "banks" / f"{named}.safetensors"
+    path = user_folder("cache") / "banks" / f"{named}.safetensors"
     kept = _read(path, len(texts), empty.shape[-1])
     if kept is None:
         kept = _encode_all(encode, texts, progress)
