@@ -19,6 +19,9 @@ it takes back so much of its change, at a cosine of at most minus this share."""
 LEAST_TAKEN = 0.05
 """An eraser of fewer modules undoes another if their cosine on these is at most `LEAST_OPPOSED`, and it takes back so
 much of the other's whole change."""
+LEAST_TURNED = 0.15
+"""Two erasers undo each other in some of their modules, as they do the same in others, if the products of both kinds of
+modules are so much of the product of their norms."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,16 @@ class Undoing:
 
 
 def undoings(
-    products: Tensor, strengths: Sequence[float], norms_by_module: Sequence[Mapping[str, float]] = ()
+    products: Tensor,
+    strengths: Sequence[float],
+    norms_by_module: Sequence[Mapping[str, float]] = (),
+    opposed: Tensor | None = None,
 ) -> list[Undoing]:
     """Return every eraser that takes back another's change, in the order of `products`.
 
-    products: as `inner_products` returns them. strengths: the factor of each eraser. norms_by_module: the
-    `squared_norms` of each, to find those that take back another in fewer modules.
+    products, opposed: as `inner_products` and `products_and_opposed` return them; without the second, those that take
+    back another in some modules, and repeat it in others, are not found. strengths: the factor of each eraser.
+    norms_by_module: the `squared_norms` of each, to find those that take back another in fewer modules.
     """
     norms = products.diagonal().clamp_min(0.0).sqrt() * torch.tensor(strengths, dtype=torch.float64).abs()
     signs = torch.tensor([math.copysign(1.0, strength) for strength in strengths], dtype=torch.float64)
@@ -50,6 +57,9 @@ def undoings(
     taken = -cosines * norms[:, None] / norms.clamp_min(torch.finfo(torch.float64).tiny)
     hidden = (cosines <= -LEAST_SHARE) & (taken >= LEAST_SHARE) & (norms[:, None] > norms)
     undone = (cosines <= LEAST_OPPOSED) | hidden
+    if opposed is not None:
+        turned = torch.minimum(opposed, products + opposed) / lengths[:, None] / lengths
+        undone |= (turned >= LEAST_TURNED) & (turned * norms[:, None] >= LEAST_TURNED * norms)
     if norms_by_module:
         shared = _shared_squares(norms_by_module)  # of each row's changes, in the modules of each column
         there = (shared * shared.T).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
@@ -67,13 +77,27 @@ def inner_products(
     erasers, others: the increments of each, by module path; paths count as equal however a program writes them. Without
     `others` they are compared with each other. A mask, whose change depends on the base, counts as none.
     """
+    return products_and_opposed(erasers, others)[0]
+
+
+def products_and_opposed(
+    erasers: Sequence[Mapping[str, Increment]], others: Sequence[Mapping[str, Increment]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the `inner_products`, and how much of each is opposed: (erasers, others) both.
+
+    The second is the sum of the products of those modules in which the two changes are opposed, without its sign.
+    """
     total = torch.zeros(len(erasers), len(erasers if others is None else others), dtype=torch.float64)
+    opposed = torch.zeros_like(total)
     rows, columns = _by_module(erasers), _by_module(erasers if others is None else others)
     for path, found in rows.items():
         if path in columns:
-            _add_low_rank(total, _low_rank(found), _low_rank(columns[path]))
-            _add_dense(total, found, columns[path])
-    return total
+            of_module = torch.zeros_like(total)
+            _add_low_rank(of_module, _low_rank(found), _low_rank(columns[path]))
+            _add_dense(of_module, found, columns[path])
+            total += of_module
+            opposed -= of_module.clamp_max_(0.0)
+    return total, opposed
 
 
 def _shared_squares(norms_by_module: Sequence[Mapping[str, float]]) -> Tensor:

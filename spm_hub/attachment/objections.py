@@ -14,7 +14,8 @@ from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.formats.lazy import StoredIncrements
 from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.manifest import Manifest, excess_of
-from spm_hub.adapters.overlap import inner_products, squared_norms, undoings
+from spm_hub.adapters.overlap import products_and_opposed, squared_norms, undoings
+from spm_hub.attachment.gates.everyday_prompts import share_of_prompts
 from spm_hub.attachment.gates.name_matcher import NameMatcher, words_of
 from spm_hub.attachment.options import Eraser
 from spm_hub.errors import UsageError
@@ -26,6 +27,11 @@ MOST_CHANGE, MOST_CHANGE_OF_TEXT = 0.9, 40.0
 read the text: closed forms change these along few directions, in which general sentences have no part."""
 _READS_TEXT = re.compile(r"(attn2_to_[kv]|add_[kv]_proj|context_embedder|caption_projection\w*)$")
 MOST_NAMES, MOST_PROTECTED = 64, 256
+MOST_EVERYDAY = 0.03
+"""Greatest share of everyday prompts with an alias that nothing is said about. The target, which users see, may have
+more: an eraser of people acts on many prompts."""
+_PEOPLE = frozenset("person people human man men woman women girl boy child children kid baby lady guy face".split())
+"""Names of each other: an eraser of a person may have all of them as aliases."""
 
 _LEAST_LETTERS = 3
 _SIGN = re.compile(r"<\|.*?\|>|</?s>|<(pad|unk|mask|bos|eos)>|\[(PAD|UNK|CLS|SEP|MASK)\]|</w>|\u2581|<extra_id_\d+>")
@@ -96,10 +102,12 @@ class Objections:
             return
         known = [(self._squares | squares)[one.adapter.name] for one in together]
         products = torch.tensor([math.fsum(norms.values()) for norms in known], dtype=torch.float64).diag()
-        found = inner_products([one.increments for one in new], [one.increments for one in together])
+        found, against = products_and_opposed([one.increments for one in new], [one.increments for one in together])
         products[: len(new)], products[:, : len(new)] = found, found.T
+        opposed = torch.zeros_like(products)
+        opposed[: len(new)], opposed[:, : len(new)] = against, against.T
         names = [eraser.adapter.name for eraser in together]
-        for one in undoings(products, [eraser.factor() for eraser in together], known):
+        for one in undoings(products, [eraser.factor() for eraser in together], known, opposed):
             yield one.told(names)
 
     def _changes(self, eraser: Eraser, squares: Mapping[str, float]) -> dict[str, float]:
@@ -142,8 +150,8 @@ def beyond_limits(manifest: Manifest) -> tuple[str, ...]:
     """Return in words where a stranger's manifest asks for more than an honest eraser needs.
 
     The limits: a strength from 0 to 4; at most 64 names, each of three letters or more that are all seen, and more than
-    stop words and a tokenizer's own signs; at most 256 protected prompts, none of which names the concept. Reads no
-    tensor.
+    stop words and a tokenizer's own signs; aliases that are not in everyday prompts; at most 256 protected prompts,
+    none of which names the concept. Reads no tensor.
     """
     names, protected = manifest.concept.names, manifest.gate.protected
     found = [said for said in (excess_of(manifest.gate.full),) if said is not None]
@@ -155,11 +163,29 @@ def beyond_limits(manifest: Manifest) -> tuple[str, ...]:
         if (reason := _objection(name)) is not None:
             found.append(f"its name {one_line(name[:40])!r} {reason}")
             break
+    if (said := _about_aliases(manifest)) is not None:
+        found.append(said)
     matcher = matcher_of(names[:MOST_NAMES])
     own = next((prompt for prompt in protected[:MOST_PROTECTED] if matcher.match(prompt)), None)
     if own is not None:
         found.append(f"it never acts on {one_line(own[:40])!r}, which names its own concept")
     return tuple(found)
+
+
+def _about_aliases(manifest: Manifest) -> str | None:
+    """Say so if aliases let an eraser act on prompts that people write every day, and its target does not."""
+    target, aliases = manifest.concept.target, manifest.concept.aliases[:MOST_NAMES]
+    if target is None or not aliases:
+        return None
+    aliases = tuple(alias for alias in aliases if _objection(alias) is None)
+    if not _PEOPLE.isdisjoint(words_of(target)):
+        aliases = tuple(alias for alias in aliases if _PEOPLE.isdisjoint(words_of(alias)))
+    beyond = share_of_prompts([target, *aliases]) - share_of_prompts([target])
+    if beyond <= MOST_EVERYDAY:
+        return None
+    telling = max(aliases, key=lambda alias: share_of_prompts([alias]))
+    shown = one_line(telling[:40])
+    return f"{beyond:.0%} of everyday prompts have one of its aliases, such as {shown!r}, and not its target"
 
 
 def _objection(name: str) -> str | None:

@@ -140,9 +140,9 @@ def audit(
 ) -> None:
     """Say what erasers really do, before you rely on one that somebody else made.
 
-    It measures how much an eraser changes the base, compares it with the other erasers, which it may undo, and looks at
-    its names and protected prompts. It finds no trigger that is an uncommon phrase. The exit code is 1 if there is
-    something to say.
+    It measures how much an eraser changes the base, and whether it takes its concept away or adds it. It compares the
+    eraser with all others in the registry, which it may undo or copy, and looks at its names and protected prompts. It
+    finds no trigger that is an uncommon phrase. The exit code is 1 if there is something to say.
     """
     from spm_hub.hub.audit import audit as run
     from spm_hub.hub.resolve import resolve
@@ -151,8 +151,12 @@ def audit(
     held = registries(registry)[0].entries()
     entries = [resolve(name, registry) for name in names] if names else held
     asked = {entry.name for entry in entries}
-    others = [entry.read_manifest() for entry in held if entry.name not in asked]
-    found = run([entry.load() for entry in entries], model=model, others=others)
+    beside = []
+    for entry in held:
+        if entry.name not in asked:
+            with suppress(SpmHubError, OSError):  # a damaged one is another command's to tell
+                beside.append(entry.load())
+    found = run([entry.load() for entry in entries], beside=beside, model=model)
     rows = [
         [
             one.name, "; ".join(one.problems) or "nothing to say", f"{one.norm:.3g}",

@@ -85,11 +85,12 @@ def bake(
 def _check_undoing(erasers: Sequence[Adapter], strength: float | Mapping[str, float] | None, *, force: bool) -> None:
     """Refuse an eraser that takes back the change of another; with `force` that is a warning."""
     from spm_hub.adapters.baking import strengths_of
-    from spm_hub.adapters.overlap import inner_products, squared_norms, undoings
+    from spm_hub.adapters.overlap import products_and_opposed, squared_norms, undoings
 
     increments = [eraser.increments for eraser in erasers]
     names, strengths = [eraser.name for eraser in erasers], list(strengths_of(erasers, strength).values())
-    for one in undoings(inner_products(increments), strengths, list(map(squared_norms, increments))):
+    products, opposed = products_and_opposed(increments)
+    for one in undoings(products, strengths, list(map(squared_norms, increments)), opposed):
         said = one.told(names)
         if not force:
             raise UsageError(

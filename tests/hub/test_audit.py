@@ -18,6 +18,8 @@ from spm_hub.adapters.increments import Dense, Increment, LowRank
 from spm_hub.cli import app
 from spm_hub.errors import HubError
 from spm_hub.hub.audit import Findings, audit
+from spm_hub.hub.audit.effect import towards_surrogate
+from spm_hub.hub.audit.local_base import local_base
 from spm_hub.hub.pull import pull, restore
 from spm_hub.models.architectures import denoiser_of, fingerprint_by_names, fingerprint_of
 from spm_hub.registry.entry import MANIFEST_NAME, WEIGHTS_NAME
@@ -46,6 +48,35 @@ def negated(adapter: Adapter, factor: float) -> dict[str, Increment]:
         path: LowRank(one.down, -factor * one.up) if isinstance(one, LowRank) else one
         for path, one in adapter.increments.items()
     }
+
+
+HANDS = {"target": "blurry hands"}
+
+
+def turned_in_every_other(adapter: Adapter) -> dict[str, Increment]:
+    """Return a change of which every other module is taken back."""
+    other = negated(adapter, 1.0)
+    return {path: other[path] if at % 2 else one for at, (path, one) in enumerate(adapter.increments.items())}
+
+
+def mostly_in_one(adapter: Adapter) -> dict[str, Increment]:
+    """Return a change beside which another one, within all limits, ruins the first convolution."""
+    weight = spm_hub.load_pipeline("sketchbook").unet.conv_in.weight
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(size, generator=generator) for size in ((len(weight), 8, 1, 1), (8, *weight.shape[1:])))
+    size = torch.linalg.norm(up.flatten(1) @ down.flatten(1)) / weight.detach().norm()
+    return {**negated(adapter, -0.02), "conv_in": LowRank(down, 0.5 / size * up)}
+
+
+def both(one: Adapter, other: Adapter) -> dict[str, Increment]:
+    """Return the sum of two changes."""
+    found: dict[str, Increment] = {}
+    for path, here in one.increments.items():
+        there = other.increments[path]
+        assert isinstance(here, LowRank)
+        assert isinstance(there, LowRank)
+        found[path] = LowRank(torch.cat([here.down, there.down]), torch.cat([here.up, there.up], 1))
+    return found
 
 
 def of(found: list[Findings], name: str) -> str:
@@ -84,12 +115,56 @@ def test_honest_erasers_have_nothing_to_say_of_them(shipped: list[Adapter]) -> N
         (lambda one: altered(one, "blurry", base={"fingerprint": "0" * 64}), "fingerprint"),
         (lambda one: altered(one, "blurry", concept={"target": "hands", "aliases": ("Nudity",)}), "what nudity erases"),
         (lambda one: altered(one, "blurry", negated(one, -30.0)), "times that weight's own norm"),
+        (lambda one: altered(one, "blurry", turned_in_every_other(one), concept=HANDS), "undo each other"),
+        (lambda one: altered(one, "blurry", concept=HANDS), "its change is that of snoopy (cosine 1.00), which erases"),
+        (lambda one: altered(one, "blurry", concept={"aliases": ("man", "woman", "person")}), "everyday prompts"),
+        (lambda one: altered(one, "blurry", concept={"target": "hands", "aliases": ("Van-Goghs",)}), "van-gogh erases"),
+        (lambda one: altered(one, "blurry", mostly_in_one(one), concept=HANDS), "of its change is in conv_in alone"),
     ],
 )  # fmt: skip
 def test_what_attackers_built_is_found(shipped: list[Adapter], attack: Any, told: str) -> None:
     found = audit([*shipped, attack(shipped[0])])
     assert told in of(found, "blurry")
     assert all(not one.problems for one in found if one.name in NAMES[1:])
+
+
+def test_a_second_concept_that_is_erased_in_silence_is_found(shipped: list[Adapter]) -> None:
+    snoopy, mickey = shipped[:2]
+    found = of(audit([altered(snoopy, "more", both(snoopy, mickey))], beside=shipped), "more")
+    assert "of the change of mickey is in it beside its own, and it does not name 'mickey'" in found
+    assert "of the change of snoopy" not in found  # which it names
+    named = altered(snoopy, "more", both(snoopy, mickey), concept={"aliases": ("mickey",)})
+    assert "is in it" not in of(audit([named], beside=shipped), "more")
+
+
+def test_an_eraser_that_adds_its_concept_is_found_without_the_honest_one(shipped: list[Adapter]) -> None:
+    for adapter in shipped:
+        (found,) = audit([altered(adapter, "bad", negated(adapter, 0.5))])
+        assert found.problems == (next(one for one in found.problems if "it adds what it claims to erase" in one),)
+        assert repr(adapter.manifest.concept.target) in found.problems[0]
+
+
+def test_a_concept_is_moved_towards_its_surrogate() -> None:
+    honest = spm_hub.train("church", method="uce", surrogate="tree", progress=False)
+    base = local_base("sketchbook")
+    assert base is not None
+    cosine = towards_surrogate(honest, base)
+    assert cosine is not None
+    assert cosine > 0.15
+    gate = honest.manifest.gate.model_copy(update={"strength": -1.0})
+    backwards = Adapter(honest.manifest.model_copy(update={"gate": gate}), honest.increments)
+    assert towards_surrogate(backwards, base) == pytest.approx(-cosine)
+
+
+def test_names_of_people_are_names_of_each_other(shipped: list[Adapter]) -> None:
+    people = ("man", "woman", "people", "girl", "boy")
+    for target, aliases, found in (
+        ("a person", people, False),
+        ("a tree", people, True),
+        ("dog", ("a beagle",), False),
+    ):
+        (said,) = audit([altered(shipped[0], "one", concept={"target": target, "aliases": aliases})])
+        assert any("everyday prompts" in one for one in said.problems) == found
 
 
 def test_a_weight_that_is_taken_away_whole_is_found(shipped: list[Adapter]) -> None:
@@ -110,7 +185,8 @@ def test_layers_that_read_the_text_may_be_changed_more(shipped: list[Adapter]) -
 def test_a_text_layer_that_is_taken_away_is_found(shipped: list[Adapter]) -> None:
     path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     weight = spm_hub.load_pipeline("sketchbook").unet.get_submodule(path).weight.detach()
-    for share, found in ((-1.0, "it leaves 0% of the weight"), (-0.8, "it leaves 20% of"), (-0.3, ""), (0.8, "")):
+    cases = ((-1.0, "it leaves 0% of the weight"), (-0.8, "it leaves 20% of"), (-0.3, ""), (0.8, "adds what it claims"))
+    for share, found in cases:
         (said,) = audit([altered(shipped[0], "deaf", {path: Dense(share * weight)})])
         assert bool(said.problems) == bool(found)
         assert found in "".join(said.problems)
@@ -121,6 +197,9 @@ def test_a_bias_that_outweighs_its_weight_is_found(shipped: list[Adapter]) -> No
     shift = Dense(torch.full_like(layer.weight, 1e-6).detach(), torch.full_like(layer.bias, 40.0).detach())
     trojan = altered(shipped[0], "trojan", {"conv_out": shift})
     assert "it changes conv_out by" in of(audit([trojan]), "trojan")
+    for size, said in ((0.5, "it shifts the bias of conv_out by"), (0.01, "")):
+        small = Dense(shift.delta, torch.full_like(layer.bias, size).detach())
+        assert said in of(audit([altered(shipped[0], "trojan", {"conv_out": small})]), "trojan")
 
 
 def test_a_base_without_the_modules_that_are_changed_is_found(shipped: list[Adapter]) -> None:
@@ -173,7 +252,7 @@ def test_a_pull_refuses_what_undoes_an_eraser_that_is_held(
     kept = Registry(tmp_path / "registry")
     kept.add(shipped[0])
     hands = altered(shipped[0], "hands", negated(shipped[0], 1.0), concept={"target": "blurry hands"})
-    loud = altered(shipped[1], "loud", concept={"target": "loud", "aliases": ("photo",)})
+    loud = altered(shipped[1], "loud", concept={"target": "photo"})
     with LoopbackHub() as hub:
         hub.adopt(monkeypatch, tmp_path)
         for number, adapter in enumerate((hands, loud)):

@@ -153,3 +153,14 @@ def test_recipes_have_no_anchors(text: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="it has an anchor"):
         Recipe.make(target="snoopy").with_set("aliases=&a [x]")
     assert time.process_time() - started < 2.0
+
+
+@pytest.mark.parametrize("key", ["seed", "kind", "steps", ""])
+def test_integers_of_more_digits_than_python_writes_are_a_sentence(key: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"target: snoopy\n{key or '? '}{': ' if key else ''}0x{'f' * 5000}\n")
+    with pytest.raises(RecipeError, match="an integer of 20000 bits") as refused:
+        Recipe.plan(tmp_path / "recipe.yaml")
+    assert len(str(refused.value)) < 1000
+    if key in ("seed", "kind"):
+        with pytest.raises(RecipeError, match="an integer of 20000 bits"):
+            Recipe.make(target="snoopy", **{key: 16**5000 - 1})

@@ -14,8 +14,9 @@ from typing import Any, Self, get_args
 import yaml
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 from yaml.events import AliasEvent
-from yaml.nodes import Node
+from yaml.nodes import Node, ScalarNode
 
 from spm_hub.adapters.manifest import NAME, slug
 from spm_hub.errors import RecipeError, UsageError
@@ -164,7 +165,11 @@ class Recipe(RecipeFields):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads YAML without anchors: a few lines of them unfold into more text than a memory holds."""
+    """Reads YAML without anchors and without integers of more than 64 bits.
+
+    A few lines of anchors unfold into more text than a memory holds, and Python does not write integers of thousands of
+    digits.
+    """
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
         """Return the next node. Raises yaml.YAMLError for an anchor, or for a reference to one."""
@@ -173,6 +178,16 @@ class _PlainLoader(yaml.SafeLoader):
         if isinstance(event, AliasEvent) or getattr(event, "anchor", None) is not None:
             raise ComposerError(None, None, "it has an anchor (& or *), which recipes do not use", event.start_mark)
         return super().compose_node(parent, index)
+
+    def integer(self, node: ScalarNode) -> int:
+        """Return the integer of a node. Raises yaml.YAMLError for one of more than 64 bits."""
+        value = int(self.construct_yaml_int(node))
+        if value.bit_length() > 64:
+            raise ConstructorError(None, None, f"an integer of {value.bit_length()} bits; 64 are read", node.start_mark)
+        return value
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.integer)
 
 
 def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
@@ -239,10 +254,17 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"the recipe {path} holds {type(values).__name__}, not keys and values")
     for odd in (key for key in values if not isinstance(key, str)):
         raise RecipeError(
-            f"the recipe {path} has the key {str(odd)[:80]!r}, which YAML reads as {type(odd).__name__}, not as a name",
+            f"the recipe {path} has the key {_shown(odd)!r}, which YAML reads as {type(odd).__name__}, not as a name",
             mend="see the recipe in `spmhub show NAME --full`",
         )
     return _renamed(values)
+
+
+def _shown(value: object) -> str:
+    """Return the first 80 characters of a value, or the size of an integer too long to write."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)[:80]
 
 
 def _explain(model: type[BaseModel], problem: dict[str, Any], part: str = "") -> str:
@@ -250,7 +272,7 @@ def _explain(model: type[BaseModel], problem: dict[str, Any], part: str = "") ->
     where = ".".join(str(step) for step in ((part,) if part else ()) + problem["loc"]) or "recipe"
     if problem["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        given = str(problem["input"])
+        given = _shown(problem["input"])
         return f"recipe key {where}: unknown {where.split('.')[-1]} {given!r}{hint(given, choices)}"
     if problem["type"] == "value_error" and problem["loc"] in ((), ("options",)):
         said = str(problem["ctx"]["error"])
@@ -261,7 +283,7 @@ def _explain(model: type[BaseModel], problem: dict[str, Any], part: str = "") ->
         )
     if problem["type"] != "extra_forbidden":
         said = problem["msg"].removeprefix("Value error, ")
-        return f"recipe key {where}: {said} (got {str(problem['input'])[:80]!r})"
+        return f"recipe key {where}: {said} (got {_shown(problem['input'])!r})"
     for step in problem["loc"][:-1]:
         if not isinstance(step, int):
             annotation = model.model_fields[str(step)].annotation

@@ -1,9 +1,4 @@
-"""Audits erasers of strangers: looks in their tensors and names for harm that they do not admit.
-
-An audit compares the eraser's claims with its tensors, its change with the weights that it is added to and with the
-changes of other erasers, and its names and protected prompts with general sentences. It finds no trigger that is in
-none of these sentences, and no small change that was trained to do harm.
-"""
+"""Audits erasers: puts the checks of their weights, names, claims and of each other into words."""
 
 from __future__ import annotations
 
@@ -11,18 +6,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
-
-from torch import Tensor
+from functools import cache
 
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.adapters.checkpoint_folder import FolderWeights
-from spm_hub.adapters.formats.module_names import contradicted, dotted, flat
-from spm_hub.adapters.increments import Increment
+from spm_hub.adapters.formats.module_names import contradicted, flat
+from spm_hub.adapters.increments import Dense
 from spm_hub.adapters.manifest import Manifest
-from spm_hub.adapters.overlap import inner_products, squared_norms, undoings
+from spm_hub.adapters.overlap import products_and_opposed, squared_norms, undoings
 from spm_hub.attachment.gates.bank import sentences
+from spm_hub.attachment.gates.name_matcher import words_of
 from spm_hub.attachment.objections import (
     MOST_NAMES,
     MOST_PROTECTED,
@@ -30,16 +22,22 @@ from spm_hub.attachment.objections import (
     beyond_limits,
     matcher_of,
 )
-from spm_hub.errors import SpmHubError
+from spm_hub.hub.audit.effect import LEAST_COSINE, towards_surrogate
+from spm_hub.hub.audit.local_base import LocalBase, local_base
+from spm_hub.hub.audit.others import about_others
 from spm_hub.models.aliases import ALIASES
-from spm_hub.models.architectures import fingerprint_by_names
-from spm_hub.models.references import local_folder, parse_reference
 
 MOST_ACTING = 0.02
 """Greatest share of the general sentences with a name of the eraser that nothing is said about."""
 
 LEAST_LEFT = 0.5
 """Share of a weight, in its norm, that an honest eraser leaves."""
+
+MOST_SHIFT = 0.1
+"""Greatest shift of a bias, as a share of its weight's norm, that may be more than the change of the weight itself."""
+
+LEAST_MODULES, MOST_IN_ONE = 8, 0.9
+"""An eraser of so many modules that has more than this share of its squared change in one of them is suspected."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +66,21 @@ def audit(
     *,
     beside: Sequence[Adapter] = (),
     model: str | None = None,
-    others: Sequence[Manifest] = (),
 ) -> list[Findings]:
     """Audit erasers, each of them also against all the others.
 
     beside: further erasers to compare these with, which are not audited themselves.
     model: the base whose weights the changes are compared with; None is the one that each was trained on. A base that
-    is not on this machine is left out. others: manifests of further erasers whose concepts the names are compared with.
+    is not on this machine is left out.
     Reads all tensors of the erasers. Raises AdapterFileError for a file that is damaged.
     """
     together = [*adapters, *beside]
     strengths = [adapter.manifest.gate.full for adapter in together]
     norms = [squared_norms(adapter.increments) for adapter in together]
-    undone = undoings(inner_products([adapter.increments for adapter in together]), strengths, norms)
-    known = [*(adapter.manifest for adapter in together), *others]
-    base_of = cache(_base)
+    products, opposed = products_and_opposed([adapter.increments for adapter in together])
+    undone = undoings(products, strengths, norms, opposed)
+    known = [adapter.manifest for adapter in together]
+    base_of = cache(local_base)
     found = []
     for index, adapter in enumerate(adapters):
         undoes = [(together[one.of].name, one.cosine) for one in undone if one.by == index]
@@ -98,6 +96,9 @@ def audit(
             *((beyond,) if beyond is not None else ()),
             *(() if base is None else _about_removal(adapter, changes, base)),
             *(f"its change and that of {name} undo each other (cosine {cosine:.2f})" for name, cosine in undoes),
+            *about_others(index, together, products),
+            *_about_one_module(squares),
+            *(() if base is None else (*_about_biases(adapter, base), *_about_effect(adapter, base))),
             *_about_names(adapter.manifest, acting, known),
             *_about_explicit(adapter.manifest, known),
             *_about_claims(adapter, own),
@@ -119,46 +120,7 @@ def _public(base: str) -> str:
     return base if base in ALIASES or re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
 
 
-def _base(model: str) -> _Base | None:
-    """Return the denoiser of a model; None where there is none on this machine."""
-    try:
-        folder = local_folder(parse_reference(model)) if model else None
-    except SpmHubError:
-        return None
-    parts = () if folder is None else (folder / "unet", folder / "transformer")
-    return next((_Base(part) for part in parts if part.is_dir()), None)
-
-
-class _Base:
-    """The denoiser of a base on this machine: its shapes, norms and fingerprint."""
-
-    def __init__(self, folder: Path) -> None:
-        self._weights = FolderWeights(folder)
-        self.shapes = self._weights.shapes()
-        self._norms: dict[str, float] = {}
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint_by_names(self.shapes)
-
-    def fits(self, path: str, increment: Increment) -> bool:
-        """Return whether there is a weight of this path, with as many elements as the increment's."""
-        there, shape = self.shapes.get(f"{dotted(path)}.weight"), increment.weight_shape
-        return there is not None and (shape is None or math.prod(shape) == math.prod(there))
-
-    def weight(self, path: str) -> Tensor:
-        """Read the weight of a module, as float32."""
-        (weight,) = self._weights.read([f"{dotted(path)}.weight"]).values()
-        return weight.float()
-
-    def norm(self, path: str) -> float:
-        """Return the norm of a module's weight, never 0."""
-        if path not in self._norms:
-            self._norms[path] = max(float(self.weight(path).norm()), 1e-30)
-        return self._norms[path]
-
-
-def _changes(adapter: Adapter, squares: Mapping[str, float], base: _Base) -> dict[str, float]:
+def _changes(adapter: Adapter, squares: Mapping[str, float], base: LocalBase) -> dict[str, float]:
     """Return how much an eraser changes the weights of its modules, as shares of their norms."""
     strength = abs(adapter.manifest.gate.full)
     return {
@@ -168,7 +130,7 @@ def _changes(adapter: Adapter, squares: Mapping[str, float], base: _Base) -> dic
     }
 
 
-def _about_removal(adapter: Adapter, changes: Mapping[str, float], base: _Base) -> list[str]:
+def _about_removal(adapter: Adapter, changes: Mapping[str, float], base: LocalBase) -> list[str]:
     """Name a module that an eraser leaves less than half of its weight, in the norm."""
     for path in (path for path, change in changes.items() if change > LEAST_LEFT):
         weight = base.weight(path)
@@ -177,6 +139,35 @@ def _about_removal(adapter: Adapter, changes: Mapping[str, float], base: _Base) 
         if left < LEAST_LEFT:
             return [f"it leaves {left:.0%} of the weight of {path}"]
     return []
+
+
+def _about_biases(adapter: Adapter, base: LocalBase) -> list[str]:
+    """Name a module whose bias is shifted by much, and by more than its weight."""
+    strength = abs(adapter.manifest.gate.full)
+    for path, one in adapter.increments.items():
+        if isinstance(one, Dense) and one.delta_bias is not None and base.fits(path, one):
+            shift = strength * float(one.delta_bias.norm())
+            if shift > max(MOST_SHIFT * base.norm(path), strength * float(one.delta.norm())):
+                return [f"it shifts the bias of {path} by {shift / base.norm(path):.3g} times the norm of its weight"]
+    return []
+
+
+def _about_effect(adapter: Adapter, base: LocalBase) -> list[str]:
+    """Say so where an eraser moves its concept away from its surrogate."""
+    cosine = towards_surrogate(adapter, base)
+    if cosine is None or cosine >= LEAST_COSINE:
+        return []
+    concept = adapter.manifest.concept
+    meant = f"{concept.surrogate!r}" if concept.surrogate else "nothing"
+    return [f"it moves {concept.target!r} away from {meant}, so that it adds what it claims to erase ({cosine:.2f})"]
+
+
+def _about_one_module(squares: Mapping[str, float]) -> list[str]:
+    """Name the module that nearly all of a change is in, where it changes many."""
+    total, path = math.fsum(squares.values()), max(squares, key=squares.__getitem__, default="")
+    if len(squares) < LEAST_MODULES or not total or (share := squares[path] / total) < MOST_IN_ONE:
+        return []
+    return [f"{share:.0%} of its change is in {path} alone, one of its {len(squares)} modules"]
 
 
 def _is_cross_attention(path: str) -> bool:
@@ -192,13 +183,17 @@ def _about_names(manifest: Manifest, acting: float, known: Sequence[Manifest]) -
     if acting > MOST_ACTING:
         telling = max(names[:MOST_NAMES], key=lambda name: len(_sentences_with([name])))
         found.append(f"{acting:.0%} of general sentences have one of its names, such as {telling!r}")
-    taken = {
-        one.concept.target.casefold(): one.name for one in known if one.concept.target and one.name != manifest.name
-    }
-    for alias in manifest.concept.aliases:
-        if alias.casefold() in taken and alias.casefold() != str(manifest.concept.target).casefold():
-            found.append(f"its alias {alias!r} is what {taken[alias.casefold()]} erases")
+    taken = {_spelt(one.concept.target): one.name for one in known if one.name != manifest.name}
+    for alias in manifest.concept.aliases[:MOST_NAMES]:
+        if (spelt := _spelt(alias)) in taken and spelt not in ("", _spelt(manifest.concept.target)):
+            found.append(f"its alias {alias!r} is what {taken[spelt]} erases")
     return found
+
+
+def _spelt(name: str | None) -> str:
+    """Return a name as one word in small letters, a plural's ending off: "Van-Goghs" is "vangogh"."""
+    word = "".join(words_of(name or ""))
+    return word[:-1] if len(word) > 3 and word.endswith("s") else word
 
 
 def _spared(manifest: Manifest, known: Sequence[Manifest]) -> tuple[str, ...]:
@@ -217,7 +212,7 @@ def _about_explicit(manifest: Manifest, known: Sequence[Manifest]) -> list[str]:
     return [f"it never acts on prompts that name what {name} erases" for name in _spared(manifest, explicit)]
 
 
-def _about_claims(adapter: Adapter, base: _Base | None) -> list[str]:
+def _about_claims(adapter: Adapter, base: LocalBase | None) -> list[str]:
     """Compare the family and base that the manifest states with the tensors and the base."""
     stated, found = adapter.manifest.base, []
     if (family := contradicted(stated.family, adapter.increments)) is not None:
