@@ -45,6 +45,10 @@ class Adapter:
     increments: Mapping[str, Increment]
     source: str = "memory"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # For worker processes: a read-only mapping cannot be pickled, and a file may not be on their machine.
+        return Adapter, (self.manifest, dict(self.increments), self.source)
+
     def __post_init__(self) -> None:
         if not isinstance(self.increments, StoredIncrements):
             object.__setattr__(self, "increments", MappingProxyType(dict(self.increments)))

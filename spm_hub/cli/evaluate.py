@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spm_hub.adapters.manifest import GateName
     from spm_hub.evaluation.effect import Effect
     from spm_hub.evaluation.protocols.running import Asked
+    from spm_hub.io.runners.runner import Runner
     from spm_hub.models.base_choice import BaseChoice
     from spm_hub.registry.entry import EraserEntry
 
@@ -82,7 +83,8 @@ Force = Annotated[
         "pictures.",
     ),
 ]
-_OF_PROTOCOLS = ("prompts", "columns", "metric", "out", "resume", "limit", "at_once", "size", "quick")
+_OF_PROTOCOLS = ("prompts", "columns", "metric", "out", "resume", "limit", "at_once", "size", "quick", "runner",
+                 "workers")  # fmt: skip
 _OF_DETECTION = ("samples", "record")
 
 
@@ -116,6 +118,8 @@ def evaluate(
     folder: Folder = None,
     resume: Resume = False,
     quick: Quick = False,
+    runner: options.Runner = None,
+    workers: options.Workers = None,
     limit: Limit = None,
     at_once: AtOnce = None,
     size: Size = None,
@@ -141,11 +145,13 @@ def evaluate(
     and writes a report with intervals as JSON, Markdown and one HTML page.
     """
     from spm_hub.hub.resolve import resolve
+    from spm_hub.io.runners.named import runner_named
     from spm_hub.models.base_choice import BaseChoice
 
     options.require_signature(require_signature)
     given = {"prompts": prompts, "columns": columns, "metric": metric, "out": folder, "resume": resume, "limit": limit,
-             "at_once": at_once, "size": size, "quick": quick, "samples": samples, "record": record}  # fmt: skip
+             "at_once": at_once, "size": size, "quick": quick, "runner": runner, "workers": workers,
+             "samples": samples, "record": record}  # fmt: skip
     _check_options(protocol, given)
     if force and not record and len(names) == 1:
         raise UsageError("--force is for several erasers, or for --record", mend="leave it out, or add --record")
@@ -154,7 +160,8 @@ def evaluate(
     entries = [resolve(reference, registry, pull=pull, say=out.say) for reference in names]
     if protocol is not None:
         asked = _asked(how, given, (*(judge or ()), *(metric or ())))
-        _by_protocol(out, protocol, entries, how, folder, asked, resume=resume)
+        doing = runner_named(runner or "serial", workers)
+        _by_protocol(out, protocol, entries, how, folder, asked, doing, resume=resume)
         return
     _detect(out, entries, how, judge, samples or 20, record=record)
 
@@ -211,6 +218,7 @@ def _by_protocol(
     how: _Settings,
     folder: Path | None,
     asked: "Asked",
+    runner: "Runner",
     *,
     resume: bool,
 ) -> None:
@@ -225,7 +233,7 @@ def _by_protocol(
 
         report = running.evaluate(
             protocol, [entry.load() for entry in entries], how.base, place, asked, out,
-            resume=resume, gate=how.gate, strength=how.strengths, force=how.force,
+            resume=resume, gate=how.gate, strength=how.strengths, force=how.force, runner=runner,
         )  # fmt: skip
     show_report(out, report, place)
 

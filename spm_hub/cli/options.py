@@ -120,6 +120,19 @@ Judge = Annotated[
         show_default=False,
     ),
 ]
+Runner = Annotated[
+    str | None,
+    typer.Option(
+        "--runner",
+        metavar="RUNNER",
+        help="Where the work is done: serial, processes, or ray[:ADDRESS]. Default: serial.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Workers of --runner. Default: one on each GPU, or two.", show_default=False),
+]
 Judges = Annotated[
     list[str] | None,
     typer.Option(

@@ -15,7 +15,7 @@ from spm_hub.adapters.adapter import Adapter
 from spm_hub.attachment.attachment import attach
 from spm_hub.evaluation.metrics.metric import Judge, Metric, Verdict
 from spm_hub.evaluation.metrics.named import distances, metric_named
-from spm_hub.evaluation.records.drawing import RowDefaults, draw_missing
+from spm_hub.evaluation.records.drawing import Drawing, RowDefaults, draw_missing
 from spm_hub.evaluation.records.folder import RunFolder
 from spm_hub.evaluation.records.rows import PromptRow
 from spm_hub.evaluation.records.scoring import score
@@ -65,7 +65,7 @@ def evaluate(
     folder = RunFolder.start(path, RUN, rows, resume=resume)
     conditions = {"without": nullcontext, "with": lambda: attach(pipe, [eraser], gate=gate)}
     with folder.locked():
-        draw_missing(folder, pipe, conditions, DEFAULTS)
+        draw_missing(folder, Drawing(folder, pipe, conditions, DEFAULTS))
         score(folder, metrics() if measured is None else measured, QUIET)
         write_reports(folder, distances())
     written: dict[str, Any] = json.loads((path / "report.json").read_text())

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.attachment.attachment import attach
 from spm_hub.errors import UsageError
 from spm_hub.evaluation.metrics.named import distances, metrics_named
 from spm_hub.evaluation.pictures import RESTORED, WITH, WITHOUT
 from spm_hub.evaluation.prompts.columns import ColumnMap
 from spm_hub.evaluation.prompts.reading import PromptFile, read_prompt_file
+from spm_hub.evaluation.protocols.conditions import DrawingElsewhere, conditions_of
 from spm_hub.evaluation.protocols.protocol import Protocol, Variant
 from spm_hub.evaluation.protocols.rows import nearest_by_text, rows_of
-from spm_hub.evaluation.records.drawing import Conditions, RowDefaults, draw_missing
+from spm_hub.evaluation.records.drawing import Drawing, RowDefaults, draw_missing
 from spm_hub.evaluation.records.folder import RunFolder
 from spm_hub.evaluation.records.rows import PromptRow, pictures_at_once
 from spm_hub.evaluation.records.scoring import score
 from spm_hub.evaluation.reports.writing import write_reports
 from spm_hub.io.progress import Reporter
+from spm_hub.io.runners.runner import Runner, Serial, Work
 from spm_hub.models.architectures import native_side
 from spm_hub.models.base_choice import BaseChoice
 
@@ -77,13 +77,17 @@ def evaluate(
     gate: GateChoice | None = None,
     strength: Mapping[str, float] | float | None = None,
     force: bool = False,
+    runner: Runner | None = None,
 ) -> dict[str, Any]:
     """Draw and measure what a protocol asks, with and without the erasers, and return the report.
 
     out: a new folder, or that of the same run if `resume`: what it has is not drawn again. gate, strength, force:
-    as for `attach`. base: after its `check`.
+    as for `attach`. base: after its `check`. runner: who draws; None for this process.
     Raises UsageError, NotFoundError before anything is drawn; MetricError, ModelError, CompatibilityError.
     """
+    runner = runner or Serial()
+    if base.pipe is not None and not isinstance(runner, Serial):
+        raise UsageError("workers load the base themselves, but a pipeline is given", mend="--model NAME, or serial")
     variant = protocol.sketchbook if base.is_embedded else protocol.usual
     metrics = metrics_named(asked.measure or variant.measure)
     concepts = [eraser.manifest.concept for eraser in erasers]
@@ -102,13 +106,8 @@ def evaluate(
         given=() if file is None else _some(file, protocol, asked),
     )  # fmt: skip
     kept = rows if asked.limit is None else rows[: asked.limit]
-    conditions: Conditions = {
-        WITHOUT: nullcontext,
-        WITH: lambda: attach(pipe, erasers, gate=gate, strength=strength, force=force, reporter=reporter),
-        RESTORED: lambda: _without_the_first(
-            pipe, erasers, gate=gate, strength=strength, force=force, reporter=reporter
-        ),
-    }
+    options = {"gate": gate, "strength": strength, "force": force}
+    conditions = conditions_of(pipe, erasers, {**options, "reporter": reporter})
     with conditions[WITH]():
         pass  # erasers that do not go together are refused before there is a folder
     run = _run(protocol, variant, erasers, base.name(pipe), defaults, asked, file)
@@ -121,7 +120,12 @@ def evaluate(
     folder = RunFolder.start(out, run, kept, resume=resume)
     with folder.locked():
         with reporter.progress("drawing") as progress:
-            draw_missing(folder, pipe, conditions, defaults, progress)
+            if isinstance(runner, Serial):
+                work: Work = Drawing(folder, pipe, conditions, defaults)
+            else:
+                work = DrawingElsewhere(base, tuple(erasers), options, folder.path, defaults)
+                del pipe, conditions  # each worker has its own
+            draw_missing(folder, work, runner, progress, reporter.say)
         score(folder, metrics, reporter)
         return write_reports(folder, distances())
 
@@ -136,14 +140,6 @@ def score_again(path: Path, measure: Sequence[str], reporter: Reporter) -> dict[
     with folder.locked():
         score(folder, metrics, reporter)
         return write_reports(folder, distances())
-
-
-@contextmanager
-def _without_the_first(pipe: DiffusionPipeline, erasers: Sequence[Adapter], **options: Any) -> Iterator[None]:
-    """Attach all erasers, and take the first one away again, for the duration of the block."""
-    with attach(pipe, erasers, **options) as attached:
-        attached.recover(erasers[0].name)
-        yield
 
 
 def _some(file: PromptFile, protocol: Protocol, asked: Asked) -> tuple[PromptRow, ...]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,13 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from spm_hub.errors import UsageError
-from spm_hub.evaluation.records.folder import RunFolder
+from spm_hub.errors import RegistryError, UsageError
+from spm_hub.evaluation.records.folder import SAMPLES, RunFolder, append_durably
 from spm_hub.evaluation.records.rows import Batch
+from spm_hub.evaluation.records.sample import Sample
 from spm_hub.evaluation.step_callback import StepCallback
 from spm_hub.io.progress import ProgressCallback
+from spm_hub.io.runners.runner import Place, Runner, Say, Serial, Work
 
 Conditions = Mapping[str, Callable[[], AbstractContextManager[Any]]]
 """For each condition a function that attaches its erasers for the duration of a `with` block."""
@@ -36,35 +38,84 @@ class RowDefaults:
     height: int | None = None
 
 
+BatchToDraw = tuple[str, int]
+"""A condition and the number of a batch: a piece of the work of drawing."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The work of drawing, with a pipeline of this process."""
+
+    folder: RunFolder
+    pipe: DiffusionPipeline
+    conditions: Conditions
+    defaults: RowDefaults
+
+    @contextmanager
+    def open(self, place: Place) -> Iterator[Callable[[BatchToDraw], str]]:
+        """Yield the function that draws a batch, writes its pictures and returns its lines of samples.jsonl.
+
+        Erasers stay attached while batches of one condition follow each other.
+        """
+        self.pipe.set_progress_bar_config(disable=True)
+        now = None
+        with ExitStack() as attached:
+
+            def draw(piece: BatchToDraw) -> str:
+                nonlocal now
+                condition, number = piece
+                if condition != now:
+                    attached.close()
+                    attached.enter_context(self.conditions[condition]())
+                    now = condition
+                batch = self.folder.batches[number]
+                samples = self.folder.keep(condition, batch, draw_batch(self.pipe, batch, self.defaults))
+                return "".join(sample.to_line() for sample in samples)
+
+            yield draw
+
+
 def draw_missing(
     folder: RunFolder,
-    pipe: DiffusionPipeline,
-    conditions: Conditions,
-    defaults: RowDefaults,
-    progress: ProgressCallback | None = None,
+    work: Work,
+    runner: Runner | None = None,
+    progress: ProgressCallback = lambda done, total: None,
+    say: Say = lambda text: None,
 ) -> None:
     """Draw every batch that the folder does not have whole, one condition after the other.
 
-    progress: called with the pictures that exist and their total.
+    work: does pieces as `Drawing` does. runner: None for this process. progress: called with the pictures that exist
+    and their total.
     Raises UsageError if the pipeline refuses the settings or its latents overflow; RegistryError.
     """
-    pipe.set_progress_bar_config(disable=True)
     kept = folder.samples()
     folder.replace(kept)
     there = {(sample.condition, sample.batch) for sample in kept}
-    if len(there) < len(folder.batches) * len(folder.conditions):
+    missing = [
+        (condition, batch.number)
+        for condition in folder.conditions
+        for batch in folder.batches
+        if (condition, batch.number) not in there
+    ]
+    if missing:
         folder.forget_scores()
     total, done = len(folder.rows) * len(folder.conditions), len(kept)
-    for condition in folder.conditions:
-        missing = [batch for batch in folder.batches if (condition, batch.number) not in there]
-        if not missing:
-            continue
-        with conditions[condition]():
-            for batch in missing:
-                folder.append(folder.keep(condition, batch, draw_batch(pipe, batch, defaults)))
-                done += len(batch.rows)
-                if progress is not None:
-                    progress(done, total)
+    for number, lines in (runner or Serial()).run(work, missing, say):
+        append_durably(folder.path / SAMPLES, lines)
+        done += len(folder.batches[missing[number][1]].rows)
+        progress(done, total)
+    found = folder.samples()
+    _check_shared(folder, found)
+    folder.replace(found)  # in order, whoever drew them
+
+
+def _check_shared(folder: RunFolder, samples: Sequence[Sample]) -> None:
+    """Refuse pictures that a worker wrote where this process does not see them. Raises RegistryError."""
+    if lost := [sample.picture for sample in samples if not (folder.path / sample.picture).is_file()]:
+        raise RegistryError(
+            f"{folder.path / lost[0]} is not there, although a worker wrote it: the machines see different folders",
+            mend="--out with a folder that all machines share under one path",
+        )
 
 
 def draw_batch(pipe: DiffusionPipeline, batch: Batch, defaults: RowDefaults) -> list[Image.Image]:

@@ -130,7 +130,7 @@ class RunFolder:
         return tuple(whole)
 
     def keep(self, condition: str, batch: Batch, pictures: Sequence[Image.Image]) -> tuple[Sample, ...]:
-        """Write the pictures of one batch, and return their samples for `append`. Raises RegistryError."""
+        """Write the pictures of one batch, and return their samples. Raises RegistryError."""
         first = sum(len(earlier.rows) for earlier in self.batches[: batch.number])
         samples = []
         for place, (row, picture) in enumerate(zip(batch.rows, pictures, strict=True), start=first):
@@ -138,10 +138,6 @@ class RunFolder:
             write_png(self.path / name, picture, {**row.as_dict(), "condition": condition})
             samples.append(Sample(row.id, condition, row.seed, batch.number, name, pixel_hash(picture)))
         return tuple(samples)
-
-    def append(self, samples: Sequence[Sample]) -> None:
-        """Add the lines of one batch to samples.jsonl, durably. Raises RegistryError."""
-        append_durably(self.path / SAMPLES, "".join(sample.to_line() for sample in samples))
 
     def replace(self, samples: Sequence[Sample]) -> None:
         """Replace samples.jsonl, atomically. Raises RegistryError."""

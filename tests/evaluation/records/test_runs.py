@@ -18,7 +18,7 @@ from recorded import QUIET, ROWS, RUN, bright, evaluate, metrics
 from spm_hub.errors import NotFoundError, RegistryError, UsageError
 from spm_hub.evaluation.metrics.metric import Judge
 from spm_hub.evaluation.metrics.named import distances
-from spm_hub.evaluation.records import folder as folders
+from spm_hub.evaluation.records import drawing
 from spm_hub.evaluation.records.folder import RunFolder
 from spm_hub.evaluation.records.rows import PromptRow, cut, pictures_at_once
 from spm_hub.evaluation.records.scoring import score
@@ -91,7 +91,7 @@ def die_within_the_lines_of(number: int) -> Callable[[], None]:
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        folders.append_durably = append
+        drawing.append_durably = append
 
     return patch
 

@@ -1,0 +1,61 @@
+"""The conditions of a run, and the work of drawing them in a process that loads the base itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spm_hub.adapters.adapter import Adapter
+from spm_hub.attachment.attachment import attach
+from spm_hub.evaluation.pictures import RESTORED, WITH, WITHOUT
+from spm_hub.evaluation.records.drawing import BatchToDraw, Conditions, Drawing, RowDefaults
+from spm_hub.evaluation.records.folder import RunFolder
+from spm_hub.io.runners.runner import Place
+from spm_hub.models.base_choice import BaseChoice
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def conditions_of(pipe: DiffusionPipeline, erasers: Sequence[Adapter], options: Mapping[str, Any]) -> Conditions:
+    """Return all conditions by name; options are those of `attach`."""
+    return {
+        WITHOUT: nullcontext,
+        WITH: lambda: attach(pipe, erasers, **options),
+        RESTORED: lambda: _without_the_first(pipe, erasers, options),
+    }
+
+
+@contextmanager
+def _without_the_first(
+    pipe: DiffusionPipeline, erasers: Sequence[Adapter], options: Mapping[str, Any]
+) -> Iterator[None]:
+    """Attach all erasers, and take the first one away again, for the duration of the block."""
+    with attach(pipe, erasers, **options) as attached:
+        attached.recover(erasers[0].name)
+        yield
+
+
+@dataclass(frozen=True)
+class DrawingElsewhere:
+    """The work of drawing for workers: each loads the base once, and opens the run's folder.
+
+    base: to be loaded by name. options: those of `attach`. folder: seen under this path by every worker.
+    """
+
+    base: BaseChoice
+    erasers: tuple[Adapter, ...]
+    options: Mapping[str, Any]
+    folder: Path
+    defaults: RowDefaults
+
+    @contextmanager
+    def open(self, place: Place) -> Iterator[Callable[[BatchToDraw], str]]:
+        """Load the base on the worker's device; yield what `Drawing` does."""
+        pipe = replace(self.base, device=place.device(self.base.device)).open()
+        conditions = conditions_of(pipe, self.erasers, self.options)
+        with Drawing(RunFolder.open(self.folder), pipe, conditions, self.defaults).open(place) as draw:
+            yield draw

@@ -1,0 +1,131 @@
+"""The runner of a Ray cluster, local or of several machines."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from spm_hub.errors import NotFoundError, SpmHubError, UsageError
+from spm_hub.io.runners.runner import MOST_LOSSES, Place, Say, Work, refuse_the_piece
+
+INSTALL = "pip install 'spm-hub[ray]'"
+
+
+@dataclass(frozen=True)
+class OnRay:
+    """Does the pieces in actors of a Ray cluster, each with its own copy of what `Work.open` loads.
+
+    workers: number of actors. address: of a cluster that runs, "auto" for the one of this machine; None starts one on
+    this machine and ends it.
+    Every machine has the same packages, and sees the run's folder under the same path. An actor that dies costs the
+    piece that it had, which another one does again. Actors have a GPU each, or share them if there are fewer.
+    """
+
+    workers: int
+    address: str | None = None
+
+    def run(self, work: Work, pieces: Sequence[Any], say: Say) -> Iterator[tuple[int, Any]]:
+        """Yield the number of each piece and its result, as they are done.
+
+        Raises WorkerLostError; NotFoundError without Ray, UsageError for an address where no cluster is.
+        """
+        ray = _ray()
+        with _cluster(ray, self.address, say):
+            yield from self._run(ray, work, pieces, say)
+
+    def _run(self, ray: Any, work: Work, pieces: Sequence[Any], say: Say) -> Iterator[tuple[int, Any]]:
+        size = min(self.workers, len(pieces))
+        shared = ray.put(work)
+        options = _share_of_cluster(ray, size)
+        start = lambda: ray.remote(_Actor).options(**options).remote(shared, _threads())  # noqa: E731
+        waiting, losses = deque(range(len(pieces))), Counter[int]()
+        busy: dict[Any, tuple[int, Any]] = {}
+        for _ in range(size):
+            number, actor = waiting.popleft(), start()
+            busy[actor.do.remote(pieces[number])] = number, actor
+        while busy:
+            (done, *_), _ = ray.wait(list(busy), num_returns=1)
+            number, actor = busy.pop(done)
+            try:
+                value = ray.get(done)
+            except ray.exceptions.RayActorError as error:
+                losses[number] += 1
+                if losses[number] >= MOST_LOSSES:
+                    raise refuse_the_piece(pieces[number], str(error).splitlines()[0]) from None
+                say("a worker was lost; another one does its piece again")
+                waiting.appendleft(number)
+                actor = start()
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, SpmHubError) else error from None
+            else:
+                yield number, value
+            if waiting:
+                following = waiting.popleft()
+                busy[actor.do.remote(pieces[following])] = following, actor
+
+
+class _Actor:
+    """A worker: loads what the pieces share when it starts."""
+
+    def __init__(self, work: Work, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._stack = ExitStack()
+        # Ray shows an actor its own GPUs only, so there is no choice of devices here.
+        self._do: Callable[[Any], Any] = self._stack.enter_context(work.open(Place()))
+
+    def do(self, piece: Any) -> Any:
+        return self._do(piece)
+
+
+class _cluster:  # noqa: N801
+    """Connects to a cluster, or starts one, for a `with` block; one that runs already is left alone."""
+
+    def __init__(self, ray: Any, address: str | None, say: Say) -> None:
+        self._ray, self._address, self._say = ray, address, say
+        self._ours = not ray.is_initialized()
+
+    def __enter__(self) -> None:
+        if not self._ours:
+            return
+        options = {} if self._address is not None else {"num_cpus": max(2, os.cpu_count() or 1)}
+        try:
+            context = self._ray.init(address=self._address or "local", log_to_driver=False, **options)
+        except (ConnectionError, ValueError) as error:
+            raise UsageError(
+                f"there is no Ray cluster at {self._address}: {str(error).splitlines()[0]}",
+                mend="ray start --head, or --runner ray for one of this machine",
+            ) from error
+        if context.dashboard_url:
+            self._say(f"Ray's dashboard: http://{context.dashboard_url}")
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            self._ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise NotFoundError("--runner ray needs the package ray, which is not installed", mend=INSTALL) from error
+    return ray
+
+
+def _share_of_cluster(ray: Any, workers: int) -> dict[str, float]:
+    """Return what each actor asks for: a GPU or its share of one, or else its share of the cores."""
+    there = ray.cluster_resources()
+    gpus, cores = there.get("GPU", 0.0), there.get("CPU", 1.0)
+    if gpus:
+        return {"num_gpus": min(1.0, gpus / workers), "num_cpus": 1}
+    return {"num_cpus": max(1, int(cores // workers))}
+
+
+def _threads() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() else 1
