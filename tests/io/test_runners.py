@@ -48,7 +48,7 @@ def test_processes_do_every_piece_and_open_once_each(tmp_path: Path) -> None:
     numbers = [1, 2, -3, 4, 5, 6]
     done = dict(Processes(2).run(Squares(tmp_path), numbers, said.append))
     assert done == {place: number * number for place, number in enumerate(numbers)}
-    assert said == ["a worker was lost (SIGKILL); another one does its piece again"]
+    assert said == ["a worker was lost (SIGKILL); another one takes its place"]
     assert opened(tmp_path) in (2, 3), "the one that replaces the lost one may come too late for a piece"
     with pytest.raises(UsageError, match="13 has no square") as caught:
         list(Processes(1).run(Squares(tmp_path), [13], said.append))

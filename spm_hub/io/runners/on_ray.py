@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -41,7 +42,10 @@ class OnRay:
         size = min(self.workers, len(pieces))
         shared = ray.put(work)
         options = _share_of_cluster(ray, size)
-        start = lambda: ray.remote(_Actor).options(**options).remote(shared, _threads())  # noqa: E731
+
+        def start() -> Any:
+            return ray.remote(_Actor).options(**options).remote(shared, _threads())
+
         waiting, losses = deque(range(len(pieces))), Counter[int]()
         busy: dict[Any, tuple[int, Any]] = {}
         for _ in range(size):
@@ -56,7 +60,7 @@ class OnRay:
                 losses[number] += 1
                 if losses[number] >= MOST_LOSSES:
                     raise refuse_the_piece(pieces[number], str(error).splitlines()[0]) from None
-                say("a worker was lost; another one does its piece again")
+                say("a worker was lost; another one takes its place")
                 waiting.appendleft(number)
                 actor = start()
             except ray.exceptions.RayTaskError as error:
@@ -69,17 +73,19 @@ class OnRay:
 
 
 class _Actor:
-    """A worker: loads what the pieces share when it starts."""
+    """A worker: loads what the pieces share before its first piece, so that an error of it is one of the piece."""
 
     def __init__(self, work: Work, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self._stack = ExitStack()
-        # Ray shows an actor its own GPUs only, so there is no choice of devices here.
-        self._do: Callable[[Any], Any] = self._stack.enter_context(work.open(Place()))
+        self._work, self._stack = work, ExitStack()
+        self._do: Callable[[Any], Any] | None = None
 
     def do(self, piece: Any) -> Any:
+        if self._do is None:
+            # Ray shows an actor its own GPUs only, so there is no choice of devices here.
+            self._do = self._stack.enter_context(self._work.open(Place()))
         return self._do(piece)
 
 
@@ -93,7 +99,11 @@ class _cluster:  # noqa: N801
     def __enter__(self) -> None:
         if not self._ours:
             return
-        options = {} if self._address is not None else {"num_cpus": max(2, os.cpu_count() or 1)}
+        options: dict[str, Any] = {}
+        if self._address is None:
+            # The workers import what this process can: also what a program has added to its path.
+            paths = os.pathsep.join(path for path in sys.path if path)
+            options = {"num_cpus": max(2, os.cpu_count() or 1), "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
         try:
             context = self._ray.init(address=self._address or "local", log_to_driver=False, **options)
         except (ConnectionError, ValueError) as error:

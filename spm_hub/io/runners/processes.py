@@ -7,6 +7,7 @@ import os
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -14,8 +15,6 @@ from typing import Any
 
 from spm_hub.errors import SpmHubError
 from spm_hub.io.runners.runner import MOST_LOSSES, Place, Say, Work, refuse_the_piece
-
-_READY, _DONE, _FAILED = "ready", "done", "failed"
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Processes:
     def run(self, work: Work, pieces: Sequence[Any], say: Say) -> Iterator[tuple[int, Any]]:
         """Yield the number of each piece and its result, as they are done. Raises WorkerLostError."""
         team = _Team(work, min(self.workers, len(pieces)))
-        waiting, losses = deque(range(len(pieces))), Counter[int]()
+        waiting, losses = deque(range(len(pieces))), Counter[int | None]()
         try:
             for place in range(team.size):
                 team.start(place)
@@ -39,30 +38,24 @@ class Processes:
             while left:
                 for worker in team.answered():
                     try:
-                        said, value = worker.connection.recv()
+                        error, value = worker.connection.recv()
                     except (EOFError, OSError):
-                        reason = team.bury(worker)
-                        if worker.piece is not None:
-                            losses[worker.piece] += 1
-                            if losses[worker.piece] >= MOST_LOSSES:
-                                raise refuse_the_piece(pieces[worker.piece], reason) from None
-                            waiting.appendleft(worker.piece)
-                        else:
-                            losses[-1] += 1
-                            if losses[-1] >= MOST_LOSSES:
-                                raise refuse_the_piece("loading", reason) from None
-                        say(f"a worker was lost ({reason}); another one does its piece again")
+                        reason, number = team.bury(worker), worker.piece
+                        losses[number] += 1
+                        if losses[number] >= MOST_LOSSES:
+                            raise refuse_the_piece("loading" if number is None else pieces[number], reason) from None
+                        if number is not None:
+                            waiting.appendleft(number)
+                        say(f"a worker was lost ({reason}); another one takes its place")
                         team.start(worker.place)
                         continue
-                    if said == _FAILED:
-                        raise value
-                    if said == _DONE:
-                        number, worker.piece = worker.piece, None
+                    if error is not None:
+                        raise error
+                    number, worker.piece = worker.piece, None
+                    self._give(worker, waiting, pieces)
+                    if number is not None:  # None for a worker that has just loaded
                         left -= 1
-                        self._give(worker, waiting, pieces)
                         yield number, value
-                    else:
-                        self._give(worker, waiting, pieces)
         finally:
             team.end()
 
@@ -70,7 +63,8 @@ class Processes:
     def _give(worker: _Worker, waiting: deque[int], pieces: Sequence[Any]) -> None:
         if waiting:
             worker.piece = waiting.popleft()
-            worker.connection.send(pieces[worker.piece])
+            with suppress(OSError):  # it has just died: its pipe says so next
+                worker.connection.send(pieces[worker.piece])
 
 
 @dataclass(eq=False)
@@ -140,16 +134,16 @@ def _serve(work: Work, place: Place, threads: int, connection: Connection) -> No
     torch.set_num_threads(threads)
     try:
         with work.open(place) as do:
-            connection.send((_READY, None))
+            connection.send((None, None))
             while True:
                 piece = connection.recv()
-                connection.send((_DONE, do(piece)))
+                connection.send((None, do(piece)))
     except EOFError:
         return
     except BrokenPipeError:
         return
     except Exception as error:
-        connection.send((_FAILED, error if isinstance(error, SpmHubError) else _told(error)))
+        connection.send((error if isinstance(error, SpmHubError) else _told(error), None))
 
 
 def _told(error: Exception) -> Exception:
