@@ -215,7 +215,8 @@ class Evaluation(_Part):
     """One measured number; `reference` is the same number without the eraser.
 
     samples: pictures, or other cases, that it is the mean of. steps, guidance, gate, version and date say how, with
-    which spm-hub and when it was measured; None where that was not recorded.
+    which spm-hub and when it was measured; None where that was not recorded. interval: of 95 %. protocol_sha256: of the
+    protocol as data. report_sha256: of the report, report.json, that the number comes from.
     """
 
     protocol: NonBlank
@@ -231,6 +232,9 @@ class Evaluation(_Part):
     gate: Label | None = None
     version: Label | None = None
     date: datetime | None = None
+    interval: tuple[float, float] | None = None
+    protocol_sha256: Sha256 | None = None
+    report_sha256: Sha256 | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_was_not_recorded(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -238,11 +242,13 @@ class Evaluation(_Part):
 
         Manifests from before these keys existed stay as they are, and their signatures valid.
         """
-        unrecorded = {key for key in ("steps", "guidance", "gate", "version", "date") if getattr(self, key) is None}
+        unrecorded = {key for key in _LATER_IN_EVALUATIONS if getattr(self, key) is None}
         return {key: value for key, value in handler(self).items() if key not in unrecorded}
 
 
-_LATER_IN_EVALUATIONS = ("steps", "guidance", "gate", "version", "date")
+_LATER_IN_EVALUATIONS = (
+    "steps", "guidance", "gate", "version", "date", "interval", "protocol_sha256", "report_sha256",
+)  # fmt: skip
 """Keys that evaluations did not have at first."""
 
 

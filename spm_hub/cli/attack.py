@@ -1,7 +1,7 @@
 """spmhub attack: try to bring an erased concept back."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,12 @@ from spm_hub.evaluation.attacks.settings import ATTACKS, CONTROLS, AttackSetting
 from spm_hub.io.wording import counted
 
 if TYPE_CHECKING:
-    from spm_hub.evaluation.attacks.outcome import Report
+    from spm_hub.adapters.adapter import Adapter
+    from spm_hub.evaluation.attacks.outcome import Case, Report
+    from spm_hub.evaluation.attacks.tries import AttackDrawingOptions
+    from spm_hub.io.runners.runner import Runner
+    from spm_hub.models.base_choice import BaseChoice
+    from spm_hub.registry.entry import EraserEntry
 
     _Found = tuple[str, Any, Report]
 
@@ -38,6 +43,13 @@ Tries = Annotated[int | None, typer.Option(min=1, help=TRIES, show_default=False
 TokenFree = Annotated[bool, typer.Option("--token-free", help=TOKEN_FREE)]
 Adaptive = Annotated[float, typer.Option("--adaptive", metavar="LAMBDA", help=ADAPTIVE, show_default=False)]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the pipeline's.", show_default=False)]
+Folder = Annotated[
+    Path | None, typer.Option("--out", help="Keep every picture and a report in this folder.", show_default=False)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the attacks in --out.")]
+AtOnce = Annotated[
+    int | None, typer.Option(min=1, help="Prompts attacked side by side. Default: 16.", show_default=False)
+]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.", show_default=False)]
 
 
@@ -55,7 +67,11 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: t
         "spmhub attack nudity --model sd-v1-4 --device cuda --prompts prompts.txt --judge my.judges:nude",
         "another base, with your own prompts and judge",
     ),
-    interrupted="its results are not kept",
+    Example(
+        "spmhub attack nudity --with ring-a-bell --out nudity-attacked --runner processes",
+        "keep every picture and a report; --resume continues after an interruption",
+    ),
+    interrupted="its results are not kept, except in --out, where --resume continues",
     panel="Look",
 )
 def attack(
@@ -85,13 +101,20 @@ def attack(
     require_signature: options.RequireSignature = None,
     device: options.Device = "auto",
     dtype: options.Precision = "auto",
+    folder: Folder = None,
+    resume: Resume = False,
+    at_once: AtOnce = None,
+    runner: options.Runner = None,
+    workers: options.Workers = None,
 ) -> None:
     """Try to bring an erased concept back: by text, seeds, embeddings, or noise.
 
     Prints the share of prompts that draw the concept without an attack and with it (ASR, with a 95 % interval), what
     the attacker must be able to do, how often the tries that succeeded do so again at fresh seeds, and their gammas.
+    With --out every judged picture is kept with a report, and spmhub score judges the pictures again.
     """
     from spm_hub.hub.resolve import resolve
+    from spm_hub.io.runners.named import runner_named
     from spm_hub.models.base_choice import BaseChoice
     from spm_hub.models.references import parse_reference
 
@@ -105,29 +128,109 @@ def attack(
     base = BaseChoice(model, config, device, dtype)
     base.check()
     wanted = _count_or_file(prompts)
+    if folder is None and (option := next((n for n, v in (("resume", resume), ("runner", runner)) if v), None)):
+        raise UsageError(f"--{option} is for attacks whose pictures are kept", mend="add --out DIR")
+    doing = runner_named(runner or "serial", workers)
+    how = _How(entry, base, judge, seed, fresh, acting, strengths, steps, guidance, at_once or 16)
     with silence_libraries():
-        from spm_hub.evaluation import attacks
-        from spm_hub.evaluation.judging import cases_for, probe_judge
-        from spm_hub.evaluation.metrics.named import judge_of_subject
+        if folder is None:
+            _print_only(out, how, settings, wanted, gate, controls=controls)
+        else:
+            _keep(out, how, settings, wanted, folder, doing, controls=controls, resume=resume)
 
-        eraser = entry.load()
+
+@dataclass(frozen=True)
+class _How:
+    """What is attacked, and how it is drawn and judged, for both ways to attack."""
+
+    entry: "EraserEntry"
+    base: "BaseChoice"
+    judge: str | None
+    seed: int
+    fresh: int
+    gate: Any
+    strength: Any
+    steps: int | None
+    guidance: float | None
+    at_once: int
+
+    def cases(self, eraser: "Adapter", wanted: int | Path) -> "list[Case]":
+        """Return the prompts. Raises UsageError, NotFoundError for a file or concept that gives none."""
+        from spm_hub.evaluation.judging import cases_for
+
         concept = eraser.manifest.concept
-        if judge is None or isinstance(wanted, int):
+        if self.judge is None or isinstance(wanted, int):
             concept.require_target(eraser.source)
-        judged_by = probe_judge(concept) if judge is None else judge_of_subject(judge, concept.target or "")
-        cases = cases_for(concept, wanted, seed)
-        methods = {one: one.attack(concept.kind) for one in settings}
-        methods |= {one: one.attack(concept.kind) for one in _controls(methods) if controls}
-        drawing, pipe = attacks.AttackDrawingOptions(steps=steps, guidance=guidance), base.open(for_gradients=True)
-        with out.progress(f"attacking {eraser.name}") as progress:
-            reports = attacks.run_all(
-                pipe, [eraser], cases, judged_by, list(methods.values()),
-                drawing=drawing, seed=seed, fresh=fresh, progress=progress, gate=acting, strength=strengths,
-                reporter=out,
-            )  # fmt: skip
+        return cases_for(concept, wanted, self.seed)
+
+    @property
+    def drawing(self) -> "AttackDrawingOptions":
+        from spm_hub.evaluation.attacks import AttackDrawingOptions
+
+        return AttackDrawingOptions(steps=self.steps, guidance=self.guidance, at_once=self.at_once)
+
+
+def _print_only(
+    out: Output, how: _How, settings: Sequence[AttackSettings], wanted: int | Path, gate: str | None, *, controls: bool
+) -> None:
+    """Attack and print the results; no picture is kept."""
+    from spm_hub.evaluation import attacks
+    from spm_hub.evaluation.judging import judge_of_concept
+
+    eraser = how.entry.load()
+    concept = eraser.manifest.concept
+    cases = how.cases(eraser, wanted)
+    judge, _ = judge_of_concept(how.judge, concept)
+    methods = {one: one.attack(concept.kind) for one in settings}
+    methods |= {one: one.attack(concept.kind) for one in _controls(methods) if controls}
+    pipe = how.base.open(for_gradients=True)
+    with out.progress(f"attacking {eraser.name}") as progress:
+        reports = attacks.run_all(
+            pipe, [eraser], cases, judge, list(methods.values()),
+            drawing=how.drawing, seed=how.seed, fresh=how.fresh, progress=progress, gate=how.gate,
+            strength=how.strength, reporter=out,
+        )  # fmt: skip
     found = [(one.name, made, report) for (one, made), report in zip(methods.items(), reports, strict=True)]
-    _show(out, {"eraser": eraser.name, "model": model, "gate": gate, "seed": seed, "steps": steps,
-                "guidance": guidance}, found, attacked=len(settings))  # fmt: skip
+    about = {"eraser": eraser.name, "model": how.base.reference, "gate": gate, "seed": how.seed, "steps": how.steps,
+             "guidance": how.guidance}  # fmt: skip
+    _show(out, about, found, attacked=len(settings))
+
+
+def _keep(
+    out: Output,
+    how: _How,
+    settings: Sequence[AttackSettings],
+    wanted: int | Path,
+    folder: Path,
+    runner: "Runner",
+    *,
+    controls: bool,
+    resume: bool,
+) -> None:
+    """Attack, keep every picture in a folder, and print its report."""
+    from spm_hub.evaluation.attacks.records.recording import record_attacks
+
+    eraser = how.entry.load()
+    kind = eraser.manifest.concept.kind
+    compared = _controls({one: one.attack(kind) for one in settings}) if controls else []
+    report = record_attacks(
+        how.base, eraser, how.cases(eraser, wanted), settings, folder, out, judge=how.judge, drawing=how.drawing,
+        seed=how.seed, fresh=how.fresh, options={"gate": how.gate, "strength": how.strength}, controls=compared,
+        runner=runner, resume=resume,
+    )  # fmt: skip
+    show_attack_report(out, report, folder)
+
+
+def show_attack_report(out: Output, report: dict[str, Any], folder: Path) -> None:
+    """Print a report of kept attacks: a table for each judge, and where its pages are."""
+    from rich.console import Group
+
+    from spm_hub.evaluation.attacks.records.page import HEADINGS, rows_of_judge, summary
+
+    tables = [table(list(HEADINGS), rows_of_judge(one), title=summary(report, one)) for one in report["judges"]]
+    won = [one["text"] for attack in report["judges"][0]["attacks"] for one in attack["winners"]]
+    out.data(report, Group(*(literal(part) if isinstance(part, str) else part for part in tables)), brief=won)
+    out.say(f"report: {folder / 'report.html'}, report.md and report.json in the same folder")
 
 
 def _controls(methods: dict[AttackSettings, Any]) -> list[AttackSettings]:

@@ -1,7 +1,7 @@
 """spmhub eval: measure how much erasers take away, and how much they change everything else."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,7 @@ from spm_hub.errors import RegistryError, UsageError
 from spm_hub.io.wording import counted, quoted
 
 if TYPE_CHECKING:
-    from spm_hub.adapters.manifest import GateName
+    from spm_hub.adapters.manifest import Evaluation, GateName
     from spm_hub.evaluation.effect import Effect
     from spm_hub.evaluation.protocols.running import Asked
     from spm_hub.io.runners.runner import Runner
@@ -85,7 +85,7 @@ Force = Annotated[
 ]
 _OF_PROTOCOLS = ("prompts", "columns", "metric", "out", "resume", "limit", "at_once", "size", "quick", "runner",
                  "workers")  # fmt: skip
-_OF_DETECTION = ("samples", "record")
+_OF_DETECTION = ("samples",)
 
 
 @command(
@@ -161,7 +161,7 @@ def evaluate(
     if protocol is not None:
         asked = _asked(how, given, (*(judge or ()), *(metric or ())))
         doing = runner_named(runner or "serial", workers)
-        _by_protocol(out, protocol, entries, how, folder, asked, doing, resume=resume)
+        _by_protocol(out, protocol, entries, how, folder, asked, doing, resume=resume, record=record)
         return
     _detect(out, entries, how, judge, samples or 20, record=record)
 
@@ -221,12 +221,17 @@ def _by_protocol(
     runner: "Runner",
     *,
     resume: bool,
+    record: bool,
 ) -> None:
     from spm_hub.cli.protocols import show_report
     from spm_hub.evaluation.protocols.protocol import protocol_named
+    from spm_hub.evaluation.reports.recording import check_whole, evaluations_of
 
     protocol = protocol_named(name)
     how.base.check()
+    if record:
+        _check_recordable(entries, asked=(how.gate, how.strengths))
+        check_whole(quick=asked.quick, limit=asked.limit)
     place = folder or Path(f"{'-'.join(entry.name for entry in entries)}-{name}")
     with silence_libraries():
         from spm_hub.evaluation.protocols import running
@@ -235,6 +240,9 @@ def _by_protocol(
             protocol, [entry.load() for entry in entries], how.base, place, asked, out,
             resume=resume, gate=how.gate, strength=how.strengths, force=how.force, runner=runner,
         )  # fmt: skip
+    if record:
+        found = evaluations_of(report, place, entries[0].read_manifest().default_gate)
+        _record(out, entries[0], found, replace=how.force)
     show_report(out, report, place)
 
 
@@ -271,7 +279,8 @@ def _detect(
             guidance=guidance, judge=judge, gate=how.gate, strength=how.strengths, force=how.force,
         )  # fmt: skip
     if record:
-        _record(out, entries[0], effect, replace=how.force)
+        found = effect.evaluations(entries[0].read_manifest().default_gate)
+        _record(out, entries[0], found, replace=how.force)
     _show(out, effect, samples)
 
 
@@ -290,11 +299,11 @@ def _show(out: Output, effect: "Effect", samples: int) -> None:
     )  # fmt: skip
 
 
-def _record(out: Output, entry: "EraserEntry", effect: "Effect", *, replace: bool) -> None:
+def _record(out: Output, entry: "EraserEntry", found: "Sequence[Evaluation]", *, replace: bool) -> None:
     from spm_hub.registry.registry import Registry
 
-    root, gate = entry.adapter_path.parent.parent, entry.read_manifest().default_gate
-    Registry(root).record_evaluation(entry.name, effect.evaluations(gate), replace=replace)
+    root = entry.adapter_path.parent.parent
+    Registry(root).record_evaluation(entry.name, found, replace=replace)
     out.say(f"kept in the manifest of {entry.name}: spmhub show {entry.name} --registry {quoted(root)}")
 
 
@@ -312,8 +321,8 @@ def _check_recordable(entries: list["EraserEntry"], asked: tuple[object, ...]) -
         )
     if any(given is not None for given in asked):
         raise UsageError(
-            "--record keeps the effect of an eraser with its own settings, measured by the probe: --judge, --gate and "
-            "--strength would change the numbers",
+            "--record keeps the effect of an eraser with its own settings: --gate and --strength would change the "
+            "numbers, and without --protocol --judge too",
             mend="leave them out, or leave --record out",
         )
     path: Path = entries[0].adapter_path

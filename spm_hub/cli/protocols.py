@@ -7,6 +7,7 @@ import typer
 
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
+from spm_hub.cli.attack import show_attack_report
 from spm_hub.cli.output import Output, silence_libraries, table
 from spm_hub.errors import UsageError
 
@@ -92,6 +93,7 @@ def _described(one: "Protocol") -> Any:
     "score",
     Example("spmhub score snoopy-detection --metric psnr", "one more metric of kept pictures, without a model"),
     Example("spmhub score snoopy-detection --judge my.judges:snoopy", "another judge's answers"),
+    Example("spmhub score nudity-attacked --judge nudenet:eu6", "another judge of an attack's pictures"),
     interrupted="run it again: the scores so far are kept",
     panel="Look",
 )
@@ -101,10 +103,14 @@ def score(out: Output, folder: Folder, *, judge: options.Judges = None, metric: 
     if not measure:
         raise UsageError("there is nothing to measure", mend="--metric ssim, or another: spmhub protocols --metrics")
     with silence_libraries():
+        from spm_hub.evaluation.attacks.records.folder import is_attack
         from spm_hub.evaluation.protocols.running import score_again
 
         report = score_again(folder, measure, out)
-    show_report(out, report, folder)
+    if is_attack(report["run"]):
+        show_attack_report(out, report, folder)
+    else:
+        show_report(out, report, folder)
 
 
 @command(

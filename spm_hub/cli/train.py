@@ -1,6 +1,7 @@
 """spmhub train: make an eraser."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,9 @@ def _method_names() -> dict[str, str]:
     Example('spmhub train pikachu --method sepme --after snoopy --protect "a dog"', "leave snoopy and dogs alone"),
     Example("spmhub train snoopy --model sdxl --plan --memory 16", "rows, memory and time on a card of 16 GiB"),
     Example("spmhub train snoopy --resume", "go on after Ctrl-C or a crash"),
+    Example(
+        "spmhub train snoopy mickey pikachu --runner processes", "each in a worker of its own, on every GPU in turn"
+    ),
     panel="Make",
     help_values=_method_names,
 )
@@ -79,13 +83,18 @@ def train(
     memory: Memory = None,
     plan: Annotated[bool, typer.Option("--plan", help=PLAN)] = False,
     force: options.Force = False,
+    runner: options.Runner = None,
+    workers: options.Workers = None,
 ) -> None:
     """Train an eraser for each CONCEPT and keep it in the registry."""
     from spm_hub.hub.making.quick_look import looked
     from spm_hub.hub.resolve import resolve
+    from spm_hub.io.runners.named import runner_named
+    from spm_hub.io.runners.runner import Serial
     from spm_hub.models.base_choice import BaseChoice
     from spm_hub.registry.entry import EraserEntry
     from spm_hub.registry.registry import registry_for_new
+    from spm_hub.training.elsewhere import train_elsewhere
     from spm_hub.training.planning import plan_runs
     from spm_hub.training.recipe.schema import IncrementRecipe
     from spm_hub.training.session import Session
@@ -102,15 +111,17 @@ def train(
     plans = plan_runs(concepts or [], stated, file=recipe, sets=set_ or ())
     session = Session(
         plans, BaseChoice(plans[0].model, config, device, dtype), out,
-        lambda start: resolve(start, registry, say=out.say), registry=registry_for_new(registry),
+        partial(resolve, registry=registry), registry=registry_for_new(registry),
         replace=force, resume=resume, checkpoint_dir=checkpoint_dir, memory=memory, look=looked if look else None,
     )  # fmt: skip
+    doing = runner_named(runner or "serial", workers)
     session.check()
     if plan:
         _print_forecasts(out, session)
         return
     with silence_libraries():
-        entries = [one for one in session.train() if isinstance(one, EraserEntry)]
+        made = session.train() if isinstance(doing, Serial) else train_elsewhere(session, doing)
+        entries = [one for one in made if isinstance(one, EraserEntry)]
     _print(out, entries)
     source = ["--model", plans[0].model, *(["--config", config] if config else [])]
     source += ["--registry", str(registry)] if registry is not None else []

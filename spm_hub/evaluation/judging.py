@@ -11,7 +11,7 @@ from PIL import Image
 from spm_hub.adapters.manifest import Concept
 from spm_hub.errors import NotFoundError, did_you_mean
 from spm_hub.evaluation.attacks import Case, Judge
-from spm_hub.evaluation.metrics.named import judge_of_subject
+from spm_hub.evaluation.metrics.named import judge_named, judge_of_subject, known_metrics
 from spm_hub.evaluation.pictures import read_prompts
 from spm_hub.evaluation.sketchbook import (
     STYLE_TEMPLATES,
@@ -47,6 +47,18 @@ def probe_judge(concept: Concept) -> Judge:
         return [not {reading.subject, reading.style}.isdisjoint(known) for reading in probe().read(pictures)]
 
     return judge
+
+
+def judge_of_concept(text: str | None, concept: Concept) -> tuple[Judge, str]:
+    """Return the judge of a concept and its key in records.
+
+    text: a name that `judge_named` knows, or MODULE:FUNCTION; None for the sketchbook's probe.
+    Raises NotFoundError or UsageError as `probe_judge` and `judge_of_subject` do.
+    """
+    if text is None:
+        return probe_judge(concept), "probe"
+    key = judge_named(text).key if text.partition(":")[0] in known_metrics() else text
+    return judge_of_subject(text, concept.target or ""), key
 
 
 def table_of(

@@ -169,6 +169,8 @@ def metadata(manifest: Manifest, pairs: Sequence[PicturePair] = ()) -> dict[str,
     found["tags"] = list(dict.fromkeys(tags))
     known = manifest.licence.lower() in _LICENCES
     found |= {"license": manifest.licence.lower()} if known else {"license": "other", "license_name": manifest.licence}
+    if manifest.evaluation:
+        found["model-index"] = _model_index(manifest)
     if pairs:
         found["widget"] = [
             {"text": pair.prompt, "example_title": f"{title} the eraser", "output": {"url": name}}
@@ -176,6 +178,32 @@ def metadata(manifest: Manifest, pairs: Sequence[PicturePair] = ()) -> dict[str,
             for title, name in _titled_names(index, pair)
         ]
     return found
+
+
+def _model_index(manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the measured numbers as the Hub shows them: a result for each protocol and base."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-to-image", dataset_type=slug(one.protocol), dataset_name=f"{one.protocol} on {one.base}",
+            dataset_revision=one.protocol_sha256, metric_type=one.metric, metric_name=f"{one.metric} of {one.subject}",
+            metric_value=one.value, metric_args=_how_measured(one),
+        )
+        for one in manifest.evaluation
+    ]  # fmt: skip
+    index: list[dict[str, Any]] = ModelCardData(model_name=manifest.name, eval_results=results).to_dict()["model-index"]
+    return index
+
+
+def _how_measured(one: Evaluation) -> dict[str, Any]:
+    """Return what else is known of a number: without the eraser, its interval, samples and settings."""
+    known = {
+        "without": one.reference, "interval_95": None if one.interval is None else list(one.interval),
+        "samples": one.samples, "seed": one.seed, "steps": one.steps, "guidance": one.guidance, "gate": one.gate,
+        "report_sha256": one.report_sha256,
+    }  # fmt: skip
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def render(manifest: Manifest, repo: str, weights: str, pairs: Sequence[PicturePair] = ()) -> str:

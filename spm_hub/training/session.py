@@ -122,25 +122,36 @@ class Session:
         Without a registry they are adapters instead. The base is left as it was. Call `check` first.
         Raises TrainingInterruptedError at Ctrl-C, TrainingDivergedError, RecipeError, ModelError, RegistryError.
         """
-        from spm_hub.training.preflight import check_before_loading
         from spm_hub.training.trainer import TrainingInterruptedError
+
+        made: list[EraserEntry | Adapter] = []
+        self.check_before_loading()
+        with self.opened() as train:
+            for plan in self.plans:
+                try:
+                    made += train(plan)
+                except (KeyboardInterrupt, TrainingInterruptedError) as stop:
+                    raise self._stopped(stop, plan, made) from None
+        return tuple(made)
+
+    def check_before_loading(self) -> None:
+        """Refuse plans that this base cannot have, by what its folder says. Raises RecipeError, ModelError."""
+        from spm_hub.training.preflight import check_before_loading
 
         folder = self.base.folder()
         for plan in self.plans:
             check_before_loading(plan, folder)
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[Recipe], list[EraserEntry | Adapter]]]:
+        """Load the base; yield the function that trains a plan, and returns its erasers as `train` does."""
         opened = self._opened()
-        made: list[EraserEntry | Adapter] = []
         finished: list[Checkpoint] = []
         with _evaluating(opened.pipe), show_phases(self.reporter):
-            for plan in self.plans:
-                try:
-                    made += self._run(plan, opened, finished)
-                except (KeyboardInterrupt, TrainingInterruptedError) as stop:
-                    raise self._stopped(stop, plan, made) from None
+            yield lambda plan: self._run(plan, opened, finished)
         # Without a registry a later run could be interrupted; until then these states are all that is kept.
         for checkpoint in finished:
             self._forget(checkpoint)
-        return tuple(made)
 
     def _opened(self) -> _Opened:
         """Load the base and identify it. Raises TrainingInterruptedError at Ctrl-C."""

@@ -89,7 +89,10 @@ def test_protocols_are_listed_and_shown() -> None:
     [
         (["--quick"], "--quick is for an evaluation by a protocol"),
         (["--at-once", "3"], "--at-once is for an evaluation by a protocol"),
-        (["--protocol", "neighbours", "--record"], "--record has no effect with --protocol neighbours"),
+        (["--protocol", "neighbours", "--record", "--quick"], "a first look is no record"),
+        (["--protocol", "neighbours", "--record", "--gate", "always"], "with its own settings"),
+        (["--runner", "processes"], "--runner is for an evaluation by a protocol"),
+        (["--protocol", "neighbours", "--runner", "rays"], "did you mean ray"),
         (["--protocol", "neighbours", "--samples", "3"], "--samples has no effect"),
         (["--protocol", "neighbour"], "did you mean neighbours"),
         (["--protocol", "neighbours", "--columns", "prompt=a"], "--columns is for --prompts"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -38,6 +39,15 @@ RUN: dict[str, Any] = {
     "stand_in_for": None, "versions": {"torch": "2"},
 }  # fmt: skip
 DEFAULTS = RowDefaults(steps=2, guidance=3.0)
+
+
+def contents(path: Path) -> dict[str, str]:
+    """The hash of every file that a run leaves, but its lock."""
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    }
 
 
 def bright(pictures: Sequence[Any], subjects: Sequence[str]) -> list[Verdict]:

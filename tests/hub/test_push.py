@@ -436,3 +436,24 @@ def test_the_commands(hub: LoopbackHub, registry: Registry, tmp_path: Path, monk
     assert TOKEN not in said
     assert TOKEN.encode() not in written
     assert not [line for line, token in hub.authorisations if token and "/storage/" in line]
+
+
+def test_measured_numbers_are_a_model_index_that_the_client_reads(eraser: Adapter) -> None:
+    numbers = (
+        Evaluation(
+            protocol="spm-objects", base="sketchbook", subject="snoopy", metric="probe", value=0.05, reference=1.0,
+            samples=80, seed=2024, interval=(0.02, 0.12), protocol_sha256="a" * 64, report_sha256="b" * 64,
+        ),
+        Evaluation(protocol="detection", base="x", subject="dog", metric="probe", value=0.9, samples=20, seed=1),
+    )  # fmt: skip
+    manifest = eraser.manifest.model_copy(update={"evaluation": numbers})
+    assert type(manifest).model_validate_json(manifest.to_json()) == manifest
+    assert "interval" not in manifest.to_json().split('"detection"')[1], "it was not recorded"
+    data = ModelCard(card.render(manifest, "someone/eraser", "eraser.safetensors")).data
+    assert data.model_name == manifest.name
+    found = {one.dataset_type: one for one in data.eval_results or ()}
+    first = found["spm-objects"]
+    assert (first.metric_value, first.dataset_revision, first.task_type) == (0.05, "a" * 64, "text-to-image")
+    assert first.metric_args["interval_95"] == [0.02, 0.12]
+    assert first.metric_args["report_sha256"] == "b" * 64
+    assert found["detection"].metric_args == {"samples": 20, "seed": 1}

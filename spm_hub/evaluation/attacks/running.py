@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from spm_hub.adapters.adapter import Adapter
@@ -17,6 +18,14 @@ from spm_hub.evaluation.attacks.attack import Attack, AttackTarget
 from spm_hub.evaluation.attacks.outcome import Case, Judge, Outcome, Report
 from spm_hub.evaluation.attacks.tries import AttackDrawingOptions, Try, draw
 from spm_hub.evaluation.attacks.victim import Victim
+
+Witness = Callable[[str, Case, Try, Image, bool], None]
+"""Called with each judged picture: why it was drawn ("base", "before" an attack, "try", or "fresh" for a successful try
+at another seed), its case, what was tried, and whether it shows the concept."""
+
+
+class NothingToAttackError(UsageError):
+    """The base draws the concept for none of the prompts."""
 
 
 def run(
@@ -30,12 +39,14 @@ def run(
     seed: int = 0,
     fresh: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    witness: Witness = lambda why, case, one, picture, shown: None,
     **options: Any,
 ) -> Report:
     """Run one attack: `run_all` of one."""
     (report,) = run_all(
-        pipe, adapters, cases, judge, [attack], drawing=drawing, seed=seed, fresh=fresh, progress=progress, **options
-    )
+        pipe, adapters, cases, judge, [attack],
+        drawing=drawing, seed=seed, fresh=fresh, progress=progress, witness=witness, **options,
+    )  # fmt: skip
     return report
 
 
@@ -50,6 +61,7 @@ def run_all(
     seed: int = 0,
     fresh: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    witness: Witness = lambda why, case, one, picture, shown: None,
     gate: GateChoice | None = None,
     **options: Any,
 ) -> tuple[Report, ...]:
@@ -60,13 +72,13 @@ def run_all(
     seed: of all that is random in an attack, the same for each of them.
     fresh: number of fresh seeds at which each try that succeeded is drawn again.
     gate, options: those of `attach`, so that the attacks meet the gates of the deployed pipeline.
-    progress: called with the steps done and their total.
+    progress: called with the steps done and their total. witness: called with each judged picture (`Witness`).
     Raises UsageError if there is no case, a case is repeated, or the base model draws the concept in none; ModelError
     for an attack that cannot work on this pipeline.
     """
     (reports,) = run_gates(
         pipe, adapters, cases, judge, attacks, [gate],
-        drawing=drawing, seed=seed, fresh=fresh, progress=progress, **options,
+        drawing=drawing, seed=seed, fresh=fresh, progress=progress, witness=witness, **options,
     )  # fmt: skip
     return reports
 
@@ -83,6 +95,7 @@ def run_gates(
     seed: int = 0,
     fresh: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    witness: Witness = lambda why, case, one, picture, shown: None,
     **options: Any,
 ) -> tuple[tuple[Report, ...], ...]:
     """Attack under several gates; return for each of them what `run_all` returns.
@@ -100,15 +113,17 @@ def run_gates(
         attack.check(victim)
     pictures, latents = draw(pipe, _as_they_are(cases), drawing)
     shown = [bool(seen) for seen in judge(pictures)]
+    for case, picture, seen in zip(cases, pictures, shown, strict=True):
+        witness("base", case, Try(case.prompt), picture, seen)
     able = [case for case, seen in zip(cases, shown, strict=True) if seen]
     if not able:
-        raise UsageError(
+        raise NothingToAttackError(
             f"the judge sees the concept in none of the base's {len(cases)} pictures: nothing to bring back",
             mend="other prompts, or another judge",
         )
     concept = dict(zip(able, latents[torch.tensor(shown, device=latents.device)], strict=True))
-    trial = _Trial(victim, adapters, options, judge, drawing, concept, len(cases), seed, fresh, len(gates) > 1)
-    befores = [trial.judged(_as_they_are(able), gate) for gate in gates]
+    trial = _Trial(victim, adapters, options, judge, drawing, concept, len(cases), seed, fresh, len(gates) > 1, witness)
+    befores = [trial.judged(_as_they_are(able), gate, "before") for gate in gates]
     total, done = sum(attack.steps * len(_groups(attack, gates)) for attack in attacks), 0
 
     def on_step() -> None:
@@ -177,6 +192,7 @@ class _Trial:
     seed: int
     fresh: int
     shared: bool
+    witness: Witness
     seen: dict[object, bool] = field(default_factory=dict)
 
     def reports(self, attack: Attack, under: Sequence[_UnderGate], on_step: Callable[[], None]) -> list[Report]:
@@ -196,7 +212,7 @@ class _Trial:
         for tries in attack.rounds(target):
             for one in under:
                 asked = [(case, made) for case, made in tries.items() if case in one.left]
-                for (case, made), seen in zip(asked, self.judged(asked, one.gate).values(), strict=True):
+                for (case, made), seen in zip(asked, self.judged(asked, one.gate, "try").values(), strict=True):
                     one.tried[case] += 1
                     if seen:
                         one.found[case] = made
@@ -226,15 +242,19 @@ class _Trial:
         with self.victim.attach(self.adapters, gate=gate, **self.options):
             yield
 
-    def judged(self, asked: Sequence[tuple[Case, Try]], gate: GateChoice | None) -> dict[Case, bool]:
-        """Draw tries of different cases under a gate, and have them judged."""
+    def judged(self, asked: Sequence[tuple[Case, Try]], gate: GateChoice | None, why: str) -> dict[Case, bool]:
+        """Draw tries of different cases under a gate, and have them judged. why: as for `Witness`."""
         with self._attached(gate):
-            return dict(zip([case for case, _ in asked], self._judged(asked), strict=True))
+            return dict(zip([case for case, _ in asked], self._judged(asked, why), strict=True))
 
-    def _judged(self, asked: Sequence[tuple[Case, Try]]) -> list[bool]:
+    def _judged(self, asked: Sequence[tuple[Case, Try]], why: str) -> list[bool]:
         keys = [self._drawn_alike(case, one) for case, one in asked]
         new = [pair for pair, key in zip(asked, keys, strict=True) if key not in self.seen]
-        shown = iter(self.judge(draw(self.victim.pipe, new, self.drawing)[0]) if new else ())
+        pictures = draw(self.victim.pipe, new, self.drawing)[0] if new else []
+        answers = [bool(seen) for seen in self.judge(pictures)] if new else []
+        for (case, one), picture, seen in zip(new, pictures, answers, strict=True):
+            self.witness(why, case, one, picture, seen)
+        shown = iter(answers)
         found = [self.seen[key] if key in self.seen else bool(next(shown)) for key in keys]
         self.seen.update({key: seen for key, seen in zip(keys, found, strict=True) if key is not None})
         return found
@@ -257,7 +277,7 @@ class _Trial:
             for seed in row
             if one.latents is None
         ]
-        shown = self._judged(asked)
+        shown = self._judged(asked, "fresh")
         again: dict[Case, list[bool]] = {case: [] for case in found}
         for (case, _), seen in zip(asked, shown, strict=True):
             again[case].append(seen)

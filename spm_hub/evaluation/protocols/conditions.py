@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.attachment.attachment import attach
+from spm_hub.attachment.attachment import Attachment, attach
 from spm_hub.evaluation.pictures import RESTORED, WITH, WITHOUT
 from spm_hub.evaluation.records.drawing import BatchToDraw, Conditions, Drawing, RowDefaults
 from spm_hub.evaluation.records.folder import RunFolder
@@ -32,11 +32,11 @@ def conditions_of(pipe: DiffusionPipeline, erasers: Sequence[Adapter], options: 
 @contextmanager
 def _without_the_first(
     pipe: DiffusionPipeline, erasers: Sequence[Adapter], options: Mapping[str, Any]
-) -> Iterator[None]:
+) -> Iterator[Attachment]:
     """Attach all erasers, and take the first one away again, for the duration of the block."""
     with attach(pipe, erasers, **options) as attached:
         attached.recover(erasers[0].name)
-        yield
+        yield attached
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.errors import UsageError
+from spm_hub.evaluation.attacks.records.folder import AttackFolder, is_attack
+from spm_hub.evaluation.attacks.records.recording import digest_of, judge_attacks_again
 from spm_hub.evaluation.metrics.named import distances, metrics_named
 from spm_hub.evaluation.pictures import RESTORED, WITH, WITHOUT
 from spm_hub.evaluation.prompts.columns import ColumnMap
@@ -136,6 +137,8 @@ def score_again(path: Path, measure: Sequence[str], reporter: Reporter) -> dict[
     Numbers of other metrics stay. Raises NotFoundError, UsageError, MetricError.
     """
     folder = RunFolder.open(path)
+    if is_attack(folder.run):
+        return judge_attacks_again(AttackFolder.open(path), measure, reporter)
     metrics = metrics_named(measure)
     with folder.locked():
         score(folder, metrics, reporter)
@@ -181,7 +184,7 @@ def _run(
         "published": [one.model_dump() for one in protocol.published if one.erased is None or one.erased in erased],
         "model": model,
         "erasers": [
-            {"name": one.name, "concept": list(one.manifest.concept.names), "sha256": _digest(one)} for one in erasers
+            {"name": one.name, "concept": list(one.manifest.concept.names), "sha256": digest_of(one)} for one in erasers
         ],
         "conditions": [WITHOUT, WITH],
         "drawing": asdict(defaults),
@@ -192,16 +195,6 @@ def _run(
         "stand_in_for": wanted if file is None else None,
         "versions": {name: version(name) for name in _LIBRARIES},
     }  # fmt: skip
-
-
-def _digest(eraser: Adapter) -> str:
-    """Return the sha256 of an eraser's numbers, by module and part; its file may be of any format."""
-    digest = hashlib.sha256()
-    for path, increment in sorted(eraser.increments.items()):
-        for part, tensor in sorted(increment.tensors().items()):
-            digest.update(f"{path} {part} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor.detach().cpu().double().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _gate_name(gate: object) -> str | float | None:

@@ -21,7 +21,7 @@ from spm_hub.io.progress import ProgressCallback
 from spm_hub.io.runners.runner import Place, Runner, Say, Serial, Work
 
 Conditions = Mapping[str, Callable[[], AbstractContextManager[Any]]]
-"""For each condition a function that attaches its erasers for the duration of a `with` block."""
+"""For each condition a function that attaches its erasers for a `with` block, which has the attachment, or None."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,19 @@ class Drawing:
         Erasers stay attached while batches of one condition follow each other.
         """
         self.pipe.set_progress_bar_config(disable=True)
-        now = None
+        now: tuple[str, Any] = ("", None)
         with ExitStack() as attached:
 
             def draw(piece: BatchToDraw) -> str:
                 nonlocal now
                 condition, number = piece
-                if condition != now:
+                if condition != now[0]:
                     attached.close()
-                    attached.enter_context(self.conditions[condition]())
-                    now = condition
+                    now = condition, attached.enter_context(self.conditions[condition]())
                 batch = self.folder.batches[number]
-                samples = self.folder.keep(condition, batch, draw_batch(self.pipe, batch, self.defaults))
+                pictures = draw_batch(self.pipe, batch, self.defaults)
+                gammas = {} if now[1] is None else dict(now[1].last_gammas)
+                samples = self.folder.keep(condition, batch, pictures, gammas)
                 return "".join(sample.to_line() for sample in samples)
 
             yield draw

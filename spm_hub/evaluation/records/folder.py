@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
@@ -47,7 +48,7 @@ class RunFolder:
         return tuple(self.run["conditions"])
 
     @classmethod
-    def start(cls, path: Path, run: Mapping[str, Any], rows: Sequence[PromptRow], *, resume: bool) -> RunFolder:
+    def start(cls, path: Path, run: Mapping[str, Any], rows: Sequence[PromptRow], *, resume: bool) -> Self:
         """Make a folder for a run, or continue the same run.
 
         Raises UsageError if the folder has a run already and `resume` is not set, or has another run; RegistryError.
@@ -67,7 +68,7 @@ class RunFolder:
         return cls(path, json.loads(content[RUN]), rows)
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: Path) -> Self:
         """Open the folder of a run.
 
         Raises NotFoundError for another folder, UsageError for files that are not of a run.
@@ -129,14 +130,24 @@ class RunFolder:
                     whole += samples
         return tuple(whole)
 
-    def keep(self, condition: str, batch: Batch, pictures: Sequence[Image.Image]) -> tuple[Sample, ...]:
-        """Write the pictures of one batch, and return their samples. Raises RegistryError."""
+    def keep(
+        self,
+        condition: str,
+        batch: Batch,
+        pictures: Sequence[Image.Image],
+        gammas: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    ) -> tuple[Sample, ...]:
+        """Write the pictures of one batch, and return their samples.
+
+        gammas: of each eraser, one for each picture. Raises RegistryError.
+        """
         first = sum(len(earlier.rows) for earlier in self.batches[: batch.number])
         samples = []
-        for place, (row, picture) in enumerate(zip(batch.rows, pictures, strict=True), start=first):
-            name = f"pictures/{condition}/{place:06d}.png"
+        for at, (row, picture) in enumerate(zip(batch.rows, pictures, strict=True)):
+            name = f"pictures/{condition}/{first + at:06d}.png"
             write_png(self.path / name, picture, {**row.as_dict(), "condition": condition})
-            samples.append(Sample(row.id, condition, row.seed, batch.number, name, pixel_hash(picture)))
+            own = {eraser: round(each[at], 6) for eraser, each in gammas.items()}
+            samples.append(Sample(row.id, condition, row.seed, batch.number, name, pixel_hash(picture), gammas=own))
         return tuple(samples)
 
     def replace(self, samples: Sequence[Sample]) -> None:

@@ -19,7 +19,7 @@ class Sample:
     """A picture of a prompt row under one condition, and its scores by metric.
 
     row: the row's id. batch: the number of the batch in which it was drawn. picture: its file, relative to the folder.
-    sha256: of its pixels (`pixel_hash`).
+    sha256: of its pixels (`pixel_hash`). gammas: of each attached eraser for the row's prompt, before its strength.
     """
 
     row: str
@@ -29,6 +29,7 @@ class Sample:
     picture: str
     sha256: str
     scores: Mapping[str, Score] = field(default_factory=lambda: MappingProxyType({}))
+    gammas: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     def scored(self, more: Mapping[str, Score]) -> Sample:
         """Return the sample with more scores; those of the same names are replaced."""
@@ -36,7 +37,9 @@ class Sample:
 
     def to_line(self) -> str:
         """Return the line of samples.jsonl, which ends with a newline."""
-        return json.dumps({**vars(self), "scores": dict(sorted(self.scores.items()))}, sort_keys=True) + "\n"
+        return (
+            json.dumps({**vars(self), "scores": dict(self.scores), "gammas": dict(self.gammas)}, sort_keys=True) + "\n"
+        )
 
     @classmethod
     def from_dict(cls, value: Any) -> Sample:
@@ -47,6 +50,8 @@ class Sample:
             raise TypeError("a key has a value of another type")
         if not all(isinstance(score, bool | int | float) for score in sample.scores.values()):
             raise TypeError("a score is no number")
+        if not all(isinstance(gamma, int | float) for gamma in sample.gammas.values()):
+            raise TypeError("a gamma is no number")
         return sample
 
 

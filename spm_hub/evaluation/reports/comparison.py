@@ -13,6 +13,7 @@ from spm_hub.evaluation.pictures import WITH, WITHOUT
 from spm_hub.evaluation.records.folder import RunFolder
 from spm_hub.evaluation.records.sample import Sample
 from spm_hub.evaluation.records.scoring import described_metrics
+from spm_hub.evaluation.reports.parts import HEAD, STYLE
 from spm_hub.evaluation.reports.plot import trade_off
 from spm_hub.evaluation.reports.report import groups_of
 from spm_hub.evaluation.reports.wording import named
@@ -48,12 +49,8 @@ class Comparison:
         )
         heads = "".join(f"<th>{escape(name)}</th>" for name in self.names)
         return (
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Comparison</title>\n'
-            '<link rel="icon" href="data:,">\n<style>body{margin:0 auto;max-width:1200px;padding:16px;'
-            "font:16px/1.5 system-ui,sans-serif}svg{width:100%;height:auto;max-width:760px}.scroll{overflow-x:auto}"
-            "td,th{text-align:left;padding:4px 12px 4px 0}</style>\n</head>\n<body>\n"
-            f"<h1>{escape(' and '.join(self.names))}</h1>\n{plot}\n"
+            f"{HEAD}<title>Comparison</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+            f'<h1>{escape(" and ".join(self.names))}</h1>\n<div class="scroll">{plot}</div>\n'
             f'<div class="scroll"><table><tr><th>metric</th><th>subject</th>{heads}</tr>{rows}</table></div>\n'
             "</body>\n</html>\n"
         )

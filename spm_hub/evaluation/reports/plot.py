@@ -50,6 +50,43 @@ def changes(tables: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+_COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#a1a1aa", "#71717a")
+
+
+def curves(shares: Mapping[str, Sequence[float]]) -> str:
+    """Return a plot of attacks: the share of cases that are brought back, over the tries of each case.
+
+    shares: for each attack its share after 0, 1, 2, ... tries.
+    """
+    bottom, most = 270, max([len(curve) - 1 for curve in shares.values()] + [1])
+    scale = WIDTH - 60 - RIGHT
+
+    def x(tries: int) -> float:
+        return round(60 + tries / most * scale, 1)
+
+    def y(share: float) -> float:
+        return round(bottom - share * (bottom - 20), 1)
+
+    parts = [f'<line x1="60" x2="{60 + scale}" y1="{bottom}" y2="{bottom}" stroke="{_AXIS}"/>']
+    parts += [f'<text x="52" y="{y(share) + 4}" text-anchor="end">{share:.0%}</text>' for share in (0.0, 0.5, 1.0)]
+    parts += [
+        f'<text x="{x(tries)}" y="{bottom + 18}" text-anchor="middle">{tries}</text>' for tries in {0, most // 2, most}
+    ]
+    for place, (name, curve) in enumerate(shares.items()):
+        colour, points = _COLOURS[place % len(_COLOURS)], []
+        for tries, share in enumerate(curve):
+            points += [(x(tries), y(curve[tries - 1] if tries else share)), (x(tries), y(share))]
+        line = " ".join(f"{across},{up}" for across, up in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="{72 + 170 * (place % 4)}" y="{bottom + 44 + 20 * (place // 4)}" style="fill:{colour}">')
+        parts.append(f"{escape(name)}</text>")
+    height = bottom + 56 + 20 * ((len(shares) - 1) // 4)
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Share of prompts brought back over tries">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
 def trade_off(points: Sequence[tuple[str, float, float]]) -> str:
     """Return a plot of runs: the target's share erased to the right, others' share lost upwards.
 

@@ -19,6 +19,9 @@ from spm_hub.evaluation.records.scoring import described_metrics, features_of
 from spm_hub.io.hashing import sha256_of
 
 FORMAT = 1
+ACTS = 0.05
+"""Above this gamma an eraser counts as acting on a prompt."""
+
 ALL = "all"
 """The subject of a line about every subject of a role."""
 
@@ -62,8 +65,23 @@ def report_of(folder: RunFolder, distances: Distances) -> dict[str, Any]:
         "pictures": len(samples),
         "samples_sha256": sha256_of(folder.path / SAMPLES),
         "tables": tables,
+        "gates": [line for condition in folder.conditions for line in _gates(groups, samples, condition)],
         "findings": findings(tables, folder.run.get("restored")),
     }
+
+
+def _gates(groups: Sequence[Group], samples: Mapping[tuple[str, str], Sample], condition: str) -> list[dict[str, Any]]:
+    """Return the mean gamma of each group and eraser, and the share of prompts on which it acts."""
+    lines = []
+    for group in groups:
+        drawn = [samples[condition, row].gammas for row in group.rows]
+        for eraser in drawn[0] if group.subject != ALL else ():
+            gammas = [each[eraser] for each in drawn]
+            about = {"condition": condition, "role": group.role, "subject": group.subject, "group": group.group}
+            acting = sum(gamma > ACTS for gamma in gammas) / len(gammas)
+            lines.append({**about, "eraser": eraser, "n": len(gammas), "mean": _rounded(sum(gammas) / len(gammas)),
+                          "acting": _rounded(acting)})  # fmt: skip
+    return lines
 
 
 def groups_of(folder: RunFolder) -> tuple[Group, ...]:

@@ -73,7 +73,7 @@ class OnRay:
 
 
 class _Actor:
-    """A worker: loads what the pieces share before its first piece, so that an error of it is one of the piece."""
+    """A worker. It loads what the pieces share with its first piece, so that errors of that are raised."""
 
     def __init__(self, work: Work, threads: int) -> None:
         import torch

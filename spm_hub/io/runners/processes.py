@@ -108,7 +108,7 @@ class _Team:
         """Remove a worker that has died, and return how."""
         self._workers.remove(worker)
         worker.connection.close()
-        worker.process.join(timeout=10)
+        worker.process.join(timeout=60)
         code = worker.process.exitcode
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from recorded import QUIET, ROWS, RUN, bright, evaluate, metrics
+from recorded import QUIET, ROWS, RUN, bright, contents, evaluate, metrics
 
 from spm_hub.errors import NotFoundError, RegistryError, UsageError
 from spm_hub.evaluation.metrics.metric import Judge
@@ -26,15 +26,6 @@ from spm_hub.evaluation.reports.report import report_of
 from spm_hub.evaluation.reports.writing import write_reports
 
 FILES = ("run.json", "rows.jsonl", "samples.jsonl", "metrics.json", "report.json", "report.md", "report.html")
-
-
-def contents(path: Path) -> dict[str, str]:
-    """The hash of every file that a run leaves, but its lock."""
-    return {
-        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name != ".lock"
-    }
 
 
 @pytest.fixture(scope="module")

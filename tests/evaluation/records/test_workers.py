@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pico import pico_eraser, pico_pipeline
-from recorded import DEFAULTS, ROWS, RUN
-from test_runs import contents
+from recorded import DEFAULTS, ROWS, RUN, contents
 
 from spm_hub.evaluation.protocols.conditions import DrawingElsewhere
 from spm_hub.evaluation.records.drawing import BatchToDraw, draw_missing

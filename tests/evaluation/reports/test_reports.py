@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,25 @@ def test_plots_stay_within_their_frame() -> None:
 def test_a_zero_has_no_sign() -> None:
     assert wording.with_interval(-0.0, (-0.0, 0.0), "set") == "0 (0 to 0)"
     assert wording.with_interval(-0.0, None, "judge", signed=True) == "+0 %"
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_browser_shows_the_page_without_an_error_and_without_scrolling_sideways(
+    run: Path, tmp_path: Path, width: int
+) -> None:
+    page = tmp_path / "page.html"
+    measure = (
+        "<script>addEventListener('load', () => { document.body.dataset.widths = "
+        "[innerWidth, document.documentElement.scrollWidth].join(' ') })</script>"
+    )
+    page.write_text((run / "report.html").read_text().replace("</body>", f"{measure}</body>"))
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         "--enable-logging=stderr", "--v=0", f"--window-size={width},2000", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    found = re.search(r'data-widths="(\d+) (\d+)"', done.stdout)
+    assert found is not None
+    assert int(found[2]) <= int(found[1]) == width

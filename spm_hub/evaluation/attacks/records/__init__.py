@@ -1,0 +1,1 @@
+"""Records of attacks: every judged picture is kept, in a folder that can be resumed and judged again."""

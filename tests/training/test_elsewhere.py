@@ -1,0 +1,93 @@
+"""Workers train the same files as one process, also when one is killed in the middle."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pico import pico_pipeline
+
+from spm_hub.errors import NotFoundError, UsageError
+from spm_hub.io.progress import Bars
+from spm_hub.io.runners.processes import Processes
+from spm_hub.io.runners.runner import Place, Work
+from spm_hub.models.base_choice import BaseChoice
+from spm_hub.registry.entry import EraserEntry
+from spm_hub.registry.registry import Registry
+from spm_hub.training import elsewhere
+from spm_hub.training.elsewhere import Trainings, train_elsewhere
+from spm_hub.training.planning import plan_runs
+from spm_hub.training.session import Session
+
+SETS = ("options.sentences=20", "options.held=30", "options.hold=4.0")
+
+
+@dataclass(frozen=True)
+class KilledAfter:
+    """Trainings of which one kills its worker once, after its eraser was kept."""
+
+    work: Trainings
+    piece: int
+
+    @contextmanager
+    def open(self, place: Place) -> Iterator[Callable[[int], Any]]:
+        assert self.work.session.registry is not None
+        mark = self.work.session.registry.root / "killed"
+        with self.work.open(place) as train:
+
+            def train_or_die(number: int) -> Any:
+                made = train(number)
+                if number == self.piece and not mark.exists():
+                    mark.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return made
+
+            yield train_or_die
+
+
+@dataclass(frozen=True)
+class Killing:
+    """Two processes that do such work."""
+
+    piece: int
+
+    def run(self, work: Work, pieces: Any, say: Any) -> Iterator[tuple[int, Any]]:
+        assert isinstance(work, Trainings)
+        yield from Processes(2).run(KilledAfter(work, self.piece), pieces, say)
+
+
+def found(reference: str) -> EraserEntry:
+    raise NotFoundError(f"there is no {reference}")
+
+
+def test_two_processes_one_killed_make_the_same_erasers_as_one_process(tmp_path: Path) -> None:
+    pico_pipeline().save_pretrained(tmp_path / "base")
+    concepts = ("snoopy", "mickey", "pikachu")
+    plans = plan_runs(concepts, {"model": str(tmp_path / "base"), "method": "instant"}, sets=SETS)
+    base = BaseChoice(str(tmp_path / "base"))
+    said: list[str] = []
+
+    class Listening(Bars):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    def files(name: str) -> dict[str, str]:
+        registry = Registry(tmp_path / name)
+        session = Session(plans, base, Listening(False), found, registry=registry, resume=True)
+        session.check()
+        entries = train_elsewhere(session, Killing(1)) if name == "two" else session.train()
+        assert tuple(entry.name for entry in entries) == concepts
+        return {one.name: hashlib.sha256(one.adapter_path.read_bytes()).hexdigest() for one in entries}
+
+    assert files("two") == files("one")
+    assert any("a worker was lost" in text for text in said), said
+    nowhere = replace(Session(plans, base, Bars(False), found))
+    with pytest.raises(UsageError, match="keep erasers in a registry"):
+        elsewhere.train_elsewhere(nowhere, Processes(2))
