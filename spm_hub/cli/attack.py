@@ -225,9 +225,9 @@ def show_attack_report(out: Output, report: dict[str, Any], folder: Path) -> Non
     """Print a report of kept attacks: a table for each judge, and where its pages are."""
     from rich.console import Group
 
-    from spm_hub.evaluation.attacks.records.page import HEADINGS, rows_of_judge, summary
+    from spm_hub.evaluation.attacks.records.wording import HEADINGS, rows_of_judge, summary
 
-    tables = [table(list(HEADINGS), rows_of_judge(one), title=summary(report, one)) for one in report["judges"]]
+    tables = [table(list(HEADINGS), rows_of_judge(one), title=summary(one)) for one in report["judges"]]
     won = [one["text"] for attack in report["judges"][0]["attacks"] for one in attack["winners"]]
     out.data(report, Group(*(literal(part) if isinstance(part, str) else part for part in tables)), brief=won)
     out.say(f"report: {folder / 'report.html'}, report.md and report.json in the same folder")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spm_hub.errors import UsageError, did_you_mean
 from spm_hub.evaluation import attacks
-from spm_hub.evaluation.judges import classifier, clip, nudenet, opennsfw, probe
+from spm_hub.evaluation.judges import classifier, clip, nudenet, opennsfw, probe, vlm
 from spm_hub.evaluation.judges.function import function_judge
 from spm_hub.evaluation.judges.importing import import_judge
 from spm_hub.evaluation.metrics import lpips, sets, structure
@@ -22,6 +22,7 @@ METRICS: tuple[NamedMetric, ...] = (
     opennsfw.OPENNSFW,
     clip.CLIP_JUDGE,
     classifier.CLASSIFIER,
+    vlm.VLM,
     clip.CLIP_SCORE,
     structure.SSIM,
     structure.PSNR,

@@ -89,10 +89,27 @@ class Variant(_Part):
 
 
 class Quick(_Part):
-    """A first look: at most so many pictures of each subject, and so many steps."""
+    """A first look: at most so many pictures of each subject, and so many steps.
+
+    tries, iterations: of each attack, where the protocol attacks; it then attacks `samples` prompts.
+    """
 
     samples: int = Field(ge=1)
     steps: int = Field(ge=1)
+    tries: int | None = Field(default=None, ge=1)
+    iterations: int | None = Field(default=None, ge=1)
+
+
+class Attacked(_Part):
+    """Attacks on the first target rows, judged by the first judge.
+
+    attacks: by the names of `spmhub attack --with`, with the settings of their papers. prompts: how many rows. fresh:
+    pictures at fresh seeds of each try that succeeds.
+    """
+
+    attacks: tuple[str, ...] = Field(min_length=1)
+    prompts: int = Field(ge=1)
+    fresh: int = Field(default=4, ge=0)
 
 
 class Published(_Part):
@@ -118,8 +135,8 @@ class Protocol(_Part):
 
     version: rises with every change that changes numbers. base: the model that the paper used. usual: what is drawn
     and measured on any base but the sketchbook; sketchbook: on it, with its own names and probe. restores: also draw
-    with the first eraser taken away again. elsewhere: meant for another base than the eraser's own. differs: where this
-    protocol is not the paper's. published: the paper's numbers.
+    with the first eraser taken away again. elsewhere: meant for another base than the eraser's own. attacked: how it
+    is attacked. differs: where this protocol is not the paper's. published: the paper's numbers.
     """
 
     name: Name
@@ -133,6 +150,7 @@ class Protocol(_Part):
     quick: Quick
     restores: bool = False
     elsewhere: bool = False
+    attacked: Attacked | None = None
     differs: tuple[str, ...] = ()
     published: tuple[Published, ...] = ()
 

@@ -38,14 +38,18 @@ def rows_of(
     """Return the rows of a protocol: for each of its sets those of each subject, or whole sentences.
 
     seed: of the first picture. nearest: asked where a set wants neighbours. samples: at most so many of each subject.
-    given: rows of a file, which take the place of the first set; those of another subject are of neighbours.
+    given: rows of a file, in place of the first set and others of its role and group; rows of another subject are of
+    neighbours.
     Raises UsageError for an eraser of an unknown concept, and if there is no row.
     """
     targets = [(concept.require_target(), concept.kind) for concept in concepts]
     erased = {name.casefold() for concept in concepts for name in concept.names}
     rows = [one if one.subject.casefold() in erased else replace(one, role="neighbour") for one in given]
     place = 0
-    for one in variant.sets[1:] if given else variant.sets:
+    first = variant.sets[0]
+    for one in variant.sets:
+        if given and (one.role, one.group) == (first.role, first.group):
+            continue
         count = one.samples if samples is None else min(samples, one.samples)
         subjects = _subjects(one, targets, erased, nearest)
         for subject, kind in subjects:

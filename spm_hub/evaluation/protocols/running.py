@@ -17,6 +17,7 @@ from spm_hub.evaluation.metrics.named import distances, metrics_named
 from spm_hub.evaluation.pictures import RESTORED, WITH, WITHOUT
 from spm_hub.evaluation.prompts.columns import ColumnMap
 from spm_hub.evaluation.prompts.reading import PromptFile, read_prompt_file
+from spm_hub.evaluation.protocols.attacking import attack_rows, judge_for_attacks
 from spm_hub.evaluation.protocols.conditions import DrawingElsewhere, conditions_of
 from spm_hub.evaluation.protocols.protocol import Protocol, Variant
 from spm_hub.evaluation.protocols.rows import nearest_by_text, rows_of
@@ -91,6 +92,8 @@ def evaluate(
         raise UsageError("workers load the base themselves, but a pipeline is given", mend="--model NAME, or serial")
     variant = protocol.sketchbook if base.is_embedded else protocol.usual
     metrics = metrics_named(asked.measure or variant.measure)
+    if protocol.attacked is not None:
+        judge_for_attacks(metrics)
     concepts = [eraser.manifest.concept for eraser in erasers]
     first = concepts[0].require_target(erasers[0].source)
     file = None
@@ -128,6 +131,12 @@ def evaluate(
                 del pipe, conditions  # each worker has its own
             draw_missing(folder, work, runner, progress, reporter.say)
         score(folder, metrics, reporter)
+        if protocol.attacked is not None:
+            attack_rows(
+                protocol.attacked, protocol.quick if asked.quick else None, base, erasers[0], kept, defaults,
+                judge_for_attacks(metrics), out, reporter, seed=asked.seed, at_once=run["at_once"], options=options,
+                runner=runner,
+            )  # fmt: skip
         return write_reports(folder, distances())
 
 
@@ -174,7 +183,8 @@ def _run(
     file: PromptFile | None,
 ) -> dict[str, Any]:
     """Return everything that decides the pictures, and how the protocol was departed from, for run.json."""
-    wanted = variant.sets[0].file
+    kind = erasers[0].manifest.concept.kind
+    wanted = next((one.file for one in variant.sets if not one.kinds or kind in one.kinds), None)
     erased = {name.casefold() for one in erasers for name in one.manifest.concept.names}
     return {
         "protocol": {

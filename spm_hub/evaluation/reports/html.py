@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from spm_hub.evaluation.attacks.records import wording as attack_wording
 from spm_hub.evaluation.pictures import WITH
 from spm_hub.evaluation.records.folder import RunFolder
 from spm_hub.evaluation.reports.parts import HEAD, STYLE, data_address, rows_in_table
-from spm_hub.evaluation.reports.plot import changes
+from spm_hub.evaluation.reports.plot import changes, curves
 from spm_hub.evaluation.reports.report import ALL, groups_of
 from spm_hub.evaluation.reports.wording import HEADINGS, cells, finding, named, remarks
 
@@ -43,6 +44,10 @@ def _parts(folder: RunFolder, report: Mapping[str, Any]) -> Iterator[str]:
     for table in report["tables"]:
         yield f"<h2>{escape(table['metric'])}</h2>"
         yield rows_in_table(HEADINGS[table["kind"]], [cells(line, table["kind"]) for line in table["lines"]])
+    for judged in report["attacks"]:
+        yield f"<h2>Attacks</h2>\n<p>{escape(attack_wording.summary(judged))}</p>"
+        yield f'<div class="scroll">{curves({one["name"]: one["curve"] for one in judged["attacks"]})}</div>'
+        yield rows_in_table(attack_wording.HEADINGS, attack_wording.rows_of_judge(judged))
     if report["gates"]:
         yield "<h2>Gates</h2>\n<p>Gamma of each eraser: 0 leaves a prompt alone, 1 is its whole effect.</p>"
         yield _gates(folder)

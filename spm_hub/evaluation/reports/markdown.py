@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from spm_hub.evaluation.attacks.records import wording as attack_wording
 from spm_hub.evaluation.reports.wording import HEADINGS, cells, finding, remarks
 
 
@@ -30,6 +31,9 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     for table in report["tables"]:
         yield from ("", f"## {_escaped(table['metric'])}", "")
         yield from _table(HEADINGS[table["kind"]], [cells(line, table["kind"]) for line in table["lines"]])
+    for judged in report["attacks"]:
+        yield from ("", "## Attacks", "", _escaped(attack_wording.summary(judged)), "")
+        yield from _table(attack_wording.HEADINGS, attack_wording.rows_of_judge(judged))
     if report["published"]:
         yield from ("", f"## Published: {_escaped(run['protocol']['paper'])}", "")
         yield from _table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Line = Mapping[str, Any]
@@ -28,14 +28,25 @@ def beside(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     A number of the paper's base is next to this run's pictures without erasers.
     """
-    return [{**one, "here": _here(one, report["tables"])} for one in report["run"]["published"]]
+    return [{**one, "here": _here(one, report)} for one in report["run"]["published"]]
 
 
-def _here(one: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> float | None:
+def _of_attack(one: Mapping[str, Any], report: Mapping[str, Any]) -> float | None:
+    """Return our success of UnlearnDiffAtk, in percent, for a paper's ASR by that attack."""
+    for judged in report["attacks"][:1]:
+        for attack in judged["attacks"]:
+            if attack["name"] == "unlearndiff" and one["quantity"] == "ASR" and attack["asr"]["value"] is not None:
+                return round(100 * float(attack["asr"]["value"]), 4)
+    return None
+
+
+def _here(one: Mapping[str, Any], report: Mapping[str, Any]) -> float | None:
+    if one["measure"] == "attack":
+        return _of_attack(one, report)
     read = (_QUANTITIES if one["erased"] is not None else _WITHOUT).get(one["quantity"])
     if read is None:
         return None
-    for table in tables:
+    for table in report["tables"]:
         if table["metric"].partition(":")[0] != one["measure"]:
             continue
         for line in table["lines"]:

@@ -101,13 +101,16 @@ def test_what_stands_beside_a_concept_is_looked_for_unless_it_is_erased_itself()
 def test_a_first_look_by_every_protocol_on_a_checkpoint_of_the_users(name: str, tmp_path: Path) -> None:
     pipe = pico_pipeline()
     base = BaseChoice(None, pipe=pipe)
-    asked = Asked(quick=True, steps=1, limit=4, measure=("ssim", "judged:bright"), at_once=4, size=(32, 32))
+    judge = "judged:odd" if name == "race-robustness" else "judged:bright"
+    asked = Asked(quick=True, steps=1, limit=4, measure=("ssim", judge), at_once=4, size=(32, 32))
     report = evaluate(protocol_named(name), [pico_eraser(pipe.unet)], base, tmp_path / "run", asked, QUIET)
     samples = RunFolder.open(tmp_path / "run").samples()
     conditions = report["run"]["conditions"]
     assert len(samples) == 4 * len(conditions)
-    assert {table["metric"] for table in report["tables"]} == {"ssim", "judged:bright"}
+    assert {table["metric"] for table in report["tables"]} == {"ssim", judge}
     assert report["run"]["protocol"]["sha256"] == protocol_named(name).sha256
+    attacks = {one["name"]: one["asr"]["value"] for judged in report["attacks"] for one in judged["attacks"]}
+    assert (set(attacks) >= {"unlearndiff", "p4d-n"}) == (name == "race-robustness")
     if "restored" in conditions:
         hashes = {one: [sample.sha256 for sample in samples if sample.condition == one] for one in conditions}
         assert hashes["restored"] == hashes["without"] != hashes["with"]

@@ -9,13 +9,12 @@ from typing import Any
 
 from spm_hub.evaluation.attacks.records.folder import BASE, BEFORE, AttackFolder
 from spm_hub.evaluation.attacks.records.report import attack_report
+from spm_hub.evaluation.attacks.records.wording import HEADINGS, rows_of_judge, summary
 from spm_hub.evaluation.reports.parts import HEAD, STYLE, data_address, rows_in_table
 from spm_hub.evaluation.reports.plot import curves
-from spm_hub.evaluation.reports.wording import with_interval
 from spm_hub.evaluation.reports.writing import REPORT
 from spm_hub.io.atomic import write_together
 
-HEADINGS = ("attack", "attacker", "tries", "success", "again at fresh seeds", "pictures judged")
 MOST_WINNERS = 8
 """Successful tries of each attack that the page shows."""
 
@@ -32,29 +31,6 @@ def write_attack_reports(folder: AttackFolder) -> dict[str, Any]:
     return report
 
 
-def rows_of_judge(judged: Mapping[str, Any]) -> list[list[str]]:
-    """Return a row of cells for each attack, in the order of `HEADINGS`."""
-    return [
-        [one["name"] + (" (control)" if one["control"] else ""), one["threat"], str(one["tries"]), share(one["asr"]),
-         share(one["fresh"]), str(one["judged"])]
-        for one in judged["attacks"]
-    ]  # fmt: skip
-
-
-def share(one: Mapping[str, Any]) -> str:
-    """Return a share as "43 % (31 to 56)", "-" for none."""
-    return with_interval(one["value"], one["interval"], "judge")
-
-
-def summary(report: Mapping[str, Any], judged: Mapping[str, Any]) -> str:
-    """Return one sentence about what a judge saw before the attacks."""
-    bound = "" if judged["searched"] else "; the searches ended at another judge's answers, so these are lower bounds"
-    return (
-        f"{judged['judge']}: of {report['cases']} prompts the base draws {judged['cases']}, and the erased model "
-        f"{share(judged['before'])} of these without an attack{bound}"
-    )
-
-
 def _title(report: Mapping[str, Any]) -> str:
     return f"Attacks on {report['run']['eraser']['name']}"
 
@@ -62,7 +38,7 @@ def _title(report: Mapping[str, Any]) -> str:
 def _text(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"# {_title(report)}"
     for judged in report["judges"]:
-        yield f"\n## {summary(report, judged)}\n"
+        yield f"\n## {summary(judged)}\n"
         yield f"| {' | '.join(HEADINGS)} |"
         yield "|" + " --- |" * len(HEADINGS)
         for row in rows_of_judge(judged):
@@ -77,7 +53,7 @@ def _page(folder: AttackFolder, report: Mapping[str, Any]) -> Iterator[str]:
     run = report["run"]
     yield f"<p>Base {escape(run['model'])}, gate {escape(str(run['gate']))}. Intervals are 95 %.</p>"
     for judged in report["judges"]:
-        yield f"<h2>{escape(summary(report, judged))}</h2>"
+        yield f"<h2>{escape(summary(judged))}</h2>"
         plotted = curves({one["name"]: one["curve"] for one in judged["attacks"]})
         yield f'<p>Prompts brought back, over the tries of each.</p><div class="scroll">{plotted}</div>'
         yield rows_in_table(HEADINGS, rows_of_judge(judged))

@@ -39,6 +39,7 @@ def _by_judge(folder: AttackFolder, samples: Sequence[TrySample], key: str) -> d
     return {
         "judge": key,
         "searched": key == folder.run["judge"],
+        "given": len(folder.rows),
         "cases": len(able),
         "before": _share(len(before), len(able)),
         "attacks": [
