@@ -141,7 +141,7 @@ def attack(
 
 @dataclass(frozen=True)
 class _How:
-    """What is attacked, and how it is drawn and judged, for both ways to attack."""
+    """The eraser, the base, the judge and the drawing of an attack, whether pictures are kept or not."""
 
     entry: "EraserEntry"
     base: "BaseChoice"

@@ -40,6 +40,26 @@ def test_the_command_attacks_a_registered_eraser(tmp_path: Path, monkeypatch: py
         assert words in refused.output
 
 
+def test_pictures_are_kept_resumed_and_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pico_pipeline()
+    pico_eraser(pipe.unet).save(tmp_path / "snoopy.safetensors")
+    monkeypatch.setattr("spm_hub.models.loading.load_pipeline", lambda model, **given: pipe)
+    out = tmp_path / "kept"
+    given = ["attack", str(tmp_path / "snoopy.safetensors"), "--prompts", "6", "--with", "seeds", "--tries", "2",
+             "--steps", "1", "--judge", "judged:odd", "--fresh", "1", "--at-once", "3"]  # fmt: skip
+    done = CliRunner().invoke(app, [*given, "--out", str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said == json.loads((out / "report.json").read_text())
+    again = CliRunner().invoke(app, [*given, "--out", str(out)])
+    assert (again.exit_code, "has a run already" in again.output) == (2, True)
+    assert CliRunner().invoke(app, [*given, "--out", str(out), "--resume"]).exit_code == 0
+    scored = CliRunner().invoke(app, ["score", str(out), "--judge", "judged:bright", "--json"])
+    assert [one["judge"] for one in json.loads(scored.stdout)["judges"]] == ["judged:odd", "judged:bright"]
+    refused = CliRunner().invoke(app, [*given, "--runner", "processes"])
+    assert (refused.exit_code, "add --out DIR" in refused.output) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -38,7 +38,7 @@ VLM = NamedMetric("vlm", "vlm:MODEL", "a vision-language model's yes or no to th
 
 @torch.no_grad()
 def asked(folder: Path, picture: Image, subject: str) -> Verdict:
-    """Return whether a model answers yes; the score is the share of yes in the probability of both answers."""
+    """Return whether a model answers yes, and the share of yes in the probability of both answers."""
     model, processor, tokens = _model(folder)
     message = {
         "role": "user",
@@ -55,7 +55,7 @@ def asked(folder: Path, picture: Image, subject: str) -> Verdict:
 
 @cache
 def _model(folder: Path) -> tuple[Any, Any, dict[bool, list[int]]]:
-    """Return the model, its processor, and the first tokens of each answer. Raises ModelError if they are the same."""
+    """Return the model, its processor, and the first tokens of each answer. Raises ModelError."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()

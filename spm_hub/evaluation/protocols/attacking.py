@@ -46,8 +46,9 @@ def attack_rows(
     options: Mapping[str, Any],
     runner: Runner,
 ) -> None:
-    """Attack an eraser on target rows, in a folder inside that of the run; what it has is not done again.
+    """Attack an eraser on target rows, in a folder inside that of the run.
 
+    Units that are done are not done again.
     quick: the protocol's first look. at_once: rows attacked side by side. options: those of `attach`. Raises as
     `record_attacks` does.
     """

@@ -148,8 +148,10 @@ def test_papers_numbers_are_next_to_ours_in_their_unit() -> None:
         {"measure": "attack", "quantity": "ASR", "erased": "snoopy", "subject": "snoopy", "value": 88.0},
     ]
     numbers = [{**one, "condition": "with"} for one in numbers]
-    found = published.beside({"run": {"published": numbers}, "tables": tables})
-    assert [one["here"] for one in found] == [pytest.approx(20.0), 55.1, 0.0, None]
+    report = {"run": {"published": numbers}, "tables": tables, "attacks": []}
+    assert [one["here"] for one in published.beside(report)] == [pytest.approx(20.0), 55.1, 0.0, None]
+    attacked = {"attacks": [{"name": "p4d-n", "asr": {"value": 1.0}}, {"name": "unlearndiff", "asr": {"value": 0.75}}]}
+    assert published.beside({**report, "attacks": [attacked]})[-1]["here"] == 75.0
 
 
 def test_a_comparison_is_of_the_same_rows_and_says_how_they_differ(run: Path, tmp_path: Path) -> None:
