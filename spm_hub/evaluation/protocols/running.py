@@ -99,10 +99,8 @@ def evaluate(
     file = None
     if asked.prompts is not None:
         file = read_prompt_file(asked.prompts, subject=first, seed=asked.seed, columns=asked.columns)
-    for eraser in erasers:
-        if protocol.kinds and (kind := eraser.manifest.concept.kind) not in protocol.kinds:
-            reporter.say(f"{protocol.name} is for {' and '.join(protocol.kinds)}, and {eraser.name} is of kind {kind}")
     pipe = base.open()
+    _say_what_does_not_fit(protocol, erasers, base.name(pipe), reporter)
     defaults = _defaults(pipe, variant, protocol, asked, reporter)
     rows = rows_of(
         variant, concepts, seed=asked.seed, nearest=nearest_by_text(pipe),
@@ -116,8 +114,6 @@ def evaluate(
         pass  # erasers that do not go together are refused before there is a folder
     run = _run(protocol, variant, erasers, base.name(pipe), defaults, asked, file)
     run |= {"gate": _gate_name(gate), "strength": _strength(strength), "all_rows": len(rows)}
-    if protocol.elsewhere and (own := erasers[0].manifest.base.id) == run["model"]:
-        reporter.say(f"{protocol.name} is for another base than the eraser's own, and this is its own: {own}")
     if protocol.restores:
         run |= {"restored": first, "conditions": [WITHOUT, WITH, RESTORED]}
     run["at_once"] = asked.at_once or _at_once(pipe, kept, defaults)
@@ -138,6 +134,15 @@ def evaluate(
                 runner=runner,
             )  # fmt: skip
         return write_reports(folder, distances())
+
+
+def _say_what_does_not_fit(protocol: Protocol, erasers: Sequence[Adapter], model: str, reporter: Reporter) -> None:
+    """Say which erasers and which base a protocol is not meant for."""
+    for eraser in erasers:
+        if protocol.kinds and (kind := eraser.manifest.concept.kind) not in protocol.kinds:
+            reporter.say(f"{protocol.name} is for {' and '.join(protocol.kinds)}, and {eraser.name} is of kind {kind}")
+    if protocol.elsewhere and erasers[0].manifest.base.id == model:
+        reporter.say(f"{protocol.name} is for another base than the eraser's own, and this is its own: {model}")
 
 
 def score_again(path: Path, measure: Sequence[str], reporter: Reporter) -> dict[str, Any]:
