@@ -9,9 +9,10 @@ Everything else is imported when it is first used: `import spm_hub` costs nothin
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 from spm_hub.errors import UsageError
 
@@ -104,6 +105,31 @@ _ROOMS = {
 }
 
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _saying_what_is_missing(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Have a function raise UsageError for a library that the core distribution does not bring."""
+
+    @wraps(function)
+    def called(*args: _P.args, **given: _P.kwargs) -> _T:
+        try:
+            return function(*args, **given)
+        except ModuleNotFoundError as error:
+            library = (error.name or "").partition(".")[0]
+            if library in ("", "spm_hub"):
+                raise
+            package = {"yaml": "PyYAML", "PIL": "pillow"}.get(library, library)
+            raise UsageError(
+                f"spm_hub.{function.__name__} needs {package} here, which is not installed",
+                mend=f"pip install {package}; the distribution spm-hub brings all that spm-hub-core leaves out",
+            ) from error
+
+    return called
+
+
+@_saying_what_is_missing
 def attach(
     pipe: Any,
     adapters: "str | Path | Adapter | Iterable[str | Path | Adapter]" = (),
@@ -171,6 +197,7 @@ def attach(
     )  # fmt: skip
 
 
+@_saying_what_is_missing
 def gates(
     erasers: "str | Path | Adapter | Iterable[str | Path | Adapter]",
     text: str,
@@ -209,6 +236,7 @@ def gates(
     return asked.gates(text, states)
 
 
+@_saying_what_is_missing
 def load(reference: str | Path, *, registry: str | Path | None = None, lazy: bool = False) -> "Adapter":
     """Load an eraser by its path, its name or concept, or its address on the Hub.
 
@@ -222,6 +250,7 @@ def load(reference: str | Path, *, registry: str | Path | None = None, lazy: boo
     return resolving.load(str(reference), None if registry is None else Path(registry), lazy=lazy)
 
 
+@_saying_what_is_missing
 def pull(
     reference: str,
     *,
@@ -251,6 +280,7 @@ def pull(
     return pulled.entry.load()
 
 
+@_saying_what_is_missing
 def push(
     reference: str | Path,
     repo: str,
@@ -308,6 +338,7 @@ def train(
 ) -> "tuple[Adapter, ...]": ...  # fmt: skip
 
 
+@_saying_what_is_missing
 def train(
     concept: "str | Recipe | list[str] | tuple[str, ...]",
     *,
@@ -379,6 +410,7 @@ def train(
     return made if isinstance(concept, list | tuple) else made[0]
 
 
+@_saying_what_is_missing
 def apply(
     adapters: "str | Path | Adapter | Iterable[str | Path | Adapter]",
     prompts: str | Sequence[str],

@@ -51,12 +51,7 @@ def load(choice: str, reference: str) -> spm_hub.Adapter:
             "no eraser is chosen", mend="choose one in the list, or write a file, a name or owner/name into reference"
         )
     path = folder_paths.get_full_path(FOLDER, named) if not reference.strip() else None
-    try:
-        return spm_hub.load(path or named, lazy=True)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{named!r} is on the Hub, and {error.name} is not installed here", mend="pip install spm-hub"
-        ) from error
+    return spm_hub.load(path or named, lazy=True)
 
 
 def inform(done: int, every: int, figures: Mapping[str, float]) -> None:
