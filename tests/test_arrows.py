@@ -21,6 +21,7 @@ LEVELS = (
     ("hub",),
     ("evaluation",),
     ("serving",),
+    ("page",),
     ("cli",),
 )
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}

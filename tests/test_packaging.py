@@ -77,7 +77,7 @@ def test_metadata() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text().splitlines()[1]
     assert PROJECT["scripts"] == dict.fromkeys(("spmhub", "hf-spm"), "spm_hub.cli:main")
     assert Version(PROJECT["version"])
-    assert {"eval", "ray", "serve", "sign", "dev"} == set(EXTRAS)
+    assert {"eval", "ray", "serve", "sign", "ui", "dev"} == set(EXTRAS)
     assert (ROOT / "spm_hub" / "py.typed").is_file()
 
 

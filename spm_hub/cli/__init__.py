@@ -12,7 +12,7 @@ from spm_hub.errors import UsageError
 try:
     # Importing a module registers its commands; `spmhub --help` lists them in this order.
     # isort: off
-    from spm_hub.cli import train, demo, apply, serve, bake, evaluate, protocols, gates, attack  # noqa: F401
+    from spm_hub.cli import train, demo, apply, ui, serve, bake, evaluate, protocols, gates, attack  # noqa: F401
     from spm_hub.cli import registry, keep, trust, hub, convert, methods, models  # noqa: F401
 
     # isort: on

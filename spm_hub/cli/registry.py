@@ -35,7 +35,7 @@ def list_(
     remote: Annotated[bool, typer.Option("--remote", help="List erasers on the Hub; see spmhub search.")] = False,
 ) -> None:
     """List the erasers in your registries."""
-    from spm_hub.registry.registry import editable_registries
+    from spm_hub.registry.registry import listed_registries
 
     if remote:
         from spm_hub.cli.hub import show_results
@@ -45,7 +45,7 @@ def list_(
         show_results(out, search())
         return
     found: list[dict[str, Any]] = []
-    for place in editable_registries(registry):
+    for place in listed_registries(registry):
         for entry in place.entries():
             row: dict[str, Any] = {"name": entry.name, "registry": str(place.root)}
             try:

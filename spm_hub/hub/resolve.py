@@ -18,7 +18,7 @@ from spm_hub.io.progress import ProgressCallback
 from spm_hub.io.web_addresses import hub_reference
 from spm_hub.registry import lockfile, signing, storage
 from spm_hub.registry.entry import WEIGHTS_NAME, EraserEntry, entry_of
-from spm_hub.registry.registry import HUB_REFERENCE, Registry, is_registry, registries, requested_root
+from spm_hub.registry.registry import HUB_REFERENCE, Registry, is_registry, registries, requested_root, user_registry
 
 if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter
@@ -70,7 +70,7 @@ class _Asking:
             return self._from_hub(name, known)
         if hit.name != reference:
             self.say(f"{reference} means {hit.name}, {hit.adapter_path}")
-        elif place.root != (requested_root(self.registry) or known[-1].root):
+        elif place.root != (requested_root(self.registry) or user_registry().root):
             self.say(f"{reference} is the one of the registry {place.root}")
         return hit
 
@@ -109,7 +109,7 @@ class _Asking:
         from spm_hub.hub import pull as hub_pull
 
         self.say(f"{name} is in no registry; pulling {repo} ...")
-        target = known[-1] if requested_root(self.registry) is None else known[0]  # the last is the user's own
+        target = user_registry() if requested_root(self.registry) is None else known[0]
         try:
             found = hub_pull.pull_by_name(name, repo, target, self.progress)
         except NetworkError as error:

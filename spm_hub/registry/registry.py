@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 _SUFFIX = storage.SUFFIXES[storage.ADAPTERS]
 _CLONE = Path(__file__).resolve().parents[2]
 """The folder that the running code is in: a clone of spm-hub, or a folder of installed packages."""
+_PACKAGED = Path(__file__).resolve().parents[1] / "erasers"
+"""The erasers that an installed package brings along, for the sketchbook; a clone has them in its own folders."""
 HUB_REFERENCE = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -301,8 +303,9 @@ def requested_root(registry: Path | None = None) -> Path | None:
 def registries(registry: Path | None = None) -> tuple[Registry, ...]:
     """Return the registries to look names up in, in order.
 
-    They are: `registry` or SPMHUB_REGISTRY, and the user's own; before that the working folder, but only if it is the
-    clone of spm-hub whose code is running. In any other folder somebody else's erasers may answer to every name.
+    They are: `registry` or SPMHUB_REGISTRY, the user's own, and the one that an installed spm-hub brings along, which
+    is only read. Before the user's own comes the working folder, but only if it is the clone of spm-hub whose code is
+    running. In any other folder somebody else's erasers may answer to every name.
     Raises RegistryError if the folder that the user named does not exist.
     """
     roots = [user_registry().root]
@@ -315,6 +318,8 @@ def registries(registry: Path | None = None) -> tuple[Registry, ...]:
                 f"the registry {asked} does not exist", mend=f"mkdir -p {quoted(asked / storage.ADAPTERS)}"
             )
         roots = [asked, *(root for root in roots if root.resolve() != asked.resolve())]
+    if is_registry(_PACKAGED):
+        roots.append(_PACKAGED)
     return tuple(map(Registry, roots))
 
 
@@ -332,13 +337,21 @@ def registry_for_new(registry: Path | None = None) -> Registry:
     return Registry(asked) if asked is not None else registries()[0]
 
 
-def editable_registries(registry: Path | None = None) -> tuple[Registry, ...]:
-    """Return the registries to list and change erasers in: only the one that the user named, or else all.
+def listed_registries(registry: Path | None = None) -> tuple[Registry, ...]:
+    """Return the registries to list the erasers of: only the one that the user named, or else all.
 
     Raises RegistryError if the folder that the user named does not exist.
     """
     known = registries(registry)
     return known if requested_root(registry) is None else known[:1]
+
+
+def editable_registries(registry: Path | None = None) -> tuple[Registry, ...]:
+    """Return the registries to change erasers in: the listed ones without the one of the installed package.
+
+    Raises RegistryError if the folder that the user named does not exist.
+    """
+    return tuple(place for place in listed_registries(registry) if place.root != _PACKAGED)
 
 
 def registry_with(name: str, registry: Path | None = None) -> Registry:

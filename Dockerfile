@@ -1,0 +1,29 @@
+# syntax=docker/dockerfile:1
+# A CPU:  docker build -t spm-hub .
+# CUDA:   docker build -t spm-hub --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
+ARG PYTHON=3.12
+FROM python:${PYTHON}-slim
+
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG EXTRAS=serve,ui
+
+WORKDIR /build
+COPY . .
+# torch first: its index has the build for this machine, and the rest of the requirements are satisfied by it.
+RUN pip install --no-cache-dir -c constraints.txt --index-url "${TORCH_INDEX}" torch \
+    && pip install --no-cache-dir ".[${EXTRAS}]" \
+    && rm -rf /build/* \
+    && useradd --create-home --uid 1000 spmhub
+
+USER spmhub
+WORKDIR /home/spmhub
+# Registry and downloads; mount a volume here to keep them.
+ENV XDG_DATA_HOME=/home/spmhub/data HF_HOME=/home/spmhub/data/huggingface
+RUN mkdir -p data
+VOLUME /home/spmhub/data
+
+EXPOSE 8000 7860
+STOPSIGNAL SIGTERM
+HEALTHCHECK --start-period=120s CMD python -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"
+ENTRYPOINT ["spmhub"]
+CMD ["serve", "--host", "0.0.0.0"]
