@@ -24,7 +24,8 @@ PAGES = (
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 )
 NEEDS = (
-    "needs a GPU", "needs the Hub", "needs a package index", "needs ComfyUI", "needs a web UI", "runs until you stop it",
+    "needs a GPU", "needs the Hub", "needs a package index", "needs ComfyUI", "needs a web UI",
+    "runs until you stop it",
 )  # fmt: skip
 """Marks of what no test runs: an HTML comment before a block, or words in the comment at the end of a line."""
 
