@@ -347,7 +347,7 @@ def listed_registries(registry: Path | None = None) -> tuple[Registry, ...]:
 
 
 def editable_registries(registry: Path | None = None) -> tuple[Registry, ...]:
-    """Return the registries to change erasers in: the listed ones without the one of the installed package.
+    """Return the registries to change erasers in: the listed ones, but for the package's own.
 
     Raises RegistryError if the folder that the user named does not exist.
     """
