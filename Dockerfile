@@ -13,14 +13,14 @@ COPY . .
 RUN pip install --no-cache-dir -c constraints.txt --index-url "${TORCH_INDEX}" torch \
     && pip install --no-cache-dir ".[${EXTRAS}]" \
     && rm -rf /build/* \
-    && useradd --create-home --uid 1000 spmhub
+    && useradd --create-home --uid 1000 spmhub \
+    && install -d -o spmhub /data
 
 USER spmhub
-WORKDIR /home/spmhub
+WORKDIR /data
 # Registry and downloads; mount a volume here to keep them.
-ENV XDG_DATA_HOME=/home/spmhub/data HF_HOME=/home/spmhub/data/huggingface
-RUN mkdir -p data
-VOLUME /home/spmhub/data
+ENV XDG_DATA_HOME=/data HF_HOME=/data/huggingface
+VOLUME /data
 
 EXPOSE 8000 7860
 STOPSIGNAL SIGTERM
