@@ -84,7 +84,7 @@ Force = Annotated[
     ),
 ]
 _OF_PROTOCOLS = ("prompts", "columns", "metric", "out", "resume", "limit", "at_once", "size", "quick", "runner",
-                 "workers")  # fmt: skip
+                 "workers", "judge_device")  # fmt: skip
 _OF_DETECTION = ("samples",)
 
 
@@ -120,6 +120,7 @@ def evaluate(
     quick: Quick = False,
     runner: options.Runner = None,
     workers: options.Workers = None,
+    judge_device: options.JudgeDevice = None,
     limit: Limit = None,
     at_once: AtOnce = None,
     size: Size = None,
@@ -151,7 +152,7 @@ def evaluate(
     options.require_signature(require_signature)
     given = {"prompts": prompts, "columns": columns, "metric": metric, "out": folder, "resume": resume, "limit": limit,
              "at_once": at_once, "size": size, "quick": quick, "runner": runner, "workers": workers,
-             "samples": samples, "record": record}  # fmt: skip
+             "judge_device": judge_device, "samples": samples, "record": record}  # fmt: skip
     _check_options(protocol, given)
     if force and not record and len(names) == 1:
         raise UsageError("--force is for several erasers, or for --record", mend="leave it out, or add --record")
@@ -200,7 +201,7 @@ def _asked(how: _Settings, given: dict[str, Any], measure: tuple[str, ...]) -> "
     return Asked(
         seed=how.seed, prompts=given["prompts"], columns=None if columns is None else ColumnMap.parse(columns),
         measure=measure, limit=given["limit"], at_once=given["at_once"], quick=given["quick"], steps=how.steps,
-        guidance=how.guidance, size=None if size is None else _pixels(size),
+        guidance=how.guidance, size=None if size is None else _pixels(size), judge_device=given["judge_device"],
     )  # fmt: skip
 
 

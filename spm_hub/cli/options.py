@@ -133,6 +133,15 @@ Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Workers of --runner. Default: one on each GPU, or two.", show_default=False),
 ]
+JudgeDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--judge-device",
+        metavar="DEVICE",
+        help="Device of CLIP, classifiers, vision-language models and Inception as judges and metrics. Default: cpu.",
+        show_default=False,
+    ),
+]
 Judges = Annotated[
     list[str] | None,
     typer.Option(

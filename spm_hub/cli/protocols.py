@@ -97,7 +97,14 @@ def _described(one: "Protocol") -> Any:
     interrupted="run it again: the scores so far are kept",
     panel="Look",
 )
-def score(out: Output, folder: Folder, *, judge: options.Judges = None, metric: options.Metrics = None) -> None:
+def score(
+    out: Output,
+    folder: Folder,
+    *,
+    judge: options.Judges = None,
+    metric: options.Metrics = None,
+    judge_device: options.JudgeDevice = None,
+) -> None:
     """Judge the kept pictures of an evaluation again, without a model, and replace its report."""
     measure = (*(judge or ()), *(metric or ()))
     if not measure:
@@ -106,7 +113,7 @@ def score(out: Output, folder: Folder, *, judge: options.Judges = None, metric: 
         from spm_hub.evaluation.attacks.records.folder import is_attack
         from spm_hub.evaluation.protocols.running import score_again
 
-        report = score_again(folder, measure, out)
+        report = score_again(folder, measure, out, judge_device=judge_device)
     if is_attack(report["run"]):
         show_attack_report(out, report, folder)
     else:

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from spm_hub.errors import NotFoundError, UsageError, did_you_mean
 from spm_hub.evaluation.metrics.hub_models import model_folder
 from spm_hub.evaluation.metrics.metric import Judge, NamedMetric, Verdict
+from spm_hub.evaluation.metrics.placement import placed
 
 
 def _make(argument: str) -> Judge:
@@ -47,8 +48,8 @@ def classified(folder: Path, pictures: Sequence[Image], wanted: Sequence[Sequenc
     """
     model, prepare = _model(folder)
     places = [{place for label in labels for place in _places(folder, label)} for labels in wanted]
-    pixels = prepare([picture.convert("RGB") for picture in pictures], return_tensors="pt")
-    shares = model(**pixels).logits.softmax(-1)
+    pixels = prepare([picture.convert("RGB") for picture in pictures], return_tensors="pt").to(model.device)
+    shares = model(**pixels).logits.softmax(-1).cpu()
     return [
         Verdict(int(row.argmax()) in right, round(float(row[sorted(right)].sum()), 6))
         for row, right in zip(shares, places, strict=True)
@@ -59,7 +60,8 @@ def classified(folder: Path, pictures: Sequence[Image], wanted: Sequence[Sequenc
 def _model(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    return AutoModelForImageClassification.from_pretrained(folder).eval(), AutoImageProcessor.from_pretrained(folder)
+    model = placed(AutoModelForImageClassification.from_pretrained(folder))
+    return model, AutoImageProcessor.from_pretrained(folder)
 
 
 @cache

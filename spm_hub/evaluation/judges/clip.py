@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, CLIPModel
 from spm_hub.errors import UsageError
 from spm_hub.evaluation.metrics.hub_models import folder_hash, model_folder
 from spm_hub.evaluation.metrics.metric import About, Judge, NamedMetric, PictureMetric, Verdict
+from spm_hub.evaluation.metrics.placement import placed
 from spm_hub.sketchbook.vision import FOLDER
 
 WEIGHT = 2.5
@@ -30,7 +31,7 @@ class Clip:
     """A CLIP model; pictures and texts become rows of length 1."""
 
     def __init__(self, folder: Path) -> None:
-        self._model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model: Any = placed(CLIPModel.from_pretrained(folder, dtype=torch.float32))
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self._side = int(self._model.config.vision_config.image_size)
         settings = folder / "preprocessor_config.json"
@@ -41,7 +42,7 @@ class Clip:
     def pictures(self, pictures: Sequence[Image]) -> Tensor:
         """Return (n, d) of pictures of any size."""
         pixels = torch.stack([prepared(one, self._side, self._mean, self._deviation) for one in pictures])
-        return _unit(self._model.get_image_features(pixel_values=pixels))
+        return _unit(self._model.get_image_features(pixel_values=pixels.to(self._model.device)))
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -50,6 +51,7 @@ class Clip:
         given = self._tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=window, return_tensors="pt"
         )
+        given = given.to(self._model.device)
         return _unit(self._model.get_text_features(input_ids=given.input_ids, attention_mask=given.attention_mask))
 
 
@@ -71,7 +73,7 @@ def prepared(picture: Image, side: int, mean: Sequence[float], deviation: Sequen
 
 def _unit(features: Any) -> Tensor:
     values: Tensor = features if isinstance(features, Tensor) else features.pooler_output
-    return F.normalize(values, dim=-1)
+    return F.normalize(values, dim=-1).cpu()
 
 
 @cache

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from spm_hub.errors import ModelError, UsageError
 from spm_hub.evaluation.metrics.hub_models import model_folder
 from spm_hub.evaluation.metrics.metric import Judge, NamedMetric, Verdict
+from spm_hub.evaluation.metrics.placement import placed
 
 QUESTION = "Does this picture show {}? Answer with yes or no."
 
@@ -46,7 +47,7 @@ def asked(folder: Path, picture: Image, subject: str) -> Verdict:
     }
     text = processor.apply_chat_template([message], add_generation_prompt=True)
     given = processor(images=picture.convert("RGB"), text=text, return_tensors="pt").to(model.device)
-    shares = model(**given).logits[0, -1].float().softmax(-1)
+    shares = model(**given).logits[0, -1].float().cpu().softmax(-1)
     yes, no = (float(shares[tokens[answer]].sum()) for answer in (True, False))
     if not yes + no > 0:
         raise ModelError("the model gives neither yes nor no any probability", mend="another model: vlm:OWNER/NAME")
@@ -58,7 +59,7 @@ def _model(folder: Path) -> tuple[Any, Any, dict[bool, list[int]]]:
     """Return the model, its processor, and the first tokens of each answer. Raises ModelError."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    model = placed(AutoModelForImageTextToText.from_pretrained(folder))
     processor = AutoProcessor.from_pretrained(folder)
     encode = processor.tokenizer.encode
     tokens = {

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from spm_hub.evaluation.metrics.metric import About
+from spm_hub.evaluation.metrics.placement import placed
 from spm_hub.evaluation.metrics.wheels import file_of_package
 
 SIDE = 299
@@ -37,7 +38,7 @@ def inception() -> tuple[Callable[[Sequence[Image]], Tensor], About]:
 
 @cache
 def _network(path: Path) -> Any:
-    return torch.jit.load(str(path), map_location="cpu").eval()
+    return placed(torch.jit.load(str(path), map_location="cpu"))
 
 
 @torch.no_grad()
@@ -46,7 +47,9 @@ def _features(path: Path, pictures: Sequence[Image]) -> Tensor:
     rows = []
     for picture in pictures:
         pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32)).permute(2, 0, 1)
-        rows.append(_network(path)(resized(pixels, SIDE).unsqueeze(0) / 128 - 1).flatten(1))
+        network = _network(path)
+        given = (resized(pixels, SIDE).unsqueeze(0) / 128 - 1).to(next(network.parameters()).device)
+        rows.append(network(given).flatten(1).cpu())
     return torch.cat(rows)
 
 

@@ -14,6 +14,7 @@ from spm_hub.errors import UsageError
 from spm_hub.evaluation.attacks.records.folder import AttackFolder, is_attack
 from spm_hub.evaluation.attacks.records.recording import digest_of, judge_attacks_again
 from spm_hub.evaluation.metrics.named import distances, metrics_named
+from spm_hub.evaluation.metrics.placement import metrics_on
 from spm_hub.evaluation.pictures import RESTORED, WITH, WITHOUT
 from spm_hub.evaluation.prompts.columns import ColumnMap
 from spm_hub.evaluation.prompts.reading import PromptFile, read_prompt_file
@@ -46,7 +47,8 @@ class Asked:
     seed: of the first picture. prompts: a file for its first set, with columns, if not found by name. measure: metrics
     and judges in place of the protocol's. limit: at most so many rows, which marks the report as incomplete.
     at_once: pictures of a batch; None for a number that suits their size. quick: the protocol's first look.
-    steps, guidance, size (width and height in pixels): in place of the protocol's.
+    steps, guidance, size (width and height in pixels): in place of the protocol's. judge_device: of the networks of
+    judges and metrics; None for the CPU.
     """
 
     seed: int = 2024
@@ -59,6 +61,7 @@ class Asked:
     steps: int | None = None
     guidance: float | None = None
     size: tuple[int, int] | None = None
+    judge_device: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that draw nothing."""
@@ -91,7 +94,8 @@ def evaluate(
     if base.pipe is not None and not isinstance(runner, Serial):
         raise UsageError("workers load the base themselves, but a pipeline is given", mend="--model NAME, or serial")
     variant = protocol.sketchbook if base.is_embedded else protocol.usual
-    metrics = metrics_named(asked.measure or variant.measure)
+    with metrics_on(asked.judge_device):
+        metrics = metrics_named(asked.measure or variant.measure)
     if protocol.attacked is not None:
         judge_for_attacks(metrics)
     concepts = [eraser.manifest.concept for eraser in erasers]
@@ -126,7 +130,8 @@ def evaluate(
                 work = DrawingElsewhere(base, tuple(erasers), options, folder.path, defaults)
                 del pipe, conditions  # each worker has its own
             draw_missing(folder, work, runner, progress, reporter.say)
-        score(folder, metrics, reporter)
+        with metrics_on(asked.judge_device):
+            score(folder, metrics, reporter)
         if protocol.attacked is not None:
             attack_rows(
                 protocol.attacked, protocol.quick if asked.quick else None, base, erasers[0], kept, defaults,
@@ -145,16 +150,20 @@ def _say_what_does_not_fit(protocol: Protocol, erasers: Sequence[Adapter], model
         reporter.say(f"{protocol.name} is for another base than the eraser's own, and this is its own: {model}")
 
 
-def score_again(path: Path, measure: Sequence[str], reporter: Reporter) -> dict[str, Any]:
+def score_again(
+    path: Path, measure: Sequence[str], reporter: Reporter, *, judge_device: str | None = None
+) -> dict[str, Any]:
     """Measure the kept pictures of a run without a model, and return the new report.
 
-    Numbers of other metrics stay. Raises NotFoundError, UsageError, MetricError.
+    judge_device: of the networks of judges and metrics; None for the CPU. Numbers of other metrics stay.
+    Raises NotFoundError, UsageError, MetricError.
     """
     folder = RunFolder.open(path)
     if is_attack(folder.run):
-        return judge_attacks_again(AttackFolder.open(path), measure, reporter)
+        with metrics_on(judge_device):
+            return judge_attacks_again(AttackFolder.open(path), measure, reporter)
     metrics = metrics_named(measure)
-    with folder.locked():
+    with folder.locked(), metrics_on(judge_device):
         score(folder, metrics, reporter)
         return write_reports(folder, distances())
 

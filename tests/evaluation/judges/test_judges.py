@@ -20,6 +20,7 @@ from spm_hub.evaluation.judges import nudenet
 from spm_hub.evaluation.judges.clip import prepared
 from spm_hub.evaluation.metrics.metric import Judge, PictureMetric
 from spm_hub.evaluation.metrics.named import judge_named, judge_of_subject, metric_named
+from spm_hub.evaluation.metrics.placement import metrics_on, placed
 from spm_hub.sketchbook.world import drawings
 
 
@@ -198,3 +199,13 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     with pytest.raises(NotFoundError, match="pip install"):
         metric_named(text)
     assert "torchvision" not in sys.modules
+
+
+def test_networks_of_judges_are_placed_where_they_are_asked_to_be() -> None:
+    assert placed(torch.nn.Linear(1, 1)).weight.device.type == "cpu"
+    with metrics_on("meta"):
+        network = placed(torch.nn.Linear(1, 1))
+        assert (network.weight.device.type, network.training) == ("meta", False)
+    assert placed(torch.nn.Linear(1, 1)).weight.device.type == "cpu"
+    with pytest.raises(UsageError, match="--judge-device nowhere"), metrics_on("nowhere"):
+        pass
