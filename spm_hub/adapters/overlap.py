@@ -13,7 +13,7 @@ from torch import Tensor
 from spm_hub.adapters.formats.module_names import flat
 from spm_hub.adapters.increments import Dense, Increment, LowRank
 
-LEAST_OPPOSED, LEAST_SHARE = -0.5, 0.3
+LEAST_OPPOSED, LEAST_SHARE = -0.5, 0.4
 """Two erasers undo each other if the cosine of their changes is at most the first. The greater one undoes the other if
 it takes back so much of its change, at a cosine of at most minus this share."""
 LEAST_TAKEN = 0.05

@@ -57,8 +57,11 @@ _CROWDS = (10, 16, 25, 40, 63, 100, 160, 250, 400, 1000)
 
 The shares of `_ACTING` are those of ten or fewer. Among more erasers, each acts on a share that is smaller by as much.
 """
-_MARGIN = 0.06
-"""How far beyond the greatest score of sentences of one word a ramp begins, at least."""
+_MARGINS = {"state": (0.0, 0.1, 0.03), "sentence": (0.0, 0.15, 0.03)}
+"""How far beyond the scores that the bank's sentences reach a ramp begins, for the same three kinds of sentences.
+
+A word scores higher in a sentence than alone, the more so the smaller the text encoder.
+"""
 _SAME = 0.9
 """A word with at least this score reads like the name itself: its sentences do not count either."""
 _RAMP = 0.02
@@ -146,9 +149,8 @@ def _ramps_between(
         torch.stack([_reached(one[part & ~about], acting) for part, acting in zip(parts, _ACTING[term], strict=True)])
         for term, one in zip(_TERMS, terms, strict=True)
     ]
-    # The score of a word differs a little from sentence to sentence.
-    margins = torch.tensor([0.0, _MARGIN, 0.0])[:, None, None]
-    highest = (torch.stack(reached) + margins).amax(1).transpose(0, 1)
+    margins = torch.tensor([_MARGINS[term] for term in _TERMS], dtype=torch.float64)
+    highest = (torch.stack(reached) + margins[:, :, None, None]).amax(1).transpose(0, 1)
     gap = 1 - highest
     alike = gap < _LEAST_GAP
     start, end = highest.masked_fill(alike, torch.inf), (highest + _RAMP * gap).masked_fill(alike, torch.inf)
