@@ -8,6 +8,9 @@ terms of states are 0 up to the score that other sentences reach, and rise to 1 
 
 Many erasers would act on many prompts if each acted on few. The ramps of more than ten therefore begin at the scores
 that fewer sentences reach: all erasers together act about as often as ten. Words count the same for any number.
+
+Where the text is known its words show the name, and the ramps of states begin further away: few other prompts are
+taken for the concept's. Without a text, of `prompt_embeds` alone, they are all there is, and begin earlier.
 """
 
 from __future__ import annotations
@@ -57,10 +60,13 @@ _CROWDS = (10, 16, 25, 40, 63, 100, 160, 250, 400, 1000)
 
 The shares of `_ACTING` are those of ten or fewer. Among more erasers, each acts on a share that is smaller by as much.
 """
-_MARGINS = {"state": (0.0, 0.1, 0.03), "sentence": (0.0, 0.15, 0.03)}
-"""How far beyond the scores that the bank's sentences reach a ramp begins, for the same three kinds of sentences.
+_MARGINS = {"state": (0.0, 0.1, 0.04), "sentence": (0.0, 0.18, 0.04)}
+_BLIND_MARGINS = {"state": (0.0, 0.06, 0.0), "sentence": (0.0, 0.06, 0.0)}
+"""How far beyond the scores that the bank's sentences reach a ramp begins, for the same three kinds of sentences: with
+a text, and without one.
 
-A word scores higher in a sentence than alone, the more so the smaller the text encoder.
+A word scores higher in a sentence than alone, the more so the smaller the text encoder. With a text, ten times as many
+erasers have twice the margin: the bank has too few sentences to show what one in a thousand reaches.
 """
 _SAME = 0.9
 """A word with at least this score reads like the name itself: its sentences do not count either."""
@@ -78,9 +84,9 @@ class Calibration:
 
     directions: (2, names, d_text), float64, of unit length in fixed point: for single states, and for the mean of a
     prompt's states. A score is a product less `centre`, times `scale`, both (2, names): 0 at the bank's mean, 1 at the
-    name itself. start, end: (crowds, 2, names), the scores where the ramps of the state's and of the sentence's term
-    begin and end, for each number of erasers of `_CROWDS`; infinite for a name that other sentences cannot be told
-    from. `among` leaves those of one number, (2, names).
+    name itself. start, end: (2, crowds, 2, names), the scores where the ramps of the state's and of the sentence's term
+    begin and end, with a text and without one, for each number of erasers of `_CROWDS`; infinite for a name that other
+    sentences cannot be told from. `among` leaves those of one number and with or without a text, (2, names).
     """
 
     directions: Tensor
@@ -89,10 +95,10 @@ class Calibration:
     start: Tensor
     end: Tensor
 
-    def among(self, erasers: int) -> Calibration:
-        """Return the calibration with the ramps for so many erasers under the gate."""
+    def among(self, erasers: int, *, blind: bool) -> Calibration:
+        """Return the calibration with the ramps for so many erasers under the gate, blind: without a text."""
         crowd = min(bisect_left(_CROWDS, erasers), len(_CROWDS) - 1)
-        return replace(self, start=self.start[crowd], end=self.end[crowd])
+        return replace(self, start=self.start[int(blind), crowd], end=self.end[int(blind), crowd])
 
 
 def calibrate(
@@ -149,12 +155,22 @@ def _ramps_between(
         torch.stack([_reached(one[part & ~about], acting) for part, acting in zip(parts, _ACTING[term], strict=True)])
         for term, one in zip(_TERMS, terms, strict=True)
     ]
-    margins = torch.tensor([_MARGINS[term] for term in _TERMS], dtype=torch.float64)
-    highest = (torch.stack(reached) + margins[:, :, None, None]).amax(1).transpose(0, 1)
+    crowded = torch.tensor([1 + math.log10(crowd / _CROWDS[0]) for crowd in _CROWDS], dtype=torch.float64)
+    highest = torch.stack(
+        [
+            (torch.stack(reached) + (_margins(of_terms)[..., None] * grown)[..., None]).amax(1).transpose(0, 1)
+            for of_terms, grown in ((_MARGINS, crowded), (_BLIND_MARGINS, torch.ones_like(crowded)))
+        ]
+    )
     gap = 1 - highest
     alike = gap < _LEAST_GAP
     start, end = highest.masked_fill(alike, torch.inf), (highest + _RAMP * gap).masked_fill(alike, torch.inf)
     return Calibration(directions, centre, scale, start, end)
+
+
+def _margins(of_terms: Mapping[str, Sequence[float]]) -> Tensor:
+    """Return margins as (terms, kinds of sentences), float64."""
+    return torch.tensor([of_terms[term] for term in _TERMS], dtype=torch.float64)
 
 
 def _terms(greatest: Tensor, typical: Tensor, of_mean: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
@@ -248,14 +264,12 @@ class PreparedCalibratedGate:
     def __init__(self, matcher: NameMatcher, owners: Sequence[int], calibrations: Sequence[Calibration]) -> None:
         """owners: of each name, the index of its eraser; the names are in the order of the calibrations."""
         self._matcher, self._owners, self._erasers = matcher, torch.tensor(owners), len(calibrations)
-        among = [one.among(len(calibrations)) for one in calibrations]
-        self._known = Calibration(
-            *(torch.cat([getattr(one, part.name) for one in among], dim=1).contiguous() for part in fields(Calibration))
-        )
+        self._known, self._blind = (_joined(calibrations, blind=blind) for blind in (False, True))
 
     def gammas(self, prompts: Prompts) -> Tensor:
         """Return gamma of every prompt and eraser: (prompts, erasers), float64."""
-        per_name = self._ramps(self._scores(prompts.states)[0]).amax(0)
+        known = self._blind if prompts.texts is None else self._known
+        per_name = _along(known, self._scores(prompts.states)[0]).clamp_(0.0, 1.0).amax(0)
         for row, text in enumerate(prompts.texts or ()):
             for name, match in self._matcher.match(text).items():
                 per_name[row, name] = max(float(per_name[row, name]), match.share)
@@ -285,14 +299,15 @@ class PreparedCalibratedGate:
     def explain(self, prompts: Prompts) -> list[Explanation]:
         """Return for every eraser why it acts on the first prompt or does not."""
         scores, positions = self._scores(prompts.states[:1])
+        known = self._blind if prompts.texts is None else self._known
+        along = _along(known, scores)[:, 0]
         # The term that is furthest along its ramp; one that is not used for a name is never it.
-        terms = self._along(scores)[:, 0].argmax(0)
-        gammas = self._ramps(scores)[:, 0].amax(0)
+        terms, gammas = along.argmax(0), along.clamp(0.0, 1.0).amax(0)
         matches: Mapping[int, Match] = self._matcher.match(prompts.texts[0]) if prompts.texts is not None else {}
         best: dict[int, Explanation] = {}
         for name, owner in enumerate(self._owners.tolist()):
             gamma, term = float(gammas[name]), int(terms[name])
-            start, end = (float(part[term, name]) for part in (self._known.start, self._known.end))
+            start, end = (float(part[term, name]) for part in (known.start, known.end))
             shown = f"score {float(scores[term, 0, name]):.2f} (0 at {start:.2f}, 1 at {end:.2f})"
             if math.isinf(start):
                 shown = "no word of its names; other texts have states like theirs, so only words count"
@@ -316,20 +331,26 @@ class PreparedCalibratedGate:
         typical, of_mean = root_mean_square(above.sub_(known.centre[0]), lengths), means @ known.directions[1].T
         return _terms(greatest, typical, of_mean, known.centre, known.scale), positions
 
-    def _along(self, scores: Tensor) -> Tensor:
-        """Return the scores along their ramps: 0 at the start, 1 at the end, far below 0 without a ramp."""
-        start, end = self._known.start[:, None], self._known.end[:, None]
-        return ((scores - start) / (end - start)).nan_to_num_(torch.finfo(scores.dtype).min)
-
-    def _ramps(self, scores: Tensor) -> Tensor:
-        return self._along(scores).clamp_(0.0, 1.0)
-
     def _greatest(self, per_name: Tensor) -> Tensor:
         if per_name.shape[1] == self._erasers:
             return per_name
         lowest = per_name.new_full((len(per_name), self._erasers), -torch.inf)
         owners = self._owners.to(per_name.device).expand_as(per_name)
         return lowest.scatter_reduce(1, owners, per_name, "amax")
+
+
+def _joined(calibrations: Sequence[Calibration], *, blind: bool) -> Calibration:
+    """Return the calibration of all names of all erasers, with or without a text."""
+    among = [one.among(len(calibrations), blind=blind) for one in calibrations]
+    return Calibration(
+        *(torch.cat([getattr(one, part.name) for one in among], dim=1).contiguous() for part in fields(Calibration))
+    )
+
+
+def _along(known: Calibration, scores: Tensor) -> Tensor:
+    """Return scores along their ramps: 0 at the start, 1 at the end, far below 0 without a ramp."""
+    start, end = known.start[:, None], known.end[:, None]
+    return ((scores - start) / (end - start)).nan_to_num_(torch.finfo(scores.dtype).min)
 
 
 def _matcher(names: Sequence[str], vocabulary: Mapping[str, int]) -> NameMatcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,8 @@ def test_the_direction_is_fishers_discriminant_written_out_in_numpy() -> None:
     of_state = states.max(1)
     of_sentence = (np.sqrt((states.clip(0) ** 2).mean(1)) + means * float(found.scale[1, 0])) / 2
     for term, scores in enumerate((of_state, of_sentence)):
-        assert np.isfinite(float(found.start[0, term, 0]))
-        assert (scores > float(found.start[0, term, 0]) + 1e-6).sum() == (0, 4)[term]
+        assert np.isfinite(float(found.start[0, 0, term, 0]))
+        assert (scores > float(found.start[0, 0, term, 0]) + 1e-6).sum() == (0, 4)[term]
 
 
 @pytest.mark.parametrize(("crowd", "least", "most"), [(0, 6, 10), (2, 1, 4), (5, 0, 1), (9, 0, 0)])
@@ -199,13 +200,13 @@ def test_among_many_erasers_states_count_for_less_and_words_for_as_much() -> Non
     found = calibrate(
         [[name] for name in states], lambda texts: states[texts[0]].expand(len(texts), 1, 6), bank, list(nothing)
     )
-    few, many = (torch.stack([one.among(count).start for one in found]) for count in (10, 100))
+    few, many = (torch.stack([one.among(count, blind=False).start for one in found]) for count in (10, 100))
     assert (many >= few).all()
     assert (many > few)[:, 1].float().mean() > 0.5
     for count in (1, 9, 10):
-        assert torch.equal(found[0].among(count).start, found[0].start[0])
-    assert torch.equal(found[0].among(11).start, found[0].start[1])
-    assert torch.equal(found[0].among(10**6).start, found[0].start[-1])
+        assert torch.equal(found[0].among(count, blind=False).start, found[0].start[0, 0])
+    assert torch.equal(found[0].among(11, blind=True).start, found[0].start[1, 1])
+    assert torch.equal(found[0].among(10**6, blind=False).start, found[0].start[0, -1])
 
 
 def test_a_name_that_reads_like_anything_else_is_left_to_its_words() -> None:
@@ -298,3 +299,16 @@ def test_gammas_of_a_mixed_batch_are_those_of_its_prompts_alone(monkeypatch: pyt
             assert alone.shape[1] <= both.shape[1]
             together = gate._scores(both)[0][1, index]
             np.testing.assert_allclose(gate._scores(alone)[0][1, 0], together, atol=1e-4)
+
+
+def test_ramps_begin_later_where_the_text_is_known() -> None:
+    bank = replace(unit_bank(7), general=100, single=100)  # of the rest, each has several words
+    generator = torch.Generator().manual_seed(12)
+    states = {f"name{index}": unit_rows(torch.randn(1, 1, 6, generator=generator)) for index in range(20)}
+    nothing = torch.zeros(20, len(bank.texts)).bool()
+    found = calibrate(
+        [[name] for name in states], lambda texts: states[texts[0]].expand(len(texts), 1, 6), bank, list(nothing)
+    )
+    with_text, without = torch.stack([one.start for one in found], dim=1)
+    assert bool((with_text >= without).all())
+    assert bool((with_text > without)[without.isfinite()].any())
