@@ -1,6 +1,7 @@
 """Commands list, show and check: erasers, their manifests, and whether they fit a model."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,7 @@ from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_hub, silence_libraries, size, table
 from spm_hub.cli.summary import UNKNOWN_CONCEPT, summary, whole
-from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError
+from spm_hub.errors import CompatibilityError, NotFoundError, SpmHubError, UsageError
 from spm_hub.io.untrusted_text import one_line
 from spm_hub.io.wording import counted, quoted
 
@@ -18,6 +19,17 @@ Name = Annotated[
     typer.Argument(
         autocompletion=options.complete_name, help="A name in a registry, a file, or owner/name on the Hub."
     ),
+]
+
+CheckedModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="As for spmhub apply. Default: the sketchbook.", show_default=False),
+]
+StrictKey = Annotated[
+    Path | None, typer.Option("--key", help="With --strict: public key (PEM) that made every signature.")
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Check the whole registry, as a team does that keeps one in git.")
 ]
 
 
@@ -111,20 +123,76 @@ def show(
 @command(
     "check",
     Example("spmhub check snoopy --model sketchbook-chalk", "check that it fits another checkpoint"),
+    Example("spmhub check --strict --registry .", "check a registry that is kept in git, before a commit"),
     panel="Look",
 )
 def check(
     out: Output,
-    name: Name,
+    name: Annotated[str | None, typer.Argument(autocompletion=options.complete_name, help="As for show.")] = None,
     *,
-    model: options.Model = "sketchbook",
+    model: CheckedModel = None,
     config: options.Config = None,
     registry: options.Registry = None,
+    strict: Strict = False,
+    key: Annotated[
+        Path | None, typer.Option("--key", help="With --strict: public key (PEM) of all signatures.")
+    ] = None,
 ) -> None:
-    """Check that an eraser fits a model.
+    """Check that an eraser fits a model or, with --strict, that a whole registry is in order.
 
-    If it does not fit, the exit code is 1, and the first mismatched module and its shapes are printed.
+    If it does not fit, the exit code is 1, and the first mismatched module and its shapes are printed. --strict
+    verifies and audits every eraser, wants a manifest of each, and no file and no pin that belongs to none.
     """
+    if strict:
+        if name is not None or model is not None or config is not None:
+            raise UsageError("--strict checks a whole registry, without a model", mend="spmhub check --strict")
+        _check_strictly(out, registry, key)
+        return
+    if name is None or key is not None:
+        raise UsageError("check needs the name of an eraser", mend="spmhub check NAME, or spmhub check --strict")
+    _check_fit(out, name, model or "sketchbook", config, registry)
+
+
+def _check_strictly(out: Output, registry: Path | None, key: Path | None) -> None:
+    """Print the problems of a registry; exit with code 1 if there are any."""
+    from spm_hub.cli.trust import FAILED, verified
+    from spm_hub.registry import lockfile
+    from spm_hub.registry.registry import registries
+
+    place = registries(registry)[0]
+    entries = place.entries()
+    if not entries:
+        raise NotFoundError(f"there is no eraser in {place.root}", mend="--registry FOLDER")
+    found = verified(out, entries, entries, key)
+    problems = [
+        [one["name"], check["subject"], check["detail"]]
+        for one in found
+        for check in one["checks"]
+        if check["state"] == "failed" or (check["subject"], check["state"]) == ("manifest", "not checked")
+    ]
+    names = {entry.name for entry in entries}
+    pins = lockfile.read(place.root)
+    problems += [
+        [name, "pin", "the lock file pins an eraser that is not there"] for name in sorted(pins.keys() - names)
+    ]
+    problems += [[row.path.stem, "file", f"{row.path} belongs to no eraser"] for row in place.gc(dry_run=True)]
+    out.data(
+        {
+            "registry": str(place.root),
+            "ok": not problems,
+            "erasers": found,
+            "problems": [dict(zip(("name", "check", "found"), row, strict=True)) for row in problems],
+        },
+        table(["eraser", "check", "problem"], problems) if problems else "",
+        brief=[f"{name}: {subject}: {detail}" for name, subject, detail in problems],
+    )
+    out.say(f"{counted(len(entries), 'eraser')} in {place.root}: {counted(len(problems), 'problem')}")
+    if problems:
+        sys.exit(FAILED)
+
+
+def _check_fit(out: Output, name: str, model: str, config: str | None, registry: Path | None) -> None:
+    """Print whether an eraser fits a model; exit with code 1 if not."""
     from spm_hub.hub.resolve import resolve
     from spm_hub.models.loading import load_pipeline
     from spm_hub.models.references import parse_reference

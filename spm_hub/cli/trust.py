@@ -52,18 +52,10 @@ def verify(
     """
     from spm_hub.hub.resolve import resolve
     from spm_hub.registry.registry import registries
-    from spm_hub.registry.verification import verify as run
 
     held = registries(registry)[0].entries()
     entries = [resolve(name, registry, say=out.say) for name in names] if names else held
-    found: list[dict[str, Any]] = []
-    with out.progress("verifying") as progress:
-        audits = _audits(entries, held)
-        for number, entry in enumerate(entries):
-            checks = [vars(check) for check in (*run(entry, key), _recipe(entry), audits[number])]
-            ok = all(check["state"] != "failed" for check in checks)
-            found.append({"name": entry.name, "file": str(entry.adapter_path), "ok": ok, "checks": checks})
-            progress(number + 1, len(entries))
+    found = verified(out, entries, held, key)
     rows = [[one["name"], *check.values()] for one in found for check in one["checks"]]
     out.data(
         found,
@@ -72,6 +64,23 @@ def verify(
     )
     if not all(one["ok"] for one in found):
         sys.exit(FAILED)
+
+
+def verified(
+    out: Output, entries: "Sequence[EraserEntry]", held: "Sequence[EraserEntry]", key: Path | None
+) -> list[dict[str, Any]]:
+    """Return the name, file and checks of erasers, audited together with the others of a registry."""
+    from spm_hub.registry.verification import verify as run
+
+    found: list[dict[str, Any]] = []
+    with out.progress("verifying") as progress:
+        audits = _audits(entries, held)
+        for number, entry in enumerate(entries):
+            checks = [vars(check) for check in (*run(entry, key), _recipe(entry), audits[number])]
+            ok = all(check["state"] != "failed" for check in checks)
+            found.append({"name": entry.name, "file": str(entry.adapter_path), "ok": ok, "checks": checks})
+            progress(number + 1, len(entries))
+    return found
 
 
 def _recipe(entry: "EraserEntry") -> "Check":

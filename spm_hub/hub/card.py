@@ -20,6 +20,11 @@ ERASES, METHOD = "erases:", "method:"
 """Prefixes of the two tags by which `search` finds erasers on the Hub."""
 
 WITHOUT, WITH = "without", "with"
+_FAMILY_TAGS = {
+    "sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-diffusion-xl", "sd3": "stable-diffusion-3",
+    "flux": "flux",
+}  # fmt: skip
+"""The tags by which people look for adapters of a family on the Hub; our own family names are tags as well."""
 _NOT_FOR_ALL = "not-for-all-audiences"
 """The tag by which the Hub hides a repository until a visitor agrees to see it."""
 _EXPLICIT_WORDS = frozenset(
@@ -163,8 +168,15 @@ def metadata(manifest: Manifest, pairs: Sequence[PicturePair] = ()) -> dict[str,
     tags += [manifest.base.family, *([f"{METHOD}{method}"] if method else [])]
     tags += [f"{ERASES}{slug(name)}" for name in concept.names[:_MOST_NAMES]]
     tags += [_NOT_FOR_ALL] if is_explicit(concept) else []
-    found: dict[str, Any] = {"library_name": "spmhub", "pipeline_tag": "text-to-image"}
-    if base := hub_id(manifest.base.id):
+    tags += [_FAMILY_TAGS[manifest.base.family]] if manifest.base.family in _FAMILY_TAGS else []
+    base = hub_id(manifest.base.id)
+    # The Hub shows its code for diffusers, and counts downloads, for a library that it knows. That code is right for a
+    # LoRA file whose base has a repository.
+    by_diffusers = base is not None and manifest.increment.kind == "low_rank"
+    tags += ["template:sd-lora"] if by_diffusers and pairs else []
+    library = "diffusers" if by_diffusers else "spmhub"
+    found: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-to-image"}
+    if base is not None:
         found |= {"base_model": base, "base_model_relation": "adapter"}
     found["tags"] = list(dict.fromkeys(tags))
     known = manifest.licence.lower() in _LICENCES
@@ -263,8 +275,14 @@ def _pictures(pairs: Sequence[PicturePair]) -> str:
         for index, pair in enumerate(pairs)
     ]
     if any(pair.without is None for pair in pairs):
-        return "## Pictures\n\n" + _table(("prompt", f"{WITH} the eraser"), [(first, last) for first, *_, last in rows])
-    return "## Before and after\n\n" + _table(("prompt", WITHOUT, WITH), rows) + "\n\nBoth start from the same noise."
+        return "<Gallery />\n\n## Pictures\n\n" + _table(
+            ("prompt", f"{WITH} the eraser"), [(first, last) for first, *_, last in rows]
+        )
+    return (
+        "<Gallery />\n\n## Before and after\n\n"
+        + _table(("prompt", WITHOUT, WITH), rows)
+        + "\n\nBoth start from the same noise."
+    )
 
 
 def _titled_names(index: int, pair: PicturePair) -> Iterable[tuple[str, str]]:

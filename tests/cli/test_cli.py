@@ -582,3 +582,25 @@ def test_what_a_stranger_wrote_moves_no_cursor(capsys: pytest.CaptureFixture[str
     for text in (said.out, said.err):
         assert not set(text) & set("\x1b\x07\u202e\r")
         assert "snoopy\\x1b[2J" in text
+
+
+def test_a_registry_in_git_is_checked_strictly(spmhub: Spmhub, registry: Registry) -> None:
+    def problems() -> list[tuple[str, str]]:
+        done = spmhub("check", "--strict", "--json")
+        found = json.loads(done.out)
+        assert done.code == int(bool(found["problems"])) == int(not found["ok"])
+        return [(one["name"], one["check"]) for one in found["problems"] if one["check"] != "audit"]
+
+    assert problems() == []
+    stray = registry.root / "manifests" / "gone.json"
+    stray.write_bytes((registry.root / "manifests" / "mickey.json").read_bytes())
+    assert problems() == [("gone", "file")]
+    stray.unlink()
+    (registry.root / "manifests" / "mickey.json").unlink()
+    assert ("mickey", "manifest") in problems()
+    adapter = registry.root / "adapters" / "snoopy.safetensors"
+    content = bytearray(adapter.read_bytes())
+    content[-1] ^= 1
+    adapter.write_bytes(content)
+    assert ("snoopy", "sha256") in problems()
+    assert spmhub("check", "--strict", "snoopy").code == spmhub("check").code == 2

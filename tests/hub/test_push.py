@@ -268,11 +268,12 @@ def test_an_answer_that_is_no_answer(place: str, hub: LoopbackHub, release: Rele
 
 def test_the_card(release: Release, eraser: Adapter) -> None:
     about = front_matter(release.card)
-    assert about["library_name"] == "spmhub"
+    assert about["library_name"] == "diffusers"
     assert about["pipeline_tag"] == "text-to-image"
     assert (about["base_model"], about["base_model_relation"]) == (SD14, "adapter")
     assert about["tags"][:5] == ["spmhub", "concept-erasure", "lora", "text-to-image", "sd1"]
-    assert {"method:spm", "erases:snoopy"} <= set(about["tags"])
+    assert {"method:spm", "erases:snoopy", "stable-diffusion", "template:sd-lora"} <= set(about["tags"])
+    assert release.card.count("<Gallery />") == 1
     assert about["license"] == "apache-2.0"
     assert [(one["text"], one["output"]["url"]) for one in about["widget"]] == [
         ("prompt 0", "images/00-without.png"),
