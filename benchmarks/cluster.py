@@ -122,6 +122,7 @@ def main() -> None:
         mark = root / "mark"
         killed_seconds, killed = drawn(root / "killed", eraser, given.pictures, Killing(runner, mark))
         record("cluster", {
+            "load": round(os.getloadavg()[1], 1),
             "runner": given.runner, "workers": given.workers,
             "training": {"concepts": len(concepts), "seconds_serial": round(one_seconds, 1),
                          "seconds_workers": round(many_seconds, 1), "equal": one == many},

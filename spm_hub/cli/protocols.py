@@ -78,6 +78,8 @@ def _described(one: "Protocol") -> Any:
             for part in variant.sets
         )
         facts.append(f"on {label}: {sets} pictures; {variant.drawing.steps} steps; {', '.join(variant.measure)}")
+    if one.attacked is not None:
+        facts.append(f"attacked by {', '.join(one.attacked.attacks)} on {one.attacked.prompts} prompts")
     facts += [f"not as in the paper: {text}" for text in one.differs]
     parts = [literal("\n".join(facts))]
     if one.published:

@@ -13,7 +13,7 @@ import pytest
 
 from spm_hub.errors import UsageError
 from spm_hub.io.runners.named import runner_named
-from spm_hub.io.runners.on_ray import OnRay
+from spm_hub.io.runners.on_ray import OnRay, share_of_cluster
 from spm_hub.io.runners.processes import Processes
 from spm_hub.io.runners.runner import Place, Serial, WorkerLostError
 
@@ -73,6 +73,17 @@ def test_ray_does_every_piece_although_a_worker_is_killed(tmp_path: Path) -> Non
     assert done == {place: number * number for place, number in enumerate(numbers)}
     with pytest.raises(UsageError, match="13 has no square"):
         list(OnRay(1).run(Squares(tmp_path), [13], lambda text: None))
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 3, 5, 8])
+def test_all_workers_of_a_cluster_find_a_place(gpus: int, workers: int) -> None:
+    asked = share_of_cluster({"CPU": 4.0, **({"GPU": float(gpus)} if gpus else {})}, workers)
+    assert 4 * int(1 / asked["num_cpus"] + 1e-9) >= workers
+    assert ("num_gpus" in asked) == (gpus > 0)
+    if gpus:
+        assert gpus * int(1 / asked["num_gpus"] + 1e-9) >= workers
+        assert asked["num_gpus"] == 1.0 or gpus < workers, "none is shared while another is free"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class OnRay:
     def _run(self, ray: Any, work: Work, pieces: Sequence[Any], say: Say) -> Iterator[tuple[int, Any]]:
         size = min(self.workers, len(pieces))
         shared = ray.put(work)
-        options = _share_of_cluster(ray, size)
+        options = share_of_cluster(ray.cluster_resources(), size)
 
         def start() -> Any:
             return ray.remote(_Actor).options(**options).remote(shared, _threads())
@@ -106,11 +107,10 @@ class _cluster:  # noqa: N801
             options = {"num_cpus": max(2, os.cpu_count() or 1), "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
         try:
             context = self._ray.init(address=self._address or "local", log_to_driver=False, **options)
-        except (ConnectionError, ValueError) as error:
-            raise UsageError(
-                f"there is no Ray cluster at {self._address}: {str(error).splitlines()[0]}",
-                mend="ray start --head, or --runner ray for one of this machine",
-            ) from error
+        except Exception as error:  # Ray has no class of its own for a node that does not start
+            what = "no cluster starts on this machine" if self._address is None else f"no cluster at {self._address}"
+            mend = "--runner processes" if self._address is None else "ray start --head, or --runner ray"
+            raise UsageError(f"Ray: {what}: {str(error).splitlines()[0]}", mend=mend) from error
         if context.dashboard_url:
             self._say(f"Ray's dashboard: http://{context.dashboard_url}")
 
@@ -127,13 +127,14 @@ def _ray() -> Any:
     return ray
 
 
-def _share_of_cluster(ray: Any, workers: int) -> dict[str, float]:
-    """Return what each actor asks for: a GPU or its share of one, or else its share of the cores."""
-    there = ray.cluster_resources()
-    gpus, cores = there.get("GPU", 0.0), there.get("CPU", 1.0)
-    if gpus:
-        return {"num_gpus": min(1.0, gpus / workers), "num_cpus": 1}
-    return {"num_cpus": max(1, int(cores // workers))}
+def share_of_cluster(there: Mapping[str, float], workers: int) -> dict[str, float]:
+    """Return what each actor asks for, so that all of them find a place.
+
+    That is a core, and a GPU if there are any. there: the resources of the cluster, "CPU" and "GPU". Where there are
+    fewer than workers, some share one.
+    """
+    wanted = {"num_cpus": there.get("CPU", 1.0), "num_gpus": there.get("GPU", 0.0)}
+    return {name: 1.0 / math.ceil(workers / count) for name, count in wanted.items() if count}
 
 
 def _threads() -> int:
