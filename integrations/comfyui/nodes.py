@@ -13,6 +13,7 @@ import folder_paths
 import numpy
 import torch
 from comfy_api.latest import ComfyExtension, io, ui
+from server import PromptServer
 
 import spm_hub
 from spm_hub.adapters.lookup import find_name
@@ -58,6 +59,13 @@ def inform(done: int, every: int, figures: Mapping[str, float]) -> None:
     """Show how many sentences a gate has encoded; Cancel ends it."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     comfy.utils.ProgressBar(every).update_absolute(done, every)
+
+
+def tell(node: type[io.ComfyNode], text: str) -> None:
+    """Show a text below the node that is running."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node.hidden is not None:
+        server.send_progress_text(text, node.hidden.unique_id)
 
 
 def gate_inputs() -> list[Any]:
@@ -175,6 +183,7 @@ class TextEncode(io.ComfyNode):
         """Return the node's inputs and outputs."""
         return io.Schema(
             node_id="SpmTextEncode", display_name="CLIP Text Encode (Erasers)", category=CATEGORY,
+            hidden=[io.Hidden.unique_id],
             description="Encodes a prompt as CLIP Text Encode does. While it is sampled, each eraser acts on the model "
             "as strongly as its gate says for this prompt. The MODEL goes to the sampler as it is.",
             inputs=[
@@ -201,6 +210,7 @@ class TextEncode(io.ComfyNode):
             raise UsageError("there is no CLIP: this checkpoint has no text encoder", mend="a node that loads a CLIP")
         asked = settings(gate, rows, threshold)
         answer = _gates.ask(clip, erasers, text, asked, inform)
+        tell(cls, answer.report)
         positive, negative = hooks_of(erasers, answer.gammas, asked.rows)
         return io.NodeOutput(
             with_hooks(clip.encode_from_tokens_scheduled(clip.tokenize(text)), positive),
@@ -218,6 +228,7 @@ class GateConditioning(io.ComfyNode):
         """Return the node's inputs and outputs."""
         return io.Schema(
             node_id="SpmGateConditioning", display_name="Gate Conditioning (Erasers)", category=CATEGORY,
+            hidden=[io.Hidden.unique_id],
             description="Gates a conditioning of any node by its text: for FLUX and SD3's encoders, prompt nodes, "
             "ControlNet, regions. Several prompts combined: one such node for each of them, before they are combined.",
             inputs=[
@@ -243,6 +254,7 @@ class GateConditioning(io.ComfyNode):
         """Return the conditionings with their hooks, and the gates in words."""
         asked = settings(gate, rows, threshold)
         answer = _gates.ask(clip, erasers, text, asked, inform)
+        tell(cls, answer.report)
         positive, negative = hooks_of(erasers, answer.gammas, asked.rows)
         return io.NodeOutput(
             with_hooks(conditioning, positive),
@@ -267,7 +279,10 @@ class PreviewGates(io.ComfyNode):
                 io.String.Input("prompts", multiline=True, tooltip="One prompt in each line."),
                 *[one for one in gate_inputs() if one.id != "rows"],
             ],
-            outputs=[io.Image.Output("picture", display_name="heat map"), io.String.Output("gates")],
+            outputs=[
+                io.Image.Output("picture", display_name="heat map"),
+                io.String.Output("gates", display_name="gates"),
+            ],
         )  # fmt: skip
 
     @classmethod

@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -165,6 +165,7 @@ def stand_ins(models: Path) -> Iterator[Any]:
         "comfy.model_management": {"throw_exception_if_processing_interrupted": lambda: None},
         "comfy.utils": {"ProgressBar": lambda total: types.SimpleNamespace(update_absolute=lambda done, total: None)},
         "comfy_api": {},
+        "server": {"PromptServer": PromptServer},
         "comfy_api.latest": {"ComfyExtension": object, "io": _Io(), "ui": None},
         "folder_paths": {
             "models_dir": str(models),
@@ -191,10 +192,24 @@ def stand_ins(models: Path) -> Iterator[Any]:
                 sys.modules[name] = module
 
 
+class PromptServer:
+    """As ComfyUI's, what the nodes send to its page."""
+
+    instance: Any
+    said: ClassVar[list[tuple[str, str]]] = []
+
+    def send_progress_text(self, text: str, node: str) -> None:
+        self.said.append((node, text))
+
+
+PromptServer.instance = PromptServer()
+
+
 class _Io:
     """As `comfy_api.latest.io`: types whose inputs and outputs keep what they were made with."""
 
-    class ComfyNode: ...
+    class ComfyNode:
+        hidden = types.SimpleNamespace(unique_id="7")
 
     class NodeOutput:
         def __init__(self, *args: Any, ui: Any = None) -> None:
@@ -211,6 +226,8 @@ class _Io:
 
 
 class _Type:
+    unique_id = "unique_id"
+
     def Input(self, id: str, **given: Any) -> Any:  # noqa: A002, N802
         return types.SimpleNamespace(id=id, **given)
 

@@ -21,6 +21,7 @@ from comfyui_classes import (
     Clip,
     Graph,
     HookGroup,
+    PromptServer,
     Server,
     load_package,
     real_comfyui,
@@ -84,6 +85,7 @@ def test_a_chain_of_erasers_gates_prompts(nodes: Any) -> None:
     assert hooks_in(positive) == {"snoopy": 1.0}
     assert positive[0][1]["hooks"] is negative[0][1]["hooks"], "ComfyUI samples both in one batch"
     assert "snoopy: gamma 1 (words: snoopy)" in report
+    assert PromptServer.said[-1] == ("7", report), "shown below the node"
     assert encoded.ui["gates"] == [{"snoopy": 1.0, "van-gogh": 0.0}]
     assert hooks_in(nodes.TextEncode.execute(clip, chain, "by van gogh").args[0]) == {"van-gogh": 0.5}
     bare = nodes.TextEncode.execute(clip, chain, "a dog").args[0]
