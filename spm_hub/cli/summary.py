@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spm_hub.cli.output import literal, size, table
+from spm_hub.io.untrusted_text import MOST_SHOWN
 from spm_hub.io.wording import counted
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ def whole(entry: EraserEntry, manifest: Manifest) -> Iterator[RenderableType]:
     for title, section in {"": {**described, "file": str(entry.adapter_path)}, "recipe": recipe}.items():
         if section:
             heading = f"{title}\n{'-' * len(title)}\n" * bool(title)
-            yield literal(heading + yaml.safe_dump(section, sort_keys=False, allow_unicode=True))
+            yield literal(heading + yaml.safe_dump(_shortened(section), sort_keys=False, allow_unicode=True))
     if evaluation:
         keys: tuple[str, ...] = ("protocol", "base", "subject", "metric", "value", "reference", "samples")
         more = tuple(
@@ -81,6 +83,16 @@ def whole(entry: EraserEntry, manifest: Manifest) -> Iterator[RenderableType]:
         )
         rows = [[one.get(key) for key in (*keys, *more)] for one in evaluation]
         yield table((*keys, *more), rows, title="evaluation")
+
+
+def _shortened(value: Any, depth: int = 0) -> Any:
+    """Return a part of a manifest with its longest values as their sizes: a stranger's may have megabytes."""
+    size = len(json.dumps(value, ensure_ascii=False))
+    if size <= MOST_SHOWN:
+        return value
+    if isinstance(value, dict) and depth < 2 and len(value) <= 100:
+        return {key: _shortened(one, depth + 1) for key, one in value.items()}
+    return f"{size} characters, which --json shows"
 
 
 def _detections(manifest: Manifest) -> dict[str, list[Evaluation]]:

@@ -1,5 +1,6 @@
 """Writes an eraser's model card: use, measured results, limits, and the metadata that the Hub reads."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from spm_hub.adapters.manifest import Concept, Evaluation, Manifest, slug
 from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.hub.markdown import code, fenced, in_python, in_shell, prose
 from spm_hub.io import untrusted_json as untrusted
-from spm_hub.io.untrusted_text import without_hidden
+from spm_hub.io.untrusted_text import MOST_SHOWN, without_hidden
 from spm_hub.io.wording import counted, quoted
 from spm_hub.models.aliases import ALIASES
 
@@ -425,7 +426,9 @@ def _recipe(manifest: Manifest, weights: str) -> str:
     versions = ", ".join(f"{prose(name)} {prose(version)}" for name, version in manifest.versions.items())
     info = manifest.increment
     text = "## How it was made\n\n"
-    if manifest.recipe:
+    if manifest.recipe and (size := len(json.dumps(manifest.recipe, ensure_ascii=False))) > MOST_SHOWN:
+        text += f"Its recipe has {size} characters; it is in `manifest.json`."
+    elif manifest.recipe:
         recipe = yaml.safe_dump(dict(manifest.recipe), sort_keys=False, allow_unicode=True, width=120)
         text += "`spmhub train --recipe recipe.yaml` with this recipe makes the same eraser again:\n\n" + fenced(
             "yaml", recipe

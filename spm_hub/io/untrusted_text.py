@@ -3,6 +3,9 @@
 import re
 import unicodedata
 
+MOST_SHOWN = 2**14
+"""Characters of one value, as JSON, that are shown. Honest recipes have 2,000."""
+
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode's categories of controls, marks without a shape, halves of characters, and separators of lines."""
 
