@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -13,7 +14,6 @@ import folder_paths
 import numpy
 import torch
 from comfy_api.latest import ComfyExtension, io, ui
-from server import PromptServer
 
 import spm_hub
 from spm_hub.adapters.lookup import find_name
@@ -62,8 +62,8 @@ def inform(done: int, every: int, figures: Mapping[str, float]) -> None:
 
 
 def tell(node: type[io.ComfyNode], text: str) -> None:
-    """Show a text below the node that is running."""
-    server = getattr(PromptServer, "instance", None)
+    """Show a text below the node that is running, if ComfyUI's server runs it."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and node.hidden is not None:
         server.send_progress_text(text, node.hidden.unique_id)
 
