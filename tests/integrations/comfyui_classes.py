@@ -40,7 +40,11 @@ def load_package(folder: Path, name: str) -> Any:
 
 
 def real_comfyui() -> None:
-    """Put ComfyUI's own modules on the path, for a CPU."""
+    """Put ComfyUI's own modules on the path, for a CPU, in place of stand-ins that other tests used before."""
+    for name, module in list(sys.modules.items()):
+        ours = name.partition(".")[0] in ("comfy", "comfy_api", "folder_paths", "server")
+        if ours and not hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
+            del sys.modules[name]
     sys.path.insert(0, CHECKOUT)
     from comfy.cli_args import args
 
@@ -187,7 +191,7 @@ def stand_ins(models: Path) -> Iterator[Any]:
     finally:
         for name, module in before.items():
             if module is None:
-                del sys.modules[name]
+                sys.modules.pop(name, None)
             else:
                 sys.modules[name] = module
 
