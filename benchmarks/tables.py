@@ -680,6 +680,25 @@ def intervals(numbers: dict[str, Any]) -> str:
     )
 
 
+def cluster(numbers: dict[str, Any]) -> str:
+    training, evaluation, killed = (numbers[key] for key in ("training", "evaluation", "one_worker_killed"))
+    workers = f"{numbers['workers']} workers, `--runner {numbers['runner']}`"
+    equal = {True: "equal", False: "not equal"}
+    rows = [
+        [f"{training['concepts']} concepts erased by `instant`", f"{training['seconds_serial']:g} s",
+         f"{training['seconds_workers']:g} s", equal[training["equal"]]],
+        [f"{evaluation['pictures']} pictures drawn and measured", f"{evaluation['seconds_serial']:g} s",
+         f"{evaluation['seconds_workers']:g} s", equal[evaluation["equal"]]],
+        ["the same, one worker killed in the middle", "", f"{killed['seconds']:g} s", equal[killed["equal"]]],
+    ]  # fmt: skip
+    return (
+        f"{_table(['', 'one process', workers, 'files'], rows)}\n\nEach worker has one thread and loads the base, "
+        "which takes most of the time at this size. The machine had other work meanwhile: the files are what was "
+        "tested, not the time.\n"
+        f"{_about(numbers, 'cluster')}"
+    )
+
+
 def judges(numbers: dict[str, Any]) -> str:
     rows = [
         [
@@ -715,6 +734,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "attacks": attacks,
     "registry": registry,
     "hostile": hostile,
+    "cluster": cluster,
     "intervals": intervals,
     "judges": judges,
     "audit": audit,
