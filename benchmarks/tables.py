@@ -541,6 +541,25 @@ def hostile(numbers: dict[str, Any]) -> str:
     )
 
 
+def hostile_files(numbers: dict[str, Any]) -> str:
+    kinds: dict[str, list[int]] = {}
+    for outcome, count in numbers["outcomes"].items():
+        kind, _, ended = outcome.partition(": ")
+        seen = kinds.setdefault(kind, [0, 0])
+        seen[0] += count
+        seen[1] += count * (ended != "accepted")
+    rows = [[kind, f"{count:,}", f"{refused:,}"] for kind, (count, refused) in kinds.items()]
+    worst, bars = numbers["worst"], numbers["bars"]
+    about = _about(numbers, "hostile", "hostile_files").replace("hostile.py`", "hostile.py --files`")
+    return (
+        f"{_table(['file', 'mutated', 'refused in words'], rows)}\n\n"
+        f"{len(numbers['failures'])} of these {numbers['mutants']:,} files crashed what reads them, hung it or touched "
+        f"a file elsewhere. The worst took {worst['cpu_seconds']:.2g} CPU seconds (limit {bars['cpu_seconds']:g}), and "
+        f"{worst['times_the_file']} times its file's memory beyond {bars['bytes_of_memory_to_spare'] >> 20} MiB (limit "
+        f"{bars['times_the_file']}).\n{about}"
+    )
+
+
 def audit(numbers: dict[str, Any]) -> str:
     rows = [
         [design, f"{cell['found']} of {cell['built']}", cell["said"].replace("|", r"\|")]
@@ -550,7 +569,7 @@ def audit(numbers: dict[str, Any]) -> str:
     kinds = ", ".join(f"{count} {how}" for how, count in honest.items())
     return (
         f"{_table(['attack', 'found', 'what was said of the first'], rows)}\n\n"
-        f"Each design was built against each of the five shipped erasers, and audited beside them. Of "
+        f"Each design was built against each of the five shipped erasers, and audited beside them, or alone. Of "
         f"{sum(honest.values())} honest erasers ({kinds}), audited all at once, "
         f"{len(numbers['false_alarms'])} were suspected. The five shipped ones take "
         f"{numbers['cpu_seconds_for_five']:.1f} CPU seconds, without starting Python.\n{_about(numbers, 'audit')}"
@@ -735,6 +754,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "registry": registry,
     "hostile": hostile,
     "cluster": cluster,
+    "hostile_files": hostile_files,
     "intervals": intervals,
     "judges": judges,
     "audit": audit,
