@@ -169,7 +169,13 @@ class Studio:
 
     def lend(self, base: str, adapter: Adapter) -> None:
         """Attach an eraser that no registry has, or a newer version of it, to a base."""
-        self._engine(base).run(partial(_attach, [adapter])).result()
+
+        def attach_anew(erasers: Attachment) -> None:
+            if adapter.name in erasers:
+                erasers.recover(adapter.name)
+            _attach_missing([adapter], erasers)
+
+        self._engine(base).run(attach_anew).result()
 
     def take_back(self, base: str, name: str) -> None:
         """Take an eraser off a base, if it is attached."""
@@ -184,7 +190,7 @@ class Studio:
         """Return the engine of a base with these erasers attached; they act only where an order names them."""
         engine = self._engine(base)
         if missing := [name for name in dict.fromkeys(names) if name not in engine.erasers]:
-            engine.run(partial(_attach, [self.load(name) for name in missing])).result()
+            engine.run(partial(_attach_missing, [self.load(name) for name in missing])).result()
         return engine
 
     def _engine(self, base: str) -> Engine:
@@ -197,16 +203,14 @@ class Studio:
             return self._engines[base]
 
 
-def _attach(adapters: Sequence[Adapter], erasers: Attachment) -> None:
-    """Attach erasers, in place of others of their names.
+def _attach_missing(adapters: Sequence[Adapter], erasers: Attachment) -> None:
+    """Attach erasers, unless another visitor has had them attached meanwhile.
 
-    Two that undo each other may belong to two visitors: they are attached all the same, and the page says so where one
-    visitor draws with both.
+    Two that undo each other may belong to two visitors, so that they are attached all the same.
     """
     for adapter in adapters:
-        if adapter.name in erasers:
-            erasers.recover(adapter.name)
-        erasers.add(adapter, force=True)
+        if adapter.name not in erasers:
+            erasers.add(adapter, force=True)
 
 
 def in_words(error: Exception) -> str:

@@ -147,7 +147,7 @@ def test_train_report_and_compare(page, registry):
     page.locator("#train").click()
     says(page, "trained", f"{concept} is computed; it is chosen")
     assert (registry / "adapters" / f"{concept}.safetensors").is_file()
-    assert page.locator("#pictures img").count() >= 2
+    page.locator("#pictures img").nth(1).wait_for()
     look(page, "trained")
     assert fits(page)
     page.locator("#train").click()
