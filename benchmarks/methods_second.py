@@ -41,6 +41,8 @@ from spm_hub.training.verdict import verdict
 CONCEPTS, TARGET_PICTURES, OTHER_PICTURES = 3, 20, 4
 GATES = ("calibrated", "always")
 FILE = "methods_second"
+ANCHOR = {"ca": {"surrogate": "icon"}}
+"""Concept Ablation needs an anchor concept: every picture of this base is one of an icon."""
 
 
 def held_out(world: World) -> tuple[str, ...]:
@@ -97,7 +99,8 @@ def measure(world: World, method: str, target: str, base: dict[str, bool]) -> di
     """Train one eraser and judge it."""
     begun = time.process_time()
     with anchors_without(held_out(world)):
-        adapter = train(Recipe.plan(target=target, method=method, model="second"), pipe=world.pipe)
+        recipe = Recipe.plan(target=target, method=method, model="second", **ANCHOR.get(method, {}))
+        adapter = train(recipe, pipe=world.pipe)
     seconds = time.process_time() - begun
     adapter, look = looked(world.pipe, adapter)
     said = f"{verdict(adapter.manifest)}; {look}"

@@ -41,8 +41,8 @@ METHOD = Method(
     title="SPM, one-dimensional adapters",
     paper="Lyu et al., CVPR 2024, arXiv 2312.16145",
     summary="Trains a rank-1 adapter and anchors everything else: the default, for any single concept.",
-    cost="Twenty seconds on the sketchbook; a small file: two vectors for each module.",
+    cost="A minute and a half on the sketchbook; a small file: two vectors for each module.",
     harm="The least that was measured; attacks still brought a style back in 4 of 10 cases.",
-    preset={"steps": 100, "anchoring": {"per_target": 1}, "x_t": {"trajectories": 12, "chunks": 2}},
+    preset={},
     objective=make_objective,
 )
