@@ -735,6 +735,35 @@ def judges(numbers: dict[str, Any]) -> str:
     )
 
 
+def serving(numbers: dict[str, Any]) -> str:
+    seen, late = numbers["pictures"], numbers["latency_seconds"]
+    answered = ", ".join(f"{count} with status {status}" for status, count in sorted(numbers["statuses"].items()))
+    drawn = seen["exact"] + seen["batched"]
+    changes, wrong = numbers["changes_of_erasers"], seen["wrong_erasers"] + seen["wrong_seed"]
+    most, differing = seen["greatest_difference_in_levels"], seen["share_of_values_that_differ"]
+    rows = [
+        ["requests answered", f"{answered}; lost {numbers['lost']}"],
+        ["erasers attached or recovered meanwhile", f"{changes}, refused {numbers['changes_refused']}"],
+        ["pictures with other erasers, or another seed, than asked for", str(wrong)],
+        ["pictures more than one level of 255 from their reference", f"{seen['mixed']} of {drawn}"],
+        ["asked for as exact: bit for bit the reference", f"{seen['exact_identical']} of {seen['exact']}"],
+        ["others: bit for bit the reference", f"{seen['batched_identical']} of {seen['batched']}"],
+        [f"others: values that differ, by {most} of 255 at most", f"{1e6 * differing:.0f} in a million"],
+        ["others: shared a batch", f"{seen['shared_a_batch']} of {seen['batched']}"],
+        ["CPU time of the server for a picture", f"{1000 * numbers['cpu_seconds_a_picture']:.0f} ms"],
+        ["latency, median and 95th percentile", f"{late['median']} s, {late['95th percentile']} s"],
+        ["exit code after SIGTERM", str(numbers["exit_code"])],
+    ]  # fmt: skip
+    pairs = seen["pairs_of_references_by_difference"]
+    return (
+        f"{_table(['`spmhub serve` on loopback', 'found'], rows)}\n\n{numbers['requests']} requests of "
+        f"{numbers['clients']} clients, {numbers['steps']} steps, sketchbook. The {seen['references']} references are "
+        f"drawn alone by a pipeline with the erasers that the answer names; of the pairs of different references "
+        f"{pairs.get('one level', 0)} are within one level of each other. The machine was busy with other work, which "
+        f"the latency includes and the CPU time does not.\n{_about(numbers, 'serving')}"
+    )
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sketchbook": sketchbook,
     "sketchbook_training": sketchbook_training,
@@ -758,6 +787,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "intervals": intervals,
     "judges": judges,
     "audit": audit,
+    "serving": serving,
 }
 ACROSS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
     "summary": summary, "gates_in_short": gates_in_short, "papers_gate": papers_gate

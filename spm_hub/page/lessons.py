@@ -19,6 +19,7 @@ from spm_hub.io.progress import Bars
 from spm_hub.page.studio import Studio
 from spm_hub.registry.entry import EraserEntry
 from spm_hub.registry.registry import registry_for_new
+from spm_hub.training.methods import find_method
 from spm_hub.training.planning import plan
 from spm_hub.training.session import Session, TrainingStep
 from spm_hub.training.verdict import verdict
@@ -109,7 +110,7 @@ class School:
     def _run(self, lesson: _Lesson, base: str, concept: str, method: str, steps: int) -> Iterator[Progress]:
         session = self._session(lesson, base, concept, method, steps)
         session.check()
-        now = Progress(0, steps if method == "spm" else 1)
+        now = Progress(0, steps if _takes_steps(method) else 1)
         yield self._with_picture(now, base, concept, None, "without")
         thread = threading.Thread(target=_report, args=(session, lesson), daemon=True)
         thread.start()
@@ -139,7 +140,7 @@ class School:
 
         chosen = self._studio.bases[base]
         recipe: dict[str, Any] = {"model": chosen.reference, "method": method}
-        if method == "spm":
+        if _takes_steps(method):
             recipe |= {"steps": min(steps, MOST_STEPS), "anchoring": {"per_target": 1}}
         return Session(
             plan(concept, recipe), replace(chosen, pipe=None), Bars(False),
@@ -174,6 +175,12 @@ class School:
         pictures = (*now.pictures, (last.drawn[0].picture, "with"))
         said = verdict(entry.read_manifest())
         return replace(now, step=now.total, pictures=pictures, name=entry.name, verdict=said)
+
+
+def _takes_steps(method: str) -> bool:
+    """Return whether a method trains in steps; the others are closed forms."""
+    found = find_method(method)
+    return found is not None and found.objective is not None
 
 
 def _report(session: Session, lesson: _Lesson) -> None:

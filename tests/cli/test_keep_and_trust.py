@@ -29,8 +29,8 @@ Spmhub = Callable[..., tuple[int, Any]]
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     """A registry of two erasers, the only one there is."""
     registry = Registry(tmp_path / "registry")
-    for name in ("snoopy", "mickey"):
-        registry.add(named(name))
+    for seed, name in enumerate(("snoopy", "mickey"), start=1):
+        registry.add(named(name, seed=seed))
     monkeypatch.setenv("SPMHUB_REGISTRY", str(registry.root))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     # Set first, so that what a command sets is taken back after the test.

@@ -96,12 +96,12 @@ def test_groups_of_rows_have_the_gradient_of_the_whole_batch(
 
 @pytest.mark.parametrize("family", ["sdxl", "flux-dev", "pixart"])
 def test_every_family_takes_rows_in_groups(family: str) -> None:
-    pipe = family_pipeline(family)
+    pipe = family_pipeline(family).to(torch.float64)
     values = {"increment": {"modules": "text"}}
     whole, _ = gradients(pipe, Split(), values)
     found, at_once = gradients(pipe, Split(2, checkpointing=True), values)
     assert at_once == 2
-    assert worst(whole, found) < max(1e-5, 2 * worst(whole, by_other_kernels(pipe, values)))
+    assert worst(whole, found) < 1e-12
 
 
 CARDS = {  # model: (its latents' side, GiB of the card, GiB of its weights in float16, most GiB to keep)
