@@ -759,8 +759,8 @@ def serving(numbers: dict[str, Any]) -> str:
         f"{_table(['`spmhub serve` on loopback', 'found'], rows)}\n\n{numbers['requests']} requests of "
         f"{numbers['clients']} clients, {numbers['steps']} steps, sketchbook. The {seen['references']} references are "
         f"drawn alone by a pipeline with the erasers that the answer names; of the pairs of different references "
-        f"{pairs.get('one level', 0)} are within one level of each other. The machine was busy with other work, which "
-        f"the latency includes and the CPU time does not.\n{_about(numbers, 'serving')}"
+        f"{pairs.get('one level', 0)} are within one level of each other. Clients and server share two cores, and "
+        f"one thread draws.\n{_about(numbers, 'serving')}"
     )
 
 
