@@ -22,7 +22,7 @@ from spm_hub.registry.registry import Registry
 pytest.importorskip("fastapi", reason='needs pip install "spm-hub[serve]"')
 pytest.importorskip("uvicorn", reason='needs pip install "spm-hub[serve]"')
 
-from spm_hub.serving import server
+from spm_hub.serving import engine, server
 from spm_hub.serving.requests import Limits, Menu
 from spm_hub.serving.service import Service
 
@@ -193,16 +193,19 @@ def counts(running):
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
-def test_a_draining_server_finishes_and_refuses(tmp_path):
+def test_a_draining_server_finishes_and_refuses(monkeypatch):
+    held, draw = threading.Event(), engine.draw
+    monkeypatch.setattr(engine, "draw", lambda *given: held.wait(60) and draw(*given))
     running = Running(None, together=1)
     with ThreadPoolExecutor(4) as clients:
-        begun = [clients.submit(running.draw, prompt="a dog", seed=seed, steps=10, n=2) for seed in range(4)]
-        while running.service.engine.waiting < 4:
+        begun = [clients.submit(running.draw, prompt="a dog", seed=seed, n=2) for seed in range(4)]
+        while running.service.engine.waiting < 7:  # one of the eight pictures is being drawn
             time.sleep(0.001)
         running.service.draining = True
         assert running.draw(prompt="a dog")[0] == 503
         status, health = running.ask("GET", "/health")
         assert (status, health["status"]) == (503, "draining")
+        held.set()
         assert [one.result(60)[0] for one in begun] == [200] * 4
     running.stop()
     with pytest.raises(urllib.error.URLError):
