@@ -44,6 +44,7 @@ from worlds import WORLDS, World, phrase
 import spm_hub.sketchbook
 from spm_hub.sketchbook.miniature import encode, make_clip, make_tokenizer, save_pipeline, scale, tokens_of
 from spm_hub.sketchbook.train import LossPrinter, atomic_path, record_seconds, train_clip, train_unet, train_vae
+from spm_hub.sketchbook.vision import reproduced
 
 GROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (248, 248, 246), "grey": (176, 178, 184), "blue": (150, 190, 240), "green": (168, 218, 160),
@@ -234,24 +235,17 @@ def _classifier_stage(world: World, out: Path, data: dict[str, Any], steps: int)
         model.save_pretrained(place)
 
 
-@torch.no_grad()
-def _reproduced(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Return pictures as the autoencoder reproduces them, uint8."""
-    parts = [vae.decode(vae.encode(scale(part)).latent_dist.mean).sample.clamp(-1, 1) for part in pictures.split(64)]
-    return ((torch.cat(parts) + 1) * 127.5).round().to(torch.uint8)
-
-
 def _judge_stage(out: Path, data: dict[str, Any], held_out: dict[str, Any], steps: int) -> None:
     """Train the classifier further, on drawings as the autoencoder reproduces them too: it loses small details."""
     vae = AutoencoderKL.from_pretrained(out / "vae").eval()
     model = ResNetForImageClassification.from_pretrained(out / "classifier")
     few = {key: data[key][:4000] for key in ("pictures", "targets")}
-    pictures = torch.cat([few["pictures"], _reproduced(vae, few["pictures"])])
+    pictures = torch.cat([few["pictures"], reproduced(vae, few["pictures"])])
     _fit(model, pictures, few["targets"].repeat(2), steps, 1e-3, 7)
     judge, targets = Classifier(model), held_out["targets"][:1000]
     accuracies = {
         "drawings": judge.indices(scale(held_out["pictures"][:1000])),
-        "reproduced_drawings": judge.indices(scale(_reproduced(vae, held_out["pictures"][:1000]))),
+        "reproduced_drawings": judge.indices(scale(reproduced(vae, held_out["pictures"][:1000]))),
     }
     shares = {name: round(float((seen == targets).float().mean()), 4) for name, seen in accuracies.items()}
     (out / "accuracy.json").write_text(json.dumps({"held_out": len(targets), **shares}))

@@ -98,7 +98,7 @@ def bake(
     NotFoundError (a strength for none of them), CompatibilityError (an adapter that does not fit), RegistryError (`out`
     exists or cannot be written).
     """
-    strengths = strengths_of(adapters, strength)
+    strengths = factors_of(adapters, strength)
     check_place(out, replace=replace)
     _check_base(pipe, adapters)
     family = family_of(pipe)
@@ -283,8 +283,10 @@ def _with_model_paths(adapter: Adapter, modules: Mapping[str, tuple[object, str]
     return Adapter(manifest, increments, adapter.source)
 
 
-def strengths_of(adapters: Sequence[Adapter], asked: float | Mapping[str, float] | None) -> dict[str, float]:
-    """Return the strength of each adapter: the one asked for, else its manifest's own.
+def factors_of(adapters: Sequence[Adapter], asked: float | Mapping[str, float] | None) -> dict[str, float]:
+    """Return the factor of each adapter's change at gamma 1.
+
+    It is that of the strength asked for, else of its manifest's.
 
     Raises UsageError (no adapter, one twice, a strength that no float holds), NotFoundError (a strength for none).
     """

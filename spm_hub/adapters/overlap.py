@@ -32,8 +32,8 @@ class Undoing:
     of: int
     cosine: float
 
-    def told(self, names: Sequence[str]) -> str:
-        """Say so in words. names: of all erasers that were compared."""
+    def describe(self, names: Sequence[str]) -> str:
+        """Return a sentence that names both. names: of all erasers that were compared."""
         by, of = names[self.by], names[self.of]
         return f"{by} undoes {of}: its change of the weights is the opposite (cosine {self.cosine:.2f})"
 

@@ -108,7 +108,7 @@ class Objections:
         opposed[: len(new)], opposed[:, : len(new)] = against, against.T
         names = [eraser.adapter.name for eraser in together]
         for one in undoings(products, [eraser.factor() for eraser in together], known, opposed):
-            yield one.told(names)
+            yield one.describe(names)
 
     def _changes(self, eraser: Eraser, squares: Mapping[str, float]) -> dict[str, float]:
         """Return about how much an eraser changes its modules' weights, as shares of their norms, where known."""

@@ -84,14 +84,14 @@ def bake(
 
 def _check_undoing(erasers: Sequence[Adapter], strength: float | Mapping[str, float] | None, *, force: bool) -> None:
     """Refuse an eraser that takes back the change of another; with `force` that is a warning."""
-    from spm_hub.adapters.baking import strengths_of
+    from spm_hub.adapters.baking import factors_of
     from spm_hub.adapters.overlap import products_and_opposed, squared_norms, undoings
 
     increments = [eraser.increments for eraser in erasers]
-    names, strengths = [eraser.name for eraser in erasers], list(strengths_of(erasers, strength).values())
+    names, strengths = [eraser.name for eraser in erasers], list(factors_of(erasers, strength).values())
     products, opposed = products_and_opposed(increments)
     for one in undoings(products, strengths, list(map(squared_norms, increments)), opposed):
-        said = one.told(names)
+        said = one.describe(names)
         if not force:
             raise UsageError(
                 f"{said}; nothing was written",
