@@ -66,11 +66,13 @@ def test_serial_is_in_order_and_opens_nothing_for_nothing(tmp_path: Path) -> Non
     assert list(Serial().run(Squares(tmp_path), [3, 4], lambda text: None)) == [(0, 9), (1, 16)]
 
 
-def test_ray_does_every_piece_although_a_worker_is_killed(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    numbers = [1, 2, -3, 4, 5, 6]
-    done = dict(OnRay(2).run(Squares(tmp_path), numbers, lambda text: None))
+def test_ray_does_every_piece_although_a_worker_is_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed: pip install 'spm-hub[ray]'")
+    numbers, said = [1, 2, -3, 4, 5, 6], list[str]()
+    done = dict(OnRay(2).run(Squares(tmp_path), numbers, said.append))
     assert done == {place: number * number for place, number in enumerate(numbers)}
+    assert said == ["a worker was lost; another one takes its place"]
+    assert capfd.readouterr().out == "", "with --json, what the command writes to stdout is one JSON value"
     with pytest.raises(UsageError, match="13 has no square"):
         list(OnRay(1).run(Squares(tmp_path), [13], lambda text: None))
 

@@ -3,64 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from killed import Killing
 from pico import pico_pipeline
 
 from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.io.progress import Bars
 from spm_hub.io.runners.processes import Processes
-from spm_hub.io.runners.runner import Place, Work
 from spm_hub.models.base_choice import BaseChoice
 from spm_hub.registry.entry import EraserEntry
 from spm_hub.registry.registry import Registry
 from spm_hub.training import elsewhere
-from spm_hub.training.elsewhere import Trainings, train_elsewhere
+from spm_hub.training.elsewhere import train_elsewhere
 from spm_hub.training.planning import plan_runs
 from spm_hub.training.session import Session
 
 SETS = ("steps=2", "batch_size=2", "x_t.steps=2", "x_t.trajectories=2", "x_t.chunks=1")
-
-
-@dataclass(frozen=True)
-class KilledAfter:
-    """Trainings of which one kills its worker once, after its eraser was kept."""
-
-    work: Trainings
-    piece: int
-
-    @contextmanager
-    def open(self, place: Place) -> Iterator[Callable[[int], Any]]:
-        assert self.work.session.registry is not None
-        mark = self.work.session.registry.root / "killed"
-        with self.work.open(place) as train:
-
-            def train_or_die(number: int) -> Any:
-                made = train(number)
-                if number == self.piece and not mark.exists():
-                    mark.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return made
-
-            yield train_or_die
-
-
-@dataclass(frozen=True)
-class Killing:
-    """Two processes that do such work."""
-
-    piece: int
-
-    def run(self, work: Work, pieces: Any, say: Any) -> Iterator[tuple[int, Any]]:
-        assert isinstance(work, Trainings)
-        yield from Processes(2).run(KilledAfter(work, self.piece), pieces, say)
 
 
 def found(reference: str) -> EraserEntry:
@@ -83,7 +44,9 @@ def test_two_processes_one_killed_make_the_same_erasers_as_one_process(tmp_path:
         registry = Registry(tmp_path / name)
         session = Session(plans, base, Listening(False), found, registry=registry, resume=True)
         session.check()
-        entries = train_elsewhere(session, Killing(1)) if name == "two" else session.train()
+        entries = (
+            train_elsewhere(session, Killing(Processes(2), tmp_path / "killed")) if name == "two" else session.train()
+        )
         assert tuple(entry.name for entry in entries) == concepts
         return {one.name: hashlib.sha256(one.adapter_path.read_bytes()).hexdigest() for one in entries}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -102,12 +103,19 @@ class _cluster:  # noqa: N801
             return
         options: dict[str, Any] = {}
         if self._address is None:
-            # The workers import what this process can: also what a program has added to its path.
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # unless asked for: it reports to Ray's makers
+            # The workers import what this process can: also what a program has added to its path. There is no page of
+            # progress, which would take seconds to start and end with the cluster.
             paths = os.pathsep.join(path for path in sys.path if path)
-            options = {"num_cpus": max(2, os.cpu_count() or 1), "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
+            options = {"num_cpus": max(2, os.cpu_count() or 1), "include_dashboard": False,
+                       "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}  # fmt: skip
+        _silence(self._ray, silent=True)
         try:
-            context = self._ray.init(address=self._address or "local", log_to_driver=False, **options)
+            context = self._ray.init(
+                address=self._address or "local", log_to_driver=False, logging_level=logging.ERROR, **options
+            )
         except Exception as error:  # Ray has no class of its own for a node that does not start
+            _silence(self._ray, silent=False)
             what = "no cluster starts on this machine" if self._address is None else f"no cluster at {self._address}"
             mend = "--runner processes" if self._address is None else "ray start --head, or --runner ray"
             raise UsageError(f"Ray: {what}: {str(error).splitlines()[0]}", mend=mend) from error
@@ -117,6 +125,15 @@ class _cluster:  # noqa: N801
     def __exit__(self, *_: object) -> None:
         if self._ours:
             self._ray.shutdown()
+            _silence(self._ray, silent=False)
+
+
+def _silence(ray: Any, *, silent: bool) -> None:
+    """Keep Ray from writing about lost workers to stdout, where --json writes.
+
+    Our own remarks say that one was lost. `log_to_driver` does not concern these, and Ray has no other setting.
+    """
+    ray._private.worker._worker_logs_enabled = not silent
 
 
 def _ray() -> Any:

@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from killed import KilledOnce
 from pico import pico_eraser, pico_pipeline
 from recorded import DEFAULTS, ROWS, RUN, contents
 
 from spm_hub.evaluation.protocols.conditions import DrawingElsewhere
-from spm_hub.evaluation.records.drawing import BatchToDraw, draw_missing
+from spm_hub.evaluation.records.drawing import draw_missing
 from spm_hub.evaluation.records.folder import RunFolder
 from spm_hub.io.runners.processes import Processes
-from spm_hub.io.runners.runner import Place, Work
 from spm_hub.models.base_choice import BaseChoice
-
-
-@dataclass(frozen=True)
-class KilledOnce:
-    """Work whose first worker to come to this piece kills itself after it wrote the pictures."""
-
-    work: Work
-    piece: BatchToDraw
-    mark: Path
-
-    @contextmanager
-    def open(self, place: Place) -> Iterator[Callable[[BatchToDraw], str]]:
-        with self.work.open(place) as draw:
-
-            def draw_or_die(piece: BatchToDraw) -> str:
-                lines: str = draw(piece)
-                if piece == self.piece and not self.mark.exists():
-                    self.mark.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return lines
-
-            yield draw_or_die
 
 
 def test_two_processes_one_killed_leave_the_same_files_as_one_process(tmp_path: Path) -> None:

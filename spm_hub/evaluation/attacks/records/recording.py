@@ -68,7 +68,7 @@ def record_attacks(
         "seed": seed,
         "fresh": fresh,
         "versions": {name: version(name) for name in ("spm-hub", "torch", "diffusers", "transformers")},
-        **{name: _plain(value) for name, value in (options or {}).items()},
+        **{name: _plain(value) for name, value in {"gate": None, **(options or {})}.items()},
     }
     folder = AttackFolder.start(out, run, rows, resume=resume)
     with folder.locked(), reporter.progress(f"attacking {eraser.name}") as progress:
