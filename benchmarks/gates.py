@@ -26,7 +26,7 @@ from record import record
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.attachment.gates.bank import open_bank, sentences
+from spm_hub.attachment.gates.bank import plan_bank, sentences
 from spm_hub.attachment.gates.calibrated import CalibratedGate, PreparedCalibratedGate, calibrate
 from spm_hub.attachment.gates.concept_index import ConceptIndex, EncodedConcept
 from spm_hub.attachment.gates.gate import GatedEraser, Prompts, TextEncoder, TransportGate
@@ -227,7 +227,7 @@ def latency(words: dict[str, int]) -> list[dict[str, Any]]:
                     torch.randn(1, tokens, width, generator=generator))
             for k in range(20)
         ]  # fmt: skip
-        bank = open_bank(encoder.encode, f"random {tokens} {width}", words)
+        bank = plan_bank(encoder.encode, f"random {tokens} {width}", words).open()
         nothing = torch.zeros(len(bank.texts), dtype=torch.bool)
         start = time.process_time()
         calibrations = calibrate([[name] for name in names[:100]], encoder.encode, bank, [nothing] * 100)
@@ -261,7 +261,7 @@ def calibration(pipe: Any, count: int = 100) -> dict[str, Any]:
         vocabulary(pipe),
     )
     start = time.process_time()
-    bank = open_bank(encoder.encode, encoder.digest(), encoder.vocabulary)
+    bank = plan_bank(encoder.encode, encoder.digest(), encoder.vocabulary).open()
     encoded = time.process_time()
     erasers = [GatedEraser(name, (name,), {}, {}) for name in invented_names(count, random.Random(SEED))]
     CalibratedGate().prepare(encoder, erasers)

@@ -201,6 +201,8 @@ def encoders_digest(pipe: Any) -> str:
             flat = parameter.detach().flatten()
             some = flat[:: max(1, len(flat) // 64)].float().cpu()
             digest.update(repr((name, tuple(parameter.shape), some.tolist())).encode())
+        if isinstance(encoder, nn.Module):
+            digest.update(repr(_loras_of(encoder)).encode())
     return digest.hexdigest()
 
 
@@ -238,12 +240,17 @@ def encoders_stamp(pipe: Any) -> tuple[object, ...]:
         parameters = list(encoder.parameters())
         found.append(sum(one._version for one in parameters if not one.is_inference()))
         found.append(frozenset((one.dtype, one.numel()) for one in parameters))
-        layers: list[Any] = [module for module in encoder.modules() if "lora_A" in module._modules]
-        found += [
-            (*layer.active_adapters, *layer.merged_adapters, layer.disable_adapters, *layer.scaling.items())
-            for layer in layers
-        ]
+        found += _loras_of(encoder)
     return tuple(found)
+
+
+def _loras_of(encoder: nn.Module) -> list[tuple[object, ...]]:
+    """Return which LoRAs act on each layer that has some, and how strongly."""
+    layers: list[Any] = [module for module in encoder.modules() if "lora_A" in module._modules]
+    return [
+        (*layer.active_adapters, *layer.merged_adapters, layer.disable_adapters, *layer.scaling.items())
+        for layer in layers
+    ]
 
 
 def _length(tokenizer: Any) -> int | None:

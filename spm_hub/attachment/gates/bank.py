@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from spm_hub.attachment.gates.apart import Encode
 from spm_hub.attachment.gates.vocabulary import sentences_of, single_words, words_for_sentences
 from spm_hub.errors import RegistryError
 from spm_hub.io.atomic import write_atomic
@@ -35,8 +36,6 @@ _SHRINKAGE = 0.02
 """Share of the mean variance that is added to the covariance, which is estimated from few sentences."""
 _UNIT = 2**14
 """Rows of a bank are of unit length in multiples of 1 / _UNIT."""
-
-Encode = Callable[[Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,14 +115,46 @@ def sentences() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
-def open_bank(
-    encode: Encode, key: str, vocabulary: Mapping[str, int], progress: ProgressCallback = no_progress
-) -> Bank:
-    """Return the bank of a text encoder, from the user's cache or encoded now.
+@dataclass(frozen=True)
+class PlannedBank:
+    """The sentences of a text encoder's bank, which is opened only where something has to be calibrated.
+
+    name: differs wherever a bank would. empty: (tokens, d_text), the states of the empty prompt.
+    """
+
+    encode: Encode
+    name: str
+    general: tuple[str, ...]
+    single: tuple[str, ...]
+    of_words: tuple[str, ...]
+    empty: Tensor
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All sentences."""
+        return (*self.general, *self.single, *self.of_words)
+
+    def open(self, progress: ProgressCallback = no_progress) -> Bank:
+        """Return the bank, from the user's cache or encoded now.
+
+        progress: called with the sentences done and their number. Raises what `encode` raises.
+        """
+        path = user_folder("cache") / "banks" / f"{self.name}.safetensors"
+        kept = _read(path, len(self.texts), self.empty.shape[-1])
+        if kept is None:
+            kept = _encode_all(self.encode, self.texts, progress)
+            _write(path, kept)
+        return Bank(
+            self.texts, len(self.general), len(self.single), kept["rows"], kept["lengths"], kept["means"],
+            unit_rows(self.empty), kept["precision"].double(),
+        )  # fmt: skip
+
+
+def plan_bank(encode: Encode, key: str, vocabulary: Mapping[str, int]) -> PlannedBank:
+    """Choose the sentences of a text encoder's bank.
 
     encode: gives the states (texts, tokens, d_text) of some texts. key: names the encoder and its settings.
-    vocabulary: the tokenizer's tokens and their ids. progress: called with the sentences done and their number. Raises
-    what `encode` raises.
+    vocabulary: the tokenizer's tokens and their ids. Raises what `encode` raises.
     """
     empty = encode([""])[0].float().cpu()
     count = max(_LEAST, min(_MOST, _ELEMENTS // ((_FIRST + _FURTHER) * empty.shape[-1])))
@@ -132,15 +163,7 @@ def open_bank(
     general = sentences()[: count - len(single) - len(of_words)]
     texts = (*general, *single, *of_words)
     named = hashlib.sha256(repr((key, texts, _FIRST, _FURTHER, _SHRINKAGE)).encode()).hexdigest()[:24]
-    path = user_folder("cache") / "banks" / f"{named}.safetensors"
-    kept = _read(path, len(texts), empty.shape[-1])
-    if kept is None:
-        kept = _encode_all(encode, texts, progress)
-        _write(path, kept)
-    precision = kept["precision"].double()
-    return Bank(
-        texts, len(general), len(single), kept["rows"], kept["lengths"], kept["means"], unit_rows(empty), precision
-    )
+    return PlannedBank(encode, named, general, single, of_words, empty)
 
 
 def _encode_all(encode: Encode, texts: Sequence[str], progress: ProgressCallback) -> dict[str, Tensor]:

@@ -15,33 +15,41 @@ taken for the concept's. Without a text, of `prompt_embeds` alone, they are all 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import islice
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from spm_hub.attachment.gates.apart import Encode, encode_apart
 from spm_hub.attachment.gates.bank import (
     Bank,
-    Encode,
     kept_states,
     lengths_of,
-    open_bank,
+    plan_bank,
     positions_of,
     root_mean_square,
     sentences,
     unit_rows,
 )
 from spm_hub.attachment.gates.gate import Explanation, GatedEraser, Prompts, TextEncoder
+from spm_hub.attachment.gates.kept_bytes import KeptBytes
 from spm_hub.attachment.gates.name_matcher import Match, NameMatcher, words_of
 from spm_hub.attachment.gates.vocabulary import rarity_of, whole_words
+from spm_hub.io.environment import user_folder
 
 _CALIBRATION = "calibration"
+_VERSION = 1
+"""Raise it with every change of this file that changes a calibration: kept ones of another version do not count."""
 _TERMS = ("state", "sentence")
 
 FRAMES = (
@@ -109,7 +117,8 @@ def calibrate(
     about: of each concept, (sentences,), bool: the bank's sentences that mention it, which are left out. The result for
     a concept depends on nothing but its names and the bank.
     """
-    found = [_directions(names, encode, bank) for names in concepts]
+    states = encode_apart(encode, [[frame.format(name) for frame in FRAMES] for names in concepts for name in names])
+    found = [_directions(list(islice(states, len(names))), bank) for names in concepts]
     # At once for all: reading the bank takes longer than the products, which are exact.
     greatest, typical = bank.products(torch.cat([directions[0] for directions, _ in found]))
     counts = [len(names) for names in concepts]
@@ -121,14 +130,14 @@ def calibrate(
     ]
 
 
-def _directions(names: Sequence[str], encode: Encode, bank: Bank) -> tuple[Tensor, Tensor]:
+def _directions(of_names: Sequence[Tensor], bank: Bank) -> tuple[Tensor, Tensor]:
     """Return a concept's directions, and the products of its names with them.
 
-    The directions: (2, names, d_text); the products: (2, names).
+    of_names: the states of each name's sentences, (sentences, tokens, d_text).  The directions: (2, names, d_text); the
+    products: (2, names).
     """
     directions, tops = [], []
-    for name in names:
-        states = encode([frame.format(name) for frame in FRAMES])
+    for states in of_names:
         states = unit_rows(states[:, positions_of(states.shape[1])])
         means = mean_state(states)
         of_state = _unit(bank.precision @ (_centre(states, bank) - bank.mean))
@@ -236,7 +245,7 @@ def _centre(states: Tensor, bank: Bank) -> Tensor:
 class CalibratedGate:
     """The calibrated gate: `prepare` calibrates it for a text encoder.
 
-    The bank's sentences are encoded once for each text encoder and kept in the user's cache.
+    The bank's sentences are encoded once for each text encoder and kept in the user's cache, with the calibrations.
     """
 
     def prepare(self, encoder: TextEncoder, erasers: Sequence[GatedEraser]) -> PreparedCalibratedGate:
@@ -244,9 +253,14 @@ class CalibratedGate:
         names = [name for eraser in erasers for name in eraser.names]
         owners = [index for index, eraser in enumerate(erasers) for _ in eraser.names]
         matcher = _matcher(names, encoder.vocabulary)
-        new = [eraser for eraser in erasers if _CALIBRATION not in eraser.memo]
-        if new:
-            bank = open_bank(encoder.encode, encoder.digest(), encoder.vocabulary, encoder.progress)
+        if any(_CALIBRATION not in eraser.memo for eraser in erasers):
+            planned = plan_bank(encoder.encode, encoder.digest(), encoder.vocabulary)
+            kept = KeptCalibrations(planned.name, planned.empty.shape[-1])
+            for eraser, known in zip(erasers, kept.read([eraser.names for eraser in erasers]), strict=True):
+                if known is not None:
+                    eraser.memo.setdefault(_CALIBRATION, known)
+        if new := [eraser for eraser in erasers if _CALIBRATION not in eraser.memo]:
+            bank = planned.open(encoder.progress)
             about = torch.zeros(len(erasers), len(bank.texts), dtype=torch.bool)
             for row, text in enumerate(bank.texts):
                 about[[owners[name] for name in matcher.match(text)], row] = True
@@ -254,8 +268,62 @@ class CalibratedGate:
             found = calibrate([eraser.names for eraser in new], encoder.encode, bank, mentioned)
             for eraser, calibration in zip(new, found, strict=True):
                 eraser.memo[_CALIBRATION] = calibration
+            kept.write({eraser.names: calibration for eraser, calibration in zip(new, found, strict=True)})
         calibrations = [eraser.memo[_CALIBRATION] for eraser in erasers]
         return PreparedCalibratedGate(matcher, owners, calibrations)
+
+
+class KeptCalibrations:
+    """The calibrations of one text encoder that the user's cache keeps for the next process."""
+
+    def __init__(self, bank: str, width: int) -> None:
+        """bank: the name of the encoder's bank.  width: of its states."""
+        self._file = KeptBytes(user_folder("cache") / "calibrations.sqlite")
+        self._bank, self._width = bank, width
+
+    def read(self, concepts: Sequence[tuple[str, ...]]) -> list[Calibration | None]:
+        """Return the kept calibration of each concept, given by its names; None where there is none."""
+        kept = self._file.get([self._key(names) for names in concepts])
+        return [self._decoded(kept.get(self._key(names), b""), len(names)) for names in concepts]
+
+    def write(self, calibrations: Mapping[tuple[str, ...], Calibration]) -> None:
+        """Keep calibrations, by the names of their concepts."""
+        parts = {
+            names: {part.name: getattr(one, part.name) for part in fields(one)} for names, one in calibrations.items()
+        }
+        self._file.put({self._key(names): save(tensors) for names, tensors in parts.items()})
+
+    def _key(self, names: tuple[str, ...]) -> str:
+        decide = (
+            _VERSION,
+            FRAMES,
+            _ACTING,
+            _CROWDS,
+            _MARGINS,
+            _BLIND_MARGINS,
+            _SAME,
+            _RAMP,
+            _ROUNDS,
+            _STATES,
+            _LEAST_GAP,
+        )
+        return hashlib.sha256(repr((self._bank, names, decide)).encode()).hexdigest()
+
+    def _decoded(self, data: bytes, names: int) -> Calibration | None:
+        try:
+            kept = load(data)
+        except SafetensorError:
+            return None
+        ramps = 2, len(_CROWDS), 2, names
+        shapes = {
+            "directions": (2, names, self._width),
+            "centre": (2, names),
+            "scale": (2, names),
+            "start": ramps,
+            "end": ramps,
+        }
+        right = {part: tuple(one.shape) for part, one in kept.items()} == shapes
+        return Calibration(**kept) if right else None
 
 
 class PreparedCalibratedGate:

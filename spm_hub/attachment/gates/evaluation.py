@@ -1,7 +1,7 @@
 """Computes gamma for each (prompt, eraser); caches encoded concepts; applies `threshold` and `top_k`."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from spm_hub.attachment.gates.apart import Encode, encode_apart
 from spm_hub.attachment.gates.concept_index import ConceptIndex, EncodedConcept
 from spm_hub.attachment.gates.gate import (
     ConstantGate,
@@ -249,7 +250,7 @@ class GateEvaluation:
                     prepared = gate.prepare(encoder, [self._gated(name, erasers[name], settings) for name in names])
                 yield gate, tuple(names), prepared
             else:
-                yield gate, tuple(names), ConceptIndex(tuple(self._encode(erasers[name], settings) for name in names))
+                yield gate, tuple(names), ConceptIndex(self._concepts_of([erasers[name] for name in names], settings))
 
     def _gated(self, name: str, eraser: Eraser, settings: Settings) -> GatedEraser:
         """Return what a gate may know of an eraser."""
@@ -257,36 +258,51 @@ class GateEvaluation:
         return GatedEraser(name, eraser.adapter.manifest.concept.names, eraser.increments, memo)
 
     def _text_encoder(self, settings: Settings, progress: ProgressCallback) -> TextEncoder:
-        base = self._reader
-        settings_there = (*settings, ("device", execution_device(self._pipe)))
         return TextEncoder(
-            lambda texts: encode_together(self._pipe, base, texts, settings_there),
-            lambda: f"{base.__name__} {settings} {self._digest()}",
+            self._encode_texts(settings),
+            lambda: f"{self._reader.__name__} {settings} {self._digest()}",
             vocabulary(self._pipe),
             progress,
         )
 
-    def _encode(self, eraser: Eraser, settings: Settings) -> EncodedConcept:
-        kept = self._concepts.setdefault(eraser, {})
-        if settings not in kept:
-            texts = eraser.adapter.manifest.concept.names
-            each = [encode(self._pipe, self._reader, text, settings)[0] for text in texts]
-            states = pad_sequence(each, batch_first=True)
-            tokens = tokens_of(self._pipe, texts, settings, states.shape[1])
-            known = texts, tokens, states.float().cpu()
+    def _encode_texts(self, settings: Settings) -> Encode:
+        settings_there = (*settings, ("device", execution_device(self._pipe)))
+        return lambda texts: encode_together(self._pipe, self._reader, texts, settings_there)
+
+    def _concepts_of(self, erasers: Sequence[Eraser], settings: Settings) -> tuple[EncodedConcept, ...]:
+        """Return the encoded concept of each eraser; encode those that are not known yet."""
+        known = [self._concepts.setdefault(eraser, {}) for eraser in erasers]
+        new = {id(kept): eraser for kept, eraser in zip(known, erasers, strict=True) if settings not in kept}
+        if new:
+            names = [eraser.adapter.manifest.concept.names for eraser in new.values()]
+            for eraser, concept in zip(new.values(), self._encode(names, settings), strict=True):
+                self._concepts[eraser][settings] = concept
+        return tuple(kept[settings] for kept in known)
+
+    def _encode(self, concepts: Sequence[tuple[str, ...]], settings: Settings) -> Iterator[EncodedConcept]:
+        """Yield concepts, each given by its names; the states of few are in memory at a time."""
+        texts = [name for names in concepts for name in names]
+        each = encode_apart(self._encode_texts(settings), [[text] for text in texts])
+        # What is read of a text may depend on how many states it has; most text encoders give all texts as many.
+        tokens: dict[int, dict[str, frozenset[int]]] = {}
+        for names in concepts:
+            states = pad_sequence([next(each)[0] for _ in names], batch_first=True)
+            length = states.shape[1]
+            if length not in tokens:
+                tokens[length] = dict(zip(texts, tokens_of(self._pipe, texts, settings, length), strict=True))
+            known = names, tuple(tokens[length][name] for name in names), states.float().cpu()
             try:
-                kept[settings] = EncodedConcept(*known, self._spill_file(states[0].numel()))
+                yield EncodedConcept(*known, self._spill_file(states[0].numel()))
             except OSError:
                 # The temporary folder is full, or missing.
-                kept[settings] = EncodedConcept(*known)
-        return kept[settings]
+                yield EncodedConcept(*known)
 
     def target_states(self, eraser: Eraser, settings: Settings) -> Tensor:
         """Return the states of the name that an eraser's concept has first: (tokens, d_text).
 
         settings: the arguments that the prompts were encoded with. Raises CannotEncodeError.
         """
-        return self._encode(eraser, settings).states[0]
+        return self._concepts_of([eraser], settings)[0].states[0]
 
     def empty_states(self, settings: Settings) -> Tensor:
         """Return the states of the empty prompt: (tokens, d_text). Raises CannotEncodeError."""

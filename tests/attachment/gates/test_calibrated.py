@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from topologies import random_eraser
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.attachment.gates.bank import Bank, open_bank, positions_of, sentences, unit_rows
+from spm_hub.attachment.gates.bank import Bank, plan_bank, positions_of, sentences, unit_rows
 from spm_hub.attachment.gates.calibrated import Calibration, PreparedCalibratedGate, _reached, calibrate, mean_state
 from spm_hub.attachment.gates.gate import Prompts
 from spm_hub.attachment.text_encoding import encode_together
@@ -153,9 +154,9 @@ def unit_bank(seed: int, count: int = 300, width: int = 6) -> Bank:
     encode = {"": states[0], **dict(zip(sentences(), states, strict=False))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spm_hub.attachment.gates.bank.sentences", lambda: sentences()[:count])
-        return open_bank(
+        return plan_bank(
             lambda texts: torch.stack([encode[text] for text in texts]), f"random {seed} {count} {width}", {}
-        )
+        ).open()
 
 
 def test_the_direction_is_fishers_discriminant_written_out_in_numpy() -> None:
@@ -192,14 +193,20 @@ def test_a_share_of_sentences_is_that_of_all_names_together(crowd: int, least: i
     assert least <= int(exceeded) <= most
 
 
+def encoder_of(states: Mapping[str, torch.Tensor]) -> Any:
+    """An encoder that gives a sentence the states of the name in it, and others zeros."""
+    nothing = torch.zeros(1, 1, 6)
+    return lambda texts: torch.cat(
+        [next((states[word] for word in text.replace(",", "").split() if word in states), nothing) for text in texts]
+    )
+
+
 def test_among_many_erasers_states_count_for_less_and_words_for_as_much() -> None:
     bank = unit_bank(7)
     generator = torch.Generator().manual_seed(12)
     states = {f"name{index}": unit_rows(torch.randn(1, 1, 6, generator=generator)) for index in range(100)}
     nothing = torch.zeros(100, len(bank.texts)).bool()
-    found = calibrate(
-        [[name] for name in states], lambda texts: states[texts[0]].expand(len(texts), 1, 6), bank, list(nothing)
-    )
+    found = calibrate([[name] for name in states], encoder_of(states), bank, list(nothing))
     few, many = (torch.stack([one.among(count, blind=False).start for one in found]) for count in (10, 100))
     assert (many >= few).all()
     assert (many > few)[:, 1].float().mean() > 0.5
@@ -250,21 +257,61 @@ def test_a_bank_is_encoded_once_and_a_damaged_one_again(cache: Path, monkeypatch
         calls.append(len(texts))
         return torch.randn(len(texts), 40, 8, generator=torch.Generator().manual_seed(len(texts)))
 
-    first = open_bank(encode, "one encoder", {})
+    first = plan_bank(encode, "one encoder", {}).open()
     assert sum(calls) == len(sentences()) + 1
     calls.clear()
-    again = open_bank(encode, "one encoder", {})
+    again = plan_bank(encode, "one encoder", {}).open()
     assert calls == [1]
     assert torch.equal(again.rows, first.rows)
     (kept,) = (path for path in (cache / "spm-hub" / "banks").iterdir() if load_file(path)["rows"].shape[-1] == 8)
     for damage in (b"", kept.read_bytes()[:-9], b"x" * 100):
         kept.write_bytes(damage)
         calls.clear()
-        assert torch.equal(open_bank(encode, "one encoder", {}).rows, first.rows)
+        assert torch.equal(plan_bank(encode, "one encoder", {}).open().rows, first.rows)
         assert sum(calls) > 1
     calls.clear()
-    open_bank(encode, "another encoder", {})
+    plan_bank(encode, "another encoder", {}).open()
     assert sum(calls) > 1
+
+
+def test_calibrations_are_kept_for_the_next_process_and_damaged_ones_made_again(
+    pipe: Any, shipped: list[Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    encoded: list[str] = []
+    encode_prompt = type(pipe).encode_prompt
+
+    @wraps(encode_prompt)
+    def counted(self: Any, prompt: Any, *rest: Any, **options: Any) -> Any:
+        encoded.extend([prompt] if isinstance(prompt, str) else prompt)
+        return encode_prompt(self, prompt, *rest, **options)
+
+    monkeypatch.setattr(type(pipe), "encode_prompt", counted)
+
+    def gammas(adapters: list[Adapter]) -> list[dict[str, float]]:
+        encoded.clear()
+        with spm_hub.attach(pipe, adapters, gate="calibrated") as erasers:
+            return [erasers.gates(text) for text in ("a beagle", "van gogh", "a mouse with a sponge")]
+
+    first = gammas(shipped[:3])
+    assert sum("snoopy" in text for text in encoded) > 1
+    assert gammas(shipped[:3]) == first
+    assert set(encoded) == {"", "a beagle", "van gogh", "a mouse with a sponge"}
+    more = gammas(shipped)
+    assert not any("snoopy" in text for text in encoded)
+    assert any("mickey" in text for text in encoded)
+    assert [{name: one[name] for name in before} for one, before in zip(more, first, strict=True)] == first
+    (kept,) = (tmp_path / "spm-hub").glob("calibrations*")
+    for damage in (b"", b"no database" * 1000, kept.read_bytes()[: kept.stat().st_size // 2]):
+        kept.write_bytes(damage)
+        assert gammas(shipped) == more
+        assert any("snoopy" in text for text in encoded)
+    kept.chmod(0o444)
+    kept.parent.chmod(0o555)
+    try:
+        assert gammas(shipped) == more
+    finally:
+        kept.parent.chmod(0o755)
 
 
 def test_positions_begin_with_the_first_ones_and_end_with_the_last() -> None:
@@ -306,9 +353,7 @@ def test_ramps_begin_later_where_the_text_is_known() -> None:
     generator = torch.Generator().manual_seed(12)
     states = {f"name{index}": unit_rows(torch.randn(1, 1, 6, generator=generator)) for index in range(20)}
     nothing = torch.zeros(20, len(bank.texts)).bool()
-    found = calibrate(
-        [[name] for name in states], lambda texts: states[texts[0]].expand(len(texts), 1, 6), bank, list(nothing)
-    )
+    found = calibrate([[name] for name in states], encoder_of(states), bank, list(nothing))
     with_text, without = torch.stack([one.start for one in found], dim=1)
     assert bool((with_text >= without).all())
     assert bool((with_text > without)[without.isfinite()].any())
