@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from uuid import uuid4
 
 import gradio as gr
+from PIL import Image
 
-from spm_hub.page import markup
+from spm_hub.page import markup, strengths
 from spm_hub.page.lessons import METHODS, Progress, School
 from spm_hub.page.studio import Frame, Studio, checked_number, in_words
 
@@ -17,8 +19,10 @@ _FONTS = ("system-ui", "sans-serif")
 _MONOSPACED = ("ui-monospace", "monospace")
 _FIRST = "snoopy"
 """The eraser that is chosen at first, where there is one of this name."""
+_SEARCH = "Type to search among those of the registry."
 _MOST_SEED = 2**32 - 1
-_MOST_STRENGTH = 3.0
+_TIDY = 3600
+"""Seconds after which the files of pictures are deleted."""
 _VISITORS = 16
 """Visitors that are answered at once; the pipeline itself draws in batches."""
 
@@ -32,12 +36,15 @@ class Page:
 
     def make(self) -> Any:
         """Return the page as `gradio.Blocks`."""
-        with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
-            gr.Markdown("# spm-hub\nErase a concept from a model, see the difference, and take it back.")
+        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(_TIDY, _TIDY)) as blocks:
             bases = list(self._studio.bases)
-            base = gr.Dropdown(bases, value=bases[0], label="Base model", elem_id="base")
+            with gr.Row(equal_height=True):
+                with gr.Column(scale=4, min_width=300):
+                    gr.Markdown("# spm-hub\nErase a concept from a model, see the difference, and take it back.")
+                with gr.Column(scale=5, min_width=300):
+                    base = gr.Dropdown(bases, value=bases[0], label="Base model", elem_id="base")
             with gr.Tab("Draw", id="draw"):
-                chosen = self._draw_tab(base, blocks)
+                chosen = self._draw_tab(base)
             with gr.Tab("Train", id="train"):
                 trained = self._train_tab(base, chosen)
             with gr.Tab("Report", id="report"):
@@ -50,52 +57,56 @@ class Page:
         blocks.queue(default_concurrency_limit=_VISITORS)
         return blocks
 
-    def _draw_tab(self, base: Any, blocks: Any) -> Any:
+    def _draw_tab(self, base: Any) -> Any:
         names = self._studio.names()
-        first = _FIRST if _FIRST in names else next(iter(names), _FIRST)
-        strengths = gr.State({})
-        chosen = gr.Dropdown(
-            names, value=[first] if names else [], multiselect=True, label="Erasers", elem_id="erasers",
-            info="Type to search among those of the registry." if names else "There is none yet: train one.",
-        )  # fmt: skip
-        if self._hub:
-            self._hub_search(chosen)
-
-        def controls(names: Sequence[str], values: Mapping[str, float]) -> None:
-            for name in names:
-                with gr.Row(key=f"row-{name}", equal_height=True):
-                    strength = gr.Slider(
-                        0, _MOST_STRENGTH, values.get(name, 1.0), step=0.05, label=f"Strength of {name}",
-                        key=f"strength-{name}", elem_id=f"strength-{name}", scale=4, min_width=160,
-                    )  # fmt: skip
-                    recover = gr.Button(
-                        f"Recover {name}", key=f"recover-{name}", elem_id=f"recover-{name}", min_width=90
+        first = [_FIRST] if _FIRST in names else names[:1]
+        with gr.Row():
+            with gr.Column(scale=4, min_width=300):
+                chosen, known = self._choice(first)
+                prompt = gr.Textbox(label="Prompt", value=_example(first), elem_id="prompt", max_lines=2)
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=100)
+                    steps = gr.Slider(
+                        1, self._studio.limits.steps, self._steps, step=1, label="Steps", elem_id="steps", min_width=180
                     )
-                strength.release(_with(name), [strengths, strength], strengths, show_progress="hidden")
-                strength.change(_with(name), [strengths, strength], strengths, show_progress="hidden")
-                recover.click(_without(name), chosen, chosen, show_progress="hidden").then(
-                    self._draw, inputs, outputs, show_progress="hidden"
-                )
-
-        gr.render(inputs=[chosen, strengths], triggers=[blocks.load, chosen.change], show_progress="hidden")(controls)
-        prompt = gr.Textbox(label="Prompt", value=f"{first} on the beach", elem_id="prompt", max_lines=2)
-        with gr.Row():
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=_MOST_SEED, elem_id="seed")
-            steps = gr.Slider(1, self._studio.limits.steps, self._steps, step=1, label="Steps", elem_id="steps")
-        with gr.Row():
-            draw = gr.Button("Draw", variant="primary", elem_id="draw")
-            stop = gr.Button("Stop", elem_id="stop-drawing")
-        said = gr.HTML(markup.remark("Choose erasers, type a prompt, and press Draw or Enter."), elem_id="said")
-        with gr.Row():
-            without = _picture("Without", "without", 320)
-            with_ = _picture("With the erasers", "with", 320)
-        why = gr.HTML(elem_id="why")
-        inputs = [base, chosen, strengths, prompt, seed, steps]
+                with gr.Row():
+                    draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
+                    stop = gr.Button("Stop", elem_id="stop-drawing", min_width=120)
+                if self._hub:
+                    self._hub_search(chosen)
+            with gr.Column(scale=5, min_width=300):
+                said = gr.HTML(markup.remark("Choose erasers, type a prompt, and press Draw or Enter."), elem_id="said")
+                with gr.Row():
+                    without = _picture("Without", "without")
+                    with_ = _picture("With", "with")
+                why = gr.HTML(elem_id="why")
+        inputs = [base, chosen, known, prompt, seed, steps]
         outputs = [without, with_, said, why]
-        event = gr.on([draw.click, prompt.submit], self._draw, inputs, outputs, show_progress="hidden")
-        stop.click(lambda: markup.remark("stopped"), None, said, cancels=[event], show_progress="hidden")
-
+        recovered = known.recover(_without, [chosen, known], [chosen, known], show_progress="hidden").then(
+            self._draw, inputs, outputs, show_progress="hidden", trigger_mode="always_last"
+        )
+        event = gr.on(
+            [draw.click, prompt.submit], self._draw, inputs, outputs, show_progress="hidden", cancels=[recovered]
+        )
+        known.recover(None, cancels=[event])
+        stop.click(lambda: markup.remark("stopped"), None, said, cancels=[event, recovered], show_progress="hidden")
         return chosen
+
+    def _choice(self, first: list[str]) -> tuple[Any, Any]:
+        """Return the choice of erasers, and their strengths."""
+        chosen = gr.Dropdown(
+            self._studio.names(), value=first, multiselect=True, label="Erasers", elem_id="erasers",
+            info=_SEARCH if first else "There is none yet: train one.",
+        )  # fmt: skip
+        everything = gr.Button("Choose all", size="sm", elem_id="choose-all")
+        known = strengths.rows(first)
+        everything.click(self._everything, None, chosen, show_progress="hidden")
+        chosen.change(strengths.of, [chosen, known], known, show_progress="hidden")
+        return chosen, known
+
+    def _everything(self) -> Any:
+        names = self._studio.names()
+        return gr.update(choices=names, value=names)
 
     def _hub_search(self, chosen: Any) -> None:
         with gr.Accordion("Find erasers on the Hub", open=False):
@@ -116,8 +127,8 @@ class Page:
             train = gr.Button("Train", variant="primary", elem_id="train")
             stop = gr.Button("Stop", elem_id="stop-training")
         said = gr.HTML(markup.remark("instant takes seconds; spm some minutes."), elem_id="trained")
-        curve = gr.LinePlot(_frame(()), x="step", y="loss", color="part", label="Losses", height=220, elem_id="curve")
-        pictures = gr.Gallery(label="The concept, as it goes", columns=4, height=260, elem_id="pictures", format="png")
+        curve = gr.HTML(elem_id="curve")
+        pictures = gr.HTML(elem_id="pictures")
         outputs = [said, curve, pictures, chosen]
         event = gr.on(
             [train.click, concept.submit], self._train, [base, concept, method, steps, chosen], outputs,
@@ -144,13 +155,16 @@ class Page:
                 )
                 for index in range(2)
             ]  # fmt: skip
-        prompt = gr.Textbox(label="Prompt", value="a dog", elem_id="compared-prompt", max_lines=2)
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=_MOST_SEED, elem_id="compared-seed")
+        with gr.Row():
+            prompt = gr.Textbox(
+                label="Prompt", value=_example(names), elem_id="compared-prompt", max_lines=2, scale=4, min_width=240
+            )
+            seed = gr.Number(0, label="Seed", precision=0, elem_id="compared-seed", min_width=100)
         draw = gr.Button("Compare", variant="primary", elem_id="compare")
         said = gr.HTML(elem_id="compared-said")
         with gr.Row():
             pictures = [
-                _picture(label, f"compared-{key}", 280)
+                _picture(label, f"compared-{key}")
                 for label, key in (("Without", "bare"), ("Eraser 1", "one"), ("Eraser 2", "two"))
             ]
         why = gr.HTML(elem_id="compared-why")
@@ -161,18 +175,18 @@ class Page:
         return pair
 
     def _draw(
-        self, base: str, chosen: list[str], strengths: Mapping[str, float], prompt: str, seed: Any, steps: Any
+        self, base: str, chosen: list[str], known: Mapping[str, Any], prompt: str, seed: Any, steps: Any
     ) -> Iterator[tuple[Any, ...]]:
         """Draw without and with the chosen erasers, side by side."""
         keep = gr.skip()
-        acting = {name: float(strengths.get(name, 1.0)) for name in chosen or []}
         try:
+            acting = strengths.of(chosen, known)
             number = checked_number("Seed", seed, 0, _MOST_SEED)
             count = checked_number("Steps", steps, 1, self._studio.limits.steps)
             yield keep, keep, markup.remark("waiting for its turn"), keep
             why = markup.gammas(self._studio.explain(base, prompt, list(acting)), acting)
             for frame in self._studio.draw(base, prompt, [{}, acting], seed=number, steps=count):
-                yield *(keep if one is None else one for one in frame.pictures), markup.remark(_state(frame)), why
+                yield *map(_own, frame.pictures), markup.remark(_state(frame)), why
         except Exception as error:
             yield keep, keep, markup.remark(in_words(error), wrong=True), keep
 
@@ -194,8 +208,7 @@ class Page:
             )
             sets = [{}, {one: 1.0}, {two: 1.0}]
             for frame in self._studio.draw(base, prompt, sets, seed=number, steps=self._steps):
-                shown = (keep if picture is None else picture for picture in frame.pictures)
-                yield *shown, markup.remark(_state(frame)), f"{why}<p>{alike}</p>"
+                yield *map(_own, frame.pictures), markup.remark(_state(frame)), f"{why}<p>{alike}</p>"
         except Exception as error:
             yield keep, keep, keep, markup.remark(in_words(error), wrong=True), keep
 
@@ -207,10 +220,14 @@ class Page:
         drawn = -1
         try:
             for now in self._school.train(str(request.session_hash), base, concept, method, int(steps)):
-                pictures = [*now.pictures] if len(now.pictures) != drawn else keep
+                pictures = markup.pictures(now.pictures) if len(now.pictures) != drawn else keep
                 drawn = len(now.pictures)
-                update = gr.update(choices=self._studio.names(), value=[*chosen, now.name]) if now.name else keep
-                yield markup.remark(_lesson(now)), _frame(now.losses) if now.losses else keep, pictures, update
+                update = (
+                    gr.update(choices=self._studio.names(), value=[*chosen, now.name], info=_SEARCH)
+                    if now.name
+                    else keep
+                )
+                yield markup.remark(_lesson(now)), markup.curve(now.losses, now.total), pictures, update
         except Exception as error:
             yield markup.remark(in_words(error), wrong=True), keep, keep, keep
 
@@ -242,7 +259,9 @@ class Page:
             name = self._studio.fetch(repo)
         except Exception as error:
             return gr.skip(), markup.remark(in_words(error), wrong=True)
-        return gr.update(choices=self._studio.names(), value=[*chosen, name]), markup.remark(f"{name} is here")
+        return gr.update(choices=self._studio.names(), value=[*chosen, name], info=_SEARCH), markup.remark(
+            f"{name} is here"
+        )
 
     def _refresh(self, *values: Any) -> list[Any]:
         """Return the present names for every list of erasers; others may have trained some meanwhile."""
@@ -252,7 +271,15 @@ class Page:
 
 def launch_options() -> dict[str, Any]:
     """Return how the page looks: fonts of the visitor's machine, nothing from other hosts."""
-    theme = gr.themes.Soft(font=_FONTS, font_mono=_MONOSPACED)
+    # The theme's own colours of buttons and labels have too little contrast to read well.
+    theme = gr.themes.Soft(font=_FONTS, font_mono=_MONOSPACED).set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        block_title_text_color="*primary_700",
+        block_label_text_color="*primary_700",
+        block_info_text_color="*neutral_600",
+        body_background_fill="*neutral_50",
+    )
     return {"theme": theme, "css": markup.STYLE, "ssr_mode": False, "footer_links": [], "show_error": True}
 
 
@@ -263,12 +290,25 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _picture(label: str, name: str, height: int) -> Any:
+def _picture(label: str, name: str) -> Any:
     """Return the place of a picture; a small one is enlarged."""
     return gr.Image(
-        label=label, interactive=False, elem_id=name, elem_classes="spm-picture", height=height, min_width=120,
+        label=label, interactive=False, elem_id=name, elem_classes="spm-picture", min_width=120, format="png",
         buttons=["download", "fullscreen"],
     )  # fmt: skip
+
+
+def _own(picture: Image.Image | None) -> Any:
+    """Return a picture as one that no other visitor has, or nothing new where there is none yet.
+
+    Gradio keeps pictures in files by their content. It would write the file of an equal one again while it is being
+    sent to somebody.
+    """
+    if picture is None:
+        return gr.skip()
+    own = picture.copy()
+    own.info["visit"] = uuid4().hex
+    return own
 
 
 def _among(value: Any, names: Sequence[str]) -> Any:
@@ -277,22 +317,17 @@ def _among(value: Any, names: Sequence[str]) -> Any:
     return value if value in names else next(iter(names), None)
 
 
-def _with(name: str) -> Any:
-    """Return what notes a strength that a visitor has moved."""
-
-    def note(strengths: Mapping[str, float], value: float) -> dict[str, float]:
-        return {**strengths, name: value}
-
-    return note
+def _example(names: Sequence[str]) -> str:
+    """Return a prompt that shows what the first of these erasers does."""
+    return f"{names[0].replace('-', ' ')} on the beach" if names else "a dog on the beach"
 
 
-def _without(name: str) -> Any:
-    """Return what takes an eraser out of those that a visitor has chosen."""
-
-    def recover(chosen: Sequence[str]) -> list[str]:
-        return [one for one in chosen if one != name]
-
-    return recover
+def _without(
+    event: gr.EventData, chosen: Sequence[str], known: Mapping[str, Any]
+) -> tuple[list[str], dict[str, float]]:
+    """Take erasers out of those that a visitor has chosen."""
+    left = [name for name in chosen if name not in event.names]
+    return left, strengths.of(left, known)
 
 
 def _state(frame: Frame) -> str:
@@ -305,10 +340,3 @@ def _lesson(now: Progress) -> str:
     if now.name:
         return f"{now.verdict}; it is chosen on the first tab"
     return now.verdict or (f"step {now.step} of {now.total}" if now.step else "loading the model")
-
-
-def _frame(losses: Sequence[tuple[int, str, float]]) -> Any:
-    """Return losses as the table that a plot takes."""
-    from pandas import DataFrame
-
-    return DataFrame(list(losses), columns=["step", "part", "loss"])

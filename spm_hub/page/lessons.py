@@ -26,7 +26,7 @@ from spm_hub.training.verdict import verdict
 
 METHODS = ("instant", "spm")
 PICTURES = 6
-"""Pictures that are drawn during a training."""
+"""Most pictures that are drawn during a training."""
 MOST_STEPS = 300
 LONGEST_CONCEPT = 60
 _GLANCE = 0.2
@@ -110,8 +110,8 @@ class School:
     def _run(self, lesson: _Lesson, base: str, concept: str, method: str, steps: int) -> Iterator[Progress]:
         session = self._session(lesson, base, concept, method, steps)
         session.check()
-        now = Progress(0, steps if _takes_steps(method) else 1)
-        yield self._with_picture(now, base, concept, None, "without")
+        now = self._with_picture(Progress(0, steps if _takes_steps(method) else 1), base, concept, None, "without")
+        yield now
         thread = threading.Thread(target=_report, args=(session, lesson), daemon=True)
         thread.start()
         try:
@@ -133,7 +133,7 @@ class School:
 
     def _session(self, lesson: _Lesson, base: str, concept: str, method: str, steps: int) -> Session:
         def enough(step: TrainingStep) -> bool:
-            pictured = step.step % max(1, step.total // PICTURES) == 0
+            pictured = step.step % -(-step.total // PICTURES) == 0
             about = {"step": step.step, "total": step.total, "losses": dict(step.losses)}
             lesson.reports.put({**about, "increments": step.increments() if pictured else None})
             return lesson.stop.is_set()

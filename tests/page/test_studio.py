@@ -1,5 +1,6 @@
 """What visitors of the page share: each sees the pictures of a pipeline with their own erasers."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -92,3 +93,20 @@ def test_mistakes_in_words(studio):
     assert "Measured" in markup.report(studio.manifest("snoopy")) or "Nothing was measured" in markup.report(
         studio.manifest("snoopy")
     )
+
+
+def test_losses_are_drawn_where_they_are():
+    assert markup.curve((), 10) == ""
+    drawn = markup.curve(((1, "er<ase", 4.0), (1, "anchor", 0.0), (5, "er<ase", 1.0), (10, "er<ase", 2.0)), 10)
+    assert re.findall(r"points='([^']*)'", drawn) == ["0.1000,0.0000 0.5000,0.7500 1.0000,0.5000", "0.1000,1.0000"]
+    assert "er&lt;ase 2<" in drawn
+    assert "<ase" not in drawn
+
+
+def test_strengths_are_those_that_the_page_offers():
+    strengths = pytest.importorskip("spm_hub.page.strengths", reason='needs pip install "spm-hub[ui]"')
+    assert strengths.of(["snoopy", "mickey"], {"mickey": 0.5, "gone": 2}) == {"snoopy": 1.0, "mickey": 0.5}
+    assert strengths.of([], None) == {}
+    for value in (-0.1, 3.1, float("nan"), float("inf"), "1", None):
+        with pytest.raises(UsageError, match="a number from 0 to 3"):
+            strengths.of(["snoopy"], {"snoopy": value})
