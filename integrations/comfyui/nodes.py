@@ -92,6 +92,22 @@ def settings(gate: str, rows: str, threshold: float) -> Settings:
     return Settings(None if gate == _OWN else gate, None if rows == _OWN else rows, threshold)
 
 
+def gated(
+    node: type[io.ComfyNode], clip: Any, erasers: tuple[Chosen, ...], text: str, asked: Settings, positive: Any,
+    negative: Any,
+) -> io.NodeOutput:  # fmt: skip
+    """Return both conditionings with the hooks that the gates of a text give them, and the gates in words."""
+    answer = _gates.ask(clip, erasers, text, asked, inform)
+    tell(node, answer.report)
+    hooks, of_negative = hooks_of(erasers, answer.gammas, asked.rows)
+    return io.NodeOutput(
+        with_hooks(positive, hooks),
+        None if negative is None else with_hooks(negative, of_negative),
+        answer.report,
+        ui={"text": [answer.report], "gates": [dict(answer.gammas)]},
+    )
+
+
 class LoadEraser(io.ComfyNode):
     """Loads an eraser and adds it to a chain."""
 
@@ -208,16 +224,8 @@ class TextEncode(io.ComfyNode):
         """Return both conditionings with their hooks, and the gates in words."""
         if clip is None:
             raise UsageError("there is no CLIP: this checkpoint has no text encoder", mend="a node that loads a CLIP")
-        asked = settings(gate, rows, threshold)
-        answer = _gates.ask(clip, erasers, text, asked, inform)
-        tell(cls, answer.report)
-        positive, negative = hooks_of(erasers, answer.gammas, asked.rows)
-        return io.NodeOutput(
-            with_hooks(clip.encode_from_tokens_scheduled(clip.tokenize(text)), positive),
-            with_hooks(clip.encode_from_tokens_scheduled(clip.tokenize(negative_text)), negative),
-            answer.report,
-            ui={"text": [answer.report], "gates": [dict(answer.gammas)]},
-        )
+        positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(one)) for one in (text, negative_text))
+        return gated(cls, clip, erasers, text, settings(gate, rows, threshold), positive, negative)
 
 
 class GateConditioning(io.ComfyNode):
@@ -252,16 +260,7 @@ class GateConditioning(io.ComfyNode):
         gate: str = _OWN, rows: str = _OWN, threshold: float = 0.0,
     ) -> io.NodeOutput:  # fmt: skip
         """Return the conditionings with their hooks, and the gates in words."""
-        asked = settings(gate, rows, threshold)
-        answer = _gates.ask(clip, erasers, text, asked, inform)
-        tell(cls, answer.report)
-        positive, negative = hooks_of(erasers, answer.gammas, asked.rows)
-        return io.NodeOutput(
-            with_hooks(conditioning, positive),
-            None if negative_conditioning is None else with_hooks(negative_conditioning, negative),
-            answer.report,
-            ui={"text": [answer.report], "gates": [dict(answer.gammas)]},
-        )
+        return gated(cls, clip, erasers, text, settings(gate, rows, threshold), conditioning, negative_conditioning)
 
 
 class PreviewGates(io.ComfyNode):

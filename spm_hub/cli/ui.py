@@ -1,6 +1,8 @@
 """spmhub ui: a page in the browser to draw, train and compare."""
 
+import signal
 import threading
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -48,8 +50,8 @@ def ui(
 ) -> None:
     """Open a page in the browser: draw without and with erasers, train one, read reports, compare.
 
-    Several visitors share one pipeline, whose pictures wait for their turn. Ctrl-C ends it. It needs the extra:
-    pip install "spm-hub[ui]".
+    Several visitors share one pipeline, whose pictures wait for their turn. SIGTERM and Ctrl-C end it. It needs the
+    extra: pip install "spm-hub[ui]".
     """
     check_installed("ui", "gradio")
     with silence_libraries():
@@ -76,9 +78,11 @@ def ui(
             raise UsageError(f"cannot listen on {host}:{port}: {error}", mend=f"--port {port % 65535 + 1}") from error
         out.data({"url": url}, f"the page is at {url}", brief=[url])
         out.say("Ctrl-C ends it")
+        # A process that a container starts ignores SIGTERM unless it says otherwise.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
             out.say("finishing the pictures in progress ...")
         finally:
             blocks.close(verbose=False)
