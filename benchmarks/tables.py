@@ -783,6 +783,60 @@ def serving(numbers: dict[str, Any]) -> str:
     )
 
 
+def memory(numbers: dict[str, Any]) -> str:
+    drawing, *measuring = numbers["mebibytes"].values()
+    rows = [["drawn", *(f"{value:.0f}" for value in drawing[1::2])]]
+    head = ["MiB after", *(f"{2 * numbers['every'] * (at + 1)} pictures" for at in range(len(rows[0]) - 1))]
+    return (
+        f"{_table(head, rows)}\n\nThe resident set of `spmhub eval` while it draws, sketchbook, batches of "
+        f"{numbers['at_once']}: {numbers['growth_of_drawing']:+.0f} MiB from picture {2 * numbers['every']} to picture "
+        f"{numbers['pictures']}. Measuring them by the probe and SSIM takes it to at most "
+        f"{max(value for part in measuring for value in part):.0f}.\n{_about(numbers, 'memory')}"
+    )
+
+
+def _reports() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return the committed reports by base, and by whose erasers they are of."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for file in sorted((ROOT / "benchmarks" / "reports").glob("*/*/report.json")):
+        how = "shipped" if file.parent.name.startswith("shipped-") else None
+        report = json.loads(file.read_text())
+        name = report["run"]["erasers"][0]["name"]
+        how = how or file.parent.name.removesuffix(f"-{name}")
+        found.setdefault(file.parents[1].name, {}).setdefault(how, []).append(report)
+    return found
+
+
+def _of_report(report: dict[str, Any], role: str) -> str:
+    """Return a judge's shares of a role without and with erasers: "100 to 0"."""
+    judged = next(table for table in report["tables"] if table["kind"] == "judge")
+    lines = [line for line in judged["lines"] if line["role"] == role]
+    if not lines:
+        return "-"
+    whole = next((line for line in lines if line["subject"] == "all"), lines[0])
+    return f"{100 * whole['without']:.3g} to {100 * whole['with']:.3g}"
+
+
+def reports(results: dict[str, dict[str, Any]]) -> str:
+    """Return a table of each base, from the committed reports themselves."""
+    parts = []
+    for base, hows in sorted(_reports().items(), reverse=True):
+        rows = []
+        for how, made in sorted(hows.items(), key=lambda one: (one[0] != "shipped", one[0])):
+            names = [report["run"]["erasers"][0]["name"] for report in made]
+            links = [f"[{name}](../benchmarks/reports/{base}/{how}-{name}/report.md)" for name in names]
+            rows.append([
+                "shipped" if how == "shipped" else f"`{how}`", " / ".join(links),
+                *(
+                    " / ".join(_of_report(report, role) for report in made)
+                    for role in ("target", "neighbour", "unrelated")
+                ),
+            ])  # fmt: skip
+        head = [f"erasers, {base}", "reports", "target (%)", "neighbours (%)", "unrelated (%)"]
+        parts.append(_table(head, rows))
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sketchbook": sketchbook,
     "sketchbook_training": sketchbook_training,
@@ -803,6 +857,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "registry": registry,
     "hostile": hostile,
     "cluster": cluster,
+    "memory": memory,
     "hostile_files": hostile_files,
     "intervals": intervals,
     "judges": judges,
@@ -810,14 +865,15 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "serving": serving,
 }
 ACROSS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
-    "summary": summary, "gates_in_short": gates_in_short, "papers_gate": papers_gate
+    "summary": summary, "gates_in_short": gates_in_short, "papers_gate": papers_gate,
+    "reports": reports,
 }  # fmt: skip
 """Sections that take all results."""
 PAGES = {
     "README.md": ("summary", "papers_gate"),
     "docs/how-it-works.md": ("gates_in_short",),
     "docs/attacks.md": ("attacks",),
-    "docs/benchmarks.md": tuple(name for name in SECTIONS if name != "attacks"),
+    "docs/benchmarks.md": (*(name for name in SECTIONS if name != "attacks"), "reports"),
 }
 
 

@@ -1,6 +1,6 @@
 """spmhub attack: try to bring an erased concept back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +10,7 @@ import typer
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, literal, silence_libraries, table
+from spm_hub.cli.recording import check_recordable, keep_numbers
 from spm_hub.errors import UsageError
 from spm_hub.evaluation.attacks.settings import ATTACKS, CONTROLS, AttackSettings, attacks_named
 from spm_hub.io.wording import counted
@@ -51,6 +52,10 @@ AtOnce = Annotated[
     int | None, typer.Option(min=1, help="Prompts attacked side by side. Default: 16.", show_default=False)
 ]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.", show_default=False)]
+Record = Annotated[
+    bool, typer.Option("--record", help="Keep the success of each attack in the eraser's manifest; needs --out.")
+]
+Force = Annotated[bool, typer.Option("--force", help="With --record: replace numbers of more prompts.")]
 
 
 @command(
@@ -106,6 +111,8 @@ def attack(
     at_once: AtOnce = None,
     runner: options.Runner = None,
     workers: options.Workers = None,
+    record: Record = False,
+    force: Force = False,
 ) -> None:
     """Try to bring an erased concept back: by text, seeds, embeddings, or noise.
 
@@ -128,15 +135,30 @@ def attack(
     base = BaseChoice(model, config, device, dtype)
     base.check()
     wanted = _count_or_file(prompts)
-    if folder is None and (option := next((n for n, v in (("resume", resume), ("runner", runner)) if v), None)):
-        raise UsageError(f"--{option} is for attacks whose pictures are kept", mend="add --out DIR")
+    _check_options(folder, {"resume": resume, "runner": runner, "record": record}, force=force)
+    if record:
+        check_recordable([entry], asked=(gate, strengths))
     doing = runner_named(runner or "serial", workers)
     how = _How(entry, base, judge, seed, fresh, acting, strengths, steps, guidance, at_once or 16)
     with silence_libraries():
         if folder is None:
             _print_only(out, how, settings, wanted, gate, controls=controls)
         else:
-            _keep(out, how, settings, wanted, folder, doing, controls=controls, resume=resume)
+            report = _keep(out, how, settings, wanted, folder, doing, controls=controls, resume=resume)
+            if record:
+                _record(out, entry, report, folder, replace=force)
+            show_attack_report(out, report, folder)
+
+
+def _check_options(folder: Path | None, kept: Mapping[str, object], *, force: bool) -> None:
+    """Refuse options that would have no effect. Raises UsageError.
+
+    kept: those that are for attacks with a folder, by name.
+    """
+    if folder is None and (option := next((name for name, given in kept.items() if given), None)):
+        raise UsageError(f"--{option} is for attacks whose pictures are kept", mend="add --out DIR")
+    if force and not kept["record"]:
+        raise UsageError("--force is for --record, which is not given", mend="add --record, or leave --force out")
 
 
 @dataclass(frozen=True)
@@ -206,19 +228,26 @@ def _keep(
     *,
     controls: bool,
     resume: bool,
-) -> None:
-    """Attack, keep every picture in a folder, and print its report."""
+) -> dict[str, Any]:
+    """Attack, keep every picture in a folder, and return its report."""
     from spm_hub.evaluation.attacks.records.recording import record_attacks
 
     eraser = how.entry.load()
     kind = eraser.manifest.concept.kind
     compared = _controls({one: one.attack(kind) for one in settings}) if controls else []
-    report = record_attacks(
+    return record_attacks(
         how.base, eraser, how.cases(eraser, wanted), settings, folder, out, judge=how.judge, drawing=how.drawing,
         seed=how.seed, fresh=how.fresh, options={"gate": how.gate, "strength": how.strength}, controls=compared,
         runner=runner, resume=resume,
     )  # fmt: skip
-    show_attack_report(out, report, folder)
+
+
+def _record(out: Output, entry: "EraserEntry", report: dict[str, Any], folder: Path, *, replace: bool) -> None:
+    from spm_hub.evaluation.reports.recording import evaluations_of_attacks
+
+    manifest = entry.read_manifest()
+    found = evaluations_of_attacks(report, folder, manifest.default_gate, manifest.concept.require_target(entry.name))
+    keep_numbers(out, entry, found, replace=replace)
 
 
 def show_attack_report(out: Output, report: dict[str, Any], folder: Path) -> None:

@@ -1,7 +1,7 @@
 """spmhub eval: measure how much erasers take away, and how much they change everything else."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,11 +11,12 @@ import typer
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, table
-from spm_hub.errors import RegistryError, UsageError
-from spm_hub.io.wording import counted, quoted
+from spm_hub.cli.recording import check_recordable, keep_numbers
+from spm_hub.errors import UsageError
+from spm_hub.io.wording import counted
 
 if TYPE_CHECKING:
-    from spm_hub.adapters.manifest import Evaluation, GateName
+    from spm_hub.adapters.manifest import GateName
     from spm_hub.evaluation.effect import Effect
     from spm_hub.evaluation.protocols.running import Asked
     from spm_hub.io.runners.runner import Runner
@@ -231,7 +232,7 @@ def _by_protocol(
     protocol = protocol_named(name)
     how.base.check()
     if record:
-        _check_recordable(entries, asked=(how.gate, how.strengths))
+        check_recordable(entries, asked=(how.gate, how.strengths))
         check_whole(quick=asked.quick, limit=asked.limit)
     place = folder or Path(f"{'-'.join(entry.name for entry in entries)}-{name}")
     with silence_libraries():
@@ -243,7 +244,7 @@ def _by_protocol(
         )  # fmt: skip
     if record:
         found = evaluations_of(report, place, entries[0].read_manifest().default_gate)
-        _record(out, entries[0], found, replace=how.force)
+        keep_numbers(out, entries[0], found, replace=how.force)
     show_report(out, report, place)
 
 
@@ -269,7 +270,7 @@ def _detect(
     options.check_judge(judge, parse_reference(how.base.reference, config=how.base.config))
     how.base.check()
     if record:
-        _check_recordable(entries, asked=(judge, how.gate, how.strengths))
+        check_recordable(entries, asked=(judge, how.gate, how.strengths))
         if not how.force:
             check_richness(entries[0].read_manifest(), PROTOCOL, how.base.public_name, samples, steps)
     with silence_libraries():
@@ -281,7 +282,7 @@ def _detect(
         )  # fmt: skip
     if record:
         found = effect.evaluations(entries[0].read_manifest().default_gate)
-        _record(out, entries[0], found, replace=how.force)
+        keep_numbers(out, entries[0], found, replace=how.force)
     _show(out, effect, samples)
 
 
@@ -298,37 +299,3 @@ def _show(out: Output, effect: "Effect", samples: int) -> None:
         ),
         brief=[f"{row['name']} {row['without']:.2f} {row['with']:.2f}" for row in rows if row["erased"]],
     )  # fmt: skip
-
-
-def _record(out: Output, entry: "EraserEntry", found: "Sequence[Evaluation]", *, replace: bool) -> None:
-    from spm_hub.registry.registry import Registry
-
-    root = entry.adapter_path.parent.parent
-    Registry(root).record_evaluation(entry.name, found, replace=replace)
-    out.say(f"kept in the manifest of {entry.name}: spmhub show {entry.name} --registry {quoted(root)}")
-
-
-def _check_recordable(entries: list["EraserEntry"], asked: tuple[object, ...]) -> None:
-    """Refuse to record numbers unless they are those of one eraser in a registry, used as it asks to be.
-
-    Raises UsageError, RegistryError.
-    """
-    from spm_hub.registry import storage
-
-    if len(entries) > 1:
-        raise UsageError(
-            f"--record is for one eraser, but {len(entries)} are named",
-            mend="name one, and run it again for each other",
-        )
-    if any(given is not None for given in asked):
-        raise UsageError(
-            "--record keeps the effect of an eraser with its own settings: --gate and --strength would change the "
-            "numbers, and without --protocol --judge too",
-            mend="leave them out, or leave --record out",
-        )
-    path: Path = entries[0].adapter_path
-    if path.parent.name != storage.ADAPTERS or entries[0].manifest_path is None:
-        raise RegistryError(
-            f"{path} is in no registry, so there is no manifest to keep the numbers in",
-            mend=f"spmhub convert {quoted(path)}",
-        )

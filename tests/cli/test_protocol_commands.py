@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from spm_hub.cli.app import app
+from spm_hub.hub.card import render
+from spm_hub.registry.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,6 +75,30 @@ def test_kept_pictures_are_scored_and_compared(run: Path, tmp_path: Path) -> Non
     assert (found["same_base"], {one["metric"] for one in found["lines"]}) == (True, {"probe", "ssim"})
     assert page.read_text().startswith("<!doctype html>")
     assert spmhub("compare", str(run)).exit_code == 2
+
+
+def test_the_success_of_attacks_is_kept_in_the_manifest(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    registry.install(Registry(ROOT).get("snoopy"))
+    asked = ("attack", "snoopy", "--registry", str(registry.root), "--with", "seeds", "--prompts", "4", "--tries", "2",
+             "--steps", "1", "--fresh", "0", "--no-controls", "--judge", "judged:odd", "--record")  # fmt: skip
+    assert "add --out DIR" in spmhub(*asked).stderr
+    out = tmp_path / "attacked"
+    done = spmhub(*asked, "--out", str(out), "--json")
+    assert done.exit_code == 0, done.output
+    manifest = registry.get("snoopy").read_manifest()
+    kept = {one.metric: one for one in manifest.evaluation if one.protocol == "attack"}
+    (judged,) = json.loads(done.stdout)["judges"]
+    assert set(kept) == {"asr:none by judged:odd", "asr:seeds by judged:odd"}
+    for key, share in (("none", judged["before"]), ("seeds", judged["attacks"][0]["asr"])):
+        one = kept[f"asr:{key} by judged:odd"]
+        assert (one.value, list(one.interval or ()), one.samples) == (share["value"], share["interval"], share["n"])
+        assert one.reference == 1, "all of these prompts draw it without the eraser"
+        assert (one.subject, one.gate) == ("snoopy", "calibrated")
+        assert one.report_sha256 == hashlib.sha256((out / "report.json").read_bytes()).hexdigest()
+    assert "It was tested against adversarial prompts" in render(manifest, "someone/snoopy", "snoopy.safetensors")
+    refused = spmhub(*asked, "--out", str(out), "--resume", "--gate", "always")
+    assert (refused.exit_code, "with its own settings" in refused.stderr) == (2, True)
 
 
 def test_protocols_are_listed_and_shown() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ def evaluations_of(report: Mapping[str, Any], folder: Path, gate: GateName) -> t
     """
     run = report["run"]
     check_whole(quick=run["quick"], limit=run["limit"])
-    digest, found = sha256_of(folder / REPORT), []
+    shared = _shared(run, folder, gate) | {"protocol_sha256": run["protocol"]["sha256"]}
+    found = []
     for table in report["tables"]:
         for line in table["lines"]:
             value, interval = (line.get(key, line.get(f"value{key[4:]}")) for key in ("with", "with_interval"))
@@ -37,15 +38,51 @@ def evaluations_of(report: Mapping[str, Any], folder: Path, gate: GateName) -> t
                 continue
             found.append(
                 Evaluation(
-                    protocol=run["protocol"]["name"], base=run["model"], subject=_subject(line), metric=table["metric"],
-                    value=value, reference=line.get("without"), samples=line["n"], seed=run["seed"],
-                    steps=run["drawing"]["steps"], guidance=run["drawing"]["guidance"], gate=gate,
-                    version=run["versions"]["spm-hub"], date=datetime.now(UTC).replace(microsecond=0),
+                    **shared, subject=_subject(line), metric=table["metric"], value=value,
+                    reference=line.get("without"), samples=line["n"],
                     interval=None if interval is None or None in interval else tuple(interval),
-                    protocol_sha256=run["protocol"]["sha256"], report_sha256=digest,
                 )
             )  # fmt: skip
+    if report["attacks"]:
+        target = run["erasers"][0]["concept"][0]
+        found += _of_attacks(report["attacks"][0], shared, target)
     return tuple(found)
+
+
+def evaluations_of_attacks(
+    report: Mapping[str, Any], folder: Path, gate: GateName, target: str
+) -> tuple[Evaluation, ...]:
+    """Return the success of each kept attack, and of none at all, as measured numbers.
+
+    They are those of the judge that ended the searches. folder: of the attacks, with report.json. gate: the eraser's
+    own. target: its concept.
+    """
+    shared = _shared(report["run"], folder, gate)
+    return tuple(_of_attacks(report["judges"][0], shared, target))
+
+
+def _shared(run: Mapping[str, Any], folder: Path, gate: GateName) -> dict[str, Any]:
+    """Return the values that are the same for every number of a run."""
+    return {
+        "protocol": run["protocol"]["name"], "base": run["model"], "seed": run["seed"], "gate": gate,
+        "steps": run["drawing"]["steps"], "guidance": run["drawing"]["guidance"],
+        "version": run["versions"]["spm-hub"], "date": datetime.now(UTC).replace(microsecond=0),
+        "report_sha256": sha256_of(folder / REPORT),
+    }  # fmt: skip
+
+
+def _of_attacks(judged: Mapping[str, Any], shared: Mapping[str, Any], target: str) -> Iterator[Evaluation]:
+    """Yield the share of the prompts that show the concept, before and after each attack.
+
+    Prompts for which the base does not draw it are left out.
+    """
+    shares = {"none": judged["before"], **{one["name"]: one["asr"] for one in judged["attacks"]}}
+    by = "" if judged["judge"] == "probe" else f" by {judged['judge']}"
+    for name, share in shares.items():
+        yield Evaluation(
+            **shared, subject=target, metric=f"asr:{name}{by}", value=share["value"], reference=1.0, samples=share["n"],
+            interval=tuple(share["interval"]),
+        )  # fmt: skip
 
 
 def _subject(line: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spm_hub.errors import NotFoundError, SpmHubError, UsageError
-from spm_hub.io.runners.runner import MOST_LOSSES, Place, Say, Work, refuse_the_piece
+from spm_hub.io.runners.runner import MOST_LOSSES, Place, Say, Work, WorkerLostError, refuse_the_piece
 
 INSTALL = "pip install 'spm-hub[ray]'"
 
@@ -65,6 +65,11 @@ class OnRay:
                 say("a worker was lost; another one takes its place")
                 waiting.appendleft(number)
                 actor = start()
+            except ray.exceptions.ActorUnschedulableError as error:
+                raise WorkerLostError(
+                    f"Ray starts no worker: {str(error).strip().splitlines()[0]}",
+                    mend="fewer --workers, or --runner processes",
+                ) from None
             except ray.exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, SpmHubError) else error from None
             else:
@@ -104,6 +109,8 @@ class _cluster:  # noqa: N801
         options: dict[str, Any] = {}
         if self._address is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # unless asked for: it reports to Ray's makers
+            # A worker that imports torch on a busy machine is not dead after Ray's minute.
+            os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
             # The workers import what this process can: also what a program has added to its path. There is no page of
             # progress, which would take seconds to start and end with the cluster.
             paths = os.pathsep.join(path for path in sys.path if path)
