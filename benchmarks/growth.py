@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from spm_hub.adapters.increments import LowRank
 from spm_hub.attachment.gates import calibrated
 from spm_hub.attachment.gates.apart import encode_apart
 from spm_hub.attachment.text_encoding import encode, encode_together, tokens_of
+from spm_hub.registry import lockfile, storage
+from spm_hub.registry.registry import Registry
 
 _Result = TypeVar("_Result")
 
@@ -104,7 +107,65 @@ def first_gates(count: int = 1000) -> dict[str, Any]:
     return found
 
 
-PARTS: dict[str, Callable[[], Any]] = {"first_gates": first_gates}
+def registry(counts: tuple[int, ...] = (100, 10_000), times: int = 15) -> dict[str, Any]:
+    """Time single operations on registries of few and of many erasers; the median of some times."""
+    found: dict[str, dict[str, float]] = {}
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            kept = filled(Path(folder), count)
+            spare = iter(kept.entries())
+            pins = iter(range(count, count + times))
+            kept.get("concept 50")  # keeps the index of concepts
+            found[f"{count}"] = {
+                "resolve_by_name": median(times, lambda kept=kept: kept.get("eraser-50")),
+                "resolve_by_concept": median(times, lambda kept=kept: kept.get("concept 50")),
+                "record_one_pin": median(times, lambda kept=kept, pins=pins: recorded(kept, next(pins))),
+                "remove_one": median(times, lambda kept=kept, spare=spare: kept.remove(next(spare).name)),
+                "resolve_by_concept_after_a_change": median(1, lambda kept=kept: kept.get("concept 50")),
+            }
+    return {"erasers": found}
+
+
+def filled(root: Path, count: int) -> Registry:
+    """A registry of small erasers that were all pulled."""
+    kept = Registry(root)
+    one = small_erasers(1)[0]
+    kept.add(one)
+    entry = kept.entries()[0]
+    adapter, manifest = entry.adapter_path, entry.manifest_path
+    assert manifest is not None
+    data, text = adapter.read_bytes(), manifest.read_text()
+    pins = {}
+    for number in range(count):
+        name, target = f"eraser-{number}", f"concept {number}"
+        adapter.with_name(f"{name}{adapter.suffix}").write_bytes(data)
+        changed = text.replace(one.name, name).replace(str(one.manifest.concept.target), target)
+        manifest.with_name(f"{name}.json").write_text(changed)
+        pins[name] = pin(number)
+    kept.remove(one.name)
+    lock = {"schema_version": 1, "adapters": {name: pins[name].model_dump() for name in sorted(pins)}}
+    (root / lockfile.LOCK_NAME).write_text(json.dumps(lock, indent=2) + "\n")
+    time.sleep(1.1)  # an index of concepts is kept once nothing has changed for a second
+    return kept
+
+
+def pin(number: int) -> lockfile.Pin:
+    return lockfile.Pin(repo=f"someone/spm-{number}", commit=f"{number:040x}", sha256=f"{number:064x}")
+
+
+def recorded(kept: Registry, number: int) -> None:
+    with storage.write_lock(kept.root):
+        lockfile.record(kept.root, f"eraser-{number}", pin(number))
+
+
+def median(times: int, action: Callable[[], object]) -> float:
+    """Return the median of the CPU milliseconds that an action takes, after a first time where there are several."""
+    if times > 1:
+        action()
+    return round(1000 * statistics.median(clocked(action)[0] for _ in range(max(1, times - 1))), 3)
+
+
+PARTS: dict[str, Callable[[], Any]] = {"first_gates": first_gates, "registry": registry}
 
 
 def main() -> None:

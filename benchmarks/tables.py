@@ -218,7 +218,26 @@ def growth(numbers: dict[str, Any]) -> str:
     return (
         f"{_table(['CPU time', 'one by one', 'now', 'ratio'], shown)}\n\nOne by one: a call of the text encoder for "
         "each name. The gammas are the same to the last bit. The calibrated gate reads eight sentences for each name, "
-        f"and keeps what follows for later processes.\n{_about(numbers, 'growth')}"
+        f"and keeps what follows for later processes.\n\n{_of_registries(numbers['registry']['erasers'])}\n"
+        f"{_about(numbers, 'growth')}"
+    )
+
+
+def _of_registries(erasers: dict[str, dict[str, float]]) -> str:
+    few, many = erasers.values()
+    titles = {
+        "resolve_by_name": "find an eraser by its name", "resolve_by_concept": "find one by its concept",
+        "record_one_pin": "record one more pin in the lock file", "remove_one": "remove one",
+        "resolve_by_concept_after_a_change": "find one by its concept, just after a change",
+    }  # fmt: skip
+    rows = [
+        [title, f"{few[name]:.3g} ms", f"{many[name]:.3g} ms", f"{many[name] / few[name]:.3g}"]
+        for name, title in titles.items()
+    ]
+    sizes = [f"of {int(count):,} erasers" for count in erasers]
+    return (
+        f"{_table(['CPU time in a registry', *sizes, 'ratio'], rows)}\n\nJust after a change all manifests are read "
+        "where a concept is looked for; the index that is kept then serves until the next change."
     )
 
 

@@ -29,14 +29,26 @@ def candidates(root: Path, plain: str) -> tuple[str, ...] | None:
     plain: the name, as `plain_name` spells it.
     """
     try:
-        kept = read_small(root / storage.STATE / _FILE, _MOST_BYTES).decode()
-        if not kept.startswith(_heading(root)):
+        kept = read_small(root / storage.STATE / _FILE, _MOST_BYTES)
+        if not kept.startswith(_heading(root).encode()):
             return None
+        return tuple(_line_of(kept, plain.encode()).decode().split("\t")[1:])
     except (OSError, ValueError):
         return None
-    # One line is looked for, as reading thousands of them takes longer than a few manifests.
-    _, found, after = kept.partition(f"\n{plain}\t")
-    return tuple(after.partition("\n")[0].split("\t")) if found else ()
+
+
+def _line_of(kept: bytes, plain: bytes) -> bytes:
+    """Return the line of an index that begins with a name; empty without one."""
+    # A search by halves, as even looking through thousands of lines takes longer than reading a few manifests.
+    low, high = kept.index(b"\n") + 1, len(kept)
+    while low < high:
+        start = kept.rfind(b"\n", 0, (low + high) // 2) + 1
+        line = kept[start : kept.index(b"\n", start)]
+        there = line.partition(b"\t")[0]
+        if there == plain:
+            return line
+        low, high = (start + len(line) + 1, high) if there < plain else (low, start)
+    return b""
 
 
 def keep(root: Path, names: Mapping[str, list[str]], begun: int) -> None:
@@ -48,13 +60,14 @@ def keep(root: Path, names: Mapping[str, list[str]], begun: int) -> None:
     with suppress(OSError, RegistryError):  # without an index all manifests are read
         heading, latest = _heading(root), max(_changed(root))
         if storage.is_shared(root) and latest < begun - _SETTLED:
-            lines = ["\t".join((plain, *several)) for plain, several in names.items()]
-            write_atomic(root / storage.STATE / _FILE, (heading + "\n".join(("", *lines, ""))).encode())
+            lines = sorted((plain.encode(), "\t".join(several).encode()) for plain, several in names.items())
+            text = b"".join(plain + b"\t" + several + b"\n" for plain, several in lines)
+            write_atomic(root / storage.STATE / _FILE, heading.encode() + text)
 
 
 def _heading(root: Path) -> str:
     """Return the first line of an index of the folders as they are now. Raises OSError."""
-    return f"changed {_changed(root)}\n"
+    return f"sorted, of folders changed at {_changed(root)}\n"
 
 
 def _changed(root: Path) -> list[int]:

@@ -6,6 +6,7 @@ without a name downloads the same files on another machine.
 
 import errno
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,10 +18,16 @@ from spm_hub.io import untrusted_json as untrusted
 from spm_hub.io.atomic import write_atomic
 from spm_hub.io.small_files import read_small
 from spm_hub.io.wording import quoted
+from spm_hub.registry.storage import STATE
 
 LOCK_NAME = "spmhub-lock.json"
 MAX_BYTES = 8 * 2**20
 """Largest lock file that is read; an eraser takes about 300 bytes."""
+
+
+_STAMP = "lockfile-stamp"
+_HEAD, _FOOT = b'{\n  "schema_version": 1,\n  "adapters": {\n', b"\n  }\n}\n"
+_EMPTY = b'{\n  "schema_version": 1,\n  "adapters": {}\n}\n'
 
 
 class Pin(Origin):
@@ -74,14 +81,57 @@ def record(root: Path, name: str, pin: Pin | None) -> None:
 
     Call it under `storage.write_lock`. Raises RegistryError.
     """
-    pins = dict(read(root))
-    if pins.get(name) == pin:
+    if pin is None and not (root / LOCK_NAME).is_file():
         return
-    pins.pop(name, None)
-    if pin is not None:
-        pins[name] = pin
-    text = _LockFile(adapters=dict(sorted(pins.items()))).model_dump_json(indent=2)
-    write_atomic(root / LOCK_NAME, text.encode() + b"\n")
+    lines = _lines_written_last(root)
+    if lines is None:
+        lines = b",\n".join(_lines(known, one) for known, one in sorted(read(root).items()))
+    before, held, after = _parted(lines, name)
+    new = b"" if pin is None else _lines(name, pin)
+    if new == held:
+        return
+    lines = b",\n".join(part for part in (before, new, after) if part)
+    write_atomic(root / LOCK_NAME, _HEAD + lines + _FOOT if lines else _EMPTY)
+    with suppress(OSError):
+        # Without it the next change reads and checks the whole file.
+        write_atomic(root / STATE / _STAMP, _stamp(root))
+
+
+def _lines(name: str, pin: Pin) -> bytes:
+    """Return the lines of one pin, without a comma."""
+    first, *others = pin.model_dump_json(indent=2).splitlines()
+    return "\n    ".join((f'    "{name}": {first}', *others)).encode()
+
+
+def _parted(lines: bytes, name: str) -> tuple[bytes, bytes, bytes]:
+    """Return the lines of all pins before a name, those of its own pin, and those after it.
+
+    A search by halves looks at few of them, as reading all pins takes far longer than copying their lines.
+    """
+    low, high = 0, len(lines)
+    while low < high:
+        # A pin begins with its name, four spaces before it; its values have six.
+        start = lines.rfind(b'\n    "', 0, (low + high) // 2 + 6) + 1
+        end = lines.index(b"\n    }", start) + len(b"\n    }")
+        there = lines[start + 5 : lines.index(b'"', start + 5)].decode()
+        if there == name:
+            return lines[: max(0, start - 2)], lines[start:end], lines[end + 2 :]
+        low, high = (end + 2, high) if there < name else (low, start)
+    return lines[: max(0, low - 2)], b"", lines[low:]
+
+
+def _lines_written_last(root: Path) -> bytes | None:
+    """Return the lines of all pins if `record` wrote the lock file last, None if it may be anybody's."""
+    with suppress(OSError):
+        if read_small(root / STATE / _STAMP, 200) == _stamp(root):
+            return read_small(root / LOCK_NAME, MAX_BYTES).removeprefix(_HEAD).removesuffix(_FOOT).removeprefix(_EMPTY)
+    return None
+
+
+def _stamp(root: Path) -> bytes:
+    """Return what tells the lock file from every other version of it. Raises OSError."""
+    found = (root / LOCK_NAME).stat()
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}".encode()
 
 
 def _damaged(path: Path, what: str) -> RegistryError:

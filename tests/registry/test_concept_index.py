@@ -78,7 +78,16 @@ def test_a_manifest_written_in_place_is_read_again(registry: Registry) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "changed", "changed [1, 2]\n\nthing-7\teraser-1\n", "changed NOW\n", "changed NOW\n\nthing-7\t", "\udcff"],
+    [
+        "",
+        "sorted",
+        "sorted, of folders changed at [1, 2]\nthing-7\teraser-1\n",
+        "sorted, of folders changed at NOW\n",
+        "sorted, of folders changed at NOW\nthing-7\t",
+        "sorted, of folders changed at NOW\nthing-7\t\n",
+        "sorted, of folders changed at NOW\n\n\n",
+        "\udcff",
+    ],  # fmt: skip
 )
 def test_a_damaged_index_is_none(registry: Registry, text: str) -> None:
     settle(registry)
