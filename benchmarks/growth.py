@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from gates import invented_names
+from gates import ERASERS, ROOT, invented_names
 from record import RESULTS, record
 from runtime import eraser
 
@@ -31,6 +31,7 @@ from spm_hub.adapters.increments import LowRank
 from spm_hub.attachment.gates import calibrated
 from spm_hub.attachment.gates.apart import encode_apart
 from spm_hub.attachment.text_encoding import encode, encode_together, tokens_of
+from spm_hub.evaluation.pictures import DrawingOptions, show
 from spm_hub.registry import lockfile, storage
 from spm_hub.registry.registry import Registry
 
@@ -165,7 +166,24 @@ def median(times: int, action: Callable[[], object]) -> float:
     return round(1000 * statistics.median(clocked(action)[0] for _ in range(max(1, times - 1))), 3)
 
 
-PARTS: dict[str, Callable[[], Any]] = {"first_gates": first_gates, "registry": registry}
+def batches(count: int = 16, steps: int = 10) -> dict[str, Any]:
+    """Time pictures of several prompts with five erasers, one prompt at a time and eight at once."""
+    pipe: Any = spm_hub.load_pipeline("sketchbook", device="cpu")
+    held = [spm_hub.load(name, registry=ROOT) for name in ERASERS]
+    places = ("in the park", "at night", "on a hill", "with a red hat")
+    prompts = [f"{name} {place}" for name in ("snoopy", "a dog", "mickey", "a house") for place in places][:count]
+    found: dict[str, Any] = {"prompts": len(prompts), "steps": steps, "erasers": len(held)}
+    for at_once in (1, 8):
+        drawing = DrawingOptions(steps=steps, at_once=at_once)
+        show(pipe, held, prompts[:1], DrawingOptions(steps=1), compare=False)
+        seconds, shown = clocked(lambda drawing=drawing: show(pipe, held, prompts, drawing, compare=False))
+        found[f"seconds_{at_once}_at_once"] = round(seconds, 2)
+        found[f"gammas_{at_once}_at_once"] = [dict(one.gates) for one in shown]
+    assert found.pop("gammas_1_at_once") == found.pop("gammas_8_at_once")
+    return found
+
+
+PARTS: dict[str, Callable[[], Any]] = {"first_gates": first_gates, "registry": registry, "batches": batches}
 
 
 def main() -> None:

@@ -426,6 +426,7 @@ def apply(
     number: int = 1,
     steps: int | None = None,
     guidance: float | None = None,
+    at_once: int | None = None,
     gate: "GateName | float | Gate | PreparingGate | None" = None,
     strength: Mapping[str, float] | float | None = None,
     rows: Literal["both", "conditional"] | None = None,
@@ -445,6 +446,7 @@ def apply(
     pipe: a diffusers pipeline to draw with, as it is and where it is; afterwards it is as before.
     seed, number: pictures for each prompt; the first starts from the noise of `seed`, the next from that of seed + 1.
     steps, guidance: denoising steps and guidance scale; default: the pipeline's own.
+    at_once: pictures in one batch; default: 8, fewer if they are large.
     gate, strength, rows, mode, threshold, top_k, force: as for `attach`.
     compare: whether to draw without the erasers too.
     out: a folder for the pictures as PNG files and for `grid.png`; None, the default, writes nothing.
@@ -472,7 +474,7 @@ def apply(
 
     return application.apply(
         erasers, [prompts] if isinstance(prompts, str) else prompts, base,
-        DrawingOptions(seed, number, steps, guidance), reporter,
+        DrawingOptions(seed, number, steps, guidance, at_once), reporter,
         gate=gate, strength=strength, rows=rows, mode=mode, threshold=threshold, top_k=top_k,
         force=force, compare=compare, out=None if out is None else Path(out),
         erase=[erase] if isinstance(erase, str) else list(erase), registry=place,

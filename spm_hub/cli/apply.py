@@ -45,6 +45,10 @@ def apply(
     steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the pipeline's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
     num: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
+    at_once: Annotated[
+        int | None,
+        typer.Option("--at-once", min=1, help="Pictures in one batch. Default: 8, fewer if large.", show_default=False),
+    ] = None,
     to: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("pictures"),
     compare: Annotated[
         bool, typer.Option("--compare", help="Also draw without the erasers, and a grid of both side by side.")
@@ -83,7 +87,7 @@ def apply(
         from spm_hub.evaluation.pictures import DrawingOptions, read_prompts
 
         texts = read_prompts(prompts) if prompts is not None else prompt or []
-        drawing = DrawingOptions(seed=seed, number=num, steps=steps, guidance=guidance)
+        drawing = DrawingOptions(seed=seed, number=num, steps=steps, guidance=guidance, at_once=at_once)
         applied = application.apply(
             entries, texts, base, drawing, out,
             gate=acting, strength=strengths, force=force, compare=compare, out=to, grid=grid or compare,

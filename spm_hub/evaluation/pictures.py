@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from spm_hub.evaluation.step_callback import StepCallback
 from spm_hub.io.atomic import write_atomic, write_new
 from spm_hub.io.progress import ProgressCallback, Reporter
 from spm_hub.io.wording import quoted
-from spm_hub.models.architectures import is_modular
+from spm_hub.models.architectures import is_modular, native_side
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -37,6 +37,12 @@ WITHOUT, WITH, RESTORED = "without", "with", "restored"
 """The conditions of a picture; "restored" has all erasers but the first, which was attached and taken away."""
 
 METADATA_KEY = "spmhub"
+BUDGET_OF_PIXELS = 2**21
+"""Pixels of one batch unless its size is chosen: eight pictures of 512 x 512, two of 1,024 x 1,024."""
+
+_AT_ONCE = 8
+"""The most pictures of one batch unless its size is chosen: more draw hardly faster."""
+
 SEEDS = 2**64
 """Number of seeds that torch accepts: 0 to 2^64 - 1."""
 
@@ -47,15 +53,19 @@ class DrawingOptions:
 
     Picture `i` of every prompt starts from the noise of `seed + i`, independent of `number`, the pictures per prompt.
     guidance: the classifier-free guidance scale. None for `steps` or `guidance` means the pipeline's default.
+    at_once: pictures of different prompts in one call of the pipeline, all pictures of a prompt at least; None for
+    eight, or fewer where they are large. A picture depends by rounding on the others of its call.
     """
 
     seed: int = 0
     number: int = 1
     steps: int | None = None
     guidance: float | None = None
+    at_once: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, least in (("seed", self.seed, 0), ("number", self.number, 1), ("steps", self.steps, 1)):
+        least_of = {"seed": 0, "number": 1, "steps": 1, "at_once": 1}
+        for name, value, least in ((name, getattr(self, name), least) for name, least in least_of.items()):
             if value is not None and value < least:
                 raise UsageError(f"{name} must be at least {least}, got {value}", mend=f"{name} = {least}")
         if self.seed + self.number > SEEDS:
@@ -113,11 +123,14 @@ def show(
         )  # fmt: skip
 
     def draw_all(condition: str, erasers: Attachment | None = None) -> None:
-        for index, prompt in enumerate(prompts):
-            drawn[condition].append(draw(pipe, prompt, drawing, count))
-            if erasers is not None:  # more than `gates` says, where the denoiser was asked too
-                gates[index] |= {name: gamma for name, (gamma,) in erasers.last_gammas.items()}
-            each(index, PromptPictures(prompt, gates[index], {condition: drawn[condition][index]}))
+        for batch in _batches(pipe, prompts, drawing, 1 if mode == "fold" else None):
+            count.at_once = len(batch)
+            drawn[condition] += draw(pipe, batch, drawing, count)
+            first = len(drawn[condition]) - len(batch)
+            for place, index in enumerate(range(first, len(drawn[condition]))):
+                if erasers is not None:  # more than `gates` says, where the denoiser was asked too
+                    gates[index] |= {name: gammas[place] for name, gammas in erasers.last_gammas.items()}
+                each(index, PromptPictures(prompts[index], gates[index], {condition: drawn[condition][index]}))
 
     with attached() as erasers:
         gates = [erasers.gates(prompt) for prompt in prompts]
@@ -140,18 +153,28 @@ def check_prompts(prompts: Sequence[str]) -> None:
             raise UsageError(f"prompt {number} is empty", mend="--prompt TEXT with some text")
 
 
+def _batches(
+    pipe: DiffusionPipeline, prompts: Sequence[str], drawing: DrawingOptions, most: int | None
+) -> Iterator[Sequence[str]]:
+    """Yield the prompts of each call of the pipeline: at most `most`, None for as many as `drawing` says."""
+    at_once = drawing.at_once or min(_AT_ONCE, BUDGET_OF_PIXELS // native_side(pipe) ** 2)
+    if is_modular(type(pipe)):
+        most = 1  # it may take one prompt alone
+    size = most or max(1, at_once // drawing.number)
+    yield from (prompts[start : start + size] for start in range(0, len(prompts), size))
+
+
 def draw(
-    pipe: DiffusionPipeline, prompt: str, drawing: DrawingOptions, progress: ProgressCallback | None = None
-) -> tuple[Image.Image, ...]:
-    """Draw `drawing.number` pictures of one prompt.
+    pipe: DiffusionPipeline, prompts: Sequence[str], drawing: DrawingOptions, progress: ProgressCallback | None = None
+) -> list[tuple[Image.Image, ...]]:
+    """Draw `drawing.number` pictures of each prompt in one call of the pipeline; return them by prompt.
 
     progress: called with the denoising steps done and their total.
     Raises UsageError if the pipeline refuses the settings (for instance more steps than its scheduler has), or its
     latents overflow.
     """
     given = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
-    generators = [torch.Generator("cpu").manual_seed(drawing.seed + index) for index in range(drawing.number)]
-
+    seeds = [drawing.seed + index for _ in prompts for index in range(drawing.number)]
     callback = StepCallback(pipe, progress)
     chosen = {name: value for name, value in given.items() if value is not None}
     modular = is_modular(type(pipe))
@@ -159,22 +182,23 @@ def draw(
         _check_inputs(pipe, chosen)
     try:
         made = pipe(
-            prompt=prompt,
+            prompt=prompts[0] if len(prompts) == 1 else list(prompts),
             num_images_per_prompt=drawing.number,
-            generator=generators,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             **({"output": "images"} if modular else callback.options),
             **chosen,
         )
     except ValueError as error:
         asked = ", ".join(f"{name} {value}" for name, value in chosen.items()) or "its default settings"
         raise UsageError(
-            f"{type(pipe).__name__} cannot draw {prompt!r} with {asked}: {str(error).strip()}",
+            f"{type(pipe).__name__} cannot draw {prompts[0]!r} with {asked}: {str(error).strip()}",
             mend="leave out --steps and --guidance" if chosen else None,
         ) from error
-    callback.check(prompt)
+    callback.check(*prompts)
     if modular and progress is not None:
         progress(1, 1)  # its steps are not reported
-    return tuple(made if modular else made.images)
+    pictures = iter(made if modular else made.images)
+    return [tuple(itertools.islice(pictures, drawing.number)) for _ in prompts]
 
 
 def _check_inputs(pipe: Any, chosen: Mapping[str, Any]) -> None:
@@ -307,9 +331,11 @@ class _Counter:
 
     def __init__(self, drawings: int, progress: ProgressCallback | None) -> None:
         self._drawings, self._progress, self._done = drawings, progress, 0
+        self.at_once = 1
+        """The drawings of the call in progress."""
 
     def __call__(self, step: int, total: int) -> None:
         if self._progress is not None:
-            self._progress(self._done * total + step, self._drawings * total)
+            self._progress(self._done * total + step * self.at_once, self._drawings * total)
         if step == total:
-            self._done += 1
+            self._done += self.at_once

@@ -40,14 +40,17 @@ class StepCallback:
         if self._progress is not None:
             self._progress(step + 1, len(self._pipe.scheduler.timesteps))
 
-    def check(self, prompt: str) -> None:
-        """Raise UsageError if the latents contain NaN or infinity.
+    def check(self, *prompts: str) -> None:
+        """Raise UsageError if the latents of a prompt contain NaN or infinity.
 
-        The picture would be black, and could be mistaken for an effect of the eraser.
+        prompts: of the call, each with as many pictures. The picture would be black, and could be mistaken for an
+        effect of the eraser.
         """
-        if self.latents is not None and not bool(self.latents.isfinite().all()):
-            raise UsageError(
-                f"{type(self._pipe).__name__} produced NaN or infinite latents for {prompt!r}: the picture is black "
-                "because of overflow, not because of the eraser",
-                mend="smaller --strength, --gate or --guidance, or --dtype float32",
-            )
+        if self.latents is None or bool((finite := self.latents.isfinite()).all()):
+            return
+        whole = [bool(rows.all()) for rows in finite.tensor_split(len(prompts))]
+        raise UsageError(
+            f"{type(self._pipe).__name__} produced NaN or infinite latents for {prompts[whole.index(False)]!r}: the "
+            "picture is black because of overflow, not because of the eraser",
+            mend="smaller --strength, --gate or --guidance, or --dtype float32",
+        )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pico import pico_eraser, pico_pipeline
@@ -83,22 +86,73 @@ def test_what_was_drawn_before_the_end_is_handed_out_at_once() -> None:
     assert seen == [(0, "without", gates[0]), (1, "without", gates[1]), (0, "with", gates[0])]
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+def test_a_batch_draws_the_pictures_of_one_prompt_at_a_time(strength: float) -> None:
+    pipe = pico_pipeline()
+    eraser = pico_eraser(pipe.unet)
+    prompts = [f"{word} {place}" for word in ("snoopy", "a dog", "a cat") for place in ("house", "on the beach", "")]
+    prompts = [prompt.strip() for prompt in prompts]
+    drawing = DrawingOptions(seed=5, number=2, steps=3)
+    progress: list[tuple[int, int]] = []
+    calls: list[int] = []
+    watched = pipe.scheduler.set_timesteps
+
+    def set_timesteps(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        return watched(*given, **named)
+
+    pipe.scheduler.set_timesteps = set_timesteps
+    shown = show(pipe, [eraser], prompts, drawing, strength=strength, progress=lambda *one: progress.append(one))
+    assert len(calls) == 2 * 3, "nine prompts of two pictures are calls of 8, 8 and 2 pictures for each condition"
+    assert progress[-1] == (2 * 9 * 3, 2 * 9 * 3)
+    assert progress == sorted(progress)
+    assert len({round(one.gates["snoopy"], 3) for one in shown}) > 2, "the prompts of a batch have gammas of their own"
+    for one in shown:
+        for condition in ("without", "with"):
+            with attach(pipe, [eraser] if condition == "with" else [], strength=strength):
+                alone = pipe(
+                    one.prompt, num_inference_steps=3, num_images_per_prompt=2,
+                    generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+                ).images  # fmt: skip
+            for picture, expected in zip(one.pictures[condition], alone, strict=True):
+                apart = np.abs(np.asarray(picture, dtype=int) - np.asarray(expected, dtype=int))
+                assert apart.max() <= 1, "by rounding alone"
+            assert np.asarray(alone[0]).tobytes() != np.asarray(alone[1]).tobytes()
+
+
+def test_the_prompt_whose_numbers_overflow_is_named() -> None:
+    pipe = pico_pipeline()
+    callback = StepCallback(pipe)
+    callback.latents = torch.zeros(6, 4, 8, 8)
+    callback.check("a", "b", "c")
+    callback.latents[3, 0, 0, 0] = torch.inf
+    with pytest.raises(UsageError, match="latents for 'b'"):
+        callback.check("a", "b", "c")
+
+
+def test_one_factor_for_all_rows_is_one_prompt_at_a_time() -> None:
+    pipe = pico_pipeline()
+    shown = show(pipe, [pico_eraser(pipe.unet)], ["snoopy", "a dog"], DrawingOptions(steps=1), mode="fold")
+    assert [one.prompt for one in shown] == ["snoopy", "a dog"]
+
+
 def test_ctrl_c_leaves_the_pictures_that_were_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pico_pipeline()
     pico_eraser(pipe.unet).save(tmp_path / "snoopy.safetensors")
     monkeypatch.setattr("spm_hub.models.loading.load_pipeline", lambda *_, **__: pipe)
     drawn: list[str] = []
 
-    def draw(pipe: object, prompt: str, *_: object) -> tuple[Image.Image, ...]:
+    def draw(pipe: object, batch: Sequence[str], *_: object) -> list[tuple[Image.Image, ...]]:
         if len(drawn) == 2:
             raise KeyboardInterrupt
-        drawn.append(prompt)
-        return (Image.new("RGB", (8, 8)),)
+        drawn.extend(batch)
+        return [(Image.new("RGB", (8, 8)),)]
 
     monkeypatch.setattr("spm_hub.evaluation.pictures.draw", draw)
     out = tmp_path / "pictures"
     prompts = [word for prompt in ("a", "b", "c") for word in ("-p", prompt)]
-    done = CliRunner().invoke(app, ["apply", "-a", str(tmp_path / "snoopy.safetensors"), *prompts, "--out", str(out)])
+    command = ["apply", "-a", str(tmp_path / "snoopy.safetensors"), *prompts, "--out", str(out), "--at-once", "1"]
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 130
     assert sorted(path.name for path in out.iterdir()) == ["00-a-0-with.png", "01-b-0-with.png"]
 

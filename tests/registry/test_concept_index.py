@@ -87,7 +87,7 @@ def test_a_manifest_written_in_place_is_read_again(registry: Registry) -> None:
         "sorted, of folders changed at NOW\nthing-7\t\n",
         "sorted, of folders changed at NOW\n\n\n",
         "\udcff",
-    ],  # fmt: skip
+    ],
 )
 def test_a_damaged_index_is_none(registry: Registry, text: str) -> None:
     settle(registry)

@@ -8,15 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from spm_hub.errors import UsageError
-from spm_hub.evaluation.pictures import SEEDS
+from spm_hub.evaluation.pictures import BUDGET_OF_PIXELS, SEEDS
 
 Role = Literal["target", "neighbour", "unrelated"]
 """The erased concept, something close to it, or anything else."""
 
 SMALLEST_SIDE = 8
-BUDGET_OF_PIXELS = 2**21
-"""Pixels of one batch unless its size is chosen: eight pictures of 512 x 512, two of 1,024 x 1,024."""
-
 MOST_AT_ONCE = 50
 
 
