@@ -31,7 +31,10 @@ from spm_hub.adapters.increments import LowRank
 from spm_hub.attachment.gates import calibrated
 from spm_hub.attachment.gates.apart import encode_apart
 from spm_hub.attachment.text_encoding import encode, encode_together, tokens_of
+from spm_hub.evaluation.effect import measure
 from spm_hub.evaluation.pictures import DrawingOptions, show
+from spm_hub.io.progress import Bars
+from spm_hub.models.base_choice import BaseChoice
 from spm_hub.registry import lockfile, storage
 from spm_hub.registry.registry import Registry
 
@@ -183,7 +186,28 @@ def batches(count: int = 16, steps: int = 10) -> dict[str, Any]:
     return found
 
 
-PARTS: dict[str, Callable[[], Any]] = {"first_gates": first_gates, "registry": registry, "batches": batches}
+def evaluations(samples: int = 2, steps: int = 10) -> dict[str, Any]:
+    """Time the evaluation of one eraser, and then that of a second one on the same base."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        pipe: Any = spm_hub.load_pipeline("sketchbook", device="cpu")
+        pipe("a dog", num_inference_steps=1)
+        seconds = {}
+        for name in ("snoopy", "mickey"):
+            eraser, base = spm_hub.load(name, registry=ROOT), BaseChoice("sketchbook", device="cpu")
+            how = {"samples": samples, "seed": 2024, "steps": steps, "guidance": 7.5}
+            taken, _ = clocked(lambda eraser=eraser, base=base, how=how: measure([eraser], base, Bars(False), **how))
+            seconds[name] = round(taken, 2)
+    first, second = seconds.values()
+    return {"samples": samples, "steps": steps, "first": first, "second": second}
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "first_gates": first_gates,
+    "registry": registry,
+    "batches": batches,
+    "evaluations": evaluations,
+}
 
 
 def main() -> None:

@@ -219,7 +219,7 @@ def growth(numbers: dict[str, Any]) -> str:
         f"{_table(['CPU time', 'one by one', 'now', 'ratio'], shown)}\n\nOne by one: a call of the text encoder for "
         "each name. The gammas are the same to the last bit. The calibrated gate reads eight sentences for each name, "
         f"and keeps what follows for later processes.\n\n{_of_registries(numbers['registry']['erasers'])}\n\n"
-        f"{_of_batches(numbers['batches'])}\n"
+        f"{_of_batches(numbers['batches'])}\n\n{_of_evaluations(numbers['evaluations'])}\n"
         f"{_about(numbers, 'growth')}"
     )
 
@@ -230,6 +230,14 @@ def _of_batches(numbers: dict[str, Any]) -> str:
         f"Pictures of {numbers['prompts']} prompts with {numbers['erasers']} erasers, {numbers['steps']} steps on the "
         f"sketchbook, take {one} s of CPU time one prompt at a time and {eight} s in batches of eight: "
         f"a factor of {one / eight:.2g}."
+    )
+
+
+def _of_evaluations(numbers: dict[str, Any]) -> str:
+    return (
+        f"`spmhub eval` of a first eraser takes {numbers['first']} s and of a second one on the same base "
+        f"{numbers['second']} s ({numbers['samples']} pictures of each name, {numbers['steps']} steps): the base's own "
+        "pictures are kept."
     )
 
 

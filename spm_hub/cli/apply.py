@@ -13,6 +13,7 @@ from spm_hub.io.progress import ProgressCallback, progress_if_long
 from spm_hub.io.wording import counted, quoted
 
 if TYPE_CHECKING:
+    from spm_hub.evaluation.application import Applied
     from spm_hub.registry.entry import EraserEntry
 
 
@@ -93,6 +94,11 @@ def apply(
             gate=acting, strength=strengths, force=force, compare=compare, out=to, grid=grid or compare,
             erase=concepts, look=look, registry=registry,
         )  # fmt: skip
+    _print(out, applied, to)
+
+
+def _print(out: Output, applied: "Applied", folder: Path) -> None:
+    """Print how strongly each eraser acted on each prompt, and where the pictures are."""
     paths = [str(path) for group in applied.files.values() for path in group]
     out.data(
         {
@@ -105,7 +111,7 @@ def apply(
     )
     drawn = len(paths) - len(applied.files.get("grid", ()))
     side_by_side = f"; side by side: {applied.files['grid'][0]}" if "grid" in applied.files else ""
-    out.say(f"{counted(drawn, 'picture')} in {to}{side_by_side}")
+    out.say(f"{counted(drawn, 'picture')} in {folder}{side_by_side}")
 
 
 def _resolved(

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.manifest import Evaluation
 from spm_hub.attachment.attachment import attach
 from spm_hub.evaluation import sketchbook
+from spm_hub.evaluation.base_pictures import kept_or_drawn
 from spm_hub.evaluation.judging import table_of
 from spm_hub.evaluation.pictures import DrawingOptions
 from spm_hub.evaluation.sketchbook import DetectionRow
@@ -88,6 +91,7 @@ def measure(
 ) -> Effect:
     """Draw the same cases without and with the erasers, from the same noise, and count the concepts.
 
+    The pictures of a base without erasers are kept in the user's cache, for the next eraser.
     samples: pictures of each concept. steps, guidance: denoising steps and guidance scale.
     judge: "package.module:function"; None for the sketchbook's probe, which counts all concepts that it knows.
     gate, strength, force: as for `attach`.
@@ -102,15 +106,19 @@ def measure(
     wanted, count = table_of(concepts, judge, samples, seed)
     pipe = base.open()
 
-    def drawn(label: str) -> tuple[DetectionRow, ...]:
+    def drawn(label: str) -> list[Image.Image]:
         with reporter.progress(label) as progress:
-            pictures = sketchbook.paint(pipe, wanted, steps=steps, guidance_scale=guidance, progress=progress)
-            return tuple(count(pictures))
+            return sketchbook.paint(pipe, wanted, steps=steps, guidance_scale=guidance, progress=progress)
 
     # First with them, as erasers that do not go together are refused here.
     with attach(pipe, erasers, gate=gate, strength=strength, force=force, reporter=reporter):
-        given = drawn("drawing with")
-    without = drawn("drawing without")
+        given = tuple(count(drawn("drawing with")))
+    if base.pipe is None:
+        how = wanted, steps, guidance, sketchbook.BATCH_SIZE
+        without = tuple(count(kept_or_drawn(pipe, how, len(wanted), lambda: drawn("drawing without"))))
+    else:
+        # What its caller has done to a pipeline may not show in its weights.
+        without = tuple(count(drawn("drawing without")))
     erased = frozenset(name.lower() for concept in concepts for name in concept.names)
     return Effect(
         base.name(pipe), tuple(eraser.name for eraser in erasers), erased, without, given, seed, steps, guidance

@@ -38,9 +38,10 @@ def registry(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def recognisable_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def recognisable_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Draw pictures whose red says whether erasers are attached, and whose green is the index of the case's name."""
     names = [*SUBJECTS, *STYLE_NAMES]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # for these pictures alone
 
     def paint(
         pipe: Any, wanted: Sequence[DetectionCase], *, steps: int, guidance_scale: float, progress: Any

@@ -1,0 +1,94 @@
+"""Keeps the pictures that a base draws without erasers: evaluations of several erasers compare with the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import torch
+from PIL import Image
+from torch import nn
+
+from spm_hub.errors import RegistryError
+from spm_hub.io.atomic import write_atomic
+from spm_hub.io.environment import user_folder
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_MOST_FILES, _MOST_BYTES = 8, 2**29
+"""So many sets of pictures are kept, the latest; larger sets are not."""
+
+
+def kept_or_drawn(
+    pipe: DiffusionPipeline, how: Sequence[object], count: int, draw: Callable[[], list[Image.Image]]
+) -> list[Image.Image]:
+    """Return the pictures of an earlier call with the same base and settings, or draw and keep them.
+
+    pipe: as it was loaded, without erasers.  how: the settings that the pictures depend on.  count: of the pictures.
+    """
+    key = _key(pipe, how)
+    if key is None:
+        return draw()
+    path = user_folder("cache") / "base-pictures" / f"{key}.zip"
+    found = _read(path, count)
+    if found is None:
+        found = draw()
+        _keep(path, found)
+    return found
+
+
+def _key(pipe: DiffusionPipeline, how: Sequence[object]) -> str | None:
+    """Return a hash of all that decides the pictures; None where some weights have no values here to be hashed."""
+    digest = hashlib.sha256()
+    parts: list[object] = [type(pipe).__name__, *(f"{name} {version(name)}" for name in ("torch", "diffusers"))]
+    for name, part in sorted(pipe.components.items()):
+        config = getattr(part, "config", None)
+        parts += [name, type(part).__name__, str(getattr(part, "device", "")), str(config)]
+        if isinstance(part, nn.Module):
+            for key, value in part.state_dict().items():
+                if value.is_meta:
+                    return None
+                parts.append((key, tuple(value.shape), str(value.dtype)))
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(repr((parts, list(how))).encode())
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path, count: int) -> list[Image.Image] | None:
+    """Return kept pictures; None without a whole file of them."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            found: list[Image.Image] = [Image.open(io.BytesIO(file.read(f"{number}.png"))) for number in range(count)]
+        for picture in found:
+            picture.load()
+        os.utime(path)
+    except (OSError, KeyError, ValueError, SyntaxError, zipfile.BadZipFile):
+        return None
+    return found
+
+
+def _keep(path: Path, pictures: Sequence[Image.Image]) -> None:
+    """Write pictures into one file, and delete the files that were used least lately, where there are many."""
+
+    def write(file: BinaryIO) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for number, picture in enumerate(pictures):
+                png = io.BytesIO()
+                picture.save(png, format="PNG")
+                archive.writestr(f"{number}.png", png.getvalue())
+
+    if sum(picture.width * picture.height * 3 for picture in pictures) > _MOST_BYTES:
+        return
+    with suppress(RegistryError, OSError):  # without room in the cache, they are drawn again next time
+        write_atomic(path, write)
+        kept = sorted(path.parent.glob("*.zip"), key=lambda one: one.stat().st_mtime_ns, reverse=True)
+        for old in kept[_MOST_FILES:]:
+            old.unlink()
