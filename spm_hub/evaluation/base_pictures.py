@@ -1,4 +1,4 @@
-"""Keeps the pictures that a base draws without erasers: evaluations of several erasers compare with the same ones."""
+"""Keeps the pictures that a base draws without erasers, for the evaluations of several erasers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def kept_or_drawn(
 
 
 def _key(pipe: DiffusionPipeline, how: Sequence[object]) -> str | None:
-    """Return a hash of all that decides the pictures; None where some weights have no values here to be hashed."""
+    """Return a hash of all that decides the pictures; None where weights have no values here."""
     digest = hashlib.sha256()
     parts: list[object] = [type(pipe).__name__, *(f"{name} {version(name)}" for name in ("torch", "diffusers"))]
     for name, part in sorted(pipe.components.items()):
@@ -76,7 +76,7 @@ def _read(path: Path, count: int) -> list[Image.Image] | None:
 
 
 def _keep(path: Path, pictures: Sequence[Image.Image]) -> None:
-    """Write pictures into one file, and delete the files that were used least lately, where there are many."""
+    """Write pictures into one file; of many files, delete those that were not used for longest."""
 
     def write(file: BinaryIO) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
