@@ -65,6 +65,13 @@ Size = Annotated[
         "--size", metavar="WIDTHxHEIGHT", help="Pixels of all pictures without their own.", show_default=False
     ),
 ]
+Strengths = Annotated[
+    str | None,
+    typer.Option(
+        "--strengths", metavar="S,S", help="Draw at these strengths too, for a plot of erasure and damage.",
+        show_default=False,
+    ),
+]  # fmt: skip
 Quick = Annotated[bool, typer.Option("--quick", help="The protocol's first look: few pictures, few steps.")]
 Samples = Annotated[int | None, typer.Option(min=1, help="Pictures of each subject. Default: 20.", show_default=False)]
 Steps = Annotated[
@@ -84,8 +91,8 @@ Force = Annotated[
         "pictures.",
     ),
 ]
-_OF_PROTOCOLS = ("prompts", "columns", "metric", "out", "resume", "limit", "at_once", "size", "quick", "runner",
-                 "workers", "judge_device")  # fmt: skip
+_OF_PROTOCOLS = ("prompts", "columns", "metric", "out", "resume", "limit", "at_once", "size", "strengths", "quick",
+                 "runner", "workers", "judge_device")  # fmt: skip
 _OF_DETECTION = ("samples",)
 
 
@@ -125,6 +132,7 @@ def evaluate(
     limit: Limit = None,
     at_once: AtOnce = None,
     size: Size = None,
+    strengths: Strengths = None,
     samples: Samples = None,
     record: Record = False,
     force: Force = False,
@@ -152,8 +160,8 @@ def evaluate(
 
     options.require_signature(require_signature)
     given = {"prompts": prompts, "columns": columns, "metric": metric, "out": folder, "resume": resume, "limit": limit,
-             "at_once": at_once, "size": size, "quick": quick, "runner": runner, "workers": workers,
-             "judge_device": judge_device, "samples": samples, "record": record}  # fmt: skip
+             "at_once": at_once, "size": size, "strengths": strengths, "quick": quick, "runner": runner,
+             "workers": workers, "judge_device": judge_device, "samples": samples, "record": record}  # fmt: skip
     _check_options(protocol, given)
     if force and not record and len(names) == 1:
         raise UsageError("--force is for several erasers, or for --record", mend="leave it out, or add --record")
@@ -203,7 +211,15 @@ def _asked(how: _Settings, given: dict[str, Any], measure: tuple[str, ...]) -> "
         seed=how.seed, prompts=given["prompts"], columns=None if columns is None else ColumnMap.parse(columns),
         measure=measure, limit=given["limit"], at_once=given["at_once"], quick=given["quick"], steps=how.steps,
         guidance=how.guidance, size=None if size is None else _pixels(size), judge_device=given["judge_device"],
+        strengths=_numbers(given["strengths"] or ""),
     )  # fmt: skip
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if text)
+    except ValueError:
+        raise UsageError(f"--strengths {text!r} is not numbers with commas between", mend="--strengths 0.5,2") from None
 
 
 def _pixels(size: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,25 @@ def test_the_success_of_attacks_is_kept_in_the_manifest(tmp_path: Path) -> None:
     assert "It was tested against adversarial prompts" in render(manifest, "someone/snoopy", "snoopy.safetensors")
     refused = spmhub(*asked, "--out", str(out), "--resume", "--gate", "always")
     assert (refused.exit_code, "with its own settings" in refused.stderr) == (2, True)
+
+
+def test_a_report_of_several_strengths_plots_erasure_against_damage(tmp_path: Path) -> None:
+    asked = ("eval", "snoopy", "--registry", str(ROOT), "--protocol", "neighbours", "--quick", "--steps", "1",
+             "--limit", "8", "--out", str(tmp_path / "run"), "--json", "--strengths")  # fmt: skip
+    done = spmhub(*asked, "0.5,1")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["pictures"] == 8 * 4
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    pixels = {(one["condition"], one["row"]): one["sha256"] for one in samples}
+    first = min(row for _, row in pixels)
+    assert pixels["strength 1", first] == pixels["with", first], "an eraser's own strength is 1"
+    assert len({pixels[name, first] for name in ("without", "strength 0.5", "with")}) == 3
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert re.findall(r"<title>(with|strength [\d.]+)</title>", page) == ["with", "strength 0.5", "strength 1"]
+    for wrong, says in (("0.5,x", "is not numbers"), ("0", "not a number above 0"), ("nan", "not a number above 0")):
+        refused = spmhub(*asked, wrong)
+        assert (refused.exit_code, says in refused.stderr) == (2, True), wrong
 
 
 def test_protocols_are_listed_and_shown() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,20 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def conditions_of(pipe: DiffusionPipeline, erasers: Sequence[Adapter], options: Mapping[str, Any]) -> Conditions:
-    """Return all conditions by name; options are those of `attach`."""
+def at_strength(strength: float) -> str:
+    """Return the name of the condition with all erasers at one strength."""
+    return f"strength {strength:g}"
+
+
+def conditions_of(
+    pipe: DiffusionPipeline, erasers: Sequence[Adapter], options: Mapping[str, Any], strengths: Sequence[float] = ()
+) -> Conditions:
+    """Return all conditions by name.
+
+    options: those of `attach`. strengths: of all erasers; more conditions, one for each.
+    """
     return {
+        **{at_strength(one): partial(attach, pipe, erasers, **{**options, "strength": one}) for one in strengths},
         WITHOUT: nullcontext,
         WITH: lambda: attach(pipe, erasers, **options),
         RESTORED: lambda: _without_the_first(pipe, erasers, options),
@@ -43,7 +55,7 @@ def _without_the_first(
 class DrawingElsewhere:
     """The work of drawing for workers: each loads the base once, and opens the run's folder.
 
-    base: to be loaded by name. options: those of `attach`. folder: seen under this path by every worker.
+    base: to be loaded by name. options, strengths: as for `conditions_of`. folder: under this path for every worker.
     """
 
     base: BaseChoice
@@ -51,11 +63,12 @@ class DrawingElsewhere:
     options: Mapping[str, Any]
     folder: Path
     defaults: RowDefaults
+    strengths: tuple[float, ...] = ()
 
     @contextmanager
     def open(self, place: Place) -> Iterator[Callable[[BatchToDraw], str]]:
         """Load the base on the worker's device; yield what `Drawing` does."""
         pipe = replace(self.base, device=place.device(self.base.device)).open()
-        conditions = conditions_of(pipe, self.erasers, self.options)
+        conditions = conditions_of(pipe, self.erasers, self.options, self.strengths)
         with Drawing(RunFolder.open(self.folder), pipe, conditions, self.defaults).open(place) as draw:
             yield draw

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from spm_hub.evaluation.pictures import RESTORED, WITH, WITHOUT
 from spm_hub.evaluation.prompts.columns import ColumnMap
 from spm_hub.evaluation.prompts.reading import PromptFile, read_prompt_file
 from spm_hub.evaluation.protocols.attacking import attack_rows, judge_for_attacks
-from spm_hub.evaluation.protocols.conditions import DrawingElsewhere, conditions_of
+from spm_hub.evaluation.protocols.conditions import DrawingElsewhere, at_strength, conditions_of
 from spm_hub.evaluation.protocols.protocol import Protocol, Variant
 from spm_hub.evaluation.protocols.rows import nearest_by_text, rows_of
 from spm_hub.evaluation.records.drawing import Drawing, RowDefaults, draw_missing
@@ -47,8 +48,8 @@ class Asked:
     seed: of the first picture. prompts: a file for its first set, with columns, if not found by name. measure: metrics
     and judges in place of the protocol's. limit: at most so many rows, which marks the report as incomplete.
     at_once: pictures of a batch; None for a number that suits their size. quick: the protocol's first look.
-    steps, guidance, size (width and height in pixels): in place of the protocol's. judge_device: of the networks of
-    judges and metrics; None for the CPU.
+    steps, guidance, size (width and height in pixels): in place of the protocol's. strengths: each row is drawn at each
+    of these too. judge_device: of the networks of judges and metrics; None for the CPU.
     """
 
     seed: int = 2024
@@ -61,6 +62,7 @@ class Asked:
     steps: int | None = None
     guidance: float | None = None
     size: tuple[int, int] | None = None
+    strengths: tuple[float, ...] = ()
     judge_device: str | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +70,8 @@ class Asked:
         for name, value in (("limit", self.limit), ("at-once", self.at_once), ("steps", self.steps)):
             if value is not None and value < 1:
                 raise UsageError(f"--{name} is {value}, not 1 or more", mend=f"--{name} 1")
+        if wrong := [one for one in self.strengths if not (0 < one < math.inf)]:
+            raise UsageError(f"--strengths has {wrong[0]:g}, not a number above 0", mend="--strengths 0.5,2")
 
 
 def evaluate(
@@ -113,13 +117,13 @@ def evaluate(
     )  # fmt: skip
     kept = rows if asked.limit is None else rows[: asked.limit]
     options = {"gate": gate, "strength": strength, "force": force}
-    conditions = conditions_of(pipe, erasers, {**options, "reporter": reporter})
+    conditions = conditions_of(pipe, erasers, {**options, "reporter": reporter}, asked.strengths)
     with conditions[WITH]():
         pass  # erasers that do not go together are refused before there is a folder
     run = _run(protocol, variant, erasers, base.name(pipe), defaults, asked, file)
     run |= {"gate": _gate_name(gate), "strength": _strength(strength), "all_rows": len(rows)}
     if protocol.restores:
-        run |= {"restored": first, "conditions": [WITHOUT, WITH, RESTORED]}
+        run |= {"restored": first, "conditions": [*run["conditions"], RESTORED]}
     run["at_once"] = asked.at_once or _at_once(pipe, kept, defaults)
     folder = RunFolder.start(out, run, kept, resume=resume)
     with folder.locked():
@@ -127,7 +131,7 @@ def evaluate(
             if isinstance(runner, Serial):
                 work: Work = Drawing(folder, pipe, conditions, defaults)
             else:
-                work = DrawingElsewhere(base, tuple(erasers), options, folder.path, defaults)
+                work = DrawingElsewhere(base, tuple(erasers), options, folder.path, defaults, asked.strengths)
                 del pipe, conditions  # each worker has its own
             draw_missing(folder, work, runner, progress, reporter.say)
         with metrics_on(asked.judge_device):
@@ -210,7 +214,7 @@ def _run(
         "erasers": [
             {"name": one.name, "concept": list(one.manifest.concept.names), "sha256": digest_of(one)} for one in erasers
         ],
-        "conditions": [WITHOUT, WITH],
+        "conditions": [WITHOUT, WITH, *map(at_strength, dict.fromkeys(asked.strengths))],
         "drawing": asdict(defaults),
         "seed": asked.seed,
         "quick": asked.quick,

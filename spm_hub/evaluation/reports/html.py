@@ -10,7 +10,7 @@ from spm_hub.evaluation.attacks.records import wording as attack_wording
 from spm_hub.evaluation.pictures import WITH
 from spm_hub.evaluation.records.folder import RunFolder
 from spm_hub.evaluation.reports.parts import HEAD, STYLE, data_address, rows_in_table
-from spm_hub.evaluation.reports.plot import changes, curves
+from spm_hub.evaluation.reports.plot import changes, curves, points_of, trade_off
 from spm_hub.evaluation.reports.report import ALL, groups_of
 from spm_hub.evaluation.reports.wording import HEADINGS, cells, finding, named, remarks
 
@@ -41,6 +41,8 @@ def _parts(folder: RunFolder, report: Mapping[str, Any]) -> Iterator[str]:
     yield _list([(finding(one, kinds[one["metric"]]), one["says"]) for one in report["findings"]])
     if plotted := changes(report["tables"]):
         yield f'<h2>Change of each subject</h2>\n<div class="scroll">{plotted}</div>'
+    if points := points_of(report["tables"]):
+        yield f'<h2>Erasure and damage</h2>\n<div class="scroll">{trade_off(points)}</div>'
     for table in report["tables"]:
         yield f"<h2>{escape(table['metric'])}</h2>"
         yield rows_in_table(HEADINGS[table["kind"]], [cells(line, table["kind"]) for line in table["lines"]])

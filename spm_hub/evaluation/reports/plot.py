@@ -6,16 +6,22 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from spm_hub.evaluation.pictures import RESTORED, WITH
+from spm_hub.evaluation.reports.report import ALL
 from spm_hub.evaluation.reports.wording import named
 
 WIDTH, LEFT, RIGHT, LINE = 760, 210, 60, 26
+Point = tuple[str, float, float]
+"""A name, the share of the target that is erased, and the share of everything else that is lost."""
+
 _ERASED, _KEPT, _AXIS = "#2563eb", "#d97706", "#a1a1aa"
 
 
 def changes(tables: Sequence[Mapping[str, Any]]) -> str:
     """Return a plot of the first judge's table: for each subject its share without and with erasers.
 
-    Blue subjects are to go, orange ones are to stay; bars are the 95 % intervals with erasers. "" without a judge.
+    Blue subjects are to go, orange ones are to stay; bars are the 95 % intervals with erasers. Other strengths are left
+    to `trade_off`. "" without a judge.
     """
     judged = next((table for table in tables if table["kind"] == "judge" and table["lines"]), None)
     if judged is None:
@@ -26,7 +32,8 @@ def changes(tables: Sequence[Mapping[str, Any]]) -> str:
         return round(LEFT + share * scale, 1)
 
     parts = []
-    for number, line in enumerate(judged["lines"]):
+    shown = [line for line in judged["lines"] if line["condition"] in (WITH, RESTORED)]
+    for number, line in enumerate(shown):
         y = LINE * (number + 1)
         colour = _ERASED if line["role"] == "target" else _KEPT
         low, high = line["with_interval"]
@@ -38,7 +45,7 @@ def changes(tables: Sequence[Mapping[str, Any]]) -> str:
             f'<circle cx="{x(line["without"])}" cy="{y}" r="5" fill="none" stroke="{colour}" stroke-width="2"/>',
             f'<circle cx="{x(line["with"])}" cy="{y}" r="5" fill="{colour}"/>',
         ]
-    bottom = LINE * (len(judged["lines"]) + 1)
+    bottom = LINE * (len(shown) + 1)
     for share in (0.0, 0.5, 1.0):
         parts.append(f'<line x1="{x(share)}" x2="{x(share)}" y1="8" y2="{bottom}" stroke="{_AXIS}" opacity=".4"/>')
         parts.append(f'<text x="{x(share)}" y="{bottom + 18}" text-anchor="middle">{share:.0%}</text>')
@@ -87,10 +94,28 @@ def curves(shares: Mapping[str, Sequence[float]]) -> str:
     )
 
 
-def trade_off(points: Sequence[tuple[str, float, float]]) -> str:
+def points_of(tables: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Return a point for each condition of a report, by its first judge; none for a single condition.
+
+    Shares are of the pictures that show their subject without erasers, as in comparisons of runs.
+    """
+    judged = next((table for table in tables if table["kind"] == "judge"), {"lines": ()})
+    lines = [line for line in judged["lines"] if line["subject"] != ALL and line["condition"] != RESTORED]
+    points = []
+    for condition in dict.fromkeys(line["condition"] for line in lines):
+        gone, shown = [0.0, 0.0], [0.0, 0.0]
+        for line in (one for one in lines if one["condition"] == condition):
+            place = line["role"] != "target"
+            shown[place] += line["without"] * line["n"]
+            gone[place] += (line["erased"] or 0.0) * line["without"] * line["n"]
+        points.append((condition, *(part / whole if whole else 0.0 for part, whole in zip(gone, shown, strict=True))))
+    return points if len(points) > 1 else []
+
+
+def trade_off(points: Sequence[Point]) -> str:
     """Return a plot of runs: the target's share erased to the right, others' share lost upwards.
 
-    points: (name, share erased, mean share lost), each share of 0 to 1; a loss below 0 is drawn as 0.
+    points: with shares of 0 to 1; a loss below 0 is drawn as 0.
     """
     height, bottom = 360, 310
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spm_hub.evaluation.pictures import WITH
+from spm_hub.evaluation.pictures import RESTORED, WITH
 from spm_hub.evaluation.reports.report import ALL
 
 HEADINGS = {
@@ -77,6 +77,8 @@ def finding(one: Mapping[str, Any], kind: str) -> str:
     if one["group"] is not None:
         subject = f"{subject} ({one['group']})"
     says = _SAYS[one["says"]].format(subject=subject)
+    if one["condition"] not in (WITH, RESTORED):
+        says = f"at {one['condition']}, {says}"
     change = with_interval(one["difference"], one["difference_interval"], kind, signed=True)
     return f"{says}: {one['metric']} {_plain(one['without'], kind)} to {_plain(one['with'], kind)}, {change}"
 

@@ -185,6 +185,21 @@ def test_plots_stay_within_their_frame() -> None:
     assert plot.changes([{"metric": "ssim", "kind": "pair", "lines": [{}]}]) == ""
 
 
+def test_points_of_strengths_are_shares_of_what_the_base_draws() -> None:
+    lines = [
+        line(n=10, without=0.8, erased=0.5),  # 4 of 8
+        line(role="neighbour", subject="a", n=10, without=1.0, erased=0.2),  # 2 of 10
+        line(role="unrelated", subject="b", n=10, without=0.5, erased=0.0),  # 0 of 5
+        line(role="neighbour", subject="all", n=10, without=1.0, erased=1.0),  # counted already
+    ]
+    judged = {"metric": "probe", "kind": "judge", "lines": lines}
+    assert plot.points_of([judged]) == [], "one condition is no curve"
+    stronger = [{**one, "condition": "strength 2", "erased": 1.0} for one in lines]
+    undrawn = [{**one, "condition": "strength 3", "without": 0.0, "erased": None} for one in lines]
+    found = plot.points_of([{**judged, "lines": [*lines, *stronger, *undrawn]}])
+    assert found == [("with", 0.5, pytest.approx(2 / 15)), ("strength 2", 1.0, 1.0), ("strength 3", 0.0, 0.0)]
+
+
 def test_a_zero_has_no_sign() -> None:
     assert wording.with_interval(-0.0, (-0.0, 0.0), "set") == "0 (0 to 0)"
     assert wording.with_interval(-0.0, None, "judge", signed=True) == "+0 %"
