@@ -21,19 +21,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from diffusers import UNet2DConditionModel
 from gates import ERASERS, ROOT, invented_names
 from record import RESULTS, record
-from runtime import eraser
+from runtime import UNETS, eraser
+from torch import nn
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
-from spm_hub.adapters.increments import LowRank
+from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.attachment.gates import calibrated
 from spm_hub.attachment.gates.apart import encode_apart
+from spm_hub.attachment.layers import Layers
 from spm_hub.attachment.text_encoding import encode, encode_together, tokens_of
 from spm_hub.evaluation.effect import measure
 from spm_hub.evaluation.pictures import DrawingOptions, show
 from spm_hub.io.progress import Bars
+from spm_hub.models.architectures import targets, weight_of
 from spm_hub.models.base_choice import BaseChoice
 from spm_hub.registry import lockfile, storage
 from spm_hub.registry.registry import Registry
@@ -202,11 +206,44 @@ def evaluations(samples: int = 2, steps: int = 10) -> dict[str, Any]:
     return {"samples": samples, "steps": steps, "first": first, "second": second}
 
 
+def refolding(count: int = 100, times: int = 5) -> dict[str, Any]:
+    """Time folding when the gamma of one eraser changes among many, of all of them, and of one that is alone.
+
+    On every sixth of the modules of SD1.5's U-Net, of its own shapes, with random weights in float32.
+    """
+    with torch.device("meta"):
+        shapes = {
+            path: weight_of(module).shape for path, module in targets(UNet2DConditionModel(**UNETS["sd1"])).items()
+        }
+    generator, modules, layers = torch.Generator().manual_seed(SEED), dict[str, nn.Module](), Layers()
+    for path in list(shapes)[::6]:
+        modules[path] = nn.Linear(1, 1, bias=False)
+        modules[path].weight = nn.Parameter(0.02 * torch.randn(shapes[path], generator=generator), requires_grad=False)
+    for number in range(count):
+        pairs: dict[str, Increment] = {}
+        for path in modules:
+            out, *rest = shapes[path]
+            down = torch.randn(1, *rest, generator=generator)
+            pairs[path] = LowRank(0.02 * down, 0.02 * torch.randn(out, 1, *[1] * (len(rest) - 1), generator=generator))
+        layers.install(f"eraser-{number:03}", modules, pairs)
+    names = [f"eraser-{number:03}" for number in range(count)]
+    gammas = iter(torch.linspace(0.1, 0.9, 6 * times + 6).tolist())
+    found: dict[str, Any] = {
+        "erasers": count, "modules": len(modules), "of_modules": len(shapes),
+        "all_change": median(times, lambda: layers.fold(dict.fromkeys(names, next(gammas)))),
+        "one_changes": median(times, lambda: layers.fold({**dict.fromkeys(names, 0.95), names[50]: next(gammas)})),
+        "one_alone_changes": median(times, lambda: layers.fold({names[50]: next(gammas)})),
+    }  # fmt: skip
+    layers.restore()
+    return found
+
+
 PARTS: dict[str, Callable[[], Any]] = {
     "first_gates": first_gates,
     "registry": registry,
     "batches": batches,
     "evaluations": evaluations,
+    "refolding": refolding,
 }
 
 
