@@ -29,6 +29,7 @@ from spm_hub.attachment.gates.gate import Explanation, Gate, PreparedGate, Promp
 from spm_hub.attachment.modular import reader_of
 from spm_hub.attachment.objections import Objections
 from spm_hub.attachment.options import Eraser, Gammas, GateChoice, Mode, Options, Rows, Strength, choice_of
+from spm_hub.attachment.picture_check import DrawAgainError, PictureCheck, random_state
 from spm_hub.attachment.pipeline_hooks import ATTACHMENT, hook_pipeline, install_hooks, remove_hooks, unhook
 from spm_hub.attachment.planner import FULLY_ON, Planner
 from spm_hub.attachment.text_encoding import Settings, encoders_of
@@ -135,6 +136,7 @@ class Attachment:
         self._reading_alike: weakref.WeakSet[Any] = weakref.WeakSet()
         self._planner = Planner(self._denoiser, options)
         self._watch = Watch(self._denoiser, self._planner)
+        self._check = PictureCheck(self._denoiser, self._planner)
         self._last_evidence: dict[str, tuple[Evidence, ...]] = {}
         self._last_gammas: Gammas = {}
         self._attached = True
@@ -360,6 +362,24 @@ class Attachment:
                 self._last_evidence, self._last_gammas = ended.evidence, ended.acting
                 self._planner.end_call()
 
+    def drawn(self, pipe: Any, draw: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
+        """Return what `draw` returns, made again while a finished picture shows what an eraser should have erased.
+
+        A drawing that is made again begins with the same random numbers.
+        """
+        if not self._check.needed():
+            return draw()
+        restore = random_state(pipe, arguments.get("generator"))
+        while True:
+            call = self._calls[-1]
+            try:
+                with self._check.last_steps(getattr(pipe, "scheduler", None), call):
+                    return draw()
+            except DrawAgainError:
+                self._calls[-1] = call.anew()
+                self._planner.end_call()
+                restore()
+
     @contextmanager
     def encoding(self) -> Iterator[None]:
         """Surround one call of `encode_prompt`, which in another thread waits for the picture in progress."""
@@ -385,6 +405,8 @@ class Attachment:
                 self._planner.put_in_effect(call, rows, states)
                 if call is not None and self._watch.look(call, rows, states, again):
                     self._planner.put_in_effect(call, rows, states)
+                if call is not None:
+                    call.record_again(rows, states, again)
             self._denoisings += 1
             try:
                 yield

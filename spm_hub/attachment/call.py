@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Call:
     replaced: prompts of this picture that are not its present ones.
     watched: whether the denoiser was asked for evidence about the prompts (`watch.Watch`).
     evidence: what it showed, by eraser, one for each prompt.  acting: the gammas in effect, `select` applied.
+    last_asked: the denoiser's last call with rows of the prompts: how to make it again, their states, and their place.
 
     A block is the rows of all prompts once (`rows_per_block`). What the denoiser receives under guidance:
 
@@ -51,6 +52,7 @@ class Call:
     watched: bool = False
     evidence: dict[str, tuple[Evidence, ...]] = field(default_factory=dict)
     acting: dict[str, list[float]] = field(default_factory=dict)
+    last_asked: tuple[Any, Tensor, slice] | None = None
     _last_input: tuple[Any, int | None] = field(default=(None, None), init=False)
 
     def record_encoding(self, arguments: Mapping[str, Any], result: Any) -> None:
@@ -81,6 +83,18 @@ class Call:
     def rows_per_block(self) -> int:
         """The rows of all prompts once: prompts in order, the pictures of each next to one another."""
         return 0 if self.prompts is None else len(self.prompts.states) * self.images
+
+    def anew(self) -> Self:
+        """Return this call as it was before its prompts were known, with the evidence about them."""
+        return type(self)(self.pipe, self.gates, watched=True, evidence=self.evidence)
+
+    def record_again(self, rows: int | None, states: Any, again: Any) -> None:
+        """Record how to call the denoiser again for the prompts, if this call has their rows in a plain layout."""
+        block = self.rows_per_block
+        plain = (rows == block and self.unconditional == (False,)) or self.unconditional == (True, False)
+        if block and plain and isinstance(states, Tensor) and len(states) == rows:
+            part = slice(rows - block, rows)
+            self.last_asked = again, states[part], part
 
     def record_denoising(self, rows: int | None, states: Any) -> bool:
         """Record the denoiser's inputs. Return whether the prompts were replaced during the call.

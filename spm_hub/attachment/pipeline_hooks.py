@@ -49,14 +49,15 @@ class Callbacks(Protocol):
     def encoding(self) -> AbstractContextManager[None]:
         """Surround one call of `encode_prompt`."""
 
-    def denoising(
-        self, rows: int | None, states: Any, again: Callable[[slice, Tensor | None], Tensor]
-    ) -> AbstractContextManager[None]:
+    def drawn(self, pipe: Any, draw: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
+        """Return what `draw` returns, a call of the pipeline with these arguments, which may be made several times."""
+
+    def denoising(self, rows: int | None, states: Any, again: Callable[..., Tensor]) -> AbstractContextManager[None]:
         """Surround one call of the denoiser.
 
         rows: of its batch, None where the input does not show them.  states: the text-encoder states that it is given.
-        again: calls the denoiser with some rows of the same inputs, but with noise in place of the latents, at the
-        timestep in the middle of the schedule, and with other states unless those are None.
+        again: calls the denoiser with some rows of the same inputs, with other states unless those are None, and with
+        other latents, by default noise of a fixed seed, at another timestep, by default the one in the middle.
         """
 
     def bare_weights(self, *, moving: bool) -> AbstractContextManager[None]:
@@ -172,6 +173,11 @@ def _hooked_pipeline(base: Any) -> Any:
         @functools.wraps(base.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             def run() -> Any:
+                if (callbacks := self.__dict__.get(ATTACHMENT)) is None:
+                    return draw()
+                return callbacks.drawn(self, draw, kwargs)
+
+            def draw() -> Any:
                 if not is_modular(base):
                     return base.__call__(self, *args, **kwargs)
                 return call_observed(self, base.__call__, functools.partial(_report, self), args, kwargs)
@@ -229,8 +235,9 @@ def _enter_denoising(
     rows, states = _batch_rows(args, kwargs), kwargs.get("encoder_hidden_states")
 
     @torch.no_grad()
-    def again(part: slice, others: Tensor | None) -> Tensor:
-        inputs, named = _with_noise(*_rows_of((args, kwargs), rows, part))
+    def again(part: slice, others: Tensor | None, noisy: Tensor | None = None, moment: float = 0.5) -> Tensor:
+        inputs, named = _rows_of((args, kwargs), rows, part)
+        inputs, named = _with_latents(inputs, named, noisy, moment)
         output = denoise(*inputs, **(named if others is None else {**named, "encoder_hidden_states": others}))
         found = output[0] if isinstance(output, tuple) else output.sample
         assert isinstance(found, Tensor)
@@ -287,28 +294,34 @@ def _with_bare_weights(base: Any, name: str, *, moving: bool = False) -> Any:
     return with_bare_weights
 
 
-def _with_noise(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Replace the latents by noise, the same in every row, and the timestep by the middle one.
+def _with_latents(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], noisy: Tensor | None, moment: float
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Replace the latents, by noise that is the same in every row unless others are given, and the timestep.
 
-    At the first step predictions hardly depend on the prompt.
+    Channels beyond the latents' own, as of an inpainting model, stay.
     """
-    noisy = _latents(args, kwargs)
-    noise = torch.randn(noisy.shape[1:], generator=torch.Generator().manual_seed(_SEED)).to(noisy).expand_as(noisy)
+    given = _latents(args, kwargs)
+    if noisy is None:
+        noise = torch.randn(given.shape[1:], generator=torch.Generator().manual_seed(_SEED))
+        noisy = noise.to(given).expand_as(given)
+    elif given.dim() == noisy.dim() and given.shape[1] > noisy.shape[1]:
+        noisy = torch.cat([noisy.to(given), given[:, noisy.shape[1] :]], dim=1)
     if "timestep" in kwargs:
-        kwargs = {**kwargs, "timestep": _middle(kwargs["timestep"])}
+        kwargs = {**kwargs, "timestep": _timestep_at(moment, kwargs["timestep"])}
     elif len(args) > 1:
-        args = (args[0], _middle(args[1]), *args[2:])
+        args = (args[0], _timestep_at(moment, args[1]), *args[2:])
     if args:
-        return (noise, *args[1:]), kwargs
-    return args, {**kwargs, "sample" if "sample" in kwargs else "hidden_states": noise}
+        return (noisy.to(given), *args[1:]), kwargs
+    return args, {**kwargs, "sample" if "sample" in kwargs else "hidden_states": noisy.to(given)}
 
 
-def _middle(timestep: Any) -> Any:
-    """Return the timestep in the middle: of 1,000, or of 1 for denoisers that count to 1."""
-    if isinstance(timestep, Tensor):
-        to_one = timestep.is_floating_point() and bool(timestep.max() <= 1)
-        return torch.full_like(timestep, 0.5 if to_one else 500)
-    return 0.5 if isinstance(timestep, float) and timestep <= 1 else 500
+def _timestep_at(moment: float, like: Any) -> Any:
+    """Return the timestep at a share of the schedule: of 1,000, or of 1 for denoisers that count to 1."""
+    if isinstance(like, Tensor):
+        to_one = like.is_floating_point() and bool(like.max() <= 1)
+        return torch.full_like(like, moment if to_one else round(1000 * moment))
+    return moment if isinstance(like, float) and like <= 1 else round(1000 * moment)
 
 
 def _latents(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

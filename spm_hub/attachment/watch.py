@@ -1,6 +1,7 @@
 """Asks the denoiser for evidence of erased concepts: see `gates.evidence`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,19 @@ from spm_hub.attachment.planner import Planner
 from spm_hub.attachment.text_encoding import CannotEncodeError
 from spm_hub.models.architectures import body_of
 
-Again = Callable[[slice, Tensor | None], Tensor]
-"""Calls the denoiser again, on noise and without gradients, with some rows of its present inputs.
 
-The states are others if they are given.
-"""
+class Again(Protocol):
+    """Calls the denoiser again, without gradients, with some rows of its inputs."""
+
+    def __call__(
+        self, part: slice, states: Tensor | None, noisy: Tensor | None = None, moment: float = 0.5, /
+    ) -> Tensor:
+        """Return its prediction.
+
+        part: of the batch.  states: those of the text, None for its own.  noisy: in place of its latents, None for
+        noise of a fixed seed.  moment: the timestep, as a share of the schedule.
+        """
+
 
 _BY_TEXT = "erasers of the evidence gate are gated by the text alone"
 
@@ -34,7 +43,7 @@ class Watch:
     def encode_names(self, call: Call) -> None:
         """Encode the names of the erasers that this call will be watched for, while the text encoder is there."""
         for eraser in self._watched(call).values():
-            self._states(call, eraser)
+            _encoded(call, eraser)
 
     def look(self, call: Call, rows: int | None, states: object, again: Again) -> bool:
         """Record the evidence about this call's prompts, unless that is done.
@@ -48,7 +57,7 @@ class Watch:
         if not erasers or not block or rows is None or rows % block or not prompted:
             return False  # the next call may be of the prompts: some pipelines call for negative prompts apart
         call.watched = True
-        if (why := self._why_not(states, rows)) is not None:
+        if (why := why_not(self._denoiser, states, rows)) is not None:
             self._planner.warn_once(f"{why}: {_BY_TEXT}")
             return False
         assert isinstance(states, Tensor)
@@ -61,7 +70,7 @@ class Watch:
             gate = erasers[name].gate
             assert isinstance(gate, EvidenceGate)
             call.evidence[name] = tuple(
-                Evidence(share, max(gamma, float(share >= gate.least_share)))
+                Evidence(share, max(gamma, float(share >= gate.sure)))
                 for share, gamma in zip(shares.tolist(), call.gammas[name], strict=True)
             )
         return True
@@ -70,15 +79,7 @@ class Watch:
         self, call: Call, erasers: Mapping[str, Eraser], states: Tensor, part: slice, again: Again
     ) -> dict[str, Tensor]:
         """Return for each eraser the share of its effect on the name, (rows of the part,)."""
-        names: dict[str, Tensor] = {}
-        empty = states
-        for name, eraser in erasers.items():
-            encoded = self._states(call, eraser)
-            if encoded is not None and encoded[0].shape[1] == states.shape[-1]:
-                names[name], empty = (_fitted(each.to(states), states.shape[1]).expand_as(states) for each in encoded)
-        if len(names) < len(erasers):
-            unknown = ", ".join(sorted(erasers.keys() - names.keys()))
-            self._planner.warn_once(f"the names of {unknown} cannot be encoded: {_BY_TEXT}")
+        names, empty = names_of(call, erasers, states, self._planner)
         self._planner.put_alone(None)
         bare, of_empty = again(part, None), again(part, empty)
         of_names = {name: again(part, row) for name, row in names.items()}
@@ -101,19 +102,40 @@ class Watch:
             and min(call.gammas.get(name, [1.0])) < 1
         }
 
-    def _states(self, call: Call, eraser: Eraser) -> tuple[Tensor, Tensor] | None:
-        """Return the states of an eraser's name and of the empty prompt, None where they cannot be encoded."""
-        try:
-            return call.gates.target_states(eraser, call.settings), call.gates.empty_states(call.settings)
-        except CannotEncodeError:
-            return None
 
-    def _why_not(self, states: object, rows: int) -> str | None:
-        """Return why this call cannot be made again, None if it can."""
-        if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != rows:
-            return "the denoiser's states are not one row for each picture"
-        if getattr(body_of(self._denoiser), "is_cache_enabled", False):
-            return "the denoiser caches what it computed for the step before"
+def why_not(denoiser: nn.Module, states: object, rows: int) -> str | None:
+    """Return why a call of the denoiser cannot be made again, None if it can."""
+    if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != rows:
+        return "the denoiser's states are not one row for each picture"
+    if getattr(body_of(denoiser), "is_cache_enabled", False):
+        return "the denoiser caches what it computed for the step before"
+    return None
+
+
+def names_of(
+    call: Call, erasers: Mapping[str, Eraser], states: Tensor, planner: Planner
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the states of each eraser's name, and of the empty prompt, of the shape of `states`.
+
+    Erasers whose names cannot be encoded are left out, with a warning.
+    """
+    names: dict[str, Tensor] = {}
+    empty = states
+    for name, eraser in erasers.items():
+        encoded = _encoded(call, eraser)
+        if encoded is not None and encoded[0].shape[1] == states.shape[-1]:
+            names[name], empty = (_fitted(each.to(states), states.shape[1]).expand_as(states) for each in encoded)
+    if len(names) < len(erasers):
+        unknown = ", ".join(sorted(erasers.keys() - names.keys()))
+        planner.warn_once(f"the names of {unknown} cannot be encoded: {_BY_TEXT}")
+    return names, empty
+
+
+def _encoded(call: Call, eraser: Eraser) -> tuple[Tensor, Tensor] | None:
+    """Return the states of an eraser's name and of the empty prompt, None where they cannot be encoded."""
+    try:
+        return call.gates.target_states(eraser, call.settings), call.gates.empty_states(call.settings)
+    except CannotEncodeError:
         return None
 
 

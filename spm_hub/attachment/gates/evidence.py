@@ -4,6 +4,10 @@ Before the first step of a picture the denoiser is asked, on noise of a fixed se
 an eraser would change for the prompt and what it changes for the concept's name, each without what it changes for the
 empty prompt. Where the first is a good part of the second, the prompt is one for the concept, whatever its words and
 its text-encoder states are, and the eraser is fully on.
+
+After the last step the finished picture is looked at (`attachment.picture_check`): noise is added to it, and the
+denoiser predicts that noise for the name and for the empty prompt. Where the name explains the picture, it is drawn
+again with the eraser fully on, from the same noise.
 """
 
 from __future__ import annotations
@@ -17,8 +21,14 @@ from torch import Tensor
 from spm_hub.attachment.gates.calibrated import CalibratedGate, PreparedCalibratedGate
 from spm_hub.attachment.gates.gate import Explanation, GatedEraser, PreparedGate, Prompts, TextEncoder
 
-LEAST_SHARE = 0.15
-"""The bar unless another is given: prompts for other subjects seldom reach it."""
+SURE_SHARE = 0.4
+"""Of the effect on the name: a prompt that reaches it is one for the concept, whatever its picture shows."""
+
+LEAST_SHARE, LEAST_SHOWN = 0.12, 0.5
+"""The bars of the two kinds of evidence, each for the case that there is nothing of the other."""
+
+LEAST_TRACE = 0.1
+"""A picture that shows less than this of a concept is left as it is, whatever its prompt is."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +36,13 @@ class Evidence:
     """The evidence about one prompt and eraser, and the gamma that follows.
 
     share: of the eraser's effect on the concept's name, 1 for the name itself.  gamma: before `threshold`, `top_k` and
-    the eraser's strength.
+    the eraser's strength.  shown: how far the name explained the finished picture, 0 as the empty prompt, 1 wholly;
+    None where no picture was looked at.
     """
 
     share: float
     gamma: float
+    shown: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,14 +50,24 @@ class EvidenceGate:
     """The evidence gate: `prepare` calibrates its text part.
 
     Its gammas of a text are the calibrated gate's; for those below 1 the denoiser is asked.
-    least_share: of the eraser's effect on the name, at which a prompt counts as one for the concept.
+    sure: share of the eraser's effect on the name, at which it is fully on before the picture is drawn.
+    least_share, least_shown: the bars of the evidence from the prompt and from the finished picture. Where the parts
+        that are reached of both add up to 1, the picture is drawn again with the eraser fully on.
     """
 
+    sure: float = SURE_SHARE
     least_share: float = LEAST_SHARE
+    least_shown: float = LEAST_SHOWN
 
     def prepare(self, encoder: TextEncoder, erasers: Sequence[GatedEraser]) -> PreparedGate:
         """Calibrate the gate as `CalibratedGate.prepare` does."""
         return PreparedEvidenceGate(CalibratedGate().prepare(encoder, erasers))
+
+    def weigh(self, share: float, shown: float) -> float:
+        """Return what the evidence from a prompt and from its finished picture weigh together; 1 is enough."""
+        if shown < LEAST_TRACE:
+            return 0.0
+        return max(share, 0.0) / self.least_share + shown / self.least_shown
 
 
 class PreparedEvidenceGate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from spm_hub.attachment.attachment import attach
 from spm_hub.attachment.gates import bank
-from spm_hub.attachment.gates.evidence import LEAST_SHARE, EvidenceGate, PreparedEvidenceGate, shares_of_effect
-from spm_hub.attachment.pipeline_hooks import _middle
+from spm_hub.attachment.gates.evidence import SURE_SHARE, EvidenceGate, PreparedEvidenceGate, shares_of_effect
+from spm_hub.attachment.pipeline_hooks import _timestep_at
 
 OTHER = "a dog"
 
@@ -93,7 +94,7 @@ def test_the_share_is_that_of_predictions_made_by_hand(pipe: Any) -> None:
             sketch(pipe, [OTHER], **options)
             ((found,),) = erasers.last_evidence.values()
         assert found.share == pytest.approx(expected, abs=1e-4)
-        assert found.gamma == (expected >= LEAST_SHARE)
+        assert found.gamma == (expected >= SURE_SHARE)
 
 
 @pytest.mark.usefixtures("blind")
@@ -106,7 +107,7 @@ def test_a_prompt_without_evidence_is_drawn_as_ever_and_one_with_it_as_always(pi
         share, other = min((one.share, text) for one, text in zip(erasers.last_evidence["snoopy"], others, strict=True))
     assert share < 1 - 1e-3
     # Random erasers change any prompt: the bar is set between this prompt and the name.
-    gate = EvidenceGate(least_share=(1 + share) / 2)
+    gate = EvidenceGate(sure=(1 + share) / 2, least_share=math.inf, least_shown=math.inf)
     bare = [sketch(pipe, [prompt]) for prompt in (other, "snoopy")]
     with attach(pipe, [adapter], gate="always"):
         always = sketch(pipe, ["snoopy"])
@@ -207,6 +208,6 @@ def test_the_name_itself_is_drawn_as_by_the_gate_always(name: str) -> None:
     ],
 )  # fmt: skip
 def test_the_middle_is_of_the_timesteps_that_a_denoiser_counts(timestep: Any, middle: Any) -> None:
-    found = _middle(timestep)
+    found = _timestep_at(0.5, timestep)
     assert type(found) is type(middle)
     torch.testing.assert_close(found, middle, rtol=0, atol=0)
