@@ -44,7 +44,9 @@ from spm_hub.sketchbook.world import STYLE_NAMES
 
 ROOT = Path(__file__).parents[1]
 COUNTS = (1, 2, 5, 10, 20, 50, 100)
-GATES = ("calibrated", "transport", "always")
+GATES = ("calibrated", "transport", "always", "evidence")
+QUIET = ("calibrated", "evidence")
+"""Gates that leave most pictures alone: more of them are drawn."""
 SECOND = "fluent"
 """The world of the second base."""
 SEED, STEPS, BATCH = 20, 12, 32
@@ -166,28 +168,28 @@ def parts(pictures: Sequence[Picture]) -> Iterator[Sequence[Picture]]:
         yield pictures[start : start + BATCH]
 
 
-def draw(world: World, pictures: Sequence[Picture]) -> np.ndarray:
-    """Return one uint8 picture for each, (n, h, w, 3)."""
-    pipe = world.pipe
+def draw(world: World, pictures: Sequence[Picture], after: Callable[[], object] = lambda: None) -> np.ndarray:
+    """Return one uint8 picture for each, (n, h, w, 3).  after: called after each of the pipeline's calls."""
+    pipe, drawn = world.pipe, []
     pipe.set_progress_bar_config(disable=True)
-    drawn = [
-        pipe(
+    for part in parts(pictures):
+        made = pipe(
             [one.prompt for one in part],
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE[world.name],
             generator=[torch.Generator().manual_seed(one.seed) for one in part],
             output_type="np",
-        ).images
-        for part in parts(pictures)
-    ]
+        )
+        drawn.append(made.images)
+        after()
     return (np.concatenate(drawn) * 255).round().astype(np.uint8)
 
 
-def readings(world: World, pictures: Sequence[Picture]) -> list[bool]:
-    """Return of every picture whether its subject is found."""
+def readings(world: World, pictures: Sequence[Picture], after: Callable[[], object] = lambda: None) -> list[bool]:
+    """Return of every picture whether its subject is found.  after: as for `draw`."""
     if not pictures:
         return []
-    return [one.subject in seen for seen, one in zip(world.read(draw(world, pictures)), pictures, strict=True)]
+    return [one.subject in seen for seen, one in zip(world.read(draw(world, pictures, after)), pictures, strict=True)]
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -208,14 +210,14 @@ def shares(pictures: Sequence[Picture], found: Sequence[bool]) -> dict[str, floa
 
 def each_target(gate: str, count: int) -> int:
     """Return how many pictures of every target are drawn, in each template equally often if there are four or more."""
-    if gate == GATES[0]:
+    if gate in QUIET:
         return 20 if count <= 10 else 4
     return 4 if count <= 10 else 2
 
 
 def each_other(world: World, gate: str) -> int:
     """Return how many pictures of every other subject are drawn; the sketchbook has fewer subjects."""
-    if gate == GATES[0]:
+    if gate in QUIET:
         return 8 if world.name == "second" else 16
     return 2 if world.name == "second" else 8
 
@@ -228,8 +230,14 @@ def cell(world: World, adapters: Sequence[Adapter], gate: str, count: int, base:
     erasers = spm_hub.attach(world.pipe, adapters[:count], gate=gate, progress=False)
     with erasers:
         gammas = {prompt: erasers.gates(prompt) for prompt in dict.fromkeys(one.prompt for one in [*others, *asked])}
-        acted = [one for one in others if any(gammas[one.prompt].values())]
-        changed = dict(zip(map(key, acted), readings(world, acted), strict=True))
+        # What the evidence gate finds is known only when a picture is drawn.
+        acted = [one for one in others if gate == "evidence" or any(gammas[one.prompt].values())]
+        touched: list[bool] = []
+
+        def see() -> None:
+            touched.extend(any(each) for each in zip(*erasers.last_gammas.values(), strict=True))
+
+        changed = dict(zip(map(key, acted), readings(world, acted, see), strict=True))
         found = readings(world, asked)
     before = [base[key(one)] for one in others]
     after = [changed.get(key(one), base[key(one)]) for one in others]
@@ -247,6 +255,7 @@ def cell(world: World, adapters: Sequence[Adapter], gate: str, count: int, base:
         "others_mean_points": round(sum(changes.values()) / len(changes), 2),
         "others_worst_points": min((round(change, 1), subject) for subject, change in changes.items()),
         "others_changed_points": {subject: round(change, 1) for subject, change in changes.items() if change},
+        "pictures_of_others_acted_on": round(sum(touched) / len(others), 4),
         "mean_sum_of_gammas": round(sum(sums.values()) / len(sums), 4),
         "prompts_of_others_with_gammas_0": round(sum(not each for each in sums.values()) / len(sums), 4),
         "acting_on_others": {

@@ -325,18 +325,22 @@ def evidence(numbers: dict[str, Any]) -> str:
     rows = []
     for checkpoint, erasers in numbers["checkpoints"].items():
         for name, one in erasers.items():
-            own = one["least_share_of_its_own"]
             rows.append([
-                f"`{name}` on `{checkpoint}`", f"{_share(one['acting'])} of {one['prompts_of_others']}",
-                ", ".join(one["acting_on"]) or "-", f"{one['greatest_share_of_others']:.2f}",
-                "-" if own is None else f"{own:.2f}",
+                f"`{name}` on `{checkpoint}`", f"{_share(one['acting'])} of {one['pictures_of_others']}",
+                ", ".join(f"{subject} {count}" for subject, count in one["acting_on"].items()) or "-",
+                f"{one['the_probe_sees_the_concept_in']}", f"{one['left_although_the_probe_sees_it']}",
+                f"{one['greatest_share_of_others']:.2f}, {one['greatest_shown_of_others']:.2f}",
             ])  # fmt: skip
-    head = ["eraser", "acts on", "of these", "greatest share of others", "least share of its own"]
+    head = [
+        "eraser", "acts on", "pictures of these", "the probe sees the concept too", "it sees it elsewhere",
+        "greatest evidence elsewhere",
+    ]  # fmt: skip
+    bars = numbers["bars"]
     return (
-        f"{_table(head, rows)}\n\nShare of prompts for other subjects and styles that `--gate evidence` takes for the "
-        f"concept's, {numbers['samples_per_name']} prompts for each of 22 subjects and 5 styles; a prompt's share is "
-        f"of the eraser's effect on the name, and the bar {numbers['bar']}. Prompts that the text part of the gate "
-        f"decides are left out.\n{_about(numbers, 'evidence')}"
+        f"{_table(head, rows)}\n\nShare of pictures of other subjects and styles in which `--gate evidence` finds the "
+        f"concept, {numbers['samples_per_name']} prompts for each of 22 subjects and 5 styles. Evidence: the share of "
+        f"the eraser's effect on the name (bar {bars['share']}), and how far the name explains the finished picture "
+        f"(bar {bars['shown']}).\n{_about(numbers, 'evidence')}"
     )
 
 

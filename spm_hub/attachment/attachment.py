@@ -29,11 +29,12 @@ from spm_hub.attachment.gates.gate import Explanation, Gate, PreparedGate, Promp
 from spm_hub.attachment.modular import reader_of
 from spm_hub.attachment.objections import Objections
 from spm_hub.attachment.options import Eraser, Gammas, GateChoice, Mode, Options, Rows, Strength, choice_of
-from spm_hub.attachment.picture_check import DrawAgainError, PictureCheck, random_state
 from spm_hub.attachment.pipeline_hooks import ATTACHMENT, hook_pipeline, install_hooks, remove_hooks, unhook
 from spm_hub.attachment.planner import FULLY_ON, Planner
 from spm_hub.attachment.text_encoding import Settings, encoders_of
-from spm_hub.attachment.watch import Again, Watch
+from spm_hub.attachment.watch.asking import Again
+from spm_hub.attachment.watch.picture_check import DrawAgainError, PictureCheck, random_state
+from spm_hub.attachment.watch.prompt_check import PromptCheck
 from spm_hub.errors import UsageError
 from spm_hub.io.progress import Bars, Reporter
 from spm_hub.models.architectures import body_of, denoiser_of, family_of, fingerprint_of, further_denoisers
@@ -135,8 +136,8 @@ class Attachment:
         self._gates_of: weakref.WeakKeyDictionary[Any, GateEvaluation] = weakref.WeakKeyDictionary()
         self._reading_alike: weakref.WeakSet[Any] = weakref.WeakSet()
         self._planner = Planner(self._denoiser, options)
-        self._watch = Watch(self._denoiser, self._planner)
-        self._check = PictureCheck(self._denoiser, self._planner)
+        self._prompt_check = PromptCheck(self._denoiser, self._planner)
+        self._picture_check = PictureCheck(self._denoiser, self._planner)
         self._last_evidence: dict[str, tuple[Evidence, ...]] = {}
         self._last_gammas: Gammas = {}
         self._attached = True
@@ -363,17 +364,17 @@ class Attachment:
                 self._planner.end_call()
 
     def drawn(self, pipe: Any, draw: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
-        """Return what `draw` returns, made again while a finished picture shows what an eraser should have erased.
+        """Return the result of `draw`, which is repeated while a finished picture shows a concept.
 
-        A drawing that is made again begins with the same random numbers.
+        A repeated drawing begins with the same random numbers.
         """
-        if not self._check.needed():
+        if not self._picture_check.needed():
             return draw()
         restore = random_state(pipe, arguments.get("generator"))
         while True:
             call = self._calls[-1]
             try:
-                with self._check.last_steps(getattr(pipe, "scheduler", None), call):
+                with self._picture_check.last_steps(getattr(pipe, "scheduler", None), call):
                     return draw()
             except DrawAgainError:
                 self._calls[-1] = call.anew()
@@ -394,7 +395,7 @@ class Attachment:
         self._say_cut(self._calls[-1].prompts)
         # Now, as the text encoder may be offloaded before the denoiser is called.
         self._planner.ask_gates(self._calls[-1])
-        self._watch.encode_names(self._calls[-1])
+        self._prompt_check.encode_names(self._calls[-1])
 
     @contextmanager
     def denoising(self, rows: int | None, states: Any, again: Again) -> Iterator[None]:
@@ -403,7 +404,7 @@ class Attachment:
             if self._attached:
                 call = self._calls[-1] if self._calls else None
                 self._planner.put_in_effect(call, rows, states)
-                if call is not None and self._watch.look(call, rows, states, again):
+                if call is not None and self._prompt_check.look(call, rows, states, again):
                     self._planner.put_in_effect(call, rows, states)
                 if call is not None:
                     call.record_again(rows, states, again)

@@ -23,7 +23,7 @@ class Call:
     unconditional: for each block of rows in the denoiser's batch, whether it belongs to the negative prompts.
     as_encoded: whether the denoiser receives states as `encode_prompt` returned them, which its first call shows.
     replaced: prompts of this picture that are not its present ones.
-    watched: whether the denoiser was asked for evidence about the prompts (`watch.Watch`).
+    watched: whether the denoiser was asked for evidence about the prompts (`watch.prompt_check`).
     evidence: what it showed, by eraser, one for each prompt.  acting: the gammas in effect, `select` applied.
     last_asked: the denoiser's last call with rows of the prompts: how to make it again, their states, and their place.
 
@@ -89,7 +89,10 @@ class Call:
         return type(self)(self.pipe, self.gates, watched=True, evidence=self.evidence)
 
     def record_again(self, rows: int | None, states: Any, again: Any) -> None:
-        """Record how to call the denoiser again for the prompts, if this call has their rows in a plain layout."""
+        """Record how to repeat this call of the denoiser for the prompts.
+
+        Calls that have other rows than guidance asks for cannot be repeated in part.
+        """
         block = self.rows_per_block
         plain = (rows == block and self.unconditional == (False,)) or self.unconditional == (True, False)
         if block and plain and isinstance(states, Tensor) and len(states) == rows:

@@ -50,7 +50,10 @@ class Callbacks(Protocol):
         """Surround one call of `encode_prompt`."""
 
     def drawn(self, pipe: Any, draw: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
-        """Return what `draw` returns, a call of the pipeline with these arguments, which may be made several times."""
+        """Return the result of `draw`, a call of the pipeline, perhaps after several.
+
+        arguments: of that call, by name.
+        """
 
     def denoising(self, rows: int | None, states: Any, again: Callable[..., Tensor]) -> AbstractContextManager[None]:
         """Surround one call of the denoiser.
@@ -297,9 +300,9 @@ def _with_bare_weights(base: Any, name: str, *, moving: bool = False) -> Any:
 def _with_latents(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], noisy: Tensor | None, moment: float
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Replace the latents, by noise that is the same in every row unless others are given, and the timestep.
+    """Replace the latents and the timestep of a denoiser's arguments.
 
-    Channels beyond the latents' own, as of an inpainting model, stay.
+    noisy: None for noise that is the same in every row.  moment: the timestep, as a share of the schedule. Channels beyond the latents' own, as of an inpainting model, stay.
     """
     given = _latents(args, kwargs)
     if noisy is None:

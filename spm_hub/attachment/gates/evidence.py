@@ -5,7 +5,7 @@ an eraser would change for the prompt and what it changes for the concept's name
 empty prompt. Where the first is a good part of the second, the prompt is one for the concept, whatever its words and
 its text-encoder states are, and the eraser is fully on.
 
-After the last step the finished picture is looked at (`attachment.picture_check`): noise is added to it, and the
+After the last step the finished picture is looked at (`attachment.watch.picture_check`): noise is added to it, and the
 denoiser predicts that noise for the name and for the empty prompt. Where the name explains the picture, it is drawn
 again with the eraser fully on, from the same noise.
 """

@@ -150,7 +150,9 @@ def test_the_denoiser_is_asked_once_a_picture_and_only_where_the_text_leaves_roo
         erasers.strength["snoopy"] = 0.0
         sketch(pipe, [OTHER])
     handle.remove()
-    assert (watched, named, rows) == ([1] * 6 + [2] * 2, [2] * 2, [2] * 2)
+    # Of four timesteps, for the empty prompt and the name; random weights leave no doubt that asks for more.
+    looked = [1] * 8
+    assert (watched, named, rows) == ([1] * 6 + [2] * 2 + looked, [2] * 2, [2] * 2)
 
 
 @pytest.mark.usefixtures("blind")
@@ -159,7 +161,7 @@ def test_a_question_that_fails_leaves_the_weights_as_they_were(pipe: Any, monkey
     for mode in ("fold", "branch"):
         with attach(pipe, [pico_eraser(pipe.unet)], gate="evidence", mode=mode):
             with monkeypatch.context() as patch:
-                patch.setattr("spm_hub.attachment.watch.shares_of_effect", interrupt)
+                patch.setattr("spm_hub.attachment.watch.prompt_check.shares_of_effect", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     sketch(pipe, [OTHER])
             assert all(torch.equal(weights[key], value) for key, value in pipe.unet.state_dict().items())

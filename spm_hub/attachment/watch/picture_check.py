@@ -1,4 +1,4 @@
-"""Looks at finished pictures for erased concepts, so that those that show one are drawn again with its eraser on.
+"""Looks for erased concepts in finished pictures, which are then drawn again.
 
 The denoiser itself is the judge, as in a diffusion classifier (Li et al., arXiv 2303.16203): noise is added to the
 finished latents, and its prediction for the concept's name is compared with that for the empty prompt. The prompt has
@@ -20,7 +20,7 @@ from spm_hub.attachment.call import Call
 from spm_hub.attachment.gates.evidence import Evidence, EvidenceGate
 from spm_hub.attachment.options import Eraser
 from spm_hub.attachment.planner import Planner
-from spm_hub.attachment.watch import Again, names_of, why_not
+from spm_hub.attachment.watch.asking import Again, names_of, why_not
 
 MOMENTS = (0.3, 0.4, 0.5, 0.6)
 """Where noise is added, as shares of the schedule: pictures of a concept and others differ most there."""
@@ -42,7 +42,7 @@ _NONE = (Evidence(0.0, 1.0),)
 
 
 class DrawAgainError(Exception):
-    """A finished picture shows an erased concept: the call of the pipeline begins anew."""
+    """A finished picture shows an erased concept: the pipeline draws it again."""
 
 
 class PictureCheck:
@@ -163,7 +163,7 @@ class _Noising:
         self._latents = latents
 
     def at(self, moment: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the noisy latents and what the model was trained to predict for them, both of the latents' shape."""
+        """Return the noisy latents and the prediction of a perfect model, both of the latents' shape."""
         clean = self._latents
         noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clean).expand_as(clean)
         if self._alphas is None:  # a flow

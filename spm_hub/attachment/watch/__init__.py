@@ -1,0 +1,1 @@
+"""Asks the denoiser for evidence of erased concepts: see `gates.evidence`."""
