@@ -302,7 +302,8 @@ def _with_latents(
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """Replace the latents and the timestep of a denoiser's arguments.
 
-    noisy: None for noise that is the same in every row.  moment: the timestep, as a share of the schedule. Channels beyond the latents' own, as of an inpainting model, stay.
+    noisy: None for noise that is the same in every row.  moment: the timestep, as a share of the schedule.
+    Channels beyond the latents' own, as of an inpainting model, stay.
     """
     given = _latents(args, kwargs)
     if noisy is None:

@@ -34,8 +34,10 @@ _DOUBT = 0.5
 _LEAST_EXPLAINED = 0.1
 """Least cosine of the noise and the prediction for the empty prompt, if the noise is added as the model expects."""
 
-_UNSEEN = "finished pictures are not looked at for what the evidence gate watches"
+_LOOKS = "_spm_hub_looks"
+"""An attribute of a scheduler's step that looks at its result."""
 
+_UNSEEN = "finished pictures are not looked at for what the evidence gate watches"
 
 _NONE = (Evidence(0.0, 1.0),)
 """Stands for erasers that were not watched: nothing of them is looked for in pictures."""
@@ -67,25 +69,32 @@ class PictureCheck:
         Raises DrawAgainError out of this step if a picture has to be drawn again.
         """
         step = getattr(scheduler, "step", None)
-        if step is None or "step" in vars(scheduler):
+        if step is None or hasattr(step, _LOOKS):
             yield
             return
+        before, looked = vars(scheduler).get("step"), False
 
         @functools.wraps(step)
         def step_and_look(*args: Any, **kwargs: Any) -> Any:
+            nonlocal looked
             result = step(*args, **kwargs)
-            timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-            if _is_last(scheduler, timestep):
+            if _is_last(scheduler, kwargs.get("timestep", args[1] if len(args) > 1 else None)):
+                looked = True
                 found = result[0] if isinstance(result, tuple) else result.prev_sample
                 if self._look(call, scheduler, found.detach()):
                     raise DrawAgainError
             return result
 
+        setattr(step_and_look, _LOOKS, True)
         scheduler.step = step_and_look
         try:
             yield
         finally:
             del scheduler.step
+            if before is not None:
+                scheduler.step = before
+        if not looked and any(one.gamma < 1 for each in call.evidence.values() for one in each):
+            self._planner.warn_once(f"the drawing ended before its scheduler's last step: {_UNSEEN}")
 
     @torch.no_grad()
     def _look(self, call: Call, scheduler: Any, latents: Tensor) -> bool:

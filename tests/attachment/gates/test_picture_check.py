@@ -138,6 +138,18 @@ def test_an_error_in_a_drawing_leaves_the_scheduler_as_it_was() -> None:
         assert "step" not in vars(pipe.scheduler)
 
 
+def test_a_drawing_that_ends_early_is_not_looked_at_and_says_so() -> None:
+    pipe: Any = pico_pipeline()
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True
+        return tensors
+
+    with attach(pipe, [pico_eraser(pipe.unet)], gate="evidence", progress=False):
+        with pytest.warns(UserWarning, match="ended before"):
+            sketch(pipe, ["a dog"], callback_on_step_end=stop)
+
+
 def test_pictures_of_an_unknown_noise_are_left_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_check, "_LEAST_EXPLAINED", 0.1)
     pipe: Any = pico_pipeline()  # of random weights: it predicts no noise
