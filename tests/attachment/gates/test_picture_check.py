@@ -145,9 +145,11 @@ def test_a_drawing_that_ends_early_is_not_looked_at_and_says_so() -> None:
         pipe._interrupt = True
         return tensors
 
-    with attach(pipe, [pico_eraser(pipe.unet)], gate="evidence", progress=False):
-        with pytest.warns(UserWarning, match="ended before"):
-            sketch(pipe, ["a dog"], callback_on_step_end=stop)
+    with (
+        attach(pipe, [pico_eraser(pipe.unet)], gate="evidence", progress=False),
+        pytest.warns(UserWarning, match="ended before"),
+    ):
+        sketch(pipe, ["a dog"], callback_on_step_end=stop)
 
 
 def test_pictures_of_an_unknown_noise_are_left_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
