@@ -21,7 +21,7 @@ from torch import Tensor
 from spm_hub.attachment.gates.calibrated import CalibratedGate, PreparedCalibratedGate
 from spm_hub.attachment.gates.gate import Explanation, GatedEraser, PreparedGate, Prompts, TextEncoder
 
-SURE_SHARE = 0.4
+SURE_SHARE = 0.18
 """Of the effect on the name: a prompt that reaches it is one for the concept, whatever its picture shows."""
 
 LEAST_SHARE, LEAST_SHOWN = 0.12, 0.5

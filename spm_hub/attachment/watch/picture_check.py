@@ -119,7 +119,8 @@ class PictureCheck:
             gate, before = erasers[name].gate, call.evidence[name]
             assert isinstance(gate, EvidenceGate)
             call.evidence[name] = tuple(
-                replace(one, shown=each, gamma=max(one.gamma, float(gate.weigh(one.share, each) >= 1)))
+                # What another drawing shows is not what asked for it.
+                one if one.gamma >= 1 else replace(one, shown=each, gamma=_risen(gate, one, each))
                 for one, each in zip(before, shown.tolist(), strict=True)
             )
             risen |= any(one.gamma < now.gamma for one, now in zip(before, call.evidence[name], strict=True))
@@ -183,6 +184,10 @@ class _Noising:
             "epsilon": lambda: noise, "v_prediction": lambda: alpha * noise - sigma * clean, "sample": lambda: clean,
         }  # fmt: skip
         return alpha * clean + sigma * noise, targets[self._predicts]()
+
+
+def _risen(gate: EvidenceGate, one: Evidence, shown: float) -> float:
+    return 1.0 if gate.weigh(one.share, shown) >= 1 else one.gamma
 
 
 def _why_unknown(scheduler: Any) -> str | None:
