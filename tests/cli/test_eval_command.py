@@ -112,11 +112,11 @@ def test_a_record_says_how_it_was_made_and_is_not_spoilt(registry: Path, monkeyp
     began = datetime.now(UTC).replace(microsecond=0)
     assert run(*asked, "60", "--force").exit_code == 0, "those of the repository have more steps"
     samples, steps, guidance, gate, version, date = recorded()
-    assert (samples, steps, guidance, gate, version) == (60, 3, 7.5, "calibrated", metadata.version("spm-hub"))
+    assert (samples, steps, guidance, gate, version) == (60, 3, 7.5, "evidence", metadata.version("spm-hub"))
     assert began <= date <= datetime.now(UTC)
     shown = CliRunner().invoke(app, ["show", "snoopy", "--registry", str(registry)]).stdout
     others = -50 / (len(SUBJECTS) + len(STYLE_NAMES) - 1)
-    assert f"snoopy 100 % -> 0 %, others {others:+.1f} (worst: cat -50.0); gate calibrated" in shown
+    assert f"snoopy 100 % -> 0 %, others {others:+.1f} (worst: cat -50.0); gate evidence" in shown
     assert f"(on sketchbook, 60 pictures each, 3 steps, guidance 7.5, {date:%Y-%m-%d})" in shown
 
     with monkeypatch.context() as patched:
