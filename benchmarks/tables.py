@@ -423,7 +423,8 @@ def papers_gate(results: dict[str, dict[str, Any]]) -> str:
         "ones, so that the effects of several erasers add up. Prompts that are searched without the name get past it, "
         f"and past any gate that reads texts: Ring-A-Bell brings mickey back with {asr['transport']} of "
         f"{found['transport']['cases']} prompts, with {asr['calibrated']} under the calibrated gate, {asr['evidence']} "
-        f"under `--gate evidence`, which asks the denoiser, and {asr['always']} where the eraser always acts."
+        f"under `--gate evidence`, the shipped erasers' own, which also looks at the finished picture, and "
+        f"{asr['always']} where the eraser always acts."
     )
 
 
