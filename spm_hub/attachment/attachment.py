@@ -197,6 +197,13 @@ class Attachment:
         """
         return {name: list(each) for name, each in self._last_gammas.items()}
 
+    def may_draw_again(self, names: Iterable[str], /) -> bool:
+        """Return whether a finished picture with these erasers may be drawn again, as an evidence gate asks.
+
+        What is shown of such a picture before it is finished may show what is erased.
+        """
+        return self._picture_check.needed(names)
+
     def gates(self, prompt: str, /, **options: Any) -> dict[str, float]:
         """Return the gamma of every eraser for a prompt, before its strength: why a picture is as it is.
 
@@ -368,7 +375,7 @@ class Attachment:
 
         A repeated drawing begins with the same random numbers.
         """
-        if not self._picture_check.needed():
+        if not self._picture_check.needed(self.names):
             return draw()
         restore = random_state(pipe, arguments.get("generator"))
         while True:

@@ -192,7 +192,7 @@ class Planner:
             return self._factors_without_prompts()
         gammas: Gammas = {name: call.gammas[name] for name in self.erasers}
         gammas |= {name: [one.gamma for one in each] for name, each in call.evidence.items() if name in gammas}
-        choice = self._choice_for(len(call.prompts.states))
+        choice = self.choice_for(len(call.prompts.states))
         gammas = {
             name: [gamma if name in choice[row] else 0.0 for row, gamma in enumerate(each)]
             for name, each in gammas.items()
@@ -211,7 +211,7 @@ class Planner:
             factors[name] = [factor for each in blocks for factor in each]
         return factors
 
-    def _choice_for(self, prompts: int) -> Choice:
+    def choice_for(self, prompts: int) -> Choice:
         """Return the erasers that act on each of so many prompts.
 
         Raises UsageError if they were chosen for another number.

@@ -82,7 +82,8 @@ def draw(pipe: Any, erasers: Attachment, orders: Sequence[Order]) -> list[Drawn 
     """
     chosen = [order.choose(erasers.names) for order in orders]
     first = orders[0]
-    callback = StepCallback(pipe, lambda step, total: _show(pipe, callback, orders, step, total))
+    hidden = [erasers.may_draw_again(one) for one in chosen]
+    callback = StepCallback(pipe, lambda step, total: _show(pipe, callback, orders, hidden, step, total))
     width, height = first.size or (None, None)
     given = {
         "width": width, "height": height, "num_inference_steps": first.steps,
@@ -130,14 +131,16 @@ def preview(pipe: Any, latents: torch.Tensor) -> Image.Image | None:
     return picture
 
 
-def _show(pipe: Any, callback: StepCallback, orders: Sequence[Order], step: int, total: int) -> None:
-    """Call the watchers of the pictures that are being drawn."""
+def _show(
+    pipe: Any, callback: StepCallback, orders: Sequence[Order], hidden: Sequence[bool], step: int, total: int
+) -> None:
+    """Call the watchers of the pictures that are being drawn.  hidden: of each, whether its preview is."""
     for row, order in enumerate(orders):
         if order.watch is None:
             continue
 
         def decode(row: int = row) -> Image.Image | None:
-            return None if callback.latents is None else preview(pipe, callback.latents[row : row + 1])
+            return None if callback.latents is None or hidden[row] else preview(pipe, callback.latents[row : row + 1])
 
         # A watcher that fails, as its client is gone, must not take the pictures of others with it.
         with suppress(Exception):

@@ -133,3 +133,23 @@ def test_a_watcher_sees_the_picture_emerge(engine):
     last = pixels(drawn)
     assert [(step, total) for step, total, _ in seen] == [(1, 3), (2, 3), (3, 3)]
     assert abs(seen[-1][2] - last).max() <= 1, "the last preview is the picture"
+
+
+def test_a_picture_that_may_be_drawn_again_is_not_shown_before_it_is_finished(pipe):
+    erasers = attach(pipe, [adapter(pipe, "snoopy")], gate="evidence", progress=False)
+    engine, seen = Engine(pipe, erasers, together=4, patience=0.05, most_waiting=40), {"with": [], "without": []}
+    chosen = {"with": None, "without": {}}
+    try:
+        orders = [
+            Order(
+                "a dog", 1, steps=2, erasers=one,
+                watch=lambda step, total, preview, key=key: seen[key].append(preview()),
+            )
+            for key, one in chosen.items()
+        ]  # fmt: skip
+        pictures = engine.submit(orders)
+        assert all(one.result(60) for one in pictures)
+    finally:
+        engine.close()
+    assert [one is None for one in seen["with"]] == [True, True]
+    assert [one is None for one in seen["without"]] == [False, False]

@@ -8,7 +8,7 @@ no part in this, so that no choice of words or embeddings walks past it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -56,11 +56,10 @@ class PictureCheck:
     def __init__(self, denoiser: nn.Module, planner: Planner) -> None:
         self._denoiser, self._planner = denoiser, planner
 
-    def needed(self) -> bool:
-        """Return whether an eraser's gate has pictures looked at."""
-        return any(
-            isinstance(eraser.gate, EvidenceGate) and eraser.strength for eraser in self._planner.erasers.values()
-        )
+    def needed(self, names: Iterable[str]) -> bool:
+        """Return whether the gate of one of these erasers has pictures looked at."""
+        erasers = [self._planner.erasers[name] for name in names if name in self._planner.erasers]
+        return any(isinstance(eraser.gate, EvidenceGate) and eraser.strength for eraser in erasers)
 
     @contextmanager
     def last_steps(self, scheduler: Any, call: Call) -> Iterator[None]:
@@ -118,10 +117,11 @@ class PictureCheck:
         for name, shown in self._shown(call, erasers, again, states, part, _Noising(scheduler, latents)).items():
             gate, before = erasers[name].gate, call.evidence[name]
             assert isinstance(gate, EvidenceGate)
+            chosen = [name in each for each in self._planner.choice_for(len(before))]
             call.evidence[name] = tuple(
                 # What another drawing shows is not what asked for it.
-                one if one.gamma >= 1 else replace(one, shown=each, gamma=_risen(gate, one, each))
-                for one, each in zip(before, shown.tolist(), strict=True)
+                replace(one, shown=each, gamma=_risen(gate, one, each)) if acts and one.gamma < 1 else one
+                for one, each, acts in zip(before, shown.tolist(), chosen, strict=True)
             )
             risen |= any(one.gamma < now.gamma for one, now in zip(before, call.evidence[name], strict=True))
         return risen
