@@ -4,7 +4,8 @@
     python benchmarks/composition.py train sketchbook --work WORK
     python benchmarks/composition.py measure --second FOLDER --work WORK
 
-`record` instead of `measure` writes the cells that there are. The other base's stay as they were.
+`record` instead of `measure` writes the cells that there are. The other base's stay as they were, and so do cells of
+gates and numbers of erasers that this run leaves out.
 FOLDER is the second base, benchmarks/bases/fluent/base, made by benchmarks/second_base.py. `train` keeps the erasers
 in WORK; both commands can be interrupted and go on where they were. Every picture has the same noise with and without
 erasers. A picture for whose prompt all gammas are 0 is not drawn again: it is the base's, which is verified on a
@@ -361,6 +362,13 @@ def main() -> None:
     if options.task != "train":
         before = json.loads((RESULTS / "composition.json").read_text())
         about = about_the_second_base(options.second) if "second" in found else before["second_base"]
+        for name, world_now in found.items():
+            kept_cells = before["worlds"].get(name, {}).get("cells", {})
+            world_now["cells"] = {
+                gate: kept_cells.get(gate, {}) | world_now["cells"].get(gate, {})
+                for gate in GATES
+                if gate in kept_cells or gate in world_now["cells"]
+            }
         record(
             "composition",
             {
