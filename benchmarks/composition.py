@@ -362,13 +362,14 @@ def main() -> None:
     if options.task != "train":
         before = json.loads((RESULTS / "composition.json").read_text())
         about = about_the_second_base(options.second) if "second" in found else before["second_base"]
-        for name, world_now in found.items():
-            kept_cells = before["worlds"].get(name, {}).get("cells", {})
-            world_now["cells"] = {
-                gate: kept_cells.get(gate, {}) | world_now["cells"].get(gate, {})
+        for name, now in found.items():
+            earlier = before["worlds"].get(name, {"targets": [], "cells": {}})
+            cells = {
+                gate: earlier["cells"].get(gate, {}) | now["cells"].get(gate, {})
                 for gate in GATES
-                if gate in kept_cells or gate in world_now["cells"]
+                if gate in earlier["cells"] or gate in now["cells"]
             }
+            found[name] = (earlier if len(earlier["targets"]) > len(now["targets"]) else now) | {"cells": cells}
         record(
             "composition",
             {

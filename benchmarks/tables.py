@@ -344,6 +344,12 @@ def evidence(numbers: dict[str, Any]) -> str:
     )
 
 
+def _touched(numbers: dict[str, Any]) -> str:
+    """The shares of others' pictures that the evidence gate acted on, by number of erasers."""
+    cells = numbers["worlds"]["second"]["cells"]["evidence"]
+    return ", ".join(f"{_share(one['pictures_of_others_acted_on'])} ({count})" for count, one in cells.items())
+
+
 def composition(numbers: dict[str, Any]) -> str:
     titles = {"second": "second base", "sketchbook": "sketchbook"}
     rows = []
@@ -379,6 +385,7 @@ def composition(numbers: dict[str, Any]) -> str:
         f"{_table(head, rows)}\n\nShare of pictures in which a classifier finds the targets, and by how many points "
         f"other subjects are found less or more often than without erasers; same noise, {numbers['steps']} steps. "
         f"Pictures of each other subject ({pictures}). "
+        f"Under `evidence` the gammas are those of the text, and it acted on {_touched(numbers)} of the pictures of others. "
         f"{about}. Erasers ({trained}; the others by `{how}`) are added in one order. The second base draws "
         f"{base['subjects_drawn']} of its {base['subjects']} subjects (in at least {_share(base['drawn_above'])} of 8 "
         f"pictures); its classifier names {_share(base['classifier']['drawings'])} of held-out drawings. Targets that "
