@@ -385,7 +385,7 @@ def composition(numbers: dict[str, Any]) -> str:
         f"{_table(head, rows)}\n\nShare of pictures in which a classifier finds the targets, and by how many points "
         f"other subjects are found less or more often than without erasers; same noise, {numbers['steps']} steps. "
         f"Pictures of each other subject ({pictures}). "
-        f"Under `evidence` the gammas are those of the text, and it acted on {_touched(numbers)} of the pictures of others. "
+        f"Under `evidence` the gammas are those of the text; it acted on {_touched(numbers)} of the others' pictures. "
         f"{about}. Erasers ({trained}; the others by `{how}`) are added in one order. The second base draws "
         f"{base['subjects_drawn']} of its {base['subjects']} subjects (in at least {_share(base['drawn_above'])} of 8 "
         f"pictures); its classifier names {_share(base['classifier']['drawings'])} of held-out drawings. Targets that "
