@@ -347,7 +347,9 @@ def evidence(numbers: dict[str, Any]) -> str:
 def _touched(numbers: dict[str, Any]) -> str:
     """The shares of others' pictures that the evidence gate acted on, by number of erasers."""
     cells = numbers["worlds"]["second"]["cells"].get("evidence", {})
-    return ", ".join(f"{_share(one['pictures_of_others_acted_on'])} ({count})" for count, one in cells.items()) or "none"
+    return (
+        ", ".join(f"{_share(one['pictures_of_others_acted_on'])} ({count})" for count, one in cells.items()) or "none"
+    )
 
 
 def composition(numbers: dict[str, Any]) -> str:

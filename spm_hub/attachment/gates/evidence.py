@@ -30,6 +30,9 @@ LEAST_SHARE, LEAST_SHOWN = 0.12, 0.5
 LEAST_TRACE = 0.1
 """A picture that shows less than this of a concept is left as it is, whatever its prompt is."""
 
+LEAST_EFFECT = 0.02
+"""A share below which the eraser changes nothing of a prompt's picture, so that drawing it again would be in vain."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -63,8 +66,12 @@ class EvidenceGate:
         """Calibrate the gate as `CalibratedGate.prepare` does."""
         return PreparedEvidenceGate(CalibratedGate().prepare(encoder, erasers))
 
+    def may_rise(self, one: Evidence) -> bool:
+        """Return whether a finished picture may raise gamma."""
+        return one.gamma < 1 and one.share >= LEAST_EFFECT
+
     def weigh(self, share: float, shown: float) -> float:
-        """Return what the evidence from a prompt and from its finished picture weigh together; 1 is enough."""
+        """Return the weight of the evidence from a prompt and from its finished picture together; 1 is enough."""
         if shown < LEAST_TRACE:
             return 0.0
         return max(share, 0.0) / self.least_share + shown / self.least_shown

@@ -39,9 +39,6 @@ _LOOKS = "_spm_hub_looks"
 
 _UNSEEN = "finished pictures are not looked at for what the evidence gate watches"
 
-_NONE = (Evidence(0.0, 1.0),)
-"""Stands for erasers that were not watched: nothing of them is looked for in pictures."""
-
 
 class DrawAgainError(Exception):
     """A finished picture shows an erased concept: the pipeline draws it again."""
@@ -104,7 +101,7 @@ class PictureCheck:
             if isinstance(eraser.gate, EvidenceGate)
             and eraser.strength
             and self._planner.may_act(name)
-            and min(one.gamma for one in call.evidence.get(name, _NONE)) < 1
+            and any(map(eraser.gate.may_rise, call.evidence.get(name, ())))
         }
         if not erasers:
             return False
@@ -120,7 +117,7 @@ class PictureCheck:
             chosen = [name in each for each in self._planner.choice_for(len(before))]
             call.evidence[name] = tuple(
                 # What another drawing shows is not what asked for it.
-                replace(one, shown=each, gamma=_risen(gate, one, each)) if acts and one.gamma < 1 else one
+                replace(one, shown=each, gamma=_risen(gate, one, each)) if acts and gate.may_rise(one) else one
                 for one, each, acts in zip(before, shown.tolist(), chosen, strict=True)
             )
             risen |= any(one.gamma < now.gamma for one, now in zip(before, call.evidence[name], strict=True))
@@ -159,7 +156,7 @@ class PictureCheck:
         gate = self._planner.erasers[name].gate
         assert isinstance(gate, EvidenceGate)
         return any(
-            one.gamma < 1 and gate.weigh(one.share, each) >= _DOUBT
+            gate.may_rise(one) and gate.weigh(one.share, each) >= _DOUBT
             for one, each in zip(call.evidence[name], shown.tolist(), strict=True)
         )
 

@@ -16,7 +16,7 @@ from test_families import draw, eraser
 from torch import Tensor
 
 from spm_hub.attachment.attachment import attach
-from spm_hub.attachment.gates import bank
+from spm_hub.attachment.gates import bank, evidence
 from spm_hub.attachment.gates.evidence import SURE_SHARE, EvidenceGate, PreparedEvidenceGate, shares_of_effect
 from spm_hub.attachment.pipeline_hooks import _timestep_at
 
@@ -137,7 +137,10 @@ def test_prompts_that_a_callback_replaces_are_asked_about(pipe: Any) -> None:
         assert erasers.last_evidence["snoopy"][0].share == pytest.approx(1, abs=1e-5)
 
 
-def test_the_denoiser_is_asked_once_a_picture_and_only_where_the_text_leaves_room(pipe: Any) -> None:
+def test_the_denoiser_is_asked_once_a_picture_and_only_where_the_text_leaves_room(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence, "LEAST_EFFECT", -math.inf)
     rows: list[int] = []
     handle = pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     with attach(pipe, [pico_eraser(pipe.unet)], gate="evidence") as erasers:
@@ -150,7 +153,7 @@ def test_the_denoiser_is_asked_once_a_picture_and_only_where_the_text_leaves_roo
         erasers.strength["snoopy"] = 0.0
         sketch(pipe, [OTHER])
     handle.remove()
-    # Of four timesteps, for the empty prompt and the name; random weights leave no doubt that asks for more.
+    # At four timesteps, for the empty prompt and the name; random weights leave no doubt that asks for more.
     looked = [1] * 8
     assert (watched, named, rows) == ([1] * 6 + [2] * 2 + looked, [2] * 2, [2] * 2)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import spm_hub
 from spm_hub.attachment.attachment import attach
-from spm_hub.attachment.gates import bank
+from spm_hub.attachment.gates import bank, evidence
 from spm_hub.attachment.gates.evidence import EvidenceGate, PreparedEvidenceGate
 from spm_hub.attachment.watch import picture_check
 from spm_hub.evaluation.sketchbook import probe
@@ -44,6 +44,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(PreparedEvidenceGate, "gammas", nothing)
     monkeypatch.setattr(picture_check, "_LEAST_EXPLAINED", -math.inf)
+    monkeypatch.setattr(evidence, "LEAST_EFFECT", -math.inf)
 
 
 def sketch(pipe: Any, prompts: list[str], **options: Any) -> Tensor:
