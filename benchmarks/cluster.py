@@ -51,7 +51,7 @@ NAMES = (
 )  # fmt: skip
 METHOD = "instant"
 
-STEPS, ATTACKED = 4, 16
+STEPS, ATTACKED = 2, 16
 BASE = BaseChoice("sketchbook", None, "cpu", "auto")
 
 

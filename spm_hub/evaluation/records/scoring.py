@@ -153,6 +153,8 @@ def measured(
     Raises MetricError if the metric raises, or gives anything but one number or verdict for each picture.
     """
     asked = [place for place, row in enumerate(rows) if row.subject or not isinstance(metric, Judge)]
+    if not asked:
+        return [{} for _ in rows]
     shown, texts = [pictures[place] for place in asked], [rows[place].subject or rows[place].prompt for place in asked]
     with _failing(metric):
         answers = list(

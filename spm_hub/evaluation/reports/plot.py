@@ -132,11 +132,18 @@ def trade_off(points: Sequence[Point]) -> str:
     for share in (0.0, 0.5, 1.0):
         parts.append(f'<text x="{x(share)}" y="{bottom + 18}" text-anchor="middle">{share:.0%}</text>')
         parts.append(f'<text x="{x(0) - 8}" y="{y(share) + 4}" text-anchor="end">{share:.0%}</text>')
+    labels: dict[tuple[float, float], list[str]] = {}
     for name, erased, lost in points:
+        labels.setdefault((x(erased), y(lost)), []).append(name)
         parts.append(
             f'<circle cx="{x(erased)}" cy="{y(lost)}" r="6" fill="{_ERASED}"><title>{escape(name)}</title></circle>'
         )
-        parts.append(f'<text x="{x(erased) - 10}" y="{y(lost) - 8}" text-anchor="end">{escape(name)}</text>')
+    for (across, up), names in labels.items():
+        left = across < WIDTH / 2  # a label stays within the frame on the other side of its point
+        parts.append(
+            f'<text x="{across + (10 if left else -10)}" y="{up - 8}" text-anchor="{"start" if left else "end"}">'
+            f"{escape(', '.join(names))}</text>"
+        )
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Erased share of the target against the share lost '
         f'of others">{"".join(parts)}<text x="{x(0)}" y="{height - 8}">target erased (right is better), others lost '

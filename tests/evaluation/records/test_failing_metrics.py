@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pico import pico_eraser, pico_pipeline
+from PIL import Image
 from recorded import ROWS, evaluate
 
 from spm_hub.adapters.increments import LowRank
@@ -105,6 +106,13 @@ def raises(pictures: Sequence[Any], subjects: Sequence[str]) -> list[Verdict]:
 def test_a_judge_that_raises_or_gives_no_answer_stops_the_run(metric: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(MetricError, match=words):
         measured(metric, [object(), object()], ROWS[:2])
+
+
+def test_a_judge_is_not_asked_about_a_batch_without_subjects() -> None:
+    probe = metric_named("probe")
+    assert isinstance(probe, Judge)
+    rows = [replace(row, subject="") for row in ROWS[:2]]
+    assert measured(probe, [Image.new("RGB", (64, 64))] * 2, rows) == [{}, {}]
 
 
 def test_a_run_that_its_judge_stopped_has_no_report(tmp_path: Path) -> None:

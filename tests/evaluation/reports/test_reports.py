@@ -185,6 +185,12 @@ def test_plots_stay_within_their_frame() -> None:
     assert plot.changes([{"metric": "ssim", "kind": "pair", "lines": [{}]}]) == ""
 
 
+def test_points_in_one_place_share_a_label() -> None:
+    drawn = plot.trade_off([("one", 1.0, 0.0), ("two", 1.0, 0.0), ("three", 0.0, 0.0)])
+    labels = dict(re.findall(r'text-anchor="(start|end)">((?:one|two|three)[^<]*)<', drawn))
+    assert labels == {"end": "one, two", "start": "three"}, "neither leaves the frame"
+
+
 def test_points_of_strengths_are_shares_of_what_the_base_draws() -> None:
     lines = [
         line(n=10, without=0.8, erased=0.5),  # 4 of 8
