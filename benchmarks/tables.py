@@ -238,9 +238,9 @@ def _of_refolding(numbers: dict[str, Any]) -> str:
     every, one, alone = (numbers[kind] for kind in ("all_change", "one_changes", "one_alone_changes"))
     return (
         f"Folding costs as much when one of {numbers['erasers']} gammas changes as when all do: {one:.3g} and "
-        f"{every:.3g} ms on {numbers['modules']} of SD1.5's {numbers['of_modules']} modules. Keeping the sum of the others "
-        "would take another copy of the weights, and the rounding would depend on what was folded before. An eraser "
-        f"whose gamma is 0 costs nothing: one alone takes {alone:.3g} ms."
+        f"{every:.3g} ms on {numbers['modules']} of SD1.5's {numbers['of_modules']} modules. Keeping the sum of the "
+        "others would take another copy of the weights, and the rounding would depend on what was folded before. An "
+        f"eraser whose gamma is 0 costs nothing: one alone takes {alone:.3g} ms."
     )
 
 

@@ -216,12 +216,13 @@ def test_low_rank_layers_may_be_put_on_any_selection() -> None:
     injection.remove()
 
 
-def test_uce_is_its_closed_form_in_float64() -> None:
+@pytest.mark.parametrize(("erase", "preserve"), [(1.0, 1.0), (3.0, 0.25)])
+def test_uce_is_its_closed_form_in_float64(erase: float, preserve: float) -> None:
     names, kept, ridge = ("snoopy", "van gogh"), ("a dog", "mickey mouse"), 0.7
     pipe = pico_pipeline()
     plan = Recipe.make(
         target=names[0], aliases=names[1:], surrogate="cat", method="uce",
-        closed_form={**PAPER, "ridge": ridge, "preserve": kept},
+        closed_form={**PAPER, "ridge": ridge, "preserve": kept, "erase_scale": erase, "preserve_scale": preserve},
     )  # fmt: skip
     adapter = train(plan, pipe=pipe)
     tokenizer = pipe.tokenizer
@@ -239,9 +240,9 @@ def test_uce_is_its_closed_form_in_float64() -> None:
         w = pipe.unet.get_submodule(path).weight.detach().double().numpy()
         left, m = ridge * w, ridge * np.eye(w.shape[1])
         for c in map(state, names):
-            left, m = left + np.outer(w @ goal, c), m + np.outer(c, c)
+            left, m = left + erase * np.outer(w @ goal, c), m + erase * np.outer(c, c)
         for c in map(state, kept):
-            left, m = left + np.outer(w @ c, c), m + np.outer(c, c)
+            left, m = left + preserve * np.outer(w @ c, c), m + preserve * np.outer(c, c)
         expected = left @ np.linalg.inv(m) - w
         assert isinstance(increment, LowRank)
         assert increment.rank == len(names)

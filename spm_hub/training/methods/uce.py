@@ -67,7 +67,9 @@ def solve(task: Task) -> dict[str, LowRank]:
 
     recipe, base, modules = task.recipe, task.base, task.modules
     with torch.no_grad():
-        edited, goals = _edits(recipe, base, (recipe.target, *recipe.aliases), recipe.kind)
+        # Both sides of the equation have products of two states: a root of the weight in each is the weight of a term.
+        weight = recipe.closed_form.erase_scale**0.5
+        edited, goals = (weight * one for one in _edits(recipe, base, (recipe.target, *recipe.aliases), recipe.kind))
         kept = torch.cat([edited[:0], *_all_kept(recipe, base)])
         if path := next((path for path, module in modules.items() if not weight_of(module).is_floating_point()), None):
             raise RecipeError(f"method 'uce' cannot edit {path}: it is quantised", mend="--method esd-x")
@@ -79,21 +81,24 @@ def solve(task: Task) -> dict[str, LowRank]:
 
 
 def _all_kept(recipe: RecipeFields, base: TeacherModel) -> list[Tensor]:
-    """Return the states to keep, each (n, d_text).
+    """Return the states to keep, each (n, d_text), times the root of their weight.
 
     They are those of the concepts of `together`, of `closed_form.preserve`, and of sentences about everything else.
     """
     from spm_hub.training.data.sampling import generator_for
 
     chosen = recipe.closed_form
-    kept = [_edits(recipe, base, (one.target, *one.aliases), one.kind)[0] for one in recipe.together]
+    edited, preserved = chosen.erase_scale**0.5, chosen.preserve_scale**0.5
+    kept = [edited * _edits(recipe, base, (one.target, *one.aliases), one.kind)[0] for one in recipe.together]
     if chosen.preserve:
-        kept.append(_kept_states(recipe, base, chosen.preserve))
+        kept.append(preserved * _kept_states(recipe, base, chosen.preserve))
     if chosen.held:
         company = (name for one in recipe.together for name in (one.target, *one.aliases))
         maker = _maker(base, (recipe.target, *recipe.aliases, *company), recipe.kind)
         generator = generator_for(recipe.seed, 6, 0)
-        kept.append(_kept_states(recipe, base, ["", *(maker.anchor(generator) for _ in range(chosen.held))]))
+        kept.append(
+            preserved * _kept_states(recipe, base, ["", *(maker.anchor(generator) for _ in range(chosen.held))])
+        )
     return kept
 
 

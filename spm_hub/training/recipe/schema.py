@@ -62,6 +62,8 @@ class ClosedForm(RecipePart):
 
     ridge: float = Field(default=0.5, gt=0, description="lambda: weight of keeping everything else")
     preserve: tuple[NonBlank, ...] = Field(default=(), description="prompts whose keys and values are kept")
+    erase_scale: float = Field(default=1.0, gt=0, description="weight of the edited states")
+    preserve_scale: float = Field(default=1.0, ge=0, description="weight of the states of `preserve` and `held`")
     tokens: Literal["last", "onwards"] = Field(
         default="last",
         description="the edited states: the last token's (paper), or all from it to the window's end (released)",
