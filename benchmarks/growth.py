@@ -174,7 +174,7 @@ def median(times: int, action: Callable[[], object]) -> float:
 
 
 def batches(count: int = 16, steps: int = 10) -> dict[str, Any]:
-    """Time pictures of several prompts with five erasers, one prompt at a time and eight at once."""
+    """Time pictures of several prompts under the calibrated gate, one prompt at a time and eight at once."""
     pipe: Any = spm_hub.load_pipeline("sketchbook", device="cpu")
     held = [spm_hub.load(name, registry=ROOT) for name in ERASERS]
     places = ("in the park", "at night", "on a hill", "with a red hat")
@@ -182,8 +182,10 @@ def batches(count: int = 16, steps: int = 10) -> dict[str, Any]:
     found: dict[str, Any] = {"prompts": len(prompts), "steps": steps, "erasers": len(held)}
     for at_once in (1, 8):
         drawing = DrawingOptions(steps=steps, at_once=at_once)
-        show(pipe, held, prompts[:1], DrawingOptions(steps=1), compare=False)
-        seconds, shown = clocked(lambda drawing=drawing: show(pipe, held, prompts, drawing, compare=False))
+        show(pipe, held, prompts[:1], DrawingOptions(steps=1), gate="calibrated", compare=False)
+        seconds, shown = clocked(
+            lambda drawing=drawing: show(pipe, held, prompts, drawing, gate="calibrated", compare=False)
+        )
         found[f"seconds_{at_once}_at_once"] = round(seconds, 2)
         found[f"gammas_{at_once}_at_once"] = [dict(one.gates) for one in shown]
     assert found.pop("gammas_1_at_once") == found.pop("gammas_8_at_once")
@@ -199,7 +201,7 @@ def evaluations(samples: int = 2, steps: int = 10) -> dict[str, Any]:
         seconds = {}
         for name in ("snoopy", "mickey"):
             eraser, base = spm_hub.load(name, registry=ROOT), BaseChoice("sketchbook", device="cpu")
-            how = {"samples": samples, "seed": 2024, "steps": steps, "guidance": 7.5}
+            how = {"samples": samples, "seed": 2024, "steps": steps, "guidance": 7.5, "gate": "calibrated"}
             taken, _ = clocked(lambda eraser=eraser, base=base, how=how: measure([eraser], base, Bars(False), **how))
             seconds[name] = round(taken, 2)
     first, second = seconds.values()
