@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 CONCEPT = "snoopy"
 SUBJECTS = (CONCEPT, "mickey", "spongebob", "pikachu", "dog", "cat")
 STYLES = ("van gogh",)
-QUICK = ("steps=200", "anchoring.per_target=1")
-"""A third of the batch rows of `spmhub train`: it erases as much, and changes other pictures slightly more."""
+QUICK = ("steps=300", "anchoring.per_target=1")
+"""Fewer anchors than `spmhub train` has: it erases as much, and changes other pictures slightly more."""
 PROMPTS = ("snoopy", "snoopy at the beach by van gogh", "mickey", "a dog", "a cat by van gogh")
 
 
@@ -36,7 +36,7 @@ def demo(
 ) -> None:
     """Erase snoopy from the embedded model and show it.
 
-    The training is shorter than that of `spmhub train snoopy`.
+    The training has fewer anchors than that of `spmhub train snoopy`, and is shorter.
     Writes a grid of pictures with and without, and prints a table of the concepts detected in them.
     """
     with silence_libraries():
