@@ -95,7 +95,7 @@ def test_the_success_of_attacks_is_kept_in_the_manifest(tmp_path: Path) -> None:
         one = kept[f"asr:{key} by judged:odd"]
         assert (one.value, list(one.interval or ()), one.samples) == (share["value"], share["interval"], share["n"])
         assert one.reference == 1, "all of these prompts draw it without the eraser"
-        assert (one.subject, one.gate) == ("snoopy", "calibrated")
+        assert (one.subject, one.gate) == ("snoopy", "evidence")
         assert one.report_sha256 == hashlib.sha256((out / "report.json").read_bytes()).hexdigest()
     assert "It was tested against adversarial prompts" in render(manifest, "someone/snoopy", "snoopy.safetensors")
     refused = spmhub(*asked, "--out", str(out), "--resume", "--gate", "always")

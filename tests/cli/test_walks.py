@@ -30,7 +30,24 @@ def test_a_run_that_stops_early_says_which_pictures_are_kept(
             raise error
         return draw(*arguments, **options)
 
-    arguments = ("apply", "-m", model, "-a", "snoopy", "-p", "a", "-p", "b", "--steps", 1, "--compare", "--num", 2)
+    arguments = (
+        "apply",
+        "-m",
+        model,
+        "-a",
+        "snoopy",
+        "-p",
+        "a",
+        "-p",
+        "b",
+        "--steps",
+        1,
+        "--compare",
+        "--num",
+        2,
+        "--at-once",
+        1,
+    )
     for error, code, words in (
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),

@@ -22,7 +22,7 @@ class KeptBytes:
         """Return the bytes kept under these keys, by key; nothing for the others."""
         found: dict[str, bytes] = {}
         if self._path.is_file():
-            with self._opened() as file:
+            with self._quietly(), closing(sqlite3.connect(self._path)) as file:
                 for start in range(0, len(keys), _AT_ONCE):
                     some = keys[start : start + _AT_ONCE]
                     marks = ", ".join("?" * len(some))
@@ -35,16 +35,15 @@ class KeptBytes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.is_file() and self._path.stat().st_size > _MOST_BYTES:
                 self._path.unlink()
-        with self._opened() as file, file:
+        with self._quietly(), closing(sqlite3.connect(self._path)) as file, file:
             file.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID")
             file.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", values.items())
 
     @contextmanager
-    def _opened(self) -> Iterator[sqlite3.Connection]:
-        """Open the file for one block, which ends quietly where that fails; a damaged file is deleted."""
+    def _quietly(self) -> Iterator[None]:
+        """End a block quietly where the file cannot be used, and delete a damaged one."""
         try:
-            with closing(sqlite3.connect(self._path)) as file:
-                yield file
+            yield
         except sqlite3.OperationalError:
             return  # locked, or in a folder that cannot be written: the result is computed again next time
         except sqlite3.DatabaseError:
