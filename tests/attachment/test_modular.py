@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from topologies import Bare
 
 import spm_hub
 from spm_hub.attachment.attachment import attach
+from spm_hub.attachment.gates.evidence import EvidenceGate
+from spm_hub.attachment.watch import picture_check
 from spm_hub.errors import UsageError
 
 MODULAR = {"sdxl": StableDiffusionXLModularPipeline, "flux-dev": FluxModularPipeline}
@@ -196,3 +199,19 @@ def test_a_custom_pipeline_with_an_encoding_of_its_own_is_said_at_once() -> None
         with attach(pipe, []) as empty, pytest.warns(UserWarning, match="no encode_prompt"):
             empty.add(adapter)
         attach(Bare(base.unet), [adapter], gate=0.5).detach()
+
+
+@pytest.mark.parametrize("name", MODULAR)
+def test_finished_pictures_of_a_modular_pipeline_are_looked_at_and_drawn_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picture_check, "_LEAST_EXPLAINED", -math.inf)  # random weights predict no noise
+    monkeypatch.setattr(EvidenceGate, "may_rise", lambda self, one: one.gamma < 1)
+    monkeypatch.setattr(EvidenceGate, "weigh", lambda self, share, shown: 1.0)
+    base = family_pipeline(name)
+    pipe, adapter = modular(name, base), eraser(base, "snoopy", 1)
+    with attach(pipe, [adapter], gate="always"):
+        always = draw(pipe, "a dog", **SETTINGS[name])
+    with attach(pipe, [adapter], gate=EvidenceGate(sure=math.inf), progress=False) as erasers:
+        assert torch.equal(draw(pipe, "a dog", **SETTINGS[name]), always)
+        assert math.isfinite(erasers.last_evidence["snoopy"][0].shown or math.nan)
