@@ -159,7 +159,7 @@ def attach(
     registry: the first folder to look names up in; None, the default, starts with $SPMHUB_REGISTRY or your own.
     gate: "calibrated" (0 on prompts that do not concern the concept, 1 on its names), "transport" (facilitated
         transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), "evidence" (calibrated, and asks the denoiser what
-        the eraser would change), a gamma, or a `Gate`.
+        the eraser would change and what the finished picture shows, which may be drawn again), a gamma, or a `Gate`.
     concept: what the only eraser erases, or some by name, where a file does not say it or says another. Without a
         concept an eraser acts fully on every prompt, with a warning.
     strength: the finite factor of gamma, one number for all erasers or some by name.

@@ -67,7 +67,7 @@ def attach(
     adapters: the erasers, each under a name of its own; an empty list is one that `add` fills later.
     gate: "calibrated" (0 on prompts that do not concern the concept, 1 on its names), "transport" (facilitated
         transport, arXiv 2312.16145, Eq. 9-11), "always" (gamma 1), "evidence" (calibrated, and asks the denoiser what
-        the eraser would change), a gamma, or a `Gate`.
+        the eraser would change and what the finished picture shows, which may be drawn again), a gamma, or a `Gate`.
     concept: what the only eraser erases, or some by name, where a file does not say it or says another. Without a
         concept an eraser acts fully on every prompt, with a warning.
     strength: the finite factor of gamma, one number for all erasers or some by name.
@@ -370,14 +370,14 @@ class Attachment:
                 self._last_evidence, self._last_gammas = ended.evidence, ended.acting
                 self._planner.end_call()
 
-    def drawn(self, pipe: Any, draw: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
+    def drawn(self, pipe: Any, draw: Callable[[], Any], given: Iterable[Any]) -> Any:
         """Return the result of `draw`, which is repeated while a finished picture shows a concept.
 
         A repeated drawing begins with the same random numbers.
         """
         if not self._picture_check.needed(self.names):
             return draw()
-        restore = random_state(pipe, arguments.get("generator"))
+        restore = random_state(pipe, given)
         while True:
             call = self._calls[-1]
             try:

@@ -7,7 +7,7 @@ and swaps it back.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from types import MethodType
 from typing import Any, NoReturn, Protocol
@@ -49,10 +49,10 @@ class Callbacks(Protocol):
     def encoding(self) -> AbstractContextManager[None]:
         """Surround one call of `encode_prompt`."""
 
-    def drawn(self, pipe: Any, draw: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
+    def drawn(self, pipe: Any, draw: Callable[[], Any], given: Iterable[Any]) -> Any:
         """Return the result of `draw`, a call of the pipeline, perhaps after several.
 
-        arguments: of that call, by name.
+        given: the values of that call's arguments.
         """
 
     def denoising(self, rows: int | None, states: Any, again: Callable[..., Tensor]) -> AbstractContextManager[None]:
@@ -178,7 +178,7 @@ def _hooked_pipeline(base: Any) -> Any:
             def run() -> Any:
                 if (callbacks := self.__dict__.get(ATTACHMENT)) is None:
                     return draw()
-                return callbacks.drawn(self, draw, kwargs)
+                return callbacks.drawn(self, draw, (*args, *kwargs.values()))
 
             def draw() -> Any:
                 if not is_modular(base):

@@ -2,7 +2,7 @@
 
 The denoiser itself is the judge, as in a diffusion classifier (Li et al., arXiv 2303.16203): noise is added to the
 finished latents, and its prediction for the concept's name is compared with that for the empty prompt. The prompt has
-no part in this, so that no choice of words or embeddings walks past it.
+no part in this look; what the eraser would change for the prompt is weighed with it (`gates.evidence`).
 """
 
 from __future__ import annotations
@@ -209,15 +209,19 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 def _dots(one: Tensor, other: Tensor) -> Tensor:
     """Return the inner product of each row, (rows,), float64 on the CPU."""
-    return (one.double() * other.double()).flatten(1).sum(1).cpu()
+    # Moved first: some devices have no float64.
+    one, other = (each.to("cpu", torch.float64) for each in (one, other))
+    return (one * other).flatten(1).sum(1)
 
 
-def random_state(pipe: Any, generators: Any) -> Callable[[], None]:
+def random_state(pipe: Any, given: Iterable[Any]) -> Callable[[], None]:
     """Return a function that restores the present state of the generators of a pipeline's call.
 
-    generators: one, several, or None for torch's own.
+    given: the values of the call's arguments. Without a generator among them it is torch's own.
     """
-    if generators is None:
+    each = [one for value in given for one in (value if isinstance(value, list | tuple) else (value,))]
+    states = [(one, one.get_state()) for one in each if isinstance(one, torch.Generator)]
+    if not states:
         device = torch.device(getattr(pipe, "_execution_device", "cpu"))
         own, state = torch.get_rng_state(), None
         backend = getattr(torch, device.type, None)
@@ -230,8 +234,6 @@ def random_state(pipe: Any, generators: Any) -> Callable[[], None]:
                 backend.set_rng_state(state, device)
 
         return restore_own
-    each = list(generators) if isinstance(generators, list | tuple) else [generators]
-    states = [(one, one.get_state()) for one in each]
 
     def restore() -> None:
         for one, before in states:

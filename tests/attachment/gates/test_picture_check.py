@@ -110,6 +110,14 @@ def test_what_shows_a_concept_is_drawn_again_as_by_the_gate_always(
     assert all(torch.equal(weights[key], value) for key, value in pipe.unet.state_dict().items())
 
 
+def test_every_generator_of_a_call_is_restored_wherever_it_stands() -> None:
+    one, two = (torch.Generator().manual_seed(seed) for seed in (1, 2))
+    restore = picture_check.random_state(None, ("a dog", [one], 7.5, two))
+    before = [torch.rand(3, generator=each) for each in (one, two)]
+    restore()
+    assert all(torch.equal(torch.rand(3, generator=each), was) for each, was in zip((one, two), before, strict=True))
+
+
 def test_only_the_prompt_whose_picture_shows_it_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_check, "_DOUBT", -math.inf)
     pipe: Any = pico_pipeline()
