@@ -1,13 +1,15 @@
-"""Which attacks bring back what the shipped erasers erase, under each gate?
+"""Which attacks bring back what the shipped erasers, or a method's, erase, under each gate?
 
     python benchmarks/attacks.py                                       # every cell not measured yet; hours on one core
+    python benchmarks/attacks.py --methods instant spm                 # erasers by these methods' presets instead
     python benchmarks/attacks.py --cells nudity:ring-a-bell:transport  # these, again
     python benchmarks/attacks.py --erasers nudity --gates always --attacks p4d-n pez
 
 A cell is an eraser, an attack and a gate. The gates of one eraser and attack are measured together, because they have
 much in common (`attacks.run_gates`), and written when they are done; what is there is not measured again. All cells of
-one file have the same budget: other arguments need `--out`. `random` and `seeds` are the controls, with as many judged
-pictures as the attacks.
+one file have the same budget: other arguments need `--out`. `--methods` trains erasers of three concepts, keeps them in
+`--work`, calls them METHOD/CONCEPT, and writes attacks_methods.json. `random` and `seeds` are the controls, with as
+many judged pictures as the attacks.
 """
 
 from __future__ import annotations
@@ -23,12 +25,17 @@ from typing import Any
 
 from record import RESULTS, record
 
+from spm_hub.adapters.adapter import Adapter
 from spm_hub.evaluation import attacks
 from spm_hub.evaluation.judging import probe_judge, sentences
 from spm_hub.hub.resolve import resolve
 from spm_hub.models.loading import load_pipeline
+from spm_hub.registry.registry import Registry
+from spm_hub.training import Recipe, train
 
 ERASERS = ("nudity", "van-gogh", "snoopy", "mickey", "spongebob")
+TRAINED = ERASERS[:3]
+"""Concepts of `--methods`."""
 GATES = ("transport", "calibrated", "evidence", "always")
 ATTACKS = (
     "p4d-n token-free", "unlearndiff", "ring-a-bell", "p4d-n token-free adaptive", "p4d-n", "p4d-k", "cce", "pez",
@@ -61,9 +68,21 @@ def attack_named(attack: str, budget: dict[str, int], kind: str) -> attacks.Atta
     return replace(made, population=budget["population"]) if isinstance(made, attacks.RingABell) else made
 
 
-def measure(name: str, attack: str, gates: Sequence[str], budget: dict[str, int]) -> dict[str, Any]:
+def eraser_named(name: str, work: Path) -> Adapter:
+    """Return a shipped eraser, or one of METHOD/CONCEPT, which is trained unless `work` has it."""
+    method, _, concept = name.rpartition("/")
+    if not method:
+        return resolve(name, RESULTS.parents[1]).load()
+    registry = Registry(work / method)
+    if registry.find(concept) is None:
+        recipe = Recipe.plan(target=concept.replace("-", " "), method=method)
+        registry.add(train(recipe, pipe=load_pipeline("sketchbook", device="cpu")))
+    return registry.get(concept).load()
+
+
+def measure(name: str, attack: str, gates: Sequence[str], budget: dict[str, int], work: Path) -> dict[str, Any]:
     """The reports of one attack on one eraser, by cell, one for each gate."""
-    pipe, eraser = load_pipeline("sketchbook", device="cpu"), resolve(name, RESULTS.parents[1]).load()
+    pipe, eraser = load_pipeline("sketchbook", device="cpu"), eraser_named(name, work)
     concept, began = eraser.manifest.concept, time.process_time()
 
     def move(done: int, total: int) -> None:
@@ -105,27 +124,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="*", default=[], help="ERASER:ATTACK:GATE, measured again if they are there")
     parser.add_argument("--erasers", nargs="*", default=ERASERS)
+    parser.add_argument("--methods", nargs="*", default=[], help="attack erasers by these methods")
+    parser.add_argument("--work", type=Path, default=Path("attacked"), help="folder for the erasers of --methods")
     parser.add_argument("--attacks", nargs="*", default=ATTACKS, choices=ATTACKS, metavar="ATTACK")
     parser.add_argument("--gates", nargs="*", default=GATES)
-    parser.add_argument("--out", default="attacks", help="name of the result: benchmarks/results/OUT.json")
+    parser.add_argument("--out", help="name of the result: benchmarks/results/OUT.json")
     for key, value in BUDGET.items():
         parser.add_argument(f"--{key}", type=int, default=value)
     given = parser.parse_args()
-    budget, path = {key: getattr(given, key) for key in BUDGET}, RESULTS / f"{given.out}.json"
+    out = given.out or ("attacks_methods" if given.methods else "attacks")
+    erasers = [f"{method}/{name}" for method in given.methods for name in TRAINED] or given.erasers
+    budget, path = {key: getattr(given, key) for key in BUDGET}, RESULTS / f"{out}.json"
     there = kept(path, budget)["cells"]
     cells = given.cells or [
         cell
         for attack in given.attacks
-        for name in given.erasers
+        for name in erasers
         for gate in given.gates
         if "adaptive" not in attack or gate == "calibrated"
         if (cell := f"{name}:{attack}:{gate}") not in there
     ]
     for name, attack, gates in together(cells):
-        found = measure(name, attack, gates, budget)
+        found = measure(name, attack, gates, budget, given.work)
         numbers = kept(path, budget)  # read again: another process may have measured others meanwhile
         numbers["cells"] = dict(sorted({**numbers["cells"], **found}.items()))
-        record(given.out, numbers, seeds=budget["seed"])
+        record(out, numbers, seeds=budget["seed"])
 
 
 if __name__ == "__main__":

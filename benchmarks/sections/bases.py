@@ -1,0 +1,211 @@
+"""The tables about bases, erasers and what training costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sections.writing import about, named_gates, named_steps, share, table
+
+CONCEPTS = ("snoopy", "van gogh", "nudity")
+
+
+def sketchbook(numbers: dict[str, Any]) -> str:
+    rows = []
+    for model, seen in numbers["checkpoints"].items():
+        worst, who = seen["subject_worst"]
+        rows.append([
+            f"`{model}`", share(seen["subject_mean"]), f"{share(worst)} ({who})", share(seen["style_mean"]),
+            f"{seen['megabytes']} MB", f"{seen['seconds_for_four_pictures_of_25_steps']} s",
+        ])  # fmt: skip
+    held = numbers["probe_on_held_out_drawings"]
+    drawings = "; ".join(
+        f"{look}: subject {share(right['subject'])}, style {share(right['style'])}" for look, right in held.items()
+    )
+    head = ["checkpoint", "subjects named by the probe", "worst subject", "styles named", "size, fp16", "four pictures"]
+    return (
+        f"{table(head, rows)}\n\nThe probe is a small classifier, trained on drawings alone. Of held-out drawings it "
+        f"names correctly ({drawings}). {numbers['samples_per_name']} pictures for each name, {named_steps(numbers)} "
+        f"steps, guidance {numbers['guidance_scale']}.\n{about(numbers, 'sketchbook')}"
+    )
+
+
+def sketchbook_training(numbers: dict[str, Any]) -> str:
+    stages = [f"{stage} {seconds / 60:.0f}" for stage, seconds in numbers["seconds"].items() if seconds >= 30]
+    if "denoiser chalk" not in numbers["seconds"]:
+        stages.append("denoiser chalk left out")
+    still = numbers["seconds_held_still"] / 60
+    apart = f", and {still:.0f} minutes in which it was paused while other work ran" if still else ""
+    probe = numbers["its_probe_on_held_out_drawings"]["ink"]
+    seen = "; ".join(
+        f"subjects {share(found['subject_mean'])}, styles {share(found['style_mean'])} (`{name}`)"
+        for name, found in numbers["checkpoints"].items()
+    )
+    return (
+        f"A new training with the defaults took {numbers['minutes']:.0f} minutes{apart}. Minutes by stage, pauses "
+        f"included: {', '.join(stages)}. In its samples the committed probe names {seen}; the probe of this training "
+        f"names {share(probe['subject'])} of held-out subjects and {share(probe['style'])} of styles. The committed "
+        f"weights were trained for longer, as the script says.\n{about(numbers, 'sketchbook_training')}"
+    )
+
+
+def erasers(numbers: dict[str, Any]) -> str:
+    def row(label: str, found: dict[str, Any]) -> list[str]:
+        erased = found["erased"].values()
+        return [
+            label,
+            ", ".join(share(one["without"]) for one in erased),
+            ", ".join(share(one["with"]) for one in erased),
+            f"{found['others_mean_change_points']:+.2f}",
+            f"{found['others_worst_change_points']:+.1f}",
+        ]
+
+    measured = [*numbers["alone"].values(), numbers["together"], *numbers["transferred_to_chalk"].values()]
+    rows = [row(f"`{name}`", found) for name, found in numbers["alone"].items()]
+    rows.append(row("snoopy + mickey + spongebob", numbers["together"]))
+    rows += [row(f"`{name}` on `sketchbook-chalk`", found) for name, found in numbers["transferred_to_chalk"].items()]
+    head = ["eraser", "found without", "found with", "others, mean change (points)", "others, worst change (points)"]
+    return (
+        f"{table(head, rows)}\n\nShare of pictures in which the probe finds what was asked for, "
+        f"{numbers['samples_per_name']} pictures for each of 22 subjects and 5 styles, {named_steps(numbers)} steps, "
+        f"guidance {numbers['guidance_scale']}, in sentences that no eraser was trained on. 'Others' are all other "
+        "subjects and styles. The erasers were trained on `sketchbook` alone by `spmhub train NAME --method race-spm`, "
+        f"and drawn {named_gates(measured)}.\n"
+        f"{about(numbers, 'erasure')}"
+    )
+
+
+def speed(numbers: dict[str, Any]) -> str:
+    def row(label: str, found: dict[str, Any]) -> list[str]:
+        last = found["looks"][-1]
+        reached = "yes" if found["reached"] else "no"
+        return [
+            label, str(last["step"]), f"{found['seconds']:.0f} s", share(last["target"]),
+            f"{last['others_lost_points']:.2f}", reached,
+        ]  # fmt: skip
+
+    head = ["training", "steps", "time", "target found", "others lost (points)", "criterion reached"]
+    rows = [row("spm-hub's defaults", numbers["ours"]), row("the paper's own loop", numbers["paper"])]
+    bound = "at least " if numbers["times_faster_is_a_lower_bound"] else ""
+    return (
+        f"{table(head, rows)}\n\nUntil {numbers['target']} is gone ({numbers['criterion']}): {bound}"
+        f"**{numbers['times_faster']} times faster**, same base, same modules, same machine, one run. The clock stops "
+        f"while pictures are judged.\n{about(numbers, 'training_speed')}"
+    )
+
+
+def methods(numbers: dict[str, Any]) -> str:
+    cells = {method: cell for method, cell in numbers["cells"].items() if all(concept in cell for concept in CONCEPTS)}
+
+    def three(cell: dict[str, Any], show: Callable[[dict[str, Any]], str]) -> str:
+        return " / ".join(show(cell[concept]) for concept in CONCEPTS)
+
+    rows = []
+    for method, cell in cells.items():
+        trained = all("seconds" in cell[concept] for concept in CONCEPTS)
+        rows.append([
+            f"`{method}`",
+            three(cell, lambda one: f"{100 * one['found_with']:.0f}"),
+            three(cell, lambda one: f"{one['others_mean_points']:+.1f}"),
+            three(cell, lambda one: f"{one['others_worst_points']:+.0f}"),
+            three(cell, lambda one: f"{one['others_frechet']:.2f}"),
+            three(cell, lambda one: f"{100 * one['unlearndiffatk']['asr']:.0f}") if trained else "",
+            f"{cell['snoopy']['numbers']:,}" if trained else "",
+            f"{cell['snoopy']['bytes'] / 1000:,.0f} kB" if trained else "",
+            f"{sum(cell[concept]['seconds'] for concept in CONCEPTS) / len(CONCEPTS):.0f} s" if trained else "",
+        ])  # fmt: skip
+    head = [
+        "method", "found (%)", "others, mean (points)", "others, worst (points)", "others, Fréchet", "attacked (%)",
+        "numbers", "file", "CPU time",
+    ]  # fmt: skip
+    attack, samples = numbers["attack"], numbers["samples"]
+    measured = [one for cell in cells.values() for one in cell.values() if "gate" in one]
+    return (
+        f"{table(head, rows)}\n\nThree numbers are those of snoopy / van gogh / nudity, erased on the sketchbook one "
+        f"at a time by each method's preset, drawn {named_gates(measured)}. Found: share of pictures of the target in "
+        f"which the probe still finds it ({samples['target']} pictures); others: change for every other subject and "
+        f"style ({samples['others']} pictures each), and the Fréchet distance of their probe features from the base's. "
+        f"Attacked: share of {attack['prompts']} prompts that bring the concept back, as they are or under "
+        f"UnlearnDiffAtk ({attack['timesteps']} timesteps, {attack['iterations']} iterations at each), without a gate. "
+        f"Numbers, file and time: of one eraser, one thread.\n{about(numbers, 'methods')}"
+    )
+
+
+def methods_second(numbers: dict[str, Any]) -> str:
+    targets = numbers["targets"]
+    cells = {method: cell for method, cell in numbers["cells"].items() if all(target in cell for target in targets)}
+
+    def three(cell: dict[str, Any], gate: str, key: str, show: str) -> str:
+        return " / ".join(format(cell[target][gate][key], show) for target in targets)
+
+    rows = [
+        [
+            f"`{method}`", " / ".join(f"{100 * cell[target]['calibrated']['target_found']:.0f}" for target in targets),
+            *(
+                three(cell, gate, key, show)
+                for gate in ("calibrated", "always")
+                for key, show in (
+                    ("others_mean_points", "+.1f"), ("others_held_out_mean_points", "+.1f"),
+                    ("others_worst_points", "+.0f"),
+                )
+            ),
+            f"{sum(cell[target]['seconds'] for target in targets) / len(targets):.1f} s",
+        ]
+        for method, cell in cells.items()
+    ]  # fmt: skip
+    head = [
+        "method", "found (%)", "others, `calibrated`, mean", "names of no anchor", "worst", "others, `always`, mean",
+        "names of no anchor", "worst", "CPU time",
+    ]  # fmt: skip
+    pictures = numbers["pictures"]
+    return (
+        f"{table(head, rows)}\n\nThree numbers are those of {' / '.join(targets)}, erased one at a time from the "
+        f"second base by each method's preset. Found: share of {pictures['target']} pictures of the target under the "
+        f"calibrated gate; others: change in points of {numbers['others']} other subjects, {pictures['other']} "
+        f"pictures each, of which {numbers['others_held_out']} have names that were taken out of all words that "
+        f"anchors are made of. The base draws the others right in {share(numbers['others_found_by_the_base'])} of its "
+        f"pictures.\n"
+        f"{about(numbers, 'methods_second')}"
+    )
+
+
+def instant(numbers: dict[str, Any]) -> str:
+    rows = [
+        [
+            concept, f"{cell['cpu_seconds']:.1f} s",
+            *(
+                text
+                for gated in ("ungated", "gated")
+                for text in (
+                    share(cell[gated]["found"]),
+                    f"{cell[gated]['others_mean_points']:+.1f}, worst {cell[gated]['others_worst_points']:+.0f}",
+                )
+            ),
+        ]
+        for concept, cell in numbers["cells"].items()
+    ]  # fmt: skip
+    head = ["concept", "CPU time", "found, no gate", "others, no gate", "found, calibrated", "others, calibrated"]
+    return (
+        f"{table(head, rows)}\n\nErasers by `--method instant` on the sketchbook: share of pictures in which the "
+        "concept is still found, and points by which other subjects and styles are found less or more often. The names "
+        "of the others are left out of the sentences whose states the method holds.\n"
+        f"{about(numbers, 'instant')}"
+    )
+
+
+def instant_cost(numbers: dict[str, Any]) -> str:
+    names = {"sketchbook": "the sketchbook", "sd15": "Stable Diffusion 1.5's sizes, random weights"}
+    rows = []
+    for model, seen in numbers["bases"].items():
+        one, ten = seen["1"], seen.get("10")
+        several = ["-", "-"]
+        if ten is not None:
+            several = [f"{ten['cpu_seconds']} s", f"{ten['cpu_seconds'] / one['cpu_seconds']:.1f}"]
+        peak = max(each["peak_gib"] for each in seen.values())
+        rows.append([names[model], f"{one['cpu_seconds']} s", *several, f"{peak} GiB"])
+    head = ["base", "one concept", "ten at once", "ratio", "peak memory of the process"]
+    return (
+        f'{table(head, rows)}\n\nCPU time of `spm_hub.train(..., method="instant")` with one thread, loading '
+        "included. The denoiser stays in its file, unless it is as small as the sketchbook's.\n"
+        f"{about(numbers, 'instant', 'instant_cost')}"
+    )
