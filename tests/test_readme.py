@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +20,9 @@ MOST_LINES, MOST_WORDS = 132, 1800
 
 
 def imported(name: str) -> ModuleType:
+    """Import a script of benchmarks/ as `python benchmarks/NAME.py` finds its modules."""
+    if (folder := str(ROOT / "benchmarks")) not in sys.path:
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
