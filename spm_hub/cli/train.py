@@ -10,6 +10,7 @@ import typer
 from spm_hub.cli import options
 from spm_hub.cli.app import Example, command
 from spm_hub.cli.output import Output, silence_libraries, size
+from spm_hub.errors import UsageError
 
 if TYPE_CHECKING:
     from spm_hub.registry.entry import EraserEntry
@@ -27,8 +28,15 @@ AFTER = "An earlier eraser, whose concept is protected too; repeatable."
 SEPARABLE = "Protect with any method that changes keys and values only; sepme always does."
 RUN = "Folder for the state of the run. Unless given: in your cache folder."
 MEMORY = "GiB that training may use, weights included. Unless given: all free memory."
+BALANCE = (
+    "Attributes, as 'a man, a woman' or 'a man=0.4, a woman=0.6': --method uce then erases nothing, and has the "
+    "concept drawn with each of them that often."
+)
+BALANCE_JUDGE = "With --balance: scores each picture against each attribute. Unless given: CLIP."
 PLAN = "Print rows, memory and time, and train nothing."
 Memory = Annotated[float | None, typer.Option(metavar="GIB", min=0.1, help=MEMORY)]
+Balance = Annotated[str | None, typer.Option("--balance", metavar="ATTRIBUTES", help=BALANCE)]
+BalanceJudge = Annotated[str | None, typer.Option("--judge", metavar="JUDGE", help=BALANCE_JUDGE)]
 Protect = Annotated[list[str] | None, typer.Option(metavar="TEXT", help=PROTECT)]
 After = Annotated[list[str] | None, typer.Option(metavar="NAME", help=AFTER)]
 Sets = Annotated[
@@ -52,6 +60,7 @@ def _method_names() -> dict[str, str]:
     Example('spmhub train snoopy mickey "van gogh" --method sepme', "one eraser each, made not to interfere"),
     Example('spmhub train pikachu --method sepme --after snoopy --protect "a dog"', "leave snoopy and dogs alone"),
     Example("spmhub train snoopy --model sdxl --plan --memory 16", "rows, memory and time on a card of 16 GiB"),
+    Example('spmhub train doctor --method uce --balance "a man, a woman"', "not erased, drawn as either equally often"),
     Example("spmhub train snoopy --resume", "go on after Ctrl-C or a crash"),
     Example(
         "spmhub train snoopy mickey pikachu --runner processes", "each in a worker of its own, on every GPU in turn"
@@ -70,6 +79,8 @@ def train(
     protect: Protect = None,
     after: After = None,
     separable: Annotated[bool, typer.Option("--separable", help=SEPARABLE)] = False,
+    balance: Balance = None,
+    judge: BalanceJudge = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe in YAML; other options win over it.")] = None,
     set_: Sets = None,
     name: Annotated[str | None, typer.Option(help="Name of the eraser. Unless given: made from the concept.")] = None,
@@ -101,17 +112,14 @@ def train(
 
     given: dict[str, Any] = {"model": model, "method": method, "name": name, "seed": seed}
     given["increment"] = None if increment is None else IncrementRecipe.named(increment)
-    earlier = [
-        resolve(reference, registry, say=out.say).read_manifest().concept.require_target(reference)
-        for reference in after or ()
-    ]
+    find = partial(resolve, registry=registry)
+    earlier = [find(one, say=out.say).read_manifest().concept.require_target(one) for one in after or ()]
     protection = {"prompts": protect, "erased": earlier, "separable": separable}
     given["protection"] = {key: value for key, value in protection.items() if value} or None
     stated = {key: value for key, value in given.items() if value is not None}
     plans = plan_runs(concepts or [], stated, file=recipe, sets=set_ or ())
     session = Session(
-        plans, BaseChoice(plans[0].model, config, device, dtype), out,
-        partial(resolve, registry=registry), registry=registry_for_new(registry),
+        plans, BaseChoice(plans[0].model, config, device, dtype), out, find, registry=registry_for_new(registry),
         replace=force, resume=resume, checkpoint_dir=checkpoint_dir, memory=memory, look=looked if look else None,
     )  # fmt: skip
     doing = runner_named(runner or "serial", workers)
@@ -120,6 +128,7 @@ def train(
         _print_forecasts(out, session)
         return
     with silence_libraries():
+        session = _balanced(session, balance, judge)
         made = session.train() if isinstance(doing, Serial) else train_elsewhere(session, doing)
         entries = [one for one in made if isinstance(one, EraserEntry)]
     _print(out, entries)
@@ -128,6 +137,17 @@ def train(
     listed = ["--adapters", ",".join(entry.name for entry in entries)]
     next_command = shlex.join(["spmhub", "apply", *source, *listed, "--prompt", plans[0].target, "--compare"])
     _say_how_it_went(out, entries, next_command)
+
+
+def _balanced(session: "Session", balance: str | None, judge: str | None) -> "Session":
+    """Return the session, with the weights that `--balance` asks for if it is given."""
+    from spm_hub.evaluation.balancing import balanced_session
+
+    if balance is not None:
+        return balanced_session(session, balance, judge)
+    if judge is not None:
+        raise UsageError(f"--judge {judge} judges pictures for --balance, and there is none", mend="leave it out")
+    return session
 
 
 def _print_forecasts(out: Output, session: "Session") -> None:

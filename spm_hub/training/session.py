@@ -359,6 +359,7 @@ def _cut_texts(recipe: Recipe, pipe: DiffusionPipeline) -> Iterator[str]:
         for member in members(recipe)
         for what, several in (
             ("the anchor", member.anchoring.prompts), ("the protected prompt", member.protection.prompts),
+            ("the attribute", [one.prompt for one in member.closed_form.attributes]),
             ("the surrogate", (member.surrogate,)), ("the alias", member.aliases), ("the concept", (member.target,)),
         )
         for text in several

@@ -6,13 +6,14 @@ Gandikota et al., Unified Concept Editing in Diffusion Models, WACV 2024, arXiv 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spm_hub.errors import RecipeError
 from spm_hub.io.progress import phase
 from spm_hub.training.data.token_positions import concept_positions, last_position, window
 from spm_hub.training.loop.closed_form import ClosedForm
 from spm_hub.training.methods.method import Method
+from spm_hub.training.recipe.protected_prompts import normalise_prompt
 from spm_hub.training.recipe.validation import refuse_erased
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def edit(
 def solve(task: Task) -> dict[str, LowRank]:
     """UCE's increments on `modules`, float64: target and aliases, all at once, become the surrogate.
 
+    With `closed_form.attributes` they stay themselves and are moved towards those instead (the paper's debiasing).
     With `together` they are the target's share of the joint solution, whose sum over all its concepts is that solution.
     Raises RecipeError where the modules do not read the text encoder's own states, or a weight is quantised.
     """
@@ -116,24 +118,38 @@ def _edits(recipe: RecipeFields, base: TeacherModel, names: Sequence[str], kind:
         for name in names:
             maker, generator = _maker(base, (name,), kind), generator_for(recipe.seed, 5, 0)
             for text in (name, *(maker.target(generator) for _ in range(recipe.closed_form.sentences))):
-                pairs.append(_pair(recipe, base, name, text, maker.without(text, recipe.surrogate)))
+                pairs.append(_pair(recipe, base, name, text, maker))
                 move(len(pairs), len(names) * (1 + recipe.closed_form.sentences))
     return torch.cat([old for old, _ in pairs]), torch.cat([new for _, new in pairs])
 
 
-def _pair(recipe: RecipeFields, base: TeacherModel, name: str, text: str, without: str) -> tuple[Tensor, Tensor]:
+def _pair(recipe: RecipeFields, base: TeacherModel, name: str, text: str, maker: PromptMaker) -> tuple[Tensor, Tensor]:
     """Return the states of `text` at its concept's last token, or from there to the end, and their goals.
 
-    The goals are the same states of `without`, from its surrogate on or, if it has none, from the token before the gap.
+    The goals are the same states of the sentence with the surrogate; with attributes c_i of weights w_i they are
+    c_e + sum_i w_i c_i, so that keys and values become W c_e + sum_i w_i W c_i. The states of a sentence with another
+    name begin at that name or, if it has none, at the token before the gap.
     """
+    attributes = recipe.closed_form.attributes
+    others = [one.prompt for one in attributes] or [recipe.surrogate]
+    texts = [maker.without(text, other) for other in others]
     tokenizer = base.pipe.tokenizer
-    old, new = base.encode([text, without], literally=True).states
-    same = [one == other for one, other in zip(window(tokenizer, text), window(tokenizer, without), strict=False)]
+    old, *rows = base.encode([text, *texts], literally=True).states
+    first = (concept_positions(tokenizer, text, [name])[-1:] or (last_position(tokenizer, text),))[0]
+    starts = [_start(tokenizer, text, without, other) for without, other in zip(texts, others, strict=True)]
+    count = 1 if recipe.closed_form.tokens == "last" else len(old) - max(first, *starts)
+    edited = old[first : first + count]
+    found = [row[start : start + count] for row, start in zip(rows, starts, strict=True)]
+    if not attributes:
+        return edited, found[0]
+    return edited, edited + sum(one.weight * states for one, states in zip(attributes, found, strict=True))
+
+
+def _start(tokenizer: Any, text: str, without: str, other: str) -> int:
+    """Return the position of the last token of `other`, which has the concept's place, in `without`."""
+    same = [one == another for one, another in zip(window(tokenizer, text), window(tokenizer, without), strict=False)]
     gap = same.index(False) if False in same else len(same)
-    first = concept_positions(tokenizer, text, [name])[-1:] or (last_position(tokenizer, text),)
-    other = concept_positions(tokenizer, without, [recipe.surrogate])[-1:] or (max(0, gap - 1),)
-    count = 1 if recipe.closed_form.tokens == "last" else len(old) - max(*first, *other)
-    return old[first[0] : first[0] + count], new[other[0] : other[0] + count]
+    return (concept_positions(tokenizer, without, [other])[-1:] or (max(0, gap - 1),))[0]
 
 
 def _kept_states(recipe: RecipeFields, base: TeacherModel, prompts: Sequence[str]) -> Tensor:
@@ -165,8 +181,26 @@ def not_editable(paths: Sequence[str], whole: int) -> RecipeError:
 
 
 def check(recipe: RecipeFields) -> None:
-    """Refuse preserved prompts that are to be erased."""
+    """Refuse preserved prompts that are to be erased, and attributes that cannot balance anything."""
     refuse_erased(recipe, "closed_form.preserve", recipe.closed_form.preserve)
+    prompts = [one.prompt for one in recipe.closed_form.attributes]
+    if not prompts:
+        return
+    refuse_erased(recipe, "closed_form.attributes", prompts)
+    given = [normalise_prompt(prompt) for prompt in prompts]
+    if twice := next((prompt for prompt in given if given.count(prompt) > 1), None):
+        raise ValueError(f"closed_form.attributes names {twice!r} twice")
+    if recipe.surrogate:
+        raise ValueError(
+            f"closed_form.attributes keep {recipe.target!r} and move it, surrogate {recipe.surrogate!r} would replace "
+            "it: give one of them"
+        )
+    if recipe.kind == "style":
+        raise ValueError("closed_form.attributes move what a sentence shows, and kind 'style' is how: leave kind out")
+    if not any(one.weight for one in recipe.closed_form.attributes):
+        raise ValueError(
+            "closed_form.attributes: all weights are 0, nothing would change; spmhub train --balance finds them"
+        )
 
 
 def check_model(recipe: RecipeFields, denoiser: nn.Module) -> None:

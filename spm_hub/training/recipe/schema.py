@@ -57,6 +57,13 @@ class Objective(RecipePart):
         return self
 
 
+class Attribute(RecipePart):
+    """A prompt that the concept's keys and values are moved towards (UCE's debiasing)."""
+
+    prompt: NonBlank
+    weight: float = Field(description="of the attribute's own keys and values, added to the concept's; below 0 away")
+
+
 class ClosedForm(RecipePart):
     """The settings of a closed form (UCE), which has no training loop."""
 
@@ -64,6 +71,9 @@ class ClosedForm(RecipePart):
     preserve: tuple[NonBlank, ...] = Field(default=(), description="prompts whose keys and values are kept")
     erase_scale: float = Field(default=1.0, gt=0, description="weight of the edited states")
     preserve_scale: float = Field(default=1.0, ge=0, description="weight of the states of `preserve` and `held`")
+    attributes: tuple[Attribute, ...] = Field(
+        default=(), description="debias the concept towards these instead of erasing it; spmhub train --balance"
+    )
     tokens: Literal["last", "onwards"] = Field(
         default="last",
         description="the edited states: the last token's (paper), or all from it to the window's end (released)",
