@@ -22,11 +22,14 @@ class Losses:
     """The scalar losses of one batch.
 
     erase; anchor, 0 without anchors; distance, the value of `erase` before training.
+    left: of an erase loss that does not fall to 0, the part of it that does, from `distance` on; None where it is
+    `erase` itself.
     """
 
     erase: Tensor
     anchor: Tensor
     distance: Tensor
+    left: Tensor | None = None
 
 
 class Objective(ABC):

@@ -300,4 +300,10 @@ def test_impossible_combinations_are_refused(values: dict[str, Any], words: str)
 def test_concept_ablation_knows_anchor_concepts() -> None:
     assert Recipe.make(target="snoopy", method="ca").surrogate == "dog"
     assert Recipe.plan(target="hokusai", method="ca").surrogate == "painting"
+    assert Recipe.plan(target="Ada Lovelace", method="ca", kind="person").surrogate == "person"
+    with pytest.raises(RecipeError) as refused:
+        Recipe.plan(target="gadget", method="ca")
+    assert refused.value.mend is not None
+    option = refused.value.mend.split(",")[0].removeprefix("--set ")
+    assert Recipe.plan(target="gadget", method="ca", sets=[option]).surrogate == "dog"
     assert Recipe.plan(target="gadget", method="ca", sets=["surrogate=a box"]).surrogate == "a box"

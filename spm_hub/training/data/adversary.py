@@ -65,9 +65,10 @@ class Attacker:
     def attacked(self, batch: Batch, step: int) -> Batch:
         """Return the batch with e(c) + delta* for e(c) in its target rows; the targets stay those of e(c).
 
-        delta* = argmin over |delta|_inf <= epsilon of || n - eps(x_t, e(c) + delta, t) ||^2 at the one timestep of each
-        row; n is the initial noise or, with goal "concept", the base's prediction for the concept. A row whose
-        trajectory the concept did not lead has the second goal in any case: its noise belongs to another picture.
+        delta* = argmin over |delta|_inf <= epsilon of || n - eps(x_t, e(c) + delta, t) ||^2, or of the 1-norm with norm
+        "l1", at the one timestep of each row; n is the initial noise or, with goal "concept", the base's prediction for
+        the concept. A row whose trajectory the concept did not lead has the second goal in any case: its noise belongs
+        to another picture.
         """
         led = batch.led.view(-1, *[1] * (batch.noise.dim() - 1)) & (self._recipe.goal == "noise")
         goal = torch.where(led, batch.noise, batch.concept)
@@ -75,7 +76,8 @@ class Attacker:
         def harm(states: Tensor) -> Tensor:
             moved = replace(batch.states, states=states)
             prediction = self._base.predict(batch.latents, batch.times, moved)
-            return (goal - prediction).pow(2).flatten(1).mean(dim=1)
+            away = goal - prediction
+            return (away.abs() if self._recipe.norm == "l1" else away.pow(2)).flatten(1).mean(dim=1)
 
         states = batch.states.states
         reach = torch.full((len(states), 1, 1), self._recipe.epsilon, dtype=states.dtype, device=states.device)

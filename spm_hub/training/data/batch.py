@@ -18,6 +18,8 @@ class Batch:
     each), and the frozen base's predictions for both: `concept`, and `neutral` without the concept, which is the
     surrogate's or that of `less_concept`.
     Anchor rows: the same, with the one prediction to keep.
+    truth (b, *latent_shape): the prediction that gives back the picture and the noise which the latents were mixed of;
+    None if they were sampled.  positive (b, *latent_shape): the base's prediction of `objective.positive`, if given.
     """
 
     latents: Tensor
@@ -33,3 +35,5 @@ class Batch:
     anchor_times: Tensor
     anchor_states: Conditioning
     anchor_predictions: Tensor
+    truth: Tensor | None = None
+    positive: Tensor | None = None

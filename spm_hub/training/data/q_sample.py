@@ -5,6 +5,7 @@ SepME, arXiv 2402.05947.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class QSampleSource:
             guidance = torch.tensor(source.guidance)[picks].to(base.device)
             drawn = prompts if source.driver == "concept" else neutral_prompts(recipe, self._maker, prompts)
             given = base.encode(drawn).under(guidance)
-            empty = base.encode([""])[0].expand(count).under(guidance)
+            empty = base.encode([source.unconditional])[0].expand(count).under(guidance)
             scheduler = base.scheduler(base.steps(source.steps))
             latents = base.noise(count, generator) * initial_sigma(scheduler)
             with self._trainable.frozen(), phase("drawing pictures to learn from") as move:
@@ -81,14 +82,16 @@ class QSampleSource:
         rows = torch.randint(len(pictures), (size,), generator=generator)
         moments = torch.randint(len(self._scheduler.timesteps), (size,), generator=generator)
         noise = base.noise(size, generator)
-        latents, times = add_noise(self._scheduler, pictures[rows.to(pictures.device)], noise, moments)
+        chosen = pictures[rows.to(pictures.device)]
+        latents, times = add_noise(self._scheduler, chosen, noise, moments)
         prompts = tuple(drawn_for[row] for row in rows.tolist())
         guidance = torch.full((size,), recipe.x_t.guidance[0], device=base.device)
         neutral_states = base.encode(neutral_prompts(recipe, self._maker, prompts)).under(guidance)
-        return teacher_batch(
+        batch = teacher_batch(
             base, recipe, self._anchors, self._trainable, generator,
             latents, times, noise, prompts, neutral_states, guidance,
         )  # fmt: skip
+        return replace(batch, truth=true_prediction(self._scheduler, chosen, noise, times))
 
 
 def add_noise(scheduler: Any, pictures: Tensor, noise: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,3 +106,22 @@ def add_noise(scheduler: Any, pictures: Tensor, noise: Tensor, moments: Tensor) 
         return (1 - sigma) * pictures + sigma * noise, times
     latents = scheduler.add_noise(pictures, noise, times)
     return scale_model_input(scheduler, latents, times), times
+
+
+def true_prediction(scheduler: Any, pictures: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    """Return what the denoiser is trained to predict for pictures x_0 with noise, in its own parametrisation.
+
+    The noise itself; with "v_prediction" sqrt(abar_t) noise - sqrt(1 - abar_t) x_0, with "sample" x_0; of a flow,
+    noise - x_0.  times: (n,), as of `add_noise`.
+    """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return noise - pictures
+    match scheduler.config.get("prediction_type", "epsilon"):
+        case "v_prediction":
+            kept = scheduler.alphas_cumprod.to(pictures)[times.long()].view(-1, *[1] * (pictures.dim() - 1))
+            velocity: Tensor = kept.sqrt() * noise - (1 - kept).sqrt() * pictures
+            return velocity
+        case "sample":
+            return pictures
+        case _:
+            return noise

@@ -115,17 +115,20 @@ def teacher_batch(
     anchor_states = anchor_states.under(guidance.repeat_interleave(per))
     anchor_latents, anchor_times = latents.repeat_interleave(per, dim=0), times.repeat_interleave(per)
     teacher = [states, neutral_states]
-    if recipe.erase_from is not None:
-        teacher.append(base.encode([recipe.target])[0].expand(size).under(guidance))
+    # The target of `erase_from`, or the prompt to push away from; a recipe has one of them at most.
+    further = recipe.objective.positive if recipe.erase_from is None else recipe.target
+    if further is not None:
+        teacher.append(base.encode([further])[0].expand(size).under(guidance))
     every = Conditioning.cat([*teacher, anchor_states])
     inputs = torch.cat([*[latents] * len(teacher), anchor_latents])
     with trainable.frozen():
         concept, neutral, *rest, kept = base.predict(
             inputs, torch.cat([*[times] * len(teacher), anchor_times]), every
         ).split([*[size] * len(teacher), size * per])
-    if rest:
+    if recipe.erase_from is not None:
         neutral = less_concept(concept, rest[0], neutral)
     return Batch(
         latents, times, noise, led, prompts, states, neutral_states, concept, neutral,
         anchor_latents, anchor_times, anchor_states, kept,
+        positive=rest[0] if recipe.objective.positive is not None else None,
     )  # fmt: skip

@@ -42,7 +42,7 @@ class StudentSource:
         prompts = tuple(trained_prompt(recipe, self._maker, generator) for _ in range(size))
         guidance = torch.full((size,), recipe.x_t.guidance[0], device=base.device)
         states = base.encode(prompts).under(guidance)
-        empty = base.encode([""])[0].expand(size).under(guidance)
+        empty = base.encode([recipe.x_t.unconditional])[0].expand(size).under(guidance)
         neutral_states = base.encode(neutral_prompts(recipe, self._maker, prompts)).under(guidance)
         scheduler = base.scheduler(base.steps(recipe.x_t.steps))
         reached = int(torch.randint(len(scheduler.timesteps), (), generator=generator))

@@ -212,12 +212,12 @@ class PredictionRun(Run):
     def note(self, step: int, losses: Losses) -> dict[str, float]:
         """Record a step; return the losses as shares of the distance."""
         assert self.distance is not None
-        erase = float(losses.erase.detach())
+        erase = float((losses.erase if losses.left is None else losses.left).detach())
         whole = losses.distance if self.objective.measures_distance else self.distance
         self.anchor_weight.note(step, erase, float(whole), self.objective)
         self.stopping.note(step, erase)
         return {
-            "erase": float(losses.erase.detach() / self.distance),
+            "erase": erase / float(self.distance),
             "anchor": float(losses.anchor.detach() / self.distance),
         }
 

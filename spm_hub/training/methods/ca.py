@@ -1,18 +1,22 @@
 """Concept Ablation: turns the concept's prediction into that of an anchor concept, the surrogate.
 
-Kumari et al., Ablating Concepts in Text-to-Image Diffusion Models, ICCV 2023, arXiv 2303.13516: the
-model-based variant.
+Kumari et al., Ablating Concepts in Text-to-Image Diffusion Models, ICCV 2023, arXiv 2303.13516: the model-based
+variant and, with objective.goal "noise", the noise-based one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from spm_hub.training.methods.method import PREDICTION_KEYS, Method
-from spm_hub.training.objective import SelfDistillation
+from spm_hub.training.objective import Losses, SelfDistillation
 from spm_hub.training.recipe.fields import RecipeFields
-from spm_hub.training.recipe.validation import check_prediction
+from spm_hub.training.recipe.validation import ImpossibleRecipeError, check_prediction
+
+if TYPE_CHECKING:
+    from spm_hub.training.base_model import TeacherModel
+    from spm_hub.training.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,61 @@ class ConceptAblation(SelfDistillation):
     teacher: Literal["base", "student"] = "student"
 
 
+@dataclass(frozen=True)
+class NoiseAblation(ConceptAblation):
+    """|| eps(x_t, c) - n ||^2 + lambda || eps(x_t, c_anchor) - n ||^2, x_t the anchor concept's picture with noise n.
+
+    The noise-based variant: training goes on as the model was trained, on pairs of the concept's sentence and the
+    anchor concept's picture. In place of n stands what the model is trained to predict of it (velocity, flow).
+    """
+
+    def losses(self, base: TeacherModel, batch: Batch) -> Losses:
+        """Return the losses; `left` is the distance to the base's prediction of the anchor concept."""
+        if batch.truth is None:
+            raise ValueError("the noise-based variant needs latents that noise was added to: x_t.source 'q_sample'")
+        prediction, anchors = self.predicted(base, batch)
+        noise = batch.truth.repeat_interleave(len(anchors) // len(prediction), dim=0)
+        return Losses(
+            (prediction - batch.truth).pow(2).mean(),
+            self.anchor(anchors, noise) if len(anchors) else anchors.new_zeros(()),
+            self.distance(batch.concept, batch.neutral),
+            left=(prediction.detach() - batch.neutral).pow(2).mean(),
+        )
+
+
+def make_objective(recipe: RecipeFields) -> ConceptAblation:
+    """Return the objective of a recipe."""
+    return NoiseAblation() if recipe.objective.goal == "noise" else ConceptAblation(recipe.objective.teacher)
+
+
 def check(recipe: RecipeFields) -> None:
     """Refuse a recipe without an anchor concept."""
     check_prediction(recipe)
     if not recipe.surrogate:
-        broader = "painting" if recipe.kind == "style" else "person" if recipe.kind == "person" else "dog"
-        raise ValueError(
-            f"method 'ca' makes {recipe.target!r} into an anchor concept, a broader or similar one, and none is named; "
-            f"try: --set surrogate={broader}, for instance, or --method sdd, which needs none"
+        raise ImpossibleRecipeError(
+            f"method 'ca' makes {recipe.target!r} into an anchor concept, a broader or similar one, and none is named, "
+            "nor known for it; --method sdd needs none",
+            mend="--set surrogate=dog, or whatever is to be drawn in its place",
+        )
+    if recipe.objective.goal != "noise":
+        return
+    x_t = recipe.x_t
+    if x_t.source != "q_sample" or x_t.driver != "surrogate":
+        raise ImpossibleRecipeError(
+            f"objective.goal 'noise' is the noise in pictures of {recipe.surrogate!r}, and x_t.source {x_t.source!r} "
+            f"with x_t.driver {x_t.driver!r} has none",
+            mend="--set x_t.source=q_sample --set x_t.driver=surrogate",
+        )
+    if recipe.objective.teacher == "base":
+        raise ImpossibleRecipeError(
+            "objective.teacher 'base' would change nothing: objective.goal 'noise' needs no teacher",
+            mend="leave objective.teacher out",
+        )
+    if recipe.anchoring.weight > 0 and recipe.anchoring.source != "surrogate":
+        raise ImpossibleRecipeError(
+            f"objective.goal 'noise' holds the anchor concept's own sentences at that noise, and anchoring.source is "
+            f"{recipe.anchoring.source!r}: it has to be 'surrogate'",
+            mend="--set anchoring.source=surrogate",
         )
 
 
@@ -54,8 +105,8 @@ METHOD = Method(
         "anchoring": {"source": "surrogate", "weight": 1.0, "reach": None, "per_target": 1},
         "optimiser": {"lr": 1e-3},
     },
-    objective=lambda recipe: ConceptAblation(recipe.objective.teacher),
-    uses=PREDICTION_KEYS | {"objective.teacher", "objective.paired"},
+    objective=make_objective,
+    uses=PREDICTION_KEYS | {"objective.teacher", "objective.paired", "objective.goal"},
     instead={"objective.eta": "the surrogate's prediction is its target; methods 'spm' and 'esd-x' go beyond it"},
     check=check,
 )

@@ -36,5 +36,6 @@ METHODS = (
         harm="Other concepts change a little more than with spm; no attack of the benchmark succeeded.",
         preset={"objective": {"name": "spm"}, "adversary": {**_ADVERSARY, "epsilon": 0.3, "goal": "concept"}},
         objective=spm.make_objective,
+        uses=spm.KEYS,
     ),
 )

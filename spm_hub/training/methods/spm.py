@@ -8,12 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spm_hub.training.methods.method import Method
-from spm_hub.training.objective import Objective
+from spm_hub.training.methods.method import TARGET_KEYS, Method
+from spm_hub.training.objective import Losses, Objective
 from spm_hub.training.recipe.fields import RecipeFields
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from spm_hub.training.base_model import TeacherModel
+    from spm_hub.training.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,25 @@ class SPM(Objective):
         """eps*(x_t, c0) - eta (eps*(x_t, c_tar) - eps*(x_t, c0)): what Eq. 4 pulls to."""
         return neutral - self.eta * (concept - neutral)
 
+    def losses(self, base: TeacherModel, batch: Batch) -> Losses:
+        """Return the losses; with `objective.positive` its prediction takes the concept's place in the target."""
+        if batch.positive is None:
+            return super().losses(base, batch)
+        prediction, anchors = self.predicted(base, batch)
+        goal = self.target(batch.positive, batch.neutral)
+        return Losses(
+            (prediction - goal).pow(2).mean(),
+            self.anchor(anchors, batch.anchor_predictions) if len(anchors) else anchors.new_zeros(()),
+            (batch.concept - goal).pow(2).mean(),
+        )
+
 
 def make_objective(recipe: RecipeFields) -> SPM:
     """Return the objective of a recipe."""
     return SPM(recipe.objective.eta)
 
 
+KEYS = TARGET_KEYS | {"objective.positive"}
 METHOD = Method(
     name="spm",
     title="SPM, one-dimensional adapters",
@@ -45,4 +61,5 @@ METHOD = Method(
     harm="The least that was measured; attacks still brought a style back in 4 of 10 cases.",
     preset={},
     objective=make_objective,
+    uses=KEYS,
 )

@@ -33,12 +33,13 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 
 
-# What Concept Ablation makes of them: its paper's anchor concepts, and the like.
+# Anchor concepts of Concept Ablation: its paper's, and the like.
 _ANCHORS = {
     **dict.fromkeys(_STYLES, "painting"),
     "grumpy cat": "cat", "hello kitty": "cat", "snoopy": "dog", "mickey": "mouse", "mickey mouse": "mouse",
     "donald duck": "duck", "nemo": "fish", "r2d2": "robot", "nudity": "person", "nude": "person",
 }  # fmt: skip
+_ANCHOR_OF_KIND = {"style": "painting", "person": "person", "nsfw": "person"}
 
 
 def known(target: str) -> dict[str, Any]:
@@ -47,8 +48,8 @@ def known(target: str) -> dict[str, Any]:
 
 
 def anchor_concept(target: str, kind: str | None) -> str:
-    """Return the anchor concept that replaces a concept: "painting" for a style, "" if none is known."""
-    return _ANCHORS.get(_plain(target), "painting" if kind == "style" else "")
+    """Return the anchor concept that replaces a concept, by its name or its kind; "" if none is known."""
+    return _ANCHORS.get(_plain(target), _ANCHOR_OF_KIND.get(kind or "", ""))
 
 
 def _plain(target: str) -> str:

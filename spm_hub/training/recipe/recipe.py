@@ -28,6 +28,7 @@ from spm_hub.training.recipe.presets import deep_merge, with_preset
 from spm_hub.training.recipe.protected_prompts import normalise_prompt
 from spm_hub.training.recipe.schema import RecipePart, hint
 from spm_hub.training.recipe.validation import (
+    ImpossibleRecipeError,
     check_combinations,
     check_idle_keys,
     check_protection,
@@ -124,10 +125,14 @@ class Recipe(RecipeFields):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            about_method = any(problem["loc"] == ("method",) for problem in error.errors())
+            problems = error.errors()
+            causes = [problem.get("ctx", {}).get("error") for problem in problems]
+            mends = [cause.mend for cause in causes if isinstance(cause, ImpossibleRecipeError)]
+            if any(problem["loc"] == ("method",) for problem in problems):
+                mends.append("spmhub methods")
             raise RecipeError(
-                "\n".join(_explain(cls, dict(problem)) for problem in error.errors()),
-                mend="spmhub methods" if about_method else "spmhub show NAME --full, which has every key of a recipe",
+                "\n".join(_explain(cls, dict(problem)) for problem in problems),
+                mend=mends[0] if mends else "spmhub show NAME --full, which has every key of a recipe",
             ) from None
 
     @classmethod

@@ -42,6 +42,13 @@ class Objective(RecipePart):
         default="base",
         description="who predicts the surrogate, the frozen base or the model being erased",
     )
+    goal: Literal["surrogate", "noise"] = Field(
+        default="surrogate",
+        description="of ca: the surrogate's prediction, or the noise in its pictures (the noise-based variant)",
+    )
+    positive: NonBlank | None = Field(
+        default=None, description="of spm: the prompt that the target is pushed away from, unless it is the concept"
+    )
     paired: bool = Field(
         default=False,
         description="the surrogate's prediction is that of the concept's sentence with the surrogate in it",
@@ -134,10 +141,22 @@ class IncrementRecipe(RecipePart):
     kind: Literal["low_rank", "dense", "mask", "null_space", "loha", "lokr", "vera", "dora"] = "low_rank"
     rank: int = Field(default=1, ge=1, le=256, description="of low_rank and PEFT's kinds; a closed form has its own")
     modules: Literal[
-        "targets", "text", "esd-x", "esd-x-strict", "esd-x-strict-text", "esd-u", "esd-all", "esd-selfattn"
+        "targets",
+        "text",
+        "esd-x",
+        "esd-x-strict",
+        "esd-x-strict-text",
+        "esd-u",
+        "esd-all",
+        "esd-selfattn",
+        "esd-noxattn",
+        "esd-notime",
+        "esd-xlayer",
+        "esd-selflayer",
     ] = Field(
         default="targets",
-        description="targets: SPM's, all of the attention blocks; text: what reads the text alone; the others: ESD's",
+        description="targets: SPM's, all of the attention blocks; text: what reads the text alone; the others: ESD's, "
+        "the last four those of its first code (and R.A.C.E.'s)",
     )
     beta: float = Field(
         default=1e-4,
@@ -194,6 +213,9 @@ class XtSource(RecipePart):
     driver: Literal["concept", "surrogate"] = Field(
         default="concept",
         description="whose pictures the latents are on their way to; with anchors, half of them an anchor's",
+    )
+    unconditional: str = Field(
+        default="", description="of student and q_sample: the prompt that guidance leads away from while x_t is drawn"
     )
     trajectories: int = Field(
         default=24, ge=1, description="run side by side; of q_sample, the number of pictures; of student, none"
@@ -258,6 +280,9 @@ class Adversary(RecipePart):
     goal: Literal["noise", "concept"] = Field(
         default="noise",
         description="the prediction it aims at: the initial noise (paper), or the base's prediction of the concept",
+    )
+    norm: Literal["l2", "l1"] = Field(
+        default="l2", description="the distance to that prediction: mean squares, or mean absolute differences"
     )
     begins: float | None = Field(
         default=None,

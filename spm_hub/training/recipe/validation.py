@@ -32,6 +32,14 @@ _ALWAYS_READ = frozenset({
 _MOST_NAMES = 4  # of methods, in a message
 
 
+class ImpossibleRecipeError(ValueError):
+    """A recipe that cannot be, and the option that mends it."""
+
+    def __init__(self, message: str, mend: str) -> None:
+        super().__init__(message)
+        self.mend = mend
+
+
 def check_unused_keys(
     recipe: RecipeFields,
     preset: Mapping[str, Any],
@@ -126,8 +134,31 @@ def check_combinations(recipe: RecipeFields) -> None:
             f"erase_from {recipe.erase_from!r} compares with the empty prompt, and objective.paired with another "
             "sentence: choose one of them"
         )
+    check_spm_prompts(recipe)
     if (recipe.objective.paired or recipe.anchoring.source == "surrogate") and not recipe.surrogate:
         raise ValueError("objective.paired and anchoring.source 'surrogate' need a surrogate, and it is empty")
+
+
+def check_spm_prompts(recipe: RecipeFields) -> None:
+    """Refuse SPM's `positive` and `unconditional` prompts where nothing reads them."""
+    positive, unconditional = recipe.objective.positive, recipe.x_t.unconditional
+    if recipe.x_t.source == "trajectory":
+        for key, value in (("objective.positive", positive), ("x_t.unconditional", unconditional)):
+            if value:
+                raise ImpossibleRecipeError(
+                    f"{key} {value!r} is for latents drawn on their own, and x_t.source is 'trajectory'",
+                    mend="--set x_t.source=student",
+                )
+    if positive is not None and recipe.erase_from is not None:
+        raise ImpossibleRecipeError(
+            f"objective.positive {positive!r} and erase_from {recipe.erase_from!r} both say what the target is made of",
+            mend="leave one of them out",
+        )
+    if positive is not None and normalise_prompt(positive) == normalise_prompt(recipe.surrogate):
+        raise ImpossibleRecipeError(
+            f"objective.positive {positive!r} is the surrogate: the target would be pushed away from nothing",
+            mend="leave objective.positive out, for the concept itself",
+        )
 
 
 def is_separable(recipe: RecipeFields) -> bool:

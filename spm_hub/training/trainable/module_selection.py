@@ -13,6 +13,7 @@ from spm_hub.models.architectures import family_of, matrices, targets
 TEXT_ENTRY = "context_embedder"
 """The layer through which the text enters SD3, FLUX and others whose attention reads picture and text together."""
 _CROSS_ATTENTION = r"(^|\.)attn2\.to_[kv]$"
+_TIME_AND_OUT = r"(time_embedding|conv_out)\b"
 _JOINT = ("flux", "sd3")  # one attention over picture and text: there is no attn1 and attn2 to tell apart
 
 
@@ -26,7 +27,11 @@ def select_modules(denoiser: nn.Module, selection: str) -> dict[str, nn.Module]:
     esd-x-strict its keys and values, esd-u all but cross-attention, esd-all, esd-selfattn. In SDXL, esd-u and esd-all
     leave out embeddings and everything outside of the blocks. In models that attend to picture and text together (FLUX,
     SD3), esd-x is all attention; esd-x-strict is the picture's keys and values, as released, without those of the text
-    alone; esd-x-strict-text has both. Raises RecipeError if the denoiser has no such modules.
+    alone; esd-x-strict-text has both.
+    Its first code, for U-Nets with cross-attention, which R.A.C.E.'s is (arXiv 2405.16341), has others: esd-noxattn is
+    esd-u without the embedding of time and the last convolution, esd-notime all but these two, esd-xlayer the
+    cross-attention of two layers on the way up, esd-selflayer the self-attention of two on the way down.
+    Raises RecipeError if the denoiser has no such modules.
     """
     if selection == "targets":
         return targets(denoiser)
@@ -61,4 +66,8 @@ def _rules(family: str) -> dict[str, Callable[[str], bool]]:
         "esd-u": lambda path: cross not in path and inside(path),
         "esd-all": inside,
         "esd-selfattn": lambda path: "attn1" in path,
+        "esd-noxattn": lambda path: not joint and "attn2" not in path and not re.match(_TIME_AND_OUT, path),
+        "esd-notime": lambda path: not joint and not re.match(_TIME_AND_OUT, path),
+        "esd-xlayer": lambda path: bool(re.match(r"up_blocks\.2\.attentions\.[02]\..*attn2", path)),
+        "esd-selflayer": lambda path: bool(re.match(r"down_blocks\.[12]\.attentions\.0\..*attn1", path)),
     }
