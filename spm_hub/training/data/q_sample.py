@@ -109,10 +109,10 @@ def add_noise(scheduler: Any, pictures: Tensor, noise: Tensor, moments: Tensor) 
 
 
 def true_prediction(scheduler: Any, pictures: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-    """Return what the denoiser is trained to predict for pictures x_0 with noise, in its own parametrisation.
+    """Return what a denoiser is trained to predict for pictures x_0 with noise.
 
-    The noise itself; with "v_prediction" sqrt(abar_t) noise - sqrt(1 - abar_t) x_0, with "sample" x_0; of a flow,
-    noise - x_0.  times: (n,), as of `add_noise`.
+    That is the noise itself; with "v_prediction" sqrt(abar_t) noise - sqrt(1 - abar_t) x_0, with "sample" x_0; of a
+    flow, noise - x_0.  times: (n,), as of `add_noise`.
     """
     if not hasattr(scheduler, "alphas_cumprod"):
         return noise - pictures

@@ -34,10 +34,11 @@ class ConceptAblation(SelfDistillation):
 
 @dataclass(frozen=True)
 class NoiseAblation(ConceptAblation):
-    """|| eps(x_t, c) - n ||^2 + lambda || eps(x_t, c_anchor) - n ||^2, x_t the anchor concept's picture with noise n.
+    """|| eps(x_t, c) - n ||^2 + lambda || eps(x_t, c_anchor) - n ||^2: the noise-based variant.
 
-    The noise-based variant: training goes on as the model was trained, on pairs of the concept's sentence and the
-    anchor concept's picture. In place of n stands what the model is trained to predict of it (velocity, flow).
+    x_t is the anchor concept's picture with noise n: training goes on as the model was trained, on pairs of the
+    concept's sentence and the anchor concept's picture. In place of n stands what the model is trained to predict of it
+    (velocity, flow).
     """
 
     def losses(self, base: TeacherModel, batch: Batch) -> Losses:
