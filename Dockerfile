@@ -9,9 +9,8 @@ ARG EXTRAS=serve,ui
 
 WORKDIR /build
 COPY . .
-# torch first: its index has the build for this machine, and the rest of the requirements are satisfied by it.
-RUN pip install --no-cache-dir -c constraints.txt --index-url "${TORCH_INDEX}" torch \
-    && pip install --no-cache-dir ".[${EXTRAS}]" \
+# The index of torch has builds such as 2.13.0+cpu, which pip prefers to 2.13.0; everything else comes from PyPI.
+RUN pip install --no-cache-dir -c constraints.txt --extra-index-url "${TORCH_INDEX}" ".[${EXTRAS}]" \
     && rm -rf /build/* \
     && useradd --create-home --uid 1000 spmhub \
     && install -d -o spmhub /data

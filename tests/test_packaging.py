@@ -23,6 +23,14 @@ REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
 # The making of a tokenizer for transformers: of whatever version that brings.
 BROUGHT = {"tokenizers": "transformers"}
 NAMES = {"PIL": "pillow", "yaml": "pyyaml"}
+# As the metadata of gradio 6.31.0 and ray 2.60.0 has it: the tests' environment has neither.
+BOUNDS_OF_OTHERS = {
+    "ui": [
+        "huggingface-hub<3.0,>=1.16.0", "numpy<3.0,>=1.0", "pillow<13.0,>=8.0", "pydantic<=3.0,>=2.0",
+        "starlette<2.0,>=1.0.1", "typer<1.0,>=0.12",
+    ],
+    "ray": ["click>=7.0", "packaging>=24.2", "protobuf>=3.20.3"],
+}  # fmt: skip
 
 
 def imported() -> set[str]:
@@ -52,6 +60,26 @@ def test_pins_lie_within_the_declared_bounds(line: str) -> None:
     pin = diagnosis.tested_versions()[canonicalize_name(requirement.name)]
     assert requirement.specifier.contains(pin)
     assert any(one.operator == ">=" for one in requirement.specifier), "a lower bound is stated"
+
+
+@pytest.mark.parametrize("extra", sorted(EXTRAS))
+def test_every_extra_can_be_installed_with_the_pins(extra: str) -> None:
+    pins = diagnosis.tested_versions()
+    direct = [Requirement(line) for line in EXTRAS[extra]]
+    brought = [Requirement(line) for one in direct for line in _requires(one.name)]
+    brought += [Requirement(line) for line in BOUNDS_OF_OTHERS.get(extra, ())]
+    for needed in (*direct, *brought):
+        pin = pins.get(canonicalize_name(needed.name))
+        if pin is not None and (needed.marker is None or needed.marker.evaluate({"extra": ""})):
+            assert needed.specifier.contains(pin), f"{extra} needs {needed}, and {pin} is pinned"
+
+
+def _requires(name: str) -> list[str]:
+    """What an installed distribution requires; nothing of one that is not installed."""
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return []
 
 
 def test_constraints_are_exact_and_complete() -> None:
