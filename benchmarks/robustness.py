@@ -35,7 +35,7 @@ PROMPTS, SAMPLES = 20, 10
 ATTACK = attacks.UnlearnDiffAtk(tokens=3, iterations=20, timesteps=10)
 Stage = tuple[str, tuple[str, ...]]
 """A method, and what differs from its preset."""
-FURTHER = ("steps=400",)
+FURTHER = ("steps=400", "stop.reach=null")
 REACHING = ("adversary.epsilon=0.3", "adversary.goal=concept")
 TRAININGS: dict[str, tuple[Stage, ...]] = {
     "spm": (("spm", ()),), "race-spm": (("race-spm", ()),),

@@ -24,6 +24,7 @@ from spm_hub.training.loop.run import Task
 from spm_hub.training.memory import GIB, Split, room_on, whole_copy_without_values
 from spm_hub.training.methods import find_method
 from spm_hub.training.methods.method import compare_predictions
+from spm_hub.training.neighbours import held_names, with_neighbours_recorded
 from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.recipe.protected_prompts import members
 from spm_hub.training.recipe.recipe import Recipe
@@ -110,9 +111,12 @@ def forecasts(plans: Sequence[Recipe], base: BaseChoice, memory: float | None) -
         assert method is not None, "a recipe's method is known"
         if method.objective is None or method.trains is not compare_predictions:
             yield f"{plan.target}: {method.name} takes no steps that compare predictions, and is not forecast"
+        if names := held_names(plan, recipe := with_neighbours_recorded(plan, pipe)):
+            yield names
+        if method.objective is None or method.trains is not compare_predictions:
             continue
         model = TeacherModel(pipe, plan.resolution)
-        tasks = [Task(one, model, {}, None, None, memory, len(plan.together)) for one in members(plan)]
+        tasks = [Task(one, model, {}, None, None, memory, len(plan.together)) for one in members(recipe)]
         yield forecast(tasks, device, loaded=base.pipe is not None)
 
 

@@ -103,7 +103,7 @@ def space_left(recipe: RecipeFields, base: TeacherModel, modules: Mapping[str, n
     """
     _check_modules(base, modules, recipe.target)
     exact = exactly_protected(recipe)
-    further = tuple(prompt for prompt in dict.fromkeys(recipe.protection.prompts) if prompt not in exact)
+    further = tuple(prompt for prompt in dict.fromkeys(recipe.protection.prompts or ()) if prompt not in exact)
     with phase("protecting prompts") as move:
         states, target = _states(base, (*exact, *further)), _states(base, [recipe.target])
         width = states.shape[-1]

@@ -15,6 +15,7 @@ from spm_hub.errors import RegistryError, SpmHubError, UsageError
 from spm_hub.io.environment import user_folder
 from spm_hub.io.progress import Reporter, phase, show_phases
 from spm_hub.models.base_choice import BaseChoice
+from spm_hub.training.recipe.comparison import is_made_by
 from spm_hub.training.recipe.protected_prompts import members
 
 if TYPE_CHECKING:
@@ -178,11 +179,13 @@ class Session:
         If there is no registry, the checkpoint is added to `finished`.
         """
         from spm_hub.training.loop.checkpoint import Checkpoint
+        from spm_hub.training.neighbours import held_names, with_neighbours_recorded
         from spm_hub.training.trainable.warm_start import with_start_recorded
         from spm_hub.training.verdict import verdict
 
         start = None if plan.start_from is None else self._starts[plan.start_from].load()
         recipe = with_start_recorded(plan.model_copy(update={"model": base.name}), start)
+        recipe = with_neighbours_recorded(recipe, base.pipe)
         concepts = [plan.target, *(other.target for other in plan.together)]
         by_concept = {member.target: member for member in members(recipe)}
         kept = {
@@ -203,6 +206,8 @@ class Session:
             return [*entries]
         shown = base.name if self.base.pipe is not None else plan.model
         self.reporter.say(f"erasing {what} from {shown} with {plan.method} ...")
+        if held := held_names(plan, recipe):
+            self.reporter.say(held)
         for remark in _cut_texts(recipe, base.pipe):
             warnings.warn(f"spm_hub: {remark}", UserWarning, stacklevel=2)
         checkpoint = Checkpoint(self._run_folder(recipe, base.stamp), base.stamp)
@@ -333,7 +338,7 @@ class Session:
             made = type(recipe).make(**manifest.recipe).model_dump(mode="json")
         except SpmHubError:
             return False
-        return all(made[key] == value for key, value in wanted.items() if key not in apart_from)
+        return is_made_by(made, wanted, apart_from)
 
     def _run_folder(self, recipe: Recipe, stamp: Mapping[str, str]) -> Path:
         """Return the folder for the state of a run: each recipe on each base has its own."""
@@ -358,7 +363,7 @@ def _cut_texts(recipe: Recipe, pipe: DiffusionPipeline) -> Iterator[str]:
         text: what
         for member in members(recipe)
         for what, several in (
-            ("the anchor", member.anchoring.prompts), ("the protected prompt", member.protection.prompts),
+            ("the anchor", member.anchoring.prompts), ("the protected prompt", member.protection.prompts or ()),
             ("the attribute", [one.prompt for one in member.closed_form.attributes]),
             ("the surrogate", (member.surrogate,)), ("the alias", member.aliases), ("the concept", (member.target,)),
         )

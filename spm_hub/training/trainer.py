@@ -26,6 +26,7 @@ from spm_hub.training.loop.checkpoint import Checkpoint, base_stamp
 from spm_hub.training.loop.determinism import deterministic, lacks_deterministic_kernel
 from spm_hub.training.loop.run import Run, Task
 from spm_hub.training.methods import find_method
+from spm_hub.training.neighbours import with_neighbours_recorded
 from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.recipe.protected_prompts import members
 from spm_hub.training.trainable.module_selection import select_modules
@@ -111,7 +112,7 @@ def train_together(
     memory: float | None = None,
 ) -> tuple[Adapter, ...]:
     """Train as `train` does; return all erasers of the run, the recipe's own and those of `together`."""
-    recipe = with_start_recorded(recipe, start)
+    recipe = with_neighbours_recorded(with_start_recorded(recipe, start), pipe)
     checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, base_stamp(pipe))
     loop = _Loop(revision, progress, checkpoint, checkpoint_every, resume, on_step, memory)
     had_gradients = [name for name, parameter in denoiser_of(pipe).named_parameters() if parameter.requires_grad]

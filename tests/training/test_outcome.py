@@ -104,7 +104,10 @@ def test_every_phase_that_takes_long_is_shown(
     ("recipe", "expected"),
     [
         ({"x_t": X_T}, {"steps": 4, "planned": 4, "ended": "all steps", "goal": 0.9}),
-        ({"method": "esd-x", "x_t": X_T}, {"steps": 4, "planned": 4, "ended": "all steps", "goal": None}),
+        (
+            {"method": "esd-x", "x_t": X_T, "stop": {"reach": None}},
+            {"steps": 4, "planned": 4, "ended": "all steps", "goal": None},
+        ),
         ({"method": "fmn", "x_t": X_T}, {"steps": 4, "planned": 4, "ended": "all steps", "goal": None}),
         (
             {"x_t": X_T, "stop": {"below": 1e9, "after": 1}},

@@ -143,9 +143,8 @@ def looked(pipe: DiffusionPipeline, adapter: Adapter) -> tuple[Adapter, str]:
 
 def neighbours(pipe: DiffusionPipeline, names: Sequence[str], kind: str) -> list[str]:
     """Return the names of a concept's kind that the text encoder puts nearest to it."""
-    import torch.nn.functional as F
-
     from spm_hub.training.base_model import TeacherModel
+    from spm_hub.training.data.nearest import nearest_names
     from spm_hub.training.data.prompts import PromptMaker, Words
 
     words = Words.load()
@@ -155,9 +154,7 @@ def neighbours(pipe: DiffusionPipeline, names: Sequence[str], kind: str) -> list
         "character": (*words.characters, *words.things), "nsfw": words.people,
     }.get(kind, (*words.things, *words.characters))  # fmt: skip
     others = [one for one in dict.fromkeys(known) if not maker.mentions_concept(one)]
-    states = TeacherModel(pipe).encode([names[0], *others], literally=True).states.double().flatten(1)
-    near = F.cosine_similarity(states[1:], states[:1]).argsort(descending=True, stable=True)
-    return [others[row] for row in near[:NEIGHBOURS].tolist()]
+    return nearest_names(TeacherModel(pipe), names[:1], others, NEIGHBOURS)
 
 
 def _drawn(pipe: Any, prompts: Sequence[str]) -> Tensor:

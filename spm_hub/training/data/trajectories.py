@@ -31,6 +31,9 @@ from spm_hub.training.data.sampling import (
 from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.trainable.trainable import Trainable
 
+_HELD_OUT = 1_000_002
+"""The index of a group that no training reaches, under any seed: one below the first of the next seed."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -262,6 +265,12 @@ class TrajectorySource:
             with nullcontext() if self._trainable is None else self._trainable.frozen():
                 self._kept[index] = self._run(index)
         return self._kept[index]
+
+    def held_out(self, rows: int) -> Batch:
+        """Return rows of trajectories that no training step has, drawn by the frozen base."""
+        with nullcontext() if self._trainable is None else self._trainable.frozen():
+            group = self._run(_HELD_OUT)
+        return _assemble([(group, rows)], self._recipe, generator_for(self._recipe.seed, 1, _HELD_OUT))
 
     def batch(self, step: int) -> Batch:
         """Return the rows of training step `step`.

@@ -24,6 +24,7 @@ from spm_hub.training.loop.anchor_weight import AnchorWeight
 from spm_hub.training.loop.checkpoint import restore, tensors_of
 from spm_hub.training.loop.early_stopping import EarlyStopping
 from spm_hub.training.loop.fitting import split_for
+from spm_hub.training.loop.held_out import HeldOut
 from spm_hub.training.loop.interrupts import delay_interrupts
 from spm_hub.training.loop.moving_average import EMA
 from spm_hub.training.loop.run import Run, Task
@@ -108,6 +109,7 @@ class PredictionRun(Run):
             raise
         self.anchor_weight = AnchorWeight(recipe)
         self.stopping = EarlyStopping(recipe.stop)
+        self.held_out = HeldOut(base, recipe, task.prompts, anchors, trainable)
         lr = recipe.optimiser.lr
         groups = trainable.parameters(lr, recipe.optimiser.scale_lr)
         # Hundreds of small parameters: one kernel for all of them, or the optimiser costs more than their gradients.
@@ -131,26 +133,31 @@ class PredictionRun(Run):
 
     @property
     def finished(self) -> bool:
-        """True once the early stop is due."""
-        return self.stopping.due
+        """True once an early stop is due."""
+        return self.stopping.due or self.held_out.due
 
     @property
     def reached(self) -> float | None:
         """The share of the way to the surrogate's prediction that the concept's predictions went.
 
-        Under an adversary: those of the prompts that it found.
+        On states kept apart where the recipe stops by its reach, else by the losses of the last steps. Under an
+        adversary: those of the prompts that it found.
         """
+        if self.held_out.reached is not None:
+            return self.held_out.reached
         left = self.anchor_weight.left
         return None if left is None else self.objective.reached(left)
 
     @property
     def goal(self) -> float | None:
-        """The recipe's `anchoring.reach`, else where its early stop is due; None under an adversary.
+        """The recipe's `stop.reach` or `anchoring.reach`, else where its early stop is due; None under an adversary.
 
         The adversary searches for prompts that stay behind. How far these should go is not known.
         """
         if self.attacker is not None and self.taken > self.recipe.adversary_from:
             return None
+        if self.recipe.stop.reach is not None:
+            return self.recipe.stop.reach
         anchoring, below = self.recipe.anchoring, self.recipe.stop.below
         if anchoring.weight > 0 and anchoring.reach is not None:
             return anchoring.reach
@@ -165,6 +172,7 @@ class PredictionRun(Run):
         with delay_interrupts():
             self.update(step)
             seen = self.note(step, losses)
+            self.measure(step + 1)
             self.taken = step + 1
         return seen
 
@@ -221,6 +229,12 @@ class PredictionRun(Run):
             "anchor": float(losses.anchor.detach() / self.distance),
         }
 
+    def measure(self, taken: int) -> None:
+        """Measure the reach, if it is due after `taken` steps, of what would be saved now."""
+        if self.held_out.wanted(taken):
+            with nullcontext() if self.average is None else self.average.applied():
+                self.held_out.measure()
+
     def _project(self) -> None:
         """Project the increments into the null space at every step.
 
@@ -244,6 +258,7 @@ class PredictionRun(Run):
             tensors["split"] = torch.tensor([split.rows or 0, int(split.checkpointing)])
         tensors["steering"] = self.anchor_weight.state()
         tensors["stopping"] = self.stopping.state()
+        tensors["held_out"] = self.held_out.state()
         if self.average is not None:
             tensors |= {f"average.{key}": kept for key, kept in self.average.state().items()}
         return tensors
@@ -258,5 +273,7 @@ class PredictionRun(Run):
         self.distance = tensors["distance"].to(self.base.device)
         self.anchor_weight.load(tensors["steering"])
         self.stopping.load(tensors["stopping"])
+        if "held_out" in tensors:  # checkpoints of earlier versions have none
+            self.held_out.load(tensors["held_out"])
         if self.average is not None:
             self.average.load({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})

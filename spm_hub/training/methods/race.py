@@ -22,7 +22,14 @@ METHODS = (
         summary="Trains ESD-x against an adversary in the text states: the paper's method, for comparisons.",
         cost="Four times the time of esd-x.",
         harm="As esd-x; on the sketchbook attacks succeeded about as often as without the adversary.",
-        preset={**esd.PRESET, "increment": {"kind": "dense", "modules": "esd-x"}, "adversary": _ADVERSARY},
+        # The adversary begins at half of the steps: a stop at the concept's own reach would come before it.
+        preset={
+            **esd.PRESET,
+            "increment": {"kind": "dense", "modules": "esd-x"},
+            "adversary": _ADVERSARY,
+            "stop": {"reach": None},
+            "steps": 200,
+        },
         objective=esd.make_objective,
         uses=esd.KEYS,
     ),

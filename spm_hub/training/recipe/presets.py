@@ -18,6 +18,10 @@ def _are_mappings(*values: Any) -> bool:
     return all(isinstance(value, Mapping) for value in values)
 
 
+_BEFORE_REACH = frozenset({"below", "memory", "after"})
+"""All keys of `stop` in manifests of versions without `stop.reach`: what they describe never stopped by it."""
+
+
 def with_preset(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return `values` over a method's preset, adapted to the increment and the source in `values`."""
     implied: dict[str, Any] = {}
@@ -29,4 +33,12 @@ def with_preset(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
         implied["regulariser"] = {"l1": 0.0}
     if x_t.get("source") == "student" and len(preset.get("x_t", {}).get("guidance", XtSource().guidance)) > 1:
         implied["x_t"] = {"guidance": (3.0,)}
+    protection, stop = (part if isinstance(part := values.get(name), dict) else {} for name in ("protection", "stop"))
+    if increment.get("kind", "null_space") != "null_space" and preset.get("protection"):
+        implied["protection"] = {"prompts": (), "directions": None}
+    elif protection.get("prompts") is not None:
+        # Names that a user gives are protected to the letter, the nearest names by their main directions.
+        implied["protection"] = {"directions": None}
+    if stop.keys() >= _BEFORE_REACH and "reach" not in stop:
+        implied["stop"] = {"reach": None}
     return deep_merge(deep_merge(preset, implied), values)

@@ -28,7 +28,7 @@ def exactly_protected(recipe: RecipeFields) -> tuple[str, ...]:
     protected by principal directions.
     """
     others = (*recipe.protection.erased, *(companion.target for companion in recipe.together))
-    prompts = () if recipe.protection.directions is not None else recipe.protection.prompts
+    prompts = () if recipe.protection.directions is not None else recipe.protection.prompts or ()
     return tuple(dict.fromkeys(("", recipe.surrogate, *others, *prompts)))
 
 

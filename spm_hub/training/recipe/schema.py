@@ -75,7 +75,10 @@ class ClosedForm(RecipePart):
     """The settings of a closed form (UCE), which has no training loop."""
 
     ridge: float = Field(default=0.5, gt=0, description="lambda: weight of keeping everything else")
-    preserve: tuple[NonBlank, ...] = Field(default=(), description="prompts whose keys and values are kept")
+    preserve: tuple[NonBlank, ...] | None = Field(
+        default=(),
+        description="prompts whose keys and values are kept; null: the names that the text encoder puts nearest",
+    )
     erase_scale: float = Field(default=1.0, gt=0, description="weight of the edited states")
     preserve_scale: float = Field(default=1.0, ge=0, description="weight of the states of `preserve` and `held`")
     attributes: tuple[Attribute, ...] = Field(
@@ -330,20 +333,33 @@ class Regulariser(RecipePart):
 
 
 class EarlyStop(RecipePart):
-    """When a training ends before its last step: SepME's momentum statistic of the erase loss."""
+    """When a training ends before its last step: by SepME's statistic of the erase loss, or by its reach."""
 
     below: float | None = Field(
         default=None, description="tau, in units of the loss: at or below it the concept is gone; null: never stops"
     )
     memory: float = Field(default=0.9, ge=0, lt=1, description="of the running mean, per step")
     after: int = Field(default=10, ge=0, description="steps that are made in any case")
+    reach: float | None = Field(
+        default=None,
+        gt=0,
+        description="share of the way from the concept's prediction to the surrogate's, measured on states that no "
+        "step trains on: there the training ends; null: never",
+    )
+    every: int = Field(default=5, ge=1, description="steps from one measurement of the reach to the next")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.below is None and self != EarlyStop.model_construct(below=None):
+        usual = EarlyStop.model_construct()
+        if self.below is None and (self.memory, self.after) != (usual.memory, usual.after):
             raise ValueError(
                 f"memory {self.memory:g} and after {self.after} say how to stop, and below is null, which never does: "
                 "set below, or leave them out"
+            )
+        if self.reach is None and self.every != usual.every:
+            raise ValueError(
+                f"every {self.every} says how often the reach is measured, and reach is null: set reach, or leave "
+                "every out"
             )
         return self
 
@@ -363,7 +379,9 @@ class Protection(RecipePart):
     letter, not for paraphrases.
     """
 
-    prompts: tuple[NonBlank, ...] = ()
+    prompts: tuple[NonBlank, ...] | None = Field(
+        default=(), description="null: the names that the text encoder puts nearest, by `directions`"
+    )
     erased: tuple[NonBlank, ...] = Field(default=(), description="concepts of earlier erasers, protected exactly")
     directions: int | None = Field(
         default=None, ge=1, description="protect `prompts`, hundreds of them, by this many principal directions only"
@@ -376,6 +394,8 @@ class Protection(RecipePart):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.directions is not None and not self.prompts:
+        if self.directions is not None and self.prompts == ():
             raise ValueError("directions are those of protection.prompts, and there are none")
+        if self.directions is None and self.prompts is None:
+            raise ValueError("prompts is null, hundreds of names that only directions protect: set directions too")
         return self

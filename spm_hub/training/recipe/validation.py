@@ -205,7 +205,7 @@ def check_protection(recipe: RecipeFields, is_joint: bool) -> None:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"together names {twice!r} twice")
     for member in members(recipe) if protects(recipe) else ():
-        protected = set(map(normalise_prompt, (*exactly_protected(member), *recipe.protection.prompts)))
+        protected = set(map(normalise_prompt, (*exactly_protected(member), *(recipe.protection.prompts or ()))))
         if clash := protected.intersection(map(normalise_prompt, (member.target, *member.aliases))):
             name = sorted(clash)[0]
             raise ValueError(
