@@ -18,7 +18,7 @@ from spm_hub.models.base_choice import BaseChoice
 from spm_hub.training import Recipe
 from spm_hub.training.session import Session
 
-PAPER = {"tokens": "last", "sentences": 0, "held": 0, "rank": None}
+PAPER = {"tokens": "last", "sentences": 0, "held": 0, "rank": None, "preserve": (), "erase_scale": 1.0}
 
 
 class Lines:

@@ -14,7 +14,7 @@ from spm_hub.errors import RecipeError
 from spm_hub.training import Recipe, train
 from spm_hub.training.trainer import train_together
 
-PAPER = {"tokens": "last", "sentences": 0, "held": 0, "rank": None}
+PAPER = {"tokens": "last", "sentences": 0, "held": 0, "rank": None, "preserve": (), "erase_scale": 1.0}
 MIX = ({"prompt": "a red person", "weight": 0.5}, {"prompt": "blue dog", "weight": -0.4})
 
 
