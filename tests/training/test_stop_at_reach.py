@@ -18,7 +18,7 @@ from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.nearest import nearest_names
 from spm_hub.training.forecast import forecasts
 from spm_hub.training.loop import prediction_run
-from spm_hub.training.loop.held_out import share_of_way
+from spm_hub.training.loop.early_stopping import share_of_way
 from spm_hub.training.neighbours import held_names, with_neighbours_recorded
 from spm_hub.training.recipe.comparison import is_made_by
 from spm_hub.training.verdict import is_short, verdict

@@ -1,11 +1,24 @@
-"""When to end a training early: SepME's momentum statistic of the erase loss (arXiv 2402.05947)."""
+"""When to end a training early: by SepME's momentum statistic of the erase loss (arXiv 2402.05947), or by its reach."""
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from spm_hub.training.recipe.schema import EarlyStop
+from spm_hub.training.base_model import TeacherModel
+from spm_hub.training.data.anchors import AnchorSource
+from spm_hub.training.data.batch import Batch
+from spm_hub.training.data.prompts import PromptMaker
+from spm_hub.training.data.trajectories import TrajectorySource
+from spm_hub.training.recipe.fields import RecipeFields
+from spm_hub.training.recipe.schema import Anchoring, EarlyStop
+from spm_hub.training.trainable.trainable import Trainable
+
+_TRAJECTORIES, _STEPS = 8, 8
+_ROWS = 32
+"""Rows of one measurement: with `stop.every` of 5, a quarter of the time of a training in batches of 8."""
 
 
 class EarlyStopping:
@@ -36,3 +49,60 @@ class EarlyStopping:
     def load(self, state: Tensor) -> None:
         mean, due = state.tolist()
         self._mean, self.due = mean, bool(due)
+
+
+class HeldOut:
+    """The share of the way that the predictions of a training have gone to the surrogate's, on states kept apart.
+
+    The states are those of a few trajectories of the frozen base, led by the concept in sentences of its own. They are
+    a function of the recipe, so that a resumed training measures on the same ones.
+    """
+
+    def __init__(
+        self, base: TeacherModel, recipe: RecipeFields, maker: PromptMaker, anchors: AnchorSource, trainable: Trainable
+    ) -> None:
+        x_t = recipe.x_t.model_copy(
+            update={"source": "trajectory", "steps": min(_STEPS, recipe.x_t.steps), "trajectories": _TRAJECTORIES}
+        )
+        apart = recipe.model_copy(update={"x_t": x_t, "anchoring": Anchoring(weight=0.0, reach=None, per_target=0)})
+        self._base, self._stop = base, recipe.stop
+        self._source = TrajectorySource(base, apart, maker, anchors, trainable)
+        self.reached: float | None = None
+        """The last measurement."""
+
+    @cached_property
+    def _batch(self) -> Batch:
+        return self._source.held_out(_ROWS)
+
+    @property
+    def due(self) -> bool:
+        """Whether the wanted share was reached at the last measurement."""
+        return self._stop.reach is not None and self.reached is not None and self.reached >= self._stop.reach
+
+    def wanted(self, taken: int) -> bool:
+        """Return whether the recipe asks for a measurement after `taken` steps."""
+        return self._stop.reach is not None and taken % self._stop.every == 0
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Measure now; the trainable has to be in effect."""
+        batch = self._batch
+        predicted = self._base.predict(batch.latents, batch.times, batch.states)
+        self.reached = share_of_way(predicted, batch.concept, batch.neutral)
+
+    def state(self) -> Tensor:
+        """Return (1,), float64: all that a resumed training needs; not a number before the first measurement."""
+        return torch.tensor([torch.nan if self.reached is None else self.reached], dtype=torch.float64)
+
+    def load(self, state: Tensor) -> None:
+        self.reached = None if bool(state.isnan().any()) else float(state)
+
+
+def share_of_way(predicted: Tensor, concept: Tensor, neutral: Tensor) -> float:
+    """Return <predicted - concept, neutral - concept> / |neutral - concept|^2 over all rows, (n, *latent_shape).
+
+    0 at the base's prediction of the concept, 1 at that of the surrogate, above 1 beyond it. What moves sideways does
+    not count.
+    """
+    way = (neutral - concept).double()
+    return float(((predicted - concept).double() * way).sum() / way.pow(2).sum())

@@ -22,9 +22,8 @@ from spm_hub.training.data.student import StudentSource
 from spm_hub.training.data.trajectories import TrajectorySource
 from spm_hub.training.loop.anchor_weight import AnchorWeight
 from spm_hub.training.loop.checkpoint import restore, tensors_of
-from spm_hub.training.loop.early_stopping import EarlyStopping
+from spm_hub.training.loop.early_stopping import EarlyStopping, HeldOut
 from spm_hub.training.loop.fitting import split_for
-from spm_hub.training.loop.held_out import HeldOut
 from spm_hub.training.loop.interrupts import delay_interrupts
 from spm_hub.training.loop.moving_average import EMA
 from spm_hub.training.loop.run import Run, Task
