@@ -1,4 +1,4 @@
-"""Fills in the names nearest to a concept, where a recipe leaves it to the text encoder what has to stay."""
+"""Fills in the names nearest to a concept, where a recipe leaves them to the text encoder."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _VOCABULARY = 2000
 
 
 def with_neighbours_recorded(recipe: R, pipe: DiffusionPipeline) -> R:
-    """Return the recipe with the nearest names where `closed_form.preserve` or `protection.prompts` is null.
+    """Return the recipe with the nearest names in the place of null.
 
-    The names are those of all its concepts together, so that each of several erasers keeps the same ones.
+    The keys are `closed_form.preserve` and `protection.prompts`. The names are those of all its concepts together, so that each of several erasers keeps the same ones.
     """
     if recipe.closed_form.preserve is not None and recipe.protection.prompts is not None:
         return recipe
@@ -39,7 +39,10 @@ def with_neighbours_recorded(recipe: R, pipe: DiffusionPipeline) -> R:
 
 
 def held_names(plan: RecipeFields, recipe: RecipeFields) -> str | None:
-    """Return in words which names `recipe` holds that `plan` left to the text encoder; None if there are none."""
+    """Return in words which names `recipe` holds that `plan` left to the text encoder.
+
+    None if there are none.
+    """
     for before, names in (
         (plan.closed_form.preserve, recipe.closed_form.preserve), (plan.protection.prompts, recipe.protection.prompts),
     ):  # fmt: skip

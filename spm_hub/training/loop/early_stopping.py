@@ -1,4 +1,4 @@
-"""When to end a training early: by SepME's momentum statistic of the erase loss (arXiv 2402.05947), or by its reach."""
+"""Ends a training early: by SepME's statistic of the erase loss (arXiv 2402.05947), or by its reach."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class EarlyStopping:
 
 
 class HeldOut:
-    """The share of the way that the predictions of a training have gone to the surrogate's, on states kept apart.
+    """The share of the way to the surrogate's predictions that is gone, on states kept apart.
 
     The states are those of a few trajectories of the frozen base, led by the concept in sentences of its own. They are
     a function of the recipe, so that a resumed training measures on the same ones.
@@ -76,7 +76,7 @@ class HeldOut:
 
     @property
     def due(self) -> bool:
-        """Whether the wanted share was reached at the last measurement."""
+        """True if the wanted share was reached at the last measurement."""
         return self._stop.reach is not None and self.reached is not None and self.reached >= self._stop.reach
 
     def wanted(self, taken: int) -> bool:
@@ -99,9 +99,9 @@ class HeldOut:
 
 
 def share_of_way(predicted: Tensor, concept: Tensor, neutral: Tensor) -> float:
-    """Return <predicted - concept, neutral - concept> / |neutral - concept|^2 over all rows, (n, *latent_shape).
+    """Return <predicted - concept, neutral - concept> / |neutral - concept|^2 over all rows.
 
-    0 at the base's prediction of the concept, 1 at that of the surrogate, above 1 beyond it. What moves sideways does
+    predicted, concept, neutral: (n, *latent_shape). 0 at the base's prediction of the concept, 1 at that of the surrogate, above 1 beyond it. What moves sideways does
     not count.
     """
     way = (neutral - concept).double()

@@ -149,7 +149,9 @@ class PredictionRun(Run):
 
     @property
     def goal(self) -> float | None:
-        """The recipe's `stop.reach` or `anchoring.reach`, else where its early stop is due; None under an adversary.
+        """The recipe's `stop.reach` or `anchoring.reach`, else where its early stop is due.
+
+        None under an adversary.
 
         The adversary searches for prompts that stay behind. How far these should go is not known.
         """

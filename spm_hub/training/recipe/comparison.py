@@ -1,4 +1,4 @@
-"""Compares recipes, of which one may leave names to the text encoder. Imports no torch."""
+"""Compares recipes; one may leave names to the text encoder. Imports no torch."""
 
 from __future__ import annotations
 
