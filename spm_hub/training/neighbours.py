@@ -24,7 +24,8 @@ _VOCABULARY = 2000
 def with_neighbours_recorded(recipe: R, pipe: DiffusionPipeline) -> R:
     """Return the recipe with the nearest names in the place of null.
 
-    The keys are `closed_form.preserve` and `protection.prompts`. The names are those of all its concepts together, so that each of several erasers keeps the same ones.
+    The keys are `closed_form.preserve` and `protection.prompts`. The names are those of all its concepts together, so
+    that each of several erasers keeps the same ones.
     """
     if recipe.closed_form.preserve is not None and recipe.protection.prompts is not None:
         return recipe

@@ -101,8 +101,8 @@ class HeldOut:
 def share_of_way(predicted: Tensor, concept: Tensor, neutral: Tensor) -> float:
     """Return <predicted - concept, neutral - concept> / |neutral - concept|^2 over all rows.
 
-    predicted, concept, neutral: (n, *latent_shape). 0 at the base's prediction of the concept, 1 at that of the surrogate, above 1 beyond it. What moves sideways does
-    not count.
+    predicted, concept, neutral: (n, *latent_shape). It is 0 at the base's prediction of the concept, 1 at that of the
+    surrogate, above 1 beyond it. What moves sideways does not count.
     """
     way = (neutral - concept).double()
     return float(((predicted - concept).double() * way).sum() / way.pow(2).sum())

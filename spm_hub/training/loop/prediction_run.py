@@ -151,9 +151,7 @@ class PredictionRun(Run):
     def goal(self) -> float | None:
         """The recipe's `stop.reach` or `anchoring.reach`, else where its early stop is due.
 
-        None under an adversary.
-
-        The adversary searches for prompts that stay behind. How far these should go is not known.
+        None under an adversary: it searches for prompts that stay behind, and how far these should go is not known.
         """
         if self.attacker is not None and self.taken > self.recipe.adversary_from:
             return None
