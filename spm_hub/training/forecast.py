@@ -40,7 +40,7 @@ def rows_without_gradient(recipe: RecipeFields) -> int:
     """Return the rows that the frozen base predicts in the whole training of one concept, about."""
     x_t, anchored = recipe.x_t, recipe.anchoring.weight > 0
     per = recipe.anchoring.per_target if anchored else 0
-    further = int(recipe.erase_from is not None)
+    further = int(recipe.erase_from is not None or recipe.objective.positive is not None)
     if x_t.source == "trajectory":
         asked = 2 + int(recipe.surrogate != "") + further + per
         return min(x_t.chunks, recipe.steps) * x_t.steps * x_t.trajectories * asked
