@@ -16,6 +16,7 @@ from torch import Tensor
 
 import spm_hub
 from spm_hub.adapters.formats.spm import to_tensors
+from spm_hub.adapters.manifest import factor_of
 from spm_hub.errors import UsageError
 
 Progress = Callable[[int, int, Mapping[str, float]], object]
@@ -205,11 +206,12 @@ def hooks_of(
     """
     acting: list[tuple[EraserHook, str]] = []
     for one in chain:
-        factor = gammas[one.adapter.name] * one.strength * one.adapter.manifest.gate.strength
+        gate = one.adapter.manifest.gate
+        factor = factor_of(gate.law, gammas[one.adapter.name], one.strength * gate.strength)
         if factor:
             hook = EraserHook(factor)
             hook.eraser, hook.weights = one.adapter.name, weights_of(one.adapter)
-            acting.append((hook, rows or one.adapter.manifest.gate.rows))
+            acting.append((hook, rows or gate.rows))
     everywhere = [hook for hook, where in acting if where == "both"]
     positive = _group([hook for hook, _ in acting])
     return positive, positive if len(everywhere) == len(acting) else _group(everywhere)

@@ -1,4 +1,4 @@
-"""The nodes: load erasers, gate prompts by them, see the gates, and take an eraser away again."""
+"""The nodes: load or make erasers, gate prompts by them, see the gates, and take an eraser away again."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from spm_hub.errors import NotFoundError, RegistryError, UsageError
 from spm_hub.registry.registry import registries
 
 from .gating import Chosen, Gates, Settings, hooks_of, with_hooks
+from .instant import make_eraser
 
 CATEGORY = "erasers"
 Erasers = io.Custom("SPM_ERASERS")
@@ -32,6 +33,7 @@ _OTHER = "(see reference)"
 _OWN = "the eraser's own"
 _GATES = (_OWN, "calibrated", "transport", "always")
 _ROWS = (_OWN, "both", "conditional")
+_KINDS = ("other", "object", "character", "person", "style", "nsfw")
 
 _gates = Gates()
 
@@ -53,6 +55,21 @@ def load(choice: str, reference: str) -> spm_hub.Adapter:
         )
     path = folder_paths.get_full_path(FOLDER, named) if not reference.strip() else None
     return spm_hub.load(path or named, lazy=True)
+
+
+def check_new(adapter: spm_hub.Adapter, chain: tuple[Chosen, ...]) -> None:
+    """Raise UsageError if an eraser of this name is in a chain."""
+    if adapter.name in {one.adapter.name for one in chain}:
+        raise UsageError(f"{adapter.name} is in this chain already", mend="load it once, with another strength")
+
+
+def eraser_file(name: str) -> str:
+    """Return the path of a new file in models/spm_erasers. Raises UsageError for a name that leaves that folder."""
+    if os.path.basename(name) != name or name.startswith("."):
+        raise UsageError(f"save_as {name!r} is no name of a file", mend="letters, digits and hyphens, without a folder")
+    folder = os.path.join(folder_paths.models_dir, FOLDER)
+    os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, name.removesuffix(".safetensors") + ".safetensors")
 
 
 def inform(done: int, every: int, figures: Mapping[str, float]) -> None:
@@ -158,10 +175,60 @@ class LoadEraser(io.ComfyNode):
                 f"{adapter.name} is a mask, which ComfyUI cannot fold into weights",
                 mend=f"spmhub convert {adapter.name} --model BASE --to comfyui",
             )
-        if adapter.name in {one.adapter.name for one in erasers}:
-            raise UsageError(f"{adapter.name} is in this chain already", mend="load it once, with another strength")
+        check_new(adapter, erasers)
         if concept.strip():
             adapter = adapter.with_concept(concept)
+        return io.NodeOutput((*erasers, Chosen(adapter, strength)))
+
+
+class MakeEraser(io.ComfyNode):
+    """Makes an eraser for a checkpoint and adds it to a chain."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's inputs and outputs."""
+        return io.Schema(
+            node_id="SpmMakeEraser", display_name="Make Eraser (Instant)", category=CATEGORY,
+            hidden=[io.Hidden.unique_id],
+            description="Makes an eraser for this checkpoint in seconds, without training: SD 1, SD 2, SDXL.",
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                io.String.Input("concept", tooltip="What is not to be drawn any more."),
+                io.String.Input("aliases", default="", optional=True, tooltip="Its other names, with commas between."),
+                io.String.Input(
+                    "surrogate", default="", optional=True, tooltip="What is drawn in its place; empty: nothing of it."
+                ),
+                io.Combo.Input("kind", options=list(_KINDS), default="other", optional=True),
+                io.Float.Input(
+                    "reach", default=0.9, min=0.1, max=2.0, step=0.05, optional=True,
+                    tooltip="How far keys and values of its sentences go to those of the surrogate.",
+                ),
+                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05, optional=True),
+                io.String.Input(
+                    "save_as", default="", optional=True,
+                    tooltip="A file name: keeps it in models/spm_erasers, for Load Eraser. Empty: not kept.",
+                ),
+                Erasers.Input("erasers", optional=True, tooltip="The erasers before this one."),
+            ],
+            outputs=[Erasers.Output("chain", display_name="erasers")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: Any, clip: Any, concept: str, aliases: str = "", surrogate: str = "", kind: str = "other",
+        reach: float = 0.9, strength: float = 1.0, save_as: str = "", erasers: tuple[Chosen, ...] = (),
+    ) -> io.NodeOutput:  # fmt: skip
+        """Return the chain with one more eraser."""
+        others = tuple(name.strip() for name in aliases.split(",") if name.strip())
+        adapter = make_eraser(
+            model, clip, concept.strip(), aliases=others, surrogate=surrogate.strip(), kind=kind, reach=reach,
+            inform=inform,
+        )  # fmt: skip
+        check_new(adapter, erasers)
+        if save_as.strip():
+            adapter.save(eraser_file(save_as.strip()))
+        tell(cls, f"{adapter.name}: made on {len(adapter.increments)} modules")
         return io.NodeOutput((*erasers, Chosen(adapter, strength)))
 
 
@@ -308,7 +375,7 @@ class Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the nodes."""
-        return [LoadEraser, RecoverConcept, TextEncode, GateConditioning, PreviewGates]
+        return [LoadEraser, MakeEraser, RecoverConcept, TextEncode, GateConditioning, PreviewGates]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

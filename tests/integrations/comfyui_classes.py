@@ -164,10 +164,16 @@ def stand_ins(models: Path) -> Iterator[Any]:
     replaced: dict[str, Mapping[str, Any]] = {
         "comfy": {},
         "comfy.hooks": hooks,
-        "comfy.lora": {"model_lora_keys_unet": lambda model, known: model.keys},
+        "comfy.lora": {
+            "model_lora_keys_unet": lambda model, known: model.keys,
+            "calculate_weight": lambda patches, weight, key: weight + sum(patches),
+        },
         "comfy.sd1_clip": text,
         "comfy.model_management": {"throw_exception_if_processing_interrupted": lambda: None},
-        "comfy.utils": {"ProgressBar": lambda total: types.SimpleNamespace(update_absolute=lambda done, total: None)},
+        "comfy.utils": {
+            "ProgressBar": lambda total: types.SimpleNamespace(update_absolute=lambda done, total: None),
+            "unet_to_diffusers": lambda config: config["places"],
+        },
         "comfy_api": {},
         "server": {"PromptServer": PromptServer},
         "comfy_api.latest": {"ComfyExtension": object, "io": _Io(), "ui": None},

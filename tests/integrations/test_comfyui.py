@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import types
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from comfyui_classes import (
     real_comfyui,
     stand_ins,
 )
+from ldm import unet_to_ldm
 from PIL import Image
 from test_families import EXACT
 
@@ -192,6 +194,7 @@ def test_example_workflows_fit_the_nodes(nodes: Any, file: Path) -> None:
         one.define_schema().node_id: one.define_schema()
         for one in (
             nodes.LoadEraser,
+            nodes.MakeEraser,
             nodes.RecoverConcept,
             nodes.TextEncode,
             nodes.GateConditioning,
@@ -209,6 +212,80 @@ def test_example_workflows_fit_the_nodes(nodes: Any, file: Path) -> None:
         schema = ours[one["type"]]
         assert {given["name"] for given in one["inputs"]} == {known.id for known in schema.inputs}
         assert len(one["outputs"]) == len(schema.outputs)
+
+
+def test_the_factor_follows_the_erasers_law(nodes: Any) -> None:
+    one = eraser("snoopy", strength=0.5)
+    squared = one.manifest.model_copy(update={"gate": one.manifest.gate.model_copy(update={"law": "squared"})})
+    chain = [nodes.Chosen(Adapter(squared, one.increments), 2.0)]
+    (hook,) = nodes.hooks_of(chain, {"snoopy": 0.5}, None)[0].hooks
+    assert hook.strength_model == 0.25
+
+
+class SketchbookText:
+    """The sketchbook's text encoder as ComfyUI's CLIP."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self.tokenizer = types.SimpleNamespace(clip=types.SimpleNamespace(tokenizer=pipe.tokenizer))
+
+    def tokenize(self, text: str) -> dict[str, list[list[int]]]:
+        plain = text.replace("\\(", "(").replace("\\)", ")")
+        return {"l": [self._pipe.tokenizer(plain, padding="max_length", truncation=True).input_ids]}
+
+    @torch.no_grad()
+    def encode_from_tokens(self, tokens: Any) -> torch.Tensor:
+        states: torch.Tensor = self._pipe.text_encoder(torch.tensor(tokens["l"])).last_hidden_state
+        return states
+
+
+def as_comfyuis_model(unet: Any, patches: dict[str, torch.Tensor]) -> Any:
+    """A U-Net as ComfyUI's MODEL, with what LoRA loaders add to its weights."""
+    names = {tensor.data_ptr(): key for key, tensor in unet.state_dict().items()}
+    state = {key.removeprefix("model."): tensor for key, tensor in unet_to_ldm(unet).items()}
+    places = {names[tensor.data_ptr()]: key.removeprefix("diffusion_model.") for key, tensor in state.items()}
+    return types.SimpleNamespace(
+        model=types.SimpleNamespace(model_config=types.SimpleNamespace(unet_config={"places": places})),
+        model_state_dict=lambda: state,
+        get_key_patches=lambda key: {key: [(state[key], lambda one: one), *filter(None, [patches.get(key)])]},
+    )
+
+
+@pytest.mark.slow
+def test_an_eraser_is_made_for_the_checkpoint_at_hand(nodes: Any, tmp_path: Path) -> None:
+    pipe = spm_hub.load_pipeline("sketchbook")
+    model, clip = as_comfyuis_model(pipe.unet, {}), SketchbookText(pipe)
+    nodes.folder_paths.models_dir = str(tmp_path)
+    made = nodes.MakeEraser.execute(
+        model, clip, "snoopy", "peanuts dog", "dog", "character", strength=0.5, save_as="no snoopy"
+    ).args[0]
+    adapter, reference = made[0].adapter, spm_hub.train(
+        "snoopy", aliases=["peanuts dog"], surrogate="dog", kind="character", method="instant", pipe=pipe
+    )  # fmt: skip
+    assert made[0].strength == 0.5
+    assert adapter.increments.keys() == reference.increments.keys()
+    assert adapter.manifest.base.fingerprint == reference.manifest.base.fingerprint
+    assert adapter.manifest.base.family == "sd1"
+    for path, one in adapter.increments.items():
+        other = reference.increments[path]
+        assert isinstance(one, LowRank)
+        assert isinstance(other, LowRank)
+        delta, wanted = one.up @ one.down, other.up @ other.down
+        assert float((delta - wanted).norm() / wanted.norm()) < 1e-3, path
+    kept = spm_hub.load(tmp_path / "spm_erasers" / "no snoopy.safetensors")
+    assert kept.content == adapter.content
+    with pytest.raises(UsageError, match="in this chain already"):
+        nodes.MakeEraser.execute(model, clip, "snoopy", erasers=made)
+    with pytest.raises(UsageError, match="no name of a file"):
+        nodes.MakeEraser.execute(model, clip, "mickey", save_as="../mickey")
+    lora = {"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(())}
+    patched = nodes.MakeEraser.execute(as_comfyuis_model(pipe.unet, lora), clip, "snoopy").args[0][0].adapter
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    assert patched.increments.keys() == adapter.increments.keys()
+    assert not torch.equal(patched.increments[path].up, adapter.increments[path].up), "the LoRA's weights count"
+    model.model.model_config.unet_config["places"] = {}
+    with pytest.raises(UsageError, match="no keys and values of cross-attention"):
+        nodes.MakeEraser.execute(model, clip, "mickey")
 
 
 def test_the_pyproject_is_one_that_the_registry_of_nodes_takes() -> None:
@@ -436,7 +513,7 @@ def test_a_workflow_over_http(tmp_path: Path) -> None:
         (error,) = (said for kind, said in wrong["status"]["messages"] if kind == "execution_error")
         assert error["node_type"] == "SpmLoadEraser"
         assert "snoopy" in error["exception_message"], "the nearest name is offered"
-        for name in ("two_erasers", "two_regions"):
+        for name in ("two_erasers", "two_regions", "instant"):
             done = server.run(as_asked(server, name))
             assert done["status"]["status_str"] == "success", (name, done["status"]["messages"])
         assert (

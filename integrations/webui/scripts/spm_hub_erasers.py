@@ -13,6 +13,7 @@ from modules import extra_networks, prompt_parser, script_callbacks, scripts, sh
 
 import spm_hub
 from spm_hub.adapters.adapter import load_file
+from spm_hub.adapters.manifest import factor_of
 from spm_hub.errors import SpmHubError, UsageError
 
 OWN = "the eraser's own"
@@ -110,7 +111,8 @@ def tokenizers_of(model: Any) -> list[Any]:
 
 def networks_for(names: Sequence[str], gammas: Mapping[str, float], strength: float) -> list[Any]:
     """Return what `<lora:NAME:te=0:unet=WEIGHT>` in a prompt would be, for the erasers that act."""
-    weights = {name: gammas[name] * strength * _choices[name][1].manifest.gate.strength for name in names}
+    gates = {name: _choices[name][1].manifest.gate for name in names}
+    weights = {name: factor_of(one.law, gammas[name], strength * one.strength) for name, one in gates.items()}
     return [
         extra_networks.ExtraNetworkParams(items=[name, "te=0", f"unet={weight:.6g}"])
         for name, weight in weights.items()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.conditioning import Conditioning
-from spm_hub.training.data.prompts import PromptMaker
-from spm_hub.training.recipe.schema import Anchoring
+
+if TYPE_CHECKING:  # programs that make erasers of text states have no diffusers
+    from spm_hub.training.base_model import TeacherModel
+    from spm_hub.training.data.prompts import PromptMaker
+    from spm_hub.training.recipe.schema import Anchoring
 
 CANDIDATES = 4  # prompts offered for each anchor drawn; the probabilities choose among them
 _NEAREST = 1e-2

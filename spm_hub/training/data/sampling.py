@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from spm_hub.io.progress import ProgressCallback, no_progress
-from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.conditioning import Conditioning
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
 from spm_hub.training.data.prompts import PromptMaker
 from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.trainable.trainable import Trainable
+
+if TYPE_CHECKING:  # programs that make erasers of text states have no diffusers
+    from spm_hub.training.base_model import TeacherModel
 
 
 def generator_for(seed: int, stream: int, index: int) -> torch.Generator:
