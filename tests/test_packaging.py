@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -130,3 +131,27 @@ def test_no_path_of_a_developers_machine_is_committed() -> None:
         file = ROOT / name
         if file.suffix in {".py", ".toml", ".txt", ".md", ".json", ".yaml", ""} and file.is_file():
             assert not foreign.search(file.read_bytes()), f"{name} names {foreign.search(file.read_bytes())}"
+
+
+def test_the_action_runs_what_it_says(tmp_path: Path) -> None:
+    """Its shell lines are run as they stand, with programs that note how they were called."""
+    steps = yaml.safe_load((ROOT / "integrations" / "action" / "action.yml").read_text())["runs"]["steps"]
+    lines = {step["name"]: step["run"] for step in steps if "run" in step}
+    for name in ("python", "spmhub"):
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+
+    def called(step: str, **values: str) -> list[str]:
+        done = subprocess.run(
+            ["bash", "-e", "-o", "pipefail", "-c", lines[step]], capture_output=True, text=True, check=True,
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **values},
+        )  # fmt: skip
+        return done.stdout.splitlines()
+
+    check = ["spmhub", "check", "--strict", "--registry", "our erasers"]
+    assert called("Check the registry", REGISTRY="our erasers", KEY="") == check
+    assert called("Check the registry", REGISTRY="our erasers", KEY="team.pub") == [*check, "--key", "team.pub"]
+    install = called("Install spm-hub", SOURCE="a b", WITH_KEY="")
+    assert install[:6] == ["python", "-m", "pip", "install", "-c", "a b/constraints.txt"]
+    assert install[-1] == "a b"
+    assert called("Install spm-hub", SOURCE="a b", WITH_KEY="team.pub")[-1] == "a b[sign]"
