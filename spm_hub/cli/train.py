@@ -23,6 +23,7 @@ INCREMENT = (
     "Kind of change to train: spm, dense, mask, null-space, or by rank lora:4, loha:4, lokr:4, vera:64, dora:4. "
     "Unless given: the method's."
 )
+SURROGATE = "To draw in the concept's place; auto: a general word for its kind. Unless given: nothing."
 PROTECT = "A prompt whose pictures stay as they are; repeatable. See --separable."
 AFTER = "An earlier eraser, whose concept is protected too; repeatable."
 SEPARABLE = "Protect with any method that changes keys and values only; sepme always does."
@@ -55,6 +56,7 @@ def _method_names() -> dict[str, str]:
     "train",
     Example("spmhub train snoopy", "erase snoopy, on the embedded model"),
     Example('spmhub train "van gogh" --model sd-v1-4 --device cuda', "erase a style from Stable Diffusion 1.4"),
+    Example("spmhub train snoopy --surrogate auto", "something general is drawn in its place, not nothing"),
     Example("spmhub train church --set objective.eta=2 --seed 3", "another hyper-parameter, another seed"),
     Example("spmhub train mickey --method esd-x --increment lora:4", "another method, another increment"),
     Example('spmhub train snoopy mickey "van gogh" --method sepme', "one eraser each, made not to interfere"),
@@ -76,6 +78,7 @@ def train(
     config: options.Config = None,
     method: Annotated[str | None, typer.Option(help=METHOD)] = None,
     increment: Annotated[str | None, typer.Option(help=INCREMENT)] = None,
+    surrogate: Annotated[str | None, typer.Option(metavar="TEXT", help=SURROGATE)] = None,
     protect: Protect = None,
     after: After = None,
     separable: Annotated[bool, typer.Option("--separable", help=SEPARABLE)] = False,
@@ -110,7 +113,7 @@ def train(
     from spm_hub.training.recipe.schema import IncrementRecipe
     from spm_hub.training.session import Session
 
-    given: dict[str, Any] = {"model": model, "method": method, "name": name, "seed": seed}
+    given: dict[str, Any] = {"model": model, "method": method, "surrogate": surrogate, "name": name, "seed": seed}
     given["increment"] = None if increment is None else IncrementRecipe.named(increment)
     find = partial(resolve, registry=registry)
     earlier = [find(one, say=out.say).read_manifest().concept.require_target(one) for one in after or ()]

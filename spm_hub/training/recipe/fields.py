@@ -35,7 +35,10 @@ class RecipeFields(RecipePart):
     target: NonBlank
     aliases: tuple[NonBlank, ...] = ()
     kind: ConceptKind = "other"
-    surrogate: str = ""
+    surrogate: str = Field(
+        default="",
+        description="drawn in the concept's place; empty: nothing; auto: a general word for its kind",
+    )
     erase_from: NonBlank | None = Field(
         default=None, description="erase the target out of this prompt only, which is trained on in its place (ESD)"
     )

@@ -39,6 +39,12 @@ _ANCHORS = {
     "grumpy cat": "cat", "hello kitty": "cat", "snoopy": "dog", "mickey": "mouse", "mickey mouse": "mouse",
     "donald duck": "duck", "nemo": "fish", "r2d2": "robot", "nudity": "person", "nude": "person",
 }  # fmt: skip
+AUTO = "auto"
+"""The surrogate that is chosen here, by the concept's kind."""
+# Words that any base draws something of, measured by `benchmarks/surrogates.py`: with them an erased concept's pictures
+# come nearer to the base's own pictures of other things than with no prompt, which some bases draw as a dark blur.
+_GENERAL = {"person": "a person"}
+_GENERAL_OTHERWISE = "a picture"
 _ANCHOR_OF_KIND = {"style": "painting", "person": "person", "nsfw": "person"}
 
 
@@ -50,6 +56,14 @@ def known(target: str) -> dict[str, Any]:
 def anchor_concept(target: str, kind: str | None) -> str:
     """Return the anchor concept that replaces a concept, by its name or its kind; "" if none is known."""
     return _ANCHORS.get(_plain(target), _ANCHOR_OF_KIND.get(kind or "", ""))
+
+
+def general_word(target: str, kind: str | None) -> str:
+    """Return a surrogate for a concept: what a known character is like, else a general word for the kind."""
+    like = _ANCHORS.get(_plain(target))
+    if like is not None and kind in (None, "character", "object", "other"):
+        return f"a {like}"
+    return _GENERAL.get(kind or "", _GENERAL_OTHERWISE)
 
 
 def _plain(target: str) -> str:

@@ -23,7 +23,7 @@ from spm_hub.errors import RecipeError, UsageError
 from spm_hub.io.untrusted_text import one_line
 from spm_hub.training.methods import METHODS, Method, all_methods, find_method
 from spm_hub.training.recipe.fields import RecipeFields
-from spm_hub.training.recipe.known_concepts import anchor_concept, known
+from spm_hub.training.recipe.known_concepts import AUTO, anchor_concept, general_word, known
 from spm_hub.training.recipe.presets import deep_merge, with_preset
 from spm_hub.training.recipe.protected_prompts import normalise_prompt
 from spm_hub.training.recipe.schema import RecipePart, hint
@@ -48,14 +48,16 @@ class Recipe(RecipeFields):
     @model_validator(mode="before")
     @classmethod
     def _over_preset(cls, values: Any) -> Any:
-        """Lay `values` over the method's preset; add the anchor concept if the method needs one."""
+        """Lay `values` over the method's preset; choose the surrogate if it is "auto" or the method needs one."""
         usual = cls.model_fields["method"].default
         method = find_method(str(values.get("method", usual))) if isinstance(values, dict) else None
         if method is None:
             return values
         values = _renamed(values)
-        if method.preset.get("objective", {}).get("paired") and "surrogate" not in values:
-            values = {**values, "surrogate": anchor_concept(str(values.get("target")), values.get("kind"))}
+        usual_surrogate = AUTO if method.preset.get("objective", {}).get("paired") else ""
+        if values.get("surrogate", usual_surrogate) == AUTO:
+            choose = anchor_concept if usual_surrogate else general_word
+            values = {**values, "surrogate": choose(str(values.get("target")), values.get("kind"))}
         return with_preset(method.preset, values)
 
     @field_validator("method")
