@@ -20,6 +20,7 @@ from sections.bases import (
     sketchbook,
     sketchbook_training,
     speed,
+    surrogates,
 )
 from sections.evaluation import intervals, judges, reports
 from sections.gates import composition, evidence, gates, gates_in_short, papers_gate
@@ -112,6 +113,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "judges": judges,
     "audit": audit,
     "serving": serving,
+    "surrogates": surrogates,
 }
 
 
@@ -126,7 +128,8 @@ PAGES = {
     "README.md": ("summary", "papers_gate"),
     "docs/how-it-works.md": ("gates_in_short",),
     "docs/attacks.md": ("attacks",),
-    "docs/benchmarks.md": (*(name for name in SECTIONS if name != "attacks"), "reports"),
+    "docs/training.md": ("surrogates",),
+    "docs/benchmarks.md": (*(name for name in SECTIONS if name not in ("attacks", "surrogates")), "reports"),
 }
 
 

@@ -209,3 +209,25 @@ def instant_cost(numbers: dict[str, Any]) -> str:
         "included. The denoiser stays in its file, unless it is as small as the sketchbook's.\n"
         f"{about(numbers, 'instant', 'instant_cost')}"
     )
+
+
+def surrogates(numbers: dict[str, Any]) -> str:
+    """Rows of erased concepts, and what each surrogate makes of them."""
+    rows = []
+    for base, concepts in numbers["cells"].items():
+        for named, cells in concepts.items():
+            method, _, concept = named.partition(":")
+            words = [
+                f"{word or 'nothing'} {cell['frechet']:.0f} ({share(cell['found'])}, {cell['others_mean_points']:+.1f})"
+                for word, cell in cells.items()
+            ]
+            rows.append(
+                ["the sketchbook" if base == "sketchbook" else base, f"{concept}, `{method}`", ", ".join(words)]
+            )
+    pictures = numbers["pictures"]
+    return (
+        f"{table(['base', 'erased', 'drawn instead'], rows)}\n\nFr\u00e9chet distance of {pictures['target']} erased "
+        f"pictures to {pictures['others']} of the base's own of other things: small where they look like pictures of "
+        "this base. In brackets the share in which the concept is still found, and the mean change of the others, "
+        f"fully on, in points.\n{about(numbers, 'surrogates')}"
+    )
