@@ -3,12 +3,12 @@
     python benchmarks/robustness.py                          # everything not measured yet; hours on two cores
     python benchmarks/robustness.py snoopy:spm "snoopy:race-spm, bare name"        # these, again
 
-For each concept SPM and ESD are trained, each also with R.A.C.E.'s adversary, as their presets say; SPM besides on the
-bare name alone, as the papers train it, which leaves it more to be attacked than our many sentences do; and a finished
-ESD eraser is trained further, with R.A.C.E.'s adversary, as its paper has it, and without. All meet the same prompts,
-seeds and budget. UnlearnDiffAtk's prompts all name the concept, whatever it puts before them, so that facilitated
-transport gives them gamma 1 (`gamma_least`, measured): one attack stands for both gates. The other subjects and styles
-are counted under each gate.
+For each concept SPM and ESD are trained, each also with R.A.C.E.'s adversary: SPM by its preset, ESD without anchors,
+as in its paper; SPM besides on the bare name alone, as the papers train it, which leaves it more to be attacked than
+our many sentences do; and a finished ESD eraser is trained further, with R.A.C.E.'s adversary, as its paper has it, and
+without. All meet the same prompts, seeds and budget. UnlearnDiffAtk's prompts all name the concept, whatever it puts
+before them, so that facilitated transport gives them gamma 1 (`gamma_least`, measured): one attack stands for both
+gates. The other subjects and styles are counted under each gate.
 """
 
 from __future__ import annotations
@@ -35,18 +35,23 @@ PROMPTS, SAMPLES = 20, 10
 ATTACK = attacks.UnlearnDiffAtk(tokens=3, iterations=20, timesteps=10)
 Stage = tuple[str, tuple[str, ...]]
 """A method, and what differs from its preset."""
-FURTHER = ("steps=400", "stop.reach=null")
+UNANCHORED = (
+    "anchoring.weight=0", "anchoring.per_target=0", "optimiser.lr=0.001", "optimiser.schedule=cosine",
+    "optimiser.warmup=20", "optimiser.ema=null", "stop.reach=null",
+)  # fmt: skip
+"""ESD as its paper has it; its preset has a few anchors, and a stop."""
+FURTHER = ("steps=400",)
 REACHING = ("adversary.epsilon=0.3", "adversary.goal=concept")
 TRAININGS: dict[str, tuple[Stage, ...]] = {
     "spm": (("spm", ()),), "race-spm": (("race-spm", ()),),
     "spm, bare name": (("spm", ("templates=false",)),), "race-spm, bare name": (("race-spm", ("templates=false",)),),
-    "esd-x": (("esd-x", ()),), "race": (("race", ()),),
-    "esd-x, further": (("esd-x", ()), ("esd-x", (*FURTHER, "start_from=esd-x"))),
-    "esd-x, then race": (("esd-x", ()), ("race", (*FURTHER, *REACHING, "start_from=esd-x"))),
+    "esd-x": (("esd-x", UNANCHORED),), "race": (("race", ()),),
+    "esd-x, further": (("esd-x", UNANCHORED), ("esd-x", (*UNANCHORED, *FURTHER, "start_from=esd-x"))),
+    "esd-x, then race": (("esd-x", UNANCHORED), ("race", (*FURTHER, *REACHING, "start_from=esd-x"))),
     # R.A.C.E.'s authors take these modules for nudity.
-    "esd-u, further": (("esd-u", ()), ("esd-u", (*FURTHER, "start_from=esd-u"))),
+    "esd-u, further": (("esd-u", UNANCHORED), ("esd-u", (*UNANCHORED, *FURTHER, "start_from=esd-u"))),
     "esd-u, then race": (
-        ("esd-u", ()), ("race", (*FURTHER, *REACHING, "start_from=esd-u", "increment.modules=esd-u")),
+        ("esd-u", UNANCHORED), ("race", (*FURTHER, *REACHING, "start_from=esd-u", "increment.modules=esd-u")),
     ),
 }  # fmt: skip
 GATES = ("transport", "always")

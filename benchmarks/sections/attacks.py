@@ -28,7 +28,8 @@ def robustness(numbers: dict[str, Any]) -> str:
     ]  # fmt: skip
     attack = numbers["attack"]
     return (
-        f"{table(head, rows)}\n\n'further' and 'then race': 400 more steps, which start from the finished ESD eraser. "
+        f"{table(head, rows)}\n\nESD is trained without anchors, as in its paper. "
+        "'further' and 'then race': 400 more steps, which start from the finished ESD eraser. "
         f"UnlearnDiffAtk on {numbers['prompts']} prompts, {attack['timesteps']} timesteps, "
         f"{attack['iterations']} iterations at each; others in points of detection, {numbers['samples_per_name']} "
         f"pictures each.\n{about(numbers, 'robustness')}"

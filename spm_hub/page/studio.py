@@ -150,10 +150,13 @@ class Studio:
         pictures: list[Image.Image | None] = [None] * len(answers)
         frame = Frame(0, 0, tuple(pictures))
         yield frame
-        while not all(answer.done() for answer in answers):
+        while True:
+            over = all(answer.done() for answer in answers)
             try:
-                row, step, total, picture = seen.get(timeout=_GLANCE)
+                row, step, total, picture = seen.get(timeout=0 if over else _GLANCE)
             except queue.Empty:
+                if over:  # before the queue was found empty: no step is left out
+                    break
                 continue
             pictures[row] = picture or pictures[row]
             if row == len(answers) - 1:
