@@ -1,29 +1,37 @@
-"""Memory of an evaluation while it draws 500 pictures and measures them, on the sketchbook.
+"""Memory of an evaluation while it draws 500 pictures and measures them.
 
-    python benchmarks/memory.py [--pictures 500]
+    python benchmarks/memory.py [--pictures 500]           # on the sketchbook
+    python benchmarks/memory.py --sd15 FOLDER              # at SD1.5's sizes, random weights; FOLDER is made if missing
 
 The resident set of the process, read from /proc every 50 pictures. Nothing that has been drawn is kept but its file and
-its line, so it has to be flat. Output: benchmarks/results/memory.json.
+its line, so it has to be flat. Pictures of SD1.5 have 64 x 64 pixels and one step. Each of the two is a part of the
+output, benchmarks/results/memory.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from cluster import BASE, of_so_many
-from record import record
+from instant import write_sd15
+from record import RESULTS, record
 
+import spm_hub
+from spm_hub.adapters.adapter import Adapter
 from spm_hub.evaluation.protocols.running import Asked, evaluate
 from spm_hub.hub.resolve import resolve
 from spm_hub.io.progress import Progress
+from spm_hub.models.base_choice import BaseChoice
 
-EVERY, STEPS, AT_ONCE = 50, 4, 10
+EVERY, AT_ONCE = 50, 10
 
 
 def resident() -> float:
@@ -52,21 +60,40 @@ class Watching:
         yield progress
 
 
+def measured(base: BaseChoice, eraser: Adapter, pictures: int, asked: Asked) -> dict[str, Any]:
+    """Return the resident set in MiB while so many pictures are drawn and measured."""
+    watching = Watching()
+    protocol = of_so_many(2 * pictures)
+    protocol = protocol.model_copy(update={"usual": protocol.sketchbook})
+    with tempfile.TemporaryDirectory() as folder:
+        evaluate(protocol, [eraser], base, Path(folder) / "run", asked, watching)
+    drawing = watching.seen["drawing"]
+    assert len(drawing) == pictures // EVERY
+    return {
+        "steps": asked.steps, "mebibytes": watching.seen, "growth_of_drawing": round(drawing[-1] - drawing[1], 1),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=500)
-    pictures = parser.parse_args().pictures
+    parser.add_argument("--sd15", type=Path, help="folder of a model of SD1.5's sizes")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    watching = Watching()
-    asked = Asked(steps=STEPS, at_once=AT_ONCE, measure=("probe", "ssim"), limit=pictures // 2)
-    with tempfile.TemporaryDirectory() as folder:
-        evaluate(of_so_many(2 * pictures), [resolve("snoopy").load()], BASE, Path(folder) / "run", asked, watching)
-    drawing = watching.seen["drawing"]
-    assert len(drawing) == pictures // EVERY
-    record("memory", {
-        "pictures": pictures, "every": EVERY, "at_once": AT_ONCE, "steps": STEPS, "mebibytes": watching.seen,
-        "growth_of_drawing": round(drawing[-1] - drawing[1], 1),
-    }, seeds=2024)  # fmt: skip
+    asked = Asked(steps=4, at_once=AT_ONCE, measure=("probe", "ssim"), limit=options.pictures // 2)
+    path = RESULTS / "memory.json"
+    numbers = json.loads(path.read_text()) if path.exists() else {"models": {}}
+    numbers |= {"pictures": options.pictures, "every": EVERY, "at_once": AT_ONCE}
+    if options.sd15 is None:
+        numbers["models"]["sketchbook"] = measured(BASE, resolve("snoopy").load(), options.pictures, asked)
+    else:
+        if not options.sd15.exists():
+            write_sd15(options.sd15)
+        (eraser,) = spm_hub.train("snoopy", model=str(options.sd15), method="instant", device="cpu")
+        base = BaseChoice(str(options.sd15), None, "cpu", "auto")
+        asked = replace(asked, steps=1, size=(64, 64), measure=("ssim", "psnr"))
+        numbers["models"]["sd15"] = measured(base, eraser, options.pictures, asked)
+    record("memory", numbers, seeds=2024)
 
 
 if __name__ == "__main__":

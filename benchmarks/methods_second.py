@@ -2,6 +2,10 @@
 
     python benchmarks/methods_second.py --second benchmarks/bases/fluent/base            # every cell not measured yet
     python benchmarks/methods_second.py --second benchmarks/bases/fluent/base spm esd-x  # these methods, again
+    python benchmarks/methods_second.py --second FOLDER/base --out methods_third         # on a third base
+
+The third base shows silhouettes: `second_base.py --world silhouettes --drawings 12000` made it. It was looked at for
+this measurement alone, when all presets stood.
 
 The base, its others and its targets are those of benchmarks/composition.py; its first three targets are erased one at a
 time. A classifier names the subjects of pictures drawn from the same noise with and without the eraser, under the
@@ -40,7 +44,6 @@ from spm_hub.training.verdict import verdict
 
 CONCEPTS, TARGET_PICTURES, OTHER_PICTURES = 3, 20, 4
 GATES = ("calibrated", "always")
-FILE = "methods_second"
 ANCHOR = {"ca": {"surrogate": "icon"}}
 """Concept Ablation needs an anchor concept: every picture of this base is one of an icon."""
 
@@ -115,11 +118,12 @@ def of_the_base(world: World, pictures: Sequence[Picture]) -> dict[str, bool]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", help="those not measured yet unless given", metavar="METHOD")
-    parser.add_argument("--second", type=Path, required=True, help="the second base, made by second_base.py")
+    parser.add_argument("--second", type=Path, required=True, help="the base, made by second_base.py")
+    parser.add_argument("--out", default="methods_second", help="name of the result: benchmarks/results/OUT.json")
     options = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    world, file = second(options.second), RESULTS / f"{FILE}.json"
+    world, file = second(options.second), RESULTS / f"{options.out}.json"
     numbers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"cells": {}}
     targets = world.targets[:CONCEPTS]
     others = world.pictures(world.others, OTHER_PICTURES)
@@ -136,7 +140,7 @@ def main() -> None:
                 continue
             print(f"{method}, {target} ...", file=sys.stderr, flush=True)
             numbers["cells"].setdefault(method, {})[target] = measure(world, method, target, base)
-            record(FILE, numbers, seeds={"training": 0})
+            record(options.out, numbers, seeds={"training": 0})
 
 
 if __name__ == "__main__":

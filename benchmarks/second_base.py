@@ -66,6 +66,7 @@ _AT_PLACE = {
     "right": ("on the right", "at the right side"),
 }  # fmt: skip
 SIDE = 64
+_INK = "#24242c"  # of figures of one colour
 _RENDERED = 192  # pixels, of the figures that are resized to every drawing's size
 NOTHING = "nothing"
 """The classifier's name of an empty ground, its last class."""
@@ -75,11 +76,16 @@ NOTHING = "nothing"
 class Steps:
     """Training steps of each stage."""
 
-    clip: int = 500
-    vae: int = 450
-    classifier: int = 1200
-    judge: int = 300
-    unet: int = 2200
+    clip: int
+    vae: int
+    classifier: int
+    judge: int
+    unet: int
+
+    @classmethod
+    def of(cls, world: World) -> Steps:
+        """Return the steps that a world of so many subjects needs."""
+        return cls(300, 300, 450, 150, 1200) if len(world.subjects) < 100 else cls(500, 450, 1200, 300, 2200)
 
 
 def figures(world: World, icons: Path) -> dict[str, Image.Image]:
@@ -89,7 +95,7 @@ def figures(world: World, icons: Path) -> dict[str, Image.Image]:
     data = json.loads(icons.read_text())
     shapes = {}
     for subject in world.subjects:
-        body = data["icons"][world.icons.get(subject, subject)]["body"]
+        body = data["icons"][world.icons.get(subject, subject)]["body"].replace("currentColor", _INK)
         svg = (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="0 0 {data.get("width", 32)} {data.get("height", 32)}">{body}</svg>'
@@ -346,7 +352,7 @@ def main() -> None:
     world = WORLDS[options.world]
     data = load_drawings(world, options.icons, out, options.drawings, 0)
     held_out = partial(load_drawings, world, options.icons, out, 3000, 1)
-    steps = Steps()
+    steps = Steps.of(world)
     stages: dict[str, Callable[[], None]] = {
         "clip": lambda: _clip_stage(out, data, steps.clip),
         "vae": lambda: _vae_stage(out, data, steps.vae),

@@ -1,15 +1,17 @@
-"""How long until a concept is gone and the rest intact?
+"""How long until a concept is gone and the rest intact, and what comes out at the end?
 
 Our training against the paper's own loop, on the same base and the same machine.
 
-    python benchmarks/training_speed.py          # about an hour on two cores
+    python benchmarks/training_speed.py          # about an hour on one core
 
-Both erase `snoopy` from the sketchbook with the same rank-1 layers on the same modules. Ours: the defaults. The
+All erase `snoopy` from the sketchbook with the same rank-1 layers on the same modules. Ours: the defaults. The
 paper's: x_t sampled by the student under guidance 3 on a 30-step schedule, batch 1, four anchors, AdamW at 1e-4 with
 cosine restarts (warm-up 500, three cycles), lambda 1000, the bare name as prompt, 3,000 iterations (arXiv 2312.16145,
-section 4). The clock runs during training steps only. At fixed steps it stops and pictures are judged by the probe:
-the first moment at which the target is found in at most 5 % and the others have lost at most 2 points on average is the
-time that counts.
+section 4). These two run to their last step. The third, the paper's loop at our learning rate, ends where the criterion
+is reached. The clock counts CPU seconds of training steps only, by one thread. At fixed steps it stops and pictures are
+judged by the probe, with the eraser always on: no gate may hide what it does to others. The criterion is reached at the
+first look at which the target is found in at most 5 % of its pictures and the others have lost at most 2 points on
+average.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import time
 from typing import Any
 
+import torch
 from record import record
 
 from spm_hub import attach
@@ -30,12 +33,13 @@ from spm_hub.training import Recipe, train
 from spm_hub.training.trainable.low_rank import TrainableLowRank
 
 OTHERS = ("mickey", "spongebob", "pikachu", "dog", "cat", "legislator", "church", "golf ball", "person", "apple")
-OURS_AT = (40, 50, 60, 70, 80, 100, 120, 140, 160)
-PAPER_AT = tuple(range(250, 3001, 250))
+OURS_AT = (60, 80, 100, 120, 140, 160, 200, 300)
+PAPER_AT = tuple(range(500, 3001, 500))
+AT_OUR_RATE = (100, 200, 300, *PAPER_AT)
 
 
-def paper(target: str) -> Recipe:
-    """The paper's own loop and settings."""
+def paper(target: str, lr: float = 1e-4) -> Recipe:
+    """Return the paper's own loop and settings, at its own learning rate or another one."""
     return Recipe.make(
         target=target,
         steps=3000,
@@ -44,7 +48,7 @@ def paper(target: str) -> Recipe:
         x_t={"source": "student", "steps": 30, "guidance": [3.0]},
         anchoring={"weight": 1000.0, "reach": None, "alpha": 1.0, "per_target": 4},
         optimiser={
-            "lr": 1e-4, "schedule": "cosine_restarts", "warmup": 500, "cycles": 3, "weight_decay": 0.01,
+            "lr": lr, "schedule": "cosine_restarts", "warmup": 500, "cycles": 3, "weight_decay": 0.01,
             "scale_lr": False,
         },
     )  # fmt: skip
@@ -56,24 +60,23 @@ def table(target: str, adapter: Adapter | None, samples: int) -> dict[str, float
     if adapter is None:
         rows: list[DetectionRow] = detection_table(pipe, **wanted)
     else:
-        with attach(pipe, [adapter]):
+        with attach(pipe, [adapter], gate="always", progress=False):
             rows = detection_table(pipe, **wanted)
     return {row.name: row.detected for row in rows}
 
 
 def run(
-    label: str, plan: Recipe, at: tuple[int, ...], bare: dict[str, float], samples: int, give_up: float = float("inf")
+    label: str, plan: Recipe, at: tuple[int, ...], bare: dict[str, float], samples: int, to_the_end: bool
 ) -> dict[str, Any]:
-    """Trains until the criterion holds, the recipe ends or `give_up` seconds are spent; every look is recorded."""
+    """Trains to the recipe's last step, or until the criterion holds; every look is recorded."""
     pipe = load_pipeline("sketchbook", device="cpu")
     looks: list[dict[str, Any]] = []
-    clock = {"spent": 0.0, "since": time.perf_counter()}
+    clock = {"spent": 0.0, "since": time.process_time()}
 
     def look(step: int, injection: TrainableLowRank) -> bool:
-        spent = clock["spent"] + time.perf_counter() - clock["since"]
-        if step not in at and spent < give_up:
+        if step not in at:
             return False
-        clock["spent"] = spent
+        clock["spent"] += time.process_time() - clock["since"]
         increments = injection.increments()
         manifest = Manifest(
             name="now", concept=Concept(target=plan.target), increment=increment_info(increments),
@@ -81,37 +84,38 @@ def run(
         )  # fmt: skip
         seen = table(plan.target, Adapter(manifest, increments), samples)
         lost = 100 * sum(bare[name] - seen[name] for name in OTHERS) / len(OTHERS)
-        reached = seen[plan.target] <= 0.05 and lost <= 2.0
-        spent, found = round(clock["spent"], 1), seen[plan.target]
-        looks.append({"step": step, "seconds": spent, "target": found, "others_lost_points": round(lost, 2)})
-        print(label, looks[-1], "reached" if reached else "", file=sys.stderr, flush=True)
-        clock["since"] = time.perf_counter()
-        return reached or spent >= give_up
+        looks.append({
+            "step": step, "seconds": round(clock["spent"], 1), "target": seen[plan.target],
+            "others_lost_points": round(lost, 2), "reached": seen[plan.target] <= 0.05 and lost <= 2.0,
+        })  # fmt: skip
+        print(label, looks[-1], file=sys.stderr, flush=True)
+        clock["since"] = time.process_time()
+        return bool(looks[-1]["reached"]) and not to_the_end
 
     train(plan, pipe=pipe, on_step=look)
-    last = looks[-1]
-    reached = last["target"] <= 0.05 and last["others_lost_points"] <= 2.0
-    return {"recipe": plan.model_dump(mode="json"), "looks": looks, "reached": reached, "seconds": last["seconds"]}
+    first = next((one for one in looks if one["reached"]), None)
+    return {"recipe": plan.model_dump(mode="json"), "looks": looks, "reached": first, "end": looks[-1]}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="snoopy")
-    parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--give-up", type=float, default=12.0, help="stop the paper's loop at so many times our time")
+    parser.add_argument("--samples", type=int, default=10)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     bare = table(options.target, None, options.samples)
-    ours = run("ours", Recipe.plan(target=options.target), OURS_AT, bare, options.samples)
-    limit = options.give_up * ours["seconds"]
-    theirs = run("paper", paper(options.target), PAPER_AT, bare, options.samples, limit)
+    own = Recipe.plan(target=options.target)
+    trainings = {
+        "ours": (own, OURS_AT, True),
+        "paper": (paper(options.target), PAPER_AT, True),
+        "paper_at_our_rate": (paper(options.target, own.optimiser.lr), AT_OUR_RATE, False),
+    }
     numbers = {
         "target": options.target,
         "samples_per_name": options.samples,
         "criterion": "target detected in <= 5 %, others lose <= 2 points on average",
         "bare": bare,
-        "ours": ours,
-        "paper": theirs,
-        "times_faster": round(theirs["seconds"] / ours["seconds"], 1),
-        "times_faster_is_a_lower_bound": not theirs["reached"],
     }
-    record("training_speed", numbers, seeds={"training": 0, "pictures": 77})
+    for label, (plan, at, to_the_end) in trainings.items():
+        numbers[label] = run(label, plan, at, bare, options.samples, to_the_end)
+        record("training_speed", numbers, seeds={"training": 0, "pictures": 77})

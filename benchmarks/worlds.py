@@ -66,8 +66,21 @@ WORLDS = {
             """.split()
         ),
     ),
+    "silhouettes": World(
+        "@iconify-json/game-icons@1.2.4",
+        "game-icons.net, by Lorc, Delapouite and contributors, CC BY 3.0",
+        tuple(
+            """
+            acorn anvil armadillo axolotl balaclava bamboo beehive biplane blender bulldozer cabbage cage cannon
+            catapult cauldron centaur centipede chainsaw chariot clarinet cobweb corkscrew crossbow daisy dragonfly
+            elevator fez forklift gamepad hanger harp helmet hourglass igloo jug lantern lyre mailbox mermaid metronome
+            nunchaku ostrich pagoda palm pegasus quiver raven scarecrow scythe seahorse sombrero submarine suitcase
+            sundial toaster tombstone toucan trident unicycle vulture wheelbarrow windmill xylophone zeppelin
+            """.split()
+        ),
+    ),
 }
-"""The second and the third base's. No subject is in both."""
+"""The bases of benchmarks. No subject is in two of them, nor in the sketchbook."""
 
 
 def phrase(subject: str, adjective: str = "") -> str:

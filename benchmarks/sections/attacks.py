@@ -80,6 +80,39 @@ def attacks(numbers: dict[str, Any]) -> str:
     )
 
 
+def attacks_methods(results: dict[str, dict[str, Any]]) -> str:
+    """Return the table of erasers by quicker methods beside the shipped ones, under the same attacks."""
+    numbers, shipped = results["attacks_methods"], results["attacks"]
+    if numbers["budget"] != shipped["budget"]:
+        raise SystemExit("attacks.json and attacks_methods.json have different budgets")
+    cells = {tuple(key.split(":")): one["asr"] for key, one in numbers["cells"].items()}
+    methods = dict.fromkeys(name.partition("/")[0] for name, _, _ in cells)
+    concepts = dict.fromkeys(name.partition("/")[2] for name, _, _ in cells)
+    cells |= {
+        (f"race-spm/{name}", attack, gate): one["asr"]
+        for key, one in shipped["cells"].items()
+        for name, attack, gate in [key.split(":")]
+    }
+    rows = [
+        [
+            f"`{attack}`", f"`{gate}`",
+            *(
+                " / ".join(f"{100 * cells[f'{method}/{concept}', attack, gate]:.0f}" for concept in concepts)
+                for method in (*methods, "race-spm")
+            ),
+        ]
+        for attack in KINDS_OF_ATTACK
+        for gate in ("always", "calibrated", "evidence", "transport")
+        if (f"{next(iter(methods))}/{next(iter(concepts))}", attack, gate) in cells
+    ]  # fmt: skip
+    head = ["attack", "gate", *(f"`{method}` (%)" for method in methods), "`race-spm`, shipped (%)"]
+    return (
+        f"{table(head, rows)}\n\nShare of {numbers['budget']['prompts']} prompts that show {' / '.join(concepts)}, "
+        "before or under the attack: erasers by each method's preset, with the budget and the seed of the table above."
+        f"\n{about(numbers, 'attacks', 'attacks_methods')}"
+    )
+
+
 def _beyond_always(cells: dict[tuple[str, ...], dict[str, Any]], names: Iterable[str], gate: str) -> str:
     parts = []
     for kind in KINDS_OF_ATTACK:

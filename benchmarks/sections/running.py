@@ -203,12 +203,17 @@ def serving(numbers: dict[str, Any]) -> str:
 
 
 def memory(numbers: dict[str, Any]) -> str:
-    drawing, *measuring = numbers["mebibytes"].values()
-    rows = [["drawn", *(f"{value:.0f}" for value in drawing[1::2])]]
-    head = ["MiB after", *(f"{2 * numbers['every'] * (at + 1)} pictures" for at in range(len(rows[0]) - 1))]
+    titles = {"sketchbook": "the sketchbook", "sd15": "Stable Diffusion 1.5's sizes, random weights, 64 x 64 pixels"}
+    rows = [
+        [
+            titles[name], *(f"{value:.0f}" for value in found["mebibytes"]["drawing"][1::2]),
+            f"{max(value for values in found['mebibytes'].values() for value in values):.0f}",
+        ]
+        for name, found in numbers["models"].items()
+    ]  # fmt: skip
+    counts = [f"{2 * numbers['every'] * (at + 1)} pictures" for at in range(len(rows[0]) - 2)]
     return (
-        f"{table(head, rows)}\n\nThe resident set of `spmhub eval` while it draws, sketchbook, batches of "
-        f"{numbers['at_once']}: {numbers['growth_of_drawing']:+.0f} MiB from picture {2 * numbers['every']} to picture "
-        f"{numbers['pictures']}. Measuring them by the probe and SSIM takes it to at most "
-        f"{max(value for part in measuring for value in part):.0f}.\n{about(numbers, 'memory')}"
+        f"{table(['base', *(f'MiB after {count}' for count in counts), 'most, with measuring'], rows)}\n\nThe resident "
+        f"set of `spmhub eval` while it draws in batches of {numbers['at_once']}, and then measures all pictures.\n"
+        f"{about(numbers, 'memory')}"
     )
