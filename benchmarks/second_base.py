@@ -85,7 +85,7 @@ class Steps:
     @classmethod
     def of(cls, world: World) -> Steps:
         """Return the steps that a world of so many subjects needs."""
-        return cls(300, 300, 450, 150, 1200) if len(world.subjects) < 100 else cls(500, 450, 1200, 300, 2200)
+        return cls(300, 300, 450, 150, 1000) if len(world.subjects) < 100 else cls(500, 450, 1200, 300, 2200)
 
 
 def figures(world: World, icons: Path) -> dict[str, Image.Image]:

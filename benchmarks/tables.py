@@ -106,6 +106,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "instant_cost": instant_cost,
     "robustness": robustness,
     "attacks": attacks,
+    "attacks_methods": attacks_methods,
     "growth": growth,
     "registry": registry,
     "hostile": hostile,
@@ -122,7 +123,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 ACROSS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
     "summary": summary, "gates_in_short": gates_in_short, "papers_gate": papers_gate,
-    "reports": reports, "attacks_methods": attacks_methods,
+    "reports": reports,
 }  # fmt: skip
 """Sections that take all results."""
 
