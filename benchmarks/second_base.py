@@ -19,7 +19,7 @@ import argparse
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,11 +81,13 @@ class Steps:
     classifier: int
     judge: int
     unet: int
+    refine: int
+    """Of a second cycle for the denoiser."""
 
     @classmethod
     def of(cls, world: World) -> Steps:
         """Return the steps that a world of so many subjects needs."""
-        return cls(300, 300, 450, 150, 1000) if len(world.subjects) < 100 else cls(500, 450, 1200, 300, 2200)
+        return cls(300, 300, 450, 150, 1000, 1500) if len(world.subjects) < 100 else cls(500, 450, 1200, 300, 2200, 0)
 
 
 def figures(world: World, icons: Path) -> dict[str, Image.Image]:
@@ -290,7 +292,7 @@ def text_encoder_of(out: Path) -> CLIPTextModel:
     return encoder
 
 
-def _unet_stage(out: Path, data: dict[str, Any], steps: int) -> None:
+def _unet_stage(out: Path, data: dict[str, Any], cycles: Sequence[int]) -> None:
     _seeded(4)
     tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
     encoder = text_encoder_of(out)
@@ -302,11 +304,13 @@ def _unet_stage(out: Path, data: dict[str, Any], steps: int) -> None:
     if ranks > 1:  # started by torchrun: each process computes its part of every batch
         torch.distributed.init_process_group("gloo")
         trained = torch.nn.parallel.DistributedDataParallel(unet)
-    train_unet(
-        trained, encoder, tokens_of(tokenizer, data["captions"]), tokens_of(tokenizer, [""])[0],
-        encode(vae, data["pictures"]) * vae.config.scaling_factor, stage="unet", steps=steps, lr=1e-3,
-        checkpoint=out / f"unet-{rank}-of-{ranks}.pt", seed=5 + rank, batch_size=64 // ranks, save_every=250,
-    )  # fmt: skip
+    latents = encode(vae, data["pictures"]) * vae.config.scaling_factor
+    for cycle, steps in enumerate(cycles):
+        train_unet(
+            trained, encoder, tokens_of(tokenizer, data["captions"]), tokens_of(tokenizer, [""])[0], latents,
+            stage="unet", steps=steps, lr=1e-3, checkpoint=out / f"unet{cycle or ''}-{rank}-of-{ranks}.pt",
+            seed=5 + rank + 50 * cycle, batch_size=64 // ranks, save_every=250,
+        )  # fmt: skip
     if rank:
         return
     with atomic_path(out / "unet") as place:
@@ -358,7 +362,7 @@ def main() -> None:
         "vae": lambda: _vae_stage(out, data, steps.vae),
         "classifier": lambda: _classifier_stage(world, out, data, steps.classifier),
         "judge": lambda: _judge_stage(out, data, held_out(), steps.judge),
-        "unet": lambda: _unet_stage(out, data, steps.unet),
+        "unet": lambda: _unet_stage(out, data, [one for one in (steps.unet, steps.refine) if one]),
         "base": lambda: _base_stage(out),
     }
     for name, stage in stages.items():
