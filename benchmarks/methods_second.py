@@ -1,10 +1,11 @@
-"""Every method's preset on a base that no preset was tuned to: what it erases, and what it costs the rest.
+"""Every method's preset on another base than the sketchbook: what it erases, and what it costs the rest.
 
     python benchmarks/methods_second.py --second benchmarks/bases/fluent/base            # every cell not measured yet
     python benchmarks/methods_second.py --second benchmarks/bases/fluent/base spm esd-x  # these methods, again
     python benchmarks/methods_second.py --second FOLDER/base --out methods_third         # on a third base
 
-The third base shows silhouettes: `second_base.py --world silhouettes --drawings 12000` made it. It was looked at for
+The presets of ESD and UCE were chosen on the sketchbook and on the second base, all others on the sketchbook alone. The
+third base shows silhouettes: `second_base.py --world silhouettes --drawings 12000` made it. It was looked at for
 this measurement alone, when all presets stood.
 
 The base, its others and its targets are those of benchmarks/composition.py; its first three targets are erased one at a

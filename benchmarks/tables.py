@@ -134,7 +134,8 @@ PAGES = {
     "docs/attacks.md": ("attacks", "attacks_methods"),
     "docs/training.md": ("surrogates",),
     "docs/benchmarks.md": (
-        *(name for name in SECTIONS if name not in ("attacks", "attacks_methods", "surrogates")), "reports",
+        *(name for name in SECTIONS if name not in ("attacks", "attacks_methods", "surrogates")),
+        "reports",
     ),
 }
 

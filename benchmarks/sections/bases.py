@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -146,7 +147,7 @@ def methods(numbers: dict[str, Any]) -> str:
 
 
 def methods_elsewhere(numbers: dict[str, Any], base: str, file: str) -> str:
-    """Return the table of a base that no preset was tuned to."""
+    """Return the table of another base than the sketchbook: every method's preset on three subjects."""
     targets = numbers["targets"]
     cells = {method: cell for method, cell in numbers["cells"].items() if all(target in cell for target in targets)}
 
@@ -164,13 +165,14 @@ def methods_elsewhere(numbers: dict[str, Any], base: str, file: str) -> str:
                     ("others_worst_points", "+.0f"),
                 )
             ),
+            " / ".join(_said(cell[target]["verdict"]) for target in targets),
             f"{sum(cell[target]['seconds'] for target in targets) / len(targets):.1f} s",
         ]
         for method, cell in cells.items()
     ]  # fmt: skip
     head = [
         "method", "found (%)", "others, `calibrated`, mean", "names of no anchor", "worst", "others, `always`, mean",
-        "names of no anchor", "worst", "CPU time",
+        "names of no anchor", "worst", "what the training says", "CPU time",
     ]  # fmt: skip
     pictures = numbers["pictures"]
     return (
@@ -178,10 +180,21 @@ def methods_elsewhere(numbers: dict[str, Any], base: str, file: str) -> str:
         f"{base} by each method's preset. Found: share of {pictures['target']} pictures of the target under the "
         f"calibrated gate; others: change in points of {numbers['others']} other subjects, {pictures['other']} "
         f"pictures each, of which {numbers['others_held_out']} have names that were taken out of all words that "
-        f"anchors are made of. The base draws the others right in {share(numbers['others_found_by_the_base'])} of its "
-        f"pictures.\n"
+        f"anchors are made of. The base draws the targets right in "
+        f"{share(round(numbers['targets_found_by_the_base'], 3))} and the others in "
+        f"{share(round(numbers['others_found_by_the_base'], 3))} of its pictures. What the training "
+        "says: how far the concept went, whether that is its goal, and in brackets how much the nearest name changes "
+        "if the eraser acts fully on every prompt, in shares of the concept's own change.\n"
         f"{about(numbers, 'methods_second', file)}"
     )
+
+
+def _said(verdict: str) -> str:
+    """Return a verdict of `spmhub train` in short: the way that the concept went, and what the quick look saw."""
+    way, looked = re.search(r"(\d+) % of the way", verdict), re.search(r"(\d+) % if it acted fully", verdict)
+    went = f"{way[1]} %" if way else "computed"
+    enough = ", not enough" if "not erased enough" in verdict else ""
+    return f"{went}{enough}" + (f" ({looked[1]} %)" if looked else "")
 
 
 def instant(numbers: dict[str, Any]) -> str:
