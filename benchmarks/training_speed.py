@@ -8,10 +8,10 @@ All erase `snoopy` from the sketchbook with the same rank-1 layers on the same m
 paper's: x_t sampled by the student under guidance 3 on a 30-step schedule, batch 1, four anchors, AdamW at 1e-4 with
 cosine restarts (warm-up 500, three cycles), lambda 1000, the bare name as prompt, 3,000 iterations (arXiv 2312.16145,
 section 4). These two run to their last step. The third, the paper's loop at our learning rate, ends where the criterion
-is reached. The clock counts CPU seconds of training steps only, by one thread. At fixed steps it stops and pictures are
-judged by the probe, with the eraser always on: no gate may hide what it does to others. The criterion is reached at the
-first look at which the target is found in at most 5 % of its pictures and the others have lost at most 2 points on
-average.
+is reached, or after 1,000 of its steps. The clock counts CPU seconds of training steps only, by one thread. At fixed
+steps it stops and pictures are judged by the probe, with the eraser always on: no gate may hide what it does to others.
+The criterion is reached at the first look at which the target is found in at most 5 % of its pictures and the others
+have lost at most 2 points on average.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from spm_hub.training.trainable.low_rank import TrainableLowRank
 OTHERS = ("mickey", "spongebob", "pikachu", "dog", "cat", "legislator", "church", "golf ball", "person", "apple")
 OURS_AT = (60, 80, 100, 120, 140, 160, 200, 300)
 PAPER_AT = tuple(range(500, 3001, 500))
-AT_OUR_RATE = (100, 200, 300, *PAPER_AT)
+AT_OUR_RATE = (100, 200, 300, 500, 1000)
 
 
 def paper(target: str, lr: float = 1e-4) -> Recipe:
@@ -68,7 +68,7 @@ def table(target: str, adapter: Adapter | None, samples: int) -> dict[str, float
 def run(
     label: str, plan: Recipe, at: tuple[int, ...], bare: dict[str, float], samples: int, to_the_end: bool
 ) -> dict[str, Any]:
-    """Trains to the recipe's last step, or until the criterion holds; every look is recorded."""
+    """Trains to the recipe's last step, or until the criterion holds or the last look; every look is recorded."""
     pipe = load_pipeline("sketchbook", device="cpu")
     looks: list[dict[str, Any]] = []
     clock = {"spent": 0.0, "since": time.process_time()}
@@ -90,7 +90,7 @@ def run(
         })  # fmt: skip
         print(label, looks[-1], file=sys.stderr, flush=True)
         clock["since"] = time.process_time()
-        return bool(looks[-1]["reached"]) and not to_the_end
+        return not to_the_end and (looks[-1]["reached"] or step == at[-1])
 
     train(plan, pipe=pipe, on_step=look)
     first = next((one for one in looks if one["reached"]), None)
