@@ -73,7 +73,7 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
             f"`spm` {asr['spm']}; `race-spm` {asr['race-spm']}; ESD trained further {asr['esd-x, further']}",
         ],
         [
-            "Time to train until snoopy is gone, on two CPU cores",
+            "CPU time to train until snoopy is gone, by one thread",
             f"{speed['ours']['reached']['seconds']:.0f} CPU s. {faster(speed)}",
         ],
         [

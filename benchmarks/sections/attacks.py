@@ -98,7 +98,7 @@ def attacks_methods(numbers: dict[str, Any]) -> str:
         [
             f"`{attack}`", f"`{gate}`",
             *(
-                " / ".join(f"{100 * cells[f'{method}/{concept}', attack, gate]:.0f}" for concept in concepts)
+                " / ".join(_percent(cells.get((f"{method}/{concept}", attack, gate))) for concept in concepts)
                 for method in (*methods, "race-spm")
             ),
         ]
@@ -112,6 +112,10 @@ def attacks_methods(numbers: dict[str, Any]) -> str:
         "before or under the attack: erasers by each method's preset, with the budget and the seed of the table above."
         f"\n{about(numbers, 'attacks', 'attacks_methods')}"
     )
+
+
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.0f}"
 
 
 def _beyond_always(cells: dict[tuple[str, ...], dict[str, Any]], names: Iterable[str], gate: str) -> str:
