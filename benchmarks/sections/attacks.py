@@ -103,7 +103,7 @@ def attacks_methods(numbers: dict[str, Any]) -> str:
             ),
         ]
         for attack in KINDS_OF_ATTACK
-        for gate in ("always", "calibrated", "evidence", "transport")
+        for gate in ("always", "calibrated", "evidence")
         if (f"{next(iter(methods))}/{next(iter(concepts))}", attack, gate) in cells
     ]  # fmt: skip
     head = ["attack", "gate", *(f"`{method}` (%)" for method in methods), "`race-spm`, shipped (%)"]

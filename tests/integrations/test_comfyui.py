@@ -438,7 +438,7 @@ def as_asked(server: Server, name: str) -> Graph:
     return graph
 
 
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
+def node(kind: str, /, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
 
 
