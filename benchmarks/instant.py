@@ -145,8 +145,9 @@ def write_sd15(folder: Path) -> None:
             block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=512,
         ),
-        text_encoder=CLIPTextModel(encoder), tokenizer=tokenizer, unet=UNet2DConditionModel(**UNETS["sd1"]),
-        scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        text_encoder=CLIPTextModel(encoder), tokenizer=tokenizer,
+        unet=UNet2DConditionModel(sample_size=64, **UNETS["sd1"]), scheduler=DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.to(dtype=torch.float16).save_pretrained(folder)
 

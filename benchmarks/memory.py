@@ -89,7 +89,7 @@ def main() -> None:
     else:
         if not options.sd15.exists():
             write_sd15(options.sd15)
-        (eraser,) = spm_hub.train("snoopy", model=str(options.sd15), method="instant", device="cpu")
+        eraser = spm_hub.train("snoopy", model=str(options.sd15), method="instant", device="cpu")
         base = BaseChoice(str(options.sd15), None, "cpu", "auto")
         asked = replace(asked, steps=1, size=(64, 64), measure=("ssim", "psnr"))
         numbers["models"]["sd15"] = measured(base, eraser, options.pictures, asked)
