@@ -53,7 +53,7 @@ class Watching:
     def progress(self, label: str) -> Iterator[Progress]:
         found = self.seen.setdefault(label, [])
 
-        def progress(done: int, total: int, note: str = "") -> None:
+        def progress(done: int, total: int, *details: object) -> None:
             if done * (1 if label == "drawing" else AT_ONCE) % EVERY == 0:
                 found.append(round(resident(), 1))
 
