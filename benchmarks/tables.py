@@ -74,7 +74,7 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
         ],
         [
             "CPU time to train until snoopy is gone, by one thread",
-            f"{speed['ours']['reached']['seconds']:.0f} CPU s. {faster(speed)}",
+            f"{speed['ours']['reached']['seconds']:.0f} s; {faster(speed)}",
         ],
         [
             "Time of one SD 1.5 step with 1 / 20 / 100 erasers, over the bare step (H200, random weights)",

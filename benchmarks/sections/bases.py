@@ -95,7 +95,7 @@ def speed(numbers: dict[str, Any]) -> str:
     ]  # fmt: skip
     return (
         f"{table(head, rows)}\n\nWhen {numbers['target']} is gone ({numbers['criterion']}), and what there is at the "
-        f"end: same base, same modules, same machine, one run, one thread, erasers always on. {faster(numbers)} The "
+        f"end: same base, same modules, same machine, one run, one thread, erasers always on; {faster(numbers)}. The "
         f"clock stops while pictures are judged, {numbers['samples_per_name']} for each of 11 names.\n"
         f"{about(numbers, 'training_speed')}"
     )
@@ -105,8 +105,8 @@ def faster(numbers: dict[str, Any]) -> str:
     """Return how the paper's loop compares in time."""
     ours, theirs = numbers["ours"]["reached"]["seconds"], numbers["paper"]["reached"]
     if theirs:
-        return f"The paper's own loop takes {theirs['seconds'] / ours:.1f} times as long."
-    return f"The paper's own loop has not erased it in {numbers['paper']['end']['seconds'] / ours:.0f} times our time."
+        return f"the paper's own loop takes {theirs['seconds'] / ours:.1f} times as long"
+    return f"the paper's own loop has not erased it after {numbers['paper']['end']['seconds'] / ours:.0f} times as long"
 
 
 def methods(numbers: dict[str, Any]) -> str:

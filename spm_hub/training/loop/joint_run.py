@@ -66,11 +66,12 @@ class JointRun(Run):
             for run, loss in zip(going, losses, strict=True):
                 run.update(step)
                 seen.append(run.note(step, loss))
-                run.trainable.install()
-                try:
-                    run.measure(step + 1)
-                finally:
-                    run.trainable.remove()
+                if run.held_out.wanted(step + 1):
+                    run.trainable.install()
+                    try:
+                        run.measure(step + 1)
+                    finally:
+                        run.trainable.remove()
             self.taken = step + 1
         return {key: sum(each[key] for each in seen) / len(seen) for key in seen[0]}
 

@@ -223,8 +223,8 @@ METHOD = Method(
     preset={
         "objective": {"name": "uce"},
         "increment": {"modules": "esd-x-strict"},
-        # Each direction beyond the first few costs others more than it erases: a rank of 32 ruined a base that was not
-        # tuned to. What few directions leave of the concept a greater weight of its states takes away.
+        # Each direction beyond the first few costs others more than it erases: a rank of 32 ruined the second base of
+        # the benchmarks. A greater weight of the concept's states erases what few directions leave of it.
         "closed_form": {
             "tokens": "onwards",
             "sentences": 40,

@@ -33,12 +33,7 @@ def with_preset(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
         implied["regulariser"] = {"l1": 0.0}
     if x_t.get("source") == "student" and len(preset.get("x_t", {}).get("guidance", XtSource().guidance)) > 1:
         implied["x_t"] = {"guidance": (3.0,)}
-    protection, stop = (part if isinstance(part := values.get(name), dict) else {} for name in ("protection", "stop"))
-    if increment.get("kind", "null_space") != "null_space" and preset.get("protection"):
-        implied["protection"] = {"prompts": (), "directions": None}
-    elif protection.get("prompts") is not None:
-        # Names that a user gives are protected to the letter, the nearest names by their main directions.
-        implied["protection"] = {"directions": None}
+    stop = part if isinstance(part := values.get("stop"), dict) else {}
     if stop.keys() >= _BEFORE_REACH and "reach" not in stop:
         implied["stop"] = {"reach": None}
     return deep_merge(deep_merge(preset, implied), values)
