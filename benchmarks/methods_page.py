@@ -70,8 +70,6 @@ def section(method: Method) -> str:
         *options(method),
         f"- **Example.** `spmhub train snoopy --method {method.name}`",
     ]
-    if not method.preset:
-        return "\n".join([*lines, "", "It presets nothing: a recipe's defaults are its own."])
     return "\n".join([*lines, "", "```yaml", preset, "```"])
 
 

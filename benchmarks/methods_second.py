@@ -21,24 +21,19 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from composition import STEPS, Picture, World, key, readings, second, shares
 from diffusers.utils import logging
-from methods import TRAINED
+from methods import TRAINED, anchors_without
 from record import RESULTS, record
 
 from spm_hub import attach
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.hub.making.quick_look import looked
-from spm_hub.training.data import prompts
-from spm_hub.training.data.prompts import Tokenizer, Words, vocabulary_words
 from spm_hub.training.recipe.recipe import Recipe
 from spm_hub.training.trainer import train
 from spm_hub.training.verdict import verdict
@@ -52,22 +47,6 @@ ANCHOR = {"ca": {"surrogate": "icon"}}
 def held_out(world: World) -> tuple[str, ...]:
     """Return the other subjects whose names no anchor has."""
     return world.others[::2]
-
-
-@contextmanager
-def anchors_without(names: Sequence[str]) -> Iterator[None]:
-    """Take names out of the words that anchors are made of."""
-    general = Words.load()
-
-    def kept(words: Sequence[str]) -> tuple[str, ...]:
-        return tuple(word for word in words if set(names).isdisjoint(word.split()))
-
-    def known(tokenizer: Tokenizer) -> tuple[str, ...]:
-        return kept(vocabulary_words(tokenizer))
-
-    fewer = Words(*(kept(getattr(general, part.name)) for part in fields(general)))
-    with patch.object(prompts, "vocabulary_words", known), patch.object(prompts.Words, "load", lambda: fewer):
-        yield
 
 
 def seen(world: World, adapter: Adapter, target: str, base: dict[str, bool]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ import torch
 import yaml
 from composition import SHIPPED
 from diffusers.utils import logging
-from methods import CONCEPTS, TRAINED
-from methods_second import ANCHOR, anchors_without
+from methods import CONCEPTS, TRAINED, anchors_without
+from methods_second import ANCHOR
 
 import spm_hub
 from spm_hub.adapters.adapter import Adapter

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from composition import World, draw, second, shares, sketchbook
 from diffusers.utils import logging
-from methods_second import anchors_without
+from methods import anchors_without
 from PIL import Image
 from record import RESULTS, record
 from second_base import Classifier, scale

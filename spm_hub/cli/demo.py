@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 CONCEPT = "snoopy"
 SUBJECTS = (CONCEPT, "mickey", "spongebob", "pikachu", "dog", "cat")
 STYLES = ("van gogh",)
-QUICK = ("steps=300", "anchoring.per_target=1")
-"""Fewer anchors than `spmhub train` has: it erases as much, and changes other pictures slightly more."""
 PROMPTS = ("snoopy", "snoopy at the beach by van gogh", "mickey", "a dog", "a cat by van gogh")
 
 
@@ -36,7 +34,7 @@ def demo(
 ) -> None:
     """Erase snoopy from the embedded model and show it.
 
-    The training has fewer anchors than that of `spmhub train snoopy`, and is shorter.
+    The training is that of `spmhub train snoopy`.
     Writes a grid of pictures with and without, and prints a table of the concepts detected in them.
     """
     with silence_libraries():
@@ -51,7 +49,7 @@ def demo(
         from spm_hub.training.verdict import verdict, way
 
         kept_in, picture = Registry(to), to / "before-after.png"
-        recipe = Recipe.plan(None, QUICK, target=CONCEPT)
+        recipe = Recipe.plan(target=CONCEPT)
         # Without the picture or the recipe of an earlier demo, an eraser there is the user's own.
         kept_in.check_room_for(CONCEPT, replace=picture.exists() or _is_made_by(recipe, kept_in.find(CONCEPT)))
         pipe = load_pipeline("sketchbook")

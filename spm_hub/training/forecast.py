@@ -42,7 +42,7 @@ def rows_without_gradient(recipe: RecipeFields) -> int:
     per = recipe.anchoring.per_target if anchored else 0
     further = int(recipe.erase_from is not None or recipe.objective.positive is not None)
     if x_t.source == "trajectory":
-        asked = 2 + int(recipe.surrogate != "") + further + per
+        asked = 2 + int(recipe.surrogate != "") + further + (recipe.anchoring.offered if anchored else 0)
         return min(x_t.chunks, recipe.steps) * x_t.steps * x_t.trajectories * asked
     taught = recipe.steps * recipe.batch_size * (2 + further + per)
     if x_t.source == "q_sample":

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from spm_hub.registry.entry import EraserEntry
     from spm_hub.registry.registry import Registry
     from spm_hub.training.loop.checkpoint import Checkpoint
+    from spm_hub.training.loop.run import Snapshot
     from spm_hub.training.recipe.recipe import Recipe
-    from spm_hub.training.trainable.trainable import Trainable
 
 _KNOWN_AFTER_LOADING = ("model", "start_from", "start_sha256")
 """Recipe keys whose final values, those in the manifest, come from the base and from the eraser that training starts
@@ -42,22 +42,22 @@ class TrainingStep:
     losses: by name ("erase", "anchor"), relative to the distance at the start.
     reached, goal: the share of the way from the concept to its surrogate that is gone, averaged over the last steps,
     and the one that the training aims at; None where the method does not measure them.
-    trainable: gives the increments; of a joint run, those of the first concept.
+    snapshot: returns the increments; of a joint run, those of the first concept.
     """
 
     step: int
     total: int
     losses: Mapping[str, float]
-    trainable: Trainable
+    snapshot: Snapshot
     reached: float | None = None
     goal: float | None = None
 
     def increments(self) -> Mapping[str, Increment]:
-        """Return a copy of the increments by module path.
+        """Return a copy of the increments that would be saved now, by module path.
 
         Call it inside the callback: the training goes on afterwards.
         """
-        return self.trainable.increments()
+        return self.snapshot()
 
 
 Callback = Callable[[TrainingStep], object]
@@ -278,9 +278,9 @@ class Session:
             seen.update(figures)
             move(step, total, figures, way(figures))
 
-        def call(step: int, trainable: Trainable) -> bool:
+        def call(step: int, snapshot: Snapshot) -> bool:
             losses = {key: value for key, value in seen.items() if key not in ("reached", "goal")}
-            done = TrainingStep(step, recipe.steps, losses, trainable, seen.get("reached"), seen.get("goal"))
+            done = TrainingStep(step, recipe.steps, losses, snapshot, seen.get("reached"), seen.get("goal"))
             stops = [callback(done) for callback in self.callbacks]
             return any(stops)
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DiffusionPipeline
@@ -30,8 +31,10 @@ from spm_hub.training.neighbours import with_neighbours_recorded
 from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.recipe.protected_prompts import members
 from spm_hub.training.trainable.module_selection import select_modules
-from spm_hub.training.trainable.trainable import Trainable
 from spm_hub.training.trainable.warm_start import with_start_recorded
+
+if TYPE_CHECKING:
+    from spm_hub.training.loop.run import Snapshot
 
 Progress = Callable[[int, int, dict[str, float]], None]
 CONVERSION = "conversion"
@@ -63,7 +66,7 @@ class _Loop:
     checkpoint: Checkpoint | None
     every: int
     resume: bool
-    on_step: Callable[[int, Trainable], bool] | None
+    on_step: Callable[[int, Snapshot], bool] | None
     memory: float | None
 
 
@@ -77,7 +80,7 @@ def train(
     checkpoint_every: int = 50,
     resume: bool = False,
     start: Adapter | None = None,
-    on_step: Callable[[int, Trainable], bool] | None = None,
+    on_step: Callable[[int, Snapshot], bool] | None = None,
     memory: float | None = None,
 ) -> Adapter:
     """Train one eraser on `pipe`, which is restored; of several concepts, return the recipe's own.
@@ -87,7 +90,8 @@ def train(
     checkpoint_dir: where the run is saved every `checkpoint_every` steps, at Ctrl-C and at its end; `resume` goes on
     from there, and the result is bit for bit that of an undisturbed run on the same machine.
     start: the eraser that the recipe's start_from names; the caller has to load it.
-    on_step: called after each step; returning True ends the training there (for benchmarks).
+    on_step: called after each step with its number and a function that returns the increments that would be saved then;
+    returning True ends the training there.
     memory: GiB that the training may use, weights included; None for what is free. Where a batch needs more, its rows
     go through the denoiser in groups: the same gradient, to rounding.
     Raises TrainingInterruptedError, TrainingDivergedError, RecipeError, ModelError.
@@ -108,7 +112,7 @@ def train_together(
     checkpoint_every: int = 50,
     resume: bool = False,
     start: Adapter | None = None,
-    on_step: Callable[[int, Trainable], bool] | None = None,
+    on_step: Callable[[int, Snapshot], bool] | None = None,
     memory: float | None = None,
 ) -> tuple[Adapter, ...]:
     """Train as `train` does; return all erasers of the run, the recipe's own and those of `together`."""
@@ -157,7 +161,7 @@ def _train_all(
         run = method.joins(list(runs.values())) if recipe.together else runs[recipe.target]
         if not run.finished and loop.checkpoint is not None:
             loop.checkpoint.check_room()
-        stopped = _take_steps(recipe, run, runs[recipe.target].trainable, loop)
+        stopped = _take_steps(recipe, run, loop)
         records = {target: _training(one, run.taken, stopped=stopped) for target, one in runs.items()}
         with phase("finishing the increments"):
             trained = {target: one.increments() for target, one in runs.items()}
@@ -173,7 +177,7 @@ def _train_all(
         )
 
 
-def _take_steps(recipe: RecipeFields, run: Run, trainable: Trainable, loop: _Loop) -> bool:
+def _take_steps(recipe: RecipeFields, run: Run, loop: _Loop) -> bool:
     """Take the steps that are left, and save the state; return whether `on_step` ended them early."""
     first, checkpoint = 0, loop.checkpoint
     if loop.resume and checkpoint is not None and checkpoint.path.exists():
@@ -193,7 +197,7 @@ def _take_steps(recipe: RecipeFields, run: Run, trainable: Trainable, loop: _Loo
                 loop.progress(done, recipe.steps, losses | _figures(run))
             if checkpoint is not None and done % loop.every == 0 and done < recipe.steps:
                 checkpoint.write(recipe, done, run.tensors())
-            if loop.on_step is not None and loop.on_step(done, trainable):
+            if loop.on_step is not None and loop.on_step(done, run.snapshot):
                 stopped = done < recipe.steps
                 break
         if checkpoint is not None and run.taken > first:

@@ -71,8 +71,7 @@ def test_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert done.exit_code == 0, done.stderr
     said = json.loads(done.stdout)
 
-    by_default = Recipe.make(target="snoopy")
-    assert planned[0].steps * planned[0].anchoring.per_target < by_default.steps * by_default.anchoring.per_target
+    assert planned == [Recipe.plan(target="snoopy")], "what `spmhub train snoopy` plans"
     assert [(one.name, one.manifest.base.family) for one in trained] == [("snoopy", "sd1")]
     assert Path(said["adapter"]) == tmp_path / "demo" / "adapters" / "snoopy.safetensors"
     assert Registry(tmp_path / "demo").get("snoopy").load().manifest.concept.target == "snoopy"

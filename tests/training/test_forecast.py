@@ -28,11 +28,11 @@ def test_a_plan_has_rows_memory_and_time_and_trains_nothing(spmhub: Spmhub, regi
     assert done.code == 0, done.err
     (plan,) = json.loads(done.out)
     assert (plan["concepts"], plan["steps"], plan["rows_at_once"]) == (["church"], 2, None)
-    assert plan["rows"] == 2 + 2 * 3 + 1, "two of the concept, three anchors each, and the empty prompt"
+    assert plan["rows"] == 2 + 2 * 1 + 1, "two of the concept, an anchor each, and the empty prompt"
     assert 0 < plan["kept_bytes"] < plan["room_bytes"]
     assert plan["seconds"] >= 0
     said = spmhub(*arguments, "--memory", 2).out
-    assert "church: 2 steps of 9 rows with gradient (all at once)" in said
+    assert "church: 2 steps of 5 rows with gradient (all at once)" in said
     assert "of 1.50 GiB; about 0 s" in said
     assert registry.find("church") is None
 
@@ -54,7 +54,7 @@ def trained(memory: float | None) -> tuple[Adapter, int]:
 def test_a_training_keeps_to_its_memory() -> None:
     whole, rows = trained(None)
     made, at_once = trained(0.006)
-    assert 1 <= at_once < rows == 4 * 4 + 1
+    assert 1 <= at_once < rows == 4 * 2 + 1
     for path, increment in made.increments.items():
         other = whole.increments[path]
         assert isinstance(increment, LowRank)

@@ -103,7 +103,7 @@ def test_every_phase_that_takes_long_is_shown(
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ({"x_t": X_T}, {"steps": 4, "planned": 4, "ended": "all steps", "goal": 0.9}),
+        ({"x_t": X_T}, {"steps": 4, "planned": 4, "ended": "all steps", "goal": 0.85}),
         (
             {"method": "esd-x", "x_t": X_T, "stop": {"reach": None}},
             {"steps": 4, "planned": 4, "ended": "all steps", "goal": None},

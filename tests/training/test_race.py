@@ -288,7 +288,7 @@ def test_the_adversary_begins_when_it_is_told() -> None:
     assert recipe(steps=10, adversary={"begins": 0.9}).adversary_from == 9
     assert Recipe.make(target="snoopy", steps=10).adversary_from == 10
     early, late = (recipe(steps=3, adversary={"begins": begins, "steps": 2}) for begins in (0.0, 0.7))
-    plain = recipe(steps=3, method="spm")
+    plain = Recipe.make(**{**early.model_dump(mode="json"), "method": "spm", "adversary": {}})
     losses: dict[str, list[float]] = {"early": [], "late": [], "plain": []}
     for name, plan in (("early", early), ("late", late), ("plain", plain)):
         train(plan, pipe=pico_pipeline(), progress=lambda step, total, info, n=name: losses[n].append(info["erase"]))

@@ -377,7 +377,7 @@ def test_progress(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     bar = shown()
     assert "training" in bar
     assert "4/4" in bar
-    assert "% of the way, goal 90 %" in bar
+    assert "% of the way, goal 85 %" in bar
     assert "4/4" in shown(terminal=False, notebook=True)
     assert shown(terminal=False) == ""
     assert shown(progress=False) == ""
@@ -406,7 +406,7 @@ def test_a_callback_sees_every_step_and_ends_the_training() -> None:
     assert made.manifest.training == Training(
         steps=2, planned=4, ended="callback", reached=seen[-1].reached, goal=seen[-1].goal
     )
-    assert seen[-1].goal == 0.9
+    assert seen[-1].goal == 0.85, "the preset's stop.reach"
     assert steps.steps == [1, 2], "all callbacks are called at the last step too"
     assert all(one.losses.keys() == {"erase", "anchor"} for one in seen)
     for path, increment in made.increments.items():

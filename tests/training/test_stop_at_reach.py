@@ -109,7 +109,7 @@ def test_a_reach_is_measured_on_the_average_that_is_saved() -> None:
 @pytest.mark.parametrize(
     ("stop", "words"),
     [
-        ({"every": 3}, "every 3 says how often the reach is measured"),
+        ({"every": 3, "reach": None}, "every 3 says how often the reach is measured"),
         ({"reach": 0.0}, "greater than 0"),
         ({"reach": 0.5, "after": 3}, "memory 0.9 and after 3 say how to stop"),
     ],

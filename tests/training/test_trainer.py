@@ -106,7 +106,7 @@ def test_where_nothing_is_held_the_base_is_asked_for_no_anchor(monkeypatch: pyte
     rows: dict[float, set[int]] = {}
     noises = []
     for weight in (0.0, 40.0):
-        plan = recipe(anchoring={"weight": weight, "reach": None, "per_target": 3 if weight else 0})
+        plan = recipe(anchoring={"weight": weight, "reach": None, "per_target": 3 if weight else 0, "drawn": 0})
         base, maker, anchors = room(plan)
         predict, asked = base.predict, rows.setdefault(weight, set())
 

@@ -29,6 +29,7 @@ from spm_hub.training.data.sampling import (
     trained_prompt,
 )
 from spm_hub.training.recipe.fields import RecipeFields
+from spm_hub.training.recipe.schema import Anchoring
 from spm_hub.training.trainable.trainable import Trainable
 
 _HELD_OUT = 1_000_002
@@ -190,7 +191,7 @@ class TrajectorySource:
         base.forget()
         anchors: list[Conditioning] = []
         if recipe.anchoring.weight > 0:
-            others = max(1, recipe.anchoring.per_target) - 1
+            others = max(1, recipe.anchoring.offered) - 1
             anchors = [
                 lead.anchor,
                 *(self._anchors.draw(count, generator).under(lead.embedding) for _ in range(others)),
@@ -309,9 +310,9 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: RecipeFields, generator: 
         target_states.append(chunk.target_states[rows])
         neutral_states.append(chunk.neutral_states[rows])
         anchored = recipe.anchoring.weight > 0
-        for number in range(recipe.anchoring.per_target if anchored else 0):
-            anchors.append((chunk.latents[rows], chunk.times[rows], chunk.anchors[rows, number]))
-            anchor_states.append(chunk.anchor_states[rows, number])
+        for taken in _taken(recipe.anchoring, size, generator).to(rows.device) if anchored else ():
+            anchors.append((chunk.latents[rows], chunk.times[rows], chunk.anchors[rows, taken]))
+            anchor_states.append(chunk.anchor_states[rows, taken])
         # The empty prompt is the other half of guidance at every picture, so it is an anchor too.
         some = rows[: max(1, size // 4) if anchored else 0]
         anchors.append((chunk.latents[some], chunk.times[some], chunk.empty[some]))
@@ -323,3 +324,11 @@ def _assemble(shares: list[tuple[Chunk, int]], recipe: RecipeFields, generator: 
         concept, neutral,
         anchor_latents, anchor_times, Conditioning.cat(anchor_states), kept,
     )  # fmt: skip
+
+
+def _taken(anchoring: Anchoring, size: int, generator: torch.Generator) -> Tensor:
+    """Return (per_target, size): which of its anchors each row of a batch takes, none of them twice."""
+    if anchoring.offered == anchoring.per_target:
+        return torch.arange(anchoring.per_target)[:, None].expand(-1, size)
+    order = torch.rand((size, anchoring.offered), generator=generator).argsort(dim=1)
+    return order[:, : anchoring.per_target].T

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from spm_hub.adapters.increments import Increment
 from spm_hub.training.loop.interrupts import delay_interrupts
 from spm_hub.training.loop.prediction_run import PredictionRun
 from spm_hub.training.loop.run import Run
@@ -82,6 +83,10 @@ class JointRun(Run):
             return run.losses(step)
         finally:
             run.trainable.remove()
+
+    def snapshot(self) -> Mapping[str, Increment]:
+        """Return the first concept's increments, as they would be saved now."""
+        return self._runs[0].snapshot()
 
     def tensors(self) -> dict[str, Tensor]:
         """All runs' tensors, for checkpoints."""

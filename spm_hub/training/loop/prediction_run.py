@@ -248,6 +248,10 @@ class PredictionRun(Run):
             self.trainable.load_state(self.average.state())
         return self.trainable.increments()
 
+    def snapshot(self) -> Mapping[str, Increment]:
+        with nullcontext() if self.average is None else self.average.applied():
+            return self.trainable.increments()
+
     def tensors(self) -> dict[str, Tensor]:
         tensors = tensors_of(self.trainable, self.optimiser)
         tensors |= {f"held.{key}": value for key, value in self.at_attack.items()}

@@ -6,7 +6,7 @@ Importing it imports no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from spm_hub.training.protection import Space
     from spm_hub.training.recipe.fields import RecipeFields
     from spm_hub.training.trainable.trainable import Trainable
+
+    Snapshot = Callable[[], Mapping[str, Increment]]
+    """A function that returns the increments of a training as they would be saved when it is called."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,4 +99,8 @@ class Run(ABC):
 
     def increments(self) -> Mapping[str, Increment]:
         """Return the increments to save, by module path."""
+        return self.trainable.increments()
+
+    def snapshot(self) -> Mapping[str, Increment]:
+        """Return a copy of the increments that would be saved now; the training may go on."""
         return self.trainable.increments()

@@ -252,6 +252,12 @@ class Anchoring(RecipePart):
     )
     prompts: tuple[NonBlank, ...] = ()
     per_target: int = Field(default=3, ge=0, description="anchors for each target row of a batch")
+    drawn: int = Field(
+        default=0,
+        ge=0,
+        description="of trajectories: anchors drawn for each x_t, if more than per_target, which a batch then takes of "
+        "them at random; each costs a row of the frozen base, once",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -264,6 +270,11 @@ class Anchoring(RecipePart):
                 f"source is {self.source!r} with {len(self.prompts)} prompts: prompts belong to source 'given'"
             )
         return self
+
+    @property
+    def offered(self) -> int:
+        """The anchors that each x_t of a trajectory has."""
+        return max(self.drawn, self.per_target)
 
 
 class Adversary(RecipePart):

@@ -221,7 +221,7 @@ def check_protection(recipe: RecipeFields, is_joint: bool) -> None:
 
 
 # Values that mean "disabled"; allowed even where a preset sets something else.
-_OFF: Mapping[str, object] = {"reach": None, "per_target": 0}
+_OFF: Mapping[str, object] = {"reach": None, "per_target": 0, "drawn": 0}
 
 
 def check_idle_keys(recipe: RecipeFields, preset: Mapping[str, Any]) -> None:
