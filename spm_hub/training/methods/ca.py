@@ -98,7 +98,7 @@ METHOD = Method(
     paper="Kumari et al., ICCV 2023, arXiv 2303.13516",
     summary="Turns the concept into a given anchor concept: for a concept with a natural substitute.",
     cost="A minute on the sketchbook; a file of the size of cross-attention's keys and values.",
-    harm="Little; related concepts may move towards the anchor concept, and it has to be named.",
+    harm="Without a gate, a related concept may be lost to the anchor concept, which has to be named.",
     preset={
         "objective": {"name": "ca", "teacher": "student", "paired": True},
         "increment": {"kind": "dense", "modules": "esd-x-strict"},

@@ -167,7 +167,7 @@ METHOD = Method(
     paper="Zhang et al., 2023, arXiv 2303.17591",
     summary="Turns cross-attention away from the concept's words: the shortest training, on SD 1, SD 2 and SDXL.",
     cost="Five seconds on the sketchbook; a file of the size of cross-attention.",
-    harm="The most measured: it draws nothing definite in the concept's place, so that no reach can end it in time.",
+    harm="The most measured: without a gate nearly everything else is lost, and a style may stay.",
     preset={
         "objective": {"name": "fmn", "tokens": "onwards"},
         "increment": {"kind": "dense", "modules": "esd-x"},

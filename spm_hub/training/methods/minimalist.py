@@ -51,7 +51,7 @@ METHOD = Method(
     paper="Zhang et al., ICML 2025, arXiv 2507.13386",
     summary="Switches neurons off by the final picture alone: for few-step models and FLUX, in the smallest file.",
     cost="Each step draws whole pictures and back-propagates through them, in the memory of one step.",
-    harm="Related concepts change a little; nudity mostly stayed.",
+    harm="Without a gate, some related concepts are lost; nudity mostly stayed.",
     preset={
         "objective": {"name": "minimalist"},
         "increment": {"kind": "mask"},

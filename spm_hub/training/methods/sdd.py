@@ -28,8 +28,8 @@ METHOD = Method(
     title="SDD, safe self-distillation",
     paper="Kim et al., 2023, arXiv 2307.05977",
     summary="Makes the concept's prediction the unconditional one, and saves a moving average: for styles and nudity.",
-    cost="A minute and a half on the sketchbook; a file of the size of cross-attention.",
-    harm="Nothing is anchored: with a character, half of the worst related concept was lost.",
+    cost="Less than a minute on the sketchbook; a file of the size of cross-attention.",
+    harm="Nothing is anchored: without a gate most other subjects were lost, and a style may stay.",
     preset={
         "objective": {"name": "sdd", "teacher": "student"},
         "increment": {"kind": "dense", "modules": "esd-x"},

@@ -73,7 +73,7 @@ METHOD = Method(
     title="SepME, separable multi-concept erasure",
     paper="Zhao et al., arXiv 2402.05947",
     summary="Trains erasers that leave each other's concepts and given prompts alone, exactly: for several concepts.",
-    cost="Half a minute a concept on the sketchbook; works on SD 1, SD 2 and SDXL only.",
+    cost="Ten seconds a concept on the sketchbook; works on SD 1, SD 2 and SDXL only.",
     harm="None on the protected prompts, to the letter; paraphrases of them may change.",
     preset={
         "objective": {"name": "sepme"},
