@@ -72,12 +72,13 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
         [
             f"Share of {results['robustness']['prompts']} prompts that bring {' / '.join(attacked)} back under attack, "
             "without a gate",
-            f"`spm` {asr['spm']}; `race-spm` {asr['race-spm']}; ESD trained further {asr['esd-x, further']}",
+            f"`spm` by its first defaults {asr['spm']}; "
+            f"`race-spm` {asr['race-spm']}; ESD trained further {asr['esd-x, further']}",
         ],
         [
             "CPU time of one thread to train an eraser of snoopy",
-            f"{lately['now']['seconds']:.0f} s, found in {share(lately['now']['target_found'])} without a gate; the "
-            f"first defaults: {lately['first']['seconds']:.0f} s. Against those, {faster(speed)}",
+            f"{lately['now']['seconds']:.0f} s, then found in {share(lately['now']['target_found'])} without a gate; "
+            f"by the first defaults {lately['first']['seconds']:.0f} s. Compared with those, {faster(speed)}",
         ],
         [
             "Time of one SD 1.5 step with 1 / 20 / 100 erasers, over the bare step (H200, random weights)",

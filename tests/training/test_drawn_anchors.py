@@ -9,6 +9,7 @@ import pytest
 import torch
 from pico import pico_pipeline
 
+from spm_hub.errors import RecipeError
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.anchors import AnchorSource
 from spm_hub.training.data.batch import Batch
@@ -72,3 +73,10 @@ def test_a_manifest_of_a_version_without_drawn_has_none() -> None:
     assert kept["anchoring"]["drawn"] == 4, "the preset of spm"
     del kept["anchoring"]["drawn"]
     assert Recipe.make(**kept).anchoring.drawn == 0
+
+
+def test_drawn_is_refused_where_no_trajectory_would_read_it() -> None:
+    student = {"source": "student", "guidance": [3.0]}
+    assert Recipe.make(target="snoopy", x_t=student).anchoring.per_target == 1, "the preset's own may stay"
+    with pytest.raises(RecipeError, match=r"anchoring\.drawn 7 belongs to x_t.source 'trajectory'"):
+        Recipe.make(target="snoopy", x_t=student, anchoring={"drawn": 7})

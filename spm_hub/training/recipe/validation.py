@@ -240,6 +240,12 @@ def check_idle_keys(recipe: RecipeFields, preset: Mapping[str, Any]) -> None:
             f"x_t.source 'student' draws under one guidance, and {list(recipe.x_t.guidance)} are "
             f"{len(recipe.x_t.guidance)}: set x_t.guidance to one, for instance [3.0]"
         )
+    usual = 0, preset.get("anchoring", {}).get("drawn")
+    if recipe.x_t.source != "trajectory" and anchoring.drawn not in usual:
+        raise ValueError(
+            f"anchoring.drawn {anchoring.drawn} belongs to x_t.source 'trajectory', and {recipe.x_t.source!r} draws "
+            "new anchors for every batch: leave it out"
+        )
     if recipe.optimiser.schedule != "cosine_restarts" and recipe.optimiser.cycles != Optimiser().cycles:
         raise ValueError(
             f"optimiser.cycles {recipe.optimiser.cycles} belongs to schedule 'cosine_restarts', not to "
