@@ -58,12 +58,17 @@ def measured(plan: Recipe, pipe: Any, apart: list[str], judge: Callable[[Adapter
     seconds, training = time.process_time() - begun, adapter.manifest.training
     assert training is not None
     found = judge(adapter)
-    whole = training.steps * rows_with_gradient(plan) * FORWARD_AND_BACKWARD
-    drawn_groups = -(-training.steps // -(-plan.steps // plan.x_t.chunks)) / plan.x_t.chunks
     return {
         "seconds": round(seconds, 1), "steps": training.steps, "verdict": verdict(adapter.manifest),
-        "rows": round(whole + drawn_groups * rows_without_gradient(plan)), **{key: found[key] for key in JUDGED},
+        "rows": rows(plan, training.steps), **{key: found[key] for key in JUDGED},
     }  # fmt: skip
+
+
+def rows(plan: Recipe, taken: int) -> int:
+    """Return the rows of a training that ended after `taken` steps, in passes forward."""
+    groups = -(-taken // -(-plan.steps // plan.x_t.chunks))
+    ended = plan.model_copy(update={"steps": taken, "x_t": plan.x_t.model_copy(update={"chunks": groups})})
+    return taken * rows_with_gradient(plan) * FORWARD_AND_BACKWARD + rows_without_gradient(ended)
 
 
 def of_sketchbook(note: Callable[[str, str, str, dict[str, Any]], None]) -> None:

@@ -132,8 +132,7 @@ def default_time(numbers: dict[str, Any]) -> str:
     )
     return (
         f"{table(head, rows)}\n\nThe first defaults / the present ones, each pair in one run, erasers always on. All "
-        f"six together: {ratio:.2f} of the time, {rows_ratio:.2f} of the rows, counted in passes forward, "
-        "without the 32 rows of each measurement of the reach.\n"
+        f"six together: {ratio:.2f} of the time, {rows_ratio:.2f} of the rows, counted in passes forward.\n"
         f"{about(numbers, 'default_time')}"
     )
 

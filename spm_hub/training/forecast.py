@@ -19,6 +19,7 @@ from spm_hub.models.base_choice import BaseChoice
 from spm_hub.models.mapped import mark_mapped
 from spm_hub.models.placement import AUTO, choose_device, parse_dtype
 from spm_hub.training.base_model import TeacherModel
+from spm_hub.training.loop.early_stopping import HELD_OUT_ROWS, held_out_recipe
 from spm_hub.training.loop.fitting import memory_plan
 from spm_hub.training.loop.run import Task
 from spm_hub.training.memory import GIB, Split, room_on, whole_copy_without_values
@@ -37,7 +38,17 @@ _TRIED = 1024  # side of these matrices
 
 
 def rows_without_gradient(recipe: RecipeFields) -> int:
-    """Return the rows that the frozen base predicts in the whole training of one concept, about."""
+    """Return the rows that are predicted without gradient in the whole training of one concept, about.
+
+    That is what the frozen base teaches, and every measurement of the reach.
+    """
+    measured = 0
+    if recipe.stop.reach is not None:
+        measured = _taught_rows(held_out_recipe(recipe)) + HELD_OUT_ROWS * (recipe.steps // recipe.stop.every)
+    return _taught_rows(recipe) + measured
+
+
+def _taught_rows(recipe: RecipeFields) -> int:
     x_t, anchored = recipe.x_t, recipe.anchoring.weight > 0
     per = recipe.anchoring.per_target if anchored else 0
     further = int(recipe.erase_from is not None or recipe.objective.positive is not None)

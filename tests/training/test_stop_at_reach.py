@@ -16,7 +16,7 @@ from spm_hub.models.base_choice import BaseChoice
 from spm_hub.training import Recipe, train
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.nearest import nearest_names
-from spm_hub.training.forecast import forecasts
+from spm_hub.training.forecast import forecasts, rows_without_gradient
 from spm_hub.training.loop import prediction_run
 from spm_hub.training.loop.early_stopping import share_of_way
 from spm_hub.training.neighbours import held_names, with_neighbours_recorded
@@ -171,3 +171,19 @@ def test_a_plan_says_which_names_are_held() -> None:
     said = [str(one) for one in forecasts(plans, BaseChoice(None, pipe=pico_pipeline()), None)]
     assert said[0].startswith("snoopy: uce takes no steps")
     assert said[1].startswith("held: the ")
+
+
+def test_a_forecast_counts_the_rows_of_the_measurements() -> None:
+    def rows(**stop: object) -> int:
+        pipe, seen = pico_pipeline(), [0]
+
+        def count(module: object, args: object, output: Any) -> None:
+            if not torch.is_grad_enabled():
+                seen.append(len(output[0]))
+
+        pipe.unet.register_forward_hook(count)
+        train(small(**stop), pipe=pipe)
+        return sum(seen)
+
+    measured = rows(reach=99.0, every=7) - rows(reach=None)
+    assert measured == rows_without_gradient(small(reach=99.0, every=7)) - rows_without_gradient(small(reach=None))

@@ -17,8 +17,19 @@ from spm_hub.training.recipe.schema import Anchoring, EarlyStop
 from spm_hub.training.trainable.trainable import Trainable
 
 _TRAJECTORIES, _STEPS = 8, 8
-_ROWS = 32
+HELD_OUT_ROWS = 32
 """Rows of one measurement: with `stop.every` of 5, a quarter of the time of a training in batches of 8."""
+
+
+def held_out_recipe(recipe: RecipeFields) -> RecipeFields:
+    """Return the recipe of the one group of trajectories whose states no training step has; it stops nothing."""
+    x_t = recipe.x_t.model_copy(
+        update={
+            "source": "trajectory", "steps": min(_STEPS, recipe.x_t.steps), "trajectories": _TRAJECTORIES, "chunks": 1,
+        }
+    )  # fmt: skip
+    unanchored = Anchoring(weight=0.0, reach=None, per_target=0)
+    return recipe.model_copy(update={"x_t": x_t, "anchoring": unanchored, "stop": EarlyStop()})
 
 
 class EarlyStopping:
@@ -61,18 +72,14 @@ class HeldOut:
     def __init__(
         self, base: TeacherModel, recipe: RecipeFields, maker: PromptMaker, anchors: AnchorSource, trainable: Trainable
     ) -> None:
-        x_t = recipe.x_t.model_copy(
-            update={"source": "trajectory", "steps": min(_STEPS, recipe.x_t.steps), "trajectories": _TRAJECTORIES}
-        )
-        apart = recipe.model_copy(update={"x_t": x_t, "anchoring": Anchoring(weight=0.0, reach=None, per_target=0)})
         self._base, self._stop = base, recipe.stop
-        self._source = TrajectorySource(base, apart, maker, anchors, trainable)
+        self._source = TrajectorySource(base, held_out_recipe(recipe), maker, anchors, trainable)
         self.reached: float | None = None
         """The last measurement."""
 
     @cached_property
     def _batch(self) -> Batch:
-        return self._source.held_out(_ROWS)
+        return self._source.held_out(HELD_OUT_ROWS)
 
     @property
     def due(self) -> bool:
