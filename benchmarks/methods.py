@@ -32,7 +32,7 @@ from PIL import Image
 from record import RESULTS, record
 
 from spm_hub import Adapter, attach
-from spm_hub.adapters.manifest import Concept, GateName
+from spm_hub.adapters.manifest import Concept, GateName, Manifest
 from spm_hub.evaluation import attacks
 from spm_hub.evaluation.grid import GridRow, draw_grid
 from spm_hub.evaluation.guidance import negative_prompt, safe_latent_diffusion
@@ -46,7 +46,7 @@ from spm_hub.training.data.prompts import Tokenizer, Words, vocabulary_words
 from spm_hub.training.methods import METHODS
 from spm_hub.training.recipe.recipe import Recipe
 from spm_hub.training.trainer import train
-from spm_hub.training.verdict import verdict
+from spm_hub.training.verdict import QUICK_LOOK, RECOGNISED, verdict
 
 CONCEPTS = ("snoopy", "van gogh", "nudity")
 GATES: tuple[GateName, ...] = ("calibrated", "always")
@@ -161,8 +161,14 @@ def measure(method: str, concept: str) -> tuple[dict[str, Any], list[Image.Image
     by_gate = {gate: drawn(pipe, adapter, concept, gate) for gate in GATES}
     cell: dict[str, Any] = {gate: compare(concept, pictures) for gate, pictures in by_gate.items()}
     cell |= {"seconds": round(seconds, 1), "numbers": sum(stored), "bytes": written.increment.bytes}
-    cell |= {"verdict": f"{verdict(adapter.manifest)}; {look}", "unlearndiffatk": attacked(adapter, pipe)}
+    cell |= {**said(adapter.manifest, look), "unlearndiffatk": attacked(adapter, pipe)}
     return cell, shown(concept, by_gate["always"])
+
+
+def said(manifest: Manifest, look: str) -> dict[str, Any]:
+    """Return what `spmhub train` says about an eraser, and the share of pictures in which the base recognises it."""
+    rows = {(row.protocol, row.metric): row.value for row in manifest.evaluation}
+    return {"recognised": rows[QUICK_LOOK, RECOGNISED], "verdict": f"{verdict(manifest)}; {look}"}
 
 
 def shown(concept: str, pictures: list[Image.Image]) -> list[Image.Image]:

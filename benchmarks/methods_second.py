@@ -12,7 +12,7 @@ The base, its others and its targets are those of benchmarks/composition.py; its
 time. A classifier names the subjects of pictures drawn from the same noise with and without the eraser, under the
 calibrated gate and without a gate. Anchors are made of general words and of all words that the base's tokenizer knows.
 Half of the others' names are taken out of both for this benchmark, so that no anchor has them; they are counted apart.
-`verdict` is what `spmhub train` itself prints about its eraser.
+`verdict` is what `spmhub train` itself prints about its eraser, `recognised` the share in it that the base recognises.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from composition import STEPS, Picture, World, key, readings, second, shares
 from diffusers.utils import logging
-from methods import TRAINED, anchors_without
+from methods import TRAINED, anchors_without, said
 from record import RESULTS, record
 
 from spm_hub import attach
@@ -36,7 +36,6 @@ from spm_hub.adapters.adapter import Adapter
 from spm_hub.hub.making.quick_look import looked
 from spm_hub.training.recipe.recipe import Recipe
 from spm_hub.training.trainer import train
-from spm_hub.training.verdict import verdict
 
 CONCEPTS, TARGET_PICTURES, OTHER_PICTURES = 3, 20, 4
 GATES = ("calibrated", "always")
@@ -86,8 +85,7 @@ def measure(world: World, method: str, target: str, base: dict[str, bool]) -> di
         adapter = train(recipe, pipe=world.pipe)
     seconds = time.process_time() - begun
     adapter, look = looked(world.pipe, adapter)
-    said = f"{verdict(adapter.manifest)}; {look}"
-    return {**seen(world, adapter, target, base), "seconds": round(seconds, 1), "verdict": said}
+    return {**seen(world, adapter, target, base), "seconds": round(seconds, 1), **said(adapter.manifest, look)}
 
 
 def of_the_base(world: World, pictures: Sequence[Picture]) -> dict[str, bool]:

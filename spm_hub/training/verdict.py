@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from spm_hub.adapters.manifest import Manifest, Training
+from spm_hub.adapters.manifest import Evaluation, Manifest, Training
 
 _NEAR = 0.05
 """A goal that is missed by less counts as reached: the training steers to it, and ends a little above or below."""
 _ENOUGH = 0.25
 """A method without a goal of its own is called short only below this: how far it should go is not known."""
+
+QUICK_LOOK, RECOGNISED = "quick-look", "recognised_by_the_base"
+"""The protocol and metric of the share of erased pictures in which the base recognises the concept."""
+MANY = 2
+"""Recognised pictures of 20 that are no accident: of an erased concept it is up to 4 % of them."""
+KNOWN = 0.5
+"""A concept that the base recognises in a smaller share of its own pictures cannot be looked for by it."""
 
 
 def way(figures: Mapping[str, float]) -> str:
@@ -27,8 +34,25 @@ def is_short(training: Training | None) -> bool:
     return training.reached < (_ENOUGH if training.goal is None else training.goal - _NEAR)
 
 
+def still_recognised(manifest: Manifest) -> Evaluation | None:
+    """Return what a quick look found if the base still recognises the concept in more pictures than by accident."""
+    for row in manifest.evaluation:
+        if (row.protocol, row.metric) == (QUICK_LOOK, RECOGNISED):
+            known = row.reference is None or row.reference >= KNOWN
+            return row if known and row.value * row.samples >= MANY else None
+    return None
+
+
 def verdict(manifest: Manifest) -> str:
     """Return the outcome of a training as a clause: "snoopy is trained: 93 % of the way, goal 90 %"."""
+    row = still_recognised(manifest)
+    if row is None:
+        return _ended(manifest)
+    seen = f"{row.value * row.samples:.0f} of {row.samples} pictures"
+    return f"{_ended(manifest)}, but it is not erased enough: the base still recognises it in {seen}"
+
+
+def _ended(manifest: Manifest) -> str:
     training, name = manifest.training, manifest.name
     if training is None or training.ended == "closed form":
         return f"{name} is computed"

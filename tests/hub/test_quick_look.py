@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from pico import pico_eraser, pico_pipeline
 from pico_families import family_pipeline
 
+from spm_hub import attach
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import Increment, LowRank
 from spm_hub.adapters.manifest import GateDefaults
+from spm_hub.evaluation.sketchbook import probe
 from spm_hub.hub.making import quick_look
-from spm_hub.hub.making.quick_look import PROTOCOL, Look, look, looked, neighbours
+from spm_hub.hub.making.quick_look import Look, look, looked, neighbours
+from spm_hub.hub.making.recognition import Recognition, recognised
 from spm_hub.models.loading import load_pipeline
+from spm_hub.registry.registry import Registry
+from spm_hub.training.base_model import TeacherModel
+from spm_hub.training.verdict import QUICK_LOOK, RECOGNISED, still_recognised, verdict
 
 
 def scaled(adapter: Adapter, by: float) -> Adapter:
@@ -55,13 +62,55 @@ def test_an_eraser_of_nothing_is_said_to_change_hardly_anything() -> None:
     assert "snoopy's own picture hardly changes" in seen.describe()
 
 
+def test_an_eraser_of_nothing_is_not_enough_and_a_shipped_one_is() -> None:
+    pipe = load_pipeline("sketchbook", device="cpu")
+    adapter = Registry(Path(__file__).parents[2]).get("snoopy").load()
+    nothing, words = looked(pipe, scaled(adapter, 1e-6))
+    assert "not erased enough, the base still recognises snoopy in 20 of 20 pictures" in words
+    row = still_recognised(nothing.manifest)
+    assert row is not None
+    assert (row.metric, row.value, row.reference, row.samples, row.gate) == (RECOGNISED, 1.0, 1.0, 20, "always")
+    assert verdict(nothing.manifest).endswith("not erased enough: the base still recognises it in 20 of 20 pictures")
+    with attach(pipe, [adapter], gate="always", progress=False):
+        erased = quick_look._drawn_often(pipe, "snoopy", 5)
+    assert recognised(TeacherModel(pipe), erased, "snoopy", [""], seed=1) == [False] * 5
+
+
+def test_the_base_and_the_probe_agree_on_what_its_pictures_show() -> None:
+    """Pictures of snoopy and of no prompt; the probe is a classifier that was trained on drawings alone."""
+    pipe = load_pipeline("sketchbook", device="cpu")
+    latents = quick_look._drawn(pipe, ["snoopy"] * 6 + [""] * 6, range(12))
+    pictures = pipe.image_processor.postprocess(
+        pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0].detach(), output_type="pil"
+    )
+    by_probe = [reading.subject == "snoopy" for reading in probe().read(pictures)]
+    assert by_probe == [True] * 6 + [False] * 6
+    assert recognised(TeacherModel(pipe), latents, "snoopy", [""], seed=1) == by_probe
+
+
+def test_a_concept_that_the_base_does_not_know_is_unclear() -> None:
+    assert (
+        Recognition(9, 20, 3, 8).describe("flurb") == "the base recognises flurb in 3 of 8 pictures of its own: unclear"
+    )
+    assert not Recognition(9, 20, 3, 8).is_still_there
+    assert Recognition(0, 20, 8, 8).describe("snoopy") == "the base recognises snoopy in none of 20 pictures"
+    assert Recognition(1, 20, 8, 8).describe("snoopy") == "the base recognises snoopy in 1 of 20 pictures"
+
+
+def test_a_picture_of_the_surrogate_is_not_the_concept() -> None:
+    """A cat explains a picture better than no prompt does, and "a dog" better than "a cat"."""
+    pipe = load_pipeline("sketchbook", device="cpu")
+    latents, base = quick_look._drawn(pipe, ["a dog"] * 4, range(4)), TeacherModel(pipe)
+    assert not any(recognised(base, latents, "a cat", ["", "a dog"], seed=1))
+
+
 def test_a_look_is_kept_in_the_manifest_and_a_failing_one_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pico_pipeline()
     adapter = pico_eraser(pipe.unet)
     seen, words = looked(pipe, adapter)
-    rows = [one for one in seen.manifest.evaluation if one.protocol == PROTOCOL]
+    rows = [one for one in seen.manifest.evaluation if one.protocol == QUICK_LOOK]
     assert next(one.subject for one in rows) == "snoopy"
-    assert len(rows) == 1 + 2 * 4
+    assert len(rows) == 2 + 2 * 4
     assert words.startswith("snoopy: a quick look: ")
 
     def out_of_memory(*args: object) -> Look:
@@ -79,7 +128,9 @@ def test_every_family_is_looked_at(family: str) -> None:
     near = neighbours(pipe, ["snoopy"], "character")
     assert len(set(near)) == 4
     assert quick_look.why_not(pipe) is None
-    assert quick_look._drawn(pipe, near).isfinite().all()
+    pictures = quick_look._drawn(pipe, near)
+    assert pictures.isfinite().all()
+    assert len(recognised(TeacherModel(pipe), pictures, "snoopy", [""], seed=0)) == 4
 
 
 def test_the_nearest_names_are_of_the_concepts_own_kind() -> None:

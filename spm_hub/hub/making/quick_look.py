@@ -1,7 +1,8 @@
-"""A quick look at a new eraser: how far it changes pictures of the names nearest to its concept.
+"""A quick look at a new eraser: whether its concept is still drawn, and how far the nearest names' pictures change.
 
 No judge of pictures is needed, so that it works on any model. A picture of the concept, and one of each name that the
-text encoder puts nearest to it, are drawn from the same noise without the eraser, with it, and with it fully on.
+text encoder puts nearest to it, are drawn from the same noise without the eraser, with it, and with it fully on. The
+base itself says in how many more pictures, drawn with the eraser fully on, it recognises the concept.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from spm_hub.adapters.manifest import Evaluation
 from spm_hub.errors import SpmHubError
+from spm_hub.training.verdict import QUICK_LOOK, RECOGNISED
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
     from spm_hub.adapters.adapter import Adapter
+    from spm_hub.hub.making.recognition import Recognition
 
-PROTOCOL = "quick-look"
 METRIC = "change_over_the_concepts"
 NEIGHBOURS, STEPS, SEED = 4, 10, 2024
+_ERASED, _OWN, _AT_ONCE = 20, 8, 5
+"""Pictures that the base is asked about, with the eraser and without it, and those that are drawn at once."""
 LOST = 0.5
 """A picture that changes by this share of the concept's own change counts as lost."""
 _BARELY = 0.1
@@ -36,16 +40,17 @@ _SMALL = 100 * 2**20
 
 @dataclass(frozen=True)
 class Look:
-    """The change of each picture from the same noise.
+    """The change of each picture from the same noise, and whether the concept is still there.
 
     own: of the concept's picture, over that picture's own spread.  gated, full: of each neighbour's under the eraser's
-    own gate, and at gamma 1, over the change of the concept's picture at gamma 1.
+    own gate, and at gamma 1, over the change of the concept's picture at gamma 1.  seen: by the base, at gamma 1.
     """
 
     concept: str
     own: float
     gated: dict[str, float]
     full: dict[str, float]
+    seen: Recognition
 
     @property
     def lost(self) -> list[str]:
@@ -53,25 +58,29 @@ class Look:
         return [name for name, change in self.gated.items() if change >= LOST]
 
     def describe(self) -> str:
-        """Return the losses in a sentence."""
+        """Return what is left of the concept, and the losses, in a sentence."""
         most = max(self.full, key=lambda name: self.full[name], default=None)
+        left = self.seen.describe(self.concept)
         if most is None:
-            return f"a quick look: no name is near {self.concept}"
+            return f"a quick look: {left}; no name is near {self.concept}"
         barely = f"{self.concept}'s own picture hardly changes; " if self.own < _BARELY else ""
         kept = (
             f"of the {len(self.gated)} nearest names ({', '.join(self.gated)}) "
             + (f"the pictures of {' and '.join(self.lost)} are lost" if self.lost else "no picture is lost")
             + f": {_percent(max(self.gated.values()))} of {self.concept}'s change at most"
         )
-        return f"a quick look: {barely}{kept}, {_percent(self.full[most])} if it acted fully on every prompt ({most})"
+        full = f"{_percent(self.full[most])} if it acted fully on every prompt ({most})"
+        return f"a quick look: {left}; {barely}{kept}, {full}"
 
     def evaluation(self, base: str) -> tuple[Evaluation, ...]:
         """Return the numbers for a manifest, those of the concept first."""
 
-        def one(subject: str, metric: str, value: float, gate: str | None) -> Evaluation:
+        def one(
+            subject: str, metric: str, value: float, gate: str | None, samples: int = 1, reference: float | None = None
+        ) -> Evaluation:
             return Evaluation(
-                protocol=PROTOCOL, base=base, subject=subject, metric=metric, value=round(value, 4), samples=1,
-                seed=SEED, steps=STEPS, gate=gate, version=version("spm-hub"),
+                protocol=QUICK_LOOK, base=base, subject=subject, metric=metric, value=round(value, 4), samples=samples,
+                reference=reference, seed=SEED, steps=STEPS, gate=gate, version=version("spm-hub"),
             )  # fmt: skip
 
         neighbours = [
@@ -79,7 +88,11 @@ class Look:
             for gate, changes in ((None, self.gated), ("always", self.full))
             for name, value in changes.items()
         ]
-        return (one(self.concept, "change_over_spread", self.own, "always"), *neighbours)
+        seen = self.seen
+        left = one(
+            self.concept, RECOGNISED, seen.erased / seen.of_erased, "always", seen.of_erased, seen.own / seen.of_own
+        )
+        return (one(self.concept, "change_over_spread", self.own, "always"), left, *neighbours)
 
 
 def why_not(pipe: DiffusionPipeline) -> str | None:
@@ -101,23 +114,31 @@ def look(pipe: DiffusionPipeline, adapter: Adapter) -> Look:
     Raises UsageError, ModelError and others as drawing and attaching do.
     """
     from spm_hub.attachment.attachment import attach
+    from spm_hub.hub.making.recognition import Recognition, recognised
+    from spm_hub.training.base_model import TeacherModel
 
     concept = adapter.manifest.concept
     name = concept.require_target(adapter.name)
     near = neighbours(pipe, (name, *concept.aliases), concept.kind)
     prompts = [f"a painting by {one}" if concept.kind == "style" else one for one in (name, *near)]
-    bare = _drawn(pipe, prompts)
+    base = TeacherModel(pipe)  # while no eraser is attached
+    bare, own = _drawn(pipe, prompts), _drawn_often(pipe, prompts[0], _OWN)
     with attach(pipe, [adapter]):
         gated = _drawn(pipe, prompts)
     with attach(pipe, [adapter], gate="always"):
-        full = _drawn(pipe, prompts)
-    spread = (bare - bare.mean(1, keepdim=True)).norm(dim=1)
-    changed, always = (gated - bare).norm(dim=1), (full - bare).norm(dim=1)
+        full, erased = _drawn(pipe, prompts), _drawn_often(pipe, prompts[0], _ERASED)
+    still, known = (
+        recognised(base, pictures, prompts[0], sorted({"", concept.surrogate}), SEED) for pictures in (erased, own)
+    )
+    flat = bare.flatten(1)
+    spread = (flat - flat.mean(1, keepdim=True)).norm(dim=1)
+    changed, always = ((one.flatten(1) - flat).norm(dim=1) for one in (gated, full))
     whole = max(float(always[0]), 1e-6 * float(spread[0]))
     return Look(
         name, float(always[0] / spread[0]),
         {one: float(changed[row]) / whole for row, one in enumerate(near, start=1)},
         {one: float(always[row]) / whole for row, one in enumerate(near, start=1)},
+        Recognition(sum(still), len(still), sum(known), len(known)),
     )  # fmt: skip
 
 
@@ -157,18 +178,30 @@ def neighbours(pipe: DiffusionPipeline, names: Sequence[str], kind: str) -> list
     return nearest_names(TeacherModel(pipe), names[:1], others, NEIGHBOURS)
 
 
-def _drawn(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    """Return the latents of one picture for each prompt, (n, numbers) in float32 on the CPU."""
+def _drawn_often(pipe: Any, prompt: str, pictures: int) -> Tensor:
+    """Return the latents of so many pictures of one prompt, from noise that `_drawn` does not begin with by itself."""
+    import torch
+
+    seeds = range(SEED + 1, SEED + 1 + pictures)
+    groups = [seeds[start : start + _AT_ONCE] for start in range(0, pictures, _AT_ONCE)]
+    return torch.cat([_drawn(pipe, [prompt] * len(group), group) for group in groups])
+
+
+def _drawn(pipe: Any, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> Tensor:
+    """Return the latents of one picture for each prompt, (n, *latent_shape) in float32 on the CPU.
+
+    seeds: of their noise; the same for all unless given.
+    """
     import torch
 
     wanted = {
         "prompt": list(prompts), "num_inference_steps": STEPS, "output_type": "latent", "use_resolution_binning": False,
-        "generator": [torch.Generator().manual_seed(SEED) for _ in prompts],
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds or [SEED] * len(prompts)],
     }  # fmt: skip
     known = inspect.signature(type(pipe).__call__).parameters
     with torch.no_grad(), _quiet_copy_of_scheduler(pipe):
         latents: Tensor = pipe(**{key: value for key, value in wanted.items() if key in known}).images
-    return latents.float().cpu().flatten(1)
+    return latents.float().cpu()
 
 
 @contextmanager

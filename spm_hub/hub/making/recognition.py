@@ -1,0 +1,85 @@
+"""Asks a base whether pictures show a concept: whether it predicts their noise better with the concept's name.
+
+No judge is needed: a diffusion model is a classifier of its own pictures (Li et al., arXiv 2303.16203). What a picture
+shows is settled where noise is strong, and there alone it is asked: at weaker noise the error is that of blur and
+texture, which every half-erased picture has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from spm_hub.io.wording import counted
+from spm_hub.training.data.q_sample import add_noise, true_prediction
+from spm_hub.training.verdict import KNOWN, MANY
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spm_hub.training.base_model import TeacherModel
+
+_TIMES = 999
+"""Steps of the schedule that times are taken from."""
+_ASKED, _STRONG = 4, 1 / 3
+"""Times that are asked at, evenly spaced in this share of the schedule, from pure noise on."""
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """In how many pictures a base recognises a concept.
+
+    erased, own: of those with the eraser fully on, and of its own without it; of_erased, of_own: all such pictures.
+    """
+
+    erased: int
+    of_erased: int
+    own: int
+    of_own: int
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the base recognises the concept in its own pictures, so that its answer means something."""
+        return self.own >= KNOWN * self.of_own
+
+    @property
+    def is_still_there(self) -> bool:
+        """Whether the base recognises the concept in more pictures of the eraser than by accident."""
+        return self.is_known and self.erased >= MANY
+
+    def describe(self, concept: str) -> str:
+        """Return it as a clause."""
+        if not self.is_known:
+            return (
+                f"the base recognises {concept} in {self.own} of {counted(self.of_own, 'picture')} of its own: unclear"
+            )
+        if self.is_still_there:
+            many = counted(self.of_erased, "picture")
+            return f"not erased enough, the base still recognises {concept} in {self.erased} of {many}"
+        return f"the base recognises {concept} in {self.erased or 'none'} of {counted(self.of_erased, 'picture')}"
+
+
+@torch.no_grad()
+def recognised(base: TeacherModel, pictures: Tensor, prompt: str, others: Sequence[str], seed: int) -> list[bool]:
+    """Return of each picture whether `prompt` explains it better than every other prompt.
+
+    pictures: latents x_0 (n, *latent_shape), as the pipeline gives them for `output_type="latent"`.  others: not empty.
+    The better prompt is the one whose predictions of the same noise, at a few strong noises, have the smaller squared
+    error. No eraser may be attached.
+    """
+    scheduler = base.scheduler(base.steps(_TIMES))
+    generator = torch.Generator().manual_seed(seed)
+    count, pictures = len(pictures), pictures.to(base.device)
+    errors = torch.zeros(1 + len(others), count, dtype=torch.float64)
+    for number in range(_ASKED):
+        place = int((number + 0.5) / _ASKED * _STRONG * len(scheduler.timesteps))
+        noise = base.noise(1, generator).expand_as(pictures)
+        noisy, times = add_noise(scheduler, pictures, noise, torch.full((count,), place))
+        truth = true_prediction(scheduler, pictures, noise, times)
+        for row, text in enumerate((prompt, *others)):
+            predicted = base.predict(noisy, times, base.encode([text])[0].expand(count))
+            errors[row] += (predicted - truth).double().pow(2).flatten(1).mean(1).cpu()
+    return [bool(own < least) for own, least in zip(errors[0], errors[1:].amin(0), strict=True)]
