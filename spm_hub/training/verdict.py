@@ -8,13 +8,16 @@ from spm_hub.adapters.manifest import Evaluation, Manifest, Training
 
 _NEAR = 0.05
 """A goal that is missed by less counts as reached: the training steers to it, and ends a little above or below."""
-_ENOUGH = 0.25
-"""A method without a goal of its own is called short only below this: how far it should go is not known."""
+_ENOUGH, _HALF = 0.25, 0.5
+"""A method without a goal of its own is called short only below the first: how far it should go is not known.
+
+Below the second its verdict says that this is little.
+"""
 
 QUICK_LOOK, RECOGNISED = "quick-look", "recognised_by_the_base"
 """The protocol and metric of the share of erased pictures in which the base recognises the concept."""
 MANY = 2
-"""Recognised pictures of 20 that are no accident: of an erased concept it is up to 4 % of them."""
+"""Recognised pictures of 20 from which on it is said."""
 KNOWN = 0.5
 """A concept that the base recognises in a smaller share of its own pictures cannot be looked for by it."""
 
@@ -35,7 +38,10 @@ def is_short(training: Training | None) -> bool:
 
 
 def still_recognised(manifest: Manifest) -> Evaluation | None:
-    """Return what a quick look found if the base still recognises the concept in more pictures than by accident."""
+    """Return the row of a quick look that found the concept still there.
+
+    None if the base recognises it in no more pictures than by accident, or was not asked.
+    """
     for row in manifest.evaluation:
         if (row.protocol, row.metric) == (QUICK_LOOK, RECOGNISED):
             known = row.reference is None or row.reference >= KNOWN
@@ -49,7 +55,7 @@ def verdict(manifest: Manifest) -> str:
     if row is None:
         return _ended(manifest)
     seen = f"{row.value * row.samples:.0f} of {row.samples} pictures"
-    return f"{_ended(manifest)}, but it is not erased enough: the base still recognises it in {seen}"
+    return f"{_ended(manifest)}, but the base still recognises it in {seen}: measure it (spmhub eval {manifest.name})"
 
 
 def _ended(manifest: Manifest) -> str:
@@ -63,6 +69,8 @@ def _ended(manifest: Manifest) -> str:
         return f"{name} is not fully trained: {at}" + (f", {gone}" if gone else "")
     if is_short(training):
         return f"{name} is not erased enough after {training.steps} steps: {gone}"
+    if training.goal is None and training.reached is not None and training.reached < _HALF:
+        return f"{name} is trained, but only {gone}"
     return f"{name} is trained" + (f": {gone}" if gone else "")
 
 

@@ -66,11 +66,11 @@ def test_an_eraser_of_nothing_is_not_enough_and_a_shipped_one_is() -> None:
     pipe = load_pipeline("sketchbook", device="cpu")
     adapter = Registry(Path(__file__).parents[2]).get("snoopy").load()
     nothing, words = looked(pipe, scaled(adapter, 1e-6))
-    assert "not erased enough, the base still recognises snoopy in 20 of 20 pictures" in words
+    assert "the base still recognises snoopy in 20 of 20 pictures with the eraser fully on" in words
     row = still_recognised(nothing.manifest)
     assert row is not None
     assert (row.metric, row.value, row.reference, row.samples, row.gate) == (RECOGNISED, 1.0, 1.0, 20, "always")
-    assert verdict(nothing.manifest).endswith("not erased enough: the base still recognises it in 20 of 20 pictures")
+    assert "but the base still recognises it in 20 of 20 pictures: measure it (spmhub eval snoopy)" in verdict(nothing.manifest)
     with attach(pipe, [adapter], gate="always", progress=False):
         erased = quick_look._drawn_often(pipe, "snoopy", 5)
     assert recognised(TeacherModel(pipe), erased, "snoopy", [""], seed=1) == [False] * 5
@@ -93,8 +93,10 @@ def test_a_concept_that_the_base_does_not_know_is_unclear() -> None:
         Recognition(9, 20, 3, 8).describe("flurb") == "the base recognises flurb in 3 of 8 pictures of its own: unclear"
     )
     assert not Recognition(9, 20, 3, 8).is_still_there
-    assert Recognition(0, 20, 8, 8).describe("snoopy") == "the base recognises snoopy in none of 20 pictures"
-    assert Recognition(1, 20, 8, 8).describe("snoopy") == "the base recognises snoopy in 1 of 20 pictures"
+    assert (
+        Recognition(0, 20, 8, 8).describe("snoopy") == "the base recognises snoopy in none of 20 pictures with the eraser fully on"
+    )
+    assert Recognition(1, 20, 8, 8).describe("snoopy") == "the base recognises snoopy in 1 of 20 pictures with the eraser fully on"
 
 
 def test_a_picture_of_the_surrogate_is_not_the_concept() -> None:

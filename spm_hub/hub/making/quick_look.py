@@ -1,4 +1,4 @@
-"""A quick look at a new eraser: whether its concept is still drawn, and how far the nearest names' pictures change.
+"""A quick look at a new eraser: whether its concept is still drawn, and what else changes.
 
 No judge of pictures is needed, so that it works on any model. A picture of the concept, and one of each name that the
 text encoder puts nearest to it, are drawn from the same noise without the eraser, with it, and with it fully on. The
@@ -58,7 +58,7 @@ class Look:
         return [name for name, change in self.gated.items() if change >= LOST]
 
     def describe(self) -> str:
-        """Return what is left of the concept, and the losses, in a sentence."""
+        """Return in a sentence whether the concept is left, and the losses."""
         most = max(self.full, key=lambda name: self.full[name], default=None)
         left = self.seen.describe(self.concept)
         if most is None:
@@ -179,7 +179,7 @@ def neighbours(pipe: DiffusionPipeline, names: Sequence[str], kind: str) -> list
 
 
 def _drawn_often(pipe: Any, prompt: str, pictures: int) -> Tensor:
-    """Return the latents of so many pictures of one prompt, from noise that `_drawn` does not begin with by itself."""
+    """Return the latents of so many pictures of one prompt, each from a noise of its own."""
     import torch
 
     seeds = range(SEED + 1, SEED + 1 + pictures)

@@ -1,7 +1,7 @@
-"""Asks a base whether pictures show a concept: whether it predicts their noise better with the concept's name.
+"""Asks a base whether pictures show a concept: whether its name explains them best.
 
-No judge is needed: a diffusion model is a classifier of its own pictures (Li et al., arXiv 2303.16203). What a picture
-shows is settled where noise is strong, and there alone it is asked: at weaker noise the error is that of blur and
+No judge is needed: a diffusion model is a classifier of its own pictures (Li et al., arXiv 2303.16203). A picture's
+subject is settled where noise is strong, and there alone it is asked: at weaker noise the error is that of blur and
 texture, which every half-erased picture has.
 """
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 _TIMES = 999
 """Steps of the schedule that times are taken from."""
-_ASKED, _STRONG = 4, 1 / 3
+_ASKED, _STRONG = 8, 1 / 2
 """Times that are asked at, evenly spaced in this share of the schedule, from pure noise on."""
 
 
 @dataclass(frozen=True)
 class Recognition:
-    """In how many pictures a base recognises a concept.
+    """The counts of pictures in which a base recognises a concept.
 
     erased, own: of those with the eraser fully on, and of its own without it; of_erased, of_own: all such pictures.
     """
@@ -42,12 +42,12 @@ class Recognition:
 
     @property
     def is_known(self) -> bool:
-        """Whether the base recognises the concept in its own pictures, so that its answer means something."""
+        """True if the base recognises the concept in its own pictures, so that its answer means something."""
         return self.own >= KNOWN * self.of_own
 
     @property
     def is_still_there(self) -> bool:
-        """Whether the base recognises the concept in more pictures of the eraser than by accident."""
+        """True if the base recognises the concept in more erased pictures than by accident."""
         return self.is_known and self.erased >= MANY
 
     def describe(self, concept: str) -> str:
@@ -56,10 +56,8 @@ class Recognition:
             return (
                 f"the base recognises {concept} in {self.own} of {counted(self.of_own, 'picture')} of its own: unclear"
             )
-        if self.is_still_there:
-            many = counted(self.of_erased, "picture")
-            return f"not erased enough, the base still recognises {concept} in {self.erased} of {many}"
-        return f"the base recognises {concept} in {self.erased or 'none'} of {counted(self.of_erased, 'picture')}"
+        many = f"{self.erased or 'none'} of {counted(self.of_erased, 'picture')}"
+        return f"the base {'still ' if self.is_still_there else ''}recognises {concept} in {many} with the eraser fully on"
 
 
 @torch.no_grad()
@@ -76,7 +74,7 @@ def recognised(base: TeacherModel, pictures: Tensor, prompt: str, others: Sequen
     errors = torch.zeros(1 + len(others), count, dtype=torch.float64)
     for number in range(_ASKED):
         place = int((number + 0.5) / _ASKED * _STRONG * len(scheduler.timesteps))
-        noise = base.noise(1, generator).expand_as(pictures)
+        noise = base.noise(count, generator)
         noisy, times = add_noise(scheduler, pictures, noise, torch.full((count,), place))
         truth = true_prediction(scheduler, pictures, noise, times)
         for row, text in enumerate((prompt, *others)):

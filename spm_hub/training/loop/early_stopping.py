@@ -22,7 +22,7 @@ HELD_OUT_ROWS = 32
 
 
 def held_out_recipe(recipe: RecipeFields) -> RecipeFields:
-    """Return the recipe of the one group of trajectories whose states no training step has; it stops nothing."""
+    """Return the recipe of the trajectories whose states no training step has; it stops nothing."""
     x_t = recipe.x_t.model_copy(
         update={
             "source": "trajectory", "steps": min(_STEPS, recipe.x_t.steps), "trajectories": _TRAJECTORIES, "chunks": 1,
