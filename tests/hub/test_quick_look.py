@@ -70,7 +70,8 @@ def test_an_eraser_of_nothing_is_not_enough_and_a_shipped_one_is() -> None:
     row = still_recognised(nothing.manifest)
     assert row is not None
     assert (row.metric, row.value, row.reference, row.samples, row.gate) == (RECOGNISED, 1.0, 1.0, 20, "always")
-    assert "but the base still recognises it in 20 of 20 pictures: measure it (spmhub eval snoopy)" in verdict(nothing.manifest)
+    told = verdict(nothing.manifest)
+    assert told.endswith("but the base still recognises it in 20 of 20 pictures: measure it (spmhub eval snoopy)")
     with attach(pipe, [adapter], gate="always", progress=False):
         erased = quick_look._drawn_often(pipe, "snoopy", 5)
     assert recognised(TeacherModel(pipe), erased, "snoopy", [""], seed=1) == [False] * 5
@@ -93,10 +94,12 @@ def test_a_concept_that_the_base_does_not_know_is_unclear() -> None:
         Recognition(9, 20, 3, 8).describe("flurb") == "the base recognises flurb in 3 of 8 pictures of its own: unclear"
     )
     assert not Recognition(9, 20, 3, 8).is_still_there
-    assert (
-        Recognition(0, 20, 8, 8).describe("snoopy") == "the base recognises snoopy in none of 20 pictures with the eraser fully on"
-    )
-    assert Recognition(1, 20, 8, 8).describe("snoopy") == "the base recognises snoopy in 1 of 20 pictures with the eraser fully on"
+    seen = [Recognition(erased, 20, 8, 8).describe("snoopy") for erased in (0, 1, 2)]
+    assert [one.removesuffix(" with the eraser fully on") for one in seen] == [
+        "the base recognises snoopy in none of 20 pictures",
+        "the base recognises snoopy in 1 of 20 pictures",
+        "the base still recognises snoopy in 2 of 20 pictures",
+    ]
 
 
 def test_a_picture_of_the_surrogate_is_not_the_concept() -> None:

@@ -159,6 +159,7 @@ VERDICTS = [
     ),
     (ended(40, 40, "all steps", -0.2), "is not erased enough after 40 steps: 0 % of the way", True),
     (ended(300, 300, "all steps", 1.3), "is trained: 130 % of the way", False),
+    (ended(300, 300, "all steps", 0.42), "is trained, but only 42 % of the way", False),
     (
         ended(20, 300, "callback", 0.95, 0.9),
         "is not fully trained: a callback ended it at step 20 of 300, 95 % of the way, goal 90 %",

@@ -56,8 +56,9 @@ class Recognition:
             return (
                 f"the base recognises {concept} in {self.own} of {counted(self.of_own, 'picture')} of its own: unclear"
             )
+        still = "still " if self.is_still_there else ""
         many = f"{self.erased or 'none'} of {counted(self.of_erased, 'picture')}"
-        return f"the base {'still ' if self.is_still_there else ''}recognises {concept} in {many} with the eraser fully on"
+        return f"the base {still}recognises {concept} in {many} with the eraser fully on"
 
 
 @torch.no_grad()
