@@ -9,6 +9,9 @@ from typing import Any
 from sections.writing import about, named_gates, named_steps, share, table
 
 CONCEPTS = ("snoopy", "van gogh", "nudity")
+_WARNINGS = ("not erased enough", "still recognises", "but only")
+"""Words by which what `spmhub train` prints about an eraser warns of it."""
+_ERASED = 0.05
 
 
 def sketchbook(numbers: dict[str, Any]) -> str:
@@ -170,12 +173,13 @@ def methods(numbers: dict[str, Any]) -> str:
             under(cell, "always", "others_frechet", ".2f"),
             three(cell, lambda one: f"{100 * one['unlearndiffatk']['asr']:.0f}") if trained else "",
             three(cell, lambda one: _said(one["verdict"])) if trained else "",
+            three(cell, lambda one: f"{100 * one['recognised']:.0f}") if trained else "",
             f"{cell[CONCEPTS[0]]['bytes'] / 1000:,.0f} kB" if trained else "",
             f"{sum(cell[concept]['seconds'] for concept in CONCEPTS) / len(CONCEPTS):.1f} s" if trained else "",
         ])  # fmt: skip
     head = [
         "method", "found (%)", "others, `calibrated`, mean", "worst", "others, `always`, mean", "names of no anchor",
-        "worst", "Fréchet", "attacked (%)", "what the training says", "file", "CPU time",
+        "worst", "Fréchet", "attacked (%)", "what the training says", "the base recognises (%)", "file", "CPU time",
     ]  # fmt: skip
     attack, samples = numbers["attack"], numbers["samples"]
     return (
@@ -186,8 +190,9 @@ def methods(numbers: dict[str, Any]) -> str:
         f"made of; Fréchet: distance of the others' probe features from the base's, without a gate. Attacked: share of "
         f"{attack['prompts']} prompts that bring the concept back, as they are or under UnlearnDiffAtk "
         f"({attack['timesteps']} timesteps, {attack['iterations']} iterations at each), without a gate. What the "
-        f"training says: as below. File and time: of one eraser, one thread. SLD and the negative prompt have no gate; "
-        f"their concepts are found without one.\n{about(numbers, 'methods')}"
+        f"training says, and what the base recognises: as below. {_warnings(cells)} File and time: of one eraser, one "
+        f"thread. SLD and the negative prompt have no gate; their concepts are found without one.\n"
+        f"{about(numbers, 'methods')}"
     )
 
 
@@ -211,13 +216,14 @@ def methods_elsewhere(numbers: dict[str, Any], base: str, file: str) -> str:
                 )
             ),
             " / ".join(_said(cell[target]["verdict"]) for target in targets),
+            " / ".join(f"{100 * cell[target]['recognised']:.0f}" for target in targets),
             f"{sum(cell[target]['seconds'] for target in targets) / len(targets):.1f} s",
         ]
         for method, cell in cells.items()
     ]  # fmt: skip
     head = [
         "method", "found (%)", "others, `calibrated`, mean", "names of no anchor", "worst", "others, `always`, mean",
-        "names of no anchor", "worst", "what the training says", "CPU time",
+        "names of no anchor", "worst", "what the training says", "the base recognises (%)", "CPU time",
     ]  # fmt: skip
     pictures = numbers["pictures"]
     return (
@@ -229,8 +235,21 @@ def methods_elsewhere(numbers: dict[str, Any], base: str, file: str) -> str:
         f"{share(round(numbers['targets_found_by_the_base'], 3))} and the others in "
         f"{share(round(numbers['others_found_by_the_base'], 3))} of its pictures. What the training "
         "says: how far the concept went, whether that is its goal, and in brackets how much the nearest name changes "
-        "if the eraser acts fully on every prompt, in shares of the concept's own change.\n"
+        "if the eraser acts fully on every prompt, in shares of the concept's own change; then in how many of 20 "
+        f"pictures with the eraser fully on the base still recognises the concept. {_warnings(cells)}\n"
         f"{about(numbers, 'methods_second', file)}"
+    )
+
+
+def _warnings(methods: dict[str, dict[str, Any]]) -> str:
+    """Return how often what `spmhub train` prints warns of an eraser, and how often the judge finds its concept."""
+    cells = [cell for of_method in methods.values() for cell in of_method.values() if "recognised" in cell]
+    warned = [any(warning in cell["verdict"] for warning in _WARNINGS) for cell in cells]
+    found = [cell["always"]["target_found"] > _ERASED for cell in cells]
+    both = sum(one and other for one, other in zip(warned, found, strict=True))
+    return (
+        f"What `spmhub train` prints warns of {both} of the {sum(found)} erasers whose concept is found in more than "
+        f"{share(_ERASED)} of the pictures, and of {sum(warned) - both} of the other {len(cells) - sum(found)}."
     )
 
 

@@ -16,8 +16,8 @@ Below the second its verdict says that this is little.
 
 QUICK_LOOK, RECOGNISED = "quick-look", "recognised_by_the_base"
 """The protocol and metric of the share of erased pictures in which the base recognises the concept."""
-MANY = 2
-"""Recognised pictures of 20 from which on it is said."""
+MANY = 0.1
+"""Share of recognised pictures from which on it is said."""
 KNOWN = 0.5
 """A concept that the base recognises in a smaller share of its own pictures cannot be looked for by it."""
 
@@ -45,7 +45,7 @@ def still_recognised(manifest: Manifest) -> Evaluation | None:
     for row in manifest.evaluation:
         if (row.protocol, row.metric) == (QUICK_LOOK, RECOGNISED):
             known = row.reference is None or row.reference >= KNOWN
-            return row if known and row.value * row.samples >= MANY else None
+            return row if known and row.value >= MANY else None
     return None
 
 

@@ -21,21 +21,21 @@ from spm_hub.training.verdict import QUICK_LOOK, RECOGNISED
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.hub.making.recognition import Recognition
 
 METRIC = "change_over_the_concepts"
 NEIGHBOURS, STEPS, SEED = 4, 10, 2024
-_ERASED, _OWN, _AT_ONCE = 20, 8, 5
-"""Pictures that the base is asked about, with the eraser and without it, and those that are drawn at once."""
+_ASKED, _ASKED_OF_LARGE, _AT_ONCE = (20, 8), (8, 4), 5
+"""Pictures that a small base or a large one is asked about, with the eraser and without it; those drawn at once."""
 LOST = 0.5
 """A picture that changes by this share of the concept's own change counts as lost."""
 _BARELY = 0.1
 """A concept's picture that changes less than this, over the picture's own spread, hardly changes."""
 _SMALL = 100 * 2**20
-"""Bytes of a denoiser's weights up to which a CPU draws these pictures in seconds."""
+"""Bytes of a small denoiser's weights: a CPU draws these pictures in seconds."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,12 @@ def why_not(pipe: DiffusionPipeline) -> str | None:
     denoiser = denoiser_of(pipe)
     if is_mapped(denoiser):
         return "the denoiser stayed in its file"
-    small = sum(one.nbytes for one in denoiser.parameters()) <= _SMALL
     on_cpu = next(denoiser.parameters()).device.type == "cpu"
-    return "a CPU would take minutes for its pictures" if on_cpu and not small else None
+    return "a CPU would take minutes for its pictures" if on_cpu and not _is_small(denoiser) else None
+
+
+def _is_small(denoiser: nn.Module) -> bool:
+    return sum(one.nbytes for one in denoiser.parameters()) <= _SMALL
 
 
 def look(pipe: DiffusionPipeline, adapter: Adapter) -> Look:
@@ -122,11 +125,12 @@ def look(pipe: DiffusionPipeline, adapter: Adapter) -> Look:
     near = neighbours(pipe, (name, *concept.aliases), concept.kind)
     prompts = [f"a painting by {one}" if concept.kind == "style" else one for one in (name, *near)]
     base = TeacherModel(pipe)  # while no eraser is attached
-    bare, own = _drawn(pipe, prompts), _drawn_often(pipe, prompts[0], _OWN)
+    with_eraser, without = _ASKED if _is_small(base.denoiser) else _ASKED_OF_LARGE
+    bare, own = _drawn(pipe, prompts), _drawn_often(pipe, prompts[0], without)
     with attach(pipe, [adapter]):
         gated = _drawn(pipe, prompts)
     with attach(pipe, [adapter], gate="always"):
-        full, erased = _drawn(pipe, prompts), _drawn_often(pipe, prompts[0], _ERASED)
+        full, erased = _drawn(pipe, prompts), _drawn_often(pipe, prompts[0], with_eraser)
     still, known = (
         recognised(base, pictures, prompts[0], sorted({"", concept.surrogate}), SEED) for pictures in (erased, own)
     )

@@ -48,7 +48,7 @@ class Recognition:
     @property
     def is_still_there(self) -> bool:
         """True if the base recognises the concept in more erased pictures than by accident."""
-        return self.is_known and self.erased >= MANY
+        return self.is_known and self.erased >= MANY * self.of_erased
 
     def describe(self, concept: str) -> str:
         """Return it as a clause."""
