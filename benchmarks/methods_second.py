@@ -2,6 +2,7 @@
 
     python benchmarks/methods_second.py --second benchmarks/bases/fluent/base            # every cell not measured yet
     python benchmarks/methods_second.py --second benchmarks/bases/fluent/base spm esd-x  # these methods, again
+    python benchmarks/methods_second.py --second benchmarks/bases/fluent/base --said     # only what `spmhub train` says
     python benchmarks/methods_second.py --second FOLDER/base --out methods_third         # on a third base
 
 The presets of ESD and UCE were chosen on the sketchbook and on the second base, all others on the sketchbook alone. The
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from composition import STEPS, Picture, World, key, readings, second, shares
 from diffusers.utils import logging
-from methods import TRAINED, anchors_without, said
+from methods import TRAINED, anchors_without, said, said_again
 from record import RESULTS, record
 
 from spm_hub import attach
@@ -77,13 +78,18 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def measure(world: World, method: str, target: str, base: dict[str, bool]) -> dict[str, Any]:
-    """Train one eraser and judge it."""
+def trained(world: World, method: str, target: str) -> tuple[Adapter, float]:
+    """Return an eraser by a method's preset, and the CPU seconds of its training."""
     begun = time.process_time()
     with anchors_without(held_out(world)):
         recipe = Recipe.plan(target=target, method=method, model="second", **ANCHOR.get(method, {}))
         adapter = train(recipe, pipe=world.pipe)
-    seconds = time.process_time() - begun
+    return adapter, time.process_time() - begun
+
+
+def measure(world: World, method: str, target: str, base: dict[str, bool]) -> dict[str, Any]:
+    """Train one eraser and judge it."""
+    adapter, seconds = trained(world, method, target)
     adapter, look = looked(world.pipe, adapter)
     return {**seen(world, adapter, target, base), "seconds": round(seconds, 1), **said(adapter.manifest, look)}
 
@@ -98,6 +104,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", help="those not measured yet unless given", metavar="METHOD")
     parser.add_argument("--second", type=Path, required=True, help="the base, made by second_base.py")
     parser.add_argument("--out", default="methods_second", help="name of the result: benchmarks/results/OUT.json")
+    parser.add_argument("--said", action="store_true", help="only what `spmhub train` says of an eraser")
     options = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -114,10 +121,14 @@ def main() -> None:
     }  # fmt: skip
     for method in options.methods or TRAINED:
         for target in targets:
-            if not options.methods and target in numbers["cells"].get(method, {}):
+            cells = numbers["cells"].setdefault(method, {})
+            if (target not in cells) if options.said else (not options.methods and target in cells):
                 continue
             print(f"{method}, {target} ...", file=sys.stderr, flush=True)
-            numbers["cells"].setdefault(method, {})[target] = measure(world, method, target, base)
+            if options.said:
+                cells[target] = said_again(cells[target], trained(world, method, target)[0], world.pipe)
+            else:
+                cells[target] = measure(world, method, target, base)
             record(options.out, numbers, seeds={"training": 0})
 
 
