@@ -138,8 +138,8 @@ def train(
     source = ["--model", plans[0].model, *(["--config", config] if config else [])]
     source += ["--registry", str(registry)] if registry is not None else []
     listed = ["--adapters", ",".join(entry.name for entry in entries)]
-    next_command = shlex.join(["spmhub", "apply", *source, *listed, "--prompt", plans[0].target, "--compare"])
-    _say_how_it_went(out, entries, next_command)
+    look_at = ["spmhub", "apply", *source, *listed, "--prompt", plans[0].target, "--compare"]
+    _say_how_it_went(out, entries, look_at, source)
 
 
 def _balanced(session: "Session", balance: str | None, judge: str | None) -> "Session":
@@ -163,16 +163,22 @@ def _print_forecasts(out: Output, session: "Session") -> None:
     out.data([one.figures() if isinstance(one, Forecast) else {"remark": one} for one in found], "\n".join(lines))
 
 
-def _say_how_it_went(out: Output, entries: "list[EraserEntry]", look: str) -> None:
-    """Print the verdict on each training, and what to do next, as one sentence."""
-    from spm_hub.training.verdict import is_short, verdict
+def _say_how_it_went(out: Output, entries: "list[EraserEntry]", look_at: list[str], source: list[str]) -> None:
+    """Print the verdict on each training, and what to do next, as one sentence.
+
+    look_at: the command that draws with the erasers; source: its options of model and registry.
+    """
+    from spm_hub.training.verdict import is_short, still_recognised, verdict
 
     manifests = [entry.read_manifest() for entry in entries]
     short = [one.training for one in manifests if one.training is not None and is_short(one.training)]
     longer = ""
     if short:
         longer = f" (train longer: the same command with --set steps={2 * short[0].planned} --force)"
-    out.say(f"{'; '.join(map(verdict, manifests))}{longer}; try: {look}")
+    measure = ""
+    if left := [one.name for one in manifests if still_recognised(one) is not None]:
+        measure = f" (measure it: {shlex.join(['spmhub', 'eval', left[0], *source])})"
+    out.say(f"{'; '.join(map(verdict, manifests))}{longer}{measure}; try: {shlex.join(look_at)}")
 
 
 def _print(out: Output, entries: "list[EraserEntry]") -> None:

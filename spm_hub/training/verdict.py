@@ -55,7 +55,7 @@ def verdict(manifest: Manifest) -> str:
     if row is None:
         return _ended(manifest)
     seen = f"{row.value * row.samples:.0f} of {row.samples} pictures"
-    return f"{_ended(manifest)}, but the base still recognises it in {seen}: measure it (spmhub eval {manifest.name})"
+    return f"{_ended(manifest)}, and the base still recognises it in {seen}"
 
 
 def _ended(manifest: Manifest) -> str:

@@ -21,6 +21,7 @@ from rich.cells import cell_len
 from spm_hub.cli.app import EXAMPLES, app
 from spm_hub.cli.output import LONG, Output, exit_on_error, silence_libraries, size, table
 from spm_hub.errors import RegistryError
+from spm_hub.hub.making import recognition
 from spm_hub.registry import registry as registries
 from spm_hub.registry.registry import Registry
 
@@ -108,6 +109,18 @@ def test_an_empty_and_a_broken_registry(spmhub: Spmhub, registry: Registry, tmp_
     assert broken.code == 0
     assert [("broken" in row) for row in json.loads(broken.out)] == [True, False]
     assert "mickey" in broken.err
+
+
+def test_a_concept_that_the_base_still_recognises_is_to_be_measured(
+    spmhub: Spmhub, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def everywhere(base: object, pictures: torch.Tensor, *about: object) -> list[bool]:
+        return [True] * len(pictures)
+
+    monkeypatch.setattr(recognition, "recognised", everywhere)
+    closing = spmhub("train", "church", "--model", model, *PICO_TRAINING).err.splitlines()[-1]
+    assert ", and the base still recognises it in 20 of 20 pictures (train longer: " in closing
+    assert f"(measure it: spmhub eval church --model {model})" in closing
 
 
 def test_train_keeps_an_eraser_and_says_where(spmhub: Spmhub, registry: Registry, model: Path) -> None:

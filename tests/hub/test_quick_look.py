@@ -70,8 +70,7 @@ def test_an_eraser_of_nothing_is_not_enough_and_a_shipped_one_is() -> None:
     row = still_recognised(nothing.manifest)
     assert row is not None
     assert (row.metric, row.value, row.reference, row.samples, row.gate) == (RECOGNISED, 1.0, 1.0, 20, "always")
-    told = verdict(nothing.manifest)
-    assert told.endswith("but the base still recognises it in 20 of 20 pictures: measure it (spmhub eval snoopy)")
+    assert verdict(nothing.manifest).endswith(", and the base still recognises it in 20 of 20 pictures")
     with attach(pipe, [adapter], gate="always", progress=False):
         erased = quick_look._drawn_often(pipe, "snoopy", 5)
     assert recognised(TeacherModel(pipe), erased, "snoopy", [""], seed=1) == [False] * 5
