@@ -138,6 +138,7 @@ def stage(work: Path, name: str, do: Callable[[Path], Path]) -> dict[str, Any]:
     if not file.exists():
         print(name, file=sys.stderr, flush=True)
         shutil.rmtree(folder, ignore_errors=True)
+        os.environ["XDG_CACHE_HOME"] = str(work / f"{name}-cache")  # it has no pictures of an earlier stage
         begun = time.perf_counter()
         made = do(folder)
         seconds = time.perf_counter() - begun

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ def measured(base: BaseChoice, eraser: Adapter, pictures: int, asked: Asked) -> 
     protocol = of_so_many(2 * pictures)
     protocol = protocol.model_copy(update={"usual": protocol.sketchbook})
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder  # all pictures are drawn
         evaluate(protocol, [eraser], base, Path(folder) / "run", asked, watching)
     drawing = watching.seen["drawing"]
     assert len(drawing) == pictures // EVERY

@@ -6,9 +6,8 @@
 Each method erases three concepts of each base, by `spmhub train`'s own preset.
 The protocols are benchmarks/protocols/short-*.yaml; the second base is benchmarks/bases/fluent, for which the names
 that its reports judge are taken out of the words that anchors are made of. Shipped erasers are for concepts that the
-second base does not know: there the report has only what is to stay. WORK keeps erasers, pictures and interrupted runs;
-the pictures without erasers are drawn once for each concept. What is committed of each run, in benchmarks/reports, is
-its settings, report and records: all but the pictures.
+second base does not know: there the report has only what is to stay. WORK keeps erasers, pictures and interrupted runs.
+What is committed of each run, in benchmarks/reports, is its settings, report and records: all but the pictures.
 """
 
 from __future__ import annotations
@@ -33,10 +32,9 @@ from methods_second import ANCHOR
 import spm_hub
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.manifest import slug
-from spm_hub.evaluation.pictures import WITHOUT
 from spm_hub.evaluation.protocols.protocol import Protocol
 from spm_hub.evaluation.protocols.running import Asked, evaluate
-from spm_hub.evaluation.records.folder import METRICS, ROWS, RUN, SAMPLES, RunFolder
+from spm_hub.evaluation.records.folder import METRICS, ROWS, RUN, SAMPLES
 from spm_hub.evaluation.reports.writing import REPORT
 from spm_hub.io.progress import Bars
 from spm_hub.models.base_choice import BaseChoice
@@ -112,15 +110,6 @@ def eraser_of(cell: Cell, work: Path) -> Adapter:
     return registry.get(slug(cell.concept)).load()
 
 
-def take_bare_pictures(run: Path, kept: Path) -> None:
-    """Copy the pictures without erasers, which are the same for every eraser of a concept, from an earlier run."""
-    if (run / RUN).exists() or not (kept / SAMPLES).exists():
-        return
-    shutil.copytree(kept / "pictures" / WITHOUT, run / "pictures" / WITHOUT, dirs_exist_ok=True)
-    bare = [sample for sample in RunFolder.open(kept).samples() if sample.condition == WITHOUT]
-    (run / SAMPLES).write_text("".join(sample.to_line() for sample in bare))
-
-
 def keep(run: Path, committed: Path) -> None:
     """Copy a run's report and records; the records are packed, as most of them is hashes and seeds."""
     committed.mkdir(parents=True, exist_ok=True)
@@ -134,9 +123,6 @@ def measure(cell: Cell, work: Path) -> None:
     """Make the report of one cell, and commit it."""
     eraser = eraser_of(cell, work)
     run, protocol = work / cell.folder, protocol_of(cell, eraser.manifest.concept.kind)
-    alike = sorted((work / cell.base).glob(f"*-{slug(cell.concept)}/{REPORT}"))
-    if alike and (cell.how != OWN or cell.base == "fluent"):
-        take_bare_pictures(run, alike[0].parent)
     evaluate(protocol, [eraser], base_of(cell, work), run, Asked(), Bars(False), resume=True, force=True)
     keep(run, REPORTS / cell.folder)
 

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -23,20 +24,20 @@ from spm_hub.io.environment import user_folder
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_MOST_FILES, _MOST_BYTES = 8, 2**29
-"""So many sets of pictures are kept, the latest; larger sets are not."""
+_MOST_BYTES = 2**30
+"""Files of so many bytes are kept, the latest."""
 
 
 def kept_or_drawn(
-    pipe: DiffusionPipeline, how: Sequence[object], count: int, draw: Callable[[], list[Image.Image]]
+    base: str | None, how: Sequence[object], count: int, draw: Callable[[], list[Image.Image]]
 ) -> list[Image.Image]:
     """Return the pictures of an earlier call with the same base and settings, or draw and keep them.
 
-    pipe: as it was loaded, without erasers.  how: the settings that the pictures depend on.  count: of the pictures.
+    base: its `base_key`.  how: the settings that the pictures depend on.  count: of the pictures.
     """
-    key = _key(pipe, how)
-    if key is None:
+    if base is None:
         return draw()
+    key = hashlib.sha256(f"{base} {list(how)!r}".encode()).hexdigest()[:32]
     path = user_folder("cache") / "base-pictures" / f"{key}.zip"
     found = _read(path, count)
     if found is None:
@@ -45,8 +46,11 @@ def kept_or_drawn(
     return found
 
 
-def _key(pipe: DiffusionPipeline, how: Sequence[object]) -> str | None:
-    """Return a hash of all that decides the pictures; None where weights have no values here."""
+def base_key(pipe: DiffusionPipeline) -> str | None:
+    """Return a hash of all of a base that decides its pictures; None where weights have no values here.
+
+    pipe: as it was loaded, without erasers.
+    """
     digest = hashlib.sha256()
     parts: list[object] = [type(pipe).__name__, *(f"{name} {version(name)}" for name in ("torch", "diffusers"))]
     for name, part in sorted(pipe.components.items()):
@@ -58,8 +62,8 @@ def _key(pipe: DiffusionPipeline, how: Sequence[object]) -> str | None:
                     return None
                 parts.append((key, tuple(value.shape), str(value.dtype)))
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    digest.update(repr((parts, list(how))).encode())
-    return digest.hexdigest()[:32]
+    digest.update(repr(parts).encode())
+    return digest.hexdigest()
 
 
 def _read(path: Path, count: int) -> list[Image.Image] | None:
@@ -76,7 +80,7 @@ def _read(path: Path, count: int) -> list[Image.Image] | None:
 
 
 def _keep(path: Path, pictures: Sequence[Image.Image]) -> None:
-    """Write pictures into one file; of many files, delete those that were not used for longest."""
+    """Write pictures into one file; delete the files that were not used for longest if there are too many."""
 
     def write(file: BinaryIO) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -85,10 +89,10 @@ def _keep(path: Path, pictures: Sequence[Image.Image]) -> None:
                 picture.save(png, format="PNG")
                 archive.writestr(f"{number}.png", png.getvalue())
 
-    if sum(picture.width * picture.height * 3 for picture in pictures) > _MOST_BYTES:
-        return
     with suppress(RegistryError, OSError):  # without room in the cache, they are drawn again next time
         write_atomic(path, write)
         kept = sorted(path.parent.glob("*.zip"), key=lambda one: one.stat().st_mtime_ns, reverse=True)
-        for old in kept[_MOST_FILES:]:
-            old.unlink()
+        sizes = accumulate(one.stat().st_size for one in kept)
+        for old, whole in zip(kept, sizes, strict=True):
+            if whole > _MOST_BYTES:
+                old.unlink()

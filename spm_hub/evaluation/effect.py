@@ -12,7 +12,7 @@ from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.manifest import Evaluation
 from spm_hub.attachment.attachment import attach
 from spm_hub.evaluation import sketchbook
-from spm_hub.evaluation.base_pictures import kept_or_drawn
+from spm_hub.evaluation.base_pictures import base_key, kept_or_drawn
 from spm_hub.evaluation.judging import table_of
 from spm_hub.evaluation.pictures import DrawingOptions
 from spm_hub.evaluation.sketchbook import DetectionRow
@@ -115,7 +115,7 @@ def measure(
         given = tuple(count(drawn("drawing with")))
     if base.pipe is None:
         how = wanted, steps, guidance, sketchbook.BATCH_SIZE
-        without = tuple(count(kept_or_drawn(pipe, how, len(wanted), lambda: drawn("drawing without"))))
+        without = tuple(count(kept_or_drawn(base_key(pipe), how, len(wanted), lambda: drawn("drawing without"))))
     else:
         # What its caller has done to a pipeline may not show in its weights.
         without = tuple(count(drawn("drawing without")))

@@ -14,7 +14,7 @@ from pico import pico_pipeline
 from PIL import Image
 
 from spm_hub.evaluation import base_pictures
-from spm_hub.evaluation.base_pictures import kept_or_drawn
+from spm_hub.evaluation.base_pictures import base_key, kept_or_drawn
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def pixels(pictures: list[Image.Image]) -> list[bytes]:
 
 def test_a_second_evaluation_has_the_same_pixels_without_drawing(cache: Path) -> None:
     artist = Artist()
-    first = kept_or_drawn(pico_pipeline(), ["prompts", 25], 3, artist)
-    again = kept_or_drawn(pico_pipeline(), ["prompts", 25], 3, artist)
+    first = kept_or_drawn(base_key(pico_pipeline()), ["prompts", 25], 3, artist)
+    again = kept_or_drawn(base_key(pico_pipeline()), ["prompts", 25], 3, artist)
     assert (artist.asked, pixels(again)) == (1, pixels(first))
     assert [picture.size for picture in again] == [(12, 8)] * 3
 
@@ -63,35 +63,35 @@ def precision(pipe: Any) -> None:
 @pytest.mark.parametrize("change", [one_weight, scheduler, precision])
 def test_another_base_is_drawn_anew(cache: Path, change: Callable[[Any], None]) -> None:
     artist, pipe = Artist(), pico_pipeline()
-    kept_or_drawn(pipe, [1], 3, artist)
+    kept_or_drawn(base_key(pipe), [1], 3, artist)
     change(pipe)
-    kept_or_drawn(pipe, [1], 3, artist)
-    kept_or_drawn(pico_pipeline(), [2], 3, artist)
+    kept_or_drawn(base_key(pipe), [1], 3, artist)
+    kept_or_drawn(base_key(pico_pipeline()), [2], 3, artist)
     assert artist.asked == 3
 
 
 def test_a_damaged_file_is_drawn_anew_and_old_ones_go(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artist, pipe = Artist(), pico_pipeline()
-    kept_or_drawn(pipe, [0], 3, artist)
+    kept_or_drawn(base_key(pipe), [0], 3, artist)
     (path,) = cache.iterdir()
     for damage in (b"", path.read_bytes()[:-30], path.read_bytes().replace(b"IDAT", b"IDXX")):
         path.write_bytes(damage)
-        kept_or_drawn(pipe, [0], 3, artist)
+        kept_or_drawn(base_key(pipe), [0], 3, artist)
     assert artist.asked == 4
-    monkeypatch.setattr(base_pictures, "_MOST_FILES", 2)
+    monkeypatch.setattr(base_pictures, "_MOST_BYTES", 2 * path.stat().st_size + 100)
     for number in range(1, 4):
-        kept_or_drawn(pipe, [number], 3, artist)
+        kept_or_drawn(base_key(pipe), [number], 3, artist)
     assert len(list(cache.iterdir())) == 2
     assert not path.exists()
     monkeypatch.setattr(base_pictures, "_MOST_BYTES", 100)
-    kept_or_drawn(pipe, [9], 3, artist)
-    assert len(list(cache.iterdir())) == 2
+    kept_or_drawn(base_key(pipe), [9], 3, artist)
+    assert list(cache.iterdir()) == []
 
 
 def test_weights_that_are_elsewhere_are_not_hashed(cache: Path) -> None:
     artist, pipe = Artist(), pico_pipeline()
     pipe.vae.to("meta")
-    kept_or_drawn(pipe, [0], 3, artist)
-    kept_or_drawn(pipe, [0], 3, artist)
+    kept_or_drawn(base_key(pipe), [0], 3, artist)
+    kept_or_drawn(base_key(pipe), [0], 3, artist)
     assert artist.asked == 2
     assert not cache.exists()

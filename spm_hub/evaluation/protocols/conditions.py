@@ -70,5 +70,6 @@ class DrawingElsewhere:
         """Load the base on the worker's device; yield what `Drawing` does."""
         pipe = replace(self.base, device=place.device(self.base.device)).open()
         conditions = conditions_of(pipe, self.erasers, self.options, self.strengths)
-        with Drawing(RunFolder.open(self.folder), pipe, conditions, self.defaults).open(place) as draw:
+        work = Drawing(RunFolder.open(self.folder), pipe, conditions, self.defaults, as_loaded=True)
+        with work.open(place) as draw:
             yield draw

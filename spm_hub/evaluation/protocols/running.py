@@ -129,7 +129,7 @@ def evaluate(
     with folder.locked():
         with reporter.progress("drawing") as progress:
             if isinstance(runner, Serial):
-                work: Work = Drawing(folder, pipe, conditions, defaults)
+                work: Work = Drawing(folder, pipe, conditions, defaults, as_loaded=base.pipe is None)
             else:
                 work = DrawingElsewhere(base, tuple(erasers), options, folder.path, defaults, asked.strengths)
                 del pipe, conditions  # each worker has its own

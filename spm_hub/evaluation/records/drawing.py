@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from spm_hub.errors import RegistryError, UsageError
+from spm_hub.evaluation.base_pictures import base_key, kept_or_drawn
+from spm_hub.evaluation.pictures import WITHOUT
 from spm_hub.evaluation.records.folder import SAMPLES, RunFolder, append_durably
 from spm_hub.evaluation.records.rows import Batch
 from spm_hub.evaluation.records.sample import Sample
@@ -44,12 +47,16 @@ BatchToDraw = tuple[str, int]
 
 @dataclass(frozen=True)
 class Drawing:
-    """The work of drawing, with a pipeline of this process."""
+    """The work of drawing, with a pipeline of this process.
+
+    as_loaded: the pipeline is the base as it was loaded, so that its pictures without erasers serve other runs.
+    """
 
     folder: RunFolder
     pipe: DiffusionPipeline
     conditions: Conditions
     defaults: RowDefaults
+    as_loaded: bool = False
 
     @contextmanager
     def open(self, place: Place) -> Iterator[Callable[[BatchToDraw], str]]:
@@ -68,12 +75,25 @@ class Drawing:
                     attached.close()
                     now = condition, attached.enter_context(self.conditions[condition]())
                 batch = self.folder.batches[number]
-                pictures = draw_batch(self.pipe, batch, self.defaults)
+                if condition == WITHOUT and self.as_loaded:
+                    pictures = self._without_erasers(batch)
+                else:
+                    pictures = draw_batch(self.pipe, batch, self.defaults)
                 gammas = {} if now[1] is None else dict(now[1].last_gammas)
                 samples = self.folder.keep(condition, batch, pictures, gammas)
                 return "".join(sample.to_line() for sample in samples)
 
             yield draw
+
+    @cached_property
+    def _base_key(self) -> str | None:
+        return base_key(self.pipe)
+
+    def _without_erasers(self, batch: Batch) -> list[Image.Image]:
+        """Return the base's own pictures of a batch, from an earlier run if it drew the same batch."""
+        rows = [(row.prompt, row.seed, row.negative, row.guidance, row.width, row.height) for row in batch.rows]
+        how = [astuple(self.defaults), rows]
+        return kept_or_drawn(self._base_key, how, len(rows), lambda: draw_batch(self.pipe, batch, self.defaults))
 
 
 def draw_missing(

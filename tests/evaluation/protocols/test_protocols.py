@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from diffusers import DiffusionPipeline
 from pico import pico_eraser, pico_pipeline
+from PIL import Image
 from pydantic import ValidationError
-from recorded import QUIET
+from recorded import QUIET, contents
 
+from spm_hub.adapters.adapter import Adapter
+from spm_hub.adapters.increments import LowRank
 from spm_hub.adapters.manifest import Concept
 from spm_hub.errors import NotFoundError, UsageError
 from spm_hub.evaluation.metrics.named import known_metrics, metric_named
@@ -17,8 +21,10 @@ from spm_hub.evaluation.prompts.catalogue import catalogue
 from spm_hub.evaluation.protocols.protocol import Protocol, protocol_named, protocols
 from spm_hub.evaluation.protocols.rows import nearest_by_text, phrase, rows_of
 from spm_hub.evaluation.protocols.running import Asked, evaluate
+from spm_hub.evaluation.records import drawing
+from spm_hub.evaluation.records.drawing import RowDefaults, draw_batch
 from spm_hub.evaluation.records.folder import RunFolder
-from spm_hub.evaluation.records.rows import PromptRow
+from spm_hub.evaluation.records.rows import Batch, PromptRow
 from spm_hub.models.base_choice import BaseChoice
 from spm_hub.sketchbook.world import unknown_words
 
@@ -94,6 +100,33 @@ def test_what_stands_beside_a_concept_is_looked_for_unless_it_is_erased_itself()
     assert ("a painting of a dog by picasso", "dog") in {(row.prompt, row.subject) for row in beside}
     assert "picasso" not in {row.subject for row in beside}, "it is erased"
     assert all(row.subject in row.prompt for row in beside)
+
+
+@pytest.mark.filterwarnings("ignore:spm_hub. the prompt")
+def test_pictures_of_the_base_serve_every_eraser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pico_pipeline().save_pretrained(tmp_path / "base")
+    drawn: list[int] = []
+
+    def draw(pipe: DiffusionPipeline, batch: Batch, defaults: RowDefaults) -> list[Image.Image]:
+        drawn.append(batch.number)
+        return draw_batch(pipe, batch, defaults)
+
+    monkeypatch.setattr(drawing, "draw_batch", draw)
+    asked = Asked(steps=1, limit=8, measure=("ssim",), at_once=4, size=(32, 32))
+
+    def run(name: str, eraser: Adapter, cache: str) -> tuple[dict[str, str], int]:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        drawn.clear()
+        base = BaseChoice(str(tmp_path / "base"))
+        evaluate(protocol_named("neighbours"), [eraser], base, tmp_path / name, asked, QUIET)
+        return contents(tmp_path / name), len(drawn)
+
+    one = pico_eraser(pico_pipeline().unet)
+    stronger = Adapter(one.manifest, {key: LowRank(each.down, 2 * each.up) for key, each in one.increments.items()})
+    assert run("one", one, "shared")[1] == 4
+    second, batches = run("second", stronger, "shared")
+    assert batches == 2
+    assert run("by-itself", stronger, "empty") == (second, 4)
 
 
 @pytest.mark.filterwarnings("ignore:spm_hub. the prompt")

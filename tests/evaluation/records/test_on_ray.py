@@ -49,7 +49,8 @@ def runners(path: Path) -> dict[str, Runner]:
     return {"serial": Serial(), "ray": Killing(OnRay(2), path / "killed")}
 
 
-def test_pictures(base: BaseChoice, tmp_path: Path) -> None:
+def test_pictures(base: BaseChoice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # the cluster's workers do not see it
     eraser = pico_eraser(pico_pipeline().unet)
 
     def drawn(name: str, runner: Runner) -> dict[str, str]:
