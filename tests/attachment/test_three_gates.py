@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -15,24 +14,15 @@ from test_families import apart, draw, eraser
 from torch import Tensor
 
 import spm_hub
-from spm_hub.attachment.gates import bank
 from spm_hub.attachment.gates.evaluation import Gammas
 from spm_hub.errors import SpmHubError
 from spm_hub.models.architectures import denoiser_of
 
+pytestmark = pytest.mark.usefixtures("small_bank")
+
 GATES = ("transport", "calibrated", "always")
 FAMILIES = ("sd1", "sdxl", "flux-dev", "sd3", "qwen-image")
 PROMPTS = ("snoopy", "a painting by van gogh", "the price of eggs went up")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_bank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An eighth of the general sentences, in a cache of these tests, to encode them in a moment."""
-    some = bank.sentences()[::8]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(bank, "sentences", lambda: some)
-        yield
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,21 +15,13 @@ from test_families import draw, eraser
 from torch import Tensor
 
 from spm_hub.attachment.attachment import attach
-from spm_hub.attachment.gates import bank, evidence
+from spm_hub.attachment.gates import evidence
 from spm_hub.attachment.gates.evidence import SURE_SHARE, EvidenceGate, PreparedEvidenceGate, shares_of_effect
 from spm_hub.attachment.pipeline_hooks import _timestep_at
 
+pytestmark = pytest.mark.usefixtures("small_bank")
+
 OTHER = "a dog"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_bank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An eighth of the general sentences, in a cache of these tests, to encode them in a moment."""
-    some = bank.sentences()[::8]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(bank, "sentences", lambda: some)
-        yield
 
 
 @pytest.fixture

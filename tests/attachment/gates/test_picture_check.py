@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,24 +14,16 @@ from torch import Tensor
 
 import spm_hub
 from spm_hub.attachment.attachment import attach
-from spm_hub.attachment.gates import bank, evidence
+from spm_hub.attachment.gates import evidence
 from spm_hub.attachment.gates.evidence import EvidenceGate, PreparedEvidenceGate
 from spm_hub.attachment.watch import picture_check
 from spm_hub.evaluation.sketchbook import probe
 from spm_hub.models.loading import load_pipeline
 
+pytestmark = pytest.mark.usefixtures("small_bank")
+
 UNASKED = math.inf
 """As a bar: the prompt's own evidence counts for nothing, so that only the picture decides."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_bank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An eighth of the general sentences, in a cache of these tests, to encode them in a moment."""
-    some = bank.sentences()[::8]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(bank, "sentences", lambda: some)
-        yield
 
 
 @pytest.fixture(autouse=True)
