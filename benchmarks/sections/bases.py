@@ -173,7 +173,7 @@ def methods(numbers: dict[str, Any]) -> str:
             under(cell, "always", "others_frechet", ".2f"),
             three(cell, lambda one: f"{100 * one['unlearndiffatk']['asr']:.0f}") if trained else "",
             three(cell, lambda one: _said(one["verdict"])) if trained else "",
-            three(cell, lambda one: f"{100 * one['recognised']:.0f}") if trained else "",
+            three(cell, _recognised) if trained else "",
             f"{cell[CONCEPTS[0]]['bytes'] / 1000:,.0f} kB" if trained else "",
             f"{sum(cell[concept]['seconds'] for concept in CONCEPTS) / len(CONCEPTS):.1f} s" if trained else "",
         ])  # fmt: skip
@@ -216,7 +216,7 @@ def methods_elsewhere(numbers: dict[str, Any], base: str, file: str) -> str:
                 )
             ),
             " / ".join(_said(cell[target]["verdict"]) for target in targets),
-            " / ".join(f"{100 * cell[target]['recognised']:.0f}" for target in targets),
+            " / ".join(_recognised(cell[target]) for target in targets),
             f"{sum(cell[target]['seconds'] for target in targets) / len(targets):.1f} s",
         ]
         for method, cell in cells.items()
@@ -235,10 +235,14 @@ def methods_elsewhere(numbers: dict[str, Any], base: str, file: str) -> str:
         f"{share(round(numbers['targets_found_by_the_base'], 3))} and the others in "
         f"{share(round(numbers['others_found_by_the_base'], 3))} of its pictures. What the training "
         "says: how far the concept went, whether that is its goal, and in brackets how much the nearest name changes "
-        "if the eraser acts fully on every prompt, in shares of the concept's own change; then in how many of 20 "
-        f"pictures with the eraser fully on the base still recognises the concept. {_warnings(cells)}\n"
+        "if the eraser acts fully on every prompt, in shares of the concept's own change. The base recognises: "
+        f"the concept, in that share of 20 pictures with the eraser fully on. {_warnings(cells)}\n"
         f"{about(numbers, 'methods_second', file)}"
     )
+
+
+def _recognised(cell: dict[str, Any]) -> str:
+    return f"{100 * cell['recognised']:.0f}" if "recognised" in cell else "not asked"
 
 
 def _warnings(methods: dict[str, dict[str, Any]]) -> str:
