@@ -219,7 +219,7 @@ METHOD = Method(
     paper="Gandikota et al., WACV 2024, arXiv 2308.14761",
     summary="Edits keys and values of cross-attention in closed form: the fastest, on SD 1, SD 2 and SDXL.",
     cost="About a second on the sketchbook; no training loop.",
-    harm="Fully on, some related concepts change; attacks brought concepts back in up to 4 of 10 cases.",
+    harm="Fully on, related concepts change; a character stayed in 1 of 8 pictures, and attacks brought it back.",
     preset={
         "objective": {"name": "uce"},
         "increment": {"modules": "esd-x-strict"},
