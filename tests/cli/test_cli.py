@@ -112,7 +112,7 @@ def test_an_empty_and_a_broken_registry(spmhub: Spmhub, registry: Registry, tmp_
 
 
 def test_a_concept_that_the_base_still_recognises_is_to_be_measured(
-    spmhub: Spmhub, model: Path, monkeypatch: pytest.MonkeyPatch
+    spmhub: Spmhub, registry: Registry, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def everywhere(base: object, pictures: torch.Tensor, *about: object) -> list[bool]:
         return [True] * len(pictures)
