@@ -32,6 +32,7 @@ SHORT = {
     "train": (
         *(f"--set={key}={value}" for key, value in SHORT_RECIPE.items() if not isinstance(value, dict)),
         *(f"--set=x_t.{key}={value}" for key, value in SHORT_RECIPE["x_t"].items()),
+        "--no-look",
     ),
     "apply": ("--steps=1",),
     "eval": ("--samples=1", "--steps=1"),

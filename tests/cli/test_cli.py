@@ -120,7 +120,7 @@ def test_a_concept_that_the_base_still_recognises_is_to_be_measured(
     monkeypatch.setattr(recognition, "recognised", everywhere)
     closing = spmhub("train", "church", "--model", model, *PICO_TRAINING).err.splitlines()[-1]
     assert ", and the base still recognises it in 20 of 20 pictures (train longer: " in closing
-    assert f"(measure it: spmhub eval church --model {model})" in closing
+    assert f"(measure it: spmhub eval church --model {model} --registry {registry.root})" in closing
 
 
 def test_train_keeps_an_eraser_and_says_where(spmhub: Spmhub, registry: Registry, model: Path) -> None:
