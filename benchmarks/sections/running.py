@@ -168,8 +168,8 @@ def cluster(numbers: dict[str, Any]) -> str:
     head = ["", "work", "files", "beside one process", "one worker killed", "time beside one process"]
     return (
         f"{table(head, rows)}\n\nEach worker has one thread and loads the base; the time has the loss of a worker in "
-        f"it. The two cores had other work meanwhile, at a load of {min(loads):g} to {max(loads):g}: the files are "
-        f"what was tested, and the time says little.\n{about(numbers, 'cluster')}"
+        f"it. Two cores; their load (mean of five minutes) was {min(loads):g} to {max(loads):g}. Short work does not "
+        f"repay the start of the workers.\n{about(numbers, 'cluster')}"
     )
 
 
