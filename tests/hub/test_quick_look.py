@@ -13,7 +13,7 @@ from pico_families import family_pipeline
 from spm_hub import attach
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import Increment, LowRank
-from spm_hub.adapters.manifest import GateDefaults
+from spm_hub.adapters.manifest import Concept, GateDefaults
 from spm_hub.evaluation.sketchbook import probe
 from spm_hub.hub.making import quick_look
 from spm_hub.hub.making.quick_look import Look, look, looked, neighbours
@@ -66,13 +66,17 @@ def test_an_eraser_of_nothing_is_not_enough_and_a_shipped_one_is() -> None:
     pipe = load_pipeline("sketchbook", device="cpu")
     adapter = Registry(Path(__file__).parents[2]).get("snoopy").load()
     nothing, words = looked(pipe, scaled(adapter, 1e-6))
-    assert "the base still recognises snoopy in 20 of 20 pictures with the eraser fully on" in words
     row = still_recognised(nothing.manifest)
     assert row is not None
-    assert (row.metric, row.value, row.reference, row.samples, row.gate) == (RECOGNISED, 1.0, 1.0, 20, "always")
-    assert verdict(nothing.manifest).endswith(", and the base still recognises it in 20 of 20 pictures")
+    assert (row.metric, row.samples, row.gate) == (RECOGNISED, 20, "always")
+    assert row.value >= 0.8
+    assert row.reference is not None
+    assert row.reference >= 0.8
+    seen = f"{20 * row.value:.0f} of 20 pictures"
+    assert f"the base still recognises snoopy in {seen} with the eraser fully on" in words
+    assert verdict(nothing.manifest).endswith(f", and the base still recognises it in {seen}")
     with attach(pipe, [adapter], gate="always", progress=False):
-        erased = quick_look._drawn_often(pipe, "snoopy", 5)
+        erased = quick_look._drawn_in_groups(pipe, quick_look._sentences(adapter.manifest.concept, 5))
     assert recognised(TeacherModel(pipe), erased, "snoopy", [""], seed=1) == [False] * 5
 
 
@@ -86,6 +90,15 @@ def test_the_base_and_the_probe_agree_on_what_its_pictures_show() -> None:
     by_probe = [reading.subject == "snoopy" for reading in probe().read(pictures)]
     assert by_probe == [True] * 6 + [False] * 6
     assert recognised(TeacherModel(pipe), latents, "snoopy", [""], seed=1) == by_probe
+
+
+def test_the_base_is_asked_about_different_sentences_with_the_concept() -> None:
+    snoopy = Concept(target="snoopy", aliases=("beagle",), kind="character")
+    texts = quick_look._sentences(snoopy, 20)
+    assert texts == quick_look._sentences(snoopy, 20)
+    assert len(set(texts)) > 10
+    assert all("snoopy" in text or "beagle" in text for text in texts)
+    assert "snoopy" in texts
 
 
 def test_a_concept_that_the_base_does_not_know_is_unclear() -> None:

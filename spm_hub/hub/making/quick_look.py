@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from spm_hub.adapters.adapter import Adapter
+    from spm_hub.adapters.manifest import Concept
     from spm_hub.hub.making.recognition import Recognition
 
 METRIC = "change_over_the_concepts"
@@ -126,11 +127,12 @@ def look(pipe: DiffusionPipeline, adapter: Adapter) -> Look:
     prompts = [f"a painting by {one}" if concept.kind == "style" else one for one in (name, *near)]
     base = TeacherModel(pipe)  # while no eraser is attached
     with_eraser, without = _ASKED if _is_small(base.denoiser) else _ASKED_OF_LARGE
-    bare, own = _drawn(pipe, prompts), _drawn_often(pipe, prompts[0], without)
+    texts = _sentences(concept, with_eraser)
+    bare, own = _drawn(pipe, prompts), _drawn_in_groups(pipe, texts[:without])
     with attach(pipe, [adapter]):
         gated = _drawn(pipe, prompts)
     with attach(pipe, [adapter], gate="always"):
-        full, erased = _drawn(pipe, prompts), _drawn_often(pipe, prompts[0], with_eraser)
+        full, erased = _drawn(pipe, prompts), _drawn_in_groups(pipe, texts)
     still, known = (
         recognised(base, pictures, prompts[0], sorted({"", concept.surrogate}), SEED) for pictures in (erased, own)
     )
@@ -182,13 +184,27 @@ def neighbours(pipe: DiffusionPipeline, names: Sequence[str], kind: str) -> list
     return nearest_names(TeacherModel(pipe), names[:1], others, NEIGHBOURS)
 
 
-def _drawn_often(pipe: Any, prompt: str, pictures: int) -> Tensor:
-    """Return the latents of so many pictures of one prompt, each from a noise of its own."""
+def _sentences(concept: Concept, count: int) -> list[str]:
+    """Return sentences about a concept, some of them its bare name alone.
+
+    An eraser of the bare name may leave the concept in sentences.
+    """
     import torch
 
-    seeds = range(SEED + 1, SEED + 1 + pictures)
-    groups = [seeds[start : start + _AT_ONCE] for start in range(0, pictures, _AT_ONCE)]
-    return torch.cat([_drawn(pipe, [prompt] * len(group), group) for group in groups])
+    from spm_hub.training.data.prompts import PromptMaker, Words
+
+    maker = PromptMaker(concept.names, concept.kind, Words.load(), ())
+    generator = torch.Generator().manual_seed(SEED)
+    return [maker.target(generator) for _ in range(count)]
+
+
+def _drawn_in_groups(pipe: Any, prompts: Sequence[str]) -> Tensor:
+    """Return the latents of one picture for each prompt, each from a noise of its own."""
+    import torch
+
+    seeds = range(SEED + 1, SEED + 1 + len(prompts))
+    parts = [slice(start, start + _AT_ONCE) for start in range(0, len(prompts), _AT_ONCE)]
+    return torch.cat([_drawn(pipe, prompts[part], seeds[part]) for part in parts])
 
 
 def _drawn(pipe: Any, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> Tensor:
