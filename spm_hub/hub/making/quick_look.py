@@ -127,7 +127,7 @@ def look(pipe: DiffusionPipeline, adapter: Adapter) -> Look:
     prompts = [f"a painting by {one}" if concept.kind == "style" else one for one in (name, *near)]
     base = TeacherModel(pipe)  # while no eraser is attached
     with_eraser, without = _ASKED if _is_small(base.denoiser) else _ASKED_OF_LARGE
-    texts = _sentences(concept, with_eraser)
+    texts = _sentences(pipe, concept, with_eraser)
     bare, own = _drawn(pipe, prompts), _drawn_in_groups(pipe, texts[:without])
     with attach(pipe, [adapter]):
         gated = _drawn(pipe, prompts)
@@ -184,18 +184,20 @@ def neighbours(pipe: DiffusionPipeline, names: Sequence[str], kind: str) -> list
     return nearest_names(TeacherModel(pipe), names[:1], others, NEIGHBOURS)
 
 
-def _sentences(concept: Concept, count: int) -> list[str]:
-    """Return sentences about a concept, some of them its bare name alone.
+def _sentences(pipe: DiffusionPipeline, concept: Concept, count: int) -> list[str]:
+    """Return sentences about a concept that the text encoder reads whole; some are its bare name.
 
     An eraser of the bare name may leave the concept in sentences.
     """
     import torch
 
+    from spm_hub.models.text_window import cut_text
     from spm_hub.training.data.prompts import PromptMaker, Words
 
     maker = PromptMaker(concept.names, concept.kind, Words.load(), ())
     generator = torch.Generator().manual_seed(SEED)
-    return [maker.target(generator) for _ in range(count)]
+    texts = (maker.target(generator) for _ in range(count))
+    return [concept.names[0] if cut_text(pipe, text, {}) is not None else text for text in texts]
 
 
 def _drawn_in_groups(pipe: Any, prompts: Sequence[str]) -> Tensor:
