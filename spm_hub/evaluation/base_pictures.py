@@ -24,8 +24,8 @@ from spm_hub.io.environment import user_folder
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_MOST_BYTES = 2**30
-"""Files of so many bytes are kept, the latest."""
+_MOST_BYTES, _MOST_FILES = 2**30, 2000
+"""So much is kept, the latest. Each new file has all others looked through, so that their number is bounded too."""
 
 
 def kept_or_drawn(
@@ -93,6 +93,6 @@ def _keep(path: Path, pictures: Sequence[Image.Image]) -> None:
         write_atomic(path, write)
         kept = sorted(path.parent.glob("*.zip"), key=lambda one: one.stat().st_mtime_ns, reverse=True)
         sizes = accumulate(one.stat().st_size for one in kept)
-        for old, whole in zip(kept, sizes, strict=True):
-            if whole > _MOST_BYTES:
+        for number, (old, whole) in enumerate(zip(kept, sizes, strict=True)):
+            if whole > _MOST_BYTES or number >= _MOST_FILES:
                 old.unlink()

@@ -37,6 +37,14 @@ def is_short(training: Training | None) -> bool:
     return training.reached < (_ENOUGH if training.goal is None else training.goal - _NEAR)
 
 
+def is_recognised(erased: float, own: float) -> bool:
+    """Return whether a base recognises a concept in more erased pictures than by accident.
+
+    erased, own: shares of erased pictures, and of its own, in which it does.
+    """
+    return own >= KNOWN and erased >= MANY
+
+
 def still_recognised(manifest: Manifest) -> Evaluation | None:
     """Return the row of a quick look that found the concept still there.
 
@@ -44,8 +52,7 @@ def still_recognised(manifest: Manifest) -> Evaluation | None:
     """
     for row in manifest.evaluation:
         if (row.protocol, row.metric) == (QUICK_LOOK, RECOGNISED):
-            known = row.reference is None or row.reference >= KNOWN
-            return row if known and row.value >= MANY else None
+            return row if is_recognised(row.value, row.reference or 0.0) else None
     return None
 
 

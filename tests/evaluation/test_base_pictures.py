@@ -83,6 +83,9 @@ def test_a_damaged_file_is_drawn_anew_and_old_ones_go(cache: Path, monkeypatch: 
         kept_or_drawn(base_key(pipe), [number], 3, artist)
     assert len(list(cache.iterdir())) == 2
     assert not path.exists()
+    monkeypatch.setattr(base_pictures, "_MOST_FILES", 1)
+    kept_or_drawn(base_key(pipe), [8], 3, artist)
+    assert len(list(cache.iterdir())) == 1
     monkeypatch.setattr(base_pictures, "_MOST_BYTES", 100)
     kept_or_drawn(base_key(pipe), [9], 3, artist)
     assert list(cache.iterdir()) == []

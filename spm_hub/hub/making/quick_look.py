@@ -44,7 +44,8 @@ class Look:
     """The change of each picture from the same noise, and whether the concept is still there.
 
     own: of the concept's picture, over that picture's own spread.  gated, full: of each neighbour's under the eraser's
-    own gate, and at gamma 1, over the change of the concept's picture at gamma 1.  seen: by the base, at gamma 1.
+    own gate, and at gamma 1, over the change of the concept's picture at gamma 1.
+    seen: what the base recognises at gamma 1.
     """
 
     concept: str

@@ -15,7 +15,7 @@ import torch
 
 from spm_hub.io.wording import counted
 from spm_hub.training.data.q_sample import add_noise, true_prediction
-from spm_hub.training.verdict import KNOWN, MANY
+from spm_hub.training.verdict import KNOWN, is_recognised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class Recognition:
     @property
     def is_still_there(self) -> bool:
         """True if the base recognises the concept in more erased pictures than by accident."""
-        return self.is_known and self.erased >= MANY * self.of_erased
+        return is_recognised(self.erased / self.of_erased, self.own / self.of_own)
 
     def describe(self, concept: str) -> str:
         """Return it as a clause."""
