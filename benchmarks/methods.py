@@ -41,7 +41,7 @@ from spm_hub.evaluation.guidance import negative_prompt, safe_latent_diffusion
 from spm_hub.evaluation.judging import probe_judge, sentences
 from spm_hub.evaluation.metrics.distances import frechet_distance
 from spm_hub.evaluation.sketchbook import DetectionCase, cases, count, paint, probe
-from spm_hub.hub.making.quick_look import looked
+from spm_hub.hub.making.quick_look import OTHERS, looked
 from spm_hub.models.loading import load_pipeline
 from spm_hub.training.data import prompts
 from spm_hub.training.data.prompts import Tokenizer, Words, vocabulary_words
@@ -185,9 +185,14 @@ def measure(method: str, concept: str) -> tuple[dict[str, Any], list[Image.Image
 
 
 def said(manifest: Manifest, look: str) -> dict[str, Any]:
-    """Return what `spmhub train` says about an eraser, and the share of pictures in which the base recognises it."""
-    rows = {(row.protocol, row.metric): row.value for row in manifest.evaluation}
-    return {"recognised": rows[QUICK_LOOK, RECOGNISED], "verdict": f"{verdict(manifest)}; {look}"}
+    """Return what `spmhub train` says about an eraser.
+
+    recognised: share of pictures in which the base recognises the concept; others_recognised: of other names that it
+    recognised before.
+    """
+    rows = {row.metric: row.value for row in manifest.evaluation if row.protocol == QUICK_LOOK}
+    recognised = {"recognised": rows[RECOGNISED], "others_recognised": rows.get(OTHERS)}
+    return {**recognised, "verdict": f"{verdict(manifest)}; {look}"}
 
 
 def shown(concept: str, pictures: list[Image.Image]) -> list[Image.Image]:

@@ -13,7 +13,8 @@ The base, its others and its targets are those of benchmarks/composition.py; its
 time. A classifier names the subjects of pictures drawn from the same noise with and without the eraser, under the
 calibrated gate and without a gate. Anchors are made of general words and of all words that the base's tokenizer knows.
 Half of the others' names are taken out of both for this benchmark, so that no anchor has them; they are counted apart.
-`verdict` is what `spmhub train` itself prints about its eraser, `recognised` the share in it that the base recognises.
+`verdict` is what `spmhub train` itself prints about its eraser; `recognised` and `others_recognised` are the shares in
+it: of pictures in which the base still recognises the concept, and of other names.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from sections.writing import about, named_gates, named_steps, share, table
 CONCEPTS = ("snoopy", "van gogh", "nudity")
 _WARNINGS = ("not erased enough", "still recognises", "but only")
 """Words by which what `spmhub train` prints about an eraser warns of it."""
-_ERASED = 0.05
+_KEEP = "keep its gate"
+"""Words by which it warns that an eraser costs other names without a gate."""
+_ERASED, _COSTLY = 0.05, -10.0
 
 
 def sketchbook(numbers: dict[str, Any]) -> str:
@@ -234,9 +236,9 @@ def methods_elsewhere(numbers: dict[str, Any], base: str, file: str) -> str:
         f"anchors are made of. The base draws the targets right in "
         f"{share(round(numbers['targets_found_by_the_base'], 3))} and the others in "
         f"{share(round(numbers['others_found_by_the_base'], 3))} of its pictures. What the training "
-        "says: how far the concept went, whether that is its goal, and in brackets how much the nearest name changes "
-        "if the eraser acts fully on every prompt, in shares of the concept's own change. The base recognises: "
-        f"the concept, in that share of 20 pictures with the eraser fully on. {_warnings(cells)}\n"
+        "says: how far the concept went, whether that is its goal, and in brackets of how many other names the base "
+        "recognises how many with the eraser fully on. The base recognises: the concept, in that share of 20 pictures "
+        f"with the eraser fully on. {_warnings(cells)}\n"
         f"{about(numbers, 'methods_second', file)}"
     )
 
@@ -251,18 +253,24 @@ def _warnings(methods: dict[str, dict[str, Any]]) -> str:
     warned = [any(warning in cell["verdict"] for warning in _WARNINGS) for cell in cells]
     found = [cell["always"]["target_found"] > _ERASED for cell in cells]
     both = sum(one and other for one, other in zip(warned, found, strict=True))
+    needed = [_KEEP in cell["verdict"] for cell in cells]
+    costly = [cell["always"]["others_mean_points"] < _COSTLY for cell in cells]
+    right = sum(one and other for one, other in zip(needed, costly, strict=True))
     return (
         f"What `spmhub train` prints warns of {both} of the {sum(found)} erasers whose concept is found in more than "
-        f"{share(_ERASED)} of the pictures, and of {sum(warned) - both} of the other {len(cells) - sum(found)}."
+        f"{share(_ERASED)} of the pictures, and of {sum(warned) - both} of the other {len(cells) - sum(found)}. It "
+        f'says "{_KEEP}" of {right} of the {sum(costly)} that cost the others more than {-_COSTLY:.0f} points '
+        f"without a gate, and of {sum(needed) - right} of the other {len(cells) - sum(costly)}."
     )
 
 
 def _said(verdict: str) -> str:
     """Return a verdict of `spmhub train` in short: the way that the concept went, and what the quick look saw."""
-    way, looked = re.search(r"(\d+) % of the way", verdict), re.search(r"(\d+) % if it acted fully", verdict)
+    way = re.search(r"(\d+) % of the way", verdict)
+    others = re.search(r"recognise (?:only )?(\d+ of \d+) other names", verdict)
     went = f"{way[1]} %" if way else "computed"
     enough = ", not enough" if "not erased enough" in verdict else ""
-    return f"{went}{enough}" + (f" ({looked[1]} %)" if looked else "")
+    return f"{went}{enough}" + (f" ({others[1]})" if others else "")
 
 
 def instant(numbers: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """A quick look at a new eraser: whether its concept is still drawn, and what else changes.
 
 No judge of pictures is needed, so that it works on any model. A picture of the concept, and one of each name that the
-text encoder puts nearest to it, are drawn from the same noise without the eraser, with it, and with it fully on. The
-base itself says in how many more pictures, drawn with the eraser fully on, it recognises the concept.
+text encoder puts nearest to it, are drawn from the same noise without the eraser and with it. The base itself says in
+how many pictures, drawn with the eraser fully on, it recognises the concept, and how many other names.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from spm_hub.adapters.adapter import Adapter
-    from spm_hub.adapters.manifest import Concept
-    from spm_hub.hub.making.recognition import Recognition
+    from spm_hub.hub.making.recognition import OthersRecognised, Recognition
 
-METRIC = "change_over_the_concepts"
+METRIC, OTHERS = "change_over_the_concepts", "others_recognised_by_the_base"
 NEIGHBOURS, STEPS, SEED = 4, 10, 2024
-_ASKED, _ASKED_OF_LARGE, _AT_ONCE = (20, 8), (8, 4), 5
-"""Pictures that a small base or a large one is asked about, with the eraser and without it; those drawn at once."""
+_ASKED, _ASKED_OF_LARGE, _AT_ONCE = (20, 8, 12), (8, 4, 4), 5
+"""Pictures that a small base or a large one is asked about: of the concept with the eraser and without it, of names
+that are not near; those drawn at once.
+"""
 LOST = 0.5
 """A picture that changes by this share of the concept's own change counts as lost."""
 _BARELY = 0.1
@@ -43,16 +44,16 @@ _SMALL = 100 * 2**20
 class Look:
     """The change of each picture from the same noise, and whether the concept is still there.
 
-    own: of the concept's picture, over that picture's own spread.  gated, full: of each neighbour's under the eraser's
-    own gate, and at gamma 1, over the change of the concept's picture at gamma 1.
-    seen: what the base recognises at gamma 1.
+    own: of the concept's picture at gamma 1, over that picture's own spread.  gated: of each neighbour's under the
+    eraser's own gate, over the change of the concept's picture at gamma 1.
+    seen, others: what the base recognises at gamma 1.
     """
 
     concept: str
     own: float
     gated: dict[str, float]
-    full: dict[str, float]
     seen: Recognition
+    others: OthersRecognised
 
     @property
     def lost(self) -> list[str]:
@@ -61,9 +62,8 @@ class Look:
 
     def describe(self) -> str:
         """Return in a sentence whether the concept is left, and the losses."""
-        most = max(self.full, key=lambda name: self.full[name], default=None)
         left = self.seen.describe(self.concept)
-        if most is None:
+        if not self.gated:
             return f"a quick look: {left}; no name is near {self.concept}"
         barely = f"{self.concept}'s own picture hardly changes; " if self.own < _BARELY else ""
         kept = (
@@ -71,8 +71,7 @@ class Look:
             + (f"the pictures of {' and '.join(self.lost)} are lost" if self.lost else "no picture is lost")
             + f": {_percent(max(self.gated.values()))} of {self.concept}'s change at most"
         )
-        full = f"{_percent(self.full[most])} if it acted fully on every prompt ({most})"
-        return f"a quick look: {left}; {barely}{kept}, {full}"
+        return f"a quick look: {left}; {barely}{kept}; {self.others.describe()}"
 
     def evaluation(self, base: str) -> tuple[Evaluation, ...]:
         """Return the numbers for a manifest, those of the concept first."""
@@ -85,12 +84,10 @@ class Look:
                 reference=reference, seed=SEED, steps=STEPS, gate=gate, version=version("spm-hub"),
             )  # fmt: skip
 
-        neighbours = [
-            one(name, METRIC, value, gate)
-            for gate, changes in ((None, self.gated), ("always", self.full))
-            for name, value in changes.items()
-        ]
-        seen = self.seen
+        seen, others = self.seen, self.others
+        neighbours = [one(name, METRIC, value, None) for name, value in self.gated.items()]
+        if others.known:
+            neighbours.append(one("others", OTHERS, others.kept / others.known, "always", others.known))
         left = one(
             self.concept, RECOGNISED, seen.erased / seen.of_erased, "always", seen.of_erased, seen.own / seen.of_own
         )
@@ -118,34 +115,52 @@ def look(pipe: DiffusionPipeline, adapter: Adapter) -> Look:
 
     Raises UsageError, ModelError and others as drawing and attaching do.
     """
+    import torch
+
     from spm_hub.attachment.attachment import attach
-    from spm_hub.hub.making.recognition import Recognition, recognised
+    from spm_hub.hub.making.names import nearest, others
+    from spm_hub.hub.making.recognition import OthersRecognised, Recognition, named, recognised
     from spm_hub.training.base_model import TeacherModel
 
     concept = adapter.manifest.concept
     name = concept.require_target(adapter.name)
-    near = neighbours(pipe, (name, *concept.aliases), concept.kind)
+    names = (name, *concept.aliases)
+    near = nearest(pipe, names, concept.kind, NEIGHBOURS)
     prompts = [f"a painting by {one}" if concept.kind == "style" else one for one in (name, *near)]
     base = TeacherModel(pipe)  # while no eraser is attached
-    with_eraser, without = _ASKED if _is_small(base.denoiser) else _ASKED_OF_LARGE
-    texts = _sentences(pipe, concept, with_eraser)
-    bare, own = _drawn(pipe, prompts), _drawn_in_groups(pipe, texts[:without])
+    with_eraser, without, further = _ASKED if _is_small(base.denoiser) else _ASKED_OF_LARGE
+    texts = _sentences(pipe, [names] * with_eraser, concept.kind)
+    far = others(pipe, names, concept.kind, near, further, torch.Generator().manual_seed(SEED))
+    of_kind = "style" if concept.kind == "style" else "object"
+    others_texts = [
+        *_sentences(pipe, [[one] for one in near], of_kind),
+        *_sentences(pipe, [[one] for one in far], "object"),
+    ]
+    bare, own, before = (
+        _drawn(pipe, prompts), _drawn_in_groups(pipe, texts[:without]), _drawn_in_groups(pipe, others_texts)
+    )  # fmt: skip
     with attach(pipe, [adapter]):
         gated = _drawn(pipe, prompts)
     with attach(pipe, [adapter], gate="always"):
-        full, erased = _drawn(pipe, prompts), _drawn_in_groups(pipe, texts)
+        full, erased, after = (
+            _drawn(pipe, prompts[:1]),
+            _drawn_in_groups(pipe, texts),
+            _drawn_in_groups(pipe, others_texts),
+        )
     still, known = (
         recognised(base, pictures, prompts[0], sorted({"", concept.surrogate}), SEED) for pictures in (erased, own)
     )
+    named_before, named_after = (
+        named(base, pictures, [*prompts[1:], *far], ["", prompts[0]], SEED) for pictures in (before, after)
+    )
     flat = bare.flatten(1)
-    spread = (flat - flat.mean(1, keepdim=True)).norm(dim=1)
-    changed, always = ((one.flatten(1) - flat).norm(dim=1) for one in (gated, full))
-    whole = max(float(always[0]), 1e-6 * float(spread[0]))
+    spread = (flat[0] - flat[0].mean()).norm()
+    changed, most = (gated.flatten(1) - flat).norm(dim=1), (full.flatten(1) - flat[:1]).norm()
+    whole = max(float(most), 1e-6 * float(spread))
     return Look(
-        name, float(always[0] / spread[0]),
-        {one: float(changed[row]) / whole for row, one in enumerate(near, start=1)},
-        {one: float(always[row]) / whole for row, one in enumerate(near, start=1)},
+        name, float(most / spread), {one: float(changed[row]) / whole for row, one in enumerate(near, start=1)},
         Recognition(sum(still), len(still), sum(known), len(known)),
+        OthersRecognised.of(named_before, named_after),
     )  # fmt: skip
 
 
@@ -169,36 +184,20 @@ def looked(pipe: DiffusionPipeline, adapter: Adapter) -> tuple[Adapter, str]:
     return adapter, f"{adapter.name}: no quick look, as {reason}; see spmhub apply --compare"
 
 
-def neighbours(pipe: DiffusionPipeline, names: Sequence[str], kind: str) -> list[str]:
-    """Return the names of a concept's kind that the text encoder puts nearest to it."""
-    from spm_hub.training.base_model import TeacherModel
-    from spm_hub.training.data.nearest import nearest_names
-    from spm_hub.training.data.prompts import PromptMaker, Words
+def _sentences(pipe: DiffusionPipeline, names: Sequence[Sequence[str]], kind: str) -> list[str]:
+    """Return a sentence about each subject that the text encoder reads whole; some are its bare name.
 
-    words = Words.load()
-    maker = PromptMaker(tuple(names), kind, words, ())
-    known = {
-        "style": words.artists, "person": (*words.people, *words.characters),
-        "character": (*words.characters, *words.things), "nsfw": words.people,
-    }.get(kind, (*words.things, *words.characters))  # fmt: skip
-    others = [one for one in dict.fromkeys(known) if not maker.mentions_concept(one)]
-    return nearest_names(TeacherModel(pipe), names[:1], others, NEIGHBOURS)
-
-
-def _sentences(pipe: DiffusionPipeline, concept: Concept, count: int) -> list[str]:
-    """Return sentences about a concept that the text encoder reads whole; some are its bare name.
-
-    An eraser of the bare name may leave the concept in sentences.
+    names: of each subject, its target first. An eraser of the bare name may leave the concept in sentences, and a name
+    whose bare picture stays may be lost in them.
     """
     import torch
 
     from spm_hub.models.text_window import cut_text
     from spm_hub.training.data.prompts import PromptMaker, Words
 
-    maker = PromptMaker(concept.names, concept.kind, Words.load(), ())
-    generator = torch.Generator().manual_seed(SEED)
-    texts = (maker.target(generator) for _ in range(count))
-    return [concept.names[0] if cut_text(pipe, text, {}) is not None else text for text in texts]
+    words, generator = Words.load(), torch.Generator().manual_seed(SEED)
+    texts = [PromptMaker(tuple(own), kind, words, ()).target(generator) for own in names]
+    return [own[0] if cut_text(pipe, text, {}) is not None else text for own, text in zip(names, texts, strict=True)]
 
 
 def _drawn_in_groups(pipe: Any, prompts: Sequence[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Asks a base whether pictures show a concept: whether its name explains them best.
+"""Asks a base whether pictures show a concept, or other names: whether the name explains them best.
 
 No judge is needed: a diffusion model is a classifier of its own pictures (Li et al., arXiv 2303.16203). A picture's
 subject is settled where noise is strong, and there alone it is asked: at weaker noise the error is that of blur and
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 _TIMES = 999
 """Steps of the schedule that times are taken from."""
-_ASKED, _STRONG = 8, 1 / 2
+_FEW = 0.8
+"""An eraser that leaves a smaller share of the other names recognised needs a gate."""
+_KNOWN_NAMES = 4
+"""Fewer names that a base tells apart say nothing."""
+_ASKED, _ASKED_OF_MANY, _STRONG = 8, 2, 1 / 2
 """Times that are asked at, evenly spaced in this share of the schedule, from pure noise on."""
 
 
@@ -61,7 +65,35 @@ class Recognition:
         return f"the base {still}recognises {concept} in {many} with the eraser fully on"
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class OthersRecognised:
+    """The counts of other names that a base recognises in their pictures, with an eraser fully on.
+
+    kept: of those that it recognises without the eraser; known: all of these.
+    """
+
+    kept: int
+    known: int
+
+    @classmethod
+    def of(cls, before: Sequence[bool], after: Sequence[bool]) -> OthersRecognised:
+        """Count them, of the same names without the eraser and with it."""
+        return cls(sum(both for one, both in zip(before, after, strict=True) if one), sum(before))
+
+    @property
+    def are_few(self) -> bool:
+        """True if many of the names are lost."""
+        return self.known >= _KNOWN_NAMES and self.kept < _FEW * self.known
+
+    def describe(self) -> str:
+        """Return it as a clause."""
+        if self.known < _KNOWN_NAMES:
+            return "the base tells too few other names apart to say what the eraser costs them without a gate"
+        few = f"only {self.kept} of {self.known} other names: keep its gate"
+        many = f"{self.kept} of {self.known} other names"
+        return f"without a gate the base would recognise {few if self.are_few else many}"
+
+
 def recognised(base: TeacherModel, pictures: Tensor, prompt: str, others: Sequence[str], seed: int) -> list[bool]:
     """Return of each picture whether `prompt` explains it better than every other prompt.
 
@@ -69,16 +101,33 @@ def recognised(base: TeacherModel, pictures: Tensor, prompt: str, others: Sequen
     The better prompt is the one whose predictions of the same noise, at a few strong noises, have the smaller squared
     error. No eraser may be attached.
     """
+    errors = _errors(base, pictures, (prompt, *others), seed, _ASKED)
+    return [bool(own < least) for own, least in zip(errors[0], errors[1:].amin(0), strict=True)]
+
+
+def named(base: TeacherModel, pictures: Tensor, prompts: Sequence[str], others: Sequence[str], seed: int) -> list[bool]:
+    """Return of each picture whether its own prompt explains it better than those of all other pictures and `others`.
+
+    pictures: (n, *latent_shape), one for each of the n different prompts; the rest is as in `recognised`. With so many
+    rivals a few noises are enough.
+    """
+    errors = _errors(base, pictures, (*prompts, *others), seed, _ASKED_OF_MANY)
+    return [int(best) == row for row, best in enumerate(errors.argmin(0))]
+
+
+@torch.no_grad()
+def _errors(base: TeacherModel, pictures: Tensor, prompts: Sequence[str], seed: int, asked: int) -> Tensor:
+    """Return the summed squared errors of each prompt for each picture, (prompts, n) in float64 on the CPU."""
     scheduler = base.scheduler(base.steps(_TIMES))
     generator = torch.Generator().manual_seed(seed)
     count, pictures = len(pictures), pictures.to(base.device)
-    errors = torch.zeros(1 + len(others), count, dtype=torch.float64)
-    for number in range(_ASKED):
-        place = int((number + 0.5) / _ASKED * _STRONG * len(scheduler.timesteps))
+    errors = torch.zeros(len(prompts), count, dtype=torch.float64)
+    for number in range(asked):
+        place = int((number + 0.5) / asked * _STRONG * len(scheduler.timesteps))
         noise = base.noise(count, generator)
         noisy, times = add_noise(scheduler, pictures, noise, torch.full((count,), place))
         truth = true_prediction(scheduler, pictures, noise, times)
-        for row, text in enumerate((prompt, *others)):
+        for row, text in enumerate(prompts):
             predicted = base.predict(noisy, times, base.encode([text])[0].expand(count))
             errors[row] += (predicted - truth).double().pow(2).flatten(1).mean(1).cpu()
-    return [bool(own < least) for own, least in zip(errors[0], errors[1:].amin(0), strict=True)]
+    return errors
