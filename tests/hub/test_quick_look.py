@@ -79,16 +79,14 @@ def test_an_eraser_of_nothing_is_not_enough_and_a_shipped_one_is() -> None:
     assert f"the base still recognises snoopy in {seen} with the eraser fully on" in words
     assert verdict(nothing.manifest).endswith(f", and the base still recognises it in {seen}")
     with attach(pipe, [adapter], gate="always", progress=False):
-        erased = quick_look._drawn_in_groups(
-            pipe, quick_look._sentences(pipe, [adapter.manifest.concept.names] * 5, "character")
-        )
+        _, erased = quick_look._drawn(pipe, [], quick_look._sentences(pipe, [("snoopy",)] * 5, "character"))
     assert recognised(TeacherModel(pipe), erased, "snoopy", [""], seed=1) == [False] * 5
 
 
 def test_the_base_and_the_probe_agree_on_what_its_pictures_show() -> None:
     """Pictures of snoopy and of no prompt; the probe is a classifier that was trained on drawings alone."""
     pipe = load_pipeline("sketchbook", device="cpu")
-    latents = quick_look._drawn(pipe, ["snoopy"] * 6 + [""] * 6, range(12))
+    _, latents = quick_look._drawn(pipe, [], ["snoopy"] * 6 + [""] * 6)
     pictures = pipe.image_processor.postprocess(
         pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0].detach(), output_type="pil"
     )
@@ -123,7 +121,7 @@ def test_a_concept_that_the_base_does_not_know_is_unclear() -> None:
 def test_a_picture_of_the_surrogate_is_not_the_concept() -> None:
     """A cat explains a picture better than no prompt does, and "a dog" better than "a cat"."""
     pipe = load_pipeline("sketchbook", device="cpu")
-    latents, base = quick_look._drawn(pipe, ["a dog"] * 4, range(4)), TeacherModel(pipe)
+    (_, latents), base = quick_look._drawn(pipe, [], ["a dog"] * 4), TeacherModel(pipe)
     assert not any(recognised(base, latents, "a cat", ["", "a dog"], seed=1))
 
 
@@ -151,7 +149,7 @@ def test_every_family_is_looked_at(family: str) -> None:
     near = nearest(pipe, ["snoopy"], "character", 4)
     assert len(set(near)) == 4
     assert quick_look.why_not(pipe) is None
-    pictures = quick_look._drawn(pipe, near)
+    (pictures,) = quick_look._drawn(pipe, near)
     assert pictures.isfinite().all()
     assert len(recognised(TeacherModel(pipe), pictures, "snoopy", [""], seed=0)) == 4
     assert len(named(TeacherModel(pipe), pictures, near, [""], seed=0)) == 4
@@ -183,7 +181,7 @@ def test_the_base_tells_the_subjects_of_its_pictures_apart() -> None:
     """Every picture under its own name, and then all under the next one's."""
     pipe = load_pipeline("sketchbook", device="cpu")
     names = ["dog", "church", "mickey", "apple", "car"]
-    latents, base = quick_look._drawn(pipe, names, range(5)), TeacherModel(pipe)
+    (_, latents), base = quick_look._drawn(pipe, [], names), TeacherModel(pipe)
     assert named(base, latents, names, [""], seed=1) == [True] * 5
     assert named(base, latents.roll(1, 0), names, [""], seed=1) == [False] * 5
 

@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 
 METRIC, OTHERS = "change_over_the_concepts", "others_recognised_by_the_base"
 NEIGHBOURS, STEPS, SEED = 4, 10, 2024
-_ASKED, _ASKED_OF_LARGE, _AT_ONCE = (20, 8, 12), (8, 4, 4), 5
-"""Pictures that a small base or a large one is asked about: of the concept with the eraser and without it, of names
-that are not near; those drawn at once.
+_ASKED, _ASKED_OF_LARGE = (20, 8, 12), (8, 4, 4)
+"""Pictures that a small base or a large one is asked about.
+
+They are of the concept with the eraser, of the concept without it, and of names that are not near.
 """
+_AT_ONCE, _AT_ONCE_OF_LARGE = 20, 5
+"""Pictures drawn at once."""
 LOST = 0.5
 """A picture that changes by this share of the concept's own change counts as lost."""
 _BARELY = 0.1
@@ -136,17 +139,11 @@ def look(pipe: DiffusionPipeline, adapter: Adapter) -> Look:
         *_sentences(pipe, [[one] for one in near], of_kind),
         *_sentences(pipe, [[one] for one in far], "object"),
     ]
-    bare, own, before = (
-        _drawn(pipe, prompts), _drawn_in_groups(pipe, texts[:without]), _drawn_in_groups(pipe, others_texts)
-    )  # fmt: skip
+    bare, own, before = _drawn(pipe, prompts, texts[:without], others_texts)
     with attach(pipe, [adapter]):
-        gated = _drawn(pipe, prompts)
+        (gated,) = _drawn(pipe, prompts)
     with attach(pipe, [adapter], gate="always"):
-        full, erased, after = (
-            _drawn(pipe, prompts[:1]),
-            _drawn_in_groups(pipe, texts),
-            _drawn_in_groups(pipe, others_texts),
-        )
+        full, erased, after = _drawn(pipe, prompts[:1], texts, others_texts)
     still, known = (
         recognised(base, pictures, prompts[0], sorted({"", concept.surrogate}), SEED) for pictures in (erased, own)
     )
@@ -200,25 +197,31 @@ def _sentences(pipe: DiffusionPipeline, names: Sequence[Sequence[str]], kind: st
     return [own[0] if cut_text(pipe, text, {}) is not None else text for own, text in zip(names, texts, strict=True)]
 
 
-def _drawn_in_groups(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    """Return the latents of one picture for each prompt, each from a noise of its own."""
+def _drawn(pipe: Any, alike: Sequence[str], *further: Sequence[str]) -> tuple[Tensor, ...]:
+    """Return the latents of one picture for each prompt of each group, (n, *latent_shape) in float32 on the CPU.
+
+    alike: prompts whose pictures begin from the same noise; further: groups whose pictures each have their own. The
+    first are drawn in a call of their own: in another one the same picture would be rounded otherwise.
+    """
     import torch
 
-    seeds = range(SEED + 1, SEED + 1 + len(prompts))
-    parts = [slice(start, start + _AT_ONCE) for start in range(0, len(prompts), _AT_ONCE)]
-    return torch.cat([_drawn(pipe, prompts[part], seeds[part]) for part in parts])
+    from spm_hub.models.architectures import denoiser_of
+
+    prompts = [text for group in further for text in group]
+    seeds = [SEED + 1 + row for group in further for row in range(len(group))]
+    at_once = _AT_ONCE if _is_small(denoiser_of(pipe)) else _AT_ONCE_OF_LARGE
+    parts = [slice(start, start + at_once) for start in range(0, len(prompts), at_once)]
+    first = [_latents(pipe, alike, [SEED] * len(alike))] if alike else []
+    latents = torch.cat([*first, *(_latents(pipe, prompts[part], seeds[part]) for part in parts)])
+    return tuple(torch.split(latents, [len(group) for group in (alike, *further)]))
 
 
-def _drawn(pipe: Any, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> Tensor:
-    """Return the latents of one picture for each prompt, (n, *latent_shape) in float32 on the CPU.
-
-    seeds: of their noise; the same for all unless given.
-    """
+def _latents(pipe: Any, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
     import torch
 
     wanted = {
         "prompt": list(prompts), "num_inference_steps": STEPS, "output_type": "latent", "use_resolution_binning": False,
-        "generator": [torch.Generator().manual_seed(seed) for seed in seeds or [SEED] * len(prompts)],
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
     }  # fmt: skip
     known = inspect.signature(type(pipe).__call__).parameters
     with torch.no_grad(), _quiet_copy_of_scheduler(pipe):
