@@ -41,14 +41,14 @@ from spm_hub.evaluation.guidance import negative_prompt, safe_latent_diffusion
 from spm_hub.evaluation.judging import probe_judge, sentences
 from spm_hub.evaluation.metrics.distances import frechet_distance
 from spm_hub.evaluation.sketchbook import DetectionCase, cases, count, paint, probe
-from spm_hub.hub.making.quick_look import OTHERS, looked
+from spm_hub.hub.making.quick_look import looked
 from spm_hub.models.loading import load_pipeline
 from spm_hub.training.data import prompts
 from spm_hub.training.data.prompts import Tokenizer, Words, vocabulary_words
 from spm_hub.training.methods import METHODS
 from spm_hub.training.recipe.recipe import Recipe
 from spm_hub.training.trainer import train
-from spm_hub.training.verdict import QUICK_LOOK, RECOGNISED, verdict
+from spm_hub.training.verdict import OTHERS_RECOGNISED, QUICK_LOOK, RECOGNISED, verdict
 
 CONCEPTS = ("snoopy", "van gogh", "nudity")
 GATES: tuple[GateName, ...] = ("calibrated", "always")
@@ -191,7 +191,7 @@ def said(manifest: Manifest, look: str) -> dict[str, Any]:
     recognised before.
     """
     rows = {row.metric: row.value for row in manifest.evaluation if row.protocol == QUICK_LOOK}
-    recognised = {"recognised": rows[RECOGNISED], "others_recognised": rows.get(OTHERS)}
+    recognised = {"recognised": rows[RECOGNISED], "others_recognised": rows.get(OTHERS_RECOGNISED)}
     return {**recognised, "verdict": f"{verdict(manifest)}; {look}"}
 
 

@@ -325,9 +325,8 @@ def surrogates(numbers: dict[str, Any]) -> str:
                 f"{word or 'nothing'} {cell['frechet']:.0f} ({share(cell['found'])}, {cell['others_mean_points']:+.1f})"
                 for word, cell in cells.items()
             ]
-            rows.append(
-                ["the sketchbook" if base == "sketchbook" else base, f"{concept}, `{method}`", ", ".join(words)]
-            )
+            place = "the sketchbook" if base == "sketchbook" else f"the {base} base"
+            rows.append([place, f"{concept}, `{method}`", ", ".join(words)])
     pictures = numbers["pictures"]
     return (
         f"{table(['base', 'erased', 'drawn instead'], rows)}\n\nFr\u00e9chet distance of {pictures['target']} erased "

@@ -46,7 +46,7 @@ def bake(
     float holds),
     AdapterFileError (an eraser that changes nothing), NotFoundError (an unknown eraser or model), CompatibilityError
     (an eraser of another base), ModelError, RegistryError (`out` exists or cannot be written). Warns of an eraser whose
-    change the base seems to contain.
+    change the base seems to contain, and of one that costs other things without a gate.
     """
     from spm_hub.adapters import baking
     from spm_hub.adapters.adapter import Adapter
@@ -58,6 +58,7 @@ def bake(
     from spm_hub.models.architectures import denoiser_of
     from spm_hub.models.loading import load_pipeline
     from spm_hub.models.references import identity_of_pipeline, parse_reference
+    from spm_hub.training.verdict import needs_gate
 
     if config is not None and pipe is not None:
         raise UsageError("config is for a model to be loaded, and pipe is loaded already", mend="leave config out")
@@ -73,6 +74,8 @@ def bake(
     _check_undoing(erasers, strength, force=force)
     baking.check_place(Path(out), replace=replace)
     pipe = pipe or load_pipeline(reference, config=config, dtype="stored", device="cpu")
+    for cost in filter(None, (needs_gate(eraser.manifest) for eraser in erasers)):
+        warnings.warn(f"spm_hub: {cost}; a baked checkpoint has no gate", UserWarning, stacklevel=2)
     for eraser in erasers if not is_attached(pipe) else ():
         found = resolve_modules(eraser, denoiser_of(pipe))
         modules = {name: module for module, name in found.values()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +15,15 @@ from spm_hub.io.progress import Bars, Reporter
 from spm_hub.registry import signing
 from spm_hub.registry.entry import WEIGHTS_NAME, entry_of
 from spm_hub.registry.registry import registry_for_new
+from spm_hub.training.verdict import needs_gate
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.adapters.description import Description
-    from spm_hub.adapters.formats.format import BaseModel
+    from spm_hub.adapters.formats.format import BaseModel, Writer
+    from spm_hub.adapters.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,17 @@ def convert(
     if target is not None and target.writer is not None:
         here = f"{adapter.name}-{target.name}{target.writer.suffix}"
         files += conversion.write(adapter, target, Path(out or here), base, replace=replace)
-        if (caveat := target.writer.caveat(adapter.manifest)) is not None:
+        for caveat in _caveats(target.name, target.writer, adapter.manifest):
             reporter.say(caveat)
     return Conversion(adapter, read_as, to or ("spm" if keep else None), tuple(files), error, biases)
+
+
+def _caveats(format_name: str, writer: Writer, manifest: Manifest) -> Iterator[str]:
+    """Yield what a written file does not do, or does otherwise than the eraser."""
+    if (caveat := writer.caveat(manifest)) is not None:
+        yield caveat
+    if (cost := needs_gate(manifest)) is not None:
+        yield f"warning: {cost}; a {format_name} file has no gate"
 
 
 def _read(

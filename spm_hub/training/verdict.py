@@ -16,8 +16,12 @@ Below the second its verdict says that this is little.
 
 QUICK_LOOK, RECOGNISED = "quick-look", "recognised_by_the_base"
 """The protocol and metric of the share of erased pictures in which the base recognises the concept."""
+OTHERS_RECOGNISED = "others_recognised_by_the_base"
+"""The metric of the share of other names that the base recognises with the eraser fully on, of those it knew before."""
 MANY = 0.1
 """Share of recognised pictures from which on it is said."""
+_FEW, _NAMES = 0.8, 4
+"""An eraser that leaves a smaller share of other names recognised needs its gate; of fewer names nothing is said."""
 KNOWN = 0.5
 """A concept that the base recognises in a smaller share of its own pictures cannot be looked for by it."""
 
@@ -43,6 +47,27 @@ def is_recognised(erased: float, own: float) -> bool:
     erased, own: shares of erased pictures, and of its own, in which it does.
     """
     return own >= KNOWN and erased >= MANY
+
+
+def are_few(kept: int, known: int) -> bool | None:
+    """Return whether a base recognises too few other names for an eraser without a gate.
+
+    kept: names that it recognises with the eraser fully on, of the `known` ones. None if these are too few to say.
+    """
+    return None if known < _NAMES else kept < _FEW * known
+
+
+def needs_gate(manifest: Manifest) -> str | None:
+    """Return in a sentence what an eraser costs without a gate, if its quick look saw that it costs much."""
+    for row in manifest.evaluation:
+        if (row.protocol, row.metric) == (QUICK_LOOK, OTHERS_RECOGNISED):
+            kept = round(row.value * row.samples)
+            if are_few(kept, row.samples):
+                return (
+                    f"{manifest.name} costs other things without a gate: fully on, the base recognised {kept} of "
+                    f"{row.samples} other names (a quick look)"
+                )
+    return None
 
 
 def still_recognised(manifest: Manifest) -> Evaluation | None:

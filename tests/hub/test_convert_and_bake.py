@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import spm_hub
 from spm_hub.adapters import baking
 from spm_hub.adapters.adapter import Adapter
 from spm_hub.adapters.increments import Dense, LowRank
-from spm_hub.adapters.manifest import Concept
+from spm_hub.adapters.manifest import Concept, Evaluation
 from spm_hub.errors import CompatibilityError, NotFoundError, UsageError
 from spm_hub.registry.registry import Registry
+from spm_hub.training.verdict import OTHERS_RECOGNISED, QUICK_LOOK
 
 
 @pytest.fixture
@@ -183,3 +185,24 @@ def test_a_base_by_reference_is_loaded_after_all_else_was_checked(
     with pytest.raises(UsageError, match="pipe is loaded already"):
         spm_hub.bake("snoopy", "other", pipe=pipe, config="base", registry=kept.root)
     assert not Path("other").exists()
+
+
+@pytest.mark.parametrize(("kept_names", "warned"), [(0.5, True), (0.875, False)])
+def test_an_eraser_that_costs_others_without_a_gate_says_so_where_there_is_none(
+    kept: Registry, pipe: Any, kept_names: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = kept.get("snoopy").load()
+    row = Evaluation(
+        protocol=QUICK_LOOK, base="pico", subject="others", metric=OTHERS_RECOGNISED, value=kept_names, samples=8,
+        seed=0, gate="always",
+    )  # fmt: skip
+    manifest = adapter.manifest.model_copy(update={"evaluation": (row,)})
+    costly = Adapter(manifest, adapter.increments)
+    caplog.set_level("INFO", logger="spm_hub")
+    spm_hub.convert(costly, to="diffusers")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        spm_hub.bake(costly, "safe", pipe=pipe)
+    cost = "snoopy costs other things without a gate: fully on, the base recognised 4 of 8 other names (a quick look)"
+    assert (f"warning: {cost}; a diffusers file has no gate" in caplog.messages) is warned
+    assert any(f"spm_hub: {cost}; a baked checkpoint has no gate" == str(one.message) for one in seen) is warned

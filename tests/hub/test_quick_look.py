@@ -17,12 +17,19 @@ from spm_hub.adapters.manifest import GateDefaults
 from spm_hub.evaluation.sketchbook import probe
 from spm_hub.hub.making import quick_look
 from spm_hub.hub.making.names import nearest, others
-from spm_hub.hub.making.quick_look import OTHERS, Look, look, looked
+from spm_hub.hub.making.quick_look import Look, look, looked
 from spm_hub.hub.making.recognition import OthersRecognised, Recognition, named, recognised
 from spm_hub.models.loading import load_pipeline
 from spm_hub.registry.registry import Registry
 from spm_hub.training.base_model import TeacherModel
-from spm_hub.training.verdict import QUICK_LOOK, RECOGNISED, still_recognised, verdict
+from spm_hub.training.verdict import (
+    OTHERS_RECOGNISED,
+    QUICK_LOOK,
+    RECOGNISED,
+    are_few,
+    still_recognised,
+    verdict,
+)
 
 
 def scaled(adapter: Adapter, by: float) -> Adapter:
@@ -72,7 +79,7 @@ def test_an_eraser_of_nothing_is_not_enough_and_a_shipped_one_is() -> None:
     assert row.value >= 0.8
     assert row.reference is not None
     assert row.reference >= 0.8
-    kept = next(one for one in nothing.manifest.evaluation if one.metric == OTHERS)
+    kept = next(one for one in nothing.manifest.evaluation if one.metric == OTHERS_RECOGNISED)
     assert (kept.value, kept.gate) == (1.0, "always"), "an eraser of nothing costs no name"
     assert kept.samples >= 8
     seen = f"{20 * row.value:.0f} of 20 pictures"
@@ -131,7 +138,7 @@ def test_a_look_is_kept_in_the_manifest_and_a_failing_one_takes_nothing(monkeypa
     seen, words = looked(pipe, adapter)
     rows = [one for one in seen.manifest.evaluation if one.protocol == QUICK_LOOK]
     assert next(one.subject for one in rows) == "snoopy"
-    assert len(rows) == 2 + 4 + any(one.metric == OTHERS for one in rows)
+    assert len(rows) == 2 + 4 + any(one.metric == OTHERS_RECOGNISED for one in rows)
     assert words.startswith("snoopy: a quick look: ")
 
     def out_of_memory(*args: object) -> Look:
@@ -190,7 +197,7 @@ def test_an_eraser_of_everything_costs_the_other_names() -> None:
     pipe = load_pipeline("sketchbook", device="cpu")
     lost = look(pipe, scaled(Registry(Path(__file__).parents[2]).get("snoopy").load(), 40.0)).others
     assert lost.known >= 8
-    assert lost.are_few
+    assert are_few(lost.kept, lost.known)
     assert f"only {lost.kept} of {lost.known} other names" in lost.describe()
 
 

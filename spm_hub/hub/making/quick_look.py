@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from spm_hub.adapters.manifest import Evaluation
 from spm_hub.errors import SpmHubError
-from spm_hub.training.verdict import QUICK_LOOK, RECOGNISED
+from spm_hub.training.verdict import OTHERS_RECOGNISED, QUICK_LOOK, RECOGNISED
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.hub.making.recognition import OthersRecognised, Recognition
 
-METRIC, OTHERS = "change_over_the_concepts", "others_recognised_by_the_base"
+METRIC = "change_over_the_concepts"
 NEIGHBOURS, STEPS, SEED = 4, 10, 2024
 _ASKED, _ASKED_OF_LARGE = (20, 8, 12), (8, 4, 4)
 """Pictures that a small base or a large one is asked about.
@@ -90,7 +90,7 @@ class Look:
         seen, others = self.seen, self.others
         neighbours = [one(name, METRIC, value, None) for name, value in self.gated.items()]
         if others.known:
-            neighbours.append(one("others", OTHERS, others.kept / others.known, "always", others.known))
+            neighbours.append(one("others", OTHERS_RECOGNISED, others.kept / others.known, "always", others.known))
         left = one(
             self.concept, RECOGNISED, seen.erased / seen.of_erased, "always", seen.of_erased, seen.own / seen.of_own
         )
@@ -198,7 +198,9 @@ def _sentences(pipe: DiffusionPipeline, names: Sequence[Sequence[str]], kind: st
 
 
 def _drawn(pipe: Any, alike: Sequence[str], *further: Sequence[str]) -> tuple[Tensor, ...]:
-    """Return the latents of one picture for each prompt of each group, (n, *latent_shape) in float32 on the CPU.
+    """Return the latents of one picture for each prompt of each group.
+
+    They are (n, *latent_shape) in float32 on the CPU.
 
     alike: prompts whose pictures begin from the same noise; further: groups whose pictures each have their own. The
     first are drawn in a call of their own: in another one the same picture would be rounded otherwise.

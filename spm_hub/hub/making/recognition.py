@@ -15,7 +15,7 @@ import torch
 
 from spm_hub.io.wording import counted
 from spm_hub.training.data.q_sample import add_noise, true_prediction
-from spm_hub.training.verdict import KNOWN, is_recognised
+from spm_hub.training.verdict import KNOWN, are_few, is_recognised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 _TIMES = 999
 """Steps of the schedule that times are taken from."""
-_FEW = 0.8
-"""An eraser that leaves a smaller share of the other names recognised needs a gate."""
-_KNOWN_NAMES = 4
-"""Fewer names that a base tells apart say nothing."""
 _ASKED, _ASKED_OF_MANY, _STRONG = 8, 2, 1 / 2
 """Times that are asked at, evenly spaced in this share of the schedule, from pure noise on."""
 
@@ -80,18 +76,13 @@ class OthersRecognised:
         """Count them, of the same names without the eraser and with it."""
         return cls(sum(both for one, both in zip(before, after, strict=True) if one), sum(before))
 
-    @property
-    def are_few(self) -> bool:
-        """True if many of the names are lost."""
-        return self.known >= _KNOWN_NAMES and self.kept < _FEW * self.known
-
     def describe(self) -> str:
         """Return it as a clause."""
-        if self.known < _KNOWN_NAMES:
+        few = are_few(self.kept, self.known)
+        if few is None:
             return "the base tells too few other names apart to say what the eraser costs them without a gate"
-        few = f"only {self.kept} of {self.known} other names: keep its gate"
-        many = f"{self.kept} of {self.known} other names"
-        return f"without a gate the base would recognise {few if self.are_few else many}"
+        names = f"{self.kept} of {self.known} other names"
+        return f"without a gate the base would recognise {f'only {names}: keep its gate' if few else names}"
 
 
 def recognised(base: TeacherModel, pictures: Tensor, prompt: str, others: Sequence[str], seed: int) -> list[bool]:
@@ -106,7 +97,9 @@ def recognised(base: TeacherModel, pictures: Tensor, prompt: str, others: Sequen
 
 
 def named(base: TeacherModel, pictures: Tensor, prompts: Sequence[str], others: Sequence[str], seed: int) -> list[bool]:
-    """Return of each picture whether its own prompt explains it better than those of all other pictures and `others`.
+    """Return of each picture whether its own prompt explains it best.
+
+    The rivals are the prompts of all other pictures, and `others`.
 
     pictures: (n, *latent_shape), one for each of the n different prompts; the rest is as in `recognised`. With so many
     rivals a few noises are enough.
@@ -117,7 +110,7 @@ def named(base: TeacherModel, pictures: Tensor, prompts: Sequence[str], others: 
 
 @torch.no_grad()
 def _errors(base: TeacherModel, pictures: Tensor, prompts: Sequence[str], seed: int, asked: int) -> Tensor:
-    """Return the summed squared errors of each prompt for each picture, (prompts, n) in float64 on the CPU."""
+    """Return the squared error of each prompt for each picture, (prompts, n) in float64 on the CPU."""
     scheduler = base.scheduler(base.steps(_TIMES))
     generator = torch.Generator().manual_seed(seed)
     count, pictures = len(pictures), pictures.to(base.device)
