@@ -119,7 +119,7 @@ def _caveats(format_name: str, writer: Writer, manifest: Manifest) -> Iterator[s
     """Yield what a written file does not do, or does otherwise than the eraser."""
     if (caveat := writer.caveat(manifest)) is not None:
         yield caveat
-    if (cost := needs_gate(manifest)) is not None:
+    if format_name != "spm" and (cost := needs_gate(manifest)) is not None:  # our own files keep the gate
         yield f"warning: {cost}; a {format_name} file has no gate"
 
 

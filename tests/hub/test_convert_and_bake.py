@@ -199,6 +199,8 @@ def test_an_eraser_that_costs_others_without_a_gate_says_so_where_there_is_none(
     manifest = adapter.manifest.model_copy(update={"evaluation": (row,)})
     costly = Adapter(manifest, adapter.increments)
     caplog.set_level("INFO", logger="spm_hub")
+    spm_hub.convert(costly, to="spm")
+    assert not [one for one in caplog.messages if "gate" in one]
     spm_hub.convert(costly, to="diffusers")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
