@@ -37,12 +37,15 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
     elsewhere = results["erasure"]["transferred_to_chalk"].values()
     lately = results["default_time"]["cells"]["sketchbook"]["snoopy"]
     speed, cycles = results["training_speed"], results["runtime"]["cycles"]
-    attacked = results["robustness"]["concepts"]
+    trainings = ("spm", "race-spm", "esd-x, further")
+    attacked = {
+        concept: cells for concept, cells in results["robustness"]["concepts"].items() if set(trainings) <= set(cells)
+    }
     steps = {(one["method"], one["prompts"], one["erasers"]): one["ratio"]
              for one in results["full_size"]["models"]["sd1"]["steps"]}  # fmt: skip
     asr = {
         training: " / ".join(share(attacked[concept][training]["asr"]) for concept in attacked)
-        for training in ("spm", "race-spm", "esd-x, further")
+        for training in trainings
     }
 
     def erased(found: Iterable[dict[str, Any]]) -> str:
@@ -72,8 +75,7 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
         [
             f"Share of {results['robustness']['prompts']} prompts that bring {' / '.join(attacked)} back under attack, "
             "without a gate",
-            f"`spm` by its first defaults {asr['spm']}; "
-            f"`race-spm` {asr['race-spm']}; ESD trained further {asr['esd-x, further']}",
+            f"`spm` {asr['spm']}; `race-spm` {asr['race-spm']}; ESD trained further {asr['esd-x, further']}",
         ],
         [
             "CPU time of one thread to train an eraser of snoopy",
