@@ -7,7 +7,8 @@
 
 The presets of ESD and UCE were chosen on the sketchbook and on the second base, all others on the sketchbook alone. The
 third base shows silhouettes: `second_base.py --world silhouettes --drawings 12000` made it. It was looked at for
-this measurement alone, when all presets stood.
+this measurement, when all presets but ESD's stood; ESD's was tried on one subject of each base, this one too, and then
+taken as it was.
 
 The base, its others and its targets are those of benchmarks/composition.py; its first three targets are erased one at a
 time. A classifier names the subjects of pictures drawn from the same noise with and without the eraser, under the

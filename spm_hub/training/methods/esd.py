@@ -44,11 +44,12 @@ def make_objective(recipe: RecipeFields) -> ESD:
 
 KEYS = TARGET_KEYS | {"objective.convention"}
 # The paper's own settings are in manifests/recipes: no anchors, and a number of steps, which holds on the base that it
-# was chosen for. Here a few anchors hold the rest, and a training ends where the concept has gone.
+# was chosen for. Here four anchors are drawn for each x_t, of which a batch takes one at random, their weight is
+# steered so that the concept goes, and a training ends where it has gone.
 PRESET: dict[str, Any] = {
     "objective": {"name": "esd", "eta": 2.0, "convention": "rewrite"},
     "x_t": {"guidance": (3.0,)},
-    "anchoring": {"weight": 20.0, "reach": None, "per_target": 1},
+    "anchoring": {"weight": 20.0, "reach": 0.9, "per_target": 1, "drawn": 4},
     "optimiser": {"lr": 5e-4, "schedule": "constant", "warmup": 10, "ema": 0.9},
     "stop": {"reach": 0.9},
 }

@@ -274,7 +274,7 @@ class Anchoring(RecipePart):
     @property
     def offered(self) -> int:
         """The anchors that each x_t of a trajectory has."""
-        return max(self.drawn, self.per_target)
+        return max(self.drawn, self.per_target) if self.weight > 0 else self.per_target
 
 
 class Adversary(RecipePart):
