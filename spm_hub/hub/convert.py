@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from spm_hub.adapters.adapter import Adapter
     from spm_hub.adapters.description import Description
-    from spm_hub.adapters.formats.format import BaseModel, Writer
+    from spm_hub.adapters.formats.format import BaseModel, Format
     from spm_hub.adapters.manifest import Manifest
 
 
@@ -110,17 +110,19 @@ def convert(
     if target is not None and target.writer is not None:
         here = f"{adapter.name}-{target.name}{target.writer.suffix}"
         files += conversion.write(adapter, target, Path(out or here), base, replace=replace)
-        for caveat in _caveats(target.name, target.writer, adapter.manifest):
+        for caveat in _caveats(target, adapter.manifest):
             reporter.say(caveat)
     return Conversion(adapter, read_as, to or ("spm" if keep else None), tuple(files), error, biases)
 
 
-def _caveats(format_name: str, writer: Writer, manifest: Manifest) -> Iterator[str]:
+def _caveats(target: Format, manifest: Manifest) -> Iterator[str]:
     """Yield what a written file does not do, or does otherwise than the eraser."""
-    if (caveat := writer.caveat(manifest)) is not None:
+    from spm_hub.adapters.formats.spm import FORMAT
+
+    if target.writer is not None and (caveat := target.writer.caveat(manifest)) is not None:
         yield caveat
-    if format_name != "spm" and (cost := needs_gate(manifest)) is not None:  # our own files keep the gate
-        yield f"warning: {cost}; a {format_name} file has no gate"
+    if target is not FORMAT and (cost := needs_gate(manifest)) is not None:  # our own files keep the gate
+        yield f"warning: {cost}; a {target.name} file has no gate"
 
 
 def _read(

@@ -105,7 +105,7 @@ def test_every_phase_that_takes_long_is_shown(
     [
         ({"x_t": X_T}, {"steps": 4, "planned": 4, "ended": "all steps", "goal": 0.85}),
         (
-            {"method": "esd-x", "x_t": X_T, "stop": {"reach": None}},
+            {"method": "esd-x", "x_t": X_T, "anchoring": {"reach": None}, "stop": {"reach": None}},
             {"steps": 4, "planned": 4, "ended": "all steps", "goal": None},
         ),
         ({"method": "fmn", "x_t": X_T}, {"steps": 4, "planned": 4, "ended": "all steps", "goal": None}),
