@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from spm_hub.io.progress import phase
 from spm_hub.training.base_model import TeacherModel
 from spm_hub.training.data.nearest import nearest_names
-from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+from spm_hub.training.data.prompts import SMALL_VOCABULARY, PromptMaker, Words, vocabulary_words
 from spm_hub.training.recipe.fields import RecipeFields
 from spm_hub.training.recipe.schema import RecipePart
 
@@ -17,8 +17,6 @@ R = TypeVar("R", bound=RecipeFields)
 
 _COUNT = 300
 _SHOWN = 8
-_VOCABULARY = 2000
-"""Up to so many words a tokenizer's own words are names too; of CLIP's ten thousands most name nothing."""
 
 
 def with_neighbours_recorded(recipe: R, pipe: DiffusionPipeline) -> R:
@@ -61,7 +59,7 @@ def _nearest(recipe: RecipeFields, base: TeacherModel) -> tuple[str, ...]:
     maker = PromptMaker(tuple(erased), "other", words, ())
     known = dict.fromkeys((
         *words.things, *words.characters, *words.people, *words.artists,
-        *(vocabulary if len(vocabulary) <= _VOCABULARY else ()),
+        *(vocabulary if len(vocabulary) <= SMALL_VOCABULARY else ()),
     ))  # fmt: skip
     others = [one for one in known if not maker.mentions_concept(one)]
     return tuple(nearest_names(base, erased, others, _COUNT))

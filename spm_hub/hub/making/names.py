@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Generator
 
-_SMALL = 2000
-"""Words of a small tokenizer."""
 _SHARE = 1 / 4
 """If names of things are a smaller share of a small tokenizer's words, the other words name things too."""
 
@@ -61,7 +59,7 @@ def _known(
     Where these are fewer than `least`, or a smaller share of a small tokenizer's words, all its words are among them.
     Where these are too few as well, all options.
     """
-    from spm_hub.training.data.prompts import PromptMaker, Words, vocabulary_words
+    from spm_hub.training.data.prompts import SMALL_VOCABULARY, PromptMaker, Words, vocabulary_words
 
     maker = PromptMaker(tuple(names), kind, Words.load(), ())
 
@@ -69,7 +67,7 @@ def _known(
         return [one for one in dict.fromkeys(found) if not maker.mentions_concept(one)]
 
     vocabulary = vocabulary_words(pipe.tokenizer)
-    if len(vocabulary) > _SMALL:
+    if len(vocabulary) > SMALL_VOCABULARY:
         return fitting(options)
     whole = [one for one in options if set(one.split()) <= set(vocabulary)]
     covered = len({word for one in whole for word in one.split()})

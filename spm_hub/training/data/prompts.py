@@ -34,6 +34,10 @@ STYLE_FRAMES: tuple[str, ...] = (
 )  # fmt: skip
 
 
+SMALL_VOCABULARY = 2000
+"""Up to so many words a tokenizer's own words are names too; of CLIP's ten thousands most name nothing."""
+
+
 class Tokenizer(Protocol):
     """A tokenizer with a vocabulary."""
 
